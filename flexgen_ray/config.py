@@ -1,0 +1,242 @@
+"""What a model, a policy, a workload and a budget are: frozen facts, with no torch behind them.
+
+Knows names, shapes and fractions. Does not know bytes per tier (cost/sizes.py) or any tensor.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+from flexgen_ray.units import format_bytes
+
+DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+TIERS = ("gpu", "cpu", "disk")
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary position embedding; `type` is one of default, linear, llama3."""
+
+    theta: float = 10000.0
+    type: str = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_seq_len: int = 8192
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A decoder-only transformer, as far as sizes and the order of its maths are concerned."""
+
+    family: str
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int
+    max_seq_len: int
+    embedding_size: int
+    dtype: str
+    tie_word_embeddings: bool
+    activation: str
+    norm_eps: float
+    norm_weight: bool = True
+    norm_bias: bool = False
+    pre_norm: bool = True
+    final_norm: bool = True
+    gated_mlp: bool = False
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    position_table: int = 0
+    rope: Rope | None = None
+    eos_token_ids: tuple[int, ...] = ()
+
+    @property
+    def embedding_layer(self) -> int:
+        return 0
+
+    @property
+    def head_layer(self) -> int:
+        return self.num_layers + 1
+
+    @property
+    def q_size(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        return self.num_kv_heads * self.head_dim
+
+    def tensors(self, layer: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of one layer's weights by our names; layer 0 embeds, the last is the head.
+
+        A tied head shares "embed_tokens.weight" with the embedding.
+        """
+        if layer == self.embedding_layer:
+            return self._embedding_tensors()
+        return self._head_tensors() if layer == self.head_layer else self._decoder_tensors()
+
+    def _embedding_tensors(self) -> dict[str, tuple[int, ...]]:
+        shapes: dict[str, tuple[int, ...]] = {
+            "embed_tokens.weight": (self.vocab_size, self.embedding_size)
+        }
+        if self.position_table:
+            shapes["embed_positions.weight"] = (self.position_table, self.hidden_size)
+        if self.embedding_size != self.hidden_size:
+            shapes["project_in.weight"] = (self.hidden_size, self.embedding_size)
+        return shapes
+
+    def _decoder_tensors(self) -> dict[str, tuple[int, ...]]:
+        hidden, mlp = self.hidden_size, self.intermediate_size
+        shapes = self._norm("attention_norm")
+        for name, rows in (("q", self.q_size), ("k", self.kv_size), ("v", self.kv_size)):
+            shapes |= _linear(f"{name}_proj", rows, hidden, self.attention_bias)
+        shapes |= _linear("o_proj", hidden, self.q_size, self.attention_bias)
+        shapes |= self._norm("mlp_norm")
+        if self.gated_mlp:
+            shapes |= _linear("gate_proj", mlp, hidden, self.mlp_bias)
+        shapes |= _linear("up_proj", mlp, hidden, self.mlp_bias)
+        return shapes | _linear("down_proj", hidden, mlp, self.mlp_bias)
+
+    def _head_tensors(self) -> dict[str, tuple[int, ...]]:
+        shapes = self._norm("final_norm") if self.final_norm else {}
+        if self.embedding_size != self.hidden_size:
+            shapes["project_out.weight"] = (self.embedding_size, self.hidden_size)
+        name = "embed_tokens.weight" if self.tie_word_embeddings else "lm_head.weight"
+        return shapes | {name: (self.vocab_size, self.embedding_size)}
+
+    def _norm(self, name: str) -> dict[str, tuple[int, ...]]:
+        shapes: dict[str, tuple[int, ...]] = {}
+        if self.norm_weight:
+            shapes[f"{name}.weight"] = (self.hidden_size,)
+        if self.norm_bias:
+            shapes[f"{name}.bias"] = (self.hidden_size,)
+        return shapes
+
+
+def _linear(name: str, rows: int, columns: int, bias: bool) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {f"{name}.weight": (rows, columns)}
+    return shapes | {f"{name}.bias": (rows,)} if bias else shapes
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Fractions of something that lie on each tier; they sum to one."""
+
+    gpu: float = 1.0
+    cpu: float = 0.0
+    disk: float = 0.0
+
+    def __post_init__(self) -> None:
+        parts = (self.gpu, self.cpu, self.disk)
+        if any(not isinstance(part, int | float) or not 0 <= part <= 1 for part in parts):
+            raise ValueError(f"{self} has a fraction outside 0 to 1; give fractions, not percents")
+        if abs(sum(parts) - 1) > 1e-6:
+            raise ValueError(f"{self} sums to {sum(parts):g}; the three fractions must sum to 1")
+
+    @property
+    def fractions(self) -> tuple[float, float, float]:
+        return self.gpu, self.cpu, self.disk
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How a stage lays out and walks its work (FlexGen's policy, with its fractions named).
+
+    A block is `num_gpu_batches` batches of `gpu_batch_size` slots; linear layers take at most
+    `max_batch_tokens` tokens at a time; `cpu_attention` is the share of the host-resident rows
+    that are attended on the host, the others stream to the device.
+    """
+
+    gpu_batch_size: int = 8
+    num_gpu_batches: int = 1
+    max_batch_tokens: int = 2048
+    weights: Placement = field(default_factory=Placement)
+    cache: Placement = field(default_factory=Placement)
+    activations: Placement = field(default_factory=Placement)
+    cpu_attention: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("gpu_batch_size", "num_gpu_batches", "max_batch_tokens"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"policy: {name} is {value!r}; it must be an integer of at least 1")
+        if not isinstance(self.cpu_attention, int | float) or not 0 <= self.cpu_attention <= 1:
+            raise ValueError(f"policy: cpu_attention is {self.cpu_attention!r}; it is a share, 0 to 1")
+
+    @property
+    def block_size(self) -> int:
+        return self.gpu_batch_size * self.num_gpu_batches
+
+    @staticmethod
+    def from_dict(values: dict) -> Policy:
+        """Every key optional, unknown keys refused; ValueError names the key."""
+        _refuse_unknown("policy", values, Policy)
+        fields = dict(values)
+        for name in ("weights", "cache", "activations"):
+            if name in fields:
+                fields[name] = _placement(name, fields[name])
+        return Policy(**fields)
+
+    @staticmethod
+    def from_yaml(path: str | Path) -> Policy:
+        """ValueError (bad content) and OSError (no such file) name the path."""
+        try:
+            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            if not isinstance(values or {}, dict):
+                raise ValueError("the file must hold keys and values, such as `gpu_batch_size: 8`")
+            return Policy.from_dict(values or {})
+        except (ValueError, yaml.YAMLError) as error:
+            raise ValueError(f"{path}: {error}") from error
+
+
+def _placement(name: str, values: object) -> Placement:
+    if not isinstance(values, dict):
+        raise ValueError(f"policy: {name} is {values!r}; write {name}: {{gpu: 0.5, cpu: 0.5, disk: 0}}")
+    _refuse_unknown(f"policy: {name}", values, Placement)
+    try:
+        return Placement(**{tier: values.get(tier, 0.0) for tier in TIERS})
+    except ValueError as error:
+        raise ValueError(f"policy: {name}: {error}") from error
+
+
+def _refuse_unknown(where: str, values: dict, cls: type) -> None:
+    known = list(cls.__dataclass_fields__)  # type: ignore[attr-defined]
+    unknown = [key for key in values if key not in known]
+    if unknown:
+        raise ValueError(f"{where}: unknown key {unknown[0]!r}; known are {', '.join(known)}")
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What a job asks of the stores: how many sequences, and how long the longest are."""
+
+    num_requests: int
+    max_prompt_len: int
+    max_seq_len: int
+
+    def covers(self, other: Workload) -> bool:
+        """True if stores made for this workload can also serve `other`."""
+        return (
+            self.num_requests >= other.num_requests
+            and self.max_prompt_len >= other.max_prompt_len
+            and self.max_seq_len >= other.max_seq_len
+        )
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Bytes that may be used on each tier; promises, checked before a run and kept during it."""
+
+    gpu: int
+    cpu: int
+    disk: int
+
+    def __str__(self) -> str:
+        return ", ".join(f"{tier} {format_bytes(getattr(self, tier))}" for tier in TIERS)

@@ -1,0 +1,244 @@
+"""Bytes that a stage takes on each tier, buffer by buffer, before any is allocated.
+
+The stores allocate exactly these; a test holds them to it. Knows no torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from flexgen_ray.config import DTYPE_BYTES, TIERS, Budget, ModelConfig, Policy, Workload
+from flexgen_ray.cost.placement import (
+    RowSplit,
+    aligned,
+    place_weights,
+    split_rows,
+    split_tokens,
+    stored_tensors,
+    tensor_bytes,
+)
+from flexgen_ray.schedule.ops import NUM_SLOTS
+from flexgen_ray.schedule.zigzag import StageLayers
+from flexgen_ray.units import format_bytes
+
+PAGE = 4096
+PREFILL_TILES = 8  # a batch takes at most this many tiles of max_batch_tokens in a pass
+CACHE_BLOCK_TOKENS = 16  # tokens of one row that go to disk together
+SAMPLING_COPIES = 6  # logits, their float64 distribution, and what sorting it takes
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """Everything that fixes a stage's memory: the model's part, its policy, its longest sequences."""
+
+    config: ModelConfig
+    stage: StageLayers
+    policy: Policy
+    workload: Workload
+    dtype: str
+
+    @property
+    def element_bytes(self) -> int:
+        return DTYPE_BYTES[self.dtype]
+
+    @property
+    def max_seq_len(self) -> int:
+        """Tokens that one slot of the cache holds."""
+        return self.workload.max_seq_len
+
+    @property
+    def cell_tokens(self) -> int:
+        """Most tokens of one batch in one pass; longer prompts take several passes."""
+        batch = self.policy.gpu_batch_size
+        prompts = batch * self.workload.max_prompt_len
+        return max(batch, min(prompts, PREFILL_TILES * self.policy.max_batch_tokens))
+
+    @property
+    def tile_tokens(self) -> int:
+        """Most tokens that a linear layer sees at a time."""
+        return min(self.policy.max_batch_tokens, self.cell_tokens)
+
+    @property
+    def chunks_prompts(self) -> bool:
+        """True if some batch's prompts don't fit one pass."""
+        return self.policy.gpu_batch_size * self.workload.max_prompt_len > self.cell_tokens
+
+    @property
+    def splits(self) -> dict[tuple[int, int], RowSplit]:
+        return split_rows(self.policy, self.stage)
+
+    @property
+    def row_bytes(self) -> int:
+        """Keys and values of one slot in one layer."""
+        return 2 * self.config.kv_size * self.max_seq_len * self.element_bytes
+
+    @property
+    def cache_block_bytes(self) -> int:
+        """CACHE_BLOCK_TOKENS keys and values of one row and layer, in whole pages."""
+        return aligned(2 * self.config.kv_size * CACHE_BLOCK_TOKENS * self.element_bytes, PAGE)
+
+    @property
+    def cache_blocks(self) -> int:
+        """Blocks on disk of one row and layer; the tail in host memory has the rest."""
+        return self.max_seq_len // CACHE_BLOCK_TOKENS
+
+    @property
+    def streamed_rows(self) -> int:
+        """Rows of the device's streaming slot: decode's, and one chunked prompt of another row."""
+        splits = self.splits.values()
+        most = max((split.streamed + split.disk for split in splits), default=0)
+        return most + (self.chunks_prompts and any(split.attended for split in splits))
+
+    @property
+    def attended_rows(self) -> int:
+        return max((split.attended for split in self.splits.values()), default=0)
+
+    @property
+    def disk_rows(self) -> int:
+        return max((split.disk for split in self.splits.values()), default=0)
+
+    @property
+    def hidden_tokens(self) -> tuple[int, int, int]:
+        """Most tokens of one batch's hidden states on each tier."""
+        split = split_tokens(self.policy.activations, self.cell_tokens)
+        spare = [int(0 < fraction < 1) for fraction in self.policy.activations.fractions]
+        gpu, cpu, disk = (count + extra for count, extra in zip(split, spare, strict=True))
+        return gpu, cpu, disk
+
+    def weight_tiers(self) -> dict[int, dict[str, str]]:
+        return place_weights(self.config, self.stage, self.policy.weights, self.dtype)
+
+
+def weight_bytes(plan: StagePlan) -> dict[str, int]:
+    """Bytes of the stage's weights on each tier."""
+    total = dict.fromkeys(TIERS, 0)
+    for layer, tiers in plan.weight_tiers().items():
+        shapes = stored_tensors(plan.config, plan.stage, layer)
+        for name, tier in tiers.items():
+            total[tier] += tensor_bytes(shapes[name], plan.dtype)
+    return total
+
+
+def streamed_bytes(plan: StagePlan, layer: int) -> dict[str, int]:
+    """Bytes of one layer's weights that cross the link once a visit, by the tier they come from."""
+    config, tiers = plan.config, plan.weight_tiers()
+    streamed = {"cpu": 0, "disk": 0}
+    for name, shape in config.tensors(layer).items():
+        home = tiers[layer].get(name) or tiers[config.embedding_layer][name]
+        if home != "gpu":
+            streamed[home] += tensor_bytes(shape, plan.dtype)
+    return streamed
+
+
+def stage_bytes(plan: StagePlan) -> dict[str, dict[str, int]]:
+    """{tier: {what: bytes}} of everything the stage will allocate."""
+    weights = weight_bytes(plan)
+    streams = [streamed_bytes(plan, layer) for layer in plan.stage.with_weights]
+    cache = _cache_bytes(plan)
+    hidden = _hidden_bytes(plan)
+    return {
+        "gpu": {
+            "weights": weights["gpu"],
+            "weights in flight": NUM_SLOTS * max(sum(stream.values()) for stream in streams),
+            **cache["gpu"],
+            **hidden["gpu"],
+            "workspace": workspace_bytes(plan),
+        },
+        "cpu": {
+            "weights": weights["cpu"],
+            "weights in flight": NUM_SLOTS * max(stream["disk"] for stream in streams),
+            **cache["cpu"],
+            **hidden["cpu"],
+        },
+        "disk": {"weights": weights["disk"], **cache["disk"], **hidden["disk"]},
+    }
+
+
+def _cache_bytes(plan: StagePlan) -> dict[str, dict[str, int]]:
+    splits = plan.splits.values()
+    row, block = plan.row_bytes, plan.cache_block_bytes
+    disk_row = plan.cache_blocks * block
+    disk_rows = sum(split.disk for split in splits)
+    vectors = plan.attended_rows * plan.config.q_size * plan.element_bytes
+    return {
+        "gpu": {
+            "cache": sum(split.gpu for split in splits) * row,
+            "cache in flight": NUM_SLOTS * plan.streamed_rows * row,
+        },
+        "cpu": {
+            "cache": sum(split.cpu for split in splits) * row,
+            "cache tails": disk_rows * block,
+            "cache in flight": 2 * NUM_SLOTS * plan.disk_rows * disk_row,
+            "host attention": 2 * NUM_SLOTS * vectors,
+            "workspace": host_workspace_bytes(plan),
+        },
+        "disk": {"cache": disk_rows * disk_row},
+    }
+
+
+def host_workspace_bytes(plan: StagePlan) -> int:
+    """What attending one batch on the host takes: a mask and scores for each head."""
+    return plan.attended_rows * plan.max_seq_len * 4 * (1 + plan.config.num_heads)
+
+
+def _hidden_bytes(plan: StagePlan) -> dict[str, dict[str, int]]:
+    config, policy = plan.config, plan.policy
+    token = config.hidden_size * plan.element_bytes
+    gpu, cpu, disk = plan.hidden_tokens
+    work = plan.cell_tokens * (config.hidden_size + config.q_size + 2 * config.kv_size)
+    gathers = plan.stage.first == 0 and "gpu" not in plan.weight_tiers()[0].values()
+    return {
+        "gpu": {
+            "hidden states": policy.num_gpu_batches * gpu * token,
+            "cell": NUM_SLOTS * work * plan.element_bytes,
+        },
+        "cpu": {
+            "hidden states": policy.num_gpu_batches * cpu * token,
+            "hidden states in flight": 2 * NUM_SLOTS * disk * token,
+            "embedding": NUM_SLOTS * plan.cell_tokens * token * gathers,
+        },
+        "disk": {"hidden states": policy.num_gpu_batches * aligned(disk * token, PAGE)},
+    }
+
+
+def workspace_bytes(plan: StagePlan) -> int:
+    """Most bytes of temporaries on the device: one tile's MLP or projection, attention, or logits."""
+    config, element = plan.config, plan.element_bytes
+    wide = max(config.intermediate_size * (3 if config.gated_mlp else 2), 3 * config.q_size)
+    tile = plan.tile_tokens * (wide * element + config.hidden_size * (2 * element + 3 * 4))
+    rows = plan.policy.gpu_batch_size
+    # Grouped-query prefill repeats the keys and values of one row for every query head.
+    attention = plan.max_seq_len * (config.q_size + config.kv_size) * 2 * element
+    attention += min(plan.tile_tokens, plan.max_seq_len) * config.q_size * (element + 4)
+    attention += rows * plan.max_seq_len * 4 * (1 + config.num_heads)
+    logits = rows * config.vocab_size * 4 * SAMPLING_COPIES
+    return max(tile, attention, logits)
+
+
+def totals(sizes: dict[str, dict[str, int]]) -> Budget:
+    """Sum of the buffers of each tier."""
+    return Budget(**{tier: sum(sizes[tier].values()) for tier in TIERS})
+
+
+_REMEDY = {
+    "gpu": "gpu_batch_size ({0.gpu_batch_size}), max_batch_tokens ({0.max_batch_tokens}), "
+    "weights.gpu ({0.weights.gpu:.2f}) or cache.gpu ({0.cache.gpu:.2f})",
+    "cpu": "gpu_batch_size ({0.gpu_batch_size}), num_gpu_batches ({0.num_gpu_batches}), "
+    "weights.cpu ({0.weights.cpu:.2f}) or cache.cpu ({0.cache.cpu:.2f})",
+    "disk": "weights.disk ({0.weights.disk:.2f}) or cache.disk ({0.cache.disk:.2f})",
+}
+
+
+def check_budget(plan: StagePlan, budget: Budget) -> None:
+    """ValueError that names tier, need, budget and remedy if the plan doesn't fit."""
+    sizes = stage_bytes(plan)
+    need = totals(sizes)
+    for tier in TIERS:
+        if getattr(need, tier) > getattr(budget, tier):
+            largest = sorted(sizes[tier].items(), key=lambda item: -item[1])[:3]
+            parts = ", ".join(f"{what} {format_bytes(size)}" for what, size in largest if size)
+            raise ValueError(
+                f"the policy needs {format_bytes(getattr(need, tier))} on the {tier} tier ({parts}) "
+                f"but its budget is {format_bytes(getattr(budget, tier))}; lower "
+                f"{_REMEDY[tier].format(plan.policy)}, or raise --{tier}-memory"
+            )

@@ -1,0 +1,128 @@
+"""Brings a stage up on a Ray cluster, feeds it, and takes it down.
+
+Looks like a Worker to whoever uses it. Knows Ray; not what a stage computes.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+
+from flexgen_ray.distributed.actor import StageActor
+from flexgen_ray.request import Finished, Progress, Request
+from flexgen_ray.runtime.stage import StageSpec
+from flexgen_ray.runtime.worker import Machine
+from flexgen_ray.units import format_bytes
+
+OBJECT_STORE_BYTES = 80 * 2**20  # Ray's minimum is 75 MiB; prompts and tokens need little
+REQUESTS_PER_CALL = 256
+START_SECONDS = 120
+
+
+class Driver:
+    """One StageActor on a cluster that is there already, or on one started for this run."""
+
+    def __init__(self, address: str | None = None, device: str = "auto") -> None:
+        self._owns_cluster = _connect(address)
+        options = _actor_options(device)
+        self._actor = StageActor.options(**options).remote(int(options["num_cpus"]))
+        try:
+            ray.get(self._actor.__ray_ready__.remote(), timeout=START_SECONDS)
+        except GetTimeoutError as error:
+            self.close()
+            raise RuntimeError(
+                f"Ray found no node with {options['num_cpus']:g} free CPUs and {options['num_gpus']:g} "
+                f"free GPUs within {START_SECONDS} s; stop other jobs or choose another --address"
+            ) from error
+
+    @property
+    def reserved_cpu_bytes(self) -> int:
+        """Host memory that Ray's object store may take, if this run brought it along."""
+        return OBJECT_STORE_BYTES if self._owns_cluster else 0
+
+    def probe(self, device: str, offload_dir: str) -> Machine:
+        return self._call("probe", device, offload_dir)
+
+    def load(self, spec: StageSpec) -> None:
+        self._call("load", spec)
+
+    def add(self, requests: list[Request]) -> None:
+        """In calls that are small enough to pass by Ray's object store."""
+        for start in range(0, len(requests), REQUESTS_PER_CALL):
+            self._call("add", requests[start : start + REQUESTS_PER_CALL])
+
+    def run(self) -> Iterator[Finished | Progress]:
+        events = self._actor.run.options(num_returns="streaming").remote()
+        for event in events:
+            yield _get(event)
+
+    def used(self) -> dict[str, dict[str, int]]:
+        return self._call("used")
+
+    def close(self) -> None:
+        """Stops the actor, and Ray if this run started it."""
+        if ray.is_initialized():
+            ray.kill(self._actor)
+            if self._owns_cluster:
+                ray.shutdown()
+
+    def _call(self, method: str, *arguments: Any) -> Any:
+        return _get(getattr(self._actor, method).remote(*arguments))
+
+
+def _get(reference: ray.ObjectRef) -> Any:
+    """The value, or the error that the stage itself raised."""
+    try:
+        return ray.get(reference)
+    except RayTaskError as error:
+        raise (error.cause or error) from None
+    except RayActorError as error:
+        raise RuntimeError(
+            f"the stage's process died ({error}); if the node ran out of memory, lower --cpu-memory"
+        ) from error
+
+
+def _connect(address: str | None) -> bool:
+    """True if a cluster was started because there was none to connect to."""
+    if ray.is_initialized():
+        return False
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if address or os.environ.get("RAY_ADDRESS"):
+        ray.init(address=address or "auto", log_to_driver=False, logging_level="error")
+        return False
+    # A policy may fill the host's memory on purpose; Ray's own killer would end the run.
+    os.environ.setdefault("RAY_memory_usage_threshold", "0.99")
+    ray.init(
+        address="local",
+        object_store_memory=OBJECT_STORE_BYTES,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="error",
+        _node_ip_address="127.0.0.1",
+    )
+    return True
+
+
+def _actor_options(device: str) -> dict[str, Any]:
+    """A GPU if wanted and there, and that GPU's share of its node's cores."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    gpus = [node for node in nodes if node.get("GPU", 0) >= 1]
+    if device == "cuda" and not gpus:
+        raise ValueError("--device cuda, but no node of the Ray cluster has a GPU; use --device cpu")
+    uses_gpu = bool(gpus) and device != "cpu"
+    node = max(gpus if uses_gpu else nodes, key=lambda node: node.get("CPU", 0))
+    num_cpus = max(1, math.floor(node.get("CPU", 1) / (node["GPU"] if uses_gpu else 1)))
+    return {
+        "num_cpus": num_cpus,
+        "num_gpus": int(uses_gpu),
+        "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(num_cpus)}},
+    }
+
+
+def describe_reserve(nbytes: int) -> str:
+    return f"{format_bytes(nbytes)} of host memory is Ray's object store"

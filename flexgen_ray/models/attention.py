@@ -1,0 +1,54 @@
+"""Attention of new tokens to a cache, on whatever device the tensors are. Knows no tiers."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+QUERY_TILE = 512  # queries whose mask over a cached prefix is made at a time
+
+
+def decode(q: Tensor, k: Tensor, v: Tensor, lens: list[int]) -> Tensor:
+    """Attend one new token per row to its cache.
+
+    q: [rows, heads, head_dim]; k, v: [rows, kv_heads, seq, head_dim]
+    lens: valid tokens of each row, the new one included.
+    Returns [rows, heads, head_dim]. The queries of a KV group are folded into query rows, so the
+    cache is read once however many heads share it.
+    """
+    rows, heads, head_dim = q.shape
+    longest = max(lens)
+    k, v = k[:, :, :longest], v[:, :, :longest]
+    mask = None
+    if min(lens) < longest:
+        valid = torch.arange(longest, device=q.device) < torch.tensor(lens, device=q.device)[:, None]
+        mask = valid[:, None, None, :]
+    grouped = q.reshape(rows, k.shape[1], heads // k.shape[1], head_dim)
+    out = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask)
+    return out.reshape(rows, heads, head_dim)
+
+
+def prefill(q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
+    """Attend a chunk of one row to its cache and, causally, to itself.
+
+    q: [tokens, heads, head_dim]; k, v: [kv_heads, start + tokens, head_dim]
+    start: tokens of the row before the chunk. Returns [tokens, heads, head_dim].
+    """
+    tokens, heads, head_dim = q.shape
+    repeats = heads // k.shape[0]
+    if repeats > 1:
+        k, v = (x.repeat_interleave(repeats, dim=0) for x in (k, v))
+    query, key, value = q.transpose(0, 1)[None], k[None], v[None]
+    if start == 0:
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        return out[0].transpose(0, 1)
+    pieces = []
+    for first in range(0, tokens, QUERY_TILE):
+        last = min(first + QUERY_TILE, tokens)
+        positions = torch.arange(start + first, start + last, device=q.device)
+        mask = torch.arange(start + last, device=q.device) <= positions[:, None]
+        keys, values = key[:, :, : start + last], value[:, :, : start + last]
+        piece = F.scaled_dot_product_attention(query[:, :, first:last], keys, values, attn_mask=mask)
+        pieces.append(piece[0].transpose(0, 1))
+    return torch.cat(pieces)

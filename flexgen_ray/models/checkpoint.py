@@ -1,0 +1,87 @@
+"""Reads a Hugging Face checkpoint tensor by tensor. Safetensors only; pickle is refused.
+
+Each read maps the file, copies one tensor and lets go, so memory peaks at one tensor.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from flexgen_ray.config import ModelConfig
+from flexgen_ray.models.registry import FAMILIES
+
+
+class Checkpoint:
+    """A model folder's tensors under this project's names."""
+
+    def __init__(self, folder: str | Path, config: ModelConfig) -> None:
+        self.folder = Path(folder)
+        self._names = FAMILIES[config.family].WEIGHT_NAMES
+        self._files, self._shapes = self._index()
+
+    def check(self, layer: int, tensors: dict[str, tuple[int, ...]]) -> None:
+        """ValueError if a tensor of the layer is missing or has another shape."""
+        for name, shape in tensors.items():
+            found = self._shapes[self._locate(layer, name)]
+            if found != shape:
+                raise ValueError(
+                    f"{self.folder}: {self._locate(layer, name)} has shape {list(found)}, "
+                    f"but config.json makes it {list(shape)}"
+                )
+
+    def read_into(self, layer: int, name: str, destination: Tensor) -> None:
+        """Copies one tensor, converting it to the destination's dtype."""
+        key = self._locate(layer, name)
+        with _open(self._files[key]) as file:
+            destination.copy_(file.get_tensor(key))
+
+    def _locate(self, layer: int, name: str) -> str:
+        module, _, kind = name.rpartition(".")
+        key = f"{self._names[module].format(layer - 1)}.{kind}"
+        # Checkpoints of the bare model, as OPT was first published, lack the prefix.
+        for candidate in (key, key.removeprefix("model.")):
+            if candidate in self._files:
+                return candidate
+        raise ValueError(f"{self.folder}: no safetensors file holds the tensor {key}")
+
+    def _index(self) -> tuple[dict[str, Path], dict[str, tuple[int, ...]]]:
+        files: dict[str, Path] = {}
+        shapes: dict[str, tuple[int, ...]] = {}
+        for path in self._shards():
+            with _open(path) as file:
+                for key in file.keys():  # noqa: SIM118 - not a dict
+                    files[key] = path
+                    shapes[key] = tuple(file.get_slice(key).get_shape())
+        return files, shapes
+
+    def _shards(self) -> list[Path]:
+        index = self.folder / "model.safetensors.index.json"
+        if index.is_file():
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            shards = [self.folder / name for name in sorted(names)]
+        else:
+            shards = sorted(self.folder.glob("*.safetensors"))
+        missing = [shard for shard in shards if not shard.is_file()]
+        if missing:
+            raise FileNotFoundError(f"{missing[0]} does not exist, though {index.name} lists it")
+        if not shards:
+            pickled = any(self.folder.glob("*.bin"))
+            raise FileNotFoundError(
+                f"{self.folder} holds no *.safetensors file"
+                + ("; its .bin files are pickles, which are never loaded: convert them with "
+                   "transformers' save_pretrained" if pickled else "")
+            )  # fmt: skip
+        return shards
+
+
+def _open(path: Path):
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{path} cannot be read ({error}); it is truncated or damaged: download it again"
+        ) from error

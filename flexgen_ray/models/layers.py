@@ -1,0 +1,83 @@
+"""The maths that families share, as functions over a dict of weights. No tiers, no cache."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from functools import lru_cache, partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flexgen_ray.config import ModelConfig, Rope
+
+Weights = Mapping[str, Tensor]
+Lookup = Callable[[str, Tensor | None], Tensor]
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_new": partial(F.gelu, approximate="tanh"),
+    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+}
+ROPE_TYPES = ("default", "linear", "llama3")
+
+
+def linear(weights: Weights, name: str, x: Tensor) -> Tensor:
+    """x: [tokens, in]; returns [tokens, out], with the bias if there is one."""
+    return F.linear(x, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
+
+
+def layer_norm(config: ModelConfig, weights: Weights, name: str, x: Tensor) -> Tensor:
+    """x: [tokens, hidden]."""
+    weight, bias = weights.get(f"{name}.weight"), weights.get(f"{name}.bias")
+    return F.layer_norm(x, (config.hidden_size,), weight, bias, config.norm_eps)
+
+
+def rms_norm(config: ModelConfig, weights: Weights, name: str, x: Tensor) -> Tensor:
+    """x: [tokens, hidden]; the mean square is taken in float32, as transformers does."""
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + config.norm_eps)
+    return weights[f"{name}.weight"] * wide.to(x.dtype)
+
+
+def project_heads(config: ModelConfig, weights: Weights, x: Tensor) -> tuple[Tensor, ...]:
+    """x: [tokens, hidden]; returns q [tokens, heads, head_dim], k and v [tokens, kv_heads, head_dim]."""
+    heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
+    return tuple(
+        linear(weights, name, x).view(len(x), count, config.head_dim)
+        for name, count in zip(("q_proj", "k_proj", "v_proj"), heads, strict=True)
+    )
+
+
+def rotate(rope: Rope, positions: Tensor, *heads: Tensor) -> list[Tensor]:
+    """Rotary position embedding (Su et al. 2021), halves convention of Hugging Face.
+
+    positions: [tokens]; each of heads: [tokens, heads, head_dim].
+    """
+    half = heads[0].shape[-1] // 2
+    angles = positions[:, None].float() * _frequencies(rope, 2 * half, positions.device)
+    cos, sin = (turn.to(heads[0].dtype)[:, None] for turn in (angles.cos(), angles.sin()))
+    return [
+        torch.cat((x[..., :half] * cos - x[..., half:] * sin,
+                   x[..., half:] * cos + x[..., :half] * sin), dim=-1)
+        for x in heads
+    ]  # fmt: skip
+
+
+@lru_cache(maxsize=32)
+def _frequencies(rope: Rope, head_dim: int, device: torch.device) -> Tensor:
+    """[head_dim / 2] radians a position; llama3 stretches the long wavelengths only."""
+    powers = torch.arange(0, head_dim, 2, dtype=torch.float) / head_dim
+    frequencies = 1.0 / rope.theta**powers
+    if rope.type == "linear":
+        frequencies = frequencies / rope.factor
+    elif rope.type == "llama3":
+        wavelengths = 2 * math.pi / frequencies
+        turns = rope.original_max_seq_len / wavelengths
+        smooth = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+        smooth = smooth.clamp(0, 1)
+        frequencies = (1 - smooth) * frequencies / rope.factor + smooth * frequencies
+    return frequencies.to(device)

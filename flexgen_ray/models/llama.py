@@ -1,0 +1,104 @@
+"""Llama 2 and 3, SmolLM2 and their like: rotary positions, RMSNorm, gated MLP, grouped queries."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from flexgen_ray.config import ModelConfig, Rope
+from flexgen_ray.models.layers import (
+    ACTIVATIONS,
+    ROPE_TYPES,
+    Lookup,
+    Weights,
+    linear,
+    project_heads,
+    rms_norm,
+    rotate,
+)
+
+WEIGHT_NAMES = {
+    "embed_tokens": "model.embed_tokens",
+    "final_norm": "model.norm",
+    "lm_head": "lm_head",
+    "attention_norm": "model.layers.{}.input_layernorm",
+    "q_proj": "model.layers.{}.self_attn.q_proj",
+    "k_proj": "model.layers.{}.self_attn.k_proj",
+    "v_proj": "model.layers.{}.self_attn.v_proj",
+    "o_proj": "model.layers.{}.self_attn.o_proj",
+    "mlp_norm": "model.layers.{}.post_attention_layernorm",
+    "gate_proj": "model.layers.{}.mlp.gate_proj",
+    "up_proj": "model.layers.{}.mlp.up_proj",
+    "down_proj": "model.layers.{}.mlp.down_proj",
+}
+
+
+def parse_config(hf: dict) -> ModelConfig:
+    """From the keys of Hugging Face's LlamaConfig; ValueError names an unknown rope type."""
+    hidden, heads = hf["hidden_size"], hf["num_attention_heads"]
+    return ModelConfig(
+        family="llama",
+        num_layers=hf["num_hidden_layers"],
+        hidden_size=hidden,
+        num_heads=heads,
+        num_kv_heads=hf.get("num_key_value_heads") or heads,
+        head_dim=hf.get("head_dim") or hidden // heads,
+        intermediate_size=hf["intermediate_size"],
+        vocab_size=hf["vocab_size"],
+        max_seq_len=hf["max_position_embeddings"],
+        embedding_size=hidden,
+        dtype=hf["dtype"],
+        tie_word_embeddings=hf.get("tie_word_embeddings", False),
+        activation=hf.get("hidden_act", "silu"),
+        norm_eps=hf["rms_norm_eps"],
+        gated_mlp=True,
+        attention_bias=hf.get("attention_bias", False),
+        mlp_bias=hf.get("mlp_bias", False),
+        rope=_parse_rope(hf),
+        eos_token_ids=hf["eos_token_ids"],
+    )
+
+
+def _parse_rope(hf: dict) -> Rope:
+    """transformers 5 writes rope_parameters; before it rope_theta and rope_scaling."""
+    parameters = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    kind = parameters.get("rope_type") or parameters.get("type") or "default"
+    if kind not in ROPE_TYPES:
+        raise ValueError(f"rope type {kind!r} is not supported; supported are {', '.join(ROPE_TYPES)}")
+    return Rope(
+        theta=parameters.get("rope_theta") or hf.get("rope_theta") or Rope.theta,
+        type=kind,
+        factor=parameters.get("factor", Rope.factor),
+        low_freq_factor=parameters.get("low_freq_factor", Rope.low_freq_factor),
+        high_freq_factor=parameters.get("high_freq_factor", Rope.high_freq_factor),
+        original_max_seq_len=parameters.get(
+            "original_max_position_embeddings", Rope.original_max_seq_len
+        ),
+    )
+
+
+def embed(config: ModelConfig, lookup: Lookup, tokens: Tensor, positions: Tensor) -> Tensor:
+    """tokens: [tokens]; returns hidden states [tokens, hidden]."""
+    return lookup("embed_tokens.weight", tokens)
+
+
+def project(config: ModelConfig, weights: Weights, x: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
+    """x: [tokens, hidden]; returns q, k, v, each [tokens, heads or kv_heads, head_dim]."""
+    assert config.rope is not None
+    q, k, v = project_heads(config, weights, rms_norm(config, weights, "attention_norm", x))
+    q, k = rotate(config.rope, positions, q, k)
+    return q, k, v
+
+
+def finish(config: ModelConfig, weights: Weights, residual: Tensor, attention: Tensor) -> Tensor:
+    """residual: [tokens, hidden]; attention: [tokens, q_size]; returns [tokens, hidden]."""
+    x = residual + linear(weights, "o_proj", attention)
+    inner = rms_norm(config, weights, "mlp_norm", x)
+    gate = ACTIVATIONS[config.activation](linear(weights, "gate_proj", inner))
+    return x + linear(weights, "down_proj", gate * linear(weights, "up_proj", inner))
+
+
+def head(config: ModelConfig, weights: Weights, x: Tensor) -> Tensor:
+    """x: [rows, hidden]; returns float32 logits [rows, vocabulary]."""
+    x = rms_norm(config, weights, "final_norm", x)
+    name = "embed_tokens" if config.tie_word_embeddings else "lm_head"
+    return linear(weights, name, x).float()

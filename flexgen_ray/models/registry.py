@@ -1,0 +1,71 @@
+"""Which architectures there are, and how a model folder becomes a ModelConfig."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import ModuleType
+
+from flexgen_ray.config import DTYPE_BYTES, ModelConfig
+from flexgen_ray.models import llama, opt
+from flexgen_ray.models.layers import ACTIVATIONS
+
+ARCHITECTURES: dict[str, ModuleType] = {"OPTForCausalLM": opt, "LlamaForCausalLM": llama}
+FAMILIES: dict[str, ModuleType] = {"opt": opt, "llama": llama}
+
+
+def load_config(folder: str | Path) -> ModelConfig:
+    """Reads config.json and, if there, generation_config.json.
+
+    FileNotFoundError if the folder is no model folder; ValueError for what isn't supported.
+    """
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} does not exist; --model takes a Hugging Face model folder "
+            "(config.json, *.safetensors, tokenizer.json)"
+        )
+    hf = _read_json(path)
+    architecture = (hf.get("architectures") or ["none"])[0]
+    if architecture not in ARCHITECTURES:
+        known = ", ".join(ARCHITECTURES)
+        raise ValueError(f"{path}: architecture {architecture} is not supported; supported are {known}")
+    hf["dtype"] = _checkpoint_dtype(path, hf)
+    hf["eos_token_ids"] = _eos_token_ids(path, hf)
+    try:
+        config = ARCHITECTURES[architecture].parse_config(hf)
+    except KeyError as error:
+        raise ValueError(f"{path}: key {error} is missing") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    if config.activation not in ACTIVATIONS:
+        known = ", ".join(ACTIVATIONS)
+        raise ValueError(f"{path}: activation {config.activation!r} is not supported; known are {known}")
+    return config
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold a JSON object")
+    return value
+
+
+def _checkpoint_dtype(path: Path, hf: dict) -> str:
+    dtype = hf.get("dtype") or hf.get("torch_dtype") or "float32"
+    if dtype not in DTYPE_BYTES:
+        raise ValueError(f"{path}: dtype {dtype!r} is not supported; known are {', '.join(DTYPE_BYTES)}")
+    return dtype
+
+
+def _eos_token_ids(path: Path, hf: dict) -> tuple[int, ...]:
+    """generation_config.json wins, as in transformers."""
+    generation = path.with_name("generation_config.json")
+    eos = _read_json(generation).get("eos_token_id") if generation.is_file() else None
+    eos = hf.get("eos_token_id") if eos is None else eos
+    if eos is None:
+        return ()
+    return tuple(eos) if isinstance(eos, list) else (eos,)

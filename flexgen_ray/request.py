@@ -1,0 +1,92 @@
+"""Requests and their outputs, in the words vLLM's users know. No tensors here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to choose tokens, and when to stop.
+
+    temperature 0 is greedy. With a `seed` the same prompt gives the same answer wherever it stands;
+    without one the run's seed and the request's index decide.
+    """
+
+    max_tokens: int = 16
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stop, str | list):
+            object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        if not _is_number(self.max_tokens, int) or self.max_tokens < 1:
+            raise ValueError(f"max_tokens is {self.max_tokens!r}; it must be an integer of at least 1")
+        if not _is_number(self.temperature, int | float) or not 0 <= self.temperature <= 2:
+            raise ValueError(f"temperature is {self.temperature!r}; it must be 0 (greedy) to 2")
+        if not _is_number(self.top_p, int | float) or not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p!r}; it must be above 0 and at most 1")
+        if self.seed is not None and not _is_number(self.seed, int):
+            raise ValueError(f"seed is {self.seed!r}; it must be an integer")
+        if not isinstance(self.ignore_eos, bool):
+            raise ValueError(f"ignore_eos is {self.ignore_eos!r}; it must be true or false")
+        if any(not isinstance(text, str) or not text for text in self.stop):
+            raise ValueError(f"stop is {self.stop!r}; it must be non-empty strings")
+
+
+def _is_number(value: object, kind) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt on its way through the engine; `index` is its place in the input."""
+
+    index: int
+    prompt_token_ids: list[int]
+    params: SamplingParams
+
+    @property
+    def max_seq_len(self) -> int:
+        return len(self.prompt_token_ids) + self.params.max_tokens
+
+
+@dataclass(frozen=True)
+class CompletionOutput:
+    """One answer; finish_reason is "stop" (end token or stop string) or "length"."""
+
+    text: str
+    token_ids: list[int]
+    finish_reason: str
+
+
+@dataclass(frozen=True)
+class RequestOutput:
+    """A request's prompt and answer, as vLLM names them."""
+
+    index: int
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a stage says of a request that is done: tokens, not text."""
+
+    index: int
+    token_ids: list[int]
+    finish_reason: str
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a stage says after each pass: how far it is, and how long that pass took."""
+
+    new_tokens: int
+    prefill_tokens: int
+    seconds: float
+    is_prefill: bool

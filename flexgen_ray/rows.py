@@ -1,0 +1,68 @@
+"""The composition of one pass of one batch: which slots bring how many new tokens.
+
+Rows are ragged: a decoding row brings one token, a prefilling row a chunk. Linear layers see the
+packed tokens, attention the rows. No tensors here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One slot's share of a pass.
+
+    position: tokens already in its cache; offset: its first new token among the packed ones;
+    is_sampled: whether its last new token is followed by one to be chosen.
+    """
+
+    slot: int
+    position: int
+    num_new_tokens: int
+    offset: int
+    is_sampled: bool
+
+    @property
+    def tokens(self) -> slice:
+        """Where its new tokens lie among the packed ones."""
+        return slice(self.offset, self.offset + self.num_new_tokens)
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens in its cache after this pass."""
+        return self.position + self.num_new_tokens
+
+
+@dataclass(frozen=True)
+class Rows:
+    """All rows of a pass, in slot order, and their packed tokens."""
+
+    rows: tuple[Row, ...]
+    token_ids: tuple[int, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def positions(self) -> list[int]:
+        """Of each packed token in its sequence."""
+        return [p for row in self.rows for p in range(row.position, row.seq_len)]
+
+    @property
+    def sampled(self) -> list[Row]:
+        return [row for row in self.rows if row.is_sampled]
+
+
+def runs(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    """Maximal runs of decoding rows in neighbouring slots: each is one slice of cache and tokens."""
+    run: list[Row] = []
+    for row in rows:
+        if run and (row.slot != run[-1].slot + 1 or row.offset != run[-1].offset + 1):
+            yield run
+            run = []
+        run.append(row)
+    if run:
+        yield run

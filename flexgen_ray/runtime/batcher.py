@@ -1,0 +1,161 @@
+"""Which request sits in which slot, what each pass brings, and when a request is done.
+
+A block is num_gpu_batches batches of up to gpu_batch_size slots. Requests are sorted by prompt
+length so that a batch's rows are alike. A finished row leaves its slot; slots are filled again when
+the whole block is done. Knows tokens; no tensors, no tiers.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+
+from flexgen_ray.request import Finished, Request
+from flexgen_ray.rows import Row, Rows
+from flexgen_ray.runtime.sampler import Draw, uniform
+
+Decode = Callable[[list[int]], str]
+
+
+@dataclass
+class _Sequence:
+    """A request in a slot: its tokens, and how many of them the cache holds."""
+
+    request: Request
+    token_ids: list[int]
+    cached: int = 0
+
+    @property
+    def generated(self) -> list[int]:
+        return self.token_ids[len(self.request.prompt_token_ids) :]
+
+
+@dataclass
+class Batcher:
+    """Feeds one stage with passes.
+
+    cell_tokens: most tokens of one batch in one pass; decode: tokens to text, for stop strings;
+    seed: of requests without one.
+    """
+
+    gpu_batch_size: int
+    num_gpu_batches: int
+    cell_tokens: int
+    eos_token_ids: frozenset[int]
+    decode: Decode | None = None
+    seed: int = 0
+    _waiting: deque[Request] = field(default_factory=deque)
+    _slots: list[dict[int, _Sequence]] = field(default_factory=list)
+    _finished: list[Finished] = field(default_factory=list)
+    prefill_tokens: int = 0
+    new_tokens: int = 0
+
+    def add(self, requests: Iterable[Request]) -> None:
+        """Queues requests, longest prompts first, so what takes most memory is met at once."""
+        merged = [*self._waiting, *requests]
+        merged.sort(key=lambda request: (-len(request.prompt_token_ids), -request.params.max_tokens))
+        self._waiting = deque(merged)
+
+    def visits(self) -> Iterator[int]:
+        """0, 1, 2, …: one number a pass, until every request is done."""
+        visit = 0
+        while True:
+            if not any(self._slots):
+                self._fill_block()
+            if not any(self._slots):
+                return
+            self.prefill_tokens = self.new_tokens = 0
+            yield visit
+            visit += 1
+
+    def compose(self, batch: int) -> Rows:
+        """The next pass of a batch: a token for each decoding row, then prompts as far as they fit."""
+        slots = self._slots[batch]
+        decoding = [s for s, seq in slots.items() if len(seq.token_ids) - seq.cached == 1]
+        room = self.cell_tokens - len(decoding)
+        counts = dict.fromkeys(decoding, 1)
+        for slot, sequence in slots.items():
+            if slot not in counts:
+                count = min(room, len(sequence.token_ids) - sequence.cached)
+                room -= count
+                if count:
+                    counts[slot] = count
+        return self._pack(slots, counts)
+
+    def draws(self, batch: int, slots: list[int]) -> list[Draw]:
+        """How to choose the next token of each slot."""
+        return [self._draw(self._slots[batch][slot]) for slot in slots]
+
+    def request_indices(self, batch: int, slots: list[int]) -> list[int]:
+        return [self._slots[batch][slot].request.index for slot in slots]
+
+    def accept(self, batch: int, slots: list[int], token_ids: list[int]) -> None:
+        """Appends the chosen tokens; finished requests leave their slots."""
+        self.new_tokens += len(token_ids)
+        for slot, token in zip(slots, token_ids, strict=True):
+            sequence = self._slots[batch][slot]
+            sequence.token_ids.append(token)
+            reason = self._finish_reason(sequence, token)
+            if reason:
+                index = sequence.request.index
+                self._finished.append(Finished(index, sequence.generated, reason))
+                del self._slots[batch][slot]
+
+    def take_finished(self) -> list[Finished]:
+        """What finished since the last call."""
+        finished, self._finished = self._finished, []
+        return finished
+
+    def _fill_block(self) -> None:
+        """The next requests, spread evenly over the batches, neighbours in length together."""
+        count = min(len(self._waiting), self.gpu_batch_size * self.num_gpu_batches)
+        shares = [
+            count * (batch + 1) // self.num_gpu_batches - count * batch // self.num_gpu_batches
+            for batch in range(self.num_gpu_batches)
+        ]
+        self._slots = [
+            {
+                slot: _Sequence(request, list(request.prompt_token_ids))
+                for slot, request in enumerate(self._waiting.popleft() for _ in range(share))
+            }
+            for share in shares
+        ]
+
+    def _pack(self, slots: dict[int, _Sequence], counts: dict[int, int]) -> Rows:
+        rows: list[Row] = []
+        token_ids: list[int] = []
+        for slot in sorted(counts):
+            sequence, count = slots[slot], counts[slot]
+            start, stop = sequence.cached, sequence.cached + count
+            is_last = stop == len(sequence.token_ids)
+            rows.append(Row(slot, start, count, len(token_ids), is_last))
+            token_ids += sequence.token_ids[start:stop]
+            if start < len(sequence.request.prompt_token_ids):
+                self.prefill_tokens += count
+            sequence.cached = stop
+        return Rows(tuple(rows), tuple(token_ids))
+
+    def _draw(self, sequence: _Sequence) -> Draw:
+        params, position = sequence.request.params, len(sequence.generated)
+        if params.temperature == 0:
+            return Draw(params, 0.0)
+        if params.seed is not None:
+            return Draw(params, uniform(params.seed, -1, position))
+        return Draw(params, uniform(self.seed, sequence.request.index, position))
+
+    def _finish_reason(self, sequence: _Sequence, token: int) -> str | None:
+        params = sequence.request.params
+        if token in self.eos_token_ids and not params.ignore_eos:
+            return "stop"
+        if params.stop and self._ends_with_stop(sequence):
+            return "stop"
+        return "length" if len(sequence.generated) >= params.max_tokens else None
+
+    def _ends_with_stop(self, sequence: _Sequence) -> bool:
+        """Looks at as many last tokens as a stop string can span (a character takes four at most)."""
+        assert self.decode is not None, "stop strings need a tokenizer"
+        stops = sequence.request.params.stop
+        window = 4 * max(len(stop) for stop in stops) + 4
+        text = self.decode(sequence.generated[-window:])
+        return any(stop in text for stop in stops)

@@ -1,0 +1,103 @@
+"""A stage: a range of layers, its stores and its executor. Runs requests; knows no Ray and no text."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from flexgen_ray.config import Budget
+from flexgen_ray.cost.sizes import StagePlan, check_budget, host_workspace_bytes, workspace_bytes
+from flexgen_ray.models.checkpoint import Checkpoint
+from flexgen_ray.request import Finished, Progress, Request
+from flexgen_ray.runtime.batcher import Batcher, Decode
+from flexgen_ray.runtime.cells import Cells, LogitsHook
+from flexgen_ray.runtime.executor import SerialExecutor
+from flexgen_ray.schedule.ops import OpKind
+from flexgen_ray.schedule.zigzag import zigzag
+from flexgen_ray.store.tier import DiskTier, MemoryTier, Tiers
+from flexgen_ray.store.weights import WeightStore
+
+
+@dataclass(frozen=True)
+class StageSpec:
+    """All that a stage needs to come up anywhere the files are; plain values, sent to actors."""
+
+    model: str
+    plan: StagePlan
+    budget: Budget
+    device: str
+    offload_dir: str
+    seed: int = 0
+    num_threads: int | None = None
+
+
+class Stage:
+    """Weights loaded, memory taken; `run` generates. Use as a context manager, or `close` it."""
+
+    def __init__(self, spec: StageSpec, decode: Decode | None = None) -> None:
+        check_budget(spec.plan, spec.budget)
+        if spec.num_threads:
+            torch.set_num_threads(spec.num_threads)
+        plan, device = spec.plan, torch.device(spec.device)
+        self.spec = spec
+        self.tiers = Tiers(
+            MemoryTier("gpu", spec.budget.gpu, device),
+            MemoryTier("cpu", spec.budget.cpu, torch.device("cpu")),
+            DiskTier(spec.budget.disk, Path(spec.offload_dir)),
+        )
+        try:
+            self.tiers.gpu.book("workspace", workspace_bytes(plan))
+            self.tiers.cpu.book("workspace", host_workspace_bytes(plan))
+            weights = WeightStore(plan, Checkpoint(spec.model, plan.config), self.tiers)
+            self.batcher = Batcher(
+                plan.policy.gpu_batch_size,
+                plan.policy.num_gpu_batches,
+                plan.cell_tokens,
+                frozenset(plan.config.eos_token_ids),
+                decode,
+                spec.seed,
+            )
+            self._cells = Cells(plan, weights, self.batcher, self.tiers)
+        except BaseException:
+            self.close()
+            raise
+
+    @torch.inference_mode()
+    def run(
+        self, requests: Iterable[Request], on_logits: LogitsHook | None = None
+    ) -> Iterator[Finished | Progress]:
+        """Yields every request's tokens as it finishes, and a Progress after each pass.
+
+        on_logits(request indices, [rows, vocabulary]) sees what each sampled token is chosen from.
+        """
+        plan = self.spec.plan
+        self._cells.on_logits = on_logits
+        self.batcher.add(requests)
+        executor = SerialExecutor(self._cells.handlers, self._cells.moves)
+        ops = zigzag(plan.stage, plan.policy.num_gpu_batches, self.batcher.visits())
+        started = time.perf_counter()
+        for op in executor.run(ops):
+            if op.kind is OpKind.SAMPLE and op.batch == plan.policy.num_gpu_batches - 1:
+                now = time.perf_counter()
+                yield from self.batcher.take_finished()
+                prefill = self.batcher.prefill_tokens
+                yield Progress(self.batcher.new_tokens, prefill, now - started, prefill > 0)
+                started = time.perf_counter()
+
+    def used(self) -> dict[str, dict[str, int]]:
+        """{tier: {what: bytes}} that the stage holds."""
+        return self.tiers.used()
+
+    def close(self) -> None:
+        """Gives the offload files back."""
+        self.tiers.disk.close()
+
+    def __enter__(self) -> Stage:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,113 @@
+"""A stage and the machine it runs on, behind four calls: probe, load, add, run.
+
+In-process it is used as it is; `distributed.actor` makes it a Ray actor. Knows no Ray.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from flexgen_ray.request import Finished, Progress, Request
+from flexgen_ray.runtime.cells import LogitsHook
+from flexgen_ray.runtime.stage import Stage, StageSpec
+from flexgen_ray.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a worker finds where it runs; bytes are those free now."""
+
+    host: str
+    device: str
+    device_name: str
+    gpu_bytes: int
+    cpu_bytes: int
+    disk_bytes: int
+    num_threads: int
+    is_fast_in_bfloat16: bool
+
+
+class Worker:
+    """One stage in this process."""
+
+    def __init__(self, num_threads: int | None = None) -> None:
+        self._stage: Stage | None = None
+        self._num_threads = num_threads or os.cpu_count() or 1
+        torch.set_num_threads(self._num_threads)
+
+    def probe(self, device: str, offload_dir: str) -> Machine:
+        """device: auto, cuda or cpu; ValueError if cuda is asked for and not there."""
+        if device == "cuda" and not torch.cuda.is_available():
+            raise ValueError(
+                f"--device cuda, but {socket.gethostname()} has no CUDA device that torch can use; "
+                "use --device cpu, or install a CUDA build of torch"
+            )
+        uses_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+        memory = _free_memory()
+        return Machine(
+            host=socket.gethostname(),
+            device="cuda" if uses_cuda else "cpu",
+            device_name=torch.cuda.get_device_name() if uses_cuda else "CPU",
+            gpu_bytes=torch.cuda.mem_get_info()[0] if uses_cuda else memory,
+            cpu_bytes=memory,
+            disk_bytes=_free_disk(Path(offload_dir)),
+            num_threads=self._num_threads,
+            is_fast_in_bfloat16=uses_cuda or _cpu_has_bfloat16(),
+        )
+
+    def load(self, spec: StageSpec) -> None:
+        """Takes the memory, reads the weights; replaces the stage of an earlier load."""
+        self.close()
+        self._stage = Stage(spec, Tokenizer(spec.model).decode)
+
+    def add(self, requests: list[Request]) -> None:
+        """Queues requests for the next run."""
+        assert self._stage is not None, "load comes first"
+        self._stage.batcher.add(requests)
+
+    def run(self, on_logits: LogitsHook | None = None) -> Iterator[Finished | Progress]:
+        """Runs what was added; see Stage.run."""
+        assert self._stage is not None, "load comes first"
+        yield from self._stage.run((), on_logits)
+
+    def used(self) -> dict[str, dict[str, int]]:
+        """{tier: {what: bytes}} that the stage holds."""
+        return self._stage.used() if self._stage else {}
+
+    def close(self) -> None:
+        """Gives memory and offload files back."""
+        if self._stage is not None:
+            self._stage.close()
+            self._stage = None
+
+
+def _free_memory() -> int:
+    """Of the machine, or of the container if that is less."""
+    free = psutil.virtual_memory().available
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.is_file() and used.is_file() and limit.read_text().strip() != "max":
+        free = min(free, int(limit.read_text()) - int(used.read_text()))
+    return free
+
+
+def _free_disk(folder: Path) -> int:
+    """Of the file system that the folder is, or will be, on."""
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def _cpu_has_bfloat16() -> bool:
+    cpu = torch.backends.cpu.get_cpu_capability()
+    if not cpu.startswith("AVX512"):
+        return False
+    flags = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="ignore")
+    return "avx512_bf16" in flags or "amx_bf16" in flags

@@ -1,0 +1,239 @@
+"""The vocabulary of the schedule: op kinds, the lane each is issued on, the buffers each touches.
+
+Program order is a correct serial execution. Any other execution must respect the hazards that the
+tables below imply: `Dependencies` derives them, and nobody else decides what waits for what.
+Knows no tensor, no byte and no second.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum, auto
+
+NUM_SLOTS = 2  # double buffering: one slot is filled while the other is used
+
+
+class OpKind(StrEnum):
+    """What one op does; see design.md for the cell they form."""
+
+    COMPOSE = auto()  # which rows this pass of a batch has
+    GATHER = auto()  # embedding rows looked up on the host
+    LOAD_EMBEDDING = auto()  # the gathered rows, to the device
+    READ_WEIGHTS = auto()  # part of a coming layer's disk weights, into a host slot
+    LOAD_WEIGHTS = auto()  # part of the next layer's streamed weights, to the device
+    READ_HIDDEN = auto()  # hidden states on disk, into a host slot
+    LOAD_HIDDEN = auto()  # hidden states off the device, to the device
+    READ_CACHE = auto()  # cache blocks on disk, into a host slot
+    LOAD_CACHE = auto()  # rows that are streamed to the device to be attended there
+    PROJECT = auto()  # norm, QKV, positions, append to the device-resident cache
+    STORE_CACHE = auto()  # new keys and values off the device, queries of host-attended rows
+    WRITE_CACHE = auto()  # whole cache blocks, to disk
+    ATTEND_DEVICE = auto()  # rows on, or streamed to, the device
+    ATTEND_HOST = auto()  # rows attended where their cache lies
+    LOAD_ATTENTION = auto()  # results of ATTEND_HOST, to the device
+    FINISH = auto()  # output projection and MLP; the embedding; the logits
+    STORE_HIDDEN = auto()  # hidden states that live off the device
+    WRITE_HIDDEN = auto()  # hidden states that live on disk
+    SAMPLE = auto()  # next tokens of a batch
+
+
+class Lane(StrEnum):
+    """A first-in-first-out queue; lanes only order, resources are scarce."""
+
+    DEVICE = auto()
+    HOST = auto()
+    LOAD_WEIGHTS = auto()
+    LOAD_CACHE = auto()
+    LOAD_SMALL = auto()
+    STORE = auto()
+    DISK_READ = auto()
+    DISK_WRITE = auto()
+
+
+LANE: dict[OpKind, Lane] = {
+    OpKind.COMPOSE: Lane.HOST,
+    OpKind.GATHER: Lane.HOST,
+    OpKind.LOAD_EMBEDDING: Lane.LOAD_SMALL,
+    OpKind.READ_WEIGHTS: Lane.DISK_READ,
+    OpKind.LOAD_WEIGHTS: Lane.LOAD_WEIGHTS,
+    OpKind.READ_HIDDEN: Lane.DISK_READ,
+    OpKind.LOAD_HIDDEN: Lane.LOAD_SMALL,
+    OpKind.READ_CACHE: Lane.DISK_READ,
+    OpKind.LOAD_CACHE: Lane.LOAD_CACHE,
+    OpKind.PROJECT: Lane.DEVICE,
+    OpKind.STORE_CACHE: Lane.STORE,
+    OpKind.WRITE_CACHE: Lane.DISK_WRITE,
+    OpKind.ATTEND_DEVICE: Lane.DEVICE,
+    OpKind.ATTEND_HOST: Lane.HOST,
+    OpKind.LOAD_ATTENTION: Lane.LOAD_SMALL,
+    OpKind.FINISH: Lane.DEVICE,
+    OpKind.STORE_HIDDEN: Lane.STORE,
+    OpKind.WRITE_HIDDEN: Lane.DISK_WRITE,
+    OpKind.SAMPLE: Lane.DEVICE,
+}
+
+
+class Buffer(StrEnum):
+    """A piece of memory that ops share; `Op.slot_of` tells which copy of it an op touches."""
+
+    DEVICE_WEIGHTS = auto()  # streamed weights; one copy per weights slot
+    HOST_WEIGHTS = auto()  # disk weights on their way; one copy per weights slot
+    WORK = auto()  # hidden states of a cell on the device; the following per cell slot
+    QUERY = auto()
+    NEW_KV = auto()
+    ATTENTION = auto()
+    STREAMED_CACHE = auto()
+    GATHERED = auto()
+    HOST_QUERY = auto()
+    HOST_ATTENTION = auto()
+    HIDDEN_IN = auto()
+    HIDDEN_OUT = auto()
+    CACHE_IN = auto()
+    CACHE_OUT = auto()
+    LOGITS = auto()
+    HIDDEN_GPU = auto()  # where hidden states live between layers; one copy per batch
+    HIDDEN_CPU = auto()
+    HIDDEN_DISK = auto()
+    TOKENS = auto()
+    ROWS = auto()  # the composition of a pass; per batch and parity of the visit
+    CACHE_GPU = auto()  # where keys and values live; per layer and batch
+    CACHE_CPU = auto()
+    CACHE_TAIL = auto()
+    CACHE_DISK = auto()
+
+
+_B = Buffer
+READS: dict[OpKind, tuple[Buffer, ...]] = {
+    OpKind.COMPOSE: (_B.TOKENS,),
+    OpKind.GATHER: (_B.ROWS,),
+    OpKind.LOAD_EMBEDDING: (_B.ROWS, _B.GATHERED),
+    OpKind.READ_WEIGHTS: (),
+    OpKind.LOAD_WEIGHTS: (_B.HOST_WEIGHTS,),
+    OpKind.READ_HIDDEN: (_B.ROWS, _B.HIDDEN_DISK),
+    OpKind.LOAD_HIDDEN: (_B.ROWS, _B.HIDDEN_CPU, _B.HIDDEN_IN),
+    OpKind.READ_CACHE: (_B.ROWS, _B.CACHE_DISK),
+    OpKind.LOAD_CACHE: (_B.ROWS, _B.CACHE_CPU, _B.CACHE_TAIL, _B.CACHE_IN),
+    OpKind.PROJECT: (_B.ROWS, _B.DEVICE_WEIGHTS, _B.HIDDEN_GPU, _B.WORK),
+    OpKind.STORE_CACHE: (_B.ROWS, _B.NEW_KV, _B.QUERY),
+    OpKind.WRITE_CACHE: (_B.ROWS, _B.CACHE_OUT),
+    OpKind.ATTEND_DEVICE: (_B.ROWS, _B.QUERY, _B.NEW_KV, _B.CACHE_GPU, _B.STREAMED_CACHE),
+    OpKind.ATTEND_HOST: (_B.ROWS, _B.HOST_QUERY, _B.CACHE_CPU),
+    OpKind.LOAD_ATTENTION: (_B.ROWS, _B.HOST_ATTENTION),
+    OpKind.FINISH: (_B.ROWS, _B.DEVICE_WEIGHTS, _B.WORK, _B.ATTENTION),
+    OpKind.STORE_HIDDEN: (_B.ROWS, _B.WORK),
+    OpKind.WRITE_HIDDEN: (_B.ROWS, _B.HIDDEN_OUT),
+    OpKind.SAMPLE: (_B.ROWS, _B.LOGITS),
+}
+WRITES: dict[OpKind, tuple[Buffer, ...]] = {
+    OpKind.COMPOSE: (_B.ROWS,),
+    OpKind.GATHER: (_B.GATHERED,),
+    OpKind.LOAD_EMBEDDING: (_B.WORK,),
+    OpKind.READ_WEIGHTS: (_B.HOST_WEIGHTS,),
+    OpKind.LOAD_WEIGHTS: (_B.DEVICE_WEIGHTS,),
+    OpKind.READ_HIDDEN: (_B.HIDDEN_IN,),
+    OpKind.LOAD_HIDDEN: (_B.WORK,),
+    OpKind.READ_CACHE: (_B.CACHE_IN,),
+    OpKind.LOAD_CACHE: (_B.STREAMED_CACHE,),
+    OpKind.PROJECT: (_B.WORK, _B.QUERY, _B.NEW_KV, _B.CACHE_GPU),
+    OpKind.STORE_CACHE: (_B.CACHE_CPU, _B.CACHE_TAIL, _B.CACHE_OUT, _B.HOST_QUERY),
+    OpKind.WRITE_CACHE: (_B.CACHE_DISK,),
+    OpKind.ATTEND_DEVICE: (_B.ATTENTION, _B.STREAMED_CACHE),
+    OpKind.ATTEND_HOST: (_B.HOST_ATTENTION,),
+    OpKind.LOAD_ATTENTION: (_B.ATTENTION,),
+    OpKind.FINISH: (_B.WORK, _B.HIDDEN_GPU, _B.LOGITS),
+    OpKind.STORE_HIDDEN: (_B.HIDDEN_CPU, _B.HIDDEN_OUT),
+    OpKind.WRITE_HIDDEN: (_B.HIDDEN_DISK,),
+    OpKind.SAMPLE: (_B.TOKENS,),
+}
+
+_PER_WEIGHTS = frozenset({_B.DEVICE_WEIGHTS, _B.HOST_WEIGHTS})
+_PER_BATCH = frozenset({_B.HIDDEN_GPU, _B.HIDDEN_CPU, _B.HIDDEN_DISK, _B.TOKENS})
+_PER_LAYER = frozenset({_B.CACHE_GPU, _B.CACHE_CPU, _B.CACHE_TAIL, _B.CACHE_DISK})
+
+Slot = tuple[Buffer, int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Op:
+    """One step of one cell.
+
+    visit: pass of a block through the stage; layer: 0 embeds, the last is the head; batch: of the
+    block; part: which of num_gpu_batches equal parts of a layer's weights, for the ops that move
+    them; cell_slot, weights_slot: which copy of the double-buffered memory this op uses.
+    """
+
+    kind: OpKind
+    visit: int
+    layer: int
+    batch: int
+    cell_slot: int
+    weights_slot: int
+    part: int = 0
+
+    @property
+    def lane(self) -> Lane:
+        return LANE[self.kind]
+
+    def slot_of(self, buffer: Buffer) -> Slot:
+        """The copy of `buffer` that this op touches."""
+        if buffer in _PER_WEIGHTS:
+            return buffer, self.weights_slot, 0
+        if buffer in _PER_BATCH:
+            return buffer, self.batch, 0
+        if buffer in _PER_LAYER:
+            return buffer, self.layer, self.batch
+        if buffer is Buffer.ROWS:
+            return buffer, self.batch, self.visit % NUM_SLOTS
+        return buffer, self.cell_slot, 0
+
+    @property
+    def reads(self) -> tuple[Slot, ...]:
+        return tuple(self.slot_of(buffer) for buffer in READS[self.kind])
+
+    @property
+    def writes(self) -> tuple[Slot, ...]:
+        return tuple(self.slot_of(buffer) for buffer in WRITES[self.kind])
+
+
+class Dependencies:
+    """Which earlier ops each op must wait for, beyond its lane's order.
+
+    Ops of one cell (for weights: of one layer) that write a slot with no reader between them fill
+    different parts of it and don't wait for each other. A reader waits for all of them; whoever
+    writes next waits for all of them and all readers.
+    """
+
+    def __init__(self) -> None:
+        self._slots: dict[Slot, _SlotState] = {}
+
+    def of(self, index: int, op: Op) -> set[int]:
+        """Indices of the ops that op number `index` waits for; call in program order."""
+        waits: set[int] = set()
+        for slot in op.reads:
+            state = self._slots.setdefault(slot, _SlotState())
+            waits.update(state.writers)
+            state.readers.append(index)
+        for slot in op.writes:
+            state = self._slots.setdefault(slot, _SlotState())
+            state.admit_writer(index, op)
+            waits.update(state.released_by)
+        waits.discard(index)
+        return waits
+
+
+class _SlotState:
+    """One slot's present content: who writes it, who reads it, who had to let go of the last."""
+
+    def __init__(self) -> None:
+        self.content: tuple[int, ...] = ()
+        self.released_by: list[int] = []
+        self.writers: list[int] = []
+        self.readers: list[int] = []
+
+    def admit_writer(self, index: int, op: Op) -> None:
+        weights = op.kind in (OpKind.READ_WEIGHTS, OpKind.LOAD_WEIGHTS)
+        content = (op.visit, op.layer) if weights else (op.visit, op.layer, op.batch)
+        if content != self.content or self.readers not in ([], [index]):
+            self.released_by = self.readers + self.writers
+            self.content, self.writers, self.readers = content, [], []
+        self.writers.append(index)

@@ -1,0 +1,107 @@
+"""Hidden states: their homes between layers on three tiers, and each cell's working copies.
+
+A cell works on whole tensors of its packed tokens on the device; between layers the first tokens
+stay there, the next go to host memory, the last to disk.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flexgen_ray.cost.placement import aligned, split_tokens
+from flexgen_ray.cost.sizes import PAGE, StagePlan, stage_bytes
+from flexgen_ray.schedule.ops import NUM_SLOTS, Op
+from flexgen_ray.store.tier import Tiers
+from flexgen_ray.store.weights import TORCH_DTYPE
+
+
+@dataclass(frozen=True)
+class Work:
+    """One cell's tensors on the device, [cell_tokens, …]; attention replaces q in its place."""
+
+    hidden: Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
+
+
+class HiddenStore:
+    """The hidden states of a stage's batches."""
+
+    def __init__(self, plan: StagePlan, tiers: Tiers) -> None:
+        self.plan = plan
+        self._sizes = stage_bytes(plan)
+        self._dtype = TORCH_DTYPE[plan.dtype]
+        batches = plan.policy.num_gpu_batches
+        hidden = plan.config.hidden_size
+        gpu, cpu, disk = plan.hidden_tokens
+        self.work = self._allocate_work(tiers)
+        self._gpu = self._allocate(tiers.gpu, "hidden states", (batches, gpu, hidden))
+        self._cpu = self._allocate(tiers.cpu, "hidden states", (batches, cpu, hidden))
+        flight = self._allocate(
+            tiers.cpu, "hidden states in flight", (2, NUM_SLOTS, disk, hidden)
+        )
+        self._in, self._out = flight[0], flight[1]
+        each = aligned(disk * hidden * plan.element_bytes, PAGE)
+        region = tiers.disk.allocate("hidden states", batches * each)
+        self._disk = [region.part(batch * each, each) for batch in range(batches)]
+        gathered = plan.cell_tokens if self._sizes["cpu"]["embedding"] else 0
+        self.gathered = self._allocate(tiers.cpu, "embedding", (NUM_SLOTS, gathered, hidden))
+
+    def read(self, op: Op, num_tokens: int) -> None:
+        """READ_HIDDEN: the tokens on disk, into the cell's host slot."""
+        count = self._split(num_tokens)[2]
+        if count:
+            self._disk[op.batch].read_into(self._in[op.cell_slot, :count])
+
+    def load(self, op: Op, num_tokens: int) -> None:
+        """LOAD_HIDDEN: the tokens off the device, into the cell's working copy."""
+        gpu, cpu, disk = self._split(num_tokens)
+        hidden = self.work[op.cell_slot].hidden
+        hidden[gpu : gpu + cpu].copy_(self._cpu[op.batch, :cpu], non_blocking=True)
+        hidden[gpu + cpu : num_tokens].copy_(self._in[op.cell_slot, :disk], non_blocking=True)
+
+    def fetch_resident(self, op: Op, num_tokens: int) -> None:
+        """The tokens on the device, into the cell's working copy."""
+        gpu = self._split(num_tokens)[0]
+        self.work[op.cell_slot].hidden[:gpu].copy_(self._gpu[op.batch, :gpu])
+
+    def keep_resident(self, op: Op, num_tokens: int) -> None:
+        """The first tokens of the cell's result stay on the device."""
+        gpu = self._split(num_tokens)[0]
+        self._gpu[op.batch, :gpu].copy_(self.work[op.cell_slot].hidden[:gpu])
+
+    def store(self, op: Op, num_tokens: int) -> None:
+        """STORE_HIDDEN: the others leave the device, those for disk into the cell's host slot."""
+        gpu, cpu, disk = self._split(num_tokens)
+        hidden = self.work[op.cell_slot].hidden
+        self._cpu[op.batch, :cpu].copy_(hidden[gpu : gpu + cpu])
+        self._out[op.cell_slot, :disk].copy_(hidden[gpu + cpu : num_tokens])
+
+    def write(self, op: Op, num_tokens: int) -> None:
+        """WRITE_HIDDEN: the cell's host slot, to disk."""
+        count = self._split(num_tokens)[2]
+        if count:
+            self._disk[op.batch].write(self._out[op.cell_slot, :count])
+
+    def _split(self, num_tokens: int) -> tuple[int, int, int]:
+        return split_tokens(self.plan.policy.activations, num_tokens)
+
+    def _allocate_work(self, tiers: Tiers) -> list[Work]:
+        config, tokens = self.plan.config, self.plan.cell_tokens
+        widths = (config.hidden_size, config.q_size, config.kv_size, config.kv_size)
+        memory = self._allocate(tiers.gpu, "cell", (NUM_SLOTS, tokens * sum(widths)))
+        slots = []
+        for flat in memory:
+            parts = flat.split([tokens * width for width in widths])
+            slots.append(
+                Work(*(part.view(tokens, width) for part, width in zip(parts, widths, strict=True)))
+            )
+        return slots
+
+    def _allocate(self, tier, what: str, shape: tuple[int, ...]) -> Tensor:
+        nbytes = torch.Size(shape).numel() * self.plan.element_bytes
+        return tier.allocate(what, nbytes).view(self._dtype).view(shape)

@@ -1,0 +1,233 @@
+"""Keys and values of a block on three tiers, and what moves them.
+
+Of each (layer, batch) the first slots live on the device, the next in host memory, the last on disk
+(cost/placement.RowSplit). Memory holds [key or value, slot, kv_head, seq, head_dim]. On disk a row
+is a sequence of blocks [key or value, kv_head, token, head_dim]; its newest tokens wait in a tail
+in host memory until they fill a block. Knows rows and bytes; not how attention is computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from flexgen_ray.cost.placement import RowSplit
+from flexgen_ray.cost.sizes import CACHE_BLOCK_TOKENS, StagePlan
+from flexgen_ray.rows import Row, Rows, runs
+from flexgen_ray.schedule.ops import NUM_SLOTS, Op
+from flexgen_ray.store.activations import Work
+from flexgen_ray.store.tier import Region, Tiers
+from flexgen_ray.store.weights import TORCH_DTYPE
+
+
+class KVCache:
+    """The cache of a stage's layers and batches."""
+
+    def __init__(self, plan: StagePlan, tiers: Tiers) -> None:
+        self.plan = plan
+        self._dtype = TORCH_DTYPE[plan.dtype]
+        self._splits = plan.splits
+        self._gpu = self._homes(tiers.gpu, "gpu")
+        self._cpu = self._homes(tiers.cpu, "cpu")
+        self._streamed = self._memory(tiers.gpu, "cache in flight", NUM_SLOTS, plan.streamed_rows)
+        self._tails, self._disk = self._disk_homes(tiers)
+        flight = (2, NUM_SLOTS, plan.disk_rows, plan.cache_blocks, plan.cache_block_bytes)
+        nbytes = torch.Size(flight).numel()
+        self._in, self._out = tiers.cpu.allocate("cache in flight", nbytes).view(flight)
+        vectors = (NUM_SLOTS, plan.attended_rows, plan.config.num_heads, plan.config.head_dim)
+        self.host_query = self._typed(tiers.cpu, "host attention", vectors)
+        self.host_attention = self._typed(tiers.cpu, "host attention", vectors)
+
+    def split(self, op: Op) -> RowSplit:
+        return self._splits[op.layer, op.batch]
+
+    def on_device(self, op: Op, rows: Iterable[Row]) -> list[Row]:
+        """The rows whose cache lives on the device."""
+        return [row for row in rows if row.slot < self.split(op).gpu]
+
+    def attended_on_host(self, op: Op, rows: Iterable[Row]) -> list[Row]:
+        """The decoding rows that are attended where their cache lies."""
+        split = self.split(op)
+        first, last = split.gpu, split.gpu + split.attended
+        return [row for row in rows if first <= row.slot < last and row.num_new_tokens == 1]
+
+    def streamed(self, op: Op, rows: Iterable[Row]) -> list[tuple[Row, int]]:
+        """The rows attended on the device though their cache lives elsewhere, and their places in
+        the streaming slot. A prompt's chunk of a host-attended row takes the last place."""
+        split, spare = self.split(op), self.plan.streamed_rows - 1
+        first = split.gpu + split.attended
+        return [
+            (row, row.slot - first if row.slot >= first else spare)
+            for row in rows
+            if row.slot >= first or (row.slot >= split.gpu and row.num_new_tokens > 1)
+        ]
+
+    def device_view(self, op: Op, first: int, last: int) -> Tensor:
+        """[2, rows, kv_heads, seq, head_dim] of slots first..last, resident on the device."""
+        return self._gpu[op.layer, op.batch][:, first:last]
+
+    def host_view(self, op: Op, first: int, last: int) -> Tensor:
+        """The same of slots in host memory."""
+        gpu = self.split(op).gpu
+        return self._cpu[op.layer, op.batch][:, first - gpu : last - gpu]
+
+    def streamed_view(self, op: Op, first: int, last: int) -> Tensor:
+        """The same of places in the streaming slot."""
+        return self._streamed[op.cell_slot][:, first:last]
+
+    def append_resident(self, op: Op, rows: Rows, work: Work) -> None:
+        """New keys and values of the rows that live on the device."""
+        home = self._gpu[op.layer, op.batch]
+        self._append(home, [(row, row.slot) for row in self.on_device(op, rows.rows)], work)
+
+    def append_streamed(self, op: Op, rows: Rows, work: Work) -> None:
+        """New keys and values of the streamed rows, next to what LOAD_CACHE brought."""
+        placed = [
+            (row, place)
+            for row, place in self.streamed(op, rows.rows)
+            if row.num_new_tokens == 1 or row.position
+        ]
+        self._append(self._streamed[op.cell_slot], placed, work)
+
+    def read(self, op: Op, rows: Rows) -> None:
+        """READ_CACHE: whole blocks of the rows on disk, into the cell's host slot."""
+        for row, index in self._on_disk(op, rows.rows):
+            blocks = row.position // CACHE_BLOCK_TOKENS
+            if blocks:
+                self._region(op, index).read_into(self._in[op.cell_slot, index, :blocks])
+
+    def load(self, op: Op, rows: Rows) -> None:
+        """LOAD_CACHE: the tokens so far of every streamed row, into the cell's device slot."""
+        split, target = self.split(op), self._streamed[op.cell_slot]
+        home = self._cpu[op.layer, op.batch]
+        for row, place in self.streamed(op, rows.rows):
+            index, past = row.slot - split.gpu, row.position
+            if index < split.cpu:
+                target[:, place, :, :past].copy_(home[:, index, :, :past], non_blocking=True)
+            elif past:
+                self._load_from_disk(op, index - split.cpu, past, target[:, place])
+
+    def store(self, op: Op, rows: Rows, work: Work) -> None:
+        """STORE_CACHE: new keys and values of rows off the device, queries of host-attended rows."""
+        split = self.split(op)
+        off_device = [row for row in rows.rows if row.slot >= split.gpu]
+        if not off_device:
+            return
+        in_memory = [
+            (row, row.slot - split.gpu) for row in off_device if row.slot < split.gpu + split.cpu
+        ]
+        self._append(self._cpu[op.layer, op.batch], in_memory, work)
+        for row, index in self._on_disk(op, off_device):
+            self._append_blocks(op, row, index, self._new(work, row.tokens))
+        for run in runs(self.attended_on_host(op, off_device)):
+            places, tokens = self.vector_places(op, run)
+            query = work.q[tokens].view(len(run), *self.host_query.shape[2:])
+            self.host_query[op.cell_slot, places].copy_(query)
+
+    def vector_places(self, op: Op, run: list[Row]) -> tuple[slice, slice]:
+        """Of a run of host-attended rows: places in the host's vectors, and packed tokens."""
+        first = run[0].slot - self.split(op).gpu
+        return slice(first, first + len(run)), slice(run[0].offset, run[0].offset + len(run))
+
+    def write(self, op: Op, rows: Rows) -> None:
+        """WRITE_CACHE: the blocks that this pass filled, to disk."""
+        for row, index in self._on_disk(op, rows.rows):
+            first, last = row.position // CACHE_BLOCK_TOKENS, row.seq_len // CACHE_BLOCK_TOKENS
+            if first < last:
+                offset = first * self.plan.cache_block_bytes
+                self._region(op, index).write(self._out[op.cell_slot, index, first:last], offset)
+
+    def _on_disk(self, op: Op, rows: Iterable[Row]) -> list[tuple[Row, int]]:
+        first = self.split(op).gpu + self.split(op).cpu
+        return [(row, row.slot - first) for row in rows if row.slot >= first]
+
+    def _append(self, home: Tensor, placed: list[tuple[Row, int]], work: Work) -> None:
+        """Writes the new tokens of (row, index into home); decoding rows in one go."""
+        decoding = [(row, index) for row, index in placed if row.num_new_tokens == 1]
+        if decoding:
+            tokens = torch.tensor([row.offset for row, _ in decoding], device=work.k.device)
+            new = self._new(work, tokens).to(home.device)
+            at = torch.tensor([index for _, index in decoding], device=home.device)
+            positions = torch.tensor([row.position for row, _ in decoding], device=home.device)
+            home[:, at, :, positions] = new.permute(2, 0, 1, 3)
+        for row, index in placed:
+            if row.num_new_tokens > 1:
+                new = self._new(work, row.tokens)
+                home[:, index, :, row.position : row.seq_len].copy_(new)
+
+    def _new(self, work: Work, tokens: slice | Tensor) -> Tensor:
+        """[2, kv_heads, tokens, head_dim] of the cell's new keys and values."""
+        config = self.plan.config
+        shape = (-1, config.num_kv_heads, config.head_dim)
+        return torch.stack([x[tokens].view(shape).transpose(0, 1) for x in (work.k, work.v)])
+
+    def _append_blocks(self, op: Op, row: Row, index: int, new: Tensor) -> None:
+        """Through the tail into whole blocks of the cell's outgoing slot."""
+        new = new.to("cpu")
+        tail = self._tails[op.layer, op.batch][index]
+        done = 0
+        while done < row.num_new_tokens:
+            block, start = divmod(row.position + done, CACHE_BLOCK_TOKENS)
+            count = min(CACHE_BLOCK_TOKENS - start, row.num_new_tokens - done)
+            self._tokens_of(tail)[:, :, start : start + count] = new[:, :, done : done + count]
+            done += count
+            if start + count == CACHE_BLOCK_TOKENS:
+                self._out[op.cell_slot, index, block] = tail
+
+    def _load_from_disk(self, op: Op, index: int, past: int, target: Tensor) -> None:
+        """Whole blocks from the cell's host slot, the rest from the tail; target: one row."""
+        blocks, rest = divmod(past, CACHE_BLOCK_TOKENS)
+        whole = blocks * CACHE_BLOCK_TOKENS
+        if blocks:
+            arrived = self._tokens_of(self._in[op.cell_slot, index, :blocks])
+            arrived = arrived.permute(1, 2, 0, 3, 4).flatten(2, 3)
+            target[:, :, :whole].copy_(arrived)
+        tail = self._tokens_of(self._tails[op.layer, op.batch][index])
+        target[:, :, whole:past].copy_(tail[:, :, :rest])
+
+    def _tokens_of(self, blocks: Tensor) -> Tensor:
+        """uint8 blocks [..., block_bytes] as [..., 2, kv_heads, tokens, head_dim]."""
+        config = self.plan.config
+        shape = (2, config.num_kv_heads, CACHE_BLOCK_TOKENS, config.head_dim)
+        used = torch.Size(shape).numel()
+        return blocks.view(self._dtype)[..., :used].unflatten(-1, shape)
+
+    def _region(self, op: Op, index: int) -> Region:
+        nbytes = self.plan.cache_blocks * self.plan.cache_block_bytes
+        return self._disk[op.layer, op.batch].part(index * nbytes, nbytes)
+
+    def _homes(self, tier, name: str) -> dict[tuple[int, int], Tensor]:
+        counts = {cell: getattr(split, name) for cell, split in self._splits.items()}
+        nbytes = sum(counts.values()) * self.plan.row_bytes
+        flat = tier.allocate("cache", nbytes).view(self._dtype)
+        each = flat.split([n * self.plan.row_bytes // flat.itemsize for n in counts.values()])
+        return {
+            cell: part.view(self._shape(count))
+            for (cell, count), part in zip(counts.items(), each, strict=True)
+        }
+
+    def _disk_homes(self, tiers: Tiers) -> tuple[dict, dict]:
+        plan = self.plan
+        block, row = plan.cache_block_bytes, plan.cache_blocks * plan.cache_block_bytes
+        total = sum(split.disk for split in self._splits.values())
+        tails = tiers.cpu.allocate("cache tails", total * block).view(total, block)
+        region = tiers.disk.allocate("cache", total * row)
+        tail_of, region_of, used = {}, {}, 0
+        for cell, split in self._splits.items():
+            tail_of[cell] = tails[used : used + split.disk]
+            region_of[cell] = region.part(used * row, split.disk * row)
+            used += split.disk
+        return tail_of, region_of
+
+    def _memory(self, tier, what: str, slots: int, rows: int) -> Tensor:
+        return self._typed(tier, what, (slots, *self._shape(rows)))
+
+    def _shape(self, rows: int) -> tuple[int, ...]:
+        config = self.plan.config
+        return 2, rows, config.num_kv_heads, self.plan.max_seq_len, config.head_dim
+
+    def _typed(self, tier, what: str, shape: tuple[int, ...]) -> Tensor:
+        nbytes = torch.Size(shape).numel() * self.plan.element_bytes
+        return tier.allocate(what, nbytes).view(self._dtype).view(shape)

@@ -1,0 +1,40 @@
+"""Text to tokens and back, by the model folder's own tokenizer. transformers does the work."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+
+_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
+
+
+class Tokenizer:
+    """Loaded on first use; `exists` is false for a folder without tokenizer files."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+
+    @property
+    def exists(self) -> bool:
+        return any((self.folder / name).is_file() for name in _FILES)
+
+    def encode(self, text: str) -> list[int]:
+        """With the special tokens that the tokenizer puts around a text by itself."""
+        return self.hf.encode(text)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Without special tokens."""
+        return self.hf.decode(list(token_ids), skip_special_tokens=True)
+
+    @cached_property
+    def hf(self):
+        """The transformers tokenizer; ValueError if the folder has none."""
+        if not self.exists:
+            raise ValueError(
+                f"{self.folder} has no tokenizer ({', '.join(_FILES)}); give prompts as token ids, "
+                "or add the tokenizer's files"
+            )
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)

@@ -1,0 +1,102 @@
+"""Tiny random models, their greedy continuations by transformers, and how to compare with ours."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig
+
+VOCABULARY = 97
+CONTEXT = 160
+CONFIGS = {
+    "opt": OPTConfig(
+        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=3, num_attention_heads=4,
+        ffn_dim=64, max_position_embeddings=CONTEXT, word_embed_proj_dim=32,
+    ),
+    "opt-350m-like": OPTConfig(
+        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+        ffn_dim=48, max_position_embeddings=CONTEXT, word_embed_proj_dim=16,
+        do_layer_norm_before=False,
+    ),
+    "llama": LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, intermediate_size=48, max_position_embeddings=CONTEXT,
+        tie_word_embeddings=True,
+    ),
+    "llama3-like": LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=48, num_hidden_layers=2, num_attention_heads=6,
+        num_key_value_heads=1, head_dim=16, intermediate_size=40, max_position_embeddings=CONTEXT,
+        tie_word_embeddings=False, attention_bias=True, mlp_bias=True,
+        rope_parameters={
+            "rope_type": "llama3", "rope_theta": 1000.0, "factor": 4.0, "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0, "original_max_position_embeddings": 40,
+        },
+    ),
+    "llama-linear": LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=4, intermediate_size=48, max_position_embeddings=CONTEXT,
+        tie_word_embeddings=False,
+        rope_parameters={"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0},
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Reference:
+    """One prompt's greedy continuation by transformers, and the logits behind each token."""
+
+    prompt: list[int]
+    tokens: list[int]
+    logits: torch.Tensor
+
+    def certain_len(self) -> int:
+        """Tokens before the first whose two best logits are too close to call (design.md)."""
+        best = self.logits.topk(2, dim=-1).values
+        close = (best[:, 0] - best[:, 1]) < 1e-4 * self.logits.std(dim=-1)
+        return int(close.float().argmax()) if close.any() else len(self.tokens)
+
+
+def save(name: str, folder: Path, max_shard_size: str = "5GB") -> Path:
+    """A model folder with random weights, large enough that its tokens are diverse."""
+    torch.manual_seed(len(name))
+    model = AutoModelForCausalLM.from_config(CONFIGS[name], dtype=torch.float32)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            noise = torch.randn_like(parameter)
+            if "embed" in key or "lm_head" in key:
+                parameter.copy_(noise)
+            elif parameter.dim() == 2:
+                parameter.copy_(1.5 * noise / parameter.shape[-1] ** 0.5)
+            else:
+                parameter.copy_(0.1 * noise + ("norm" in key and key.endswith("weight")))
+    model.generation_config.eos_token_id = None
+    model.config.eos_token_id = None
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    return folder
+
+
+def prompts(count: int, longest: int, seed: int = 0) -> list[list[int]]:
+    """Ragged prompts of 1 to `longest` random tokens."""
+    rng = random.Random(seed)
+    return [
+        [rng.randrange(4, VOCABULARY) for _ in range(rng.randint(1, longest))] for _ in range(count)
+    ]
+
+
+def references(folder: Path, some_prompts: list[list[int]], max_tokens: int) -> list[Reference]:
+    """transformers' greedy generate, one prompt at a time, without end tokens."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return [_generate(model, prompt, max_tokens) for prompt in some_prompts]
+
+
+def _generate(model, prompt: list[int], max_tokens: int) -> Reference:
+    out = model.generate(
+        torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+        max_new_tokens=max_tokens, do_sample=False, output_logits=True, eos_token_id=None,
+        pad_token_id=0, return_dict_in_generate=True,
+    )  # fmt: skip
+    tokens = out.sequences[0, len(prompt) :].tolist()
+    return Reference(prompt, tokens, torch.cat(out.logits).float())
