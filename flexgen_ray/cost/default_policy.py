@@ -74,7 +74,7 @@ def _weights_fit(plan: StagePlan, budget: Budget) -> bool:
 
 
 def _with(plan: StagePlan, **changes: Placement) -> StagePlan:
-    return replace(plan, policy=replace(plan.policy, **changes))
+    return replace(plan, policy=replace(plan.policy, **changes))  # type: ignore[arg-type]
 
 
 def _lift(plan: StagePlan, what: str, tier: str, budget: Budget) -> StagePlan:

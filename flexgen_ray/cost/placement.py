@@ -59,7 +59,7 @@ def tensor_bytes(shape: tuple[int, ...], dtype: str) -> int:
 
 
 def stored_tensors(config: ModelConfig, stage: StageLayers, layer: int) -> Tensors:
-    """The weights a layer stores itself: a tied head next to its embedding stores no second copy."""
+    """The weights a layer stores itself: a tied head beside its embedding has no second copy."""
     tensors = config.tensors(layer)
     if layer == config.head_layer and config.tie_word_embeddings and stage.first == 0:
         tensors = {name: shape for name, shape in tensors.items() if name != "embed_tokens.weight"}

@@ -29,7 +29,7 @@ SAMPLING_COPIES = 6  # logits, their float64 distribution, and what sorting it t
 
 @dataclass(frozen=True)
 class StagePlan:
-    """Everything that fixes a stage's memory: the model's part, its policy, its longest sequences."""
+    """Everything that fixes a stage's memory: model, policy, longest sequences."""
 
     config: ModelConfig
     stage: StageLayers
@@ -202,7 +202,7 @@ def _hidden_bytes(plan: StagePlan) -> dict[str, dict[str, int]]:
 
 
 def workspace_bytes(plan: StagePlan) -> int:
-    """Most bytes of temporaries on the device: one tile's MLP or projection, attention, or logits."""
+    """Most bytes of temporaries on the device: a tile's MLP or projection, attention, logits."""
     config, element = plan.config, plan.element_bytes
     wide = max(config.intermediate_size * (3 if config.gated_mlp else 2), 3 * config.q_size)
     tile = plan.tile_tokens * (wide * element + config.hidden_size * (2 * element + 3 * 4))
@@ -238,7 +238,7 @@ def check_budget(plan: StagePlan, budget: Budget) -> None:
             largest = sorted(sizes[tier].items(), key=lambda item: -item[1])[:3]
             parts = ", ".join(f"{what} {format_bytes(size)}" for what, size in largest if size)
             raise ValueError(
-                f"the policy needs {format_bytes(getattr(need, tier))} on the {tier} tier ({parts}) "
-                f"but its budget is {format_bytes(getattr(budget, tier))}; lower "
+                f"the policy needs {format_bytes(getattr(need, tier))} on the {tier} tier "
+                f"({parts}) but its budget is {format_bytes(getattr(budget, tier))}; lower "
                 f"{_REMEDY[tier].format(plan.policy)}, or raise --{tier}-memory"
             )

@@ -5,6 +5,7 @@ Looks like a Worker to whoever uses it. Knows Ray; not what a stage computes.
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Iterator
@@ -17,7 +18,6 @@ from flexgen_ray.distributed.actor import StageActor
 from flexgen_ray.request import Finished, Progress, Request
 from flexgen_ray.runtime.stage import StageSpec
 from flexgen_ray.runtime.worker import Machine
-from flexgen_ray.units import format_bytes
 
 OBJECT_STORE_BYTES = 80 * 2**20  # Ray's minimum is 75 MiB; prompts and tokens need little
 REQUESTS_PER_CALL = 256
@@ -30,14 +30,16 @@ class Driver:
     def __init__(self, address: str | None = None, device: str = "auto") -> None:
         self._owns_cluster = _connect(address)
         options = _actor_options(device)
-        self._actor = StageActor.options(**options).remote(int(options["num_cpus"]))
+        actor_class: Any = StageActor
+        self._actor = actor_class.options(**options).remote(int(options["num_cpus"]))
         try:
             ray.get(self._actor.__ray_ready__.remote(), timeout=START_SECONDS)
         except GetTimeoutError as error:
             self.close()
             raise RuntimeError(
-                f"Ray found no node with {options['num_cpus']:g} free CPUs and {options['num_gpus']:g} "
-                f"free GPUs within {START_SECONDS} s; stop other jobs or choose another --address"
+                f"Ray found no node with {options['num_cpus']} free CPUs and "
+                f"{options['num_gpus']} free GPUs within {START_SECONDS} s; "
+                "stop other jobs or choose another --address"
             ) from error
 
     @property
@@ -93,7 +95,7 @@ def _connect(address: str | None) -> bool:
         return False
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if address or os.environ.get("RAY_ADDRESS"):
-        ray.init(address=address or "auto", log_to_driver=False, logging_level="error")
+        ray.init(address=address or "auto", log_to_driver=False, logging_level=logging.ERROR)
         return False
     # A policy may fill the host's memory on purpose; Ray's own killer would end the run.
     os.environ.setdefault("RAY_memory_usage_threshold", "0.99")
@@ -102,7 +104,7 @@ def _connect(address: str | None) -> bool:
         object_store_memory=OBJECT_STORE_BYTES,
         include_dashboard=False,
         log_to_driver=False,
-        logging_level="error",
+        logging_level=logging.ERROR,
         _node_ip_address="127.0.0.1",
     )
     return True
@@ -113,7 +115,7 @@ def _actor_options(device: str) -> dict[str, Any]:
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     gpus = [node for node in nodes if node.get("GPU", 0) >= 1]
     if device == "cuda" and not gpus:
-        raise ValueError("--device cuda, but no node of the Ray cluster has a GPU; use --device cpu")
+        raise ValueError("--device cuda, but no node of the Ray cluster has a GPU; use cpu")
     uses_gpu = bool(gpus) and device != "cpu"
     node = max(gpus if uses_gpu else nodes, key=lambda node: node.get("CPU", 0))
     num_cpus = max(1, math.floor(node.get("CPU", 1) / (node["GPU"] if uses_gpu else 1)))
@@ -122,7 +124,3 @@ def _actor_options(device: str) -> dict[str, Any]:
         "num_gpus": int(uses_gpu),
         "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(num_cpus)}},
     }
-
-
-def describe_reserve(nbytes: int) -> str:
-    return f"{format_bytes(nbytes)} of host memory is Ray's object store"

@@ -22,8 +22,8 @@ def decode(q: Tensor, k: Tensor, v: Tensor, lens: list[int]) -> Tensor:
     k, v = k[:, :, :longest], v[:, :, :longest]
     mask = None
     if min(lens) < longest:
-        valid = torch.arange(longest, device=q.device) < torch.tensor(lens, device=q.device)[:, None]
-        mask = valid[:, None, None, :]
+        ends = torch.tensor(lens, device=q.device)[:, None, None, None]
+        mask = torch.arange(longest, device=q.device) < ends
     grouped = q.reshape(rows, k.shape[1], heads // k.shape[1], head_dim)
     out = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask)
     return out.reshape(rows, heads, head_dim)
@@ -49,6 +49,7 @@ def prefill(q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
         positions = torch.arange(start + first, start + last, device=q.device)
         mask = torch.arange(start + last, device=q.device) <= positions[:, None]
         keys, values = key[:, :, : start + last], value[:, :, : start + last]
-        piece = F.scaled_dot_product_attention(query[:, :, first:last], keys, values, attn_mask=mask)
+        part = query[:, :, first:last]
+        piece = F.scaled_dot_product_attention(part, keys, values, attn_mask=mask)
         pieces.append(piece[0].transpose(0, 1))
     return torch.cat(pieces)

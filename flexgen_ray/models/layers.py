@@ -44,7 +44,7 @@ def rms_norm(config: ModelConfig, weights: Weights, name: str, x: Tensor) -> Ten
 
 
 def project_heads(config: ModelConfig, weights: Weights, x: Tensor) -> tuple[Tensor, ...]:
-    """x: [tokens, hidden]; returns q [tokens, heads, head_dim], k and v [tokens, kv_heads, head_dim]."""
+    """x: [tokens, hidden]; returns q, k, v, each [tokens, heads or kv_heads, head_dim]."""
     heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
     return tuple(
         linear(weights, name, x).view(len(x), count, config.head_dim)

@@ -63,7 +63,7 @@ def _parse_rope(hf: dict) -> Rope:
     parameters = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     kind = parameters.get("rope_type") or parameters.get("type") or "default"
     if kind not in ROPE_TYPES:
-        raise ValueError(f"rope type {kind!r} is not supported; supported are {', '.join(ROPE_TYPES)}")
+        raise ValueError(f"rope type {kind!r} is not supported; known are {', '.join(ROPE_TYPES)}")
     return Rope(
         theta=parameters.get("rope_theta") or hf.get("rope_theta") or Rope.theta,
         type=kind,
@@ -81,7 +81,9 @@ def embed(config: ModelConfig, lookup: Lookup, tokens: Tensor, positions: Tensor
     return lookup("embed_tokens.weight", tokens)
 
 
-def project(config: ModelConfig, weights: Weights, x: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
+def project(
+    config: ModelConfig, weights: Weights, x: Tensor, positions: Tensor
+) -> tuple[Tensor, ...]:
     """x: [tokens, hidden]; returns q, k, v, each [tokens, heads or kv_heads, head_dim]."""
     assert config.rope is not None
     q, k, v = project_heads(config, weights, rms_norm(config, weights, "attention_norm", x))

@@ -1,4 +1,4 @@
-"""OPT (Zhang et al. 2022), every size: learned positions, LayerNorm, ReLU; 350M normalises after."""
+"""OPT (Zhang et al. 2022), every size: learned positions, LayerNorm (350M: after), ReLU."""
 
 from __future__ import annotations
 
@@ -74,7 +74,9 @@ def embed(config: ModelConfig, lookup: Lookup, tokens: Tensor, positions: Tensor
     return x + lookup("embed_positions.weight", positions + POSITION_OFFSET)
 
 
-def project(config: ModelConfig, weights: Weights, x: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
+def project(
+    config: ModelConfig, weights: Weights, x: Tensor, positions: Tensor
+) -> tuple[Tensor, ...]:
     """x: [tokens, hidden]; returns q, k, v, each [tokens, heads, head_dim]."""
     if config.pre_norm:
         x = layer_norm(config, weights, "attention_norm", x)

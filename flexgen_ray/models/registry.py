@@ -29,7 +29,7 @@ def load_config(folder: str | Path) -> ModelConfig:
     architecture = (hf.get("architectures") or ["none"])[0]
     if architecture not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
-        raise ValueError(f"{path}: architecture {architecture} is not supported; supported are {known}")
+        raise ValueError(f"{path}: {architecture} is not supported; supported are {known}")
     hf["dtype"] = _checkpoint_dtype(path, hf)
     hf["eos_token_ids"] = _eos_token_ids(path, hf)
     try:
@@ -40,7 +40,7 @@ def load_config(folder: str | Path) -> ModelConfig:
         raise ValueError(f"{path}: {error}") from error
     if config.activation not in ACTIVATIONS:
         known = ", ".join(ACTIVATIONS)
-        raise ValueError(f"{path}: activation {config.activation!r} is not supported; known are {known}")
+        raise ValueError(f"{path}: activation {config.activation!r} is not one of {known}")
     return config
 
 
@@ -57,7 +57,7 @@ def _read_json(path: Path) -> dict:
 def _checkpoint_dtype(path: Path, hf: dict) -> str:
     dtype = hf.get("dtype") or hf.get("torch_dtype") or "float32"
     if dtype not in DTYPE_BYTES:
-        raise ValueError(f"{path}: dtype {dtype!r} is not supported; known are {', '.join(DTYPE_BYTES)}")
+        raise ValueError(f"{path}: dtype {dtype!r} is not one of {', '.join(DTYPE_BYTES)}")
     return dtype
 
 

@@ -54,7 +54,7 @@ class Batcher:
     def add(self, requests: Iterable[Request]) -> None:
         """Queues requests, longest prompts first, so what takes most memory is met at once."""
         merged = [*self._waiting, *requests]
-        merged.sort(key=lambda request: (-len(request.prompt_token_ids), -request.params.max_tokens))
+        merged.sort(key=lambda it: (-len(it.prompt_token_ids), -it.params.max_tokens))
         self._waiting = deque(merged)
 
     def visits(self) -> Iterator[int]:
@@ -70,7 +70,7 @@ class Batcher:
             visit += 1
 
     def compose(self, batch: int) -> Rows:
-        """The next pass of a batch: a token for each decoding row, then prompts as far as they fit."""
+        """The next pass of a batch: each decoding row's token, then prompts as far as they fit."""
         slots = self._slots[batch]
         decoding = [s for s, seq in slots.items() if len(seq.token_ids) - seq.cached == 1]
         room = self.cell_tokens - len(decoding)
@@ -153,7 +153,7 @@ class Batcher:
         return "length" if len(sequence.generated) >= params.max_tokens else None
 
     def _ends_with_stop(self, sequence: _Sequence) -> bool:
-        """Looks at as many last tokens as a stop string can span (a character takes four at most)."""
+        """Looks at as many last tokens as a stop string can span (four a character at most)."""
         assert self.decode is not None, "stop strings need a tokenizer"
         stops = sequence.request.params.stop
         window = 4 * max(len(stop) for stop in stops) + 4

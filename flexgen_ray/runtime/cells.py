@@ -125,8 +125,8 @@ class Cells:
         rows, work, cache = self.rows(op), self._work(op), self.cache
         cache.append_streamed(op, rows, work)
         resident = [(row, row.slot) for row in cache.on_device(op, rows.rows)]
-        groups = ((resident, cache.device_view), (cache.streamed(op, rows.rows), cache.streamed_view))
-        for placed, view in groups:
+        streamed = cache.streamed(op, rows.rows)
+        for placed, view in ((resident, cache.device_view), (streamed, cache.streamed_view)):
             place = {row.slot: index for row, index in placed}
             for run in runs(row for row, _ in placed if row.num_new_tokens == 1):
                 first = place[run[0].slot]

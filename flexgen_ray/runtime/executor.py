@@ -1,4 +1,4 @@
-"""Runs a stream of ops. The serial executor follows program order and is the oracle for any other."""
+"""Runs a stream of ops. The serial executor is the oracle for any other."""
 
 from __future__ import annotations
 

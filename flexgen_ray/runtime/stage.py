@@ -1,4 +1,4 @@
-"""A stage: a range of layers, its stores and its executor. Runs requests; knows no Ray and no text."""
+"""A stage: a range of layers, its stores and its executor. Knows no Ray and no text."""
 
 from __future__ import annotations
 
@@ -32,7 +32,6 @@ class StageSpec:
     device: str
     offload_dir: str
     seed: int = 0
-    num_threads: int | None = None
 
 
 class Stage:
@@ -40,8 +39,6 @@ class Stage:
 
     def __init__(self, spec: StageSpec, decode: Decode | None = None) -> None:
         check_budget(spec.plan, spec.budget)
-        if spec.num_threads:
-            torch.set_num_threads(spec.num_threads)
         plan, device = spec.plan, torch.device(spec.device)
         self.spec = spec
         self.tiers = Tiers(
@@ -83,7 +80,8 @@ class Stage:
         for op in executor.run(ops):
             if op.kind is OpKind.SAMPLE and op.batch == plan.policy.num_gpu_batches - 1:
                 now = time.perf_counter()
-                yield from self.batcher.take_finished()
+                for finished in self.batcher.take_finished():
+                    yield finished
                 prefill = self.batcher.prefill_tokens
                 yield Progress(self.batcher.new_tokens, prefill, now - started, prefill > 0)
                 started = time.perf_counter()

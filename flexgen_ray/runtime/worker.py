@@ -40,7 +40,8 @@ class Worker:
 
     def __init__(self, num_threads: int | None = None) -> None:
         self._stage: Stage | None = None
-        self._num_threads = num_threads or os.cpu_count() or 1
+        wanted = num_threads or int(os.environ.get("OMP_NUM_THREADS") or 0)
+        self._num_threads = wanted or len(os.sched_getaffinity(0))
         torch.set_num_threads(self._num_threads)
 
     def probe(self, device: str, offload_dir: str) -> Machine:
@@ -66,11 +67,14 @@ class Worker:
     def load(self, spec: StageSpec) -> None:
         """Takes the memory, reads the weights; replaces the stage of an earlier load."""
         self.close()
-        self._stage = Stage(spec, Tokenizer(spec.model).decode)
+        self._tokenizer = Tokenizer(spec.model)
+        self._stage = Stage(spec, self._tokenizer.decode)
 
     def add(self, requests: list[Request]) -> None:
         """Queues requests for the next run."""
         assert self._stage is not None, "load comes first"
+        if any(request.params.stop for request in requests):
+            self._tokenizer.load()
         self._stage.batcher.add(requests)
 
     def run(self, on_logits: LogitsHook | None = None) -> Iterator[Finished | Progress]:

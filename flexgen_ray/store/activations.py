@@ -41,9 +41,7 @@ class HiddenStore:
         self.work = self._allocate_work(tiers)
         self._gpu = self._allocate(tiers.gpu, "hidden states", (batches, gpu, hidden))
         self._cpu = self._allocate(tiers.cpu, "hidden states", (batches, cpu, hidden))
-        flight = self._allocate(
-            tiers.cpu, "hidden states in flight", (2, NUM_SLOTS, disk, hidden)
-        )
+        flight = self._allocate(tiers.cpu, "hidden states in flight", (2, NUM_SLOTS, disk, hidden))
         self._in, self._out = flight[0], flight[1]
         each = aligned(disk * hidden * plan.element_bytes, PAGE)
         region = tiers.disk.allocate("hidden states", batches * each)

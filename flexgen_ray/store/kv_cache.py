@@ -104,13 +104,15 @@ class KVCache:
         home = self._cpu[op.layer, op.batch]
         for row, place in self.streamed(op, rows.rows):
             index, past = row.slot - split.gpu, row.position
+            if not past:
+                continue
             if index < split.cpu:
                 target[:, place, :, :past].copy_(home[:, index, :, :past], non_blocking=True)
-            elif past:
+            else:
                 self._load_from_disk(op, index - split.cpu, past, target[:, place])
 
     def store(self, op: Op, rows: Rows, work: Work) -> None:
-        """STORE_CACHE: new keys and values of rows off the device, queries of host-attended rows."""
+        """STORE_CACHE: new keys and values of rows off the device, queries of attended rows."""
         split = self.split(op)
         off_device = [row for row in rows.rows if row.slot >= split.gpu]
         if not off_device:

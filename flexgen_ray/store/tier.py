@@ -72,7 +72,7 @@ class Region:
 
     def read_into(self, buffer: Tensor, offset: int = 0) -> None:
         """Fills a contiguous host tensor from `offset` of the region; OSError names the folder."""
-        view = memoryview(buffer.view(torch.uint8).reshape(-1).numpy())
+        view = memoryview(buffer.view(torch.uint8).reshape(-1).numpy().data)
         self._check(offset, len(view))
         while view:
             count = os.preadv(self.fd, [view], self.start + offset)
@@ -82,7 +82,7 @@ class Region:
 
     def write(self, buffer: Tensor, offset: int = 0) -> None:
         """Writes a contiguous host tensor at `offset` of the region; OSError names the folder."""
-        view = memoryview(buffer.view(torch.uint8).reshape(-1).numpy())
+        view = memoryview(buffer.view(torch.uint8).reshape(-1).numpy().data)
         self._check(offset, len(view))
         while view:
             count = os.pwritev(self.fd, [view], self.start + offset)
@@ -118,8 +118,9 @@ class DiskTier(Ledger):
         except OSError as error:
             raise OSError(
                 error.errno,
-                f"cannot reserve {format_bytes(nbytes)} for {what} ({os.strerror(error.errno or 0)});"
-                " free space there, lower the disk fractions, or choose another --offload-dir",
+                f"cannot reserve {format_bytes(nbytes)} for {what} "
+                f"({os.strerror(error.errno or 0)}); free space there, lower the disk "
+                "fractions, or choose another --offload-dir",
                 str(self.folder),
             ) from error
         return Region(fd, str(self.folder), 0, nbytes)

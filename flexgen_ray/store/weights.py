@@ -101,7 +101,7 @@ class WeightStore:
             home.place.read_into(host[offset : offset + stop - start], first)
 
     def _pieces(self, op: Op, tier: str | None) -> Iterator[tuple[_Home, int, int, int]]:
-        """(home, start, stop, first): bytes start..stop of the flat layout are at `first` of home."""
+        """(home, start, stop, first): bytes start..stop of the layout are at `first` of home."""
         spans, position = [], 0
         for home in self._streams[op.layer].values():
             spans.append((home, position))
@@ -151,9 +151,8 @@ class WeightStore:
 
     def _stream(self, layer: int) -> dict[str, _Home]:
         homes = self._homes_of(layer)
-        return {
-            name: home for tier in ("cpu", "disk") for name, home in homes.items() if home.tier == tier
-        }
+        in_memory = {name: home for name, home in homes.items() if home.tier == "cpu"}
+        return in_memory | {name: home for name, home in homes.items() if home.tier == "disk"}
 
     def _view(self, layer: int, slot: int) -> dict[str, Tensor]:
         views, position = {}, 0

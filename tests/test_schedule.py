@@ -1,0 +1,180 @@
+"""Laws of the zig-zag stream: of program order, and of every execution that the rule allows."""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from itertools import islice
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flexgen_ray.schedule.ops import NUM_SLOTS, Buffer, Dependencies, Op, OpKind
+from flexgen_ray.schedule.zigzag import StageLayers, zigzag
+
+COMPUTE = (OpKind.PROJECT, OpKind.FINISH)
+
+
+@st.composite
+def streams(draw) -> tuple[StageLayers, int, int, list[Op]]:
+    """A stage (whole model, or a first, middle or last part), its batches, visits and ops."""
+    num_layers = draw(st.integers(1, 5))
+    first = draw(st.integers(0, num_layers))
+    last = draw(st.integers(max(first, 1), num_layers + 1))
+    stage = StageLayers(first, last, num_layers)
+    num_batches, num_visits = draw(st.integers(1, 4)), draw(st.integers(1, 4))
+    return stage, num_batches, num_visits, list(zigzag(stage, num_batches, range(num_visits)))
+
+
+def play(ops: list[Op], seed: int) -> list[tuple[float, float]]:
+    """(start, end) of each op under the rule, with random durations: some lanes far slower."""
+    rng = random.Random(seed)
+    pace = defaultdict(lambda: rng.choice([0.1, 1.0, 10.0]))
+    dependencies, lane_free, times = Dependencies(), defaultdict(float), []
+    for index, op in enumerate(ops):
+        waits = [times[i][1] for i in dependencies.of(index, op)]
+        start = max([lane_free[op.lane], *waits])
+        end = start + rng.random() * pace[op.lane]
+        lane_free[op.lane] = end
+        times.append((start, end))
+    return times
+
+
+@given(streams(), st.integers(0, 2**32))
+@settings(max_examples=60, deadline=None)
+def test_every_compute_reads_its_own_weights_whole(stream, seed):
+    """And nobody overwrites them before it is done."""
+    stage, num_batches, _, ops = stream
+    times = play(ops, seed)
+    loads = [(op, *t) for op, t in zip(ops, times, strict=True) if op.kind is OpKind.LOAD_WEIGHTS]
+    for op, (start, end) in zip(ops, times, strict=True):
+        if op.kind not in COMPUTE or op.layer not in stage.with_weights:
+            continue
+        own = [x for x in loads if (x[0].visit, x[0].layer) == (op.visit, op.layer)]
+        assert {x[0].part for x in own} == set(range(num_batches))
+        assert all(x[0].weights_slot == op.weights_slot for x in own)
+        assert all(x[2] <= start for x in own)
+        others = [x for x in loads if x[0].weights_slot == op.weights_slot and x not in own]
+        arrived = min(x[1] for x in own)
+        assert all(x[2] <= arrived or x[1] >= end for x in others)
+
+
+@given(streams(), st.integers(0, 2**32))
+@settings(max_examples=60, deadline=None)
+def test_disk_weights_are_in_host_memory_whole_before_they_cross_the_link(stream, seed):
+    _, num_batches, _, ops = stream
+    times = play(ops, seed)
+    reads = [(op, *t) for op, t in zip(ops, times, strict=True) if op.kind is OpKind.READ_WEIGHTS]
+    for op, (start, end) in zip(ops, times, strict=True):
+        if op.kind is not OpKind.LOAD_WEIGHTS:
+            continue
+        own = [x for x in reads if (x[0].visit, x[0].layer) == (op.visit, op.layer)]
+        assert {x[0].part for x in own} == set(range(num_batches))
+        assert all(x[2] <= start and x[0].weights_slot == op.weights_slot for x in own)
+        others = [x for x in reads if x[0].weights_slot == op.weights_slot and x not in own]
+        assert all(x[2] <= min(y[1] for y in own) or x[1] >= end for x in others)
+
+
+@given(streams(), st.integers(0, 2**32))
+@settings(max_examples=40, deadline=None)
+def test_no_slot_is_overwritten_before_its_last_reader(stream, seed):
+    """Brute force over pairs: conflicting ops of different cells never overlap nor change order."""
+    _, _, _, ops = stream
+    times = play(ops, seed)
+    touched = defaultdict(list)
+    for index, op in enumerate(ops):
+        for slot in set(op.reads) | set(op.writes):
+            touched[slot].append((index, slot in op.writes, slot in op.reads))
+    for indices in touched.values():
+        for place, (i, i_writes, i_reads) in enumerate(indices):
+            for j, j_writes, j_reads in indices[place + 1 :]:
+                together = _cell(ops[i]) == _cell(ops[j]) and not (i_reads or j_reads)
+                if (i_writes or j_writes) and not together:
+                    assert times[i][1] <= times[j][0], (ops[i], ops[j])
+
+
+def _cell(op: Op) -> tuple[int, ...]:
+    weights = op.kind in (OpKind.READ_WEIGHTS, OpKind.LOAD_WEIGHTS)
+    return (op.visit, op.layer) if weights else (op.visit, op.layer, op.batch)
+
+
+@given(streams())
+@settings(max_examples=100, deadline=None)
+def test_each_streamed_weight_crosses_the_link_once_a_visit(stream):
+    stage, num_batches, num_visits, ops = stream
+    crossed = defaultdict(list)
+    for op in ops:
+        if op.kind is OpKind.LOAD_WEIGHTS:
+            crossed[op.visit, op.layer].append(op.part)
+    for visit in range(num_visits):
+        for layer in stage.with_weights:
+            assert crossed[visit, layer] == list(range(num_batches))
+    in_vain = [key for key in crossed if key[0] >= num_visits]
+    assert in_vain == [(num_visits, stage.with_weights[0])]
+
+
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 5))
+def test_late_composition_never_blocks(num_layers, num_batches, num_visits):
+    """The next visit is asked for only when every token that decides it has been chosen."""
+    issued: list[Op] = []
+
+    def visits():
+        for visit in range(num_visits):
+            samples = [op for op in issued if op.kind is OpKind.SAMPLE]
+            assert len(samples) == visit * num_batches
+            yield visit
+
+    for op in zigzag(StageLayers.whole(num_layers), num_batches, visits()):
+        if op.kind is OpKind.COMPOSE and op.visit:
+            before = [x for x in issued if x.kind is OpKind.SAMPLE and x.batch == op.batch]
+            assert before[-1].visit == op.visit - 1
+        issued.append(op)
+    composed = [(op.visit, op.batch) for op in issued if op.kind is OpKind.COMPOSE]
+    assert composed == [(v, b) for v in range(num_visits) for b in range(num_batches)]
+
+
+@given(streams(), st.integers(0, 2**32))
+@settings(max_examples=60, deadline=None)
+def test_a_batch_passes_the_layers_in_order(stream, seed):
+    """Its cell of a layer begins when the layer before has finished it."""
+    stage, _, _, ops = stream
+    times = play(ops, seed)
+    finished = {}
+    for op, (start, end) in zip(ops, times, strict=True):
+        if op.kind is OpKind.PROJECT and op.layer > stage.first:
+            assert finished[op.visit, op.layer - 1, op.batch] <= start
+        if op.kind is OpKind.FINISH:
+            finished[op.visit, op.layer, op.batch] = end
+
+
+@given(st.integers(2, 4), st.integers(2, 5))
+def test_the_next_batch_is_attended_before_this_one_finishes(num_batches, num_layers):
+    """The order that lets host attention hide behind the device's work."""
+    ops = list(zigzag(StageLayers.whole(num_layers), num_batches, range(1)))
+    place = {(op.kind, op.layer, op.batch): index for index, op in enumerate(ops)}
+    for layer in range(1, num_layers + 1):
+        for batch in range(num_batches - 1):
+            attend = place[OpKind.ATTEND_HOST, layer, batch + 1]
+            assert attend < place[OpKind.FINISH, layer, batch]
+
+
+@pytest.mark.parametrize("num_batches", [1, 3])
+def test_the_stream_is_lazy(num_batches):
+    """An endless job yields its first ops at once."""
+
+    def forever():
+        visit = 0
+        while True:
+            yield visit
+            visit += 1
+
+    ops = zigzag(StageLayers.whole(2), num_batches, forever())
+    assert len(list(islice(ops, 500))) == 500
+
+
+def test_slots_are_reused():
+    ops = list(zigzag(StageLayers.whole(3), 2, range(3)))
+    copies = {slot for op in ops for slot in (*op.reads, *op.writes)}
+    for buffer in (Buffer.DEVICE_WEIGHTS, Buffer.WORK, Buffer.STREAMED_CACHE):
+        assert sum(slot[0] is buffer for slot in copies) == NUM_SLOTS
