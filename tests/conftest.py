@@ -46,6 +46,14 @@ def tiny_models(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def text_model(tmp_path_factory):
+    """A tiny Llama with a tokenizer of one character a token."""
+    folder = tiny.save("llama", tmp_path_factory.mktemp("text"))
+    tiny.add_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def local_ray(private_folders):
     """One small cluster for the whole session."""
     import ray

@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig
+from tokenizers import Tokenizer
+from tokenizers.decoders import Fuse
+from tokenizers.models import BPE
+from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, PreTrainedTokenizerFast
 
 VOCABULARY = 97
 CONTEXT = 160
@@ -76,6 +79,14 @@ def save(name: str, folder: Path, max_shard_size: str = "5GB") -> Path:
     model.config.eos_token_id = None
     model.save_pretrained(folder, max_shard_size=max_shard_size)
     return folder
+
+
+def add_tokenizer(folder: Path) -> None:
+    """One token a printable ASCII character: just what the vocabulary has room for."""
+    characters = {chr(code): code - 30 for code in range(32, 127)}
+    tokenizer = Tokenizer(BPE({"<unk>": 0, "<s>": 1} | characters, [], unk_token="<unk>"))
+    tokenizer.decoder = Fuse()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
 
 
 def prompts(count: int, longest: int, seed: int = 0) -> list[list[int]]:

@@ -61,7 +61,7 @@ def _fill(plan: StagePlan, budget: Budget) -> StagePlan:
     for activations in (Placement(1, 0, 0), Placement(0, 1, 0), disk):
         bare = _with(plan, weights=disk, cache=disk, activations=activations)
         need = totals(stage_bytes(bare))
-        if need.gpu <= budget.gpu and need.cpu <= budget.cpu:
+        if need.gpu <= budget.gpu and (activations.gpu or need.cpu <= budget.cpu):
             break
     plan = _lift(bare, "weights", "gpu", budget)
     plan = _lift(plan, "cache", "gpu", budget)

@@ -7,42 +7,59 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from math import floor
 
-from flexgen_ray.config import DTYPE_BYTES, TIERS, ModelConfig, Placement, Policy
+from flexgen_ray.config import DTYPE_BYTES, ModelConfig, Placement, Policy
 from flexgen_ray.schedule.zigzag import StageLayers
 
 ALIGNMENT = 64  # bytes; where a tensor may start inside a flat buffer
 Tensors = dict[str, tuple[int, ...]]
 
 
-class Apportionment:
-    """Hands indivisible pieces to tiers; each goes where the running total lags most."""
+class Balance:
+    """Hands indivisible pieces to one of two sides so that the running total follows a fraction."""
 
-    def __init__(self, placement: Placement) -> None:
-        self._fractions = placement.fractions
-        self._given = [0.0, 0.0, 0.0]
+    def __init__(self, fraction: float) -> None:
+        self._fraction = fraction
+        self._given = 0.0
         self._total = 0.0
 
-    def give(self, size: float) -> int:
-        """Index into TIERS of the tier that takes a piece of this size."""
+    def give(self, size: float) -> bool:
+        """True if the first side takes a piece of this size: if it lags by more than half of it."""
         self._total += size
-        lag = [
-            fraction * self._total - given if fraction else float("-inf")
-            for fraction, given in zip(self._fractions, self._given, strict=True)
-        ]
-        tier = lag.index(max(lag))
-        self._given[tier] += size
-        return tier
+        takes = self._fraction * self._total - self._given > size / 2
+        self._given += size * takes
+        return takes
 
-    def take(self, count: int) -> list[int]:
+    def take(self, count: int) -> int:
+        """How many of `count` unit pieces the first side takes."""
+        self._total += count
+        due = floor(self._fraction * self._total + 0.5 - self._given)
+        taken = min(max(due, 0), count)
+        self._given += taken
+        return taken
+
+
+class Apportionment:
+    """Hands pieces to the three tiers: device or not first, so that how the rest is divided between
+    host memory and disk never changes what lies on the device."""
+
+    def __init__(self, placement: Placement) -> None:
+        off_device = placement.cpu + placement.disk
+        self._device = Balance(placement.gpu)
+        self._host = Balance(placement.cpu / off_device if off_device else 0.0)
+
+    def give(self, size: float) -> str:
+        """The tier that takes a piece of this size."""
+        if self._device.give(size):
+            return "gpu"
+        return "cpu" if self._host.give(size) else "disk"
+
+    def take(self, count: int) -> tuple[int, int, int]:
         """How many of `count` unit pieces each tier takes."""
-        counts = [int(fraction * count) for fraction in self._fractions]
-        for tier, each in enumerate(counts):
-            self._given[tier] += each
-            self._total += each
-        for _ in range(count - sum(counts)):
-            counts[self.give(1)] += 1
-        return counts
+        gpu = self._device.take(count)
+        cpu = self._host.take(count - gpu)
+        return gpu, cpu, count - gpu - cpu
 
 
 def aligned(nbytes: int, alignment: int = ALIGNMENT) -> int:
@@ -82,10 +99,10 @@ def place_weights(
         tensors = stored_tensors(config, stage, layer)
         sizes = {name: tensor_bytes(shape, dtype) for name, shape in tensors.items()}
         if layer == config.embedding_layer:
-            tiers[layer] = dict.fromkeys(sizes, TIERS[pieces.give(sum(sizes.values()))])
+            tiers[layer] = dict.fromkeys(sizes, pieces.give(sum(sizes.values())))
         else:
             largest_first = sorted(sizes, key=lambda name: -sizes[name])
-            tiers[layer] = {name: TIERS[pieces.give(sizes[name])] for name in largest_first}
+            tiers[layer] = {name: pieces.give(sizes[name]) for name in largest_first}
     return tiers
 
 
@@ -123,15 +140,15 @@ def split_rows(policy: Policy, stage: StageLayers) -> dict[tuple[int, int], RowS
     a batch has.
     """
     rows = Apportionment(policy.cache)
-    share = Apportionment(Placement(policy.cpu_attention, 1 - policy.cpu_attention))
+    share = Balance(policy.cpu_attention)
     split = {}
     for layer in stage.layers:
         if stage.kind(layer) != "decoder":
             continue
         for batch in range(policy.num_gpu_batches):
             gpu, cpu, disk = rows.take(policy.gpu_batch_size)
-            attended, streamed, _ = share.take(cpu)
-            split[layer, batch] = RowSplit(gpu, attended, streamed, disk)
+            attended = share.take(cpu)
+            split[layer, batch] = RowSplit(gpu, attended, cpu - attended, disk)
     return split
 
 

@@ -80,7 +80,8 @@ class Stage:
         for op in executor.run(ops):
             if op.kind is OpKind.SAMPLE and op.batch == plan.policy.num_gpu_batches - 1:
                 now = time.perf_counter()
-                for finished in self.batcher.take_finished():
+                # Ray sends into its generators; a list that is yielded from would refuse.
+                for finished in self.batcher.take_finished():  # noqa: UP028
                     yield finished
                 prefill = self.batcher.prefill_tokens
                 yield Progress(self.batcher.new_tokens, prefill, now - started, prefill > 0)

@@ -1,0 +1,182 @@
+"""Fractions are honoured, sizes are what the stores take, and budgets are checked beforehand."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_exactness import placements, policies
+
+from flexgen_ray import LLM, Placement, Policy, SamplingParams
+from flexgen_ray.config import TIERS, Budget, ModelConfig, Workload
+from flexgen_ray.cost.default_policy import default_policy
+from flexgen_ray.cost.placement import (
+    place_weights,
+    split_rows,
+    split_tokens,
+    stored_tensors,
+    tensor_bytes,
+)
+from flexgen_ray.cost.sizes import StagePlan, check_budget, stage_bytes, totals, weight_bytes
+from flexgen_ray.schedule.zigzag import StageLayers
+from flexgen_ray.units import format_bytes, parse_bytes
+
+
+def opt(layers: int, hidden: int, heads: int) -> ModelConfig:
+    return ModelConfig(
+        "opt", layers, hidden, heads, heads, hidden // heads, 4 * hidden, 50272, 2048, hidden,
+        "float16", True, "relu", 1e-5, norm_bias=True, attention_bias=True, mlp_bias=True,
+        position_table=2050,
+    )  # fmt: skip
+
+
+def llama(layers, hidden, heads, kv_heads, intermediate, vocab, tied=False) -> ModelConfig:
+    return ModelConfig(
+        "llama", layers, hidden, heads, kv_heads, hidden // heads, intermediate, vocab, 8192,
+        hidden, "bfloat16", tied, "silu", 1e-5, gated_mlp=True,
+    )  # fmt: skip
+
+
+REAL = {
+    "smollm2-135m": llama(30, 576, 9, 3, 1536, 49152, tied=True),
+    "llama-3-8b": llama(32, 4096, 32, 8, 14336, 128256),
+    "opt-6.7b": opt(32, 4096, 32),
+    "opt-30b": opt(48, 7168, 56),
+    "opt-175b": opt(96, 12288, 96),
+}
+
+
+def test_parameter_counts_are_those_of_the_real_models():
+    counts = {}
+    for name, config in REAL.items():
+        stage = StageLayers.whole(config.num_layers)
+        policy, workload = Policy(), Workload(1, 1, 2)
+        plan = StagePlan(config, stage, policy, workload, "float16")
+        counts[name] = weight_bytes(plan)["gpu"] / 2e9
+    assert counts["smollm2-135m"] == pytest.approx(0.1345, rel=0.01)
+    assert counts["llama-3-8b"] == pytest.approx(8.03, rel=0.01)
+    assert counts["opt-6.7b"] == pytest.approx(6.66, rel=0.01)
+    assert counts["opt-30b"] == pytest.approx(29.97, rel=0.01)
+    assert counts["opt-175b"] == pytest.approx(174.6, rel=0.01)
+
+
+@pytest.mark.parametrize("name", REAL)
+@settings(max_examples=40, deadline=None)
+@given(placement=placements())
+def test_weight_fractions_hold_within_one_percent_or_one_tensor(name, placement):
+    config = REAL[name]
+    stage = StageLayers.whole(config.num_layers)
+    tiers = place_weights(config, stage, placement, "float16")
+    given_bytes, largest = dict.fromkeys(TIERS, 0), 0
+    for layer, names in tiers.items():
+        shapes = stored_tensors(config, stage, layer)
+        sizes = {tensor: tensor_bytes(shapes[tensor], "float16") for tensor in names}
+        largest = max(largest, *sizes.values())
+        for tensor, tier in names.items():
+            given_bytes[tier] += sizes[tensor]
+    total = sum(given_bytes.values())
+    slack = max(0.01, largest / total if largest / total > 0.05 else 0)
+    for tier, fraction in zip(TIERS, placement.fractions, strict=True):
+        assert abs(given_bytes[tier] / total - fraction) <= slack
+        assert fraction > 0 or given_bytes[tier] == 0
+
+
+@given(policies, st.integers(4, 60))
+@settings(max_examples=60, deadline=None)
+def test_cache_fractions_hold_over_the_stage(policy, num_layers):
+    splits = split_rows(policy, StageLayers.whole(num_layers))
+    assert len(splits) == num_layers * policy.num_gpu_batches
+    rows = [sum(split.tiers[tier] for split in splits.values()) for tier in range(3)]
+    total = num_layers * policy.block_size
+    assert sum(rows) == total
+    for count, fraction in zip(rows, policy.cache.fractions, strict=True):
+        assert abs(count - fraction * total) <= max(1, 0.01 * total)
+        assert fraction > 0 or count == 0
+    attended = sum(split.attended for split in splits.values())
+    assert abs(attended - policy.cpu_attention * rows[1]) <= max(1, 0.01 * total)
+    assert policy.cpu_attention > 0 or attended == 0
+
+
+@given(placements(), st.integers(0, 5000))
+def test_hidden_fractions_hold(placement, num_tokens):
+    counts = split_tokens(placement, num_tokens)
+    assert sum(counts) == num_tokens and min(counts) >= 0
+    for count, fraction in zip(counts, placement.fractions, strict=True):
+        assert abs(count - fraction * num_tokens) <= 1
+        assert fraction > 0 or count == 0
+
+
+@given(policy=policies)
+@settings(max_examples=15, deadline=None)
+def test_the_stores_take_exactly_what_was_computed(tiny_models, policy):
+    for name in ("opt-350m-like", "llama"):
+        folder, references = tiny_models[name]
+        with LLM(folder, policy=policy, dtype="float32", device="cpu", use_ray=False) as llm:
+            llm.generate([references[0].prompt], SamplingParams(max_tokens=2, temperature=0))
+            assert llm.report.plan is not None
+            assert llm.report.used == stage_bytes(llm.report.plan)
+
+
+@given(policy=policies, tier=st.sampled_from(TIERS))
+@settings(max_examples=40, deadline=None)
+def test_a_budget_one_byte_short_is_refused_with_the_numbers(policy, tier):
+    config = REAL["smollm2-135m"]
+    stage = StageLayers.whole(config.num_layers)
+    plan = StagePlan(config, stage, policy, Workload(8, 100, 120), "float32")
+    need = totals(stage_bytes(plan))
+    check_budget(plan, need)
+    amounts = {name: getattr(need, name) for name in TIERS}
+    if amounts[tier] == 0:
+        return
+    short = Budget(**(amounts | {tier: amounts[tier] - 1}))
+    with pytest.raises(ValueError) as error:
+        check_budget(plan, short)
+    assert f"on the {tier} tier" in str(error.value)
+    assert format_bytes(amounts[tier]) in str(error.value)
+    assert f"--{tier}-memory" in str(error.value)
+
+
+@given(
+    st.integers(64, 4000), st.integers(64, 4000), st.integers(1, 300), st.integers(1, 2000),
+    st.integers(1, 200),
+)  # fmt: skip
+@settings(max_examples=25, deadline=None)
+def test_the_default_policy_fits_or_says_what_lacks(gpu, cpu, num_requests, prompt, answer):
+    """Budgets in MiB; SmolLM2's 540 MB in float32 overflow most of them to disk."""
+    config = REAL["smollm2-135m"]
+    stage = StageLayers.whole(config.num_layers)
+    budget = Budget(gpu * 2**20, cpu * 2**20, 40 * 2**30)
+    workload = Workload(num_requests, prompt, prompt + answer)
+    try:
+        policy = default_policy(config, stage, workload, "float32", budget)
+    except ValueError as error:
+        assert "--gpu-memory" in str(error) or "--cpu-memory" in str(error)
+        return
+    check_budget(StagePlan(config, stage, policy, workload, "float32"), budget)
+
+
+def test_the_default_policy_fills_the_fastest_tiers_first():
+    config = REAL["opt-30b"]
+    stage = StageLayers.whole(config.num_layers)
+    workload = Workload(1000, 512, 544)
+
+    def policy(gpu, cpu):
+        budget = Budget(gpu * 2**30, cpu * 2**30, 1500 * 2**30)
+        return default_policy(config, stage, workload, "float16", budget)
+
+    assert policy(200, 0).weights == Placement(1, 0, 0)
+    t4 = policy(16, 208)
+    assert t4.weights.disk == 0 and 0.05 < t4.weights.gpu < 0.25
+    assert t4.cache.disk == 0 and t4.block_size >= 64
+    small = policy(16, 32)
+    assert small.weights.disk > 0.3 and small.weights.gpu > 0.05
+
+
+def test_sizes_read_and_write_as_people_do():
+    assert parse_bytes("16GiB") == 16 * 2**30
+    assert parse_bytes("1.5 GB") == 1_500_000_000
+    assert parse_bytes("4096") == 4096
+    assert format_bytes(16 * 2**30) == "16.0 GiB"
+    for text in ("16 apples", "-1GiB", "", "GiB"):
+        with pytest.raises(ValueError, match="16GiB"):
+            parse_bytes(text)
