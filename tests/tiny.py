@@ -84,7 +84,7 @@ def save(name: str, folder: Path, max_shard_size: str = "5GB") -> Path:
 def add_tokenizer(folder: Path) -> None:
     """One token a printable ASCII character: just what the vocabulary has room for."""
     characters = {chr(code): code - 30 for code in range(32, 127)}
-    tokenizer = Tokenizer(BPE({"<unk>": 0, "<s>": 1} | characters, [], unk_token="<unk>"))
+    tokenizer = Tokenizer(BPE({"¤": 0, "¦": 1} | characters, [], unk_token="¤"))
     tokenizer.decoder = Fuse()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
 

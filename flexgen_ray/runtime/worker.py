@@ -103,10 +103,10 @@ def _free_memory() -> int:
 
 
 def _free_disk(folder: Path) -> int:
-    """Of the file system that the folder is, or will be, on."""
+    """Of the file system that the folder is, or will be, on; none if it can't be written."""
     while not folder.exists():
         folder = folder.parent
-    return shutil.disk_usage(folder).free
+    return shutil.disk_usage(folder).free if os.access(folder, os.W_OK) else 0
 
 
 def _cpu_has_bfloat16() -> bool:

@@ -1,0 +1,305 @@
+"""The command as a user runs it: files in, files out, faults with one line, nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+import yaml
+
+from flexgen_ray.cli import main
+
+POLICY = {
+    "gpu_batch_size": 2,
+    "num_gpu_batches": 2,
+    "max_batch_tokens": 16,
+    "weights": {"gpu": 0.3, "cpu": 0.3, "disk": 0.4},
+    "cache": {"gpu": 0.3, "cpu": 0.3, "disk": 0.4},
+    "activations": {"gpu": 0.5, "disk": 0.5},
+    "cpu_attention": 0.5,
+}
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "flexgen_ray", *map(str, arguments)]
+
+
+def run(*arguments: object, **options) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        command(*arguments), capture_output=True, text=True, timeout=120, check=False, **options
+    )
+
+
+@pytest.fixture
+def run_here(monkeypatch, capsys):
+    """The same in this process, where torch is loaded already: for the many ways to be refused."""
+
+    def call(*arguments: object) -> subprocess.CompletedProcess:
+        monkeypatch.setattr(sys, "argv", ["flexgen-ray", *map(str, arguments)])
+        terminate = signal.getsignal(signal.SIGTERM)
+        try:
+            with pytest.raises(SystemExit) as ended:
+                main()
+        finally:
+            signal.signal(signal.SIGTERM, terminate)
+        shown = capsys.readouterr()
+        return subprocess.CompletedProcess([], ended.value.code or 0, shown.out, shown.err)
+
+    return call
+
+
+def rows(path: Path) -> dict[str, dict]:
+    found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    by_id = {row["custom_id"]: row for row in found}
+    assert len(by_id) == len(found), "an id was answered twice"
+    return by_id
+
+
+@pytest.fixture
+def files(tmp_path, text_model):
+    """A model, an input of good and bad lines, a policy, and where the output goes."""
+    lines = [
+        json.dumps(
+            {
+                "custom_id": "batch",
+                "method": "POST",
+                "url": "/v1/completions",
+                "body": {"model": "m", "prompt": "Hello there", "max_tokens": 5, "temperature": 0},
+            }
+        ),
+        '{"prompt": "And you?", "max_tokens": 4, "temperature": 0.8, "seed": 3}',
+        "no json",
+        json.dumps({"custom_id": "long", "prompt": "x" * 500}),
+        json.dumps({"custom_id": "full", "prompt": "y" * 150, "max_tokens": 100}),
+        json.dumps({"custom_id": "ids", "prompt": [5, 6, 7]}),
+        json.dumps({"custom_id": "bad ids", "prompt": [5, 10_000]}),
+        json.dumps({"custom_id": "empty", "prompt": ""}),
+    ]
+    (tmp_path / "in.jsonl").write_text("\n".join(lines))
+    (tmp_path / "policy.yaml").write_text(yaml.safe_dump(POLICY))
+    return tmp_path
+
+
+def arguments(files: Path, model: Path, *more: object) -> list[object]:
+    return [
+        "generate", "--model", model, "--input", files / "in.jsonl",
+        "--output", files / "out.jsonl", "--policy", files / "policy.yaml",
+        "--offload-dir", files / "offload", "--device", "cpu", "--dtype", "float32",
+        "--max-tokens", 3, "--temperature", 0, *more,
+    ]  # fmt: skip
+
+
+def assert_answers(files: Path) -> None:
+    answers = rows(files / "out.jsonl")
+    assert set(answers) == {"batch", "line-2", "line-3", "long", "full", "ids", "bad ids", "empty"}
+    status = {key: row["response"]["status_code"] for key, row in answers.items()}
+    assert {key for key, code in status.items() if code == 200} == {
+        "batch",
+        "line-2",
+        "full",
+        "ids",
+    }
+    message = answers["long"]["response"]["body"]["error"]["message"]
+    assert "500 tokens" in message and str(tiny.CONTEXT) in message
+    full = answers["full"]["response"]["body"]
+    assert full["usage"]["completion_tokens"] == tiny.CONTEXT - 150
+    assert full["choices"][0]["finish_reason"] == "length"
+    usage = answers["batch"]["response"]["body"]["usage"]
+    assert usage == {"prompt_tokens": 11, "completion_tokens": 5, "total_tokens": 16}
+    assert len(answers["ids"]["response"]["body"]["choices"][0]["text"]) <= 3
+
+
+def test_generate_in_this_process(files, text_model):
+    done = run(*arguments(files, text_model, "--no-ray"))
+    assert done.returncode == 2, done.stderr
+    assert_answers(files)
+    assert "4 lines got an error row" in done.stderr
+    assert "generated tokens/s" in done.stderr and "prefill" in done.stderr
+    assert "disk:" in done.stderr and "weights" in done.stderr
+    assert list((files / "offload").iterdir()) == []
+
+
+def test_generate_in_a_ray_actor_of_its_own(files, text_model):
+    done = run(*arguments(files, text_model))
+    assert done.returncode == 2, done.stderr
+    assert_answers(files)
+    assert list((files / "offload").iterdir()) == []
+
+
+def test_output_with_content_is_spared(run_here, files, text_model):
+    (files / "out.jsonl").write_text("precious\n")
+    done = run_here(*arguments(files, text_model, "--no-ray"))
+    assert done.returncode == 1 and "--overwrite" in done.stderr
+    assert (files / "out.jsonl").read_text() == "precious\n"
+    assert run_here(*arguments(files, text_model, "--no-ray", "--overwrite")).returncode == 2
+    assert_answers(files)
+
+
+def test_a_job_without_a_good_line_still_answers_each(run_here, files, text_model):
+    (files / "in.jsonl").write_text("no json\n{}\n")
+    done = run_here(*arguments(files, text_model, "--no-ray"))
+    assert done.returncode == 2
+    assert set(rows(files / "out.jsonl")) == {"line-1", "line-2"}
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"weights": {"gpu": 0.5, "cpu": 0.2}}, "sums to 0.7"),
+        ({"weights": {"gpu": 50, "cpu": 50}}, "fractions, not percents"),
+        ({"wieghts": {"gpu": 1}}, "unknown key 'wieghts'"),
+        ({"cache": {"gpu": 1, "ssd": 0}}, "unknown key 'ssd'"),
+        ({"cache": 0.5}, "cache is 0.5"),
+        ({"gpu_batch_size": 0}, "gpu_batch_size is 0"),
+        ({"num_gpu_batches": 1.5}, "num_gpu_batches is 1.5"),
+        ({"cpu_attention": 2}, "cpu_attention is 2"),
+        ({"gpu_batch_size": 10**9}, "--gpu-memory"),
+    ],
+)
+def test_a_wrong_policy_is_refused_before_any_work(run_here, files, text_model, change, complaint):
+    (files / "policy.yaml").write_text(yaml.safe_dump(POLICY | change))
+    done = run_here(*arguments(files, text_model, "--no-ray"))
+    assert done.returncode == 1 and complaint in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr and not (files / "out.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["--gpu-memory", "40KiB"], "on the gpu tier"),
+        (["--cpu-memory", "1KiB"], "on the cpu tier"),
+        (["--disk-memory", "1KiB"], "on the disk tier"),
+        (["--gpu-memory", "900TiB"], "free"),
+        (["--gpu-memory", "16 apples"], "16GiB"),
+        (["--device", "cuda"], "no CUDA device"),
+        (["--max-tokens", "0"], "max_tokens is 0"),
+        (["--model", "/nowhere"], "/nowhere/config.json does not exist"),
+        (["--input", "/nowhere.jsonl"], "/nowhere.jsonl does not exist"),
+        (["--output", "/nowhere/out.jsonl"], "/nowhere does not exist"),
+        (["--policy", "/nowhere.yaml"], "/nowhere.yaml"),
+        (["--offload-dir", "/proc/nowhere"], "choose another --offload-dir"),
+    ],
+)
+def test_what_cannot_work_is_said_in_one_line(run_here, files, text_model, options, complaint):
+    if options[0] == "--device" and _has_cuda():
+        pytest.skip("this machine has CUDA")
+    done = run_here(*arguments(files, text_model, "--no-ray", *options))
+    assert done.returncode == 1 and complaint in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr and not (files / "out.jsonl").exists()
+
+
+def _has_cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _damage(folder: Path, how: str) -> None:
+    weights = folder / "model.safetensors"
+    content = weights.read_bytes()
+    config = json.loads((folder / "config.json").read_text())
+    if how == "truncated":
+        weights.write_bytes(content[: len(content) // 2])
+    elif how == "lying header":
+        weights.write_bytes((10**15).to_bytes(8, "little") + content[8:])
+    elif how == "no weights":
+        weights.unlink()
+    elif how == "pickle only":
+        weights.rename(folder / "pytorch_model.bin")
+    elif how == "other shape":
+        (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 64}))
+    elif how == "more layers":
+        (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 9}))
+    elif how == "other architecture":
+        (folder / "config.json").write_text(json.dumps(config | {"architectures": ["GPT2Model"]}))
+    elif how == "rope":
+        rope = {"rope_type": "spiral", "rope_theta": 1e4}
+        (folder / "config.json").write_text(json.dumps(config | {"rope_parameters": rope}))
+    elif how == "config":
+        (folder / "config.json").write_text("{")
+
+
+@pytest.mark.parametrize(
+    ("how", "complaint"),
+    [
+        ("truncated", "truncated or damaged"),
+        ("lying header", "truncated or damaged"),
+        ("no weights", "holds no *.safetensors"),
+        ("pickle only", "pickles"),
+        ("other shape", "has shape [48, 32]"),
+        ("more layers", "no safetensors file holds"),
+        ("other architecture", "supported are OPTForCausalLM, LlamaForCausalLM"),
+        ("rope", "'spiral'"),
+        ("config", "not valid JSON"),
+    ],
+)
+def test_a_damaged_model_is_named(run_here, files, tmp_path, how, complaint):
+    folder = tiny.save("llama", tmp_path / "model")
+    tiny.add_tokenizer(folder)
+    _damage(folder, how)
+    done = run_here(*arguments(files, folder, "--no-ray"))
+    assert done.returncode == 1 and complaint in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr and not (files / "out.jsonl").exists()
+
+
+def test_stop_strings_end_an_answer_and_are_cut_off(run_here, files, text_model):
+    def answer(**more) -> dict:
+        line = {"prompt": "Hello there", "max_tokens": 30, "temperature": 0, **more}
+        (files / "in.jsonl").write_text(json.dumps(line))
+        assert run_here(*arguments(files, text_model, "--no-ray", "--overwrite")).returncode == 0
+        return rows(files / "out.jsonl")["line-1"]["response"]["body"]
+
+    whole = answer()["choices"][0]["text"]
+    assert len(whole) == 30
+    stop = whole[9:12]
+    cut = answer(stop=["never said", stop])
+    assert cut["choices"][0]["text"] == whole[: whole.index(stop)]
+    assert cut["choices"][0]["finish_reason"] == "stop"
+    assert cut["usage"]["completion_tokens"] == whole.index(stop) + 3
+
+
+def offloaded(pid: int, folder: Path) -> list[str]:
+    """Nameless files in the folder that a process holds open."""
+    links = [os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir() if link.is_symlink()]
+    return [link for link in links if link.startswith(str(folder))]
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_killed_run_leaves_whole_lines_and_no_offload_files(files, text_model, how):
+    lines = [json.dumps({"prompt": "Once upon a time" * 3, "max_tokens": 60}) for _ in range(400)]
+    (files / "in.jsonl").write_text("\n".join(lines))
+    offload = files / "offload"
+    offload.mkdir()
+    (offload / "someone-elses").write_text("keep me")
+    job = subprocess.Popen(
+        command(*arguments(files, text_model, "--no-ray")), stderr=subprocess.PIPE, text=True
+    )
+    output = files / "out.jsonl"
+    deadline = time.monotonic() + 60
+    while not (output.exists() and output.read_text().count("\n") > 4):
+        assert time.monotonic() < deadline and job.poll() is None
+        time.sleep(0.05)
+    assert offloaded(job.pid, offload)
+    job.send_signal(how)
+    _, stderr = job.communicate(timeout=60)
+    assert job.returncode in (-9, 130) and "Traceback" not in stderr
+    assert 4 < len(rows(output)) < 400
+    assert [path.name for path in offload.iterdir()] == ["someone-elses"]
+    (files / "in.jsonl").write_text(lines[0])
+    assert run(*arguments(files, text_model, "--no-ray", "--overwrite")).returncode == 0
+    assert [path.name for path in offload.iterdir()] == ["someone-elses"]
+
+
+def test_help_teaches():
+    done = run("generate", "--help")
+    assert done.returncode == 0
+    for word in ("--policy", "--gpu-memory", "Example", "OpenAI"):
+        assert word in done.stdout
+    assert run("--version").stdout.strip()
