@@ -8,11 +8,20 @@ import tempfile
 
 import pytest
 import tiny
+from hypothesis import HealthCheck, settings
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Tiny models only wait for each other on several threads.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+
+# A busy machine is slow, not wrong; and fixtures here are never changed by a test.
+settings.register_profile(
+    "patient",
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("patient")
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -133,6 +133,11 @@ def test_generate_in_a_ray_actor_of_its_own(files, text_model):
     assert list((files / "offload").iterdir()) == []
 
 
+def test_a_cluster_that_does_not_answer_is_named_at_once(files, text_model):
+    done = run(*arguments(files, text_model, "--address", "127.0.0.1:9"))
+    assert done.returncode == 1 and "no Ray cluster answers at 127.0.0.1:9" in done.stderr
+
+
 def test_output_with_content_is_spared(run_here, files, text_model):
     (files / "out.jsonl").write_text("precious\n")
     done = run_here(*arguments(files, text_model, "--no-ray"))

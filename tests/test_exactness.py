@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexgen_ray import LLM, Placement, Policy, SamplingParams
@@ -57,9 +57,7 @@ def test_the_models_say_diverse_things(tiny_models):
 
 
 @pytest.mark.parametrize("name", tiny.CONFIGS)
-@settings(
-    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=30)
 @given(policy=policies)
 def test_every_policy_generates_the_same_tokens_as_transformers(tiny_models, name, policy):
     folder, references = tiny_models[name]
@@ -68,9 +66,7 @@ def test_every_policy_generates_the_same_tokens_as_transformers(tiny_models, nam
 
 
 @pytest.mark.parametrize("name", tiny.CONFIGS)
-@settings(
-    max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=6)
 @given(policy=policies)
 def test_logits_are_those_of_transformers(tiny_models, name, policy, monkeypatch):
     folder, references = tiny_models[name]

@@ -48,7 +48,7 @@ def test_top_p_keeps_the_nucleus_and_its_proportions():
 
 
 @given(st.lists(st.floats(-8, 8), min_size=2, max_size=40), st.floats(0.001, 1), st.floats(0, 1))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_a_draw_is_always_inside_the_nucleus(logits, top_p, number):
     params = SamplingParams(top_p=top_p)
     (token,) = sample(torch.tensor([logits]), [Draw(params, min(number, 1 - 2**-53))])

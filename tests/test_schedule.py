@@ -42,7 +42,7 @@ def play(ops: list[Op], seed: int) -> list[tuple[float, float]]:
 
 
 @given(streams(), st.integers(0, 2**32))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_every_compute_reads_its_own_weights_whole(stream, seed):
     """And nobody overwrites them before it is done."""
     stage, num_batches, _, ops = stream
@@ -61,7 +61,7 @@ def test_every_compute_reads_its_own_weights_whole(stream, seed):
 
 
 @given(streams(), st.integers(0, 2**32))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_disk_weights_are_in_host_memory_whole_before_they_cross_the_link(stream, seed):
     _, num_batches, _, ops = stream
     times = play(ops, seed)
@@ -77,7 +77,7 @@ def test_disk_weights_are_in_host_memory_whole_before_they_cross_the_link(stream
 
 
 @given(streams(), st.integers(0, 2**32))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_no_slot_is_overwritten_before_its_last_reader(stream, seed):
     """Brute force over pairs: conflicting ops of different cells never overlap nor change order."""
     _, _, _, ops = stream
@@ -100,7 +100,7 @@ def _cell(op: Op) -> tuple[int, ...]:
 
 
 @given(streams())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_each_streamed_weight_crosses_the_link_once_a_visit(stream):
     stage, num_batches, num_visits, ops = stream
     crossed = defaultdict(list)
@@ -135,7 +135,7 @@ def test_late_composition_never_blocks(num_layers, num_batches, num_visits):
 
 
 @given(streams(), st.integers(0, 2**32))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_batch_passes_the_layers_in_order(stream, seed):
     """Its cell of a layer begins when the layer before has finished it."""
     stage, _, _, ops = stream

@@ -61,7 +61,7 @@ def test_parameter_counts_are_those_of_the_real_models():
 
 
 @pytest.mark.parametrize("name", REAL)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(placement=placements())
 def test_weight_fractions_hold_within_one_percent_or_one_tensor(name, placement):
     config = REAL[name]
@@ -82,7 +82,7 @@ def test_weight_fractions_hold_within_one_percent_or_one_tensor(name, placement)
 
 
 @given(policies, st.integers(4, 60))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_cache_fractions_hold_over_the_stage(policy, num_layers):
     splits = split_rows(policy, StageLayers.whole(num_layers))
     assert len(splits) == num_layers * policy.num_gpu_batches
@@ -107,7 +107,7 @@ def test_hidden_fractions_hold(placement, num_tokens):
 
 
 @given(policy=policies)
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_the_stores_take_exactly_what_was_computed(tiny_models, policy):
     for name in ("opt-350m-like", "llama"):
         folder, references = tiny_models[name]
@@ -118,7 +118,7 @@ def test_the_stores_take_exactly_what_was_computed(tiny_models, policy):
 
 
 @given(policy=policies, tier=st.sampled_from(TIERS))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_a_budget_one_byte_short_is_refused_with_the_numbers(policy, tier):
     config = REAL["smollm2-135m"]
     stage = StageLayers.whole(config.num_layers)
@@ -140,7 +140,7 @@ def test_a_budget_one_byte_short_is_refused_with_the_numbers(policy, tier):
     st.integers(64, 4000), st.integers(64, 4000), st.integers(1, 300), st.integers(1, 2000),
     st.integers(1, 200),
 )  # fmt: skip
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_the_default_policy_fits_or_says_what_lacks(gpu, cpu, num_requests, prompt, answer):
     """Budgets in MiB; SmolLM2's 540 MB in float32 overflow most of them to disk."""
     config = REAL["smollm2-135m"]

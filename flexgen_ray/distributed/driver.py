@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import socket
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,6 +23,7 @@ from flexgen_ray.runtime.worker import Machine
 OBJECT_STORE_BYTES = 80 * 2**20  # Ray's minimum is 75 MiB; prompts and tokens need little
 REQUESTS_PER_CALL = 256
 START_SECONDS = 120
+CONNECT_SECONDS = 5
 
 
 class Driver:
@@ -94,8 +96,9 @@ def _connect(address: str | None) -> bool:
     if ray.is_initialized():
         return False
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    if address or os.environ.get("RAY_ADDRESS"):
-        ray.init(address=address or "auto", log_to_driver=False, logging_level=logging.ERROR)
+    address = address or os.environ.get("RAY_ADDRESS")
+    if address:
+        _connect_to(address)
         return False
     # A policy may fill the host's memory on purpose; Ray's own killer would end the run.
     os.environ.setdefault("RAY_memory_usage_threshold", "0.99")
@@ -108,6 +111,25 @@ def _connect(address: str | None) -> bool:
         _node_ip_address="127.0.0.1",
     )
     return True
+
+
+def _connect_to(address: str) -> None:
+    """ConnectionError, within seconds, if nobody answers there or the token is refused."""
+    host, _, port = address.rpartition(":")
+    if port.isdecimal() and "/" not in host:
+        try:
+            socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
+        except OSError as error:
+            raise ConnectionError(
+                f"no Ray cluster answers at {address} ({error}); check --address and RAY_ADDRESS"
+            ) from error
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except ConnectionError as error:
+        raise ConnectionError(
+            f"{error}; if the cluster asks for a token, as Ray does by default, set "
+            "RAY_AUTH_MODE=token here and copy its token to ~/.ray/auth_token"
+        ) from error
 
 
 def _actor_options(device: str) -> dict[str, Any]:
