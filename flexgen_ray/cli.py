@@ -5,6 +5,7 @@ Exit status: 0 if every line was answered, 2 if some got an error row, 1 if the 
 
 from __future__ import annotations
 
+import json
 import signal
 import sys
 from enum import StrEnum
@@ -56,6 +57,9 @@ _Disk = Annotated[str | None, typer.Option(help="Disk space to use, such as 200G
 _Offload = Annotated[
     Path | None, typer.Option(help="Folder for offloaded data; the user's cache if not given.")
 ]
+_Report = Annotated[
+    Path | None, typer.Option(help="Also write the final report to this JSON file.")
+]
 _NoRay = Annotated[bool, typer.Option("--no-ray", help="Run in this process, without Ray.")]
 _Address = Annotated[
     str | None, typer.Option(help="Ray cluster; RAY_ADDRESS, or one of its own, if not given.")
@@ -93,6 +97,7 @@ def generate(
     offload_dir: _Offload = None,
     seed: Annotated[int, typer.Option(help="For requests without a seed of their own.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output.")] = False,
+    report: _Report = None,
     no_ray: _NoRay = False,
     address: _Address = None,
 ) -> None:
@@ -127,7 +132,7 @@ def generate(
         job = read_job(llm, input, defaults)
         with progress_bar(len(job.requests)) as on_progress:
             run_job(llm, job, output, overwrite, on_progress)
-        _show_report(llm)
+        _show_report(llm, report)
     if job.errors:
         custom_id, message = job.errors[0]
         _say(f"{len(job.errors)} lines got an error row, the first {custom_id}: {message}")
@@ -141,6 +146,7 @@ def demo(
     ] = None,
     max_tokens: Annotated[int, typer.Option(help="Length of each answer.")] = 48,
     offload_dir: _Offload = None,
+    report: _Report = None,
     no_ray: _NoRay = False,
     address: _Address = None,
 ) -> None:
@@ -170,12 +176,14 @@ def demo(
         for index, prompt in enumerate(prompts):
             typer.echo(f"\n> {prompt}\n{answers[index].strip()}")
         typer.echo()
-        _show_report(llm)
+        _show_report(llm, report)
 
 
-def _show_report(llm: LLM) -> None:
+def _show_report(llm: LLM, path: Path | None) -> None:
     for line in llm.report.lines():
         _say(line)
+    if path is not None:
+        path.write_text(json.dumps(llm.report.as_dict(), indent=2) + "\n", encoding="utf-8")
 
 
 def _say(text: str) -> None:

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import os
+import platform
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
 
 from flexgen_ray.config import TIERS, Budget
 from flexgen_ray.cost.sizes import StagePlan, weight_bytes
@@ -70,6 +76,27 @@ class Report:
             lines += [self._tier(tier) for tier in TIERS]
         return lines
 
+    def as_dict(self) -> dict:
+        """The same for programs, with the hardware, versions, command and date that made it."""
+        return {
+            "date": time.strftime("%Y-%m-%d"),
+            "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "hardware": {"device": self.device, "cpu": _cpu_name(), "cores": os.cpu_count()},
+            "versions": {"python": platform.python_version()}
+            | {name: version(name) for name in ("flexgen-ray", "torch", "ray", "transformers")},
+            "requests": self.num_requests,
+            "prompt_tokens": self.prompt_tokens,
+            "generated_tokens": self.new_tokens,
+            "load_s": round(self.load_seconds, 3),
+            "prefill_s": round(self.prefill_seconds, 3),
+            "decode_s": round(self.decode_seconds, 3),
+            "generated_tokens_per_s": round(self.tokens_per_s, 3),
+            "policy": asdict(self.plan.policy) if self.plan else None,
+            "budget_bytes": asdict(self.budget) if self.budget else None,
+            "used_bytes": self.used,
+            "weight_bytes": self.weights,
+        }
+
     def _tier(self, tier: str) -> str:
         used = self.used[tier]
         cache = used.get("cache", 0)
@@ -79,3 +106,10 @@ class Report:
         detail = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items() if size)
         total, budget = format_bytes(sum(used.values())), format_bytes(getattr(self.budget, tier))
         return f"{tier:>4}: {total} of {budget}" + (f" ({detail})" if detail else "")
+
+
+def _cpu_name() -> str:
+    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or "unknown"

@@ -117,9 +117,13 @@ def assert_answers(files: Path) -> None:
 
 
 def test_generate_in_this_process(files, text_model):
-    done = run(*arguments(files, text_model, "--no-ray"))
+    done = run(*arguments(files, text_model, "--no-ray", "--report", files / "report.json"))
     assert done.returncode == 2, done.stderr
     assert_answers(files)
+    report = json.loads((files / "report.json").read_text())
+    assert report["generated_tokens"] == 5 + 4 + 10 + 3 and report["requests"] == 4
+    assert report["policy"]["weights"] == POLICY["weights"] and report["decode_s"] > 0
+    assert report["hardware"]["cpu"] and report["versions"]["torch"]
     assert "4 lines got an error row" in done.stderr
     assert "generated tokens/s" in done.stderr and "prefill" in done.stderr
     assert "disk:" in done.stderr and "weights" in done.stderr

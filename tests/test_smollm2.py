@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import tiny
-import torch
 
 from flexgen_ray import LLM, Placement, Policy, SamplingParams, demo
 
@@ -30,7 +29,6 @@ def model(user_cache) -> Path:
 def references(model):
     from transformers import AutoTokenizer
 
-    torch.set_num_threads(torch.get_num_threads())
     tokenizer = AutoTokenizer.from_pretrained(model)
     texts = demo.chat_prompts(tokenizer, demo.load_prompts())
     assert len(texts) == 32

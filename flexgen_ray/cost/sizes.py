@@ -225,8 +225,8 @@ _REMEDY = {
     "weights.gpu ({0.weights.gpu:.2f}) or cache.gpu ({0.cache.gpu:.2f})",
     "cpu": "gpu_batch_size ({0.gpu_batch_size}), num_gpu_batches ({0.num_gpu_batches}), "
     "weights.cpu ({0.weights.cpu:.2f}) or cache.cpu ({0.cache.cpu:.2f})",
-    "disk": "weights.disk ({0.weights.disk:.2f}) or cache.disk ({0.cache.disk:.2f}), choose another "
-    "--offload-dir",
+    "disk": "weights.disk ({0.weights.disk:.2f}) or cache.disk ({0.cache.disk:.2f}), "
+    "choose another --offload-dir",
 }
 
 
