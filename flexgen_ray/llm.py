@@ -36,6 +36,7 @@ Prompt = str | Sequence[int]
 GPU_SHARE = 0.9  # of the free memory, where no budget is given
 HOST_SHARE = 0.8
 DISK_SHARE = 0.9
+CUDA_RESERVE = 96 * 2**20  # cuBLAS workspaces and what the allocator rounds up
 
 
 class Backend(Protocol):
@@ -262,6 +263,8 @@ def _budget(machine: Machine, limits: dict[str, int | None], reserved: int) -> B
                 f"--{tier}-memory {format_bytes(size)} is more than the {format_bytes(free)} free "
                 f"on {machine.host}; lower it"
             )
+    if machine.device == "cuda":
+        gpu = max(gpu - CUDA_RESERVE, 0)
     return Budget(gpu, cpu - reserved, disk)
 
 

@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 MIB = 2**20
+NOISE = 40 * MIB  # the largest tensor twice, allocator arenas, imports
 SCRIPT = """
 import json, sys
 from flexgen_ray import LLM, SamplingParams
@@ -20,14 +21,13 @@ def peak():
     status = open("/proc/self/status").read()
     return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
-folder, gpu, cpu = sys.argv[1], sys.argv[2], sys.argv[3]
+folder, prompts, options = sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3])
 params = SamplingParams(max_tokens=4, temperature=0.0)
-with LLM(folder, use_ray=False, dtype="float32", device="cpu",
-         gpu_memory=gpu, cpu_memory=cpu, disk_memory="1GiB") as llm:
+with LLM(folder, use_ray=False, dtype="float32", device="cpu", **options) as llm:
     import torch, transformers.models.auto  # what a run imports, before the baseline
     torch.nn.functional.linear(torch.zeros(64, 64), torch.zeros(64, 64))
     before = peak()
-    outputs = llm.generate([list(range(5, 40)), list(range(7, 20))], params)
+    outputs = llm.generate(prompts, params)
     used = {tier: sum(parts.values()) for tier, parts in llm.report.used.items()}
     weights = llm.report.weights
 print(json.dumps({"grown": peak() - before, "used": used, "weights": weights,
@@ -42,32 +42,53 @@ def large_model(tmp_path_factory):
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=4096, hidden_size=512, num_hidden_layers=12, num_attention_heads=8,
-        intermediate_size=2048, max_position_embeddings=256, tie_word_embeddings=False,
+        intermediate_size=2048, max_position_embeddings=4096, tie_word_embeddings=False,
     )  # fmt: skip
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
     return folder
 
 
-def run(folder, gpu: str, cpu: str) -> dict:
-    command = [sys.executable, "-c", SCRIPT, str(folder), gpu, cpu]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+def run(folder, prompts: list[list[int]], **options: object) -> dict:
+    command = [sys.executable, "-c", SCRIPT, folder, json.dumps(prompts), json.dumps(options)]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def held(result: dict) -> int:
+    return result["used"]["gpu"] + result["used"]["cpu"]
+
+
 def test_resident_memory_falls_with_the_budgets_and_the_rest_runs_from_disk(large_model):
     budgets = [("300MiB", "60MiB"), ("90MiB", "50MiB"), ("50MiB", "40MiB")]
-    results = [run(large_model, *budget) for budget in budgets]
-    noise = 40 * MIB  # the largest tensor twice, allocator arenas, imports
+    prompts = [list(range(5, 40)), list(range(7, 20))]
+    results = [
+        run(large_model, prompts, gpu_memory=gpu, cpu_memory=cpu, disk_memory="1GiB")
+        for gpu, cpu in budgets
+    ]
     for result in results:
-        held = result["used"]["gpu"] + result["used"]["cpu"]
-        assert result["grown"] <= held + noise
+        assert result["grown"] <= held(result) + NOISE
         assert sum(result["weights"].values()) > 200 * MIB
         assert result["tokens"] == results[0]["tokens"]
     assert results[0]["weights"]["disk"] == 0
     assert results[1]["weights"]["disk"] > 20 * MIB
     assert results[2]["weights"]["disk"] > 90 * MIB
     for large, small in pairwise(results):
-        fewer = sum(large["used"][tier] - small["used"][tier] for tier in ("gpu", "cpu"))
+        fewer = held(large) - held(small)
         assert fewer > 40 * MIB
         assert large["grown"] - small["grown"] >= 0.75 * fewer
+
+
+def test_a_long_prompt_needs_no_more_than_a_few_tiles_at_once(large_model, tmp_path):
+    """3,000 tokens: tiles of 64 take several passes of 512 tokens, one tile takes it whole."""
+    prompt = [(7 * i * i + 3 * i) % 4000 for i in range(3000)]
+    results = {}
+    for tile in (64, 4096):
+        policy = tmp_path / f"{tile}.yaml"
+        policy.write_text(f"gpu_batch_size: 1\nmax_batch_tokens: {tile}\n")
+        results[tile] = run(large_model, [prompt], policy=str(policy))
+        assert results[tile]["grown"] <= held(results[tile]) + NOISE
+    assert results[64]["tokens"] == results[4096]["tokens"]
+    fewer = held(results[4096]) - held(results[64])
+    assert fewer > 90 * MIB
+    assert results[4096]["grown"] - results[64]["grown"] >= 0.75 * fewer
