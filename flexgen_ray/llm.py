@@ -26,7 +26,7 @@ from flexgen_ray.request import (
     RequestOutput,
     SamplingParams,
 )
-from flexgen_ray.runtime.stage import StageSpec
+from flexgen_ray.runtime.stage import EXECUTORS, StageSpec
 from flexgen_ray.runtime.worker import Machine, Worker
 from flexgen_ray.schedule.zigzag import StageLayers
 from flexgen_ray.tokenizer import Tokenizer
@@ -56,7 +56,8 @@ class LLM:
     model: a Hugging Face folder. policy: a Policy, a YAML file, or None to fill the tiers from the
     fastest down. dtype: auto, float32, float16 or bfloat16. device: auto, cuda or cpu. *_memory:
     bytes or `16GiB`; what is free, less a margin, if None. use_ray: run in a Ray actor, on the
-    cluster at `address` (or RAY_ADDRESS), or on one started for this run.
+    cluster at `address` (or RAY_ADDRESS), or on one started for this run. executor: async runs
+    loads, stores and host attention beside the device's work; serial one op after the other.
 
     Raises ValueError or OSError, with the numbers, for what can't work. Use it as a context manager
     or call `close`.
@@ -76,7 +77,11 @@ class LLM:
         use_ray: bool = True,
         address: str | None = None,
         seed: int = 0,
+        executor: str = "async",
     ) -> None:
+        if executor not in EXECUTORS:
+            raise ValueError(f"executor is {executor!r}; it must be one of {', '.join(EXECUTORS)}")
+        self.executor = executor
         self.model = Path(model)
         self.config = load_config(self.model)
         self.tokenizer = Tokenizer(self.model)
@@ -168,6 +173,7 @@ class LLM:
                 device=self.machine.device,
                 offload_dir=str(self.offload_dir.resolve()),
                 seed=self.seed,
+                executor=self.executor,
             )
         )
         self._plan = plan

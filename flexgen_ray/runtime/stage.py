@@ -15,11 +15,13 @@ from flexgen_ray.models.checkpoint import Checkpoint
 from flexgen_ray.request import Finished, Progress, Request
 from flexgen_ray.runtime.batcher import Batcher, Decode
 from flexgen_ray.runtime.cells import Cells, LogitsHook
-from flexgen_ray.runtime.executor import SerialExecutor
-from flexgen_ray.schedule.ops import OpKind
+from flexgen_ray.runtime.executor import AsyncExecutor, SerialExecutor
+from flexgen_ray.schedule.ops import Lane
 from flexgen_ray.schedule.zigzag import zigzag
 from flexgen_ray.store.tier import DiskTier, MemoryTier, Tiers
 from flexgen_ray.store.weights import WeightStore
+
+EXECUTORS = ("async", "serial")
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class StageSpec:
     device: str
     offload_dir: str
     seed: int = 0
+    executor: str = "async"
 
 
 class Stage:
@@ -74,18 +77,25 @@ class Stage:
         plan = self.spec.plan
         self._cells.on_logits = on_logits
         self.batcher.add(requests)
-        executor = SerialExecutor(self._cells.handlers, self._cells.moves)
+        executor = self._executor()
         ops = zigzag(plan.stage, plan.policy.num_gpu_batches, self.batcher.visits())
         started = time.perf_counter()
-        for op in executor.run(ops):
-            if op.kind is OpKind.SAMPLE and op.batch == plan.policy.num_gpu_batches - 1:
-                now = time.perf_counter()
-                # Ray sends into its generators; a list that is yielded from would refuse.
-                for finished in self.batcher.take_finished():  # noqa: UP028
-                    yield finished
-                prefill = self.batcher.prefill_tokens
-                yield Progress(self.batcher.new_tokens, prefill, now - started, prefill > 0)
-                started = time.perf_counter()
+        for _ in executor.run(ops):
+            now = time.perf_counter()
+            # Ray sends into its generators; a list that is yielded from would refuse.
+            for finished in self.batcher.take_finished():  # noqa: UP028
+                yield finished
+            prefill = self.batcher.prefill_tokens
+            yield Progress(self.batcher.new_tokens, prefill, now - started, prefill > 0)
+            started = time.perf_counter()
+
+    def _executor(self) -> SerialExecutor | AsyncExecutor:
+        cells = self._cells
+        if self.spec.executor == "serial":
+            return SerialExecutor(cells.handlers, cells.moves)
+        # The device's results must not depend on the executor, so it keeps all its threads.
+        threads = {Lane.DEVICE: torch.get_num_threads()}
+        return AsyncExecutor(cells.handlers, cells.moves, threads)
 
     def used(self) -> dict[str, dict[str, int]]:
         """{tier: {what: bytes}} that the stage holds."""

@@ -159,7 +159,8 @@ class Op:
 
     visit: pass of a block through the stage; layer: 0 embeds, the last is the head; batch: of the
     block; part: which of num_gpu_batches equal parts of a layer's weights, for the ops that move
-    them; cell_slot, weights_slot: which copy of the double-buffered memory this op uses.
+    them; cell_slot, weights_slot: which copy of the double-buffered memory this op uses;
+    ends_visit: whether what follows is known only when this op is done.
     """
 
     kind: OpKind
@@ -169,6 +170,7 @@ class Op:
     cell_slot: int
     weights_slot: int
     part: int = 0
+    ends_visit: bool = False
 
     @property
     def lane(self) -> Lane:

@@ -12,7 +12,7 @@ Knows layers, batches and their order; no rows, bytes or placement.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from flexgen_ray.schedule.ops import NUM_SLOTS, Op, OpKind
@@ -106,7 +106,9 @@ def zigzag(stage: StageLayers, num_batches: int, visits: Iterable[int]) -> Itera
             if num_batches == 1:
                 yield from _ops(following, BEGIN, stage, weights)
         yield from weights.prefetch(cells[-1])
-        yield from _ops(cells[-1], FINISH, stage, weights)
+        *others, last = _ops(cells[-1], FINISH, stage, weights)
+        yield from others
+        yield replace(last, ends_visit=True)
 
 
 def _ops(cell: _Cell, half: dict, stage: StageLayers, weights: _WeightStream) -> Iterator[Op]:

@@ -1,0 +1,136 @@
+"""The asynchronous executor equals the serial one bit for bit, and fails at once and cleanly."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_exactness import policies
+
+from flexgen_ray import LLM, Policy, SamplingParams
+from flexgen_ray.runtime.executor import AsyncExecutor, SerialExecutor
+from flexgen_ray.runtime.worker import Worker
+from flexgen_ray.schedule.ops import LANE, Lane, OpKind
+from flexgen_ray.schedule.zigzag import StageLayers, zigzag
+
+
+def generate(folder, prompts, policy, executor, monkeypatch) -> tuple[list, list[torch.Tensor]]:
+    """Tokens and every logit on the way, by sequence."""
+    seen: dict[int, list[torch.Tensor]] = {}
+
+    def collect(indices, logits):
+        for index, row in zip(indices, logits, strict=True):
+            seen.setdefault(index, []).append(row.clone())
+
+    run = Worker.run
+    params = [SamplingParams(max_tokens=6 + i, temperature=i % 2) for i in range(len(prompts))]
+    with monkeypatch.context() as patch:
+        patch.setattr(Worker, "run", lambda self: run(self, collect))
+        with LLM(folder, policy=policy, executor=executor, use_ray=False, dtype="float32") as llm:
+            outputs = llm.generate(prompts, params)
+    tokens = [output.outputs[0].token_ids for output in outputs]
+    return tokens, [torch.stack(seen[index]) for index in sorted(seen)]
+
+
+@pytest.mark.parametrize("name", ["opt", "llama", "opt-350m-like"])
+@settings(max_examples=12)
+@given(policy=policies)
+def test_async_equals_serial_bit_for_bit(tiny_models, name, policy, monkeypatch):
+    folder, references = tiny_models[name]
+    prompts = [reference.prompt for reference in references]
+    tokens, logits = generate(folder, prompts, policy, "serial", monkeypatch)
+    async_tokens, async_logits = generate(folder, prompts, policy, "async", monkeypatch)
+    assert async_tokens == tokens
+    assert all(torch.equal(a, b) for a, b in zip(async_logits, logits, strict=True))
+
+
+class Recorder:
+    """Handlers that record when ops ran, after a sleep, and can be told to fail."""
+
+    def __init__(self, sleep: float = 0.0, fails: OpKind | None = None) -> None:
+        self.times: list[tuple[OpKind, float, float]] = []
+        self.sleep = sleep
+        self.fails = fails
+        self.handlers = dict.fromkeys(OpKind, self._run)
+
+    def _run(self, op) -> None:
+        start = time.perf_counter()
+        time.sleep(self.sleep)
+        if op.kind is self.fails:
+            raise OSError(f"{op.kind} broke")
+        self.times.append((op.kind, start, time.perf_counter()))
+
+
+def test_lanes_run_at_once():
+    """Sixteen visits of eight layers: much less than the sum, at least the busiest lane."""
+    stage = StageLayers.whole(8)
+    counts = {lane: 0 for lane in Lane}
+    for op in zigzag(stage, 4, range(2)):
+        counts[op.lane] += 1
+    recorder = Recorder(sleep=0.002)
+    started = time.perf_counter()
+    executor = AsyncExecutor(recorder.handlers, lambda op: True, {})
+    visits = list(executor.run(zigzag(stage, 4, range(2))))
+    wall = time.perf_counter() - started
+    assert len(visits) == 2 and len(recorder.times) == sum(counts.values())
+    busy = sum(end - start for _, start, end in recorder.times)
+    assert wall < 0.6 * busy
+
+
+@given(st.sampled_from(list(OpKind)), st.integers(1, 3))
+@settings(max_examples=25)
+def test_an_exception_in_any_lane_ends_the_run_with_it(kind, num_batches):
+    before = threading.active_count()
+    recorder = Recorder(fails=kind)
+    executor = AsyncExecutor(recorder.handlers, lambda op: True, {})
+    with pytest.raises(OSError, match=f"{kind} broke"):
+        list(executor.run(zigzag(StageLayers.whole(3), num_batches, range(50))))
+    assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("executor", ["serial", "async"])
+def test_an_abandoned_run_stops_and_joins_its_threads(executor):
+    before = threading.active_count()
+    recorder = Recorder()
+    made = {
+        "serial": SerialExecutor(recorder.handlers, lambda op: True),
+        "async": AsyncExecutor(recorder.handlers, lambda op: True, {}),
+    }[executor]
+    running = made.run(zigzag(StageLayers.whole(3), 2, range(1000)))
+    next(running)
+    running.close()
+    assert threading.active_count() == before
+    done = len(recorder.times)
+    time.sleep(0.05)
+    assert len(recorder.times) == done
+
+
+def test_a_failing_disk_ends_generation_with_its_error(tiny_models, monkeypatch):
+    folder, references = tiny_models["llama"]
+    from flexgen_ray.store.tier import Region
+
+    read, calls = Region.read_into, []
+
+    def broken(self, *arguments):
+        calls.append(1)
+        if len(calls) > 40:
+            raise OSError(5, "Input/output error", "/data/offload")
+        return read(self, *arguments)
+
+    monkeypatch.setattr(Region, "read_into", broken)
+    from flexgen_ray import Placement
+
+    policy = Policy(2, 2, weights=Placement(0, 0, 1))
+    before = threading.active_count()
+    with LLM(folder, policy=policy, executor="async", use_ray=False) as llm:
+        with pytest.raises(OSError, match="/data/offload"):
+            llm.generate([r.prompt for r in references], SamplingParams(max_tokens=50))
+    assert threading.active_count() == before
+
+
+def test_every_kind_has_a_lane():
+    assert set(LANE) == set(OpKind) and set(LANE.values()) == set(Lane)
