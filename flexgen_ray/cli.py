@@ -114,8 +114,9 @@ def generate(
     defaults = SamplingParams(max_tokens=max_tokens, temperature=temperature)
     if not input.is_file():
         raise FileNotFoundError(f"{input} does not exist; --input takes a JSONL file")
-    if not output.parent.is_dir():
-        raise FileNotFoundError(f"{output.parent} does not exist; make it first")
+    for path in filter(None, (output, report)):
+        if not path.parent.is_dir():
+            raise FileNotFoundError(f"{path.parent} does not exist; make it first")
     with LLM(
         model,
         policy=policy,

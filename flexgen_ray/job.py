@@ -49,6 +49,7 @@ def run_job(
     What can't work (policy, budget, an output file with content) is said before the file is made.
     on_progress(requests done, Progress) is called after each pass.
     """
+    Journal.check(output, overwrite)
     llm.prepare(job.requests)
     done = 0
 

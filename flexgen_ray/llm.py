@@ -6,14 +6,13 @@ requests to a worker: a Ray actor, or this process. Knows text; no tensors.
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol, cast
 
-from flexgen_ray.config import Budget, Policy, Workload
+from flexgen_ray.config import Policy, Workload
 from flexgen_ray.cost.default_policy import default_policy
 from flexgen_ray.cost.sizes import StagePlan, check_budget
 from flexgen_ray.models.registry import load_config
@@ -26,17 +25,14 @@ from flexgen_ray.request import (
     RequestOutput,
     SamplingParams,
 )
+from flexgen_ray.resources import default_offload_dir, settle_budget, settle_dtype
 from flexgen_ray.runtime.stage import EXECUTORS, StageSpec
 from flexgen_ray.runtime.worker import Machine, Worker
 from flexgen_ray.schedule.zigzag import StageLayers
 from flexgen_ray.tokenizer import Tokenizer
-from flexgen_ray.units import format_bytes, parse_bytes
+from flexgen_ray.units import parse_bytes
 
 Prompt = str | Sequence[int]
-GPU_SHARE = 0.9  # of the free memory, where no budget is given
-HOST_SHARE = 0.8
-DISK_SHARE = 0.9
-CUDA_RESERVE = 96 * 2**20  # cuBLAS workspaces and what the allocator rounds up
 
 
 class Backend(Protocol):
@@ -47,6 +43,7 @@ class Backend(Protocol):
     def add(self, requests: list[Request]) -> None: ...
     def run(self) -> Iterator[Finished | Progress]: ...
     def used(self) -> dict[str, dict[str, int]]: ...
+    def abort(self) -> None: ...
     def close(self) -> None: ...
 
 
@@ -56,8 +53,9 @@ class LLM:
     model: a Hugging Face folder. policy: a Policy, a YAML file, or None to fill the tiers from the
     fastest down. dtype: auto, float32, float16 or bfloat16. device: auto, cuda or cpu. *_memory:
     bytes or `16GiB`; what is free, less a margin, if None. use_ray: run in a Ray actor, on the
-    cluster at `address` (or RAY_ADDRESS), or on one started for this run. executor: async runs
-    loads, stores and host attention beside the device's work; serial one op after the other.
+    cluster at `address` (or RAY_ADDRESS), or on one started for this run. executor: serial runs
+    one op after the other; async runs loads, stores and host attention beside the device's work,
+    with the same bits, and is not tuned yet.
 
     Raises ValueError or OSError, with the numbers, for what can't work. Use it as a context manager
     or call `close`.
@@ -77,7 +75,7 @@ class LLM:
         use_ray: bool = True,
         address: str | None = None,
         seed: int = 0,
-        executor: str = "async",
+        executor: str = "serial",
     ) -> None:
         if executor not in EXECUTORS:
             raise ValueError(f"executor is {executor!r}; it must be one of {', '.join(EXECUTORS)}")
@@ -87,18 +85,19 @@ class LLM:
         self.tokenizer = Tokenizer(self.model)
         self.policy = policy if isinstance(policy, Policy | None) else Policy.from_yaml(policy)
         self.seed = seed
-        self.offload_dir = Path(offload_dir) if offload_dir else default_offload_dir()
+        self.offload_dir = Path(offload_dir or default_offload_dir()).resolve()
         memory = {"gpu": gpu_memory, "cpu": cpu_memory, "disk": disk_memory}
         limits = {
             tier: None if size is None else parse_bytes(size) for tier, size in memory.items()
         }
         self._plan: StagePlan | None = None
+        self._run: Generator[Finished | Progress] | None = None
         self.report = Report()
         self._backend, reserved = _start(use_ray, address, device)
         try:
             self.machine = self._backend.probe(device, str(self.offload_dir))
-            self.budget = _budget(self.machine, limits, reserved)
-            self.dtype = _dtype(dtype, self.config.dtype, self.machine)
+            self.budget = settle_budget(self.machine, limits, reserved)
+            self.dtype = settle_dtype(dtype, self.config.dtype, self.machine)
         except BaseException:
             self.close()
             raise
@@ -148,10 +147,12 @@ class LLM:
 
     def prepare(self, requests: list[Request]) -> None:
         """Settles the policy, checks the budget, loads the weights unless what is loaded serves."""
+        self._refuse_while_running()
         if not requests:
             return
         workload = Workload(
-            num_requests=len(requests),
+            # How many there are matters to the default policy alone.
+            num_requests=1 if self.policy else len(requests),
             max_prompt_len=max(len(request.prompt_token_ids) for request in requests),
             max_seq_len=max(request.max_seq_len for request in requests),
         )
@@ -171,7 +172,7 @@ class LLM:
                 plan=plan,
                 budget=self.budget,
                 device=self.machine.device,
-                offload_dir=str(self.offload_dir.resolve()),
+                offload_dir=str(self.offload_dir),
                 seed=self.seed,
                 executor=self.executor,
             )
@@ -182,26 +183,32 @@ class LLM:
     def stream(
         self, requests: list[Request], on_progress: Callable[[Progress], None] | None = None
     ) -> Iterator[RequestOutput]:
-        """Outputs as they finish; `report` then tells how it went."""
-        load_seconds = self.report.load_seconds
-        self.report = Report(load_seconds=load_seconds)
+        """Outputs as they finish; `report` then tells how it went.
+
+        One stream at a time. Left before its end it takes the loaded weights with it: the next
+        `prepare` loads them again.
+        """
+        self._refuse_while_running()
+        self.report = Report(load_seconds=self.report.load_seconds)
         if not requests:
             return
         assert self._plan is not None, "prepare comes first"
-        by_index = {request.index: request for request in requests}
         self._backend.add(requests)
-        for event in self._backend.run():
-            if isinstance(event, Progress):
-                self.report.add(event)
-                if on_progress:
-                    on_progress(event)
-            else:
-                self.report.num_requests += 1
-                yield self._output(by_index[event.index], event)
-        self.report.finish(self._plan, self.budget, self.machine, self._backend.used())
+        self._run = cast(Generator[Finished | Progress], self._backend.run())
+        try:
+            yield from self._outputs(self._run, requests, on_progress)
+            self.report.finish(self._plan, self.budget, self.machine, self._backend.used())
+        except BaseException:
+            if self._run is not None:
+                self._stop_run()
+                self._backend.abort()
+            raise
+        finally:
+            self._run = None
 
     def close(self) -> None:
-        """Stops the worker; memory and offload files are given back."""
+        """Stops the worker, in the middle of a stream too; memory and files are given back."""
+        self._stop_run()
         self._backend.close()
 
     def __enter__(self) -> LLM:
@@ -209,6 +216,35 @@ class LLM:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _outputs(
+        self,
+        run: Iterator[Finished | Progress],
+        requests: list[Request],
+        on_progress: Callable[[Progress], None] | None,
+    ) -> Iterator[RequestOutput]:
+        missing = {request.index: request for request in requests}
+        for event in run:
+            if isinstance(event, Progress):
+                self.report.add(event)
+                if on_progress:
+                    on_progress(event)
+            else:
+                self.report.num_requests += 1
+                yield self._output(missing.pop(event.index), event)
+        if missing:
+            raise RuntimeError(f"the LLM was closed with {len(missing)} requests unanswered")
+
+    def _refuse_while_running(self) -> None:
+        if self._run is not None:
+            raise RuntimeError("this LLM is generating; finish or close its stream first")
+
+    def _stop_run(self) -> None:
+        """Every lane of the stage has stopped when this returns."""
+        if self._run is not None:
+            self._run.close()
+            self._run = None
+            self._plan = None
 
     def _output(self, request: Request, finished: Finished) -> RequestOutput:
         text = self.tokenizer.decode(finished.token_ids) if self.tokenizer.exists else ""
@@ -227,12 +263,6 @@ def _several(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     return cast(list[Prompt], list(prompts))
 
 
-def default_offload_dir() -> Path:
-    """In the user's cache, not in /tmp, which is often memory."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "flexgen_ray" / "offload"
-
-
 def _start(use_ray: bool, address: str | None, device: str) -> tuple[Backend, int]:
     """The worker, and the host memory that Ray takes beside it."""
     if not use_ray:
@@ -241,46 +271,3 @@ def _start(use_ray: bool, address: str | None, device: str) -> tuple[Backend, in
 
     driver = Driver(address, device)
     return driver, driver.reserved_cpu_bytes
-
-
-def _budget(machine: Machine, limits: dict[str, int | None], reserved: int) -> Budget:
-    """Given limits as they stand, free memory less a margin for the others.
-
-    Without CUDA the gpu tier is host memory too, so the two share what is free.
-    """
-    share = GPU_SHARE if machine.device == "cuda" else HOST_SHARE / 2
-    gpu, cpu, disk = limits["gpu"], limits["cpu"], limits["disk"]
-    gpu = int(machine.gpu_bytes * share) if gpu is None else gpu
-    host = HOST_SHARE * machine.cpu_bytes - (0 if machine.device == "cuda" else gpu)
-    cpu = max(int(host), 0) if cpu is None else cpu
-    disk = int(machine.disk_bytes * DISK_SHARE) if disk is None else disk
-    if cpu < reserved:
-        raise ValueError(
-            f"--cpu-memory {format_bytes(cpu)} is less than the {format_bytes(reserved)} that "
-            "Ray's object store takes; raise it, or use --no-ray"
-        )
-    for tier, size, free in (
-        ("gpu", gpu, machine.gpu_bytes),
-        ("cpu", cpu, machine.cpu_bytes),
-        ("disk", disk, machine.disk_bytes),
-    ):
-        if size > free:
-            raise ValueError(
-                f"--{tier}-memory {format_bytes(size)} is more than the {format_bytes(free)} free "
-                f"on {machine.host}; lower it"
-            )
-    if machine.device == "cuda":
-        gpu = max(gpu - CUDA_RESERVE, 0)
-    return Budget(gpu, cpu - reserved, disk)
-
-
-def _dtype(wanted: str, checkpoint: str, machine: Machine) -> str:
-    """auto: the checkpoint's on a GPU; on the CPU float32 unless it is fast in bfloat16."""
-    if wanted not in ("auto", "float32", "float16", "bfloat16"):
-        raise ValueError(f"dtype {wanted!r} is unknown; use auto, float32, float16 or bfloat16")
-    if wanted != "auto":
-        return wanted
-    if machine.device == "cuda":
-        return checkpoint
-    is_bfloat16 = checkpoint == "bfloat16" and machine.is_fast_in_bfloat16
-    return "bfloat16" if is_bfloat16 else "float32"

@@ -21,9 +21,10 @@ class SamplingParams:
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.stop, str | list):
-            stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-            object.__setattr__(self, "stop", stop)
+        stop: object = self.stop
+        if stop is None or isinstance(stop, str | list):
+            strings = (stop,) if isinstance(stop, str) else tuple(stop or ())
+            object.__setattr__(self, "stop", strings)
         if not _is_number(self.max_tokens, int) or self.max_tokens < 1:
             raise ValueError(f"max_tokens is {self.max_tokens!r}; it must be an integer from 1 up")
         if not _is_number(self.temperature, int | float) or not 0 <= self.temperature <= 2:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from test_exactness import MAX_TOKENS, assert_same, policies
 
 from flexgen_ray import LLM, Policy, SamplingParams
-from flexgen_ray.llm import CUDA_RESERVE
+from flexgen_ray.resources import CUDA_RESERVE
 
 pytestmark = [
     pytest.mark.gpu,

@@ -26,6 +26,7 @@ MAY_IMPORT = {
     "io": FOUNDATION,
     "runtime": FOUNDATION | {"schedule", "cost", "models", "store", "tokenizer"},
     "distributed": FOUNDATION | {"runtime"},
+    "resources": {"config", "runtime", "units"},
     "report": FOUNDATION | {"cost", "runtime"},
     "progress": {"request"},
 }

@@ -168,8 +168,19 @@ def test_the_default_policy_fills_the_fastest_tiers_first():
     t4 = policy(16, 208)
     assert t4.weights.disk == 0 and 0.05 < t4.weights.gpu < 0.25
     assert t4.cache.disk == 0 and t4.block_size >= 64
+    assert t4.num_gpu_batches >= 2 and t4.activations.disk == 0
+    need = totals(stage_bytes(StagePlan(config, stage, t4, workload, "float16")))
+    assert need.gpu > 0.95 * 16 * 2**30
     small = policy(16, 32)
     assert small.weights.disk > 0.3 and small.weights.gpu > 0.05
+
+
+def test_hidden_states_stay_off_the_disk_while_memory_is_free():
+    config = REAL["smollm2-135m"]
+    budget = Budget(400 * 2**20, 2 * 2**30, 40 * 2**30)
+    stage, workload = StageLayers.whole(config.num_layers), Workload(64, 500, 600)
+    policy = default_policy(config, stage, workload, "float32", budget)
+    assert policy.activations.disk == policy.cache.disk == policy.weights.disk == 0
 
 
 def test_sizes_read_and_write_as_people_do():

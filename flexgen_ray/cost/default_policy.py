@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from flexgen_ray.config import Budget, ModelConfig, Placement, Policy, Workload
-from flexgen_ray.cost.sizes import StagePlan, check_budget, stage_bytes, totals, weight_bytes
+from flexgen_ray.cost.sizes import StagePlan, check_budget, stage_bytes, totals
 from flexgen_ray.schedule.zigzag import StageLayers
 
 MAX_BLOCK = 512
@@ -20,21 +20,24 @@ BISECTIONS = 7  # a fraction is settled to within 1 %
 def default_policy(
     config: ModelConfig, stage: StageLayers, workload: Workload, dtype: str, budget: Budget
 ) -> Policy:
-    """Raises ValueError with what the smallest block lacks if nothing fits."""
-    smallest: StagePlan | None = None
+    """The largest block that leaves little on disk; of the others the one that leaves least.
+
+    Raises ValueError with what the smallest block lacks if nothing fits.
+    """
+    best: StagePlan | None = None
     for block in _halves(min(workload.num_requests, MAX_BLOCK)):
         batches = -(-block // MAX_GPU_BATCH)
         shape = Policy(gpu_batch_size=-(-block // batches), num_gpu_batches=batches)
         for tile in TILES:
             policy = replace(shape, max_batch_tokens=tile)
             plan = _fill(StagePlan(config, stage, policy, workload, dtype), budget)
-            if _fits(plan, budget) and (block == 1 or _is_good(plan, budget)):
-                return plan.policy
-            if _fits(plan, budget) or smallest is None or not _fits(smallest, budget):
-                smallest = plan
-    assert smallest is not None
-    check_budget(smallest, budget)
-    return smallest.policy
+            if best is None or _merits(plan, budget) > _merits(best, budget):
+                best = plan
+            if all(_merits(best, budget)):
+                return best.policy
+    assert best is not None
+    check_budget(best if _fits(best, budget) else plan, budget)
+    return best.policy
 
 
 def _halves(size: int) -> Iterator[int]:
@@ -43,11 +46,17 @@ def _halves(size: int) -> Iterator[int]:
         size //= 2
 
 
-def _is_good(plan: StagePlan, budget: Budget) -> bool:
-    """No cache on disk, and no weights there for the sake of more than half the host's cache."""
-    if plan.policy.cache.disk > 0:
-        return False
-    return plan.policy.weights.disk == 0 or 2 * stage_bytes(plan)["cpu"]["cache"] <= budget.cpu
+def _merits(plan: StagePlan, budget: Budget) -> tuple[bool, ...]:
+    """Fits; no hidden states on disk; no cache there; no weights there that more than half of the
+    host's memory, taken by the cache, would have kept off it."""
+    policy = plan.policy
+    displaces = policy.weights.disk > 0 and 2 * stage_bytes(plan)["cpu"]["cache"] > budget.cpu
+    return (
+        _fits(plan, budget),
+        policy.activations.disk == 0,
+        policy.cache.disk == 0,
+        not displaces,
+    )
 
 
 def _fits(plan: StagePlan, budget: Budget) -> bool:
@@ -56,42 +65,62 @@ def _fits(plan: StagePlan, budget: Budget) -> bool:
 
 
 def _fill(plan: StagePlan, budget: Budget) -> StagePlan:
-    """Starts with everything on disk and lifts what fits, the fastest tier first."""
+    """All on the device if it fits; else as much as fits, and two batches that overlap at least."""
+    device = Placement(1, 0, 0)
+    whole = _with(plan, weights=device, cache=device, activations=device)
+    if _fits(whole, budget):
+        return whole
+    plan = _in_two_batches(_barest(plan, budget))
+    plan = _lift(plan, "weights", "disk", "gpu", budget)
+    plan = _lift(plan, "cache", "cpu", "gpu", budget)
+    plan = _lift(plan, "cache", "disk", "gpu", budget)
+    plan = _lift(plan, "weights", "disk", "cpu", budget)
+    return _lift(plan, "cache", "disk", "cpu", budget)
+
+
+def _barest(plan: StagePlan, budget: Budget) -> StagePlan:
+    """Weights on disk; cache and hidden states on the fastest tiers that take all of them."""
     disk = Placement(0, 0, 1)
-    for activations in (Placement(1, 0, 0), Placement(0, 1, 0), disk):
-        bare = _with(plan, weights=disk, cache=disk, activations=activations)
-        need = totals(stage_bytes(bare))
-        if need.gpu <= budget.gpu and (activations.gpu or need.cpu <= budget.cpu):
-            break
-    plan = _lift(bare, "weights", "gpu", budget)
-    plan = _lift(plan, "cache", "gpu", budget)
-    first, second = ("weights", "cache") if _weights_fit(plan, budget) else ("cache", "weights")
-    return _lift(_lift(plan, first, "cpu", budget), second, "cpu", budget)
+    for cache in (Placement(0, 1, 0), disk):
+        for activations in (Placement(1, 0, 0), Placement(0, 1, 0), disk):
+            bare = _with(plan, weights=disk, cache=cache, activations=activations)
+            need = totals(stage_bytes(bare))
+            if need.gpu <= budget.gpu and need.cpu <= budget.cpu:
+                return bare
+    return bare
 
 
-def _weights_fit(plan: StagePlan, budget: Budget) -> bool:
-    return weight_bytes(plan)["disk"] <= budget.cpu
+def _in_two_batches(plan: StagePlan) -> StagePlan:
+    """One batch has nothing to overlap with."""
+    policy = plan.policy
+    if policy.num_gpu_batches > 1 or policy.gpu_batch_size == 1:
+        return plan
+    halves = replace(policy, gpu_batch_size=-(-policy.gpu_batch_size // 2), num_gpu_batches=2)
+    return replace(plan, policy=halves)
 
 
 def _with(plan: StagePlan, **changes: Placement) -> StagePlan:
     return replace(plan, policy=replace(plan.policy, **changes))  # type: ignore[arg-type]
 
 
-def _lift(plan: StagePlan, what: str, tier: str, budget: Budget) -> StagePlan:
-    """Moves the largest fraction of weights or cache from disk to `tier` that its budget takes."""
+def _lift(plan: StagePlan, what: str, source: str, tier: str, budget: Budget) -> StagePlan:
+    """Moves the largest share of weights or cache from `source` to `tier` that its budget takes."""
     placement: Placement = getattr(plan.policy, what)
+    available: float = getattr(placement, source)
 
-    def lifted(fraction: float) -> StagePlan:
-        moved = placement.disk * fraction
-        rest = 0.0 if fraction == 1 else placement.disk - moved
-        target = {tier: getattr(placement, tier) + moved, "disk": rest}
-        return _with(plan, **{what: replace(placement, **target)})
+    def lifted(share: float) -> StagePlan:
+        moved = available * share
+        changes = {
+            source: 0.0 if share == 1 else available - moved,
+            tier: getattr(placement, tier) + moved,
+        }
+        return _with(plan, **{what: replace(placement, **changes)})
 
     def fits(candidate: StagePlan) -> bool:
         need = totals(stage_bytes(candidate))
         return getattr(need, tier) <= getattr(budget, tier)
 
-    if fits(lifted(1.0)):
+    if not available or fits(lifted(1.0)):
         return lifted(1.0)
     low, high = 0.0, 1.0
     for _ in range(BISECTIONS):

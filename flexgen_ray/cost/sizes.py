@@ -25,7 +25,7 @@ PAGE = 4096
 PREFILL_TILES = 8  # a batch takes at most this many tiles of max_batch_tokens in a pass
 CACHE_BLOCK_TOKENS = 16  # tokens of one row that go to disk together
 FRAGMENTATION = 1.5  # what an allocator holds over what is live; measured in test_memory.py
-SAMPLING_COPIES = 6  # logits, their float64 distribution, and what sorting it takes
+QUERY_TILE = 512  # queries whose mask over a cached prefix is made at a time
 
 
 @dataclass(frozen=True)
@@ -178,8 +178,11 @@ def _cache_bytes(plan: StagePlan) -> dict[str, dict[str, int]]:
 
 
 def host_workspace_bytes(plan: StagePlan) -> int:
-    """What attending one batch on the host takes: a mask and scores for each head."""
-    return plan.attended_rows * plan.max_seq_len * 4 * (1 + plan.config.num_heads)
+    """Most bytes of temporaries on the host: a batch's mask and scores, a row, gathered tokens."""
+    attention = plan.attended_rows * plan.max_seq_len * 4 * (1 + plan.config.num_heads)
+    moved = plan.row_bytes if any(split.off_device for split in plan.splits.values()) else 0
+    gathered = 3 * plan.tile_tokens * plan.config.hidden_size * plan.element_bytes
+    return max(attention, moved, gathered if _gathers(plan) else 0)
 
 
 def _hidden_bytes(plan: StagePlan) -> dict[str, dict[str, int]]:
@@ -187,7 +190,6 @@ def _hidden_bytes(plan: StagePlan) -> dict[str, dict[str, int]]:
     token = config.hidden_size * plan.element_bytes
     gpu, cpu, disk = plan.hidden_tokens
     work = plan.cell_tokens * (config.hidden_size + config.q_size + 2 * config.kv_size)
-    gathers = plan.stage.first == 0 and "gpu" not in plan.weight_tiers()[0].values()
     return {
         "gpu": {
             "hidden states": policy.num_gpu_batches * gpu * token,
@@ -196,10 +198,15 @@ def _hidden_bytes(plan: StagePlan) -> dict[str, dict[str, int]]:
         "cpu": {
             "hidden states": policy.num_gpu_batches * cpu * token,
             "hidden states in flight": 2 * NUM_SLOTS * disk * token,
-            "embedding": NUM_SLOTS * plan.cell_tokens * token * gathers,
+            "embedding": NUM_SLOTS * plan.cell_tokens * token * _gathers(plan),
         },
         "disk": {"hidden states": policy.num_gpu_batches * aligned(disk * token, PAGE)},
     }
+
+
+def _gathers(plan: StagePlan) -> bool:
+    """Whether embeddings are looked up on the host."""
+    return plan.stage.first == 0 and "gpu" not in plan.weight_tiers()[0].values()
 
 
 def workspace_bytes(plan: StagePlan) -> int:
@@ -210,9 +217,12 @@ def workspace_bytes(plan: StagePlan) -> int:
     rows = plan.policy.gpu_batch_size
     # Grouped-query prefill repeats the keys and values of one row for every query head.
     attention = plan.max_seq_len * (config.q_size + config.kv_size) * 2 * element
-    attention += min(plan.tile_tokens, plan.max_seq_len) * config.q_size * (element + 4)
+    chunk = min(plan.cell_tokens, plan.workload.max_prompt_len)
+    attention += chunk * config.q_size * (2 * element + 4)
+    attention += min(QUERY_TILE, chunk) * plan.max_seq_len * (1 + 4)
     attention += rows * plan.max_seq_len * 4 * (1 + config.num_heads)
-    logits = rows * config.vocab_size * 4 * SAMPLING_COPIES
+    # All rows' logits in two precisions, one row's distribution sorted and summed in float64.
+    logits = config.vocab_size * (8 * rows + 48)
     return int(FRAGMENTATION * max(tile, attention, logits))
 
 

@@ -30,19 +30,14 @@ class Driver:
     """One StageActor on a cluster that is there already, or on one started for this run."""
 
     def __init__(self, address: str | None = None, device: str = "auto") -> None:
+        self._actor: Any = None
         self._owns_cluster = _connect(address)
-        options = _actor_options(device)
-        actor_class: Any = StageActor
-        self._actor = actor_class.options(**options).remote(int(options["num_cpus"]))
         try:
-            ray.get(self._actor.__ray_ready__.remote(), timeout=START_SECONDS)
-        except GetTimeoutError as error:
+            self._options = _actor_options(device)
+            self._start_actor()
+        except BaseException:
             self.close()
-            raise RuntimeError(
-                f"Ray found no node with {options['num_cpus']} free CPUs and "
-                f"{options['num_gpus']} free GPUs within {START_SECONDS} s; "
-                "stop other jobs or choose another --address"
-            ) from error
+            raise
 
     @property
     def reserved_cpu_bytes(self) -> int:
@@ -61,6 +56,7 @@ class Driver:
             self._call("add", requests[start : start + REQUESTS_PER_CALL])
 
     def run(self) -> Iterator[Finished | Progress]:
+        """What the stage yields. A run can't be called back: close it early, then `abort`."""
         events = self._actor.run.options(num_returns="streaming").remote()
         for event in events:
             yield _get(event)
@@ -68,12 +64,34 @@ class Driver:
     def used(self) -> dict[str, dict[str, int]]:
         return self._call("used")
 
+    def abort(self) -> None:
+        """Ends a run by ending its process; a fresh one takes its place."""
+        self._stop_actor()
+        self._start_actor()
+
     def close(self) -> None:
         """Stops the actor, and Ray if this run started it."""
-        if ray.is_initialized():
-            ray.kill(self._actor)
-            if self._owns_cluster:
-                ray.shutdown()
+        self._stop_actor()
+        if self._owns_cluster and ray.is_initialized():
+            ray.shutdown()
+
+    def _start_actor(self) -> None:
+        actor_class: Any = StageActor
+        options = self._options
+        self._actor = actor_class.options(**options).remote(options["num_cpus"])
+        try:
+            ray.get(self._actor.__ray_ready__.remote(), timeout=START_SECONDS)
+        except GetTimeoutError as error:
+            raise RuntimeError(
+                f"Ray found no node with {options['num_cpus']} free CPUs and "
+                f"{options['num_gpus']} free GPUs within {START_SECONDS} s; "
+                "stop other jobs or choose another --address"
+            ) from error
+
+    def _stop_actor(self) -> None:
+        actor, self._actor = self._actor, None
+        if actor is not None and ray.is_initialized():
+            ray.kill(actor)
 
     def _call(self, method: str, *arguments: Any) -> Any:
         return _get(getattr(self._actor, method).remote(*arguments))

@@ -12,13 +12,18 @@ class Journal:
 
     def __init__(self, path: str | Path, overwrite: bool = False) -> None:
         """FileExistsError if the file has content and may not be overwritten."""
+        self.check(path, overwrite)
         self.path = Path(path)
-        if not overwrite and self.path.is_file() and self.path.stat().st_size:
-            raise FileExistsError(
-                f"{self.path} already has content; choose another --output, or give --overwrite"
-            )
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_TRUNC
         self._fd = os.open(self.path, flags, 0o644)
+
+    @staticmethod
+    def check(path: str | Path, overwrite: bool) -> None:
+        """The same refusal, before any work is done for nothing."""
+        if not overwrite and Path(path).is_file() and Path(path).stat().st_size:
+            raise FileExistsError(
+                f"{path} already has content; choose another --output, or give --overwrite"
+            )
 
     def append(self, row: dict) -> None:
         """One line in one write; OSError names the file."""

@@ -6,8 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-QUERY_TILE = 512  # queries whose mask over a cached prefix is made at a time
-
 
 def decode(q: Tensor, k: Tensor, v: Tensor, lens: list[int]) -> Tensor:
     """Attend one new token per row to its cache.
@@ -29,8 +27,10 @@ def decode(q: Tensor, k: Tensor, v: Tensor, lens: list[int]) -> Tensor:
     return out.reshape(rows, heads, head_dim)
 
 
-def prefill(q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
+def prefill(q: Tensor, k: Tensor, v: Tensor, start: int, query_tile: int = 512) -> Tensor:
     """Attend a chunk of one row to its cache and, causally, to itself.
+
+    Over a cached prefix, query_tile queries at a time, which bounds the mask.
 
     q: [tokens, heads, head_dim]; k, v: [kv_heads, start + tokens, head_dim]
     start: tokens of the row before the chunk. Returns [tokens, heads, head_dim].
@@ -44,8 +44,8 @@ def prefill(q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
         out = F.scaled_dot_product_attention(query, key, value, is_causal=True)
         return out[0].transpose(0, 1)
     pieces = []
-    for first in range(0, tokens, QUERY_TILE):
-        last = min(first + QUERY_TILE, tokens)
+    for first in range(0, tokens, query_tile):
+        last = min(first + query_tile, tokens)
         positions = torch.arange(start + first, start + last, device=q.device)
         mask = torch.arange(start + last, device=q.device) <= positions[:, None]
         keys, values = key[:, :, : start + last], value[:, :, : start + last]

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from flexgen_ray.cost.sizes import StagePlan
+from flexgen_ray.cost.sizes import QUERY_TILE, StagePlan
 from flexgen_ray.models import attention
 from flexgen_ray.models.registry import FAMILIES
 from flexgen_ray.rows import Row, Rows, runs
@@ -26,7 +26,7 @@ LogitsHook = Callable[[list[int], Tensor], None]
 
 
 class Cells:
-    """Runs ops on a stage's stores; `handlers` maps each OpKind to its method."""
+    """Runs ops on a stage's stores."""
 
     def __init__(
         self, plan: StagePlan, weights: WeightStore, batcher: Batcher, tiers: Tiers
@@ -42,9 +42,10 @@ class Cells:
         self.on_logits: LogitsHook | None = None
         self._rows: dict[tuple[int, int], Rows] = {}
         self._logits: dict[int, Tensor] = {}
-        self.handlers: dict[OpKind, Callable[[Op], None]] = {
-            kind: getattr(self, f"_{kind.value}") for kind in OpKind
-        }
+
+    def handlers(self) -> dict[OpKind, Callable[[Op], None]]:
+        """Made anew: kept, it would tie the stores into a cycle that outlives the stage."""
+        return {kind: getattr(self, f"_{kind.value}") for kind in OpKind}
 
     def moves(self, op: Op) -> bool:
         """False if the op can't do anything under this placement; then it isn't dispatched."""
@@ -150,7 +151,7 @@ class Cells:
         else:
             k, v = (x[tokens].view(shape).transpose(0, 1) for x in (work.k, work.v))
         query = work.q[tokens].view(row.num_new_tokens, config.num_heads, config.head_dim)
-        work.q[tokens].copy_(attention.prefill(query, k, v, row.position).flatten(1))
+        work.q[tokens].copy_(attention.prefill(query, k, v, row.position, QUERY_TILE).flatten(1))
 
     def _attend_host(self, op: Op) -> None:
         rows = self.cache.attended_on_host(op, self.rows(op).rows)

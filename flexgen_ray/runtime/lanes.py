@@ -32,6 +32,7 @@ class LaneThreads:
 
     def __init__(self, pending: Pending, threads: Mapping[Lane, int]) -> None:
         self._pending = pending
+        self._num_threads = torch.get_num_threads()
         self._queues: dict[Lane, SimpleQueue] = {lane: SimpleQueue() for lane in Lane}
         self._threads = [
             threading.Thread(
@@ -53,10 +54,12 @@ class LaneThreads:
             queue.put(None)
         for thread in self._threads:
             thread.join()
+        torch.set_num_threads(self._num_threads)
 
     @torch.inference_mode()
     def _work(self, lane: Lane, num_threads: int) -> None:
-        # The number of cores is a property of the calling thread.
+        # A thread's own number holds only after torch has given it the process's, on first use.
+        torch.get_num_threads()
         torch.set_num_threads(num_threads)
         try:
             while (item := self._queues[lane].get()) is not None:

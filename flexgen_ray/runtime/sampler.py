@@ -41,7 +41,8 @@ def sample(logits: Tensor, draws: list[Draw]) -> list[int]:
 
 def _invert(logits: Tensor, draw: Draw) -> int:
     """The first token, likeliest first, at which the cumulative probability exceeds the draw."""
-    scaled = logits.double() / draw.params.temperature
+    # Less its maximum, a logit divided by a tiny temperature can't overflow.
+    scaled = (logits - logits.max()).double() / draw.params.temperature
     probabilities, tokens = torch.softmax(scaled, dim=-1).sort(descending=True, stable=True)
     cumulative = probabilities.cumsum(dim=-1)
     if draw.params.top_p < 1:

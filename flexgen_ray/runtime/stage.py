@@ -21,7 +21,7 @@ from flexgen_ray.schedule.zigzag import zigzag
 from flexgen_ray.store.tier import DiskTier, MemoryTier, Tiers
 from flexgen_ray.store.weights import WeightStore
 
-EXECUTORS = ("async", "serial")
+EXECUTORS = ("serial", "async")
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class StageSpec:
     device: str
     offload_dir: str
     seed: int = 0
-    executor: str = "async"
+    executor: str = "serial"
 
 
 class Stage:
@@ -92,10 +92,10 @@ class Stage:
     def _executor(self) -> SerialExecutor | AsyncExecutor:
         cells = self._cells
         if self.spec.executor == "serial":
-            return SerialExecutor(cells.handlers, cells.moves)
+            return SerialExecutor(cells.handlers(), cells.moves)
         # The device's results must not depend on the executor, so it keeps all its threads.
         threads = {Lane.DEVICE: torch.get_num_threads()}
-        return AsyncExecutor(cells.handlers, cells.moves, threads)
+        return AsyncExecutor(cells.handlers(), cells.moves, threads)
 
     def used(self) -> dict[str, dict[str, int]]:
         """{tier: {what: bytes}} that the stage holds."""

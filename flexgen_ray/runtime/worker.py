@@ -5,6 +5,7 @@ In-process it is used as it is; `distributed.actor` makes it a Ray actor. Knows 
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import socket
@@ -19,6 +20,9 @@ from flexgen_ray.request import Finished, Progress, Request
 from flexgen_ray.runtime.cells import LogitsHook
 from flexgen_ray.runtime.stage import Stage, StageSpec
 from flexgen_ray.tokenizer import Tokenizer
+
+_M_MMAP_THRESHOLD = -3
+MMAP_THRESHOLD = 4 * 2**20
 
 
 @dataclass(frozen=True)
@@ -40,9 +44,11 @@ class Worker:
 
     def __init__(self, num_threads: int | None = None) -> None:
         self._stage: Stage | None = None
+        self._added: list[Request] = []
         wanted = num_threads or int(os.environ.get("OMP_NUM_THREADS") or 0)
         self._num_threads = wanted or len(os.sched_getaffinity(0))
         torch.set_num_threads(self._num_threads)
+        _return_freed_memory()
 
     def probe(self, device: str, offload_dir: str) -> Machine:
         """device: auto, cuda or cpu; ValueError if cuda is asked for and not there."""
@@ -61,7 +67,7 @@ class Worker:
             cpu_bytes=memory,
             disk_bytes=_free_disk(Path(offload_dir)),
             num_threads=self._num_threads,
-            is_fast_in_bfloat16=uses_cuda or _cpu_has_bfloat16(),
+            is_fast_in_bfloat16=_gpu_has_bfloat16() if uses_cuda else _cpu_has_bfloat16(),
         )
 
     def load(self, spec: StageSpec) -> None:
@@ -75,22 +81,40 @@ class Worker:
         assert self._stage is not None, "load comes first"
         if any(request.params.stop for request in requests):
             self._tokenizer.load()
-        self._stage.batcher.add(requests)
+        self._added += requests
 
     def run(self, on_logits: LogitsHook | None = None) -> Iterator[Finished | Progress]:
         """Runs what was added; see Stage.run."""
         assert self._stage is not None, "load comes first"
-        yield from self._stage.run((), on_logits)
+        requests, self._added = self._added, []
+        yield from self._stage.run(requests, on_logits)
 
     def used(self) -> dict[str, dict[str, int]]:
         """{tier: {what: bytes}} that the stage holds."""
         return self._stage.used() if self._stage else {}
 
+    def abort(self) -> None:
+        """After a run that didn't end: what it left undone is forgotten, with its stage."""
+        self.close()
+
     def close(self) -> None:
         """Gives memory and offload files back."""
+        self._added = []
         if self._stage is not None:
             self._stage.close()
             self._stage = None
+            if torch.cuda.is_initialized():
+                torch.cuda.empty_cache()
+
+
+def _return_freed_memory() -> None:
+    """Large temporaries go back to the system when freed, or each lane's heap would keep its own.
+
+    glibc otherwise raises the size from which it maps them (mallopt(3), M_MMAP_THRESHOLD).
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, MMAP_THRESHOLD)
 
 
 def _free_memory() -> int:
@@ -107,6 +131,11 @@ def _free_disk(folder: Path) -> int:
     while not folder.exists():
         folder = folder.parent
     return shutil.disk_usage(folder).free if os.access(folder, os.W_OK) else 0
+
+
+def _gpu_has_bfloat16() -> bool:
+    """Before Ampere torch has no attention kernel for it that avoids s x s tensors."""
+    return torch.cuda.get_device_capability() >= (8, 0)
 
 
 def _cpu_has_bfloat16() -> bool:

@@ -81,7 +81,7 @@ class Buffer(StrEnum):
     WORK = auto()  # hidden states of a cell on the device; the following per cell slot
     QUERY = auto()
     NEW_KV = auto()
-    ATTENTION = auto()
+    ATTENTION = auto()  # lies where the queries lay
     STREAMED_CACHE = auto()
     GATHERED = auto()
     HOST_QUERY = auto()
@@ -119,13 +119,13 @@ READS: dict[OpKind, tuple[Buffer, ...]] = {
     OpKind.ATTEND_DEVICE: (_B.ROWS, _B.QUERY, _B.NEW_KV, _B.CACHE_GPU, _B.STREAMED_CACHE),
     OpKind.ATTEND_HOST: (_B.ROWS, _B.HOST_QUERY, _B.CACHE_CPU),
     OpKind.LOAD_ATTENTION: (_B.ROWS, _B.HOST_ATTENTION),
-    OpKind.FINISH: (_B.ROWS, _B.DEVICE_WEIGHTS, _B.WORK, _B.ATTENTION),
+    OpKind.FINISH: (_B.ROWS, _B.DEVICE_WEIGHTS, _B.WORK, _B.ATTENTION, _B.HIDDEN_GPU),
     OpKind.STORE_HIDDEN: (_B.ROWS, _B.WORK),
     OpKind.WRITE_HIDDEN: (_B.ROWS, _B.HIDDEN_OUT),
-    OpKind.SAMPLE: (_B.ROWS, _B.LOGITS),
+    OpKind.SAMPLE: (_B.ROWS, _B.LOGITS, _B.TOKENS),
 }
 WRITES: dict[OpKind, tuple[Buffer, ...]] = {
-    OpKind.COMPOSE: (_B.ROWS,),
+    OpKind.COMPOSE: (_B.ROWS, _B.TOKENS),
     OpKind.GATHER: (_B.GATHERED,),
     OpKind.LOAD_EMBEDDING: (_B.WORK,),
     OpKind.READ_WEIGHTS: (_B.HOST_WEIGHTS,),
@@ -134,7 +134,7 @@ WRITES: dict[OpKind, tuple[Buffer, ...]] = {
     OpKind.LOAD_HIDDEN: (_B.WORK,),
     OpKind.READ_CACHE: (_B.CACHE_IN,),
     OpKind.LOAD_CACHE: (_B.STREAMED_CACHE,),
-    OpKind.PROJECT: (_B.WORK, _B.QUERY, _B.NEW_KV, _B.CACHE_GPU),
+    OpKind.PROJECT: (_B.WORK, _B.QUERY, _B.ATTENTION, _B.NEW_KV, _B.CACHE_GPU),
     OpKind.STORE_CACHE: (_B.CACHE_CPU, _B.CACHE_TAIL, _B.CACHE_OUT, _B.HOST_QUERY),
     OpKind.WRITE_CACHE: (_B.CACHE_DISK,),
     OpKind.ATTEND_DEVICE: (_B.ATTENTION, _B.STREAMED_CACHE),
@@ -213,8 +213,8 @@ class Dependencies:
         waits: set[int] = set()
         for slot in op.reads:
             state = self._slots.setdefault(slot, _SlotState())
-            waits.update(state.writers)
-            state.readers.append(index)
+            waits.update(state.writers.values())
+            state.readers[op.lane] = index
         for slot in op.writes:
             state = self._slots.setdefault(slot, _SlotState())
             state.admit_writer(index, op)
@@ -224,18 +224,21 @@ class Dependencies:
 
 
 class _SlotState:
-    """One slot's present content: who writes it, who reads it, who had to let go of the last."""
+    """One slot's present content: who writes it, who reads it, who had to let go of the last.
+
+    A lane runs its ops in order, so of each lane only the last one counts.
+    """
 
     def __init__(self) -> None:
         self.content: tuple[int, ...] = ()
         self.released_by: list[int] = []
-        self.writers: list[int] = []
-        self.readers: list[int] = []
+        self.writers: dict[Lane, int] = {}
+        self.readers: dict[Lane, int] = {}
 
     def admit_writer(self, index: int, op: Op) -> None:
         weights = op.kind in (OpKind.READ_WEIGHTS, OpKind.LOAD_WEIGHTS)
         content = (op.visit, op.layer) if weights else (op.visit, op.layer, op.batch)
-        if content != self.content or self.readers not in ([], [index]):
-            self.released_by = self.readers + self.writers
-            self.content, self.writers, self.readers = content, [], []
-        self.writers.append(index)
+        if content != self.content or any(reader != index for reader in self.readers.values()):
+            self.released_by = [*self.readers.values(), *self.writers.values()]
+            self.content, self.writers, self.readers = content, {}, {}
+        self.writers[op.lane] = index

@@ -10,12 +10,15 @@ import mmap
 import os
 import tempfile
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from flexgen_ray.units import format_bytes
+
+_PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 
 
 class BudgetError(ValueError):
@@ -58,14 +61,14 @@ class MemoryTier(Ledger):
         if self.device.type != "cpu" or not nbytes:
             return torch.zeros(nbytes, dtype=torch.uint8, device=self.device)
         # A mapping of its own is page-aligned, costs nothing until touched, and is returned whole.
-        return torch.frombuffer(mmap.mmap(-1, nbytes), dtype=torch.uint8)
+        return torch.frombuffer(mmap.mmap(-1, nbytes, _PRIVATE), dtype=torch.uint8)
 
 
 @dataclass(frozen=True)
 class Region:
-    """Bytes start..start + nbytes of an offload file."""
+    """Bytes start..start + nbytes of an offload file; ValueError once the file is closed."""
 
-    fd: int
+    file: FileIO | None
     path: str
     start: int
     nbytes: int
@@ -75,7 +78,7 @@ class Region:
         view = memoryview(buffer.view(torch.uint8).reshape(-1).numpy().data)
         self._check(offset, len(view))
         while view:
-            count = os.preadv(self.fd, [view], self.start + offset)
+            count = os.preadv(self._fd, [view], self.start + offset)
             if count == 0:
                 raise OSError(errno.EIO, "short read from the offload file", self.path)
             view, offset = view[count:], offset + count
@@ -85,13 +88,18 @@ class Region:
         view = memoryview(buffer.view(torch.uint8).reshape(-1).numpy().data)
         self._check(offset, len(view))
         while view:
-            count = os.pwritev(self.fd, [view], self.start + offset)
+            count = os.pwritev(self._fd, [view], self.start + offset)
             view, offset = view[count:], offset + count
 
     def part(self, start: int, nbytes: int) -> Region:
         """A region inside this one."""
         self._check(start, nbytes)
-        return Region(self.fd, self.path, self.start + start, nbytes)
+        return Region(self.file, self.path, self.start + start, nbytes)
+
+    @property
+    def _fd(self) -> int:
+        assert self.file is not None, "an empty region has no bytes"
+        return self.file.fileno()
 
     def _check(self, offset: int, nbytes: int) -> None:
         assert 0 <= offset and offset + nbytes <= self.nbytes, "access beyond an offload region"
@@ -103,18 +111,18 @@ class DiskTier(Ledger):
     def __init__(self, budget: int, folder: Path) -> None:
         super().__init__("disk", budget)
         self.folder = folder
-        self._fds: list[int] = []
+        self._files: list[FileIO] = []
 
     def allocate(self, what: str, nbytes: int) -> Region:
         """Space that is really there: OSError if the file system can't hold it."""
         self.book(what, nbytes)
         if not nbytes:
-            return Region(-1, str(self.folder), 0, 0)
+            return Region(None, str(self.folder), 0, 0)
         self.folder.mkdir(parents=True, exist_ok=True)
-        fd = self._nameless_file()
-        self._fds.append(fd)
+        file = FileIO(self._nameless_file(), "r+")
+        self._files.append(file)
         try:
-            os.posix_fallocate(fd, 0, nbytes)
+            os.posix_fallocate(file.fileno(), 0, nbytes)
         except OSError as error:
             raise OSError(
                 error.errno,
@@ -123,12 +131,12 @@ class DiskTier(Ledger):
                 "fractions, or choose another --offload-dir",
                 str(self.folder),
             ) from error
-        return Region(fd, str(self.folder), 0, nbytes)
+        return Region(file, str(self.folder), 0, nbytes)
 
     def close(self) -> None:
         """Gives the space back."""
-        while self._fds:
-            os.close(self._fds.pop())
+        while self._files:
+            self._files.pop().close()
 
     def _nameless_file(self) -> int:
         try:

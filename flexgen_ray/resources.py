@@ -1,0 +1,77 @@
+"""What a run may use where nobody says: budgets from free memory, dtype from the machine.
+
+Refuses, with the numbers, what the machine can't give. Knows no model.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from flexgen_ray.config import Budget
+from flexgen_ray.runtime.worker import Machine
+from flexgen_ray.units import format_bytes
+
+GPU_SHARE = 0.9  # of the free memory, where no budget is given
+HOST_SHARE = 0.8
+DISK_SHARE = 0.9
+CUDA_RESERVE = 96 * 2**20  # cuBLAS workspaces and what the allocator rounds up
+
+
+def default_offload_dir() -> Path:
+    """In the user's cache, not in /tmp, which is often memory."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "flexgen_ray" / "offload"
+
+
+def settle_budget(machine: Machine, limits: dict[str, int | None], reserved: int) -> Budget:
+    """Given limits as they stand, free memory less a margin for the others.
+
+    Without CUDA the gpu tier is host memory too, so the two share what is free.
+    """
+    gpu, cpu, disk = limits["gpu"], limits["cpu"], limits["disk"]
+    disk = int(machine.disk_bytes * DISK_SHARE) if disk is None else disk
+    host = int(machine.cpu_bytes * HOST_SHARE)
+    if machine.device == "cuda":
+        gpu = int(machine.gpu_bytes * GPU_SHARE) if gpu is None else gpu
+        cpu = host if cpu is None else cpu
+    else:
+        gpu = max(min(host // 2, host - (cpu or 0)), 0) if gpu is None else gpu
+        cpu = max(host - gpu, 0) if cpu is None else cpu
+        if gpu + cpu > machine.cpu_bytes:
+            raise ValueError(
+                f"--gpu-memory {format_bytes(gpu)} and --cpu-memory {format_bytes(cpu)} are both "
+                f"plain memory on {machine.host}, which has no GPU, and together more than the "
+                f"{format_bytes(machine.cpu_bytes)} free; lower one"
+            )
+    if cpu < reserved:
+        raise ValueError(
+            f"--cpu-memory {format_bytes(cpu)} is less than the {format_bytes(reserved)} that "
+            "Ray's object store takes; raise it, or use --no-ray"
+        )
+    for tier, size, free in (
+        ("gpu", gpu, machine.gpu_bytes),
+        ("cpu", cpu, machine.cpu_bytes),
+        ("disk", disk, machine.disk_bytes),
+    ):
+        if size > free:
+            raise ValueError(
+                f"--{tier}-memory {format_bytes(size)} is more than the {format_bytes(free)} free "
+                f"on {machine.host}; lower it"
+            )
+    if machine.device == "cuda":
+        gpu = max(gpu - CUDA_RESERVE, 0)
+    return Budget(gpu, cpu - reserved, disk)
+
+
+def settle_dtype(wanted: str, checkpoint: str, machine: Machine) -> str:
+    """auto: the checkpoint's on a GPU; on the CPU float32 unless it is fast in bfloat16."""
+    if wanted not in ("auto", "float32", "float16", "bfloat16"):
+        raise ValueError(f"dtype {wanted!r} is unknown; use auto, float32, float16 or bfloat16")
+    if wanted != "auto":
+        return wanted
+    if machine.device == "cuda":
+        slow = checkpoint == "bfloat16" and not machine.is_fast_in_bfloat16
+        return "float16" if slow else checkpoint
+    is_bfloat16 = checkpoint == "bfloat16" and machine.is_fast_in_bfloat16
+    return "bfloat16" if is_bfloat16 else "float32"
