@@ -25,7 +25,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """With the special tokens that the tokenizer puts around a text by itself."""
-        return self.hf.encode(text)
+        return self.hf.encode(text, verbose=False)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Without special tokens."""

@@ -193,7 +193,7 @@ def test_a_wrong_policy_is_refused_before_any_work(run_here, files, text_model, 
         (["--input", "/nowhere.jsonl"], "/nowhere.jsonl does not exist"),
         (["--output", "/nowhere/out.jsonl"], "/nowhere does not exist"),
         (["--policy", "/nowhere.yaml"], "/nowhere.yaml"),
-        (["--offload-dir", "/proc/nowhere"], "choose another --offload-dir"),
+        (["--offload-dir", "/proc/nowhere"], "another --offload-dir"),
     ],
 )
 def test_what_cannot_work_is_said_in_one_line(run_here, files, text_model, options, complaint):

@@ -25,9 +25,9 @@ class Balance:
         self._total = 0.0
 
     def give(self, size: float) -> bool:
-        """True if the first side takes a piece of this size: if it lags by more than half of it."""
+        """True if the first side takes a piece of this size: if it lags by half of it or more."""
         self._total += size
-        takes = self._fraction * self._total - self._given > size / 2
+        takes = self._fraction * self._total - self._given >= size / 2
         self._given += size * takes
         return takes
 

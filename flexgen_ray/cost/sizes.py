@@ -6,6 +6,7 @@ The stores allocate exactly these; a test holds them to it. Knows no torch.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import reduce
 
 from flexgen_ray.config import DTYPE_BYTES, TIERS, Budget, ModelConfig, Policy, Workload
 from flexgen_ray.cost.placement import (
@@ -231,13 +232,10 @@ def totals(sizes: dict[str, dict[str, int]]) -> Budget:
     return Budget(**{tier: sum(sizes[tier].values()) for tier in TIERS})
 
 
-_REMEDY = {
-    "gpu": "gpu_batch_size ({0.gpu_batch_size}), max_batch_tokens ({0.max_batch_tokens}), "
-    "weights.gpu ({0.weights.gpu:.2f}) or cache.gpu ({0.cache.gpu:.2f})",
-    "cpu": "gpu_batch_size ({0.gpu_batch_size}), num_gpu_batches ({0.num_gpu_batches}), "
-    "weights.cpu ({0.weights.cpu:.2f}) or cache.cpu ({0.cache.cpu:.2f})",
-    "disk": "weights.disk ({0.weights.disk:.2f}) or cache.disk ({0.cache.disk:.2f}), "
-    "choose another --offload-dir",
+_LEVERS = {
+    "gpu": ("gpu_batch_size", "max_batch_tokens", "weights.gpu", "cache.gpu", "activations.gpu"),
+    "cpu": ("gpu_batch_size", "num_gpu_batches", "weights.cpu", "cache.cpu", "activations.cpu"),
+    "disk": ("weights.disk", "cache.disk", "activations.disk"),
 }
 
 
@@ -251,6 +249,18 @@ def check_budget(plan: StagePlan, budget: Budget) -> None:
             parts = ", ".join(f"{what} {format_bytes(size)}" for what, size in largest if size)
             raise ValueError(
                 f"the policy needs {format_bytes(getattr(need, tier))} on the {tier} tier "
-                f"({parts}) but its budget is {format_bytes(getattr(budget, tier))}; lower "
-                f"{_REMEDY[tier].format(plan.policy)}, or raise --{tier}-memory"
+                f"({parts}) but its budget is {format_bytes(getattr(budget, tier))}; "
+                f"{_remedy(plan.policy, tier)}"
             )
+
+
+def _remedy(policy: Policy, tier: str) -> str:
+    """What can still be lowered, with its value, and what can be raised."""
+    levers = []
+    for lever in _LEVERS[tier]:
+        value: float = reduce(getattr, lever.split("."), policy)  # type: ignore[assignment,arg-type]
+        if value > (0 if "." in lever else 1):
+            levers.append(f"{lever} ({value:.3g})")
+    lower = f"lower {', '.join(levers)}, or " if levers else ""
+    elsewhere = " or choose another --offload-dir" if tier == "disk" else ""
+    return f"{lower}raise --{tier}-memory{elsewhere}"
