@@ -44,7 +44,7 @@ _Model = Annotated[Path, typer.Option(help="Hugging Face model folder (safetenso
 _Dtype = Annotated[
     Dtype,
     typer.Option(
-        help="auto: the checkpoint's on a GPU; float32 on the CPU, unless it is fast in bfloat16."
+        help="auto: the checkpoint's on a GPU; on a CPU float32, or bfloat16 if both have it."
     ),
 ]
 _Device = Annotated[Device, typer.Option(help="auto: a CUDA GPU if there is one.")]

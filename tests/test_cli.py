@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import tiny
 import yaml
@@ -274,32 +276,46 @@ def test_stop_strings_end_an_answer_and_are_cut_off(run_here, files, text_model)
     assert cut["usage"]["completion_tokens"] == whole.index(stop) + 3
 
 
-def offloaded(pid: int, folder: Path) -> list[str]:
-    """Nameless files in the folder that a process holds open."""
-    links = [os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir() if link.is_symlink()]
-    return [link for link in links if link.startswith(str(folder))]
+def offloaded(folder: Path) -> set[str]:
+    """Nameless files in the folder that some process holds open."""
+    found = set()
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            for link in Path(f"/proc/{process.pid}/fd").iterdir():
+                found.add(os.readlink(link))
+    return {path for path in found if path.startswith(str(folder))}
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_a_killed_run_leaves_whole_lines_and_no_offload_files(files, text_model, how):
+@pytest.mark.parametrize(
+    ("how", "where"),
+    [
+        (signal.SIGKILL, ["--no-ray"]),
+        (signal.SIGTERM, ["--no-ray"]),
+        (signal.SIGINT, ["--no-ray"]),
+        (signal.SIGTERM, []),
+        (signal.SIGINT, []),
+    ],
+)
+def test_a_killed_run_leaves_whole_lines_and_no_offload_files(files, text_model, how, where):
     lines = [json.dumps({"prompt": "Once upon a time" * 3, "max_tokens": 60}) for _ in range(400)]
     (files / "in.jsonl").write_text("\n".join(lines))
     offload = files / "offload"
     offload.mkdir()
     (offload / "someone-elses").write_text("keep me")
     job = subprocess.Popen(
-        command(*arguments(files, text_model, "--no-ray")), stderr=subprocess.PIPE, text=True
+        command(*arguments(files, text_model, *where)), stderr=subprocess.PIPE, text=True
     )
     output = files / "out.jsonl"
     deadline = time.monotonic() + 60
     while not (output.exists() and output.read_text().count("\n") > 4):
         assert time.monotonic() < deadline and job.poll() is None
         time.sleep(0.05)
-    assert offloaded(job.pid, offload)
+    assert offloaded(offload)
     job.send_signal(how)
     _, stderr = job.communicate(timeout=60)
     assert job.returncode in (-9, 130) and "Traceback" not in stderr
     assert 4 < len(rows(output)) < 400
+    assert not offloaded(offload)
     assert [path.name for path in offload.iterdir()] == ["someone-elses"]
     (files / "in.jsonl").write_text(lines[0])
     assert run(*arguments(files, text_model, "--no-ray", "--overwrite")).returncode == 0

@@ -18,6 +18,8 @@ from flexgen_ray.cost.placement import (
     tensor_bytes,
 )
 from flexgen_ray.cost.sizes import StagePlan, check_budget, stage_bytes, totals, weight_bytes
+from flexgen_ray.resources import settle_budget, settle_dtype
+from flexgen_ray.runtime.worker import Machine
 from flexgen_ray.schedule.zigzag import StageLayers
 from flexgen_ray.units import format_bytes, parse_bytes
 
@@ -181,6 +183,28 @@ def test_hidden_states_stay_off_the_disk_while_memory_is_free():
     stage, workload = StageLayers.whole(config.num_layers), Workload(64, 500, 600)
     policy = default_policy(config, stage, workload, "float32", budget)
     assert policy.activations.disk == policy.cache.disk == policy.weights.disk == 0
+
+
+def machine(device: str = "cpu", is_fast_in_bfloat16: bool = True) -> Machine:
+    gib = 2**30
+    return Machine("host", device, "card", 16 * gib, 64 * gib, 500 * gib, 8, is_fast_in_bfloat16)
+
+
+def test_the_object_store_of_a_ray_of_our_own_counts_against_host_memory():
+    limits = {"gpu": 2**30, "cpu": 2**30, "disk": None}
+    reserved = 80 * 2**20
+    assert settle_budget(machine(), limits, reserved).cpu == 2**30 - reserved
+    with pytest.raises(ValueError, match="object store"):
+        settle_budget(machine(), limits | {"cpu": 2**20}, reserved)
+
+
+def test_dtype_follows_the_checkpoint_where_the_machine_is_fast_in_it():
+    assert settle_dtype("auto", "float16", machine("cpu")) == "float32"
+    assert settle_dtype("auto", "bfloat16", machine("cpu")) == "bfloat16"
+    assert settle_dtype("auto", "bfloat16", machine("cpu", False)) == "float32"
+    assert settle_dtype("auto", "bfloat16", machine("cuda")) == "bfloat16"
+    assert settle_dtype("auto", "bfloat16", machine("cuda", False)) == "float16"
+    assert settle_dtype("float32", "bfloat16", machine("cuda")) == "float32"
 
 
 def test_sizes_read_and_write_as_people_do():

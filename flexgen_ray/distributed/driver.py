@@ -8,7 +8,9 @@ from __future__ import annotations
 import logging
 import math
 import os
+import signal
 import socket
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -78,7 +80,7 @@ class Driver:
     def _start_actor(self) -> None:
         actor_class: Any = StageActor
         options = self._options
-        self._actor = actor_class.options(**options).remote(options["num_cpus"])
+        self._actor = actor_class.options(**options).remote()
         try:
             ray.get(self._actor.__ray_ready__.remote(), timeout=START_SECONDS)
         except GetTimeoutError as error:
@@ -120,15 +122,21 @@ def _connect(address: str | None) -> bool:
         return False
     # A policy may fill the host's memory on purpose; Ray's own killer would end the run.
     os.environ.setdefault("RAY_memory_usage_threshold", "0.99")
-    ray.init(
+    _init(
         address="local",
         object_store_memory=OBJECT_STORE_BYTES,
         include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
         _node_ip_address="127.0.0.1",
     )
     return True
+
+
+def _init(**options: Any) -> None:
+    """ray.init, quietly, and with the caller's answer to SIGTERM left in place."""
+    answer = signal.getsignal(signal.SIGTERM)
+    ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, answer)
 
 
 def _connect_to(address: str) -> None:
@@ -142,7 +150,7 @@ def _connect_to(address: str) -> None:
                 f"no Ray cluster answers at {address} ({error}); check --address and RAY_ADDRESS"
             ) from error
     try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        _init(address=address)
     except ConnectionError as error:
         raise ConnectionError(
             f"{error}; if the cluster asks for a token, as Ray does by default, set "
@@ -159,8 +167,10 @@ def _actor_options(device: str) -> dict[str, Any]:
     uses_gpu = bool(gpus) and device != "cpu"
     node = max(gpus if uses_gpu else nodes, key=lambda node: node.get("CPU", 0))
     num_cpus = max(1, math.floor(node.get("CPU", 1) / (node["GPU"] if uses_gpu else 1)))
+    # Ray would set it to num_cpus; whoever has set it for this run knows better.
+    threads = os.environ.get("OMP_NUM_THREADS") or str(num_cpus)
     return {
         "num_cpus": num_cpus,
         "num_gpus": int(uses_gpu),
-        "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(num_cpus)}},
+        "runtime_env": {"env_vars": {"OMP_NUM_THREADS": threads}},
     }

@@ -42,10 +42,10 @@ class Machine:
 class Worker:
     """One stage in this process."""
 
-    def __init__(self, num_threads: int | None = None) -> None:
+    def __init__(self) -> None:
         self._stage: Stage | None = None
         self._added: list[Request] = []
-        wanted = num_threads or int(os.environ.get("OMP_NUM_THREADS") or 0)
+        wanted = int(os.environ.get("OMP_NUM_THREADS") or 0)
         self._num_threads = wanted or len(os.sched_getaffinity(0))
         torch.set_num_threads(self._num_threads)
         _return_freed_memory()
