@@ -1,0 +1,91 @@
+"""Laws of the batcher: every token passes once, in order, within the room there is."""
+
+from __future__ import annotations
+
+import random
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flexgen_ray.request import Request, SamplingParams
+from flexgen_ray.runtime.batcher import Batcher
+
+END = 7
+shapes = st.tuples(st.integers(1, 4), st.integers(1, 3), st.integers(0, 12))
+jobs = st.lists(st.tuples(st.integers(1, 30), st.integers(1, 6)), max_size=25)
+
+
+def make(shape, job) -> tuple[Batcher, list[Request]]:
+    batch_size, batches, spare = shape
+    batcher = Batcher(batch_size, batches, batch_size + spare, frozenset([END]))
+    requests = [
+        Request(index, list(range(100, 100 + prompt)), SamplingParams(max_tokens, 0.0))
+        for index, (prompt, max_tokens) in enumerate(job)
+    ]
+    batcher.add(requests)
+    return batcher, requests
+
+
+@given(shapes, jobs, st.integers(0, 2**32))
+def test_every_token_passes_once_and_every_request_finishes_once(shape, job, seed):
+    rng = random.Random(seed)
+    batcher, requests = make(shape, job)
+    passed: dict[int, list[int]] = {request.index: [] for request in requests}
+    finished = {}
+    for _ in batcher.visits():
+        for batch in range(shape[1]):
+            rows = batcher.compose(batch)
+            assert rows.num_tokens <= batcher.cell_tokens
+            slots = [row.slot for row in rows.rows]
+            assert slots == sorted(set(slots)) and all(0 <= slot < shape[0] for slot in slots)
+            indices = batcher.request_indices(batch, slots)
+            for row, index in zip(rows.rows, indices, strict=True):
+                assert row.position == len(passed[index])
+                passed[index] += rows.token_ids[row.tokens]
+            sampled = [row.slot for row in rows.sampled]
+            batcher.accept(batch, sampled, [rng.randint(5, 9) for _ in sampled])
+        for done in batcher.take_finished():
+            assert done.index not in finished
+            finished[done.index] = done
+    assert set(finished) == {request.index for request in requests}
+    for request in requests:
+        done = finished[request.index]
+        # The last token is the answer's end; nothing has to be computed from it.
+        assert passed[request.index] == request.prompt_token_ids + done.token_ids[:-1]
+        stopped = done.token_ids[-1] == END
+        assert done.finish_reason == ("stop" if stopped else "length")
+        assert stopped or len(done.token_ids) == request.params.max_tokens
+        assert END not in done.token_ids[:-1]
+
+
+@given(shapes, jobs)
+def test_at_most_one_prompt_of_a_batch_is_under_way(shape, job):
+    """The cache's streaming slot has one place to spare for it."""
+    batcher, _ = make(shape, job)
+    for _ in batcher.visits():
+        for batch in range(shape[1]):
+            rows = batcher.compose(batch)
+            assert sum(row.position > 0 and row.num_new_tokens > 1 for row in rows.rows) <= 1
+            sampled = [row.slot for row in rows.sampled]
+            batcher.accept(batch, sampled, [5] * len(sampled))
+        batcher.take_finished()
+
+
+@given(shapes, jobs)
+def test_neighbours_in_length_share_a_batch(shape, job):
+    batcher, requests = make(shape, job)
+    lengths = {request.index: len(request.prompt_token_ids) for request in requests}
+    met: list[int] = []
+    for _ in batcher.visits():
+        for batch in range(shape[1]):
+            rows = batcher.compose(batch)
+            slots = [row.slot for row in rows.rows]
+            for index in batcher.request_indices(batch, slots):
+                if index not in met:
+                    met.append(index)
+            sampled = [row.slot for row in rows.sampled]
+            batcher.accept(batch, sampled, [END] * len(sampled))
+        batcher.take_finished()
+    blocks = [met[i : i + shape[0] * shape[1]] for i in range(0, len(met), shape[0] * shape[1])]
+    for before, after in zip(blocks, blocks[1:], strict=False):
+        assert min(lengths[i] for i in before) >= max(lengths[i] for i in after)
