@@ -1,4 +1,4 @@
-"""Who may import whom (design.md): the lower a module, the less it knows."""
+"""Who may import whom (docs/design.md): the lower a module, the less it knows."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ class Reference:
     logits: torch.Tensor
 
     def certain_len(self) -> int:
-        """Tokens before the first whose two best logits are too close to call (design.md)."""
+        """Tokens before the first whose two best logits are too close to call (docs/design.md)."""
         best = self.logits.topk(2, dim=-1).values
         close = (best[:, 0] - best[:, 1]) < 1e-4 * self.logits.std(dim=-1)
         return int(close.float().argmax()) if close.any() else len(self.tokens)

@@ -14,7 +14,7 @@ NUM_SLOTS = 2  # double buffering: one slot is filled while the other is used
 
 
 class OpKind(StrEnum):
-    """What one op does; see design.md for the cell they form."""
+    """What one op does; see docs/design.md for the cell they form."""
 
     COMPOSE = auto()  # which rows this pass of a batch has
     GATHER = auto()  # embedding rows looked up on the host

@@ -29,6 +29,7 @@ class KVCache:
         self.plan = plan
         self._dtype = TORCH_DTYPE[plan.dtype]
         self._splits = plan.splits
+        self._spare = plan.streamed_rows - 1
         self._gpu = self._homes(tiers.gpu, "gpu")
         self._cpu = self._homes(tiers.cpu, "cpu")
         self._streamed = self._memory(tiers.gpu, "cache in flight", NUM_SLOTS, plan.streamed_rows)
@@ -56,7 +57,7 @@ class KVCache:
     def streamed(self, op: Op, rows: Iterable[Row]) -> list[tuple[Row, int]]:
         """The rows attended on the device though their cache lives elsewhere, and their places in
         the streaming slot. A prompt's chunk of a host-attended row takes the last place."""
-        split, spare = self.split(op), self.plan.streamed_rows - 1
+        split, spare = self.split(op), self._spare
         first = split.gpu + split.attended
         return [
             (row, row.slot - first if row.slot >= first else spare)
