@@ -1,4 +1,4 @@
-"""Greedy fp32 tokens equal transformers', whatever the policy; the contract is in docs/design.md."""
+"""Greedy fp32 tokens equal transformers', whatever the policy: the contract of docs/design.md."""
 
 from __future__ import annotations
 

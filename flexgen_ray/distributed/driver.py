@@ -53,7 +53,7 @@ class Driver:
         self._call("load", spec)
 
     def add(self, requests: list[Request]) -> None:
-        """In calls that are small enough to pass by Ray's object store."""
+        """In calls that a small object store can hold."""
         for start in range(0, len(requests), REQUESTS_PER_CALL):
             self._call("add", requests[start : start + REQUESTS_PER_CALL])
 
@@ -67,9 +67,8 @@ class Driver:
         return self._call("used")
 
     def abort(self) -> None:
-        """Ends a run by ending its process; a fresh one takes its place."""
+        """Ends a run by ending its process; a fresh one takes its place when it is needed."""
         self._stop_actor()
-        self._start_actor()
 
     def close(self) -> None:
         """Stops the actor, and Ray if this run started it."""
@@ -78,6 +77,8 @@ class Driver:
             ray.shutdown()
 
     def _start_actor(self) -> None:
+        if not ray.is_initialized():
+            raise RuntimeError("this LLM is closed; make another one")
         actor_class: Any = StageActor
         options = self._options
         self._actor = actor_class.options(**options).remote()
@@ -96,6 +97,8 @@ class Driver:
             ray.kill(actor)
 
     def _call(self, method: str, *arguments: Any) -> Any:
+        if self._actor is None:
+            self._start_actor()
         return _get(getattr(self._actor, method).remote(*arguments))
 
 
