@@ -10,8 +10,6 @@ from pathlib import Path
 
 import yaml
 
-from flexgen_ray.units import format_bytes
-
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 TIERS = ("gpu", "cpu", "disk")
 
@@ -239,6 +237,3 @@ class Budget:
     gpu: int
     cpu: int
     disk: int
-
-    def __str__(self) -> str:
-        return ", ".join(f"{tier} {format_bytes(getattr(self, tier))}" for tier in TIERS)

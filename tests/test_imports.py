@@ -15,7 +15,7 @@ ROOT = Path(flexgen_ray.__file__).parent
 FOUNDATION = {"units", "config", "request", "rows"}
 MAY_IMPORT = {
     "units": set(),
-    "config": {"units"},
+    "config": set(),
     "request": set(),
     "rows": set(),
     "schedule": set(),

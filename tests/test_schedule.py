@@ -41,39 +41,41 @@ def play(ops: list[Op], seed: int) -> list[tuple[float, float]]:
     return times
 
 
-@given(streams(), st.integers(0, 2**32))
-@settings(max_examples=60)
-def test_every_compute_reads_its_own_weights_whole(stream, seed):
-    """And nobody overwrites them before it is done."""
-    stage, num_batches, _, ops = stream
+def assert_reads_what_arrived(stream, seed: int, mover: OpKind, is_reader) -> None:
+    """Every part is in the reader's slot when it starts, and stays there until it is done."""
+    _, num_batches, _, ops = stream
     times = play(ops, seed)
-    loads = [(op, *t) for op, t in zip(ops, times, strict=True) if op.kind is OpKind.LOAD_WEIGHTS]
+    moves = [(op, *t) for op, t in zip(ops, times, strict=True) if op.kind is mover]
     for op, (start, end) in zip(ops, times, strict=True):
-        if op.kind not in COMPUTE or op.layer not in stage.with_weights:
+        if not is_reader(op):
             continue
-        own = [x for x in loads if (x[0].visit, x[0].layer) == (op.visit, op.layer)]
+        own = [x for x in moves if (x[0].visit, x[0].layer) == (op.visit, op.layer)]
         assert {x[0].part for x in own} == set(range(num_batches))
         assert all(x[0].weights_slot == op.weights_slot for x in own)
         assert all(x[2] <= start for x in own)
-        others = [x for x in loads if x[0].weights_slot == op.weights_slot and x not in own]
+        others = [x for x in moves if x[0].weights_slot == op.weights_slot and x not in own]
         arrived = min(x[1] for x in own)
         assert all(x[2] <= arrived or x[1] >= end for x in others)
 
 
 @given(streams(), st.integers(0, 2**32))
 @settings(max_examples=60)
+def test_every_compute_reads_its_own_weights_whole(stream, seed):
+    with_weights = stream[0].with_weights
+    assert_reads_what_arrived(
+        stream,
+        seed,
+        OpKind.LOAD_WEIGHTS,
+        lambda op: op.kind in COMPUTE and op.layer in with_weights,
+    )
+
+
+@given(streams(), st.integers(0, 2**32))
+@settings(max_examples=60)
 def test_disk_weights_are_in_host_memory_whole_before_they_cross_the_link(stream, seed):
-    _, num_batches, _, ops = stream
-    times = play(ops, seed)
-    reads = [(op, *t) for op, t in zip(ops, times, strict=True) if op.kind is OpKind.READ_WEIGHTS]
-    for op, (start, end) in zip(ops, times, strict=True):
-        if op.kind is not OpKind.LOAD_WEIGHTS:
-            continue
-        own = [x for x in reads if (x[0].visit, x[0].layer) == (op.visit, op.layer)]
-        assert {x[0].part for x in own} == set(range(num_batches))
-        assert all(x[2] <= start and x[0].weights_slot == op.weights_slot for x in own)
-        others = [x for x in reads if x[0].weights_slot == op.weights_slot and x not in own]
-        assert all(x[2] <= min(y[1] for y in own) or x[1] >= end for x in others)
+    assert_reads_what_arrived(
+        stream, seed, OpKind.READ_WEIGHTS, lambda op: op.kind is OpKind.LOAD_WEIGHTS
+    )
 
 
 @given(streams(), st.integers(0, 2**32))

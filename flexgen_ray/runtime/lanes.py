@@ -6,15 +6,13 @@ Knows threads and failure; not what an op does, nor why it waits.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from queue import SimpleQueue
 from typing import Protocol
 
 import torch
 
 from flexgen_ray.schedule.ops import Lane, Op
-
-Runner = Callable[[Op], None]
 
 
 class Pending(Protocol):

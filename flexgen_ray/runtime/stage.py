@@ -38,7 +38,7 @@ class StageSpec:
 
 
 class Stage:
-    """Weights loaded, memory taken; `run` generates. Use as a context manager, or `close` it."""
+    """Weights loaded, memory taken; `run` generates, `close` gives the offload files back."""
 
     def __init__(self, spec: StageSpec, decode: Decode | None = None) -> None:
         check_budget(spec.plan, spec.budget)
@@ -104,9 +104,3 @@ class Stage:
     def close(self) -> None:
         """Gives the offload files back."""
         self.tiers.disk.close()
-
-    def __enter__(self) -> Stage:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
