@@ -7,10 +7,19 @@ Knows no tensor, no byte and no second.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from enum import StrEnum, auto
+from functools import lru_cache
+from typing import Generic, TypeVar
 
-NUM_SLOTS = 2  # double buffering: one slot is filled while the other is used
+CELL_SLOTS = 2  # double buffering: one slot is filled while the other is used
+WEIGHTS_SLOTS = 2
+
+
+def staging_slots(num_batches: int) -> int:
+    """Parts of disk weights that host memory has room for: one read, one loaded, one between."""
+    return min(3, num_batches + 1)
 
 
 class OpKind(StrEnum):
@@ -34,7 +43,8 @@ class OpKind(StrEnum):
     FINISH = auto()  # output projection and MLP; the embedding; the logits
     STORE_HIDDEN = auto()  # hidden states that live off the device
     WRITE_HIDDEN = auto()  # hidden states that live on disk
-    SAMPLE = auto()  # next tokens of a batch
+    SAMPLE = auto()  # next tokens of a batch, chosen on the device
+    ACCEPT = auto()  # the same tokens, taken note of on the host
 
 
 class Lane(StrEnum):
@@ -70,6 +80,7 @@ LANE: dict[OpKind, Lane] = {
     OpKind.STORE_HIDDEN: Lane.STORE,
     OpKind.WRITE_HIDDEN: Lane.DISK_WRITE,
     OpKind.SAMPLE: Lane.DEVICE,
+    OpKind.ACCEPT: Lane.HOST,
 }
 
 
@@ -77,7 +88,7 @@ class Buffer(StrEnum):
     """A piece of memory that ops share; `Op.slot_of` tells which copy of it an op touches."""
 
     DEVICE_WEIGHTS = auto()  # streamed weights; one copy per weights slot
-    HOST_WEIGHTS = auto()  # disk weights on their way; one copy per weights slot
+    HOST_WEIGHTS = auto()  # a part of disk weights on its way; one copy per staging slot
     WORK = auto()  # hidden states of a cell on the device; the following per cell slot
     QUERY = auto()
     NEW_KV = auto()
@@ -91,6 +102,7 @@ class Buffer(StrEnum):
     CACHE_IN = auto()
     CACHE_OUT = auto()
     LOGITS = auto()
+    CHOSEN = auto()
     HIDDEN_GPU = auto()  # where hidden states live between layers; one copy per batch
     HIDDEN_CPU = auto()
     HIDDEN_DISK = auto()
@@ -122,7 +134,8 @@ READS: dict[OpKind, tuple[Buffer, ...]] = {
     OpKind.FINISH: (_B.ROWS, _B.DEVICE_WEIGHTS, _B.WORK, _B.ATTENTION, _B.HIDDEN_GPU),
     OpKind.STORE_HIDDEN: (_B.ROWS, _B.WORK),
     OpKind.WRITE_HIDDEN: (_B.ROWS, _B.HIDDEN_OUT),
-    OpKind.SAMPLE: (_B.ROWS, _B.LOGITS, _B.TOKENS),
+    OpKind.SAMPLE: (_B.ROWS, _B.LOGITS),
+    OpKind.ACCEPT: (_B.ROWS, _B.CHOSEN, _B.TOKENS),
 }
 WRITES: dict[OpKind, tuple[Buffer, ...]] = {
     OpKind.COMPOSE: (_B.ROWS, _B.TOKENS),
@@ -143,14 +156,15 @@ WRITES: dict[OpKind, tuple[Buffer, ...]] = {
     OpKind.FINISH: (_B.WORK, _B.HIDDEN_GPU, _B.LOGITS),
     OpKind.STORE_HIDDEN: (_B.HIDDEN_CPU, _B.HIDDEN_OUT),
     OpKind.WRITE_HIDDEN: (_B.HIDDEN_DISK,),
-    OpKind.SAMPLE: (_B.TOKENS,),
+    OpKind.SAMPLE: (_B.CHOSEN,),
+    OpKind.ACCEPT: (_B.TOKENS,),
 }
 
-_PER_WEIGHTS = frozenset({_B.DEVICE_WEIGHTS, _B.HOST_WEIGHTS})
 _PER_BATCH = frozenset({_B.HIDDEN_GPU, _B.HIDDEN_CPU, _B.HIDDEN_DISK, _B.TOKENS})
 _PER_LAYER = frozenset({_B.CACHE_GPU, _B.CACHE_CPU, _B.CACHE_TAIL, _B.CACHE_DISK})
 
 Slot = tuple[Buffer, int, int]
+Ticket = TypeVar("Ticket", bound=Hashable)
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,8 +173,8 @@ class Op:
 
     visit: pass of a block through the stage; layer: 0 embeds, the last is the head; batch: of the
     block; part: which of num_gpu_batches equal parts of a layer's weights, for the ops that move
-    them; cell_slot, weights_slot: which copy of the double-buffered memory this op uses;
-    ends_visit: whether what follows is known only when this op is done.
+    them; cell_slot, weights_slot, staging_slot: which copy of the memory that is used in turn this
+    op uses; ends_visit: whether it is the last to tell what becomes of its visit's tokens.
     """
 
     kind: OpKind
@@ -170,34 +184,49 @@ class Op:
     cell_slot: int
     weights_slot: int
     part: int = 0
+    staging_slot: int = 0
     ends_visit: bool = False
 
     @property
     def lane(self) -> Lane:
         return LANE[self.kind]
 
-    def slot_of(self, buffer: Buffer) -> Slot:
-        """The copy of `buffer` that this op touches."""
-        if buffer in _PER_WEIGHTS:
-            return buffer, self.weights_slot, 0
-        if buffer in _PER_BATCH:
-            return buffer, self.batch, 0
-        if buffer in _PER_LAYER:
-            return buffer, self.layer, self.batch
-        if buffer is Buffer.ROWS:
-            return buffer, self.batch, self.visit % NUM_SLOTS
-        return buffer, self.cell_slot, 0
+    @property
+    def key(self) -> tuple:
+        """All that decides which slots it touches."""
+        return (
+            self.kind, self.layer, self.batch, self.cell_slot,
+            self.weights_slot, self.staging_slot, self.visit % 2,
+        )  # fmt: skip
 
     @property
     def reads(self) -> tuple[Slot, ...]:
-        return tuple(self.slot_of(buffer) for buffer in READS[self.kind])
+        return tuple(_slot(buffer, *self.key[1:]) for buffer in READS[self.kind])
 
     @property
     def writes(self) -> tuple[Slot, ...]:
-        return tuple(self.slot_of(buffer) for buffer in WRITES[self.kind])
+        return tuple(_slot(buffer, *self.key[1:]) for buffer in WRITES[self.kind])
 
 
-class Dependencies:
+@lru_cache(maxsize=None)
+def _slot(
+    buffer: Buffer, layer: int, batch: int, cell: int, weights: int, staging: int, parity: int
+) -> Slot:
+    """The copy of `buffer` that an op of these numbers touches."""
+    if buffer is Buffer.DEVICE_WEIGHTS:
+        return buffer, weights, 0
+    if buffer is Buffer.HOST_WEIGHTS:
+        return buffer, staging, 0
+    if buffer in _PER_BATCH:
+        return buffer, batch, 0
+    if buffer in _PER_LAYER:
+        return buffer, layer, batch
+    if buffer is Buffer.ROWS:
+        return buffer, batch, parity
+    return buffer, cell, 0
+
+
+class Dependencies(Generic[Ticket]):
     """Which earlier ops each op must wait for, beyond its lane's order.
 
     Ops of one cell (for weights: of one layer) that write a slot with no reader between them fill
@@ -207,20 +236,32 @@ class Dependencies:
 
     def __init__(self) -> None:
         self._slots: dict[Slot, _SlotState] = {}
+        self._touched: dict[tuple, tuple[list[_SlotState], list[_SlotState]]] = {}
 
-    def of(self, index: int, op: Op) -> set[int]:
-        """Indices of the ops that op number `index` waits for; call in program order."""
-        waits: set[int] = set()
-        for slot in op.reads:
-            state = self._slots.setdefault(slot, _SlotState())
-            waits.update(state.writers.values())
-            state.readers[op.lane] = index
-        for slot in op.writes:
-            state = self._slots.setdefault(slot, _SlotState())
-            state.admit_writer(index, op)
-            waits.update(state.released_by)
-        waits.discard(index)
+    def of(self, ticket: Ticket, op: Op) -> set[Ticket]:
+        """Tickets of the ops that this one waits for; call in program order."""
+        key, lane = op.key, LANE[op.kind]
+        touched = self._touched.get(key)
+        if touched is None:
+            touched = self._touched[key] = self._states(op)
+        waits: set[Ticket] = set()
+        for state in touched[0]:
+            if state.writers:
+                waits.update(state.writers.values())
+            state.readers[lane] = ticket
+        for state in touched[1]:
+            state.admit_writer(ticket, lane, op)
+            if state.released_by:
+                waits.update(state.released_by)
+        waits.discard(ticket)
         return waits
+
+    def _states(self, op: Op) -> tuple[list[_SlotState], list[_SlotState]]:
+        reads, writes = (
+            [self._slots.setdefault(slot, _SlotState()) for slot in slots]
+            for slots in (op.reads, op.writes)
+        )
+        return reads, writes
 
 
 class _SlotState:
@@ -229,16 +270,27 @@ class _SlotState:
     A lane runs its ops in order, so of each lane only the last one counts.
     """
 
+    __slots__ = ("content", "readers", "released_by", "writers")
+
     def __init__(self) -> None:
         self.content: tuple[int, ...] = ()
-        self.released_by: list[int] = []
-        self.writers: dict[Lane, int] = {}
-        self.readers: dict[Lane, int] = {}
+        self.released_by: list = []
+        self.writers: dict[Lane, Hashable] = {}
+        self.readers: dict[Lane, Hashable] = {}
 
-    def admit_writer(self, index: int, op: Op) -> None:
-        weights = op.kind in (OpKind.READ_WEIGHTS, OpKind.LOAD_WEIGHTS)
-        content = (op.visit, op.layer) if weights else (op.visit, op.layer, op.batch)
-        if content != self.content or any(reader != index for reader in self.readers.values()):
-            self.released_by = [*self.readers.values(), *self.writers.values()]
+    def admit_writer(self, ticket: Hashable, lane: Lane, op: Op) -> None:
+        content = _content(op)
+        readers = self.readers
+        if content != self.content or any(reader is not ticket for reader in readers.values()):
+            self.released_by = [*readers.values(), *self.writers.values()]
             self.content, self.writers, self.readers = content, {}, {}
-        self.writers[op.lane] = index
+        self.writers[lane] = ticket
+
+
+def _content(op: Op) -> tuple[int, ...]:
+    """What a slot holds after this op: ops of equal content fill different parts of it."""
+    if op.kind is OpKind.LOAD_WEIGHTS:
+        return op.visit, op.layer
+    if op.kind is OpKind.READ_WEIGHTS:
+        return op.visit, op.layer, op.part
+    return op.visit, op.layer, op.batch

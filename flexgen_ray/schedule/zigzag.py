@@ -1,10 +1,10 @@
 """The zig-zag block schedule (FlexGen, section 3) as a lazy stream of ops.
 
 A visit walks a block's batches through the layers column by column, so each layer's weights cross
-the link once a visit. Two things run ahead of need: weights, by one layer from host memory and by
-two from disk, one part per batch so that the link's work is spread evenly; and the next cell's
-loads, projection and attention, issued before this cell is finished, so that the device works on
-one batch while the host attends another.
+the link once a visit. Two things run ahead of need, over the boundary of visits too: weights, by one
+layer, and from disk by a few parts more, one part per batch so that the link's work is spread
+evenly; and the next cell's loads, projection and attention, issued before this cell is finished, so
+that the device works on one batch while the host attends another.
 
 Knows layers, batches and their order; no rows, bytes or placement.
 """
@@ -12,10 +12,9 @@ Knows layers, batches and their order; no rows, bytes or placement.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
-from itertools import pairwise
+from dataclasses import dataclass
 
-from flexgen_ray.schedule.ops import NUM_SLOTS, Op, OpKind
+from flexgen_ray.schedule.ops import CELL_SLOTS, WEIGHTS_SLOTS, Op, OpKind, staging_slots
 
 _LOADS = (OpKind.READ_HIDDEN, OpKind.LOAD_HIDDEN)
 _ATTENTION = (
@@ -37,7 +36,7 @@ BEGIN = {
 FINISH = {
     "embedding": (OpKind.FINISH, *_HIDDEN_HOME),
     "decoder": (OpKind.FINISH, *_HIDDEN_HOME),
-    "head": (OpKind.FINISH, OpKind.SAMPLE),
+    "head": (OpKind.FINISH, OpKind.SAMPLE, OpKind.ACCEPT),
 }
 
 
@@ -71,83 +70,88 @@ class StageLayers:
         return "head" if layer == self.num_layers + 1 else "decoder"
 
 
-@dataclass(frozen=True, slots=True)
-class _Cell:
-    visit: int
-    layer: int
-    batch: int
-    slot: int
-
-
 def zigzag(stage: StageLayers, num_batches: int, visits: Iterable[int]) -> Iterator[Op]:
-    """Ops of a stage in program order.
+    """Ops of a stage in program order, for visits 0, 1, 2, …: endless, if they are.
 
-    `visits` yields 0, 1, 2, …; it is asked for the next only when every SAMPLE of the one before
-    has been issued, so it may wait for their tokens. At the end of a job the weights that a next
-    visit would have needed have been fetched in vain.
+    Whether a visit has any rows is known only when its COMPOSE ops run: the one after a job's last
+    has none. When a stream ends, weights have been fetched in vain for what would have come next.
     """
     weights = _WeightStream(stage, num_batches)
-    for visit in visits:
-        if visit == 0:
-            yield from weights.prologue()
-        places = [(layer, batch) for layer in stage.layers for batch in range(num_batches)]
-        first = visit * len(places)
-        cells = [
-            _Cell(visit, layer, batch, (first + number) % NUM_SLOTS)
-            for number, (layer, batch) in enumerate(places)
-        ]
-        yield from _ops(cells[0], BEGIN, stage, weights)
-        for cell, following in pairwise(cells):
+    yield from weights.prologue()
+    cell: Op | None = None
+    for following in _cells(stage, num_batches, visits):
+        if cell is None:
+            yield from _ops(following, BEGIN, stage)
+        else:
             yield from weights.prefetch(cell)
             # With one batch the next cell needs what this one finishes.
             if num_batches > 1:
-                yield from _ops(following, BEGIN, stage, weights)
-            yield from _ops(cell, FINISH, stage, weights)
+                yield from _ops(following, BEGIN, stage)
+            yield from _ops(cell, FINISH, stage)
             if num_batches == 1:
-                yield from _ops(following, BEGIN, stage, weights)
-        yield from weights.prefetch(cells[-1])
-        *others, last = _ops(cells[-1], FINISH, stage, weights)
-        yield from others
-        yield replace(last, ends_visit=True)
+                yield from _ops(following, BEGIN, stage)
+        cell = following
+    if cell is not None:
+        yield from weights.prefetch(cell)
+        yield from _ops(cell, FINISH, stage)
 
 
-def _ops(cell: _Cell, half: dict, stage: StageLayers, weights: _WeightStream) -> Iterator[Op]:
-    weights_slot = weights.slot(cell.visit, cell.layer)
-    for kind in half[stage.kind(cell.layer)]:
-        yield Op(kind, cell.visit, cell.layer, cell.batch, cell.slot, weights_slot)
+def _cells(stage: StageLayers, num_batches: int, visits: Iterable[int]) -> Iterator[Op]:
+    """One op a cell, as the pattern of all its ops."""
+    number, weights = 0, -1
+    for visit in visits:
+        for layer in stage.layers:
+            weights += layer in stage.with_weights
+            for batch in range(num_batches):
+                slots = number % CELL_SLOTS, weights % WEIGHTS_SLOTS
+                ends_visit = layer == stage.last and batch == num_batches - 1
+                yield Op(OpKind.FINISH, visit, layer, batch, *slots, ends_visit=ends_visit)
+                number += 1
+
+
+def _ops(cell: Op, half: dict, stage: StageLayers) -> Iterator[Op]:
+    """The last op of the last cell ends the visit."""
+    kinds = half[stage.kind(cell.layer)]
+    ends_visit = cell.ends_visit and half is FINISH
+    for kind in kinds:
+        yield Op(
+            kind, cell.visit, cell.layer, cell.batch, cell.cell_slot, cell.weights_slot,
+            ends_visit=ends_visit and kind is kinds[-1],
+        )  # fmt: skip
 
 
 class _WeightStream:
-    """The endless walk over the stage's weights: visit after visit, layer after layer."""
+    """The endless walk over the parts of the stage's weights: visit after visit, layer after layer.
+
+    A part is loaded one layer ahead of its use, and read from disk as many parts ahead of that as
+    host memory has slots for.
+    """
 
     def __init__(self, stage: StageLayers, num_batches: int) -> None:
         self.layers = stage.with_weights
         self.num_batches = num_batches
-
-    def slot(self, visit: int, layer: int) -> int:
-        return self._ordinal(visit, layer) % NUM_SLOTS
+        self.staging_slots = staging_slots(num_batches)
 
     def prologue(self) -> Iterator[Op]:
         """What the first layer needs before any cell can hide it."""
-        for part in range(self.num_batches):
-            yield self._op(OpKind.READ_WEIGHTS, 0, part)
-        for part in range(self.num_batches):
-            yield self._op(OpKind.LOAD_WEIGHTS, 0, part)
-        for part in range(self.num_batches):
-            yield self._op(OpKind.READ_WEIGHTS, 1, part)
+        for number in range(self.staging_slots):
+            yield self._op(OpKind.READ_WEIGHTS, number)
+        for number in range(self.num_batches):
+            yield from self._move(number)
 
-    def prefetch(self, cell: _Cell) -> Iterator[Op]:
-        """One part of the next layer's weights, and from disk of the one after."""
-        if cell.layer not in self.layers:
-            return
-        ordinal = self._ordinal(cell.visit, cell.layer)
-        yield self._op(OpKind.LOAD_WEIGHTS, ordinal + 1, cell.batch)
-        yield self._op(OpKind.READ_WEIGHTS, ordinal + 2, cell.batch)
+    def prefetch(self, cell: Op) -> Iterator[Op]:
+        """One part of the next layer's weights."""
+        if cell.layer in self.layers:
+            layers_before = cell.visit * len(self.layers) + cell.layer - self.layers.start
+            yield from self._move((layers_before + 1) * self.num_batches + cell.batch)
 
-    def _ordinal(self, visit: int, layer: int) -> int:
-        return visit * len(self.layers) + layer - self.layers.start
+    def _move(self, number: int) -> Iterator[Op]:
+        """Loads a part, and reads another into the staging slot that this frees."""
+        yield self._op(OpKind.LOAD_WEIGHTS, number)
+        yield self._op(OpKind.READ_WEIGHTS, number + self.staging_slots)
 
-    def _op(self, kind: OpKind, ordinal: int, part: int) -> Op:
+    def _op(self, kind: OpKind, number: int) -> Op:
+        ordinal, part = divmod(number, self.num_batches)
         visit, index = divmod(ordinal, len(self.layers))
-        layer = self.layers[index]
-        return Op(kind, visit, layer, part, 0, ordinal % NUM_SLOTS, part)
+        slots = ordinal % WEIGHTS_SLOTS, part, number % self.staging_slots
+        return Op(kind, visit, self.layers[index], part, 0, *slots)
