@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,17 +42,18 @@ class Rows:
 
     rows: tuple[Row, ...]
     token_ids: tuple[int, ...]
+    prefill_tokens: int = 0
 
     @property
     def num_tokens(self) -> int:
         return len(self.token_ids)
 
-    @property
+    @cached_property
     def positions(self) -> list[int]:
         """Of each packed token in its sequence."""
         return [p for row in self.rows for p in range(row.position, row.seq_len)]
 
-    @property
+    @cached_property
     def sampled(self) -> list[Row]:
         return [row for row in self.rows if row.is_sampled]
 

@@ -32,7 +32,7 @@ def test_every_token_passes_once_and_every_request_finishes_once(shape, job, see
     batcher, requests = make(shape, job)
     passed: dict[int, list[int]] = {request.index: [] for request in requests}
     finished = {}
-    for _ in batcher.visits():
+    while not batcher.is_done:
         for batch in range(shape[1]):
             rows = batcher.compose(batch)
             assert rows.num_tokens <= batcher.cell_tokens
@@ -62,30 +62,35 @@ def test_every_token_passes_once_and_every_request_finishes_once(shape, job, see
 def test_at_most_one_prompt_of_a_batch_is_under_way(shape, job):
     """The cache's streaming slot has one place to spare for it."""
     batcher, _ = make(shape, job)
-    for _ in batcher.visits():
+    while not batcher.is_done:
         for batch in range(shape[1]):
             rows = batcher.compose(batch)
             assert sum(row.position > 0 and row.num_new_tokens > 1 for row in rows.rows) <= 1
             sampled = [row.slot for row in rows.sampled]
             batcher.accept(batch, sampled, [5] * len(sampled))
-        batcher.take_finished()
+        list(batcher.take_finished())
 
 
 @given(shapes, jobs)
-def test_neighbours_in_length_share_a_batch(shape, job):
-    batcher, requests = make(shape, job)
-    lengths = {request.index: len(request.prompt_token_ids) for request in requests}
+def test_long_prompts_come_first_and_a_free_slot_is_taken_at_the_next_pass(shape, job):
+    batch_size, batches, _ = shape
+    batcher, requests = make((batch_size, batches, batch_size * 30), job)
+    left = {request.index: len(request.prompt_token_ids) for request in requests}
     met: list[int] = []
-    for _ in batcher.visits():
-        for batch in range(shape[1]):
+    while not batcher.is_done:
+        for batch in range(batches):
             rows = batcher.compose(batch)
             slots = [row.slot for row in rows.rows]
+            assert len(slots) <= -(-len(left) // batches)
+            assert len(slots) == min(batch_size, -(-len(left) // batches)) or not batcher._waiting
             for index in batcher.request_indices(batch, slots):
                 if index not in met:
                     met.append(index)
+            # Every second row ends.
             sampled = [row.slot for row in rows.sampled]
-            batcher.accept(batch, sampled, [END] * len(sampled))
-        batcher.take_finished()
-    blocks = [met[i : i + shape[0] * shape[1]] for i in range(0, len(met), shape[0] * shape[1])]
-    for before, after in zip(blocks, blocks[1:], strict=False):
-        assert min(lengths[i] for i in before) >= max(lengths[i] for i in after)
+            tokens = [END if slot % 2 else 5 for slot in sampled]
+            batcher.accept(batch, sampled, tokens)
+        for done in batcher.take_finished():
+            del left[done.index]
+    lengths = [len(requests[index].prompt_token_ids) for index in met]
+    assert lengths == sorted(lengths, reverse=True)

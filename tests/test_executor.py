@@ -13,6 +13,7 @@ from test_exactness import policies
 
 from flexgen_ray import LLM, Policy, SamplingParams
 from flexgen_ray.runtime.executor import AsyncExecutor, SerialExecutor
+from flexgen_ray.runtime.lanes import Crew
 from flexgen_ray.runtime.worker import Worker
 from flexgen_ray.schedule.ops import LANE, Lane, OpKind
 from flexgen_ray.schedule.zigzag import StageLayers, zigzag
@@ -48,16 +49,18 @@ def test_async_equals_serial_bit_for_bit(tiny_models, name, policy, monkeypatch)
     assert all(torch.equal(a, b) for a, b in zip(async_logits, logits, strict=True))
 
 
+CREWS = [Crew((lane,)) for lane in Lane]
+
+
 class Recorder:
-    """Handlers that record when ops ran, after a sleep, and can be told to fail."""
+    """Stands for the cells: records when ops ran, after a sleep; can be told to fail."""
 
     def __init__(self, sleep: float = 0.0, fails: OpKind | None = None) -> None:
         self.times: list[tuple[OpKind, float, float]] = []
         self.sleep = sleep
         self.fails = fails
-        self.handlers = dict.fromkeys(OpKind, self._run)
 
-    def _run(self, op) -> None:
+    def __call__(self, op) -> None:
         start = time.perf_counter()
         time.sleep(self.sleep)
         if op.kind is self.fails:
@@ -73,7 +76,7 @@ def test_lanes_run_at_once():
         counts[op.lane] += 1
     recorder = Recorder(sleep=0.002)
     started = time.perf_counter()
-    executor = AsyncExecutor(recorder.handlers, lambda op: True, {})
+    executor = AsyncExecutor(recorder, lambda op: True, CREWS)
     visits = list(executor.run(zigzag(stage, 4, range(2))))
     wall = time.perf_counter() - started
     assert len(visits) == 2 and len(recorder.times) == sum(counts.values())
@@ -86,7 +89,7 @@ def test_lanes_run_at_once():
 def test_an_exception_in_any_lane_ends_the_run_with_it(kind, num_batches):
     before = threading.active_count()
     recorder = Recorder(fails=kind)
-    executor = AsyncExecutor(recorder.handlers, lambda op: True, {})
+    executor = AsyncExecutor(recorder, lambda op: True, CREWS)
     with pytest.raises(OSError, match=f"{kind} broke"):
         list(executor.run(zigzag(StageLayers.whole(3), num_batches, range(50))))
     assert threading.active_count() == before
@@ -97,8 +100,8 @@ def test_an_abandoned_run_stops_and_joins_its_threads(executor):
     before = threading.active_count()
     recorder = Recorder()
     made = {
-        "serial": SerialExecutor(recorder.handlers, lambda op: True),
-        "async": AsyncExecutor(recorder.handlers, lambda op: True, {}),
+        "serial": SerialExecutor(recorder, lambda op: True),
+        "async": AsyncExecutor(recorder, lambda op: True, CREWS),
     }[executor]
     running = made.run(zigzag(StageLayers.whole(3), 2, range(1000)))
     next(running)

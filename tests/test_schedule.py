@@ -10,7 +10,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexgen_ray.schedule.ops import NUM_SLOTS, Buffer, Dependencies, Op, OpKind
+from flexgen_ray.schedule.ops import (
+    CELL_SLOTS,
+    WEIGHTS_SLOTS,
+    Buffer,
+    Dependencies,
+    Op,
+    OpKind,
+    staging_slots,
+)
 from flexgen_ray.schedule.zigzag import StageLayers, zigzag
 
 COMPUTE = (OpKind.PROJECT, OpKind.FINISH)
@@ -41,21 +49,20 @@ def play(ops: list[Op], seed: int) -> list[tuple[float, float]]:
     return times
 
 
-def assert_reads_what_arrived(stream, seed: int, mover: OpKind, is_reader) -> None:
-    """Every part is in the reader's slot when it starts, and stays there until it is done."""
-    _, num_batches, _, ops = stream
+def assert_reads_what_arrived(stream, seed: int, mover: OpKind, is_reader, slot, own) -> None:
+    """All of a reader's own moves are in its slot when it starts, and stay until it is done."""
+    ops = stream[3]
     times = play(ops, seed)
     moves = [(op, *t) for op, t in zip(ops, times, strict=True) if op.kind is mover]
     for op, (start, end) in zip(ops, times, strict=True):
         if not is_reader(op):
             continue
-        own = [x for x in moves if (x[0].visit, x[0].layer) == (op.visit, op.layer)]
-        assert {x[0].part for x in own} == set(range(num_batches))
-        assert all(x[0].weights_slot == op.weights_slot for x in own)
-        assert all(x[2] <= start for x in own)
-        others = [x for x in moves if x[0].weights_slot == op.weights_slot and x not in own]
-        arrived = min(x[1] for x in own)
-        assert all(x[2] <= arrived or x[1] >= end for x in others)
+        arrived = [x for x in moves if own(x[0], op)]
+        assert arrived and all(slot(x[0]) == slot(op) for x in arrived)
+        assert all(x[2] <= start for x in arrived)
+        others = [x for x in moves if slot(x[0]) == slot(op) and x not in arrived]
+        first = min(x[1] for x in arrived)
+        assert all(x[2] <= first or x[1] >= end for x in others)
 
 
 @given(streams(), st.integers(0, 2**32))
@@ -67,14 +74,21 @@ def test_every_compute_reads_its_own_weights_whole(stream, seed):
         seed,
         OpKind.LOAD_WEIGHTS,
         lambda op: op.kind in COMPUTE and op.layer in with_weights,
+        lambda op: op.weights_slot,
+        lambda move, op: (move.visit, move.layer) == (op.visit, op.layer),
     )
 
 
 @given(streams(), st.integers(0, 2**32))
 @settings(max_examples=60)
-def test_disk_weights_are_in_host_memory_whole_before_they_cross_the_link(stream, seed):
+def test_a_part_is_in_host_memory_whole_before_it_crosses_the_link(stream, seed):
     assert_reads_what_arrived(
-        stream, seed, OpKind.READ_WEIGHTS, lambda op: op.kind is OpKind.LOAD_WEIGHTS
+        stream,
+        seed,
+        OpKind.READ_WEIGHTS,
+        lambda op: op.kind is OpKind.LOAD_WEIGHTS,
+        lambda op: op.staging_slot,
+        lambda move, op: (move.visit, move.layer, move.part) == (op.visit, op.layer, op.part),
     )
 
 
@@ -97,8 +111,8 @@ def test_no_slot_is_overwritten_before_its_last_reader(stream, seed):
 
 
 def _cell(op: Op) -> tuple[int, ...]:
-    weights = op.kind in (OpKind.READ_WEIGHTS, OpKind.LOAD_WEIGHTS)
-    return (op.visit, op.layer) if weights else (op.visit, op.layer, op.batch)
+    is_part = op.kind is OpKind.LOAD_WEIGHTS
+    return (op.visit, op.layer) if is_part else (op.visit, op.layer, op.batch)
 
 
 @given(streams())
@@ -116,24 +130,21 @@ def test_each_streamed_weight_crosses_the_link_once_a_visit(stream):
     assert in_vain == [(num_visits, stage.with_weights[0])]
 
 
-@given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 5))
-def test_late_composition_never_blocks(num_layers, num_batches, num_visits):
-    """The next visit is asked for only when every token that decides it has been chosen."""
-    issued: list[Op] = []
-
-    def visits():
-        for visit in range(num_visits):
-            samples = [op for op in issued if op.kind is OpKind.SAMPLE]
-            assert len(samples) == visit * num_batches
-            yield visit
-
-    for op in zigzag(StageLayers.whole(num_layers), num_batches, visits()):
-        if op.kind is OpKind.COMPOSE and op.visit:
-            before = [x for x in issued if x.kind is OpKind.SAMPLE and x.batch == op.batch]
-            assert before[-1].visit == op.visit - 1
-        issued.append(op)
-    composed = [(op.visit, op.batch) for op in issued if op.kind is OpKind.COMPOSE]
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(2, 5), st.integers(0, 2**32))
+def test_a_pass_is_composed_when_its_tokens_are_known(num_layers, num_batches, num_visits, seed):
+    """And of several batches without waiting for the others' tokens."""
+    ops = list(zigzag(StageLayers.whole(num_layers), num_batches, range(num_visits)))
+    times = play(ops, seed)
+    place = {(op.kind, op.visit, op.batch): index for index, op in enumerate(ops)}
+    composed = [(op.visit, op.batch) for op in ops if op.kind is OpKind.COMPOSE]
     assert composed == [(v, b) for v in range(num_visits) for b in range(num_batches)]
+    for visit, batch in composed[num_batches:]:
+        accepted = place[OpKind.ACCEPT, visit - 1, batch]
+        assert times[accepted][1] <= times[place[OpKind.COMPOSE, visit, batch]][0]
+    if num_batches > 1:
+        last = place[OpKind.ACCEPT, 0, num_batches - 1]
+        assert place[OpKind.COMPOSE, 1, 0] < last
+        assert ops[last].ends_visit and sum(op.ends_visit for op in ops) == num_visits
 
 
 @given(streams(), st.integers(0, 2**32))
@@ -178,5 +189,11 @@ def test_the_stream_is_lazy(num_batches):
 def test_slots_are_reused():
     ops = list(zigzag(StageLayers.whole(3), 2, range(3)))
     copies = {slot for op in ops for slot in (*op.reads, *op.writes)}
-    for buffer in (Buffer.DEVICE_WEIGHTS, Buffer.WORK, Buffer.STREAMED_CACHE):
-        assert sum(slot[0] is buffer for slot in copies) == NUM_SLOTS
+    counts = {
+        Buffer.DEVICE_WEIGHTS: WEIGHTS_SLOTS,
+        Buffer.HOST_WEIGHTS: staging_slots(2),
+        Buffer.WORK: CELL_SLOTS,
+        Buffer.STREAMED_CACHE: CELL_SLOTS,
+    }
+    for buffer, count in counts.items():
+        assert sum(slot[0] is buffer for slot in copies) == count

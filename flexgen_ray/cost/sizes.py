@@ -18,7 +18,7 @@ from flexgen_ray.cost.placement import (
     stored_tensors,
     tensor_bytes,
 )
-from flexgen_ray.schedule.ops import NUM_SLOTS
+from flexgen_ray.schedule.ops import CELL_SLOTS, WEIGHTS_SLOTS
 from flexgen_ray.schedule.zigzag import StageLayers
 from flexgen_ray.units import format_bytes
 
@@ -96,6 +96,12 @@ class StagePlan:
         return max((split.attended for split in self.splits.values()), default=0)
 
     @property
+    def stored_tokens(self) -> int:
+        """Most tokens of a pass whose keys and values leave the device."""
+        off_device = max((split.off_device for split in self.splits.values()), default=0)
+        return min(self.cell_tokens, off_device * self.workload.max_prompt_len)
+
+    @property
     def disk_rows(self) -> int:
         return max((split.disk for split in self.splits.values()), default=0)
 
@@ -141,14 +147,14 @@ def stage_bytes(plan: StagePlan) -> dict[str, dict[str, int]]:
     return {
         "gpu": {
             "weights": weights["gpu"],
-            "weights in flight": NUM_SLOTS * max(sum(stream.values()) for stream in streams),
+            "weights in flight": WEIGHTS_SLOTS * max(sum(stream.values()) for stream in streams),
             **cache["gpu"],
             **hidden["gpu"],
             "workspace": workspace_bytes(plan),
         },
         "cpu": {
             "weights": weights["cpu"],
-            "weights in flight": NUM_SLOTS * max(stream["disk"] for stream in streams),
+            "weights in flight": min(3, plan.policy.num_gpu_batches + 1) * max(stream["disk"] for stream in streams),
             **cache["cpu"],
             **hidden["cpu"],
         },
@@ -161,17 +167,18 @@ def _cache_bytes(plan: StagePlan) -> dict[str, dict[str, int]]:
     row, block = plan.row_bytes, plan.cache_block_bytes
     disk_row = plan.cache_blocks * block
     disk_rows = sum(split.disk for split in splits)
+    new_kv = 2 * plan.stored_tokens * plan.config.kv_size * plan.element_bytes
     vectors = plan.attended_rows * plan.config.q_size * plan.element_bytes
     return {
         "gpu": {
             "cache": sum(split.gpu for split in splits) * row,
-            "cache in flight": NUM_SLOTS * plan.streamed_rows * row,
+            "cache in flight": CELL_SLOTS * plan.streamed_rows * row,
         },
         "cpu": {
             "cache": sum(split.cpu for split in splits) * row,
             "cache tails": disk_rows * block,
-            "cache in flight": 2 * NUM_SLOTS * plan.disk_rows * disk_row,
-            "host attention": 2 * NUM_SLOTS * vectors,
+            "cache in flight": CELL_SLOTS * (2 * plan.disk_rows * disk_row + new_kv),
+            "host attention": 2 * CELL_SLOTS * vectors,
             "workspace": host_workspace_bytes(plan),
         },
         "disk": {"cache": disk_rows * disk_row},
@@ -194,12 +201,12 @@ def _hidden_bytes(plan: StagePlan) -> dict[str, dict[str, int]]:
     return {
         "gpu": {
             "hidden states": policy.num_gpu_batches * gpu * token,
-            "cell": NUM_SLOTS * work * plan.element_bytes,
+            "cell": CELL_SLOTS * work * plan.element_bytes,
         },
         "cpu": {
             "hidden states": policy.num_gpu_batches * cpu * token,
-            "hidden states in flight": 2 * NUM_SLOTS * disk * token,
-            "embedding": NUM_SLOTS * plan.cell_tokens * token * _gathers(plan),
+            "hidden states in flight": 2 * CELL_SLOTS * disk * token,
+            "embedding": CELL_SLOTS * plan.cell_tokens * token * _gathers(plan),
         },
         "disk": {"hidden states": policy.num_gpu_batches * aligned(disk * token, PAGE)},
     }

@@ -1,8 +1,8 @@
 """Which request sits in which slot, what each pass brings, and when a request is done.
 
 A block is num_gpu_batches batches of up to gpu_batch_size slots. Requests are sorted by prompt
-length so that a batch's rows are alike. A finished row leaves its slot; slots are filled again when
-the whole block is done. Knows tokens; no tensors, no tiers.
+length so that a batch's rows are alike. A finished row leaves its slot, and a waiting request takes
+it at the batch's next pass. Knows tokens; no tensors, no tiers.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 
 from flexgen_ray.request import Finished, Request
 from flexgen_ray.rows import Row, Rows
@@ -46,10 +47,10 @@ class Batcher:
     decode: Decode | None = None
     seed: int = 0
     _waiting: deque[Request] = field(default_factory=deque)
-    _slots: list[dict[int, _Sequence]] = field(default_factory=list)
-    _finished: list[Finished] = field(default_factory=list)
-    prefill_tokens: int = 0
-    new_tokens: int = 0
+    _finished: deque[Finished] = field(default_factory=deque)
+
+    def __post_init__(self) -> None:
+        self._slots: list[dict[int, _Sequence]] = [{} for _ in range(self.num_gpu_batches)]
 
     def add(self, requests: Iterable[Request]) -> None:
         """Queues requests, longest prompts first, so what takes most memory is met at once."""
@@ -57,21 +58,18 @@ class Batcher:
         merged.sort(key=lambda it: (-len(it.prompt_token_ids), -it.params.max_tokens))
         self._waiting = deque(merged)
 
-    def visits(self) -> Iterator[int]:
-        """0, 1, 2, …: one number a pass, until every request is done."""
-        visit = 0
-        while True:
-            if not any(self._slots):
-                self._fill_block()
-            if not any(self._slots):
-                return
-            self.prefill_tokens = self.new_tokens = 0
-            yield visit
-            visit += 1
+    @property
+    def is_done(self) -> bool:
+        """True if no pass will have rows any more."""
+        return not self._waiting and not any(self._slots)
 
     def compose(self, batch: int) -> Rows:
-        """The next pass of a batch: each decoding row's token, then prompts as far as they fit."""
+        """The next pass of a batch: each decoding row's token, then prompts as far as they fit.
+
+        Prompts are served first come, first served, so that at most one is ever half done.
+        """
         slots = self._slots[batch]
+        self._fill(slots)
         decoding = [s for s, seq in slots.items() if len(seq.token_ids) - seq.cached == 1]
         room = self.cell_tokens - len(decoding)
         counts = dict.fromkeys(decoding, 1)
@@ -92,7 +90,6 @@ class Batcher:
 
     def accept(self, batch: int, slots: list[int], token_ids: list[int]) -> None:
         """Appends the chosen tokens; finished requests leave their slots."""
-        self.new_tokens += len(token_ids)
         for slot, token in zip(slots, token_ids, strict=True):
             sequence = self._slots[batch][slot]
             sequence.token_ids.append(token)
@@ -102,29 +99,24 @@ class Batcher:
                 self._finished.append(Finished(index, sequence.generated, reason))
                 del self._slots[batch][slot]
 
-    def take_finished(self) -> list[Finished]:
-        """What finished since the last call."""
-        finished, self._finished = self._finished, []
-        return finished
+    def take_finished(self) -> Iterator[Finished]:
+        """What finished since the last call; from another thread than `accept`'s, if one likes."""
+        while self._finished:
+            yield self._finished.popleft()
 
-    def _fill_block(self) -> None:
-        """The next requests, spread evenly over the batches, neighbours in length together."""
-        count = min(len(self._waiting), self.gpu_batch_size * self.num_gpu_batches)
-        shares = [
-            count * (batch + 1) // self.num_gpu_batches - count * batch // self.num_gpu_batches
-            for batch in range(self.num_gpu_batches)
-        ]
-        self._slots = [
-            {
-                slot: _Sequence(request, list(request.prompt_token_ids))
-                for slot, request in enumerate(self._waiting.popleft() for _ in range(share))
-            }
-            for share in shares
-        ]
+    def _fill(self, slots: dict[int, _Sequence]) -> None:
+        """Waiting requests into free slots; when few are left, each batch gets its share."""
+        left = len(self._waiting) + sum(map(len, self._slots))
+        room = min(self.gpu_batch_size, -(-left // self.num_gpu_batches)) - len(slots)
+        free = (slot for slot in range(self.gpu_batch_size) if slot not in slots)
+        for slot in list(islice(free, max(0, min(room, len(self._waiting))))):
+            request = self._waiting.popleft()
+            slots[slot] = _Sequence(request, list(request.prompt_token_ids))
 
     def _pack(self, slots: dict[int, _Sequence], counts: dict[int, int]) -> Rows:
         rows: list[Row] = []
         token_ids: list[int] = []
+        prefill_tokens = 0
         for slot in sorted(counts):
             sequence, count = slots[slot], counts[slot]
             start, stop = sequence.cached, sequence.cached + count
@@ -132,9 +124,9 @@ class Batcher:
             rows.append(Row(slot, start, count, len(token_ids), is_last))
             token_ids += sequence.token_ids[start:stop]
             if start < len(sequence.request.prompt_token_ids):
-                self.prefill_tokens += count
+                prefill_tokens += count
             sequence.cached = stop
-        return Rows(tuple(rows), tuple(token_ids))
+        return Rows(tuple(rows), tuple(token_ids), prefill_tokens)
 
     def _draw(self, sequence: _Sequence) -> Draw:
         params, position = sequence.request.params, len(sequence.generated)

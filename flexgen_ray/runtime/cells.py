@@ -10,13 +10,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from flexgen_ray.cost.placed_rows import PlacedRows
 from flexgen_ray.cost.sizes import QUERY_TILE, StagePlan
 from flexgen_ray.models import attention
 from flexgen_ray.models.registry import FAMILIES
 from flexgen_ray.rows import Row, Rows, runs
 from flexgen_ray.runtime.batcher import Batcher
+from flexgen_ray.runtime.passes import Pass
 from flexgen_ray.runtime.sampler import sample
-from flexgen_ray.schedule.ops import Op, OpKind
+from flexgen_ray.schedule.ops import CELL_SLOTS, Op, OpKind
 from flexgen_ray.store.activations import HiddenStore, Work
 from flexgen_ray.store.kv_cache import KVCache
 from flexgen_ray.store.tier import Tiers
@@ -40,12 +42,23 @@ class Cells:
         self.cache = KVCache(plan, tiers)
         self.hidden = HiddenStore(plan, tiers)
         self.on_logits: LogitsHook | None = None
-        self._rows: dict[tuple[int, int], Rows] = {}
+        self._passes: dict[tuple[int, int], Pass] = {}
+        self._progress: dict[int, list[int]] = {}
         self._logits: dict[int, Tensor] = {}
+        shape = (CELL_SLOTS, plan.policy.gpu_batch_size)
+        pinned = self.device.type == "cuda"
+        self._chosen = torch.empty(shape, dtype=torch.int64, pin_memory=pinned)
 
-    def handlers(self) -> dict[OpKind, Callable[[Op], None]]:
-        """Made anew: kept, it would tie the stores into a cycle that outlives the stage."""
-        return {kind: getattr(self, f"_{kind.value}") for kind in OpKind}
+    def run(self, op: Op) -> None:
+        """Does what the op says; nothing if its pass has no rows."""
+        kind = op.kind
+        if kind in _WITHOUT_ROWS or self.rows(op).rows:
+            _HANDLERS[kind](self, op)
+
+    def progress(self, visit: int) -> tuple[int, int]:
+        """(new tokens, prompt tokens) of a visit that is over; it is then forgotten."""
+        counts = self._progress.pop(visit, None) or [0, 0]
+        return counts[0], counts[1]
 
     def moves(self, op: Op) -> bool:
         """False if the op can't do anything under this placement; then it isn't dispatched."""
@@ -62,18 +75,34 @@ class Cells:
             return self.plan.policy.activations.gpu < 1
         if kind in (OpKind.READ_CACHE, OpKind.WRITE_CACHE):
             return self.cache.split(op).disk > 0
-        if kind in (OpKind.LOAD_CACHE, OpKind.STORE_CACHE):
+        if kind in (OpKind.STORE_CACHE, OpKind.APPEND_CACHE):
             return self.cache.split(op).off_device > 0
+        if kind is OpKind.LOAD_CACHE:
+            split = self.cache.split(op)
+            return split.off_device > 0 and (
+                self.plan.chunks_prompts or split.attended < split.off_device
+            )
         if kind in (OpKind.ATTEND_HOST, OpKind.LOAD_ATTENTION):
             return self.cache.split(op).attended > 0
         return True
 
     def rows(self, op: Op) -> Rows:
         """The composition of the op's pass; looked up when the op starts, not when it is issued."""
-        return self._rows[op.visit % 2, op.batch]
+        return self._pass(op).rows
+
+    def placed(self, op: Op) -> PlacedRows:
+        """The same rows as the op's layer treats them."""
+        return self._pass(op).placed(self.cache.split(op))
+
+    def _pass(self, op: Op) -> Pass:
+        return self._passes[op.visit % 2, op.batch]
 
     def _compose(self, op: Op) -> None:
-        self._rows[op.visit % 2, op.batch] = self.batcher.compose(op.batch)
+        rows = self.batcher.compose(op.batch)
+        self._passes[op.visit % 2, op.batch] = Pass(rows, self.plan.streamed_rows - 1, self.device)
+        counts = self._progress.setdefault(op.visit, [0, 0])
+        counts[0] += len(rows.sampled)
+        counts[1] += rows.prefill_tokens
 
     def _gather(self, op: Op) -> None:
         rows = self.rows(op)
@@ -100,34 +129,36 @@ class Cells:
         self.hidden.load(op, self.rows(op).num_tokens)
 
     def _read_cache(self, op: Op) -> None:
-        self.cache.read(op, self.rows(op))
+        self.cache.read(op, self.placed(op))
 
     def _load_cache(self, op: Op) -> None:
-        self.cache.load(op, self.rows(op))
+        self.cache.load(op, self.placed(op))
 
     def _project(self, op: Op) -> None:
         rows, work = self.rows(op), self._work(op)
         self.hidden.fetch_resident(op, rows.num_tokens)
-        positions = torch.tensor(rows.positions, device=self.device)
+        positions = self._pass(op).positions
         tensors = self.weights.tensors(op)
         for tile in self._tiles(rows.num_tokens):
             parts = self.family.project(self.config, tensors, work.hidden[tile], positions[tile])
             for target, part in zip((work.q, work.k, work.v), parts, strict=True):
                 target[tile].copy_(part.flatten(1))
-        self.cache.append_resident(op, rows, work)
+        self.cache.append_resident(op, self.placed(op), work)
 
     def _store_cache(self, op: Op) -> None:
-        self.cache.store(op, self.rows(op), self._work(op))
+        self.cache.store(op, self.placed(op), self._work(op))
+
+    def _append_cache(self, op: Op) -> None:
+        self.cache.append(op, self.placed(op))
 
     def _write_cache(self, op: Op) -> None:
-        self.cache.write(op, self.rows(op))
+        self.cache.write(op, self.placed(op))
 
     def _attend_device(self, op: Op) -> None:
-        rows, work, cache = self.rows(op), self._work(op), self.cache
+        rows, work, cache = self.placed(op), self._work(op), self.cache
         cache.append_streamed(op, rows, work)
-        resident = [(row, row.slot) for row in cache.on_device(op, rows.rows)]
-        streamed = cache.streamed(op, rows.rows)
-        for placed, view in ((resident, cache.device_view), (streamed, cache.streamed_view)):
+        resident = [(row, row.slot) for row in rows.resident]
+        for placed, view in ((resident, cache.device_view), (rows.streamed, cache.streamed_view)):
             place = {row.slot: index for row, index in placed}
             for run in runs(row for row, _ in placed if row.num_new_tokens == 1):
                 first = place[run[0].slot]
@@ -154,8 +185,7 @@ class Cells:
         work.q[tokens].copy_(attention.prefill(query, k, v, row.position, QUERY_TILE).flatten(1))
 
     def _attend_host(self, op: Op) -> None:
-        rows = self.cache.attended_on_host(op, self.rows(op).rows)
-        for run in runs(rows):
+        for run in self.placed(op).attended_runs:
             places, _ = self.cache.vector_places(op, run)
             cached = self.cache.host_view(op, run[0].slot, run[-1].slot + 1)
             query = self.cache.host_query[op.cell_slot, places]
@@ -164,20 +194,19 @@ class Cells:
 
     def _load_attention(self, op: Op) -> None:
         work = self._work(op)
-        for run in runs(self.cache.attended_on_host(op, self.rows(op).rows)):
+        for run in self.placed(op).attended_runs:
             places, tokens = self.cache.vector_places(op, run)
             result = self.cache.host_attention[op.cell_slot, places]
             work.q[tokens].copy_(result.flatten(1), non_blocking=True)
 
     def _finish(self, op: Op) -> None:
         kind = self.plan.stage.kind(op.layer)
-        {"embedding": self._embed, "decoder": self._finish_decoder, "head": self._head}[kind](op)
+        _FINISH[kind](self, op)
 
     def _embed(self, op: Op) -> None:
         rows, work = self.rows(op), self._work(op)
         if self.weights.embeds_on_device:
-            ids = torch.tensor(rows.token_ids, device=self.device)
-            positions = torch.tensor(rows.positions, device=self.device)
+            ids, positions = self._pass(op).token_ids, self._pass(op).positions
             for tile in self._tiles(rows.num_tokens):
                 found = self.family.embed(
                     self.config, self.weights.lookup, ids[tile], positions[tile]
@@ -196,9 +225,8 @@ class Cells:
         """Logits of the last token of each row that is to be followed by another."""
         rows = self.rows(op)
         self.hidden.fetch_resident(op, rows.num_tokens)
-        last = torch.tensor([row.tokens.stop - 1 for row in rows.sampled], device=self.device)
-        if len(last):
-            x = self._work(op).hidden[last]
+        if rows.sampled:
+            x = self._work(op).hidden[self._pass(op).last_tokens]
             self._logits[op.cell_slot] = self.family.head(self.config, self.weights.tensors(op), x)
 
     def _store_hidden(self, op: Op) -> None:
@@ -216,7 +244,13 @@ class Cells:
         draws = self.batcher.draws(op.batch, slots)
         if self.on_logits is not None:
             self.on_logits(self.batcher.request_indices(op.batch, slots), logits)
-        self.batcher.accept(op.batch, slots, sample(logits, draws))
+        chosen = self._chosen[op.cell_slot, : len(slots)]
+        chosen.copy_(sample(logits, draws), non_blocking=True)
+
+    def _accept(self, op: Op) -> None:
+        slots = [row.slot for row in self.rows(op).sampled]
+        if slots:
+            self.batcher.accept(op.batch, slots, self._chosen[op.cell_slot, : len(slots)].tolist())
 
     def _work(self, op: Op) -> Work:
         return self.hidden.work[op.cell_slot]
@@ -224,3 +258,8 @@ class Cells:
     def _tiles(self, num_tokens: int) -> list[slice]:
         step = self.plan.tile_tokens
         return [slice(at, min(at + step, num_tokens)) for at in range(0, num_tokens, step)]
+
+
+_WITHOUT_ROWS = frozenset({OpKind.COMPOSE, OpKind.READ_WEIGHTS, OpKind.LOAD_WEIGHTS})
+_HANDLERS = {kind: getattr(Cells, f"_{kind.value}") for kind in OpKind}
+_FINISH = {"embedding": Cells._embed, "decoder": Cells._finish_decoder, "head": Cells._head}

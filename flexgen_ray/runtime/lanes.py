@@ -1,69 +1,196 @@
-"""Lanes as threads: each runs its ops first in, first out, when what they wait for is done.
+"""Lanes at work: each runs its ops first in, first out, when what they wait for is done.
 
-Knows threads and failure; not what an op does, nor why it waits.
+A crew is one thread that serves some lanes. Without CUDA every lane has a crew of its own. With
+CUDA one crew issues the device's and the link's lanes, each on a stream, and events order them;
+what blocks (host attention, disk) has its own thread. Knows nothing of what an op does, nor why it
+waits.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
-from queue import SimpleQueue
-from typing import Protocol
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 
-from flexgen_ray.schedule.ops import Lane, Op
+from flexgen_ray.runtime.meter import Meter
+from flexgen_ray.schedule.ops import LANE, Lane, Op
+
+Run = Callable[[Op], float | None]
 
 
-class Pending(Protocol):
-    """What a lane needs of the executor: how to run an op, and what to do when it is over."""
+@dataclass(frozen=True)
+class Crew:
+    """One thread's lanes, their CUDA streams if they have any, and the cores torch may use in it."""
 
-    def execute(self, index: int, op: Op) -> None: ...
-    def fail(self, error: BaseException) -> None: ...
+    lanes: tuple[Lane, ...]
+    num_threads: int = 1
+    streams: Mapping[Lane, torch.cuda.Stream] = field(default_factory=dict)
 
 
-class LaneThreads:
-    """One thread a lane, started on entry and joined on exit, whatever happens between.
+class Ticket:
+    """An op that was issued: how many ops it still waits for, and who waits for it.
 
-    threads: how many cores torch may use inside one op of a lane; one where not given.
+    With streams an op is done when it is launched; `event` tells when the device has run it.
     """
 
-    def __init__(self, pending: Pending, threads: Mapping[Lane, int]) -> None:
-        self._pending = pending
+    __slots__ = ("dependents", "event", "index", "is_done", "lane", "missing", "op", "waits")
+
+    def __init__(self, index: int, op: Op) -> None:
+        self.index = index
+        self.op = op
+        self.lane = LANE[op.kind]
+        self.missing = 0
+        self.dependents: list[Ticket] = []
+        self.is_done = False
+        self.event: torch.cuda.Event | None = None
+        self.waits: list[torch.cuda.Event] = []
+
+
+class Lanes:
+    """The crews of one run: started on entry, joined on exit, whatever happens between."""
+
+    def __init__(self, run: Run, crews: Iterable[Crew], meter: Meter) -> None:
+        self._run = run
+        self._meter = meter
+        self._lock = threading.Lock()
+        self._queues: dict[Lane, deque[Ticket]] = {lane: deque() for lane in Lane}
+        self._posts = [_Post(crew, [self._queues[lane] for lane in crew.lanes]) for crew in crews]
+        self._post_of = {lane: post for post in self._posts for lane in post.crew.lanes}
+        self._over = threading.Condition(self._lock)
+        self._is_stopped = False
+        self._error: BaseException | None = None
         self._num_threads = torch.get_num_threads()
-        self._queues: dict[Lane, SimpleQueue] = {lane: SimpleQueue() for lane in Lane}
-        self._threads = [
-            threading.Thread(
-                target=self._work, args=(lane, threads.get(lane, 1)), name=f"lane {lane}"
-            )
-            for lane in Lane
-        ]
 
-    def submit(self, index: int, op: Op, waits: list[threading.Event]) -> None:
-        self._queues[op.lane].put((index, op, waits))
+    def issue(self, ticket: Ticket, waits: Iterable[Ticket]) -> None:
+        """Queues an op behind `waits`, which were issued before."""
+        lane = ticket.lane
+        queue = self._queues[lane]
+        with self._lock:
+            for other in waits:
+                if other.lane is lane:
+                    continue
+                if not other.is_done:
+                    other.dependents.append(ticket)
+                    ticket.missing += 1
+                elif other.event is not None:
+                    ticket.waits.append(other.event)
+            queue.append(ticket)
+            if not ticket.missing and queue[0] is ticket:
+                self._post_of[lane].wake()
 
-    def __enter__(self) -> LaneThreads:
-        for thread in self._threads:
-            thread.start()
+    def wait(self, ticket: Ticket) -> None:
+        """Until the op is over; raises what ended the run, if something did."""
+        with self._lock:
+            self._over.wait_for(lambda: ticket.is_done or self._is_stopped)
+        if self._error is not None:
+            raise self._error
+
+    def stop(self, error: BaseException | None = None) -> None:
+        """No further op is begun, and nobody waits any longer."""
+        with self._lock:
+            self._error = self._error or error
+            self._is_stopped = True
+            self._over.notify_all()
+            for post in self._posts:
+                post.wake()
+
+    def __enter__(self) -> Lanes:
+        for post in self._posts:
+            name = f"lane {'+'.join(post.crew.lanes)}"
+            post.thread = threading.Thread(target=self._work, args=(post,), name=name)
+            post.thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        for queue in self._queues.values():
-            queue.put(None)
-        for thread in self._threads:
-            thread.join()
+        self.stop()
+        for post in self._posts:
+            assert post.thread is not None
+            post.thread.join()
+        for post in self._posts:
+            for stream in post.crew.streams.values():
+                stream.synchronize()
         torch.set_num_threads(self._num_threads)
 
     @torch.inference_mode()
-    def _work(self, lane: Lane, num_threads: int) -> None:
+    def _work(self, post: _Post) -> None:
         # A thread's own number holds only after torch has given it the process's, on first use.
         torch.get_num_threads()
-        torch.set_num_threads(num_threads)
+        torch.set_num_threads(post.crew.num_threads)
         try:
-            while (item := self._queues[lane].get()) is not None:
-                index, op, waits = item
-                for event in waits:
-                    event.wait()
-                self._pending.execute(index, op)
+            while (ticket := self._next(post)) is not None:
+                stream = post.crew.streams.get(ticket.lane)
+                if stream is None:
+                    self._perform(ticket)
+                else:
+                    self._launch(ticket, stream)
+                self._finish(ticket)
         except BaseException as error:
-            self._pending.fail(error)
+            self.stop(error)
+
+    def _next(self, post: _Post) -> Ticket | None:
+        """The oldest op that may start; None when the run has stopped."""
+        while True:
+            with self._lock:
+                if self._is_stopped:
+                    return None
+                heads = [q[0] for q in post.queues if q and not q[0].missing]
+                if heads:
+                    return min(heads, key=_issue_order) if len(heads) > 1 else heads[0]
+                post.is_idle = True
+            post.bell.acquire()
+
+    def _perform(self, ticket: Ticket) -> None:
+        for event in ticket.waits:
+            event.synchronize()
+        started = time.perf_counter()
+        modelled = self._run(ticket.op)
+        self._meter.note(ticket.op, started, time.perf_counter(), modelled)
+
+    def _launch(self, ticket: Ticket, stream: torch.cuda.Stream) -> None:
+        with torch.cuda.stream(stream):
+            for event in ticket.waits:
+                stream.wait_event(event)
+            started = self._meter.mark(stream)
+            self._run(ticket.op)
+            ticket.event = self._meter.mark(stream)
+        self._meter.note_events(ticket.op, started, ticket.event)
+
+    def _finish(self, ticket: Ticket) -> None:
+        with self._lock:
+            self._queues[ticket.lane].popleft()
+            ticket.is_done = True
+            for other in ticket.dependents:
+                other.missing -= 1
+                if ticket.event is not None:
+                    other.waits.append(ticket.event)
+                if not other.missing and self._queues[other.lane][0] is other:
+                    self._post_of[other.lane].wake()
+            ticket.dependents.clear()
+            if ticket.op.ends_visit:
+                self._over.notify_all()
+
+
+class _Post:
+    """A crew at its place: its queues, its thread, and the bell that wakes it."""
+
+    def __init__(self, crew: Crew, queues: list[deque[Ticket]]) -> None:
+        self.crew = crew
+        self.queues = queues
+        self.thread: threading.Thread | None = None
+        self.bell = threading.Lock()
+        self.bell.acquire()
+        self.is_idle = False
+
+    def wake(self) -> None:
+        """Call with the lanes' lock held."""
+        if self.is_idle:
+            self.is_idle = False
+            self.bell.release()
+
+
+def _issue_order(ticket: Ticket) -> int:
+    return ticket.index

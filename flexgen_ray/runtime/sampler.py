@@ -30,24 +30,23 @@ def uniform(seed: int, stream: int, position: int) -> float:
     return (int.from_bytes(digest, "little") >> 11) / 2**53
 
 
-def sample(logits: Tensor, draws: list[Draw]) -> list[int]:
-    """logits: [rows, vocabulary], float32; returns one token a row."""
-    tokens = logits.argmax(dim=-1).tolist()
+def sample(logits: Tensor, draws: list[Draw]) -> Tensor:
+    """logits: [rows, vocabulary], float32; returns [rows] token ids, still on its device."""
+    tokens = logits.argmax(dim=-1)
     for row, draw in enumerate(draws):
         if draw.params.temperature > 0:
             tokens[row] = _invert(logits[row], draw)
     return tokens
 
 
-def _invert(logits: Tensor, draw: Draw) -> int:
+def _invert(logits: Tensor, draw: Draw) -> Tensor:
     """The first token, likeliest first, at which the cumulative probability exceeds the draw."""
     # Less its maximum, a logit divided by a tiny temperature can't overflow.
     scaled = (logits - logits.max()).double() / draw.params.temperature
     probabilities, tokens = torch.softmax(scaled, dim=-1).sort(descending=True, stable=True)
     cumulative = probabilities.cumsum(dim=-1)
-    if draw.params.top_p < 1:
-        # The nucleus is the fewest tokens that reach top_p (Holtzman et al. 2020).
-        size = int((cumulative < draw.params.top_p).sum()) + 1
-        cumulative = cumulative[:size]
-    place = torch.searchsorted(cumulative, draw.uniform * cumulative[-1], right=True)
-    return int(tokens[min(int(place), len(cumulative) - 1)])
+    # The nucleus is the fewest tokens that reach top_p (Holtzman et al. 2020).
+    outside = cumulative >= draw.params.top_p if draw.params.top_p < 1 else cumulative.new_zeros(1)
+    last = torch.where(outside.any(), outside.int().argmax(), len(cumulative) - 1)
+    place = torch.searchsorted(cumulative, draw.uniform * cumulative.take(last), right=True)
+    return tokens.take(torch.minimum(place, last))

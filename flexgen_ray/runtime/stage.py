@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -16,6 +18,7 @@ from flexgen_ray.request import Finished, Progress, Request
 from flexgen_ray.runtime.batcher import Batcher, Decode
 from flexgen_ray.runtime.cells import Cells, LogitsHook
 from flexgen_ray.runtime.executor import AsyncExecutor, SerialExecutor
+from flexgen_ray.runtime.lanes import Crew
 from flexgen_ray.schedule.ops import Lane
 from flexgen_ray.schedule.zigzag import zigzag
 from flexgen_ray.store.tier import DiskTier, MemoryTier, Tiers
@@ -74,28 +77,33 @@ class Stage:
 
         on_logits(request indices, [rows, vocabulary]) sees what each sampled token is chosen from.
         """
-        plan = self.spec.plan
-        self._cells.on_logits = on_logits
+        plan, cells = self.spec.plan, self._cells
+        cells.on_logits = on_logits
         self.batcher.add(requests)
-        executor = self._executor()
-        ops = zigzag(plan.stage, plan.policy.num_gpu_batches, self.batcher.visits())
+        if self.batcher.is_done:
+            return
+        running = self._executor().run(zigzag(plan.stage, plan.policy.num_gpu_batches, count()))
         started = time.perf_counter()
-        for _ in executor.run(ops):
-            now = time.perf_counter()
-            # Ray sends into its generators; a list that is yielded from would refuse.
-            for finished in self.batcher.take_finished():  # noqa: UP028
-                yield finished
-            prefill = self.batcher.prefill_tokens
-            yield Progress(self.batcher.new_tokens, prefill, now - started, prefill > 0)
-            started = time.perf_counter()
+        with closing(running):
+            for op in running:
+                now = time.perf_counter()
+                # Ray sends into its generators; one that is yielded from would refuse.
+                for finished in self.batcher.take_finished():  # noqa: UP028
+                    yield finished
+                new, prefill = cells.progress(op.visit)
+                yield Progress(new, prefill, now - started, prefill > 0)
+                started = time.perf_counter()
+                if self.batcher.is_done:
+                    return
 
     def _executor(self) -> SerialExecutor | AsyncExecutor:
         cells = self._cells
         if self.spec.executor == "serial":
-            return SerialExecutor(cells.handlers(), cells.moves)
+            return SerialExecutor(cells.run, cells.moves)
         # The device's results must not depend on the executor, so it keeps all its threads.
         threads = {Lane.DEVICE: torch.get_num_threads()}
-        return AsyncExecutor(cells.handlers(), cells.moves, threads)
+        crews = [Crew((lane,), threads.get(lane, 1)) for lane in Lane]
+        return AsyncExecutor(cells.run, cells.moves, crews)
 
     def used(self) -> dict[str, dict[str, int]]:
         """{tier: {what: bytes}} that the stage holds."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Hashable
 from dataclasses import dataclass
 from enum import StrEnum, auto
-from functools import lru_cache
+from functools import cache
 from typing import Generic, TypeVar
 
 CELL_SLOTS = 2  # double buffering: one slot is filled while the other is used
@@ -36,6 +36,7 @@ class OpKind(StrEnum):
     LOAD_CACHE = auto()  # rows that are streamed to the device to be attended there
     PROJECT = auto()  # norm, QKV, positions, append to the device-resident cache
     STORE_CACHE = auto()  # new keys and values off the device, queries of host-attended rows
+    APPEND_CACHE = auto()  # those keys and values, to the rows' homes in host memory
     WRITE_CACHE = auto()  # whole cache blocks, to disk
     ATTEND_DEVICE = auto()  # rows on, or streamed to, the device
     ATTEND_HOST = auto()  # rows attended where their cache lies
@@ -72,6 +73,7 @@ LANE: dict[OpKind, Lane] = {
     OpKind.LOAD_CACHE: Lane.LOAD_CACHE,
     OpKind.PROJECT: Lane.DEVICE,
     OpKind.STORE_CACHE: Lane.STORE,
+    OpKind.APPEND_CACHE: Lane.HOST,
     OpKind.WRITE_CACHE: Lane.DISK_WRITE,
     OpKind.ATTEND_DEVICE: Lane.DEVICE,
     OpKind.ATTEND_HOST: Lane.HOST,
@@ -95,6 +97,7 @@ class Buffer(StrEnum):
     ATTENTION = auto()  # lies where the queries lay
     STREAMED_CACHE = auto()
     GATHERED = auto()
+    HOST_NEW_KV = auto()
     HOST_QUERY = auto()
     HOST_ATTENTION = auto()
     HIDDEN_IN = auto()
@@ -127,6 +130,7 @@ READS: dict[OpKind, tuple[Buffer, ...]] = {
     OpKind.LOAD_CACHE: (_B.ROWS, _B.CACHE_CPU, _B.CACHE_TAIL, _B.CACHE_IN),
     OpKind.PROJECT: (_B.ROWS, _B.DEVICE_WEIGHTS, _B.HIDDEN_GPU, _B.WORK),
     OpKind.STORE_CACHE: (_B.ROWS, _B.NEW_KV, _B.QUERY),
+    OpKind.APPEND_CACHE: (_B.ROWS, _B.HOST_NEW_KV),
     OpKind.WRITE_CACHE: (_B.ROWS, _B.CACHE_OUT),
     OpKind.ATTEND_DEVICE: (_B.ROWS, _B.QUERY, _B.NEW_KV, _B.CACHE_GPU, _B.STREAMED_CACHE),
     OpKind.ATTEND_HOST: (_B.ROWS, _B.HOST_QUERY, _B.CACHE_CPU),
@@ -148,7 +152,8 @@ WRITES: dict[OpKind, tuple[Buffer, ...]] = {
     OpKind.READ_CACHE: (_B.CACHE_IN,),
     OpKind.LOAD_CACHE: (_B.STREAMED_CACHE,),
     OpKind.PROJECT: (_B.WORK, _B.QUERY, _B.ATTENTION, _B.NEW_KV, _B.CACHE_GPU),
-    OpKind.STORE_CACHE: (_B.CACHE_CPU, _B.CACHE_TAIL, _B.CACHE_OUT, _B.HOST_QUERY),
+    OpKind.STORE_CACHE: (_B.HOST_NEW_KV, _B.HOST_QUERY),
+    OpKind.APPEND_CACHE: (_B.CACHE_CPU, _B.CACHE_TAIL, _B.CACHE_OUT),
     OpKind.WRITE_CACHE: (_B.CACHE_DISK,),
     OpKind.ATTEND_DEVICE: (_B.ATTENTION, _B.STREAMED_CACHE),
     OpKind.ATTEND_HOST: (_B.HOST_ATTENTION,),
@@ -208,7 +213,7 @@ class Op:
         return tuple(_slot(buffer, *self.key[1:]) for buffer in WRITES[self.kind])
 
 
-@lru_cache(maxsize=None)
+@cache
 def _slot(
     buffer: Buffer, layer: int, batch: int, cell: int, weights: int, staging: int, parity: int
 ) -> Slot:

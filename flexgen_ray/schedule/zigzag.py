@@ -1,10 +1,10 @@
 """The zig-zag block schedule (FlexGen, section 3) as a lazy stream of ops.
 
 A visit walks a block's batches through the layers column by column, so each layer's weights cross
-the link once a visit. Two things run ahead of need, over the boundary of visits too: weights, by one
-layer, and from disk by a few parts more, one part per batch so that the link's work is spread
-evenly; and the next cell's loads, projection and attention, issued before this cell is finished, so
-that the device works on one batch while the host attends another.
+the link once a visit. Two things run ahead of need, from visit to visit too: weights, by one layer,
+and from disk by a few parts more, one part per batch so that the link's work is spread evenly; and
+the next cell's loads, projection and attention, issued before this cell is finished, so that the
+device works on one batch while the host attends another.
 
 Knows layers, batches and their order; no rows, bytes or placement.
 """
@@ -22,6 +22,7 @@ _ATTENTION = (
     OpKind.LOAD_CACHE,
     OpKind.PROJECT,
     OpKind.STORE_CACHE,
+    OpKind.APPEND_CACHE,
     OpKind.WRITE_CACHE,
     OpKind.ATTEND_DEVICE,
     OpKind.ATTEND_HOST,

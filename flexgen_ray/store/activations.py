@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flexgen_ray.cost.placement import aligned, split_tokens
 from flexgen_ray.cost.sizes import PAGE, StagePlan, stage_bytes
-from flexgen_ray.schedule.ops import NUM_SLOTS, Op
+from flexgen_ray.schedule.ops import CELL_SLOTS, Op
 from flexgen_ray.store.tier import Tiers
 from flexgen_ray.store.weights import TORCH_DTYPE
 
@@ -41,13 +41,13 @@ class HiddenStore:
         self.work = self._allocate_work(tiers)
         self._gpu = self._allocate(tiers.gpu, "hidden states", (batches, gpu, hidden))
         self._cpu = self._allocate(tiers.cpu, "hidden states", (batches, cpu, hidden))
-        flight = self._allocate(tiers.cpu, "hidden states in flight", (2, NUM_SLOTS, disk, hidden))
+        flight = self._allocate(tiers.cpu, "hidden states in flight", (2, CELL_SLOTS, disk, hidden))
         self._in, self._out = flight[0], flight[1]
         each = aligned(disk * hidden * plan.element_bytes, PAGE)
         region = tiers.disk.allocate("hidden states", batches * each)
         self._disk = [region.part(batch * each, each) for batch in range(batches)]
         gathered = plan.cell_tokens if self._sizes["cpu"]["embedding"] else 0
-        self.gathered = self._allocate(tiers.cpu, "embedding", (NUM_SLOTS, gathered, hidden))
+        self.gathered = self._allocate(tiers.cpu, "embedding", (CELL_SLOTS, gathered, hidden))
 
     def read(self, op: Op, num_tokens: int) -> None:
         """READ_HIDDEN: the tokens on disk, into the cell's host slot."""
@@ -76,8 +76,8 @@ class HiddenStore:
         """STORE_HIDDEN: the others leave the device, those for disk into the cell's host slot."""
         gpu, cpu, disk = self._split(num_tokens)
         hidden = self.work[op.cell_slot].hidden
-        self._cpu[op.batch, :cpu].copy_(hidden[gpu : gpu + cpu])
-        self._out[op.cell_slot, :disk].copy_(hidden[gpu + cpu : num_tokens])
+        self._cpu[op.batch, :cpu].copy_(hidden[gpu : gpu + cpu], non_blocking=True)
+        self._out[op.cell_slot, :disk].copy_(hidden[gpu + cpu : num_tokens], non_blocking=True)
 
     def write(self, op: Op, num_tokens: int) -> None:
         """WRITE_HIDDEN: the cell's host slot, to disk."""
@@ -91,7 +91,7 @@ class HiddenStore:
     def _allocate_work(self, tiers: Tiers) -> list[Work]:
         config, tokens = self.plan.config, self.plan.cell_tokens
         widths = (config.hidden_size, config.q_size, config.kv_size, config.kv_size)
-        memory = self._allocate(tiers.gpu, "cell", (NUM_SLOTS, tokens * sum(widths)))
+        memory = self._allocate(tiers.gpu, "cell", (CELL_SLOTS, tokens * sum(widths)))
         slots = []
         for flat in memory:
             parts = flat.split([tokens * width for width in widths])

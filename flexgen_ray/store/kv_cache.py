@@ -8,15 +8,14 @@ in host memory until they fill a block. Knows rows and bytes; not how attention 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor
 
+from flexgen_ray.cost.placed_rows import PlacedRows
 from flexgen_ray.cost.placement import RowSplit
 from flexgen_ray.cost.sizes import CACHE_BLOCK_TOKENS, StagePlan
-from flexgen_ray.rows import Row, Rows, runs
-from flexgen_ray.schedule.ops import NUM_SLOTS, Op
+from flexgen_ray.rows import Row
+from flexgen_ray.schedule.ops import CELL_SLOTS, Op
 from flexgen_ray.store.activations import Work
 from flexgen_ray.store.tier import Region, Tiers
 from flexgen_ray.store.weights import TORCH_DTYPE
@@ -29,41 +28,21 @@ class KVCache:
         self.plan = plan
         self._dtype = TORCH_DTYPE[plan.dtype]
         self._splits = plan.splits
-        self._spare = plan.streamed_rows - 1
         self._gpu = self._homes(tiers.gpu, "gpu")
         self._cpu = self._homes(tiers.cpu, "cpu")
-        self._streamed = self._memory(tiers.gpu, "cache in flight", NUM_SLOTS, plan.streamed_rows)
+        self._streamed = self._memory(tiers.gpu, "cache in flight", CELL_SLOTS, plan.streamed_rows)
         self._tails, self._disk = self._disk_homes(tiers)
-        flight = (2, NUM_SLOTS, plan.disk_rows, plan.cache_blocks, plan.cache_block_bytes)
+        flight = (2, CELL_SLOTS, plan.disk_rows, plan.cache_blocks, plan.cache_block_bytes)
         nbytes = torch.Size(flight).numel()
         self._in, self._out = tiers.cpu.allocate("cache in flight", nbytes).view(flight)
-        vectors = (NUM_SLOTS, plan.attended_rows, plan.config.num_heads, plan.config.head_dim)
+        new = (CELL_SLOTS, 2, plan.stored_tokens, plan.config.kv_size)
+        self._new = self._typed(tiers.cpu, "cache in flight", new)
+        vectors = (CELL_SLOTS, plan.attended_rows, plan.config.num_heads, plan.config.head_dim)
         self.host_query = self._typed(tiers.cpu, "host attention", vectors)
         self.host_attention = self._typed(tiers.cpu, "host attention", vectors)
 
     def split(self, op: Op) -> RowSplit:
         return self._splits[op.layer, op.batch]
-
-    def on_device(self, op: Op, rows: Iterable[Row]) -> list[Row]:
-        """The rows whose cache lives on the device."""
-        return [row for row in rows if row.slot < self.split(op).gpu]
-
-    def attended_on_host(self, op: Op, rows: Iterable[Row]) -> list[Row]:
-        """The decoding rows that are attended where their cache lies."""
-        split = self.split(op)
-        first, last = split.gpu, split.gpu + split.attended
-        return [row for row in rows if first <= row.slot < last and row.num_new_tokens == 1]
-
-    def streamed(self, op: Op, rows: Iterable[Row]) -> list[tuple[Row, int]]:
-        """The rows attended on the device though their cache lives elsewhere, and their places in
-        the streaming slot. A prompt's chunk of a host-attended row takes the last place."""
-        split, spare = self.split(op), self._spare
-        first = split.gpu + split.attended
-        return [
-            (row, row.slot - first if row.slot >= first else spare)
-            for row in rows
-            if row.slot >= first or (row.slot >= split.gpu and row.num_new_tokens > 1)
-        ]
 
     def device_view(self, op: Op, first: int, last: int) -> Tensor:
         """[2, rows, kv_heads, seq, head_dim] of slots first..last, resident on the device."""
@@ -78,97 +57,98 @@ class KVCache:
         """The same of places in the streaming slot."""
         return self._streamed[op.cell_slot][:, first:last]
 
-    def append_resident(self, op: Op, rows: Rows, work: Work) -> None:
+    def append_resident(self, op: Op, placed: PlacedRows, work: Work) -> None:
         """New keys and values of the rows that live on the device."""
         home = self._gpu[op.layer, op.batch]
-        self._append(home, [(row, row.slot) for row in self.on_device(op, rows.rows)], work)
+        self._append(home, [(row, row.slot) for row in placed.resident], (work.k, work.v), 0)
 
-    def append_streamed(self, op: Op, rows: Rows, work: Work) -> None:
+    def append_streamed(self, op: Op, placed: PlacedRows, work: Work) -> None:
         """New keys and values of the streamed rows, next to what LOAD_CACHE brought."""
-        placed = [
+        home = self._streamed[op.cell_slot]
+        rows = [
             (row, place)
-            for row, place in self.streamed(op, rows.rows)
+            for row, place in placed.streamed
             if row.num_new_tokens == 1 or row.position
         ]
-        self._append(self._streamed[op.cell_slot], placed, work)
+        self._append(home, rows, (work.k, work.v), 0)
 
-    def read(self, op: Op, rows: Rows) -> None:
+    def read(self, op: Op, placed: PlacedRows) -> None:
         """READ_CACHE: whole blocks of the rows on disk, into the cell's host slot."""
-        for row, index in self._on_disk(op, rows.rows):
+        for row, index in placed.on_disk:
             blocks = row.position // CACHE_BLOCK_TOKENS
             if blocks:
                 self._region(op, index).read_into(self._in[op.cell_slot, index, :blocks])
 
-    def load(self, op: Op, rows: Rows) -> None:
+    def load(self, op: Op, placed: PlacedRows) -> None:
         """LOAD_CACHE: the tokens so far of every streamed row, into the cell's device slot."""
         split, target = self.split(op), self._streamed[op.cell_slot]
         home = self._cpu[op.layer, op.batch]
-        for row, place in self.streamed(op, rows.rows):
-            index, past = row.slot - split.gpu, row.position
-            if not past:
-                continue
-            if index < split.cpu:
-                target[:, place, :, :past].copy_(home[:, index, :, :past], non_blocking=True)
-            else:
-                self._load_from_disk(op, index - split.cpu, past, target[:, place])
+        for index, place, count, past in placed.streamed_copies:
+            source = home[:, index : index + count]
+            _copy_rows(target[:, place : place + count], source, past)
+        for row, place in placed.streamed:
+            index = row.slot - split.gpu - split.cpu
+            if index >= 0 and row.position:
+                self._load_from_disk(op, index, row.position, target[:, place])
 
-    def store(self, op: Op, rows: Rows, work: Work) -> None:
+    def store(self, op: Op, placed: PlacedRows, work: Work) -> None:
         """STORE_CACHE: new keys and values of rows off the device, queries of attended rows."""
-        split = self.split(op)
-        off_device = [row for row in rows.rows if row.slot >= split.gpu]
-        if not off_device:
+        first, last = placed.first_off_device, placed.rows.num_tokens
+        if first == last:
             return
-        in_memory = [
-            (row, row.slot - split.gpu) for row in off_device if row.slot < split.gpu + split.cpu
-        ]
-        self._append(self._cpu[op.layer, op.batch], in_memory, work)
-        for row, index in self._on_disk(op, off_device):
-            self._append_blocks(op, row, index, self._new(work, row.tokens))
-        for run in runs(self.attended_on_host(op, off_device)):
+        for target, source in zip(self._new[op.cell_slot], (work.k, work.v), strict=True):
+            target[: last - first].copy_(source[first:last], non_blocking=True)
+        for run in placed.attended_runs:
             places, tokens = self.vector_places(op, run)
             query = work.q[tokens].view(len(run), *self.host_query.shape[2:])
-            self.host_query[op.cell_slot, places].copy_(query)
+            self.host_query[op.cell_slot, places].copy_(query, non_blocking=True)
+
+    def append(self, op: Op, placed: PlacedRows) -> None:
+        """APPEND_CACHE: what STORE_CACHE brought, to its homes in host memory, tails included."""
+        k, v = self._new[op.cell_slot]
+        first = placed.first_off_device
+        self._append(self._cpu[op.layer, op.batch], placed.in_memory, (k, v), first)
+        for row, index in placed.on_disk:
+            tokens = slice(row.offset - first, row.offset - first + row.num_new_tokens)
+            self._append_blocks(op, row, index, self._stacked((k, v), tokens))
 
     def vector_places(self, op: Op, run: list[Row]) -> tuple[slice, slice]:
         """Of a run of host-attended rows: places in the host's vectors, and packed tokens."""
         first = run[0].slot - self.split(op).gpu
         return slice(first, first + len(run)), slice(run[0].offset, run[0].offset + len(run))
 
-    def write(self, op: Op, rows: Rows) -> None:
+    def write(self, op: Op, placed: PlacedRows) -> None:
         """WRITE_CACHE: the blocks that this pass filled, to disk."""
-        for row, index in self._on_disk(op, rows.rows):
+        for row, index in placed.on_disk:
             first, last = row.position // CACHE_BLOCK_TOKENS, row.seq_len // CACHE_BLOCK_TOKENS
             if first < last:
                 offset = first * self.plan.cache_block_bytes
                 self._region(op, index).write(self._out[op.cell_slot, index, first:last], offset)
 
-    def _on_disk(self, op: Op, rows: Iterable[Row]) -> list[tuple[Row, int]]:
-        first = self.split(op).gpu + self.split(op).cpu
-        return [(row, row.slot - first) for row in rows if row.slot >= first]
-
-    def _append(self, home: Tensor, placed: list[tuple[Row, int]], work: Work) -> None:
-        """Writes the new tokens of (row, index into home); decoding rows in one go."""
+    def _append(
+        self, home: Tensor, placed: list[tuple[Row, int]], new: tuple[Tensor, Tensor], first: int
+    ) -> None:
+        """Writes the new tokens of (row, index into home), which start at `first` of the packed
+        ones; decoding rows in one go."""
         decoding = [(row, index) for row, index in placed if row.num_new_tokens == 1]
         if decoding:
-            tokens = torch.tensor([row.offset for row, _ in decoding], device=work.k.device)
-            new = self._new(work, tokens).to(home.device)
-            at = torch.tensor([index for _, index in decoding], device=home.device)
-            positions = torch.tensor([row.position for row, _ in decoding], device=home.device)
-            home[:, at, :, positions] = new.permute(2, 0, 1, 3)
+            tokens, at, positions = place_indices(
+                [[row.offset - first, index, row.position] for row, index in decoding], home.device
+            )
+            home[:, at, :, positions] = self._stacked(new, tokens).permute(2, 0, 1, 3)
         for row, index in placed:
             if row.num_new_tokens > 1:
-                new = self._new(work, row.tokens)
-                home[:, index, :, row.position : row.seq_len].copy_(new)
+                tokens = slice(row.offset - first, row.offset - first + row.num_new_tokens)
+                stacked = self._stacked(new, tokens)
+                home[:, index, :, row.position : row.seq_len].copy_(stacked)
 
-    def _new(self, work: Work, tokens: slice | Tensor) -> Tensor:
-        """[2, kv_heads, tokens, head_dim] of the cell's new keys and values."""
-        config = self.plan.config
-        shape = (-1, config.num_kv_heads, config.head_dim)
-        return torch.stack([x[tokens].view(shape).transpose(0, 1) for x in (work.k, work.v)])
+    def _stacked(self, new: tuple[Tensor, Tensor], tokens: slice | Tensor) -> Tensor:
+        """[2, kv_heads, tokens, head_dim] of packed keys and values."""
+        shape = (-1, self.plan.config.num_kv_heads, self.plan.config.head_dim)
+        return torch.stack([x[tokens].view(shape).transpose(0, 1) for x in new])
 
     def _append_blocks(self, op: Op, row: Row, index: int, new: Tensor) -> None:
         """Through the tail into whole blocks of the cell's outgoing slot."""
-        new = new.to("cpu")
         tail = self._tails[op.layer, op.batch][index]
         done = 0
         while done < row.num_new_tokens:
@@ -234,3 +214,21 @@ class KVCache:
     def _typed(self, tier, what: str, shape: tuple[int, ...]) -> Tensor:
         nbytes = torch.Size(shape).numel() * self.plan.element_bytes
         return tier.allocate(what, nbytes).view(self._dtype).view(shape)
+
+
+def _copy_rows(target: Tensor, source: Tensor, past: int) -> None:
+    """[2, rows, kv_heads, seq, head_dim], of which the first `past` tokens count.
+
+    Between host and device whole rows go, in two contiguous copies: in pieces they would be staged.
+    """
+    if target.device == source.device:
+        target[:, :, :, :past].copy_(source[:, :, :, :past])
+    else:
+        for to, of in zip(target, source, strict=True):
+            to.copy_(of, non_blocking=True)
+
+
+def place_indices(values: list[list[int]], device: torch.device) -> Tensor:
+    """Columns of `values` as index tensors on the device, without waiting for it."""
+    indices = torch.tensor(values, pin_memory=device.type == "cuda").T.contiguous()
+    return indices.to(device, non_blocking=True)

@@ -1,0 +1,85 @@
+"""What becomes of each row of a pass in one layer, given how the layer's slots are divided.
+
+The store moves and the cost model counts by the same answer. Knows rows; no tensors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from flexgen_ray.cost.placement import RowSplit
+from flexgen_ray.rows import Row, Rows, runs
+
+
+@dataclass(frozen=True)
+class PlacedRows:
+    """Rows and their division; spare: the streaming place of a host-attended row's prompt chunk."""
+
+    rows: Rows
+    split: RowSplit
+    spare: int
+
+    @cached_property
+    def resident(self) -> list[Row]:
+        """Rows whose cache lives on the device."""
+        return [row for row in self.rows.rows if row.slot < self.split.gpu]
+
+    @cached_property
+    def off_device(self) -> list[Row]:
+        return [row for row in self.rows.rows if row.slot >= self.split.gpu]
+
+    @cached_property
+    def attended(self) -> list[Row]:
+        """Decoding rows that are attended where their cache lies."""
+        last = self.split.gpu + self.split.attended
+        return [row for row in self.off_device if row.slot < last and row.num_new_tokens == 1]
+
+    @cached_property
+    def attended_runs(self) -> list[list[Row]]:
+        return list(runs(self.attended))
+
+    @cached_property
+    def streamed(self) -> list[tuple[Row, int]]:
+        """Rows attended on the device though their cache lives elsewhere, and their places in the
+        streaming slot."""
+        first = self.split.gpu + self.split.attended
+        return [
+            (row, row.slot - first if row.slot >= first else self.spare)
+            for row in self.off_device
+            if row.slot >= first or row.num_new_tokens > 1
+        ]
+
+    @cached_property
+    def in_memory(self) -> list[tuple[Row, int]]:
+        """Rows whose cache lives in host memory, and their places there."""
+        first, last = self.split.gpu, self.split.gpu + self.split.cpu
+        return [(row, row.slot - first) for row in self.off_device if row.slot < last]
+
+    @cached_property
+    def on_disk(self) -> list[tuple[Row, int]]:
+        """Rows whose cache lives on disk, and their places there."""
+        first = self.split.gpu + self.split.cpu
+        return [(row, row.slot - first) for row in self.off_device if row.slot >= first]
+
+    @cached_property
+    def first_off_device(self) -> int:
+        """The first packed token of the rows off the device; theirs are the last."""
+        return self.off_device[0].offset if self.off_device else self.rows.num_tokens
+
+    @cached_property
+    def streamed_copies(self) -> list[tuple[int, int, int, int]]:
+        """(first index in host memory, first place, rows, tokens) of the caches to be streamed from
+        host memory, neighbours together."""
+        copies: list[tuple[int, int, int, int]] = []
+        for row, place in self.streamed:
+            index = row.slot - self.split.gpu
+            if index >= self.split.cpu or not row.position:
+                continue
+            if copies:
+                first, at, count, tokens = copies[-1]
+                if (index, place) == (first + count, at + count):
+                    copies[-1] = first, at, count + 1, max(tokens, row.position)
+                    continue
+            copies.append((index, place, 1, row.position))
+        return copies

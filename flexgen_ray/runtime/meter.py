@@ -1,0 +1,79 @@
+"""How long each lane was busy, and, if asked, every op's start and end.
+
+Busy is time at work, never time spent waiting. Knows ops and clocks; not what an op does.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from dataclasses import dataclass, field
+
+import torch
+
+from flexgen_ray.schedule.ops import LANE, Lane, Op
+
+MAX_SPANS = 1_000_000  # of a trace; about 150 MB as JSON
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """One op as it ran; seconds since the run began."""
+
+    op: Op
+    start: float
+    end: float
+
+
+@dataclass
+class Meter:
+    """Of one run; every lane is written by one thread.
+
+    keeps_spans: remember the first MAX_SPANS ops. busy: {lane: seconds}, modelled seconds where
+    the run is emulated.
+    """
+
+    keeps_spans: bool = False
+    busy: dict[Lane, float] = field(default_factory=lambda: dict.fromkeys(Lane, 0.0))
+    spans: list[Span] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._began = time.perf_counter()
+        self._launched: deque[tuple[Op, torch.cuda.Event, torch.cuda.Event]] = deque()
+        self._origin: tuple[torch.cuda.Event, float] | None = None
+
+    def note(self, op: Op, started: float, ended: float, modelled: float | None) -> None:
+        """An op that ran on a thread; times are perf_counter's."""
+        self.busy[LANE[op.kind]] += ended - started if modelled is None else modelled
+        if self.keeps_spans and len(self.spans) < MAX_SPANS:
+            self.spans.append(Span(op, started - self._began, ended - self._began))
+
+    def mark(self, stream: torch.cuda.Stream) -> torch.cuda.Event:
+        """An event on the stream, now."""
+        if self._origin is None:
+            origin = torch.cuda.Event(enable_timing=True)
+            origin.record(stream)
+            origin.synchronize()
+            self._origin = origin, time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(stream)
+        return event
+
+    def note_events(self, op: Op, started: torch.cuda.Event, ended: torch.cuda.Event) -> None:
+        """An op between two events; its time is taken when the device has passed them."""
+        self._launched.append((op, started, ended))
+        while self._launched and self._launched[0][2].query():
+            self._take()
+
+    def settle(self) -> None:
+        """Takes the time of what is still under way."""
+        while self._launched:
+            self._launched[0][2].synchronize()
+            self._take()
+
+    def _take(self) -> None:
+        op, started, ended = self._launched.popleft()
+        assert self._origin is not None
+        origin, origin_time = self._origin
+        first, last = (origin_time + origin.elapsed_time(it) / 1e3 for it in (started, ended))
+        self.note(op, first, last, None)
