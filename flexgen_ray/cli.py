@@ -60,6 +60,10 @@ _Offload = Annotated[
 _Report = Annotated[
     Path | None, typer.Option(help="Also write the final report to this JSON file.")
 ]
+_Trace = Annotated[
+    Path | None,
+    typer.Option(help="Write when every op ran, one row a lane, for ui.perfetto.dev."),
+]
 _NoRay = Annotated[bool, typer.Option("--no-ray", help="Run in this process, without Ray.")]
 _Address = Annotated[
     str | None, typer.Option(help="Ray cluster; RAY_ADDRESS, or one of its own, if not given.")
@@ -98,6 +102,7 @@ def generate(
     seed: Annotated[int, typer.Option(help="For requests without a seed of their own.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output.")] = False,
     report: _Report = None,
+    trace: _Trace = None,
     no_ray: _NoRay = False,
     address: _Address = None,
 ) -> None:
@@ -114,7 +119,7 @@ def generate(
     defaults = SamplingParams(max_tokens=max_tokens, temperature=temperature)
     if not input.is_file():
         raise FileNotFoundError(f"{input} does not exist; --input takes a JSONL file")
-    for path in filter(None, (output, report)):
+    for path in filter(None, (output, report, trace)):
         if not path.parent.is_dir():
             raise FileNotFoundError(f"{path.parent} does not exist; make it first")
     with LLM(
@@ -129,11 +134,12 @@ def generate(
         use_ray=not no_ray,
         address=address,
         seed=seed,
+        trace=trace is not None,
     ) as llm:
         job = read_job(llm, input, defaults)
         with progress_bar(len(job.requests)) as on_progress:
             run_job(llm, job, output, overwrite, on_progress)
-        _show_report(llm, report)
+        _show_report(llm, report, trace)
     if job.errors:
         custom_id, message = job.errors[0]
         _say(f"{len(job.errors)} lines got an error row, the first {custom_id}: {message}")
@@ -148,6 +154,7 @@ def demo(
     max_tokens: Annotated[int, typer.Option(help="Length of each answer.")] = 48,
     offload_dir: _Offload = None,
     report: _Report = None,
+    trace: _Trace = None,
     no_ray: _NoRay = False,
     address: _Address = None,
 ) -> None:
@@ -165,7 +172,12 @@ def demo(
     params = SamplingParams(max_tokens=max_tokens, temperature=0.0)
     prompts = smollm.load_prompts()
     with LLM(
-        folder, policy=smollm.POLICY, offload_dir=offload_dir, use_ray=not no_ray, address=address
+        folder,
+        policy=smollm.POLICY,
+        offload_dir=offload_dir,
+        use_ray=not no_ray,
+        address=address,
+        trace=trace is not None,
     ) as llm:
         texts = smollm.chat_prompts(llm.tokenizer.hf, prompts)
         requests = [llm.request(index, text, params) for index, text in enumerate(texts)]
@@ -177,14 +189,16 @@ def demo(
         for index, prompt in enumerate(prompts):
             typer.echo(f"\n> {prompt}\n{answers[index].strip()}")
         typer.echo()
-        _show_report(llm, report)
+        _show_report(llm, report, trace)
 
 
-def _show_report(llm: LLM, path: Path | None) -> None:
+def _show_report(llm: LLM, path: Path | None, trace: Path | None) -> None:
     for line in llm.report.lines():
         _say(line)
     if path is not None:
         path.write_text(json.dumps(llm.report.as_dict(), indent=2) + "\n", encoding="utf-8")
+    if trace is not None:
+        llm.write_trace(trace)
 
 
 def _say(text: str) -> None:

@@ -10,9 +10,10 @@ import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Any, cast
 
-from flexgen_ray.config import Policy, Workload
+from flexgen_ray.backend import start_backend
+from flexgen_ray.config import HardwareSpec, Policy, Workload
 from flexgen_ray.cost.default_policy import default_policy
 from flexgen_ray.cost.sizes import StagePlan, check_budget
 from flexgen_ray.models.registry import load_config
@@ -26,25 +27,15 @@ from flexgen_ray.request import (
     SamplingParams,
 )
 from flexgen_ray.resources import default_offload_dir, settle_budget, settle_dtype
+from flexgen_ray.runtime.meter import Span
 from flexgen_ray.runtime.stage import EXECUTORS, StageSpec
-from flexgen_ray.runtime.worker import Machine, Worker
 from flexgen_ray.schedule.zigzag import StageLayers
 from flexgen_ray.tokenizer import Tokenizer
+from flexgen_ray.trace import write_trace
 from flexgen_ray.units import parse_bytes
 
 Prompt = str | Sequence[int]
-
-
-class Backend(Protocol):
-    """What a Worker in this process and a Driver of a Ray actor have in common."""
-
-    def probe(self, device: str, offload_dir: str) -> Machine: ...
-    def load(self, spec: StageSpec) -> None: ...
-    def add(self, requests: list[Request]) -> None: ...
-    def run(self) -> Iterator[Finished | Progress]: ...
-    def used(self) -> dict[str, dict[str, int]]: ...
-    def abort(self) -> None: ...
-    def close(self) -> None: ...
+SPANS_PER_CALL = 50_000
 
 
 class LLM:
@@ -53,9 +44,11 @@ class LLM:
     model: a Hugging Face folder. policy: a Policy, a YAML file, or None to fill the tiers from the
     fastest down. dtype: auto, float32, float16 or bfloat16. device: auto, cuda or cpu. *_memory:
     bytes or `16GiB`; what is free, less a margin, if None. use_ray: run in a Ray actor, on the
-    cluster at `address` (or RAY_ADDRESS), or on one started for this run. executor: serial runs
-    one op after the other; async runs loads, stores and host attention beside the device's work,
-    with the same bits, and is not tuned yet.
+    cluster at `address` (or RAY_ADDRESS), or on one started for this run. executor: async runs
+    loads, stores, disk and host attention beside the device's work; serial, its oracle, runs one op
+    after the other and gives the same bits. pace: emulate this hardware, each modelled second
+    taking time_scale seconds. hardware: sum beside the run what its ops should take there. trace:
+    keep every op's times, for `write_trace`.
 
     Raises ValueError or OSError, with the numbers, for what can't work. Use it as a context manager
     or call `close`.
@@ -75,11 +68,22 @@ class LLM:
         use_ray: bool = True,
         address: str | None = None,
         seed: int = 0,
-        executor: str = "serial",
+        executor: str = "async",
+        pace: HardwareSpec | None = None,
+        time_scale: float = 1.0,
+        hardware: HardwareSpec | None = None,
+        trace: bool = False,
     ) -> None:
         if executor not in EXECUTORS:
             raise ValueError(f"executor is {executor!r}; it must be one of {', '.join(EXECUTORS)}")
-        self.executor = executor
+        if not time_scale > 0:
+            raise ValueError(f"time_scale is {time_scale!r}; it must be above 0")
+        self._execution: dict[str, Any] = {
+            "executor": executor,
+            "hardware": pace or hardware,
+            "time_scale": time_scale if pace else None,
+            "keeps_spans": trace,
+        }
         self.model = Path(model)
         self.config = load_config(self.model)
         self.tokenizer = Tokenizer(self.model)
@@ -93,9 +97,11 @@ class LLM:
         self._plan: StagePlan | None = None
         self._run: Generator[Finished | Progress] | None = None
         self.report = Report()
-        self._backend, reserved = _start(use_ray, address, device)
+        self._backend, reserved = start_backend(use_ray, address, device)
         try:
             self.machine = self._backend.probe(device, str(self.offload_dir))
+            if pace and self.machine.device == "cuda":
+                raise ValueError("pace emulates hardware with CPU ops; give device=cpu with it")
             self.budget = settle_budget(self.machine, limits, reserved)
             self.dtype = settle_dtype(dtype, self.config.dtype, self.machine)
         except BaseException:
@@ -174,7 +180,7 @@ class LLM:
                 device=self.machine.device,
                 offload_dir=str(self.offload_dir),
                 seed=self.seed,
-                executor=self.executor,
+                **self._execution,
             )
         )
         self._plan = plan
@@ -197,7 +203,10 @@ class LLM:
         self._run = cast(Generator[Finished | Progress], self._backend.run())
         try:
             yield from self._outputs(self._run, requests, on_progress)
-            self.report.finish(self._plan, self.budget, self.machine, self._backend.used())
+            backend = self._backend
+            self.report.finish(
+                self._plan, self.budget, self.machine, backend.used(), backend.measured()
+            )
         except BaseException:
             if self._run is not None:
                 self._stop_run()
@@ -205,6 +214,12 @@ class LLM:
             raise
         finally:
             self._run = None
+
+    def write_trace(self, path: str | Path) -> None:
+        """The last run's ops as a Chrome trace, if the LLM was made with trace=True."""
+        if not self._execution["keeps_spans"]:
+            raise ValueError("no trace was kept; make the LLM with trace=True")
+        write_trace(Path(path), self._spans(), self.report.measured.is_emulated)
 
     def close(self) -> None:
         """Stops the worker, in the middle of a stream too; memory and files are given back."""
@@ -235,6 +250,13 @@ class LLM:
         if missing:
             raise RuntimeError(f"the LLM was closed with {len(missing)} requests unanswered")
 
+    def _spans(self) -> Iterator[Span]:
+        """In pieces that a small object store can hold."""
+        first = 0
+        while spans := self._backend.spans(first, SPANS_PER_CALL):
+            yield from spans
+            first += len(spans)
+
     def _refuse_while_running(self) -> None:
         if self._run is not None:
             raise RuntimeError("this LLM is generating; finish or close its stream first")
@@ -261,13 +283,3 @@ def _several(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if prompts and all(isinstance(token, int) for token in prompts):
         return [cast(Sequence[int], prompts)]
     return cast(list[Prompt], list(prompts))
-
-
-def _start(use_ray: bool, address: str | None, device: str) -> tuple[Backend, int]:
-    """The worker, and the host memory that Ray takes beside it."""
-    if not use_ray:
-        return Worker(), 0
-    from flexgen_ray.distributed.driver import Driver
-
-    driver = Driver(address, device)
-    return driver, driver.reserved_cpu_bytes

@@ -13,6 +13,7 @@ from pathlib import Path
 from flexgen_ray.config import TIERS, Budget
 from flexgen_ray.cost.sizes import StagePlan, weight_bytes
 from flexgen_ray.request import Progress
+from flexgen_ray.runtime.meter import Measured
 from flexgen_ray.runtime.worker import Machine
 from flexgen_ray.units import format_bytes
 
@@ -32,6 +33,7 @@ class Report:
     budget: Budget | None = None
     plan: StagePlan | None = None
     device: str = ""
+    measured: Measured = field(default_factory=Measured)
 
     @property
     def seconds(self) -> float:
@@ -52,10 +54,15 @@ class Report:
             self.decode_seconds += progress.seconds
 
     def finish(
-        self, plan: StagePlan, budget: Budget, machine: Machine, used: dict[str, dict[str, int]]
+        self,
+        plan: StagePlan,
+        budget: Budget,
+        machine: Machine,
+        used: dict[str, dict[str, int]],
+        measured: Measured,
     ) -> None:
-        """What lay where at the end."""
-        self.plan, self.budget, self.used = plan, budget, used
+        """What lay where at the end, and how busy each lane was."""
+        self.plan, self.budget, self.used, self.measured = plan, budget, used, measured
         self.weights = weight_bytes(plan)
         self.device = f"{machine.device_name} ({plan.dtype}, {machine.num_threads} threads)"
 
@@ -74,16 +81,11 @@ class Report:
                 f"up to {self.plan.max_seq_len} tokens each"
             )
             lines += [self._tier(tier) for tier in TIERS]
-        return lines
+        return [*lines, *self._lanes()]
 
     def as_dict(self) -> dict:
         """The same for programs, with the hardware, versions, command and date that made it."""
-        return {
-            "date": time.strftime("%Y-%m-%d"),
-            "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-            "hardware": {"device": self.device, "cpu": _cpu_name(), "cores": os.cpu_count()},
-            "versions": {"python": platform.python_version()}
-            | {name: version(name) for name in ("flexgen-ray", "torch", "ray", "transformers")},
+        return environment(self.device) | {
             "requests": self.num_requests,
             "prompt_tokens": self.prompt_tokens,
             "generated_tokens": self.new_tokens,
@@ -91,11 +93,40 @@ class Report:
             "prefill_s": round(self.prefill_seconds, 3),
             "decode_s": round(self.decode_seconds, 3),
             "generated_tokens_per_s": round(self.tokens_per_s, 3),
+            "lanes": self.lanes(),
+            "binding_lane": self.measured.binding_lane,
+            "emulated": self.measured.is_emulated,
             "policy": asdict(self.plan.policy) if self.plan else None,
             "budget_bytes": asdict(self.budget) if self.budget else None,
             "used_bytes": self.used,
             "weight_bytes": self.weights,
         }
+
+    def lanes(self) -> dict[str, dict[str, float]]:
+        """{lane: busy seconds, and as a fraction of the run}, the busiest first."""
+        busy, wall = self.measured.busy, self.measured.wall
+        busiest_first = sorted(busy, key=lambda lane: -busy[lane])
+        return {
+            lane: {"busy_s": round(busy[lane], 3), "fraction": round(busy[lane] / wall, 4)}
+            for lane in busiest_first
+            if wall
+        }
+
+    def _lanes(self) -> list[str]:
+        lanes = self.lanes()
+        if not lanes:
+            return []
+        parts = ", ".join(
+            f"{lane} {it['busy_s']:.1f} s ({it['fraction']:.0%})"
+            for lane, it in lanes.items()
+            if it["fraction"] >= 0.005
+        )
+        ratio = 1 / lanes[self.measured.binding_lane]["fraction"]
+        emulated = "emulated time; " if self.measured.is_emulated else ""
+        return [
+            f"{emulated}lanes busy: {parts}",
+            f"{self.measured.binding_lane} binds: the run took {ratio:.2f} x its busy time",
+        ]
 
     def _tier(self, tier: str) -> str:
         used = self.used[tier]
@@ -106,6 +137,18 @@ class Report:
         detail = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items() if size)
         total, budget = format_bytes(sum(used.values())), format_bytes(getattr(self.budget, tier))
         return f"{tier:>4}: {total} of {budget}" + (f" ({detail})" if detail else "")
+
+
+def environment(device: str) -> dict:
+    """Hardware, versions, command and date: what a result is worth nothing without."""
+    packages = ("flexgen-ray", "torch", "ray", "transformers")
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "hardware": {"device": device, "cpu": _cpu_name(), "cores": os.cpu_count()},
+        "versions": {"python": platform.python_version()}
+        | {name: version(name) for name in packages},
+    }
 
 
 def _cpu_name() -> str:

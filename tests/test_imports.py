@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "request": set(),
     "rows": set(),
     "schedule": set(),
-    "cost": {"config", "units", "schedule"},
+    "cost": {"config", "units", "rows", "schedule"},
     "models": FOUNDATION,
     "store": FOUNDATION | {"schedule", "cost", "models"},
     "tokenizer": set(),
@@ -29,6 +29,7 @@ MAY_IMPORT = {
     "resources": {"config", "runtime", "units"},
     "report": FOUNDATION | {"cost", "runtime"},
     "progress": {"request"},
+    "trace": {"schedule", "runtime"},
 }
 WITHOUT_TORCH = {"units", "config", "request", "rows", "schedule", "cost", "io"}
 WITH_RAY = {"distributed", "integrations"}

@@ -14,7 +14,7 @@ from flexgen_ray.rows import Row, Rows, runs
 
 @dataclass(frozen=True)
 class PlacedRows:
-    """Rows and their division; spare: the streaming place of a host-attended row's prompt chunk."""
+    """Rows and the division of their slots."""
 
     rows: Rows
     split: RowSplit
@@ -83,3 +83,21 @@ class PlacedRows:
                     continue
             copies.append((index, place, 1, row.position))
         return copies
+
+
+class Composition:
+    """The rows of a pass, and how layers of each division treat them, derived once.
+
+    spare: the streaming place of a host-attended row's prompt chunk.
+    """
+
+    def __init__(self, rows: Rows, spare: int) -> None:
+        self.rows = rows
+        self._spare = spare
+        self._placed: dict[RowSplit, PlacedRows] = {}
+
+    def placed(self, split: RowSplit) -> PlacedRows:
+        found = self._placed.get(split)
+        if found is None:
+            found = self._placed[split] = PlacedRows(self.rows, split, self._spare)
+        return found

@@ -154,7 +154,8 @@ def stage_bytes(plan: StagePlan) -> dict[str, dict[str, int]]:
         },
         "cpu": {
             "weights": weights["cpu"],
-            "weights in flight": min(3, plan.policy.num_gpu_batches + 1) * max(stream["disk"] for stream in streams),
+            "weights in flight": min(3, plan.policy.num_gpu_batches + 1)
+            * max(stream["disk"] for stream in streams),
             **cache["cpu"],
             **hidden["cpu"],
         },

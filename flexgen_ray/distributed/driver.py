@@ -19,6 +19,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from flexgen_ray.distributed.actor import StageActor
 from flexgen_ray.request import Finished, Progress, Request
+from flexgen_ray.runtime.meter import Measured, Span
 from flexgen_ray.runtime.stage import StageSpec
 from flexgen_ray.runtime.worker import Machine
 
@@ -65,6 +66,12 @@ class Driver:
 
     def used(self) -> dict[str, dict[str, int]]:
         return self._call("used")
+
+    def measured(self) -> Measured:
+        return self._call("measured")
+
+    def spans(self, first: int, count: int) -> list[Span]:
+        return self._call("spans", first, count)
 
     def abort(self) -> None:
         """Ends a run by ending its process; a fresh one takes its place when it is needed."""

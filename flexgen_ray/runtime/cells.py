@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from flexgen_ray.cost.placed_rows import PlacedRows
+from flexgen_ray.cost.placed_rows import Composition, PlacedRows
 from flexgen_ray.cost.sizes import QUERY_TILE, StagePlan
 from flexgen_ray.models import attention
 from flexgen_ray.models.registry import FAMILIES
@@ -93,6 +93,13 @@ class Cells:
     def placed(self, op: Op) -> PlacedRows:
         """The same rows as the op's layer treats them."""
         return self._pass(op).placed(self.cache.split(op))
+
+    def composition(self, op: Op) -> Composition | None:
+        """Of the op's pass; None for what needs none, or has no rows."""
+        if op.kind in _WITHOUT_ROWS:
+            return None
+        found = self._pass(op)
+        return found if found.rows.rows else None
 
     def _pass(self, op: Op) -> Pass:
         return self._passes[op.visit % 2, op.batch]

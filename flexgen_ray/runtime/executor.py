@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 
 from flexgen_ray.runtime.lanes import Crew, Lanes, Run, Ticket
 from flexgen_ray.runtime.meter import Meter
@@ -24,7 +24,7 @@ class SerialExecutor:
         self._moves = moves
         self._meter = meter or Meter()
 
-    def run(self, ops: Iterable[Op]) -> Iterator[Op]:
+    def run(self, ops: Iterable[Op]) -> Generator[Op]:
         """Yields each op that ends a visit when it is done; ops that move nothing are skipped."""
         for op in ops:
             if self._moves(op):
@@ -36,7 +36,10 @@ class SerialExecutor:
 
 
 class AsyncExecutor:
-    """Every lane at once; what an op waits for, `Dependencies` says."""
+    """Every lane at once; what an op waits for, `Dependencies` says.
+
+    cancel: called when the run stops early, to end what ops under way may wait for.
+    """
 
     def __init__(
         self,
@@ -44,20 +47,22 @@ class AsyncExecutor:
         moves: Callable[[Op], bool],
         crews: Iterable[Crew],
         meter: Meter | None = None,
+        cancel: Callable[[], None] | None = None,
     ) -> None:
         self._run = run
         self._moves = moves
         self._crews = crews
         self._meter = meter or Meter()
+        self._cancel = cancel
 
-    def run(self, ops: Iterable[Op]) -> Iterator[Op]:
+    def run(self, ops: Iterable[Op]) -> Generator[Op]:
         """As SerialExecutor.run; the first exception in any lane ends the run, all threads joined.
 
         A visit is issued while the one before runs, and runs as far as what it waits for allows.
         """
         dependencies: Dependencies[Ticket] = Dependencies()
         ends: deque[Ticket] = deque()
-        with Lanes(self._run, self._crews, self._meter) as lanes:
+        with Lanes(self._run, self._crews, self._meter, self._cancel) as lanes:
             for index, op in enumerate(filter(self._moves, ops)):
                 ticket = Ticket(index, op)
                 lanes.issue(ticket, dependencies.of(ticket, op))

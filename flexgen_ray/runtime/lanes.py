@@ -24,7 +24,7 @@ Run = Callable[[Op], float | None]
 
 @dataclass(frozen=True)
 class Crew:
-    """One thread's lanes, their CUDA streams if they have any, and the cores torch may use in it."""
+    """One thread's lanes, their CUDA streams if any, and the cores torch may use in it."""
 
     lanes: tuple[Lane, ...]
     num_threads: int = 1
@@ -53,9 +53,16 @@ class Ticket:
 class Lanes:
     """The crews of one run: started on entry, joined on exit, whatever happens between."""
 
-    def __init__(self, run: Run, crews: Iterable[Crew], meter: Meter) -> None:
+    def __init__(
+        self,
+        run: Run,
+        crews: Iterable[Crew],
+        meter: Meter,
+        cancel: Callable[[], None] | None = None,
+    ) -> None:
         self._run = run
         self._meter = meter
+        self._cancel = cancel
         self._lock = threading.Lock()
         self._queues: dict[Lane, deque[Ticket]] = {lane: deque() for lane in Lane}
         self._posts = [_Post(crew, [self._queues[lane] for lane in crew.lanes]) for crew in crews]
@@ -97,6 +104,8 @@ class Lanes:
             self._over.notify_all()
             for post in self._posts:
                 post.wake()
+        if self._cancel is not None:
+            self._cancel()
 
     def __enter__(self) -> Lanes:
         for post in self._posts:

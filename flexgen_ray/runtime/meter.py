@@ -25,6 +25,30 @@ class Span:
     end: float
 
 
+@dataclass(frozen=True)
+class Measured:
+    """Seconds of a run, {lane: seconds}. modelled_*: by a cost model, if the run had one."""
+
+    wall: float = 0.0
+    busy: dict[str, float] = field(default_factory=dict)
+    modelled_lanes: dict[str, float] = field(default_factory=dict)
+    modelled_resources: dict[str, float] = field(default_factory=dict)
+    time_scale: float | None = None
+
+    @property
+    def is_emulated(self) -> bool:
+        return self.time_scale is not None
+
+    @property
+    def binding_lane(self) -> str:
+        return max(self.busy, key=lambda lane: self.busy[lane], default="none")
+
+    @property
+    def bound_seconds(self) -> float:
+        """The busiest lane or resource, by the cost model."""
+        return max([*self.modelled_lanes.values(), *self.modelled_resources.values()], default=0.0)
+
+
 @dataclass
 class Meter:
     """Of one run; every lane is written by one thread.

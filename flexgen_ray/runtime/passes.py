@@ -10,27 +10,17 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from flexgen_ray.cost.placed_rows import PlacedRows
-from flexgen_ray.cost.placement import RowSplit
+from flexgen_ray.cost.placed_rows import Composition
 from flexgen_ray.rows import Rows
 from flexgen_ray.store.kv_cache import place_indices
 
 
-class Pass:
-    """Rows of a pass, on their way through the layers."""
+class Pass(Composition):
+    """Rows of a pass, and the index tensors that their ops use."""
 
     def __init__(self, rows: Rows, spare: int, device: torch.device) -> None:
-        self.rows = rows
-        self._spare = spare
+        super().__init__(rows, spare)
         self._device = device
-        self._placed: dict[RowSplit, PlacedRows] = {}
-
-    def placed(self, split: RowSplit) -> PlacedRows:
-        """The rows as this division of the slots treats them; most layers share a division."""
-        found = self._placed.get(split)
-        if found is None:
-            found = self._placed[split] = PlacedRows(self.rows, split, self._spare)
-        return found
 
     @cached_property
     def token_ids(self) -> Tensor:

@@ -11,14 +11,16 @@ from pathlib import Path
 
 import torch
 
-from flexgen_ray.config import Budget
+from flexgen_ray.config import Budget, HardwareSpec
 from flexgen_ray.cost.sizes import StagePlan, check_budget, host_workspace_bytes, workspace_bytes
 from flexgen_ray.models.checkpoint import Checkpoint
 from flexgen_ray.request import Finished, Progress, Request
 from flexgen_ray.runtime.batcher import Batcher, Decode
 from flexgen_ray.runtime.cells import Cells, LogitsHook
 from flexgen_ray.runtime.executor import AsyncExecutor, SerialExecutor
-from flexgen_ray.runtime.lanes import Crew
+from flexgen_ray.runtime.lanes import Crew, Run
+from flexgen_ray.runtime.meter import Measured, Meter, Span
+from flexgen_ray.runtime.modelled import Modelled
 from flexgen_ray.schedule.ops import Lane
 from flexgen_ray.schedule.zigzag import zigzag
 from flexgen_ray.store.tier import DiskTier, MemoryTier, Tiers
@@ -29,7 +31,11 @@ EXECUTORS = ("serial", "async")
 
 @dataclass(frozen=True)
 class StageSpec:
-    """All that a stage needs to come up anywhere the files are; plain values, sent to actors."""
+    """All that a stage needs to come up anywhere the files are; plain values, sent to actors.
+
+    hardware: whose cost model is summed beside the run; with a time_scale (wall seconds a modelled
+    second) the run is paced by it. keeps_spans: when every op ran.
+    """
 
     model: str
     plan: StagePlan
@@ -37,7 +43,10 @@ class StageSpec:
     device: str
     offload_dir: str
     seed: int = 0
-    executor: str = "serial"
+    executor: str = "async"
+    hardware: HardwareSpec | None = None
+    time_scale: float | None = None
+    keeps_spans: bool = False
 
 
 class Stage:
@@ -65,6 +74,9 @@ class Stage:
                 spec.seed,
             )
             self._cells = Cells(plan, weights, self.batcher, self.tiers)
+            self._modelled: Modelled | None = None
+            self._meter = Meter()
+            self._wall = 0.0
         except BaseException:
             self.close()
             raise
@@ -82,28 +94,56 @@ class Stage:
         self.batcher.add(requests)
         if self.batcher.is_done:
             return
-        running = self._executor().run(zigzag(plan.stage, plan.policy.num_gpu_batches, count()))
-        started = time.perf_counter()
+        running = self._start().run(zigzag(plan.stage, plan.policy.num_gpu_batches, count()))
+        began = started = time.perf_counter()
         with closing(running):
             for op in running:
                 now = time.perf_counter()
+                self._wall = now - began
                 # Ray sends into its generators; one that is yielded from would refuse.
                 for finished in self.batcher.take_finished():  # noqa: UP028
                     yield finished
-                new, prefill = cells.progress(op.visit)
-                yield Progress(new, prefill, now - started, prefill > 0)
+                yield self._progress(op.visit, now - started)
                 started = time.perf_counter()
                 if self.batcher.is_done:
                     return
 
-    def _executor(self) -> SerialExecutor | AsyncExecutor:
-        cells = self._cells
-        if self.spec.executor == "serial":
-            return SerialExecutor(cells.run, cells.moves)
+    def measured(self) -> Measured:
+        """How busy each lane was in the last run."""
+        busy = {lane.value: seconds for lane, seconds in self._meter.busy.items() if seconds}
+        if self._modelled is None:
+            return Measured(self._wall, busy)
+        lanes, resources = self._modelled.lanes(), self._modelled.resources()
+        return Measured(self._wall, busy, lanes, resources, self.spec.time_scale)
+
+    @property
+    def spans(self) -> list[Span]:
+        """When each op of the last run ran, if they are kept."""
+        return self._meter.spans
+
+    def _progress(self, visit: int, seconds: float) -> Progress:
+        if self._modelled is not None:
+            self._modelled.end_visit(visit)
+        new, prefill = self._cells.progress(visit)
+        return Progress(new, prefill, seconds, prefill > 0)
+
+    def _start(self) -> SerialExecutor | AsyncExecutor:
+        """A fresh executor with its meter."""
+        spec, cells = self.spec, self._cells
+        self._meter = Meter(spec.keeps_spans)
+        run: Run = cells.run
+        if spec.hardware is not None:
+            self._modelled = Modelled(cells, spec.hardware, spec.time_scale)
+            run = self._modelled.run
+        if spec.executor == "serial":
+            return SerialExecutor(run, cells.moves, self._meter)
+        cancel = self._modelled.cancel if self._modelled else None
+        return AsyncExecutor(run, cells.moves, self._crews(), self._meter, cancel)
+
+    def _crews(self) -> list[Crew]:
         # The device's results must not depend on the executor, so it keeps all its threads.
         threads = {Lane.DEVICE: torch.get_num_threads()}
-        crews = [Crew((lane,), threads.get(lane, 1)) for lane in Lane]
-        return AsyncExecutor(cells.run, cells.moves, crews)
+        return [Crew((lane,), threads.get(lane, 1)) for lane in Lane]
 
     def used(self) -> dict[str, dict[str, int]]:
         """{tier: {what: bytes}} that the stage holds."""

@@ -18,6 +18,7 @@ import torch
 
 from flexgen_ray.request import Finished, Progress, Request
 from flexgen_ray.runtime.cells import LogitsHook
+from flexgen_ray.runtime.meter import Measured, Span
 from flexgen_ray.runtime.stage import Stage, StageSpec
 from flexgen_ray.tokenizer import Tokenizer
 
@@ -92,6 +93,14 @@ class Worker:
     def used(self) -> dict[str, dict[str, int]]:
         """{tier: {what: bytes}} that the stage holds."""
         return self._stage.used() if self._stage else {}
+
+    def measured(self) -> Measured:
+        """How busy each lane was in the last run."""
+        return self._stage.measured() if self._stage else Measured()
+
+    def spans(self, first: int, count: int) -> list[Span]:
+        """Some of the last run's ops with their times, if they were kept."""
+        return self._stage.spans[first : first + count] if self._stage else []
 
     def abort(self) -> None:
         """After a run that didn't end: what it left undone is forgotten, with its stage."""

@@ -252,7 +252,7 @@ class Dependencies(Generic[Ticket]):
         waits: set[Ticket] = set()
         for state in touched[0]:
             if state.writers:
-                waits.update(state.writers.values())
+                waits.update(state.writers.values())  # type: ignore[arg-type]
             state.readers[lane] = ticket
         for state in touched[1]:
             state.admit_writer(ticket, lane, op)

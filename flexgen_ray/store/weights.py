@@ -44,7 +44,9 @@ class WeightStore:
         sizes = stage_bytes(plan)
         self._device_slots = _slots(tiers.gpu.allocate, sizes["gpu"]["weights in flight"])
         n = min(3, plan.policy.num_gpu_batches + 1)
-        self._host_slots = list(tiers.cpu.allocate("weights in flight", sizes["cpu"]["weights in flight"]).view(n, -1))
+        self._host_slots = list(
+            tiers.cpu.allocate("weights in flight", sizes["cpu"]["weights in flight"]).view(n, -1)
+        )
         self._streams = {layer: self._stream(layer) for layer in plan.stage.with_weights}
         self._views = {
             (layer, slot): self._view(layer, slot)

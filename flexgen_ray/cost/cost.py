@@ -1,0 +1,179 @@
+"""What each op takes of each resource, in bytes and flops, and how many seconds that is.
+
+Amounts add up over ops; `HardwareSpec` turns them into seconds. Knows rows and placement; no clock,
+no tensor.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from functools import cache
+
+from flexgen_ray.config import HardwareSpec
+from flexgen_ray.cost.placed_rows import Composition, PlacedRows
+from flexgen_ray.cost.placement import split_tokens
+from flexgen_ray.cost.sizes import CACHE_BLOCK_TOKENS, StagePlan, streamed_bytes
+from flexgen_ray.rows import Row
+from flexgen_ray.schedule.ops import Op, OpKind
+
+
+class Resource(StrEnum):
+    """What is scarce; each value is the name of its rate in HardwareSpec."""
+
+    H2D = "h2d_bytes_per_s"
+    D2H = "d2h_bytes_per_s"
+    DISK_READ = "disk_read_bytes_per_s"
+    DISK_WRITE = "disk_write_bytes_per_s"
+    HOST_MEMORY = "host_bytes_per_s"
+    HOST_ATTENTION = "host_attention_bytes_per_s"
+    FLOPS = "device_flops_per_s"
+    DECODE_FLOPS = "device_decode_flops_per_s"  # of batches no larger than a decoding one
+    DEVICE_MEMORY = "device_bytes_per_s"
+
+
+Amounts = dict[Resource, float]
+_NONE: Amounts = {}
+_R = Resource
+
+
+def seconds_by_resource(amounts: Amounts, hardware: HardwareSpec) -> dict[Resource, float]:
+    """Seconds that each resource is taken for, each with all of itself."""
+    return {resource: amount / getattr(hardware, resource) for resource, amount in amounts.items()}
+
+
+class CostModel:
+    """Of one stage's ops."""
+
+    def __init__(self, plan: StagePlan) -> None:
+        self.plan = plan
+        self._element = plan.element_bytes
+        self._kv_token = 2 * plan.config.kv_size * plan.element_bytes
+        self._hidden_token = plan.config.hidden_size * plan.element_bytes
+        self._streamed = cache(lambda layer: streamed_bytes(plan, layer))
+
+    def amounts(self, op: Op, composition: Composition | None) -> Amounts:
+        """Bytes and flops of an op; composition: of its pass, None for moves of weights."""
+        if op.kind is OpKind.LOAD_WEIGHTS:
+            return self._link(_R.H2D, sum(self._streamed(op.layer).values()) / self._num_parts)
+        if op.kind is OpKind.READ_WEIGHTS:
+            return self._link(_R.DISK_READ, self._streamed(op.layer)["disk"] / self._num_parts)
+        if composition is None:
+            return _NONE
+        tokens = composition.rows.num_tokens
+        if op.kind in _HIDDEN:
+            return self._hidden(op.kind, tokens)
+        if op.kind is OpKind.FINISH:
+            return self._finish(op.layer, tokens, len(composition.rows.sampled))
+        if op.kind is OpKind.SAMPLE:
+            logits = 4 * self.plan.config.vocab_size * len(composition.rows.sampled)
+            return {_R.DEVICE_MEMORY: 2 * logits}
+        if op.kind in _OF_CACHE:
+            placed = composition.placed(self.plan.splits[op.layer, op.batch])
+            return _OF_CACHE[op.kind](self, placed)
+        return _NONE
+
+    @property
+    def _num_parts(self) -> int:
+        return self.plan.policy.num_gpu_batches
+
+    def _link(self, resource: Resource, nbytes: float) -> Amounts:
+        """Whatever crosses a link or the disk's bus is read from, or written to, host memory."""
+        return {resource: nbytes, _R.HOST_MEMORY: nbytes}
+
+    def _hidden(self, kind: OpKind, tokens: int) -> Amounts:
+        _, cpu, disk = split_tokens(self.plan.policy.activations, tokens)
+        crossing = {
+            OpKind.GATHER: tokens,
+            OpKind.LOAD_EMBEDDING: tokens,
+            OpKind.READ_HIDDEN: disk,
+            OpKind.LOAD_HIDDEN: cpu + disk,
+            OpKind.STORE_HIDDEN: cpu + disk,
+            OpKind.WRITE_HIDDEN: disk,
+        }[kind]
+        nbytes = crossing * self._hidden_token
+        resource = _HIDDEN[kind]
+        return self._link(resource, nbytes) if resource else {_R.HOST_MEMORY: 2 * nbytes}
+
+    def _linear(self, tokens: int, parameters: int) -> Amounts:
+        """A matrix product reads its weights and moves its tokens once a tile."""
+        config, tiles = self.plan.config, -(-tokens // self.plan.tile_tokens)
+        moved = parameters * tiles + 4 * tokens * config.hidden_size
+        flops = _R.DECODE_FLOPS if tokens <= self.plan.policy.gpu_batch_size else _R.FLOPS
+        return {flops: 2 * tokens * parameters, _R.DEVICE_MEMORY: moved * self._element}
+
+    def _project(self, placed: PlacedRows) -> Amounts:
+        config = self.plan.config
+        parameters = config.hidden_size * (config.q_size + 2 * config.kv_size)
+        return self._linear(placed.rows.num_tokens, parameters)
+
+    def _finish(self, layer: int, tokens: int, sampled: int) -> Amounts:
+        config = self.plan.config
+        if layer == config.embedding_layer:
+            return {_R.DEVICE_MEMORY: 2 * tokens * self._hidden_token}
+        if layer == config.head_layer:
+            return self._linear(sampled, config.vocab_size * config.embedding_size)
+        mlp = config.hidden_size * config.intermediate_size * (3 if config.gated_mlp else 2)
+        return self._linear(tokens, config.q_size * config.hidden_size + mlp)
+
+    def _read_cache(self, placed: PlacedRows) -> Amounts:
+        blocks = sum(row.position // CACHE_BLOCK_TOKENS for row, _ in placed.on_disk)
+        return self._link(_R.DISK_READ, blocks * self.plan.cache_block_bytes)
+
+    def _load_cache(self, placed: PlacedRows) -> Amounts:
+        tokens = sum(count * past for _, _, count, past in placed.streamed_copies)
+        tokens += sum(row.position for row, _ in placed.on_disk)
+        return self._link(_R.H2D, tokens * self._kv_token)
+
+    def _store_cache(self, placed: PlacedRows) -> Amounts:
+        tokens = placed.rows.num_tokens - placed.first_off_device
+        queries = len(placed.attended) * self.plan.config.q_size * self._element
+        return self._link(_R.D2H, tokens * self._kv_token + queries)
+
+    def _append_cache(self, placed: PlacedRows) -> Amounts:
+        tokens = placed.rows.num_tokens - placed.first_off_device
+        return {_R.HOST_MEMORY: 2 * tokens * self._kv_token}
+
+    def _write_cache(self, placed: PlacedRows) -> Amounts:
+        block = CACHE_BLOCK_TOKENS
+        filled = sum(r.seq_len // block - r.position // block for r, _ in placed.on_disk)
+        return self._link(_R.DISK_WRITE, filled * self.plan.cache_block_bytes)
+
+    def _attend_device(self, placed: PlacedRows) -> Amounts:
+        rows = [*placed.resident, *(row for row, _ in placed.streamed)]
+        flops = 4 * self.plan.config.q_size * sum(map(_attended_pairs, rows))
+        read = sum(row.seq_len for row in rows) * self._kv_token
+        return {_R.FLOPS: flops, _R.DEVICE_MEMORY: read}
+
+    def _attend_host(self, placed: PlacedRows) -> Amounts:
+        read = sum(row.seq_len for row in placed.attended) * self._kv_token
+        return {_R.HOST_ATTENTION: read, _R.HOST_MEMORY: read}
+
+    def _load_attention(self, placed: PlacedRows) -> Amounts:
+        results = len(placed.attended) * self.plan.config.q_size * self._element
+        return self._link(_R.H2D, results)
+
+
+def _attended_pairs(row: Row) -> float:
+    """(query, key) pairs of a row's new tokens, each seeing what is before it and itself."""
+    return row.num_new_tokens * (row.position + (row.num_new_tokens + 1) / 2)
+
+
+_HIDDEN: dict[OpKind, Resource | None] = {
+    OpKind.GATHER: None,
+    OpKind.LOAD_EMBEDDING: _R.H2D,
+    OpKind.READ_HIDDEN: _R.DISK_READ,
+    OpKind.LOAD_HIDDEN: _R.H2D,
+    OpKind.STORE_HIDDEN: _R.D2H,
+    OpKind.WRITE_HIDDEN: _R.DISK_WRITE,
+}
+_OF_CACHE = {
+    OpKind.PROJECT: CostModel._project,
+    OpKind.READ_CACHE: CostModel._read_cache,
+    OpKind.LOAD_CACHE: CostModel._load_cache,
+    OpKind.STORE_CACHE: CostModel._store_cache,
+    OpKind.APPEND_CACHE: CostModel._append_cache,
+    OpKind.WRITE_CACHE: CostModel._write_cache,
+    OpKind.ATTEND_DEVICE: CostModel._attend_device,
+    OpKind.ATTEND_HOST: CostModel._attend_host,
+    OpKind.LOAD_ATTENTION: CostModel._load_attention,
+}

@@ -1,0 +1,83 @@
+"""Emulated hardware: makes ops take at least their modelled seconds, resources shared.
+
+An op that runs alone takes the seconds of the resource it needs longest. Ops that together need
+more of a resource than there is are slowed alike. Knows amounts and rates; not what ops do.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+
+from flexgen_ray.config import HardwareSpec
+from flexgen_ray.cost.cost import Amounts, Resource, seconds_by_resource
+
+
+class Pacer:
+    """time_scale: wall seconds that one modelled second takes."""
+
+    def __init__(self, hardware: HardwareSpec, time_scale: float) -> None:
+        self._hardware = hardware
+        self._time_scale = time_scale
+        self._changed = threading.Condition()
+        self._running: set[_Paced] = set()
+        self._load = dict.fromkeys(Resource, 0.0)
+        self._is_cancelled = False
+
+    def begin(self, amounts: Amounts) -> _Paced:
+        """An op starts to take these amounts."""
+        taken = seconds_by_resource(amounts, self._hardware)
+        seconds = max(taken.values(), default=0.0)
+        shares = {resource: it / seconds for resource, it in taken.items()} if seconds else {}
+        job = _Paced(seconds * self._time_scale, shares)
+        with self._changed:
+            job.since = time.perf_counter()
+            self._admit(job, 1)
+        return job
+
+    def end(self, job: _Paced) -> float:
+        """Returns when the op has had its seconds, with what they are when it runs alone."""
+        with self._changed:
+            while not self._is_cancelled:
+                self._advance(time.perf_counter())
+                if job.remaining <= 0:
+                    break
+                self._changed.wait(job.remaining / self._speed(job))
+            self._admit(job, -1)
+        return job.seconds
+
+    def cancel(self) -> None:
+        """Nobody is held any longer."""
+        with self._changed:
+            self._is_cancelled = True
+            self._changed.notify_all()
+
+    def _admit(self, job: _Paced, sign: int) -> None:
+        """The others' progress so far counts at the old speeds."""
+        self._advance(time.perf_counter())
+        was_short = any(load > 1.0 + 1e-9 for load in self._load.values())
+        (self._running.add if sign > 0 else self._running.discard)(job)
+        for resource, share in job.shares.items():
+            self._load[resource] += sign * share
+        # Whoever was slowed may end earlier than it thinks.
+        if sign < 0 and was_short:
+            self._changed.notify_all()
+
+    def _advance(self, now: float) -> None:
+        for job in self._running:
+            if job.remaining > 0:
+                job.remaining -= (now - job.since) * self._speed(job)
+            job.since = now
+
+    def _speed(self, job: _Paced) -> float:
+        return min((1 / max(self._load[resource], 1.0) for resource in job.shares), default=1.0)
+
+
+class _Paced:
+    """An op under way: what it takes alone, and how much of that is left."""
+
+    def __init__(self, seconds: float, shares: dict[Resource, float]) -> None:
+        self.seconds = seconds
+        self.remaining = seconds
+        self.shares = shares
+        self.since = 0.0
