@@ -16,7 +16,7 @@ from torch import Tensor
 from flexgen_ray.cost.placement import stored_tensors, tensor_bytes
 from flexgen_ray.cost.sizes import StagePlan, stage_bytes, weight_bytes
 from flexgen_ray.models.checkpoint import Checkpoint
-from flexgen_ray.schedule.ops import WEIGHTS_SLOTS, Op
+from flexgen_ray.schedule.ops import NUM_SLOTS, Op
 from flexgen_ray.store.tier import Region, Tiers
 
 TORCH_DTYPE = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -43,15 +43,12 @@ class WeightStore:
         self._homes = self._allocate_homes(tiers)
         sizes = stage_bytes(plan)
         self._device_slots = _slots(tiers.gpu.allocate, sizes["gpu"]["weights in flight"])
-        n = min(3, plan.policy.num_gpu_batches + 1)
-        self._host_slots = list(
-            tiers.cpu.allocate("weights in flight", sizes["cpu"]["weights in flight"]).view(n, -1)
-        )
+        self._host_slots = _slots(tiers.cpu.allocate, sizes["cpu"]["weights in flight"])
         self._streams = {layer: self._stream(layer) for layer in plan.stage.with_weights}
         self._views = {
             (layer, slot): self._view(layer, slot)
             for layer in plan.stage.with_weights
-            for slot in range(WEIGHTS_SLOTS)
+            for slot in range(NUM_SLOTS)
         }
         self._fill(checkpoint)
 
@@ -87,8 +84,8 @@ class WeightStore:
     def load_part(self, op: Op) -> None:
         """LOAD_WEIGHTS: part `op.part` of the layer's streamed bytes, to its device slot."""
         target = self._device_slots[op.weights_slot]
-        host = self._host_slots[op.staging_slot]
-        for home, start, stop, first in [*self._pieces(op, "cpu"), *self._pieces(op, "disk")]:
+        host = self._host_slots[op.weights_slot]
+        for home, start, stop, first in self._pieces(op, None):
             if isinstance(home.place, Tensor):
                 source = home.place[first : first + stop - start]
             else:
@@ -97,7 +94,7 @@ class WeightStore:
 
     def read_part(self, op: Op) -> None:
         """READ_WEIGHTS: part `op.part` of the layer's bytes on disk, to its host slot."""
-        host = self._host_slots[op.staging_slot]
+        host = self._host_slots[op.weights_slot]
         for home, start, stop, first in self._pieces(op, "disk"):
             assert isinstance(home.place, Region)
             offset = start - self._disk_start(op.layer)
@@ -111,8 +108,6 @@ class WeightStore:
             position += home.nbytes
         begin = self._disk_start(op.layer) if tier == "disk" else 0
         parts = self.plan.policy.num_gpu_batches
-        if tier == "cpu":
-            position = self._disk_start(op.layer)
         low = begin + (position - begin) * op.part // parts
         high = begin + (position - begin) * (op.part + 1) // parts
         for home, offset in spans:
@@ -189,4 +184,4 @@ def _typed(flat: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
 
 def _slots(allocate, nbytes: int) -> list[Tensor]:
     memory = allocate("weights in flight", nbytes)
-    return list(memory.view(WEIGHTS_SLOTS, nbytes // WEIGHTS_SLOTS))
+    return list(memory.view(NUM_SLOTS, nbytes // NUM_SLOTS))
