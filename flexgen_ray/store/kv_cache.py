@@ -16,9 +16,10 @@ from torch import Tensor
 from flexgen_ray.cost.placement import RowSplit
 from flexgen_ray.cost.sizes import CACHE_BLOCK_TOKENS, StagePlan
 from flexgen_ray.rows import Row, Rows, runs
-from flexgen_ray.schedule.ops import NUM_SLOTS, Op
+from flexgen_ray.schedule.ops import CELL_SLOTS, Op
 from flexgen_ray.store.activations import Work
-from flexgen_ray.store.tier import Region, Tiers
+from flexgen_ray.store.disk import Region
+from flexgen_ray.store.tier import Tiers
 from flexgen_ray.store.weights import TORCH_DTYPE
 
 
@@ -32,12 +33,12 @@ class KVCache:
         self._spare = plan.streamed_rows - 1
         self._gpu = self._homes(tiers.gpu, "gpu")
         self._cpu = self._homes(tiers.cpu, "cpu")
-        self._streamed = self._memory(tiers.gpu, "cache in flight", NUM_SLOTS, plan.streamed_rows)
+        self._streamed = self._memory(tiers.gpu, "cache in flight", CELL_SLOTS, plan.streamed_rows)
         self._tails, self._disk = self._disk_homes(tiers)
-        flight = (2, NUM_SLOTS, plan.disk_rows, plan.cache_blocks, plan.cache_block_bytes)
+        flight = (2, CELL_SLOTS, plan.disk_rows, plan.cache_blocks, plan.cache_block_bytes)
         nbytes = torch.Size(flight).numel()
         self._in, self._out = tiers.cpu.allocate("cache in flight", nbytes).view(flight)
-        vectors = (NUM_SLOTS, plan.attended_rows, plan.config.num_heads, plan.config.head_dim)
+        vectors = (CELL_SLOTS, plan.attended_rows, plan.config.num_heads, plan.config.head_dim)
         self.host_query = self._typed(tiers.cpu, "host attention", vectors)
         self.host_attention = self._typed(tiers.cpu, "host attention", vectors)
 
