@@ -20,6 +20,7 @@ from flexgen_ray.schedule.zigzag import StageLayers, zigzag
 from flexgen_ray.store import disk
 from flexgen_ray.store.activations import HiddenStore
 from flexgen_ray.store.disk import DiskTier
+from flexgen_ray.store.ledger import BudgetError
 from flexgen_ray.store.memory import MemoryTier
 from flexgen_ray.store.tier import Tiers
 from flexgen_ray.store.weights import WeightStore
@@ -109,6 +110,17 @@ def assert_lookups(store: WeightStore, source: RandomWeights, config: ModelConfi
         assert torch.equal(store.lookup(name, None), table)
         if name != "project_in.weight":
             assert torch.equal(store.lookup(name, ids), table[ids])
+
+
+def test_host_memory_starts_at_a_page_and_outlives_its_tier():
+    tier = MemoryTier("cpu", MIB, CPU)
+    tensors = [tier.allocate("test", nbytes) for nbytes in (5, 0, PAGE + 1)]
+    tier.close()
+    for tensor, nbytes in zip(tensors, (5, 0, PAGE + 1), strict=True):
+        assert tensor.nbytes == nbytes and tensor.data_ptr() % PAGE == 0
+        assert not tensor.any()
+    with pytest.raises(BudgetError, match="--cpu-memory"):
+        tier.allocate("test", MIB)
 
 
 @given(num_batches=st.integers(1, 9), placement=placements())
