@@ -9,6 +9,8 @@ from test_exactness import MAX_TOKENS, assert_same, policies
 
 from flexgen_ray import LLM, Policy, SamplingParams
 from flexgen_ray.resources import CUDA_RESERVE
+from flexgen_ray.store import memory
+from flexgen_ray.store.memory import MemoryTier
 
 pytestmark = [
     pytest.mark.gpu,
@@ -51,3 +53,53 @@ def test_the_allocator_never_holds_more_than_the_budget(tiny_models):
         booked = sum(llm.report.used["gpu"].values())
     assert booked <= budget - CUDA_RESERVE
     assert torch.cuda.max_memory_reserved() <= budget
+
+
+MIB = 2**20
+
+
+def host_memory(budget: int = 64 * MIB) -> MemoryTier:
+    return MemoryTier("cpu", budget, torch.device("cpu"), pinned=True)
+
+
+def test_copies_from_host_memory_leave_the_thread_at_once():
+    tier = host_memory(600 * MIB)
+    source = tier.allocate("weights", 512 * MIB)
+    source[::MIB].fill_(3)
+    assert source.is_pinned() and source[MIB : 2 * MIB].is_pinned()
+    target = torch.empty_like(source, device="cuda")
+    torch.cuda.synchronize()
+    target.copy_(source, non_blocking=True)
+    done = torch.cuda.Event()
+    done.record()
+    assert not done.query()
+    done.synchronize()
+    assert int(target[::MIB].sum()) == 3 * 512
+    tier.close()
+
+
+def test_closed_host_memory_is_no_longer_registered():
+    tier = host_memory()
+    tensors = [tier.allocate("weights", MIB), tier.allocate("cache", 3 * MIB + 5)]
+    tier.close()
+    tier.close()
+    assert not any(tensor.is_pinned() for tensor in tensors)
+    assert all(memory._register(tensor) for tensor in tensors)
+    memory._unregister(tensors)
+
+
+def test_a_tier_that_nobody_closed_is_unregistered_when_it_goes():
+    tier = host_memory()
+    tensor = tier.allocate("weights", MIB)
+    del tier
+    assert not tensor.is_pinned()
+
+
+def test_refused_memory_is_used_unpinned_with_a_warning(caplog):
+    """Registering twice is refused; the kernels after it must not hear of that."""
+    tier = host_memory()
+    tensor = tier.allocate("weights", MIB)
+    assert not memory._register(tensor)
+    assert "ulimit -l" in caplog.text
+    assert int(torch.ones(4, device="cuda").sum()) == 4
+    tier.close()

@@ -114,7 +114,7 @@ def test_an_abandoned_run_stops_and_joins_its_threads(executor):
 
 def test_a_failing_disk_ends_generation_with_its_error(tiny_models, monkeypatch):
     folder, references = tiny_models["llama"]
-    from flexgen_ray.store.tier import Region
+    from flexgen_ray.store.disk import Region
 
     read, calls = Region.read_into, []
 

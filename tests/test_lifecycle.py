@@ -14,7 +14,7 @@ import torch
 from test_exactness import MAX_TOKENS, assert_same
 
 from flexgen_ray import LLM, Placement, Policy, SamplingParams
-from flexgen_ray.store.tier import DiskTier
+from flexgen_ray.store.disk import DiskTier
 
 GREEDY = SamplingParams(max_tokens=MAX_TOKENS, temperature=0.0)
 THIRD = Placement(0.3, 0.3, 0.4)

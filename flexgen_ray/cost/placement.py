@@ -13,6 +13,7 @@ from flexgen_ray.config import DTYPE_BYTES, ModelConfig, Placement, Policy
 from flexgen_ray.schedule.zigzag import StageLayers
 
 ALIGNMENT = 64  # bytes; where a tensor may start inside a flat buffer
+PAGE = 4096  # bytes; what direct disk requests are made of
 Tensors = dict[str, tuple[int, ...]]
 
 

@@ -9,20 +9,12 @@ from dataclasses import dataclass
 from functools import reduce
 
 from flexgen_ray.config import DTYPE_BYTES, TIERS, Budget, ModelConfig, Policy, Workload
-from flexgen_ray.cost.placement import (
-    RowSplit,
-    aligned,
-    place_weights,
-    split_rows,
-    split_tokens,
-    stored_tensors,
-    tensor_bytes,
-)
-from flexgen_ray.schedule.ops import CELL_SLOTS, WEIGHTS_SLOTS
+from flexgen_ray.cost.placement import PAGE, RowSplit, aligned, split_rows, split_tokens
+from flexgen_ray.cost.weight_layout import WeightLayout, lay_out_weights
+from flexgen_ray.schedule.ops import CELL_SLOTS, WEIGHTS_SLOTS, staging_slots
 from flexgen_ray.schedule.zigzag import StageLayers
 from flexgen_ray.units import format_bytes
 
-PAGE = 4096
 PREFILL_TILES = 8  # a batch takes at most this many tiles of max_batch_tokens in a pass
 CACHE_BLOCK_TOKENS = 16  # tokens of one row that go to disk together
 FRAGMENTATION = 1.5  # what an allocator holds over what is live; measured in test_memory.py
@@ -113,49 +105,49 @@ class StagePlan:
         gpu, cpu, disk = (count + extra for count, extra in zip(split, spare, strict=True))
         return gpu, cpu, disk
 
-    def weight_tiers(self) -> dict[int, dict[str, str]]:
-        return place_weights(self.config, self.stage, self.policy.weights, self.dtype)
+    @property
+    def weights(self) -> WeightLayout:
+        return lay_out_weights(self.config, self.stage, self.policy.weights, self.dtype)
 
 
 def weight_bytes(plan: StagePlan) -> dict[str, int]:
     """Bytes of the stage's weights on each tier."""
-    total = dict.fromkeys(TIERS, 0)
-    for layer, tiers in plan.weight_tiers().items():
-        shapes = stored_tensors(plan.config, plan.stage, layer)
-        for name, tier in tiers.items():
-            total[tier] += tensor_bytes(shapes[name], plan.dtype)
-    return total
+    return dict(plan.weights.nbytes)
 
 
 def streamed_bytes(plan: StagePlan, layer: int) -> dict[str, int]:
     """Bytes of one layer's weights that cross the link once a visit, by the tier they come from."""
-    config, tiers = plan.config, plan.weight_tiers()
-    streamed = {"cpu": 0, "disk": 0}
-    for name, shape in config.tensors(layer).items():
-        home = tiers[layer].get(name) or tiers[config.embedding_layer][name]
-        if home != "gpu":
-            streamed[home] += tensor_bytes(shape, plan.dtype)
-    return streamed
+    stream = plan.weights.streams[layer]
+    return {tier: stream.nbytes(tier) for tier in ("cpu", "disk")}
+
+
+def device_slot_bytes(plan: StagePlan) -> int:
+    """Bytes of a device slot, which holds any layer's streamed weights."""
+    return max(sum(streamed_bytes(plan, layer).values()) for layer in plan.stage.with_weights)
+
+
+def staging_slot_bytes(plan: StagePlan) -> int:
+    """Bytes of a host slot, which holds a part of any layer's disk weights on its way."""
+    return plan.weights.largest("disk", plan.policy.num_gpu_batches)
 
 
 def stage_bytes(plan: StagePlan) -> dict[str, dict[str, int]]:
     """{tier: {what: bytes}} of everything the stage will allocate."""
     weights = weight_bytes(plan)
-    streams = [streamed_bytes(plan, layer) for layer in plan.stage.with_weights]
+    parts = staging_slots(plan.policy.num_gpu_batches)
     cache = _cache_bytes(plan)
     hidden = _hidden_bytes(plan)
     return {
         "gpu": {
             "weights": weights["gpu"],
-            "weights in flight": WEIGHTS_SLOTS * max(sum(stream.values()) for stream in streams),
+            "weights in flight": WEIGHTS_SLOTS * device_slot_bytes(plan),
             **cache["gpu"],
             **hidden["gpu"],
             "workspace": workspace_bytes(plan),
         },
         "cpu": {
             "weights": weights["cpu"],
-            "weights in flight": min(3, plan.policy.num_gpu_batches + 1)
-            * max(stream["disk"] for stream in streams),
+            "weights in flight": parts * staging_slot_bytes(plan),
             **cache["cpu"],
             **hidden["cpu"],
         },
@@ -206,7 +198,7 @@ def _hidden_bytes(plan: StagePlan) -> dict[str, dict[str, int]]:
         },
         "cpu": {
             "hidden states": policy.num_gpu_batches * cpu * token,
-            "hidden states in flight": 2 * CELL_SLOTS * disk * token,
+            "hidden states in flight": 2 * CELL_SLOTS * aligned(disk * token, PAGE),
             "embedding": CELL_SLOTS * plan.cell_tokens * token * _gathers(plan),
         },
         "disk": {"hidden states": policy.num_gpu_batches * aligned(disk * token, PAGE)},
@@ -215,7 +207,7 @@ def _hidden_bytes(plan: StagePlan) -> dict[str, dict[str, int]]:
 
 def _gathers(plan: StagePlan) -> bool:
     """Whether embeddings are looked up on the host."""
-    return plan.stage.first == 0 and "gpu" not in plan.weight_tiers()[0].values()
+    return plan.stage.first == 0 and plan.weights.places[0]["embed_tokens.weight"].tier != "gpu"
 
 
 def workspace_bytes(plan: StagePlan) -> int:

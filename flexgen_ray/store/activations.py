@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flexgen_ray.cost.placement import aligned, split_tokens
-from flexgen_ray.cost.sizes import PAGE, StagePlan, stage_bytes
+from flexgen_ray.cost.placement import PAGE, aligned, split_tokens
+from flexgen_ray.cost.sizes import StagePlan, stage_bytes
 from flexgen_ray.schedule.ops import CELL_SLOTS, Op
 from flexgen_ray.store.tier import Tiers
 from flexgen_ray.store.weights import TORCH_DTYPE
@@ -41,9 +41,9 @@ class HiddenStore:
         self.work = self._allocate_work(tiers)
         self._gpu = self._allocate(tiers.gpu, "hidden states", (batches, gpu, hidden))
         self._cpu = self._allocate(tiers.cpu, "hidden states", (batches, cpu, hidden))
-        flight = self._allocate(tiers.cpu, "hidden states in flight", (2, CELL_SLOTS, disk, hidden))
-        self._in, self._out = flight[0], flight[1]
-        each = aligned(disk * hidden * plan.element_bytes, PAGE)
+        each = self._pages(disk)
+        slots = (2, CELL_SLOTS, each // plan.element_bytes)
+        self._in, self._out = self._allocate(tiers.cpu, "hidden states in flight", slots)
         region = tiers.disk.allocate("hidden states", batches * each)
         self._disk = [region.part(batch * each, each) for batch in range(batches)]
         gathered = plan.cell_tokens if self._sizes["cpu"]["embedding"] else 0
@@ -53,14 +53,16 @@ class HiddenStore:
         """READ_HIDDEN: the tokens on disk, into the cell's host slot."""
         count = self._split(num_tokens)[2]
         if count:
-            self._disk[op.batch].read_into(self._in[op.cell_slot, :count])
+            self._disk[op.batch].read_into(self._in_pages(self._in[op.cell_slot], count))
 
     def load(self, op: Op, num_tokens: int) -> None:
         """LOAD_HIDDEN: the tokens off the device, into the cell's working copy."""
         gpu, cpu, disk = self._split(num_tokens)
         hidden = self.work[op.cell_slot].hidden
         hidden[gpu : gpu + cpu].copy_(self._cpu[op.batch, :cpu], non_blocking=True)
-        hidden[gpu + cpu : num_tokens].copy_(self._in[op.cell_slot, :disk], non_blocking=True)
+        hidden[gpu + cpu : num_tokens].copy_(
+            self._tokens(self._in[op.cell_slot], disk), non_blocking=True
+        )
 
     def fetch_resident(self, op: Op, num_tokens: int) -> None:
         """The tokens on the device, into the cell's working copy."""
@@ -77,16 +79,31 @@ class HiddenStore:
         gpu, cpu, disk = self._split(num_tokens)
         hidden = self.work[op.cell_slot].hidden
         self._cpu[op.batch, :cpu].copy_(hidden[gpu : gpu + cpu], non_blocking=True)
-        self._out[op.cell_slot, :disk].copy_(hidden[gpu + cpu : num_tokens], non_blocking=True)
+        self._tokens(self._out[op.cell_slot], disk).copy_(
+            hidden[gpu + cpu : num_tokens], non_blocking=True
+        )
 
     def write(self, op: Op, num_tokens: int) -> None:
         """WRITE_HIDDEN: the cell's host slot, to disk."""
         count = self._split(num_tokens)[2]
         if count:
-            self._disk[op.batch].write(self._out[op.cell_slot, :count])
+            self._disk[op.batch].write(self._in_pages(self._out[op.cell_slot], count))
 
     def _split(self, num_tokens: int) -> tuple[int, int, int]:
         return split_tokens(self.plan.policy.activations, num_tokens)
+
+    def _pages(self, num_tokens: int) -> int:
+        """Bytes of the whole pages that hold so many tokens."""
+        return aligned(num_tokens * self.plan.config.hidden_size * self.plan.element_bytes, PAGE)
+
+    def _in_pages(self, slot: Tensor, num_tokens: int) -> Tensor:
+        """The whole pages of a cell's host slot that hold so many tokens."""
+        return slot[: self._pages(num_tokens) // self.plan.element_bytes]
+
+    def _tokens(self, slot: Tensor, num_tokens: int) -> Tensor:
+        """[tokens, hidden] of a cell's host slot."""
+        hidden = self.plan.config.hidden_size
+        return slot[: num_tokens * hidden].view(num_tokens, hidden)
 
     def _allocate_work(self, tiers: Tiers) -> list[Work]:
         config, tokens = self.plan.config, self.plan.cell_tokens

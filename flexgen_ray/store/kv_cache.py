@@ -17,7 +17,8 @@ from flexgen_ray.cost.sizes import CACHE_BLOCK_TOKENS, StagePlan
 from flexgen_ray.rows import Row
 from flexgen_ray.schedule.ops import CELL_SLOTS, Op
 from flexgen_ray.store.activations import Work
-from flexgen_ray.store.tier import Region, Tiers
+from flexgen_ray.store.disk import Region
+from flexgen_ray.store.tier import Tiers
 from flexgen_ray.store.weights import TORCH_DTYPE
 
 

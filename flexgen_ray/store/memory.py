@@ -1,0 +1,104 @@
+"""Memory of the device and of the host, handed out under a budget.
+
+Knows bytes and where they lie; not what they mean.
+"""
+
+from __future__ import annotations
+
+import logging
+import mmap
+import weakref
+from contextlib import suppress
+
+import torch
+from torch import Tensor
+
+from flexgen_ray.cost.placement import PAGE
+from flexgen_ray.store.ledger import Ledger
+from flexgen_ray.units import format_bytes
+
+_PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+_log = logging.getLogger(__name__)
+
+
+def page_aligned(nbytes: int, in_huge_pages: bool = False) -> Tensor:
+    """A zeroed uint8 host tensor that starts at a page: a mapping of its own, which costs nothing
+    until touched and is returned whole. Huge pages, where the kernel has them, are touched faster,
+    but many bytes at a time."""
+    if not nbytes:
+        return torch.zeros(0, dtype=torch.uint8)
+    mapping = mmap.mmap(-1, nbytes, _PRIVATE)
+    if in_huge_pages:
+        with suppress(OSError):
+            mapping.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(mapping, dtype=torch.uint8)
+
+
+class MemoryTier(Ledger):
+    """Zeroed memory of a torch device; without CUDA the gpu tier is plain memory too.
+
+    pinned: host memory is registered with CUDA, so that copies from and to it run on their own.
+    Where CUDA refuses, a warning says so, and those copies are slower.
+    """
+
+    def __init__(self, name: str, budget: int, device: torch.device, pinned: bool = False) -> None:
+        super().__init__(name, budget)
+        self.device = device
+        self.pinned = pinned
+        self._registered: list[Tensor] = []
+        # Memory that is unmapped while registered stays with the driver until the process ends.
+        self._unregister = weakref.finalize(self, _unregister, self._registered)
+
+    def allocate(self, what: str, nbytes: int) -> Tensor:
+        """A zeroed uint8 tensor of exactly nbytes, page-aligned on the host."""
+        self.book(what, nbytes)
+        if self.device.type != "cpu":
+            return torch.zeros(nbytes, dtype=torch.uint8, device=self.device)
+        memory = page_aligned(nbytes, in_huge_pages=self.pinned)
+        if self.pinned and nbytes and _register(memory):
+            self._registered.append(memory)
+        return memory
+
+    def close(self) -> None:
+        """Waits for the device's copies and takes the registration back; the memory stays usable
+        until the last tensor of it goes. Nothing may be allocated afterwards."""
+        self.pinned = False
+        self._unregister()
+
+
+def _register(memory: Tensor) -> bool:
+    """Pins host memory for CUDA; False, and a warning, if CUDA refuses."""
+    # Registering alone would touch the pages one after the other; this does it on all cores.
+    memory[::PAGE].zero_()
+    error = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)
+    if int(error) == 0:
+        return True
+    _forget_last_error()
+    _log.warning(
+        "CUDA refuses to pin %s of host memory (%s): copies to and from it will be slower; "
+        "raise the limit on locked memory (ulimit -l) or lower --cpu-memory",
+        format_bytes(memory.nbytes),
+        torch.cuda.CudaError(int(error)),
+    )
+    return False
+
+
+def _unregister(registered: list[Tensor]) -> None:
+    if not registered:
+        return
+    # A device that has failed copies nothing any more.
+    with suppress(RuntimeError):
+        torch.cuda.synchronize()
+    while registered:
+        memory = registered.pop()
+        error = torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())
+        if int(error):
+            _forget_last_error()
+            reason = torch.cuda.CudaError(int(error))
+            _log.warning("CUDA keeps %s pinned (%s)", format_bytes(memory.nbytes), reason)
+
+
+def _forget_last_error() -> None:
+    """The next kernel launch reports any error since the last one, though it was handled."""
+    with suppress(RuntimeError):
+        torch.ones(1, device="cuda")
