@@ -135,6 +135,7 @@ class Lanes:
                 if stream is None:
                     self._perform(ticket)
                 else:
+                    torch.cuda.set_stream(stream)
                     self._launch(ticket, stream)
                 self._finish(ticket)
         except BaseException as error:
@@ -160,12 +161,11 @@ class Lanes:
         self._meter.note(ticket.op, started, time.perf_counter(), modelled)
 
     def _launch(self, ticket: Ticket, stream: torch.cuda.Stream) -> None:
-        with torch.cuda.stream(stream):
-            for event in ticket.waits:
-                stream.wait_event(event)
-            started = self._meter.mark(stream)
-            self._run(ticket.op)
-            ticket.event = self._meter.mark(stream)
+        for event in ticket.waits:
+            stream.wait_event(event)
+        started = self._meter.mark(stream)
+        self._run(ticket.op)
+        ticket.event = self._meter.mark(stream)
         self._meter.note_events(ticket.op, started, ticket.event)
 
     def _finish(self, ticket: Ticket) -> None:

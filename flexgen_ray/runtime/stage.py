@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -17,11 +17,11 @@ from flexgen_ray.models.checkpoint import Checkpoint
 from flexgen_ray.request import Finished, Progress, Request
 from flexgen_ray.runtime.batcher import Batcher, Decode
 from flexgen_ray.runtime.cells import Cells, LogitsHook
+from flexgen_ray.runtime.crews import divide_cores, make_crews
 from flexgen_ray.runtime.executor import AsyncExecutor, SerialExecutor
-from flexgen_ray.runtime.lanes import Crew, Run
+from flexgen_ray.runtime.lanes import Run
 from flexgen_ray.runtime.meter import Measured, Meter, Span
 from flexgen_ray.runtime.modelled import Modelled
-from flexgen_ray.schedule.ops import Lane
 from flexgen_ray.schedule.zigzag import zigzag
 from flexgen_ray.store.tier import DiskTier, MemoryTier, Tiers
 from flexgen_ray.store.weights import WeightStore
@@ -56,9 +56,10 @@ class Stage:
         check_budget(spec.plan, spec.budget)
         plan, device = spec.plan, torch.device(spec.device)
         self.spec = spec
+        on_cuda = device.type == "cuda"
         self.tiers = Tiers(
             MemoryTier("gpu", spec.budget.gpu, device),
-            MemoryTier("cpu", spec.budget.cpu, torch.device("cpu")),
+            MemoryTier("cpu", spec.budget.cpu, torch.device("cpu"), pinned=on_cuda),
             DiskTier(spec.budget.disk, Path(spec.offload_dir)),
         )
         try:
@@ -74,6 +75,8 @@ class Stage:
                 spec.seed,
             )
             self._cells = Cells(plan, weights, self.batcher, self.tiers)
+            threads = torch.get_num_threads()
+            self._cores = divide_cores(threads, on_cuda, plan.attended_rows > 0)
             self._modelled: Modelled | None = None
             self._meter = Meter()
             self._wall = 0.0
@@ -96,7 +99,7 @@ class Stage:
             return
         running = self._start().run(zigzag(plan.stage, plan.policy.num_gpu_batches, count()))
         began = started = time.perf_counter()
-        with closing(running):
+        with closing(running), _torch_threads(self._cores.device):
             for op in running:
                 now = time.perf_counter()
                 self._wall = now - began
@@ -138,12 +141,8 @@ class Stage:
         if spec.executor == "serial":
             return SerialExecutor(run, cells.moves, self._meter)
         cancel = self._modelled.cancel if self._modelled else None
-        return AsyncExecutor(run, cells.moves, self._crews(), self._meter, cancel)
-
-    def _crews(self) -> list[Crew]:
-        # The device's results must not depend on the executor, so it keeps all its threads.
-        threads = {Lane.DEVICE: torch.get_num_threads()}
-        return [Crew((lane,), threads.get(lane, 1)) for lane in Lane]
+        crews = make_crews(self.tiers.device, self._cores)
+        return AsyncExecutor(run, cells.moves, crews, self._meter, cancel)
 
     def used(self) -> dict[str, dict[str, int]]:
         """{tier: {what: bytes}} that the stage holds."""
@@ -152,3 +151,15 @@ class Stage:
     def close(self) -> None:
         """Gives the offload files back."""
         self.tiers.disk.close()
+        self.tiers.cpu.close()
+
+
+@contextmanager
+def _torch_threads(count: int) -> Iterator[None]:
+    """The serial executor's ops run in this thread; they get as many cores as the others' do."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
