@@ -53,7 +53,10 @@ class MemoryTier(Ledger):
         """A zeroed uint8 tensor of exactly nbytes, page-aligned on the host."""
         self.book(what, nbytes)
         if self.device.type != "cpu":
-            return torch.zeros(nbytes, dtype=torch.uint8, device=self.device)
+            memory = torch.zeros(nbytes, dtype=torch.uint8, device=self.device)
+            # Whoever fills it does so on a stream of its own.
+            torch.cuda.synchronize(self.device)
+            return memory
         memory = page_aligned(nbytes, in_huge_pages=self.pinned)
         if self.pinned and nbytes and _register(memory):
             self._registered.append(memory)
