@@ -40,6 +40,8 @@ def model(tied: bool, mlp: int) -> ModelConfig:
 class RandomWeights:
     """Every tensor random and different; kept, to compare with."""
 
+    num_readers = 3
+
     def __init__(self) -> None:
         self.tensors: dict[tuple[int, str], torch.Tensor] = {}
 
@@ -58,9 +60,9 @@ def requests(request, monkeypatch):
         monkeypatch.setattr(disk, "bypass_page_cache", lambda fd: False)
 
 
-def tiers(folder: str | Path) -> Tiers:
-    gpu, cpu = MemoryTier("gpu", 64 * MIB, CPU), MemoryTier("cpu", 64 * MIB, CPU)
-    return Tiers(gpu, cpu, DiskTier(64 * MIB, Path(folder)))
+def tiers(folder: str | Path, budget: int = 64 * MIB) -> Tiers:
+    gpu, cpu = (MemoryTier(name, budget, CPU) for name in ("gpu", "cpu"))
+    return Tiers(gpu, cpu, DiskTier(budget, Path(folder)))
 
 
 @given(
@@ -212,3 +214,17 @@ def test_a_file_that_was_cut_short_is_an_error_that_names_the_folder(requests, t
     assert error.value.filename == str(tmp_path)
     assert str(2 * PAGE) in str(error.value)
     tier.close()
+
+
+def test_a_failing_source_ends_the_filling_with_its_error(tmp_path):
+    class Broken(RandomWeights):
+        def read_into(self, layer, name, destination):
+            if layer == 2:
+                raise OSError(5, "Input/output error", "/data/model")
+            super().read_into(layer, name, destination)
+
+    config = model(tied=True, mlp=32)
+    policy = Policy(weights=Placement(0, 0, 1))
+    plan = StagePlan(config, StageLayers.whole(3), policy, Workload(1, 1, 2), "float32")
+    with pytest.raises(OSError, match="/data/model"):
+        WeightStore(plan, Broken(), tiers(tmp_path))

@@ -18,6 +18,8 @@ from flexgen_ray.models.registry import FAMILIES
 class Checkpoint:
     """A model folder's tensors under this project's names."""
 
+    num_readers = 1  # copies of a mapped file use all cores as it is
+
     def __init__(self, folder: str | Path, config: ModelConfig) -> None:
         self.folder = Path(folder)
         self._names = FAMILIES[config.family].WEIGHT_NAMES

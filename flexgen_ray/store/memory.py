@@ -21,16 +21,15 @@ _PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 _log = logging.getLogger(__name__)
 
 
-def page_aligned(nbytes: int, in_huge_pages: bool = False) -> Tensor:
+def page_aligned(nbytes: int) -> Tensor:
     """A zeroed uint8 host tensor that starts at a page: a mapping of its own, which costs nothing
-    until touched and is returned whole. Huge pages, where the kernel has them, are touched faster,
-    but many bytes at a time."""
+    until touched and is returned whole."""
     if not nbytes:
         return torch.zeros(0, dtype=torch.uint8)
     mapping = mmap.mmap(-1, nbytes, _PRIVATE)
-    if in_huge_pages:
-        with suppress(OSError):
-            mapping.madvise(mmap.MADV_HUGEPAGE)
+    # Huge pages are touched and registered several times as fast; not every kernel has them.
+    with suppress(OSError):
+        mapping.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(mapping, dtype=torch.uint8)
 
 
@@ -53,8 +52,11 @@ class MemoryTier(Ledger):
         """A zeroed uint8 tensor of exactly nbytes, page-aligned on the host."""
         self.book(what, nbytes)
         if self.device.type != "cpu":
-            return torch.zeros(nbytes, dtype=torch.uint8, device=self.device)
-        memory = page_aligned(nbytes, in_huge_pages=self.pinned)
+            memory = torch.zeros(nbytes, dtype=torch.uint8, device=self.device)
+            # Whoever fills it does so on a stream of its own.
+            torch.cuda.synchronize(self.device)
+            return memory
+        memory = page_aligned(nbytes)
         if self.pinned and nbytes and _register(memory):
             self._registered.append(memory)
         return memory

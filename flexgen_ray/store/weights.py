@@ -5,7 +5,12 @@ Follows cost/weight_layout.py. Knows names and bytes; not what a layer computes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from math import prod
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -13,7 +18,6 @@ from torch import Tensor
 from flexgen_ray.cost.placement import stored_tensors
 from flexgen_ray.cost.sizes import StagePlan, device_slot_bytes, staging_slot_bytes
 from flexgen_ray.cost.weight_layout import Place
-from flexgen_ray.models.checkpoint import Checkpoint
 from flexgen_ray.schedule.ops import WEIGHTS_SLOTS, Op, staging_slots
 from flexgen_ray.store.memory import page_aligned
 from flexgen_ray.store.tier import Tiers
@@ -21,15 +25,51 @@ from flexgen_ray.store.tier import Tiers
 TORCH_DTYPE = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
+OnProgress = Callable[[int, int], None]
+
+
+class WeightSource(Protocol):
+    """Where weights come from.
+
+    num_readers: how many tensors may be read at a time.
+    """
+
+    @property
+    def num_readers(self) -> int: ...
+
+    def check(self, layer: int, tensors: dict[str, tuple[int, ...]]) -> None:
+        """ValueError if a tensor of the layer is missing or has another shape."""
+
+    def read_into(self, layer: int, name: str, destination: Tensor) -> None:
+        """Copies one tensor, converting it to the destination's dtype."""
+
+
+@dataclass(frozen=True)
+class _Weight:
+    """One that the stage stores."""
+
+    layer: int
+    name: str
+    shape: tuple[int, ...]
+    place: Place
+
+
 class WeightStore:
     """The weights of a stage."""
 
-    def __init__(self, plan: StagePlan, checkpoint: Checkpoint, tiers: Tiers) -> None:
+    def __init__(
+        self,
+        plan: StagePlan,
+        source: WeightSource,
+        tiers: Tiers,
+        on_progress: OnProgress | None = None,
+    ) -> None:
+        """Takes the memory and fills it; on_progress(bytes done, bytes in all) as it does."""
         self.plan = plan
         self.dtype = TORCH_DTYPE[plan.dtype]
         self._layout = plan.weights
         for layer in plan.stage.layers:
-            checkpoint.check(layer, stored_tensors(plan.config, plan.stage, layer))
+            source.check(layer, stored_tensors(plan.config, plan.stage, layer))
         self._parts = plan.policy.num_gpu_batches
         need = self._layout.nbytes
         self._memory = {
@@ -46,7 +86,7 @@ class WeightStore:
             for layer in plan.stage.with_weights
             for slot in range(WEIGHTS_SLOTS)
         }
-        self._fill(checkpoint)
+        self._fill(source, on_progress)
 
     def tensors(self, op: Op) -> dict[str, Tensor]:
         """The weights of the op's layer on the device, resident and streamed, by name."""
@@ -109,22 +149,41 @@ class WeightStore:
                 views[name] = self._typed(self._device_slots[slot], start, shapes[name])
         return views
 
-    def _fill(self, checkpoint: Checkpoint) -> None:
-        for layer in self.plan.stage.layers:
-            for name, shape in stored_tensors(self.plan.config, self.plan.stage, layer).items():
-                place = self._layout.places[layer][name]
-                self._fill_one(checkpoint, layer, name, shape, place)
+    def _fill(self, source: WeightSource, on_progress: OnProgress | None) -> None:
+        """What goes to disk takes host memory for the largest such weight of each reader."""
+        plan, places = self.plan, self._layout.places
+        weights = [
+            _Weight(layer, name, shape, places[layer][name])
+            for layer in plan.stage.layers
+            for name, shape in stored_tensors(plan.config, plan.stage, layer).items()
+        ]
+        on_disk = (weight.place.nbytes for weight in weights if weight.place.tier == "disk")
+        largest = max(on_disk, default=0)
+        buffers = [page_aligned(largest) for _ in range(source.num_readers)]
+        done, total = 0, sum(weight.place.nbytes for weight in weights)
+        with ThreadPoolExecutor(source.num_readers) as readers:
+            for nbytes in readers.map(partial(self._fill_one, source, buffers), weights):
+                done += nbytes
+                if on_progress:
+                    on_progress(done, total)
+        if self._device_slots.is_cuda:
+            # Whoever reads them does so on a stream of its own.
+            torch.cuda.synchronize(self._device_slots.device)
 
-    def _fill_one(
-        self, checkpoint: Checkpoint, layer: int, name: str, shape: tuple[int, ...], place: Place
-    ) -> None:
+    def _fill_one(self, source: WeightSource, buffers: list[Tensor], weight: _Weight) -> int:
+        """Its bytes; buffers: free host memory for weights on their way to disk."""
+        place = weight.place
         if place.tier != "disk":
-            target = self._typed(self._memory[place.tier], place.start, shape)
-            checkpoint.read_into(layer, name, target)
-        else:
-            pages = page_aligned(place.nbytes)
-            checkpoint.read_into(layer, name, self._typed(pages, 0, shape))
-            self._disk.write(pages, place.start)
+            target = self._typed(self._memory[place.tier], place.start, weight.shape)
+            source.read_into(weight.layer, weight.name, target)
+            return place.nbytes
+        buffer = buffers.pop()
+        try:
+            source.read_into(weight.layer, weight.name, self._typed(buffer, 0, weight.shape))
+            self._disk.write(buffer[: place.nbytes], place.start)
+        finally:
+            buffers.append(buffer)
+        return place.nbytes
 
     def _typed(self, memory: Tensor, start: int, shape: tuple[int, ...]) -> Tensor:
         nbytes = prod(shape) * self.dtype.itemsize

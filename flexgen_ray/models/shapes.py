@@ -1,0 +1,78 @@
+"""The shapes of published models, by name, for runs that need no checkpoint: weights are made up.
+
+The numbers are those of the config.json that each model was published with.
+"""
+
+from __future__ import annotations
+
+from flexgen_ray.config import ModelConfig
+from flexgen_ray.models import llama, opt
+
+# Layers, hidden size, heads; the rest follows.
+_OPT = {
+    "opt-125m": (12, 768, 12),
+    "opt-350m": (24, 1024, 16),
+    "opt-1.3b": (24, 2048, 32),
+    "opt-2.7b": (32, 2560, 32),
+    "opt-6.7b": (32, 4096, 32),
+    "opt-13b": (40, 5120, 40),
+    "opt-30b": (48, 7168, 56),
+    "opt-66b": (64, 9216, 72),
+    "opt-175b": (96, 12288, 96),
+}
+# Layers, hidden size, heads, intermediate size; with the context of 3.1.
+_LLAMA = {
+    "llama-3-8b": (32, 4096, 32, 14336),
+    "llama-3-70b": (80, 8192, 64, 28672),
+}
+SHAPES = (*_OPT, *_LLAMA)
+
+
+def shape_config(name: str) -> ModelConfig:
+    """ValueError names the known shapes."""
+    if name in _OPT:
+        return opt.parse_config(_opt_keys(name))
+    if name in _LLAMA:
+        return llama.parse_config(_llama_keys(name))
+    raise ValueError(f"there is no built-in shape {name!r}; known are {', '.join(SHAPES)}")
+
+
+def _opt_keys(name: str) -> dict:
+    layers, hidden, heads = _OPT[name]
+    keys = {
+        "num_hidden_layers": layers,
+        "hidden_size": hidden,
+        "num_attention_heads": heads,
+        "ffn_dim": 4 * hidden,
+        "vocab_size": 50272,
+        "max_position_embeddings": 2048,
+        "dtype": "float16",
+        "eos_token_ids": (2,),
+    }
+    if name == "opt-350m":
+        keys |= {"word_embed_proj_dim": 512, "do_layer_norm_before": False}
+    return keys
+
+
+def _llama_keys(name: str) -> dict:
+    layers, hidden, heads, intermediate = _LLAMA[name]
+    return {
+        "num_hidden_layers": layers,
+        "hidden_size": hidden,
+        "num_attention_heads": heads,
+        "num_key_value_heads": 8,
+        "intermediate_size": intermediate,
+        "vocab_size": 128256,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500000.0,
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+        "dtype": "bfloat16",
+        "eos_token_ids": (128001,),
+    }

@@ -1,0 +1,97 @@
+"""Models that need no checkpoint: shapes as published, weights made up but always the same."""
+
+from __future__ import annotations
+
+from math import prod
+
+import pytest
+import torch
+from test_store import MIB, tiers
+
+from flexgen_ray.config import Placement, Policy, Workload
+from flexgen_ray.cost.placement import stored_tensors
+from flexgen_ray.cost.sizes import StagePlan
+from flexgen_ray.models.dummy import DummyWeights
+from flexgen_ray.models.shapes import SHAPES, shape_config
+from flexgen_ray.schedule.ops import OpKind
+from flexgen_ray.schedule.zigzag import StageLayers, zigzag
+from flexgen_ray.store.weights import WeightStore
+
+
+def opt_parameters(layers: int, hidden: int) -> int:
+    """Zhang et al. 2022: tables, the final norm, and 12 h^2 + 13 h a layer."""
+    return (50272 + 2050 + 2) * hidden + layers * (12 * hidden**2 + 13 * hidden)
+
+
+PARAMETERS = {
+    "opt-125m": 125_239_296,
+    "opt-350m": 331_196_416,
+    "opt-1.3b": 1_315_758_080,
+    "opt-2.7b": 2_651_596_800,
+    "opt-6.7b": 6_658_473_984,
+    "opt-13b": 12_853_473_280,
+    "opt-30b": 29_974_540_288,
+    "opt-66b": opt_parameters(64, 9216),
+    "opt-175b": opt_parameters(96, 12288),
+    "llama-3-8b": 8_030_261_248,
+    "llama-3-70b": 70_553_706_496,
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_shapes_have_the_parameters_of_the_published_models(name):
+    config = shape_config(name)
+    stage = StageLayers.whole(config.num_layers)
+    count = sum(
+        prod(shape)
+        for layer in stage.layers
+        for shape in stored_tensors(config, stage, layer).values()
+    )
+    assert count == PARAMETERS[name]
+
+
+def test_an_unknown_shape_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match="opt-66b.*llama-3-70b"):
+        shape_config("opt-65b")
+
+
+def test_dummy_weights_are_the_same_wherever_they_lie(tmp_path):
+    """250 MB on three tiers, against all in one; progress ends when all is there."""
+    config = shape_config("opt-125m")
+    stage = StageLayers.whole(config.num_layers)
+    spread, whole = (
+        StagePlan(config, stage, Policy(num_gpu_batches=3, weights=weights), work, "float16")
+        for work in [Workload(1, 1, 2)]
+        for weights in (Placement(0.3, 0.3, 0.4), Placement(1, 0, 0))
+    )
+    places, steps = tiers(tmp_path, 400 * MIB), []
+    try:
+        store = WeightStore(spread, DummyWeights(), places, lambda *step: steps.append(step))
+        expected = WeightStore(whole, DummyWeights(), tiers(tmp_path, 400 * MIB))
+        for op in zigzag(stage, 3, range(1)):
+            if op.kind is OpKind.READ_WEIGHTS:
+                store.read_part(op)
+            elif op.kind is OpKind.LOAD_WEIGHTS:
+                store.load_part(op)
+            elif op.kind is OpKind.FINISH and op.layer in stage.with_weights:
+                for name, tensor in store.tensors(op).items():
+                    assert torch.equal(tensor, expected.tensors(op)[name]), (op.layer, name)
+    finally:
+        places.disk.close()
+    assert steps == sorted(steps) and len(steps) == 196
+    assert steps[-1] == (sum(spread.weights.nbytes.values()),) * 2
+
+
+def test_dummy_weights_keep_activations_in_range():
+    """Norms one, biases zero, matrices of variance 1 / inputs with rows that all differ."""
+    source = DummyWeights()
+    norm, bias, matrix = torch.empty(64), torch.ones(64), torch.empty(4100, 1024).half()
+    source.read_into(1, "mlp_norm.weight", norm)
+    source.read_into(1, "up_proj.bias", bias)
+    source.read_into(1, "up_proj.weight", matrix)
+    assert norm.eq(1).all() and bias.eq(0).all()
+    assert matrix.float().std().item() == pytest.approx(1024**-0.5, rel=0.01)
+    assert len(matrix.unique(dim=0)) == len(matrix)
+    other = torch.empty_like(matrix)
+    source.read_into(2, "up_proj.weight", other)
+    assert not torch.equal(matrix, other)
