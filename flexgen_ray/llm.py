@@ -17,6 +17,7 @@ from flexgen_ray.config import HardwareSpec, Policy, Workload
 from flexgen_ray.cost.default_policy import default_policy
 from flexgen_ray.cost.sizes import StagePlan, check_budget
 from flexgen_ray.models.registry import load_config
+from flexgen_ray.models.shapes import shape_config
 from flexgen_ray.report import Report
 from flexgen_ray.request import (
     CompletionOutput,
@@ -41,7 +42,8 @@ SPANS_PER_CALL = 50_000
 class LLM:
     """A model ready to generate, larger than the GPU if need be.
 
-    model: a Hugging Face folder. policy: a Policy, a YAML file, or None to fill the tiers from the
+    model: a Hugging Face folder; with load_format="dummy" also the name of a built-in shape
+    (models/shapes.py), and weights are made up. policy: a Policy, a YAML file, or None to fill the tiers from the
     fastest down. dtype: auto, float32, float16 or bfloat16. device: auto, cuda or cpu. *_memory:
     bytes or `16GiB`; what is free, less a margin, if None. use_ray: run in a Ray actor, on the
     cluster at `address` (or RAY_ADDRESS), or on one started for this run. executor: async runs
@@ -73,6 +75,7 @@ class LLM:
         time_scale: float = 1.0,
         hardware: HardwareSpec | None = None,
         trace: bool = False,
+        load_format: str = "auto",
     ) -> None:
         if executor not in EXECUTORS:
             raise ValueError(f"executor is {executor!r}; it must be one of {', '.join(EXECUTORS)}")
@@ -84,8 +87,12 @@ class LLM:
             "time_scale": time_scale if pace else None,
             "keeps_spans": trace,
         }
+        if load_format not in ("auto", "dummy"):
+            raise ValueError(f"load_format is {load_format!r}; it must be auto or dummy")
         self.model = Path(model)
-        self.config = load_config(self.model)
+        self._is_dummy = load_format == "dummy"
+        is_shape = self._is_dummy and not self.model.exists()
+        self.config = shape_config(str(model)) if is_shape else load_config(self.model)
         self.tokenizer = Tokenizer(self.model)
         self.policy = policy if isinstance(policy, Policy | None) else Policy.from_yaml(policy)
         self.seed = seed
@@ -174,7 +181,7 @@ class LLM:
         started = time.perf_counter()
         self._backend.load(
             StageSpec(
-                model=str(self.model.resolve()),
+                model=None if self._is_dummy else str(self.model.resolve()),
                 plan=plan,
                 budget=self.budget,
                 device=self.machine.device,

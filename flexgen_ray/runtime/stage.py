@@ -14,6 +14,7 @@ import torch
 from flexgen_ray.config import Budget, HardwareSpec
 from flexgen_ray.cost.sizes import StagePlan, check_budget, host_workspace_bytes, workspace_bytes
 from flexgen_ray.models.checkpoint import Checkpoint
+from flexgen_ray.models.dummy import DummyWeights
 from flexgen_ray.request import Finished, Progress, Request
 from flexgen_ray.runtime.batcher import Batcher, Decode
 from flexgen_ray.runtime.cells import Cells, LogitsHook
@@ -24,7 +25,7 @@ from flexgen_ray.runtime.meter import Measured, Meter, Span
 from flexgen_ray.runtime.modelled import Modelled
 from flexgen_ray.schedule.zigzag import zigzag
 from flexgen_ray.store.tier import DiskTier, MemoryTier, Tiers
-from flexgen_ray.store.weights import WeightStore
+from flexgen_ray.store.weights import WeightSource, WeightStore
 
 EXECUTORS = ("serial", "async")
 
@@ -33,11 +34,12 @@ EXECUTORS = ("serial", "async")
 class StageSpec:
     """All that a stage needs to come up anywhere the files are; plain values, sent to actors.
 
+    model: a folder; None makes weights up.
     hardware: whose cost model is summed beside the run; with a time_scale (wall seconds a modelled
     second) the run is paced by it. keeps_spans: when every op ran.
     """
 
-    model: str
+    model: str | None
     plan: StagePlan
     budget: Budget
     device: str
@@ -65,7 +67,7 @@ class Stage:
         try:
             self.tiers.gpu.book("workspace", workspace_bytes(plan))
             self.tiers.cpu.book("workspace", host_workspace_bytes(plan))
-            weights = WeightStore(plan, Checkpoint(spec.model, plan.config), self.tiers)
+            weights = WeightStore(plan, _weight_source(spec), self.tiers)
             self.batcher = Batcher(
                 plan.policy.gpu_batch_size,
                 plan.policy.num_gpu_batches,
@@ -152,6 +154,12 @@ class Stage:
         """Gives the offload files back."""
         self.tiers.disk.close()
         self.tiers.cpu.close()
+
+
+def _weight_source(spec: StageSpec) -> WeightSource:
+    if spec.model is None:
+        return DummyWeights()
+    return Checkpoint(spec.model, spec.plan.config)
 
 
 @contextmanager

@@ -74,13 +74,13 @@ class Worker:
     def load(self, spec: StageSpec) -> None:
         """Takes the memory, reads the weights; replaces the stage of an earlier load."""
         self.close()
-        self._tokenizer = Tokenizer(spec.model)
-        self._stage = Stage(spec, self._tokenizer.decode)
+        self._tokenizer = Tokenizer(spec.model) if spec.model else None
+        self._stage = Stage(spec, self._tokenizer.decode if self._tokenizer else None)
 
     def add(self, requests: list[Request]) -> None:
         """Queues requests for the next run."""
         assert self._stage is not None, "load comes first"
-        if any(request.params.stop for request in requests):
+        if self._tokenizer and any(request.params.stop for request in requests):
             self._tokenizer.load()
         self._added += requests
 
