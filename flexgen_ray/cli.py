@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flexgen_ray import __version__
+from flexgen_ray.bench.commands import app as bench
 
 if TYPE_CHECKING:
     from flexgen_ray.llm import LLM
@@ -68,6 +69,9 @@ _NoRay = Annotated[bool, typer.Option("--no-ray", help="Run in this process, wit
 _Address = Annotated[
     str | None, typer.Option(help="Ray cluster; RAY_ADDRESS, or one of its own, if not given.")
 ]
+
+
+app.add_typer(bench)
 
 
 def _version(wanted: bool) -> None:

@@ -42,15 +42,15 @@ SPANS_PER_CALL = 50_000
 class LLM:
     """A model ready to generate, larger than the GPU if need be.
 
-    model: a Hugging Face folder; with load_format="dummy" also the name of a built-in shape
-    (models/shapes.py), and weights are made up. policy: a Policy, a YAML file, or None to fill the tiers from the
-    fastest down. dtype: auto, float32, float16 or bfloat16. device: auto, cuda or cpu. *_memory:
-    bytes or `16GiB`; what is free, less a margin, if None. use_ray: run in a Ray actor, on the
-    cluster at `address` (or RAY_ADDRESS), or on one started for this run. executor: async runs
-    loads, stores, disk and host attention beside the device's work; serial, its oracle, runs one op
-    after the other and gives the same bits. pace: emulate this hardware, each modelled second
-    taking time_scale seconds. hardware: sum beside the run what its ops should take there. trace:
-    keep every op's times, for `write_trace`.
+    model: a Hugging Face folder; with load_format="dummy", which makes weights up, also the name of
+    a built-in shape (models/shapes.py). policy: a Policy, a YAML file, or None to fill the tiers
+    from the fastest down. dtype: auto, float32, float16 or bfloat16. device: auto, cuda or cpu.
+    *_memory: bytes or `16GiB`; what is free, less a margin, if None. use_ray: run in a Ray actor,
+    on the cluster at `address` (or RAY_ADDRESS), or on one started for this run. executor: async
+    runs loads, stores, disk and host attention beside the device's work; serial, its oracle, runs
+    one op after the other and gives the same bits. pace: emulate this hardware, each modelled
+    second taking time_scale seconds. hardware: sum beside the run what its ops should take there.
+    trace: keep every op's times, for `write_trace`.
 
     Raises ValueError or OSError, with the numbers, for what can't work. Use it as a context manager
     or call `close`.

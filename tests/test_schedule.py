@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flexgen_ray.schedule.dependencies import Dependencies
 from flexgen_ray.schedule.ops import (
     CELL_SLOTS,
     WEIGHTS_SLOTS,
     Buffer,
-    Dependencies,
     Op,
     OpKind,
     staging_slots,

@@ -5,20 +5,31 @@ The store moves and the cost model counts by the same answer. Knows rows; no ten
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any, TypeVar
 
 from flexgen_ray.cost.placement import RowSplit
 from flexgen_ray.rows import Row, Rows, runs
 
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class PlacedRows:
-    """Rows and the division of their slots."""
+    """Rows and the division of their slots; memo: what others derive from them, by name."""
 
     rows: Rows
     split: RowSplit
     spare: int
+    memo: dict[str, Any] = field(default_factory=dict, compare=False)
+
+    def once(self, name: str, make: Callable[[], T]) -> T:
+        """What `make` returned the first time, for every layer that treats these rows alike."""
+        if name not in self.memo:
+            self.memo[name] = make()
+        return self.memo[name]
 
     @cached_property
     def resident(self) -> list[Row]:

@@ -224,7 +224,10 @@ def workspace_bytes(plan: StagePlan) -> int:
     attention += rows * plan.max_seq_len * 4 * (1 + config.num_heads)
     # All rows' logits in two precisions, one row's distribution sorted and summed in float64.
     logits = config.vocab_size * (8 * rows + 48)
-    return int(FRAGMENTATION * max(tile, attention, logits))
+    # Masks are made once a pass, for each way in which a layer's slots are split.
+    passes = 2 * plan.policy.num_gpu_batches * len(set(plan.splits.values()))
+    masks = passes * rows * plan.max_seq_len
+    return int(FRAGMENTATION * (max(tile, attention, logits) + masks))
 
 
 def totals(sizes: dict[str, dict[str, int]]) -> Budget:

@@ -7,24 +7,31 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def decode(q: Tensor, k: Tensor, v: Tensor, lens: list[int]) -> Tensor:
+def decode(q: Tensor, k: Tensor, v: Tensor, lens: list[int], mask: Tensor | None = None) -> Tensor:
     """Attend one new token per row to its cache.
 
     q: [rows, heads, head_dim]; k, v: [rows, kv_heads, seq, head_dim]
-    lens: valid tokens of each row, the new one included.
+    lens: valid tokens of each row, the new one included; mask: length_mask(lens), if it is at hand.
     Returns [rows, heads, head_dim]. The queries of a KV group are folded into query rows, so the
     cache is read once however many heads share it.
     """
     rows, heads, head_dim = q.shape
     longest = max(lens)
     k, v = k[:, :, :longest], v[:, :, :longest]
-    mask = None
-    if min(lens) < longest:
-        ends = torch.tensor(lens, device=q.device)[:, None, None, None]
-        mask = torch.arange(longest, device=q.device) < ends
+    if mask is None:
+        mask = length_mask(lens, q.device)
     grouped = q.reshape(rows, k.shape[1], heads // k.shape[1], head_dim)
     out = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask)
     return out.reshape(rows, heads, head_dim)
+
+
+def length_mask(lens: list[int], device: torch.device) -> Tensor | None:
+    """[rows, 1, 1, longest], true where a row has a token; None if all are equally long."""
+    longest = max(lens)
+    if min(lens) == longest:
+        return None
+    ends = torch.tensor(lens, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+    return torch.arange(longest, device=device) < ends[:, None, None, None]
 
 
 def prefill(q: Tensor, k: Tensor, v: Tensor, start: int, query_tile: int = 512) -> Tensor:

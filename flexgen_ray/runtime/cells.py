@@ -6,6 +6,7 @@ Knows one op at a time; not their order (schedule) nor when they run (executor).
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,9 +15,9 @@ from flexgen_ray.cost.placed_rows import Composition, PlacedRows
 from flexgen_ray.cost.sizes import QUERY_TILE, StagePlan
 from flexgen_ray.models import attention
 from flexgen_ray.models.registry import FAMILIES
-from flexgen_ray.rows import Row, Rows, runs
+from flexgen_ray.rows import Row, Rows
 from flexgen_ray.runtime.batcher import Batcher
-from flexgen_ray.runtime.passes import Pass
+from flexgen_ray.runtime.passes import DecodeRun, Pass, decode_runs
 from flexgen_ray.runtime.sampler import sample
 from flexgen_ray.schedule.ops import CELL_SLOTS, Op, OpKind
 from flexgen_ray.store.activations import HiddenStore, Work
@@ -162,23 +163,23 @@ class Cells:
         self.cache.write(op, self.placed(op))
 
     def _attend_device(self, op: Op) -> None:
-        rows, work, cache = self.placed(op), self._work(op), self.cache
-        cache.append_streamed(op, rows, work)
-        resident = [(row, row.slot) for row in rows.resident]
-        for placed, view in ((resident, cache.device_view), (rows.streamed, cache.streamed_view)):
-            place = {row.slot: index for row, index in placed}
-            for run in runs(row for row, _ in placed if row.num_new_tokens == 1):
-                first = place[run[0].slot]
-                self._decode_run(work, run, view(op, first, first + len(run)))
-            for row, index in placed:
+        placed, work, cache = self.placed(op), self._work(op), self.cache
+        cache.append_streamed(op, placed, work)
+        resident = [(row, row.slot) for row in placed.resident]
+        for name, rows, view in (
+            ("resident runs", resident, cache.device_view),
+            ("streamed runs", placed.streamed, cache.streamed_view),
+        ):
+            for run in placed.once(name, partial(decode_runs, rows, self.device)):
+                self._decode(work, run, view(op, run.first, run.first + run.count))
+            for row, index in rows:
                 if row.num_new_tokens > 1:
                     self._prefill_row(work, row, view(op, index, index + 1))
 
-    def _decode_run(self, work: Work, run: list[Row], cached: Tensor) -> None:
-        tokens = slice(run[0].offset, run[0].offset + len(run))
-        query = work.q[tokens].view(len(run), self.config.num_heads, self.config.head_dim)
-        out = attention.decode(query, cached[0], cached[1], [row.seq_len for row in run])
-        work.q[tokens].copy_(out.flatten(1))
+    def _decode(self, work: Work, run: DecodeRun, cached: Tensor) -> None:
+        query = work.q[run.tokens].view(run.count, self.config.num_heads, self.config.head_dim)
+        out = attention.decode(query, cached[0], cached[1], run.lens, run.mask)
+        work.q[run.tokens].copy_(out.flatten(1))
 
     def _prefill_row(self, work: Work, row: Row, cached: Tensor) -> None:
         """A prompt's first chunk needs no cache: all its keys are new."""

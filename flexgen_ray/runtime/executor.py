@@ -11,7 +11,8 @@ from collections.abc import Callable, Generator, Iterable
 
 from flexgen_ray.runtime.lanes import Crew, Lanes, Run, Ticket
 from flexgen_ray.runtime.meter import Meter
-from flexgen_ray.schedule.ops import Dependencies, Op
+from flexgen_ray.schedule.dependencies import Dependencies
+from flexgen_ray.schedule.ops import Op
 
 VISITS_AHEAD = 1  # issued beyond the oldest that is not over
 

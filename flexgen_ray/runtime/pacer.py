@@ -6,11 +6,16 @@ more of a resource than there is are slowed alike. Knows amounts and rates; not 
 
 from __future__ import annotations
 
+import ctypes
 import threading
 import time
 
 from flexgen_ray.config import HardwareSpec
 from flexgen_ray.cost.cost import Amounts, Resource, seconds_by_resource
+
+LONGEST_SLEEP = 0.1  # seconds until a cancelled op notices
+_PR_SET_TIMERSLACK = 29
+_is_precise = threading.local()
 
 
 class Pacer:
@@ -37,14 +42,19 @@ class Pacer:
 
     def end(self, job: _Paced) -> float:
         """Returns when the op has had its seconds, with what they are when it runs alone."""
-        with self._changed:
-            while not self._is_cancelled:
+        _sleep_precisely()
+        while True:
+            with self._changed:
                 self._advance(time.perf_counter())
-                if job.remaining <= 0:
-                    break
-                self._changed.wait(job.remaining / self._speed(job))
-            self._admit(job, -1)
-        return job.seconds
+                if job.remaining <= 0 or self._is_cancelled:
+                    self._admit(job, -1)
+                    return job.seconds
+                left = job.remaining / self._speed(job)
+                if self._is_short():
+                    # Whoever leaves a scarce resource wakes those it slowed.
+                    self._changed.wait(left)
+                    continue
+            time.sleep(min(left, LONGEST_SLEEP))
 
     def cancel(self) -> None:
         """Nobody is held any longer."""
@@ -55,13 +65,16 @@ class Pacer:
     def _admit(self, job: _Paced, sign: int) -> None:
         """The others' progress so far counts at the old speeds."""
         self._advance(time.perf_counter())
-        was_short = any(load > 1.0 + 1e-9 for load in self._load.values())
+        was_short = self._is_short()
         (self._running.add if sign > 0 else self._running.discard)(job)
         for resource, share in job.shares.items():
             self._load[resource] += sign * share
         # Whoever was slowed may end earlier than it thinks.
         if sign < 0 and was_short:
             self._changed.notify_all()
+
+    def _is_short(self) -> bool:
+        return any(load > 1.0 + 1e-9 for load in self._load.values())
 
     def _advance(self, now: float) -> None:
         for job in self._running:
@@ -81,3 +94,12 @@ class _Paced:
         self.remaining = seconds
         self.shares = shares
         self.since = 0.0
+
+
+def _sleep_precisely() -> None:
+    """Linux wakes a thread up to 50 us late unless it asks for better (prctl(2))."""
+    if not getattr(_is_precise, "done", False):
+        _is_precise.done = True
+        prctl = getattr(ctypes.CDLL(None), "prctl", None)
+        if prctl is not None:
+            prctl(_PR_SET_TIMERSLACK, 1)

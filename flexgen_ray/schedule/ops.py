@@ -1,17 +1,14 @@
 """The vocabulary of the schedule: op kinds, the lane each is issued on, the buffers each touches.
 
-Program order is a correct serial execution. Any other execution must respect the hazards that the
-tables below imply: `Dependencies` derives them, and nobody else decides what waits for what.
-Knows no tensor, no byte and no second.
+Program order is a correct serial execution. Any other must respect the hazards that the tables
+below imply (schedule/dependencies.py). Knows no tensor, no byte and no second.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from dataclasses import dataclass
 from enum import StrEnum, auto
 from functools import cache
-from typing import Generic, TypeVar
 
 CELL_SLOTS = 2  # double buffering: one slot is filled while the other is used
 WEIGHTS_SLOTS = 2
@@ -169,7 +166,6 @@ _PER_BATCH = frozenset({_B.HIDDEN_GPU, _B.HIDDEN_CPU, _B.HIDDEN_DISK, _B.TOKENS}
 _PER_LAYER = frozenset({_B.CACHE_GPU, _B.CACHE_CPU, _B.CACHE_TAIL, _B.CACHE_DISK})
 
 Slot = tuple[Buffer, int, int]
-Ticket = TypeVar("Ticket", bound=Hashable)
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,73 +225,3 @@ def _slot(
     if buffer is Buffer.ROWS:
         return buffer, batch, parity
     return buffer, cell, 0
-
-
-class Dependencies(Generic[Ticket]):
-    """Which earlier ops each op must wait for, beyond its lane's order.
-
-    Ops of one cell (for weights: of one layer) that write a slot with no reader between them fill
-    different parts of it and don't wait for each other. A reader waits for all of them; whoever
-    writes next waits for all of them and all readers.
-    """
-
-    def __init__(self) -> None:
-        self._slots: dict[Slot, _SlotState] = {}
-        self._touched: dict[tuple, tuple[list[_SlotState], list[_SlotState]]] = {}
-
-    def of(self, ticket: Ticket, op: Op) -> set[Ticket]:
-        """Tickets of the ops that this one waits for; call in program order."""
-        key, lane = op.key, LANE[op.kind]
-        touched = self._touched.get(key)
-        if touched is None:
-            touched = self._touched[key] = self._states(op)
-        waits: set[Ticket] = set()
-        for state in touched[0]:
-            if state.writers:
-                waits.update(state.writers.values())  # type: ignore[arg-type]
-            state.readers[lane] = ticket
-        for state in touched[1]:
-            state.admit_writer(ticket, lane, op)
-            if state.released_by:
-                waits.update(state.released_by)
-        waits.discard(ticket)
-        return waits
-
-    def _states(self, op: Op) -> tuple[list[_SlotState], list[_SlotState]]:
-        reads, writes = (
-            [self._slots.setdefault(slot, _SlotState()) for slot in slots]
-            for slots in (op.reads, op.writes)
-        )
-        return reads, writes
-
-
-class _SlotState:
-    """One slot's present content: who writes it, who reads it, who had to let go of the last.
-
-    A lane runs its ops in order, so of each lane only the last one counts.
-    """
-
-    __slots__ = ("content", "readers", "released_by", "writers")
-
-    def __init__(self) -> None:
-        self.content: tuple[int, ...] = ()
-        self.released_by: list = []
-        self.writers: dict[Lane, Hashable] = {}
-        self.readers: dict[Lane, Hashable] = {}
-
-    def admit_writer(self, ticket: Hashable, lane: Lane, op: Op) -> None:
-        content = _content(op)
-        readers = self.readers
-        if content != self.content or any(reader is not ticket for reader in readers.values()):
-            self.released_by = [*readers.values(), *self.writers.values()]
-            self.content, self.writers, self.readers = content, {}, {}
-        self.writers[lane] = ticket
-
-
-def _content(op: Op) -> tuple[int, ...]:
-    """What a slot holds after this op: ops of equal content fill different parts of it."""
-    if op.kind is OpKind.LOAD_WEIGHTS:
-        return op.visit, op.layer
-    if op.kind is OpKind.READ_WEIGHTS:
-        return op.visit, op.layer, op.part
-    return op.visit, op.layer, op.batch

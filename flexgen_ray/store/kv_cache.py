@@ -61,17 +61,18 @@ class KVCache:
     def append_resident(self, op: Op, placed: PlacedRows, work: Work) -> None:
         """New keys and values of the rows that live on the device."""
         home = self._gpu[op.layer, op.batch]
-        self._append(home, [(row, row.slot) for row in placed.resident], (work.k, work.v), 0)
+        new = placed.once("resident", lambda: _NewTokens([(r, r.slot) for r in placed.resident]))
+        self._append(home, new, (work.k, work.v))
 
     def append_streamed(self, op: Op, placed: PlacedRows, work: Work) -> None:
         """New keys and values of the streamed rows, next to what LOAD_CACHE brought."""
-        home = self._streamed[op.cell_slot]
-        rows = [
-            (row, place)
-            for row, place in placed.streamed
-            if row.num_new_tokens == 1 or row.position
-        ]
-        self._append(home, rows, (work.k, work.v), 0)
+        new = placed.once(
+            "streamed",
+            lambda: _NewTokens(
+                [(r, place) for r, place in placed.streamed if r.num_new_tokens == 1 or r.position]
+            ),
+        )
+        self._append(self._streamed[op.cell_slot], new, (work.k, work.v))
 
     def read(self, op: Op, placed: PlacedRows) -> None:
         """READ_CACHE: whole blocks of the rows on disk, into the cell's host slot."""
@@ -106,12 +107,13 @@ class KVCache:
 
     def append(self, op: Op, placed: PlacedRows) -> None:
         """APPEND_CACHE: what STORE_CACHE brought, to its homes in host memory, tails included."""
-        k, v = self._new[op.cell_slot]
+        brought = self._new[op.cell_slot]
         first = placed.first_off_device
-        self._append(self._cpu[op.layer, op.batch], placed.in_memory, (k, v), first)
+        new = placed.once("in memory", lambda: _NewTokens(placed.in_memory, first))
+        self._append(self._cpu[op.layer, op.batch], new, (brought[0], brought[1]))
         for row, index in placed.on_disk:
             tokens = slice(row.offset - first, row.offset - first + row.num_new_tokens)
-            self._append_blocks(op, row, index, self._stacked((k, v), tokens))
+            self._append_blocks(op, row, index, self._stacked((brought[0], brought[1]), tokens))
 
     def vector_places(self, op: Op, run: list[Row]) -> tuple[slice, slice]:
         """Of a run of host-attended rows: places in the host's vectors, and packed tokens."""
@@ -126,22 +128,13 @@ class KVCache:
                 offset = first * self.plan.cache_block_bytes
                 self._region(op, index).write(self._out[op.cell_slot, index, first:last], offset)
 
-    def _append(
-        self, home: Tensor, placed: list[tuple[Row, int]], new: tuple[Tensor, Tensor], first: int
-    ) -> None:
-        """Writes the new tokens of (row, index into home), which start at `first` of the packed
-        ones; decoding rows in one go."""
-        decoding = [(row, index) for row, index in placed if row.num_new_tokens == 1]
-        if decoding:
-            tokens, at, positions = place_indices(
-                [[row.offset - first, index, row.position] for row, index in decoding], home.device
-            )
-            home[:, at, :, positions] = self._stacked(new, tokens).permute(2, 0, 1, 3)
-        for row, index in placed:
-            if row.num_new_tokens > 1:
-                tokens = slice(row.offset - first, row.offset - first + row.num_new_tokens)
-                stacked = self._stacked(new, tokens)
-                home[:, index, :, row.position : row.seq_len].copy_(stacked)
+    def _append(self, home: Tensor, new: _NewTokens, kv: tuple[Tensor, Tensor]) -> None:
+        """Packed keys and values into home, decoding rows in one go."""
+        if new.decoding:
+            tokens, at, positions = new.indices(home.device)
+            home[:, at, :, positions] = self._stacked(kv, tokens).permute(2, 0, 1, 3)
+        for tokens, index, start, stop in new.chunks:
+            home[:, index, :, start:stop].copy_(self._stacked(kv, tokens))
 
     def _stacked(self, new: tuple[Tensor, Tensor], tokens: slice | Tensor) -> Tensor:
         """[2, kv_heads, tokens, head_dim] of packed keys and values."""
@@ -215,6 +208,30 @@ class KVCache:
     def _typed(self, tier, what: str, shape: tuple[int, ...]) -> Tensor:
         nbytes = torch.Size(shape).numel() * self.plan.element_bytes
         return tier.allocate(what, nbytes).view(self._dtype).view(shape)
+
+
+class _NewTokens:
+    """Where the new tokens of (row, index into a home) lie and belong; first: the packed token
+    that the keys and values begin with."""
+
+    def __init__(self, placed: list[tuple[Row, int]], first: int = 0) -> None:
+        self.decoding = [
+            [row.offset - first, index, row.position]
+            for row, index in placed
+            if row.num_new_tokens == 1
+        ]
+        self.chunks = [
+            (slice(row.offset - first, row.tokens.stop - first), index, row.position, row.seq_len)
+            for row, index in placed
+            if row.num_new_tokens > 1
+        ]
+        self._indices: Tensor | None = None
+
+    def indices(self, device: torch.device) -> Tensor:
+        """[3, decoding rows]: packed tokens, indices into the home, positions."""
+        if self._indices is None:
+            self._indices = place_indices(self.decoding, device)
+        return self._indices
 
 
 def _copy_rows(target: Tensor, source: Tensor, past: int) -> None:

@@ -1,0 +1,150 @@
+"""Does a run take no longer than its busiest lane? Emulated hardware, a real schedule and tokens.
+
+A tiny model runs under rates chosen so that one lane, or all, take a given time for each cell. Time
+is emulated: what is measured is the schedule and the executor, not a device.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flexgen_ray.bench.result import JsonOption, finish
+from flexgen_ray.config import Budget, HardwareSpec, ModelConfig, Placement, Policy, Workload
+from flexgen_ray.cost.cost import CostModel, Resource
+from flexgen_ray.cost.placed_rows import Composition
+from flexgen_ray.cost.sizes import StagePlan
+from flexgen_ray.request import Progress, Request, SamplingParams
+from flexgen_ray.rows import Row, Rows
+from flexgen_ray.runtime.stage import StageSpec
+from flexgen_ray.runtime.worker import Worker
+from flexgen_ray.schedule.ops import Op, OpKind
+from flexgen_ray.schedule.zigzag import StageLayers
+
+PROMPT_LEN = 4
+BATCH_SIZE = 4
+FREE = 1e18  # a rate at which nothing takes time
+OTHERS = 0.4  # of the slowest lane's time
+_DEVICE, _HOST, _DISK = Placement(1, 0, 0), Placement(0, 1, 0), Placement(0, 0, 1)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A placement that uses the lanes in question, and which of them is slowest (all if none)."""
+
+    weights: Placement
+    cache: Placement
+    cpu_attention: float
+    slowest: Resource | None
+
+
+CASES = {
+    "weights link": Case(_HOST, _HOST, 1.0, Resource.H2D),
+    "cache link": Case(_DEVICE, _HOST, 0.0, Resource.H2D),
+    "disk": Case(_DISK, _HOST, 1.0, Resource.DISK_READ),
+    "host attention": Case(_HOST, _HOST, 1.0, Resource.HOST_ATTENTION),
+    "compute": Case(_HOST, _HOST, 0.5, Resource.FLOPS),
+    "balanced": Case(Placement(0, 0.5, 0.5), _HOST, 0.5, None),
+}
+_CELL_OPS = (
+    OpKind.READ_WEIGHTS,
+    OpKind.LOAD_WEIGHTS,
+    OpKind.LOAD_CACHE,
+    OpKind.PROJECT,
+    OpKind.ATTEND_DEVICE,
+    OpKind.ATTEND_HOST,
+    OpKind.LOAD_ATTENTION,
+    OpKind.FINISH,
+)
+
+
+def lanes(
+    layers: Annotated[int, typer.Option(help="Decoder layers.")] = 8,
+    batches: Annotated[int, typer.Option(help="Batches a block.")] = 4,
+    passes: Annotated[int, typer.Option(help="Decoding passes.")] = 16,
+    cell_ms: Annotated[float, typer.Option(help="What the slowest lane takes for a cell.")] = 4.0,
+    json_file: JsonOption = None,
+) -> None:
+    """Emulated lanes: the run's time as a multiple of the busiest lane's.
+
+    Example: flexgen-ray bench lanes --cell-ms 4
+    """
+    results = {}
+    for name, case in CASES.items():
+        results[name] = _run(case, _plan(case, layers, batches, passes), cell_ms / 1e3)
+        typer.echo(f"{name:>15}: {results[name]}", err=True)
+    settings = {"layers": layers, "batches": batches, "passes": passes, "cell_ms": cell_ms}
+    finish({"emulated": True, "settings": settings, "cases": results}, "emulated", json_file)
+
+
+def _plan(case: Case, layers: int, batches: int, passes: int) -> StagePlan:
+    config = ModelConfig(
+        family="opt", num_layers=layers, hidden_size=32, num_heads=4, num_kv_heads=4, head_dim=8,
+        intermediate_size=64, vocab_size=96, max_seq_len=2048, embedding_size=32, dtype="float32",
+        tie_word_embeddings=False, activation="relu", norm_eps=1e-5, norm_bias=True,
+        attention_bias=True, mlp_bias=True, position_table=2050,
+    )  # fmt: skip
+    policy = Policy(
+        gpu_batch_size=BATCH_SIZE,
+        num_gpu_batches=batches,
+        weights=case.weights,
+        cache=case.cache,
+        cpu_attention=case.cpu_attention,
+    )
+    workload = Workload(BATCH_SIZE * batches, PROMPT_LEN, PROMPT_LEN + passes + 1)
+    return StagePlan(config, StageLayers.whole(layers), policy, workload, "float32")
+
+
+def _run(case: Case, plan: StagePlan, cell_seconds: float) -> dict:
+    """One emulated run of a block from its prompts to its last tokens."""
+    params = SamplingParams(plan.max_seq_len - PROMPT_LEN, 0.0, ignore_eos=True)
+    prompt = list(range(4, 4 + PROMPT_LEN))
+    worker = Worker()
+    with tempfile.TemporaryDirectory(prefix="flexgen-bench-") as folder:
+        budget = Budget(*[2**30] * 3)
+        spec = StageSpec(None, plan, budget, "cpu", str(Path(folder)))
+        hardware = _hardware(case, plan, cell_seconds)
+        worker.load(replace(spec, hardware=hardware, time_scale=1.0, keeps_spans=True))
+        worker.add([Request(i, prompt, params) for i in range(plan.workload.num_requests)])
+        tokens = sum(it.new_tokens for it in worker.run() if isinstance(it, Progress))
+        measured, ops = worker.measured(), len(worker.spans(0, 10**9))
+        worker.close()
+    busiest = measured.bound_seconds
+    return {
+        "wall_s": round(measured.wall, 4),
+        "busiest_s": round(busiest, 4),
+        "ratio": round(measured.wall / busiest, 4),
+        "busy_s": {lane: round(it, 4) for lane, it in measured.modelled_lanes.items()},
+        "op_ms": round(1e3 * sum(measured.modelled_lanes.values()) / ops, 3),
+        "generated_tokens": tokens,
+    }
+
+
+def _hardware(case: Case, plan: StagePlan, cell_seconds: float) -> HardwareSpec:
+    """Rates at which an average cell takes the slowest resource so long, others OTHERS of it."""
+    amounts = dict.fromkeys(Resource, 0.0)
+    model, pattern = CostModel(plan), _middle_pass(plan)
+    for kind in _CELL_OPS:
+        for resource, amount in model.amounts(Op(kind, 0, 1, 0, 0, 0), pattern).items():
+            amounts[resource] += amount
+    rates = dict.fromkeys(Resource, FREE)
+    timed = (Resource.H2D, Resource.DISK_READ, Resource.HOST_ATTENTION, Resource.FLOPS)
+    for resource in timed:
+        share = 1.0 if case.slowest in (None, resource) else OTHERS
+        needed = amounts[resource]
+        if resource is Resource.FLOPS:
+            needed += amounts[Resource.DECODE_FLOPS]
+        if needed:
+            rates[resource] = needed / (share * cell_seconds)
+    rates[Resource.DECODE_FLOPS] = rates[Resource.FLOPS]
+    return HardwareSpec(**{resource.value: rate for resource, rate in rates.items()})
+
+
+def _middle_pass(plan: StagePlan) -> Composition:
+    position = (PROMPT_LEN + plan.max_seq_len) // 2
+    rows = tuple(Row(slot, position, 1, slot, True) for slot in range(BATCH_SIZE))
+    return Composition(Rows(rows, (0,) * BATCH_SIZE), plan.streamed_rows - 1)

@@ -1,0 +1,45 @@
+"""Which thread serves which lanes, and with how many cores. Knows the machine; no ops."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from flexgen_ray.runtime.lanes import Crew
+from flexgen_ray.schedule.ops import Lane
+
+STREAMED = (Lane.DEVICE, Lane.LOAD_WEIGHTS, Lane.LOAD_CACHE, Lane.LOAD_SMALL, Lane.STORE)
+
+
+@dataclass(frozen=True)
+class Cores:
+    """A machine's cores, as they are divided: for the device's maths (if the device is the CPU),
+    and for host attention. Copies and disk requests take one each, and mostly wait."""
+
+    device: int
+    host: int
+
+
+def divide_cores(num_threads: int, on_cuda: bool, attends_on_host: bool) -> Cores:
+    """The same for every executor, for results may depend on it.
+
+    Without host attention the device has all. With CUDA it needs one core to be issued to, and
+    copies another.
+    """
+    if on_cuda:
+        return Cores(1, max(1, num_threads - 2))
+    host = max(1, num_threads // 4) if attends_on_host else 0
+    return Cores(max(1, num_threads - host), max(1, host))
+
+
+def make_crews(device: torch.device, cores: Cores) -> list[Crew]:
+    """A thread a lane; with CUDA one thread for all that is issued to streams."""
+    if device.type != "cuda":
+        threads = {Lane.DEVICE: cores.device}
+        return [Crew((lane,), threads.get(lane, 1)) for lane in Lane]
+    # What was written on another stream, weights above all, must be there.
+    torch.cuda.synchronize(device)
+    streams = {lane: torch.cuda.Stream(device) for lane in STREAMED}
+    blocking = [Crew((lane,)) for lane in Lane if lane not in STREAMED]
+    return [Crew(STREAMED, 1, streams), *blocking]
