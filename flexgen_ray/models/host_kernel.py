@@ -1,0 +1,145 @@
+"""Which kernel attends on the host: the faster on this machine, measured once and kept.
+
+The two round differently, so a machine keeps its answer, and with it its bits, from run to run.
+Knows how to time a kernel; not how one works.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from flexgen_ray.models import attention
+
+Kernel = Callable[[Tensor, Tensor, Tensor, list[int], Tensor], None]
+
+KERNELS = ("sdpa", "numba")
+_FILE = "host-attention.json"
+_CONTEXT = 544
+_MEASURED_BYTES = 128 << 20
+_SECONDS_EACH = 0.1
+_LEAST_HEAD_DIM = 16
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a kernel's speed depends on, beside the machine; dtype by its torch name"""
+
+    dtype: str
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+
+def load(name: str, threads: int) -> Kernel:
+    """kernel(q, k, v, lens, out): HostAttention's arguments; one of KERNELS by its name.
+
+    sdpa takes as many threads as torch is set to. Raises ValueError for another name.
+    """
+    if name == "sdpa":
+        return _sdpa
+    if name == "numba":
+        from flexgen_ray.models.host_attention import HostAttention
+
+        return HostAttention(threads)
+    raise ValueError(f"there is no host attention kernel {name!r}; there are {KERNELS}")
+
+
+def choose(shape: Shape, threads: int, folder: Path) -> str:
+    """The faster of KERNELS; measured (about half a second) unless the folder has the answer.
+
+    The folder is made if need be. What can't be read there is measured anew, what can't be
+    written is not kept; neither is an error.
+    """
+    if shape.head_dim < _LEAST_HEAD_DIM:
+        return "sdpa"
+    path, key = folder / _FILE, _key(shape, threads)
+    kept = _read(path)
+    if kept.get(key) in KERNELS:
+        return kept[key]
+    seconds = measure(shape, threads)
+    chosen = min(seconds, key=seconds.__getitem__)
+    with suppress(OSError):
+        _write(path, _read(path) | {key: chosen})
+    return chosen
+
+
+def measure(shape: Shape, threads: int) -> dict[str, float]:
+    """Seconds each kernel takes for one pass over a cache far larger than a CPU's caches."""
+    dtype = getattr(torch, shape.dtype)
+    row_bytes = 2 * shape.num_kv_heads * _CONTEXT * shape.head_dim * dtype.itemsize
+    rows = max(1, _MEASURED_BYTES // row_bytes)
+    cache = torch.empty((2, rows, shape.num_kv_heads, _CONTEXT, shape.head_dim), dtype=dtype)
+    cache.fill_(0.5)
+    q = torch.ones((rows, shape.num_heads, shape.head_dim), dtype=dtype)
+    out = torch.empty_like(q)
+    seconds = {}
+    for name in KERNELS:
+        kernel = load(name, threads)
+        kernel(q[:1], cache[0, :1], cache[1, :1], [_CONTEXT], out[:1])
+        run = partial(kernel, q, cache[0], cache[1], [_CONTEXT] * rows, out)
+        seconds[name] = best_seconds(run, _SECONDS_EACH)
+    return seconds
+
+
+def best_seconds(run: Callable[[], object], budget: float) -> float:
+    """The shortest of at least two runs, repeated until the budget's seconds are spent."""
+    best, begin, runs = float("inf"), time.perf_counter(), 0
+    while runs < 2 or time.perf_counter() - begin < budget:
+        start = time.perf_counter()
+        run()
+        best, runs = min(best, time.perf_counter() - start), runs + 1
+    return best
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, lens: list[int], out: Tensor) -> None:
+    out.copy_(attention.decode(q, k, v, lens))
+
+
+def _key(shape: Shape, threads: int) -> str:
+    heads = f"{shape.num_heads}/{shape.num_kv_heads}x{shape.head_dim}"
+    versions = " ".join(f"{name} {version(name)}" for name in ("torch", "numba", "flexgen-ray"))
+    return f"{cpu_name()}, {shape.dtype}, {heads}, {threads} threads, {versions}"
+
+
+def cpu_name() -> str:
+    """The model and, in brackets, the kind that code is compiled for."""
+    from llvmlite import binding
+
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return f"{line.partition(':')[2].strip()} ({binding.get_host_cpu_name()})"
+    return f"{platform.machine()} ({binding.get_host_cpu_name()})"
+
+
+def _read(path: Path) -> dict[str, str]:
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return kept if isinstance(kept, dict) else {}
+
+
+def _write(path: Path, kept: dict[str, str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, written = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(json.dumps(kept, indent=2, sort_keys=True) + "\n")
+        os.replace(written, path)
+    except BaseException:
+        Path(written).unlink(missing_ok=True)
+        raise

@@ -1,0 +1,151 @@
+"""Host attention (models/host_attention.py): right for every layout, whatever lies beside."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from flexgen_ray.models import host_kernel
+from flexgen_ray.models.host_attention import HostAttention
+from flexgen_ray.models.host_vectors import LANES
+
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+ATTEND = HostAttention(threads=1)
+
+
+@dataclass(frozen=True)
+class Case:
+    """Views into a larger cache that holds NaN wherever it is not valid."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    lens: list[int]
+
+    def run(self, attend=ATTEND) -> Tensor:
+        out = torch.empty_like(self.q)
+        attend(self.q, self.k, self.v, self.lens, out)
+        return out
+
+
+def make_case(dtype, kv_heads, group, head_dim, lens, spread=1.0, seed=0) -> Case:
+    random = torch.Generator().manual_seed(seed)
+    rows, seq, spare = len(lens), max(lens), 3
+    shape = (2, rows + spare, kv_heads, seq + spare, head_dim + spare)
+    cache = torch.full(shape, float("nan"), dtype=dtype)
+    for row, end in enumerate(lens):
+        values = torch.randn(2, kv_heads, end, head_dim, generator=random) * spread
+        cache[:, row + 1, :, :end, :head_dim] = values.to(dtype)
+    k, v = cache[:, 1 : rows + 1, :, :seq, :head_dim]
+    q = torch.randn(rows, kv_heads * group, head_dim, generator=random) * spread
+    return Case(q.to(dtype), k, v, list(lens))
+
+
+def reference(case: Case) -> Tensor:
+    rows = []
+    for q, k, v, end in zip(case.q, case.k, case.v, case.lens, strict=True):
+        group = q.shape[0] // k.shape[0]
+        k, v = (x[:, :end].double().repeat_interleave(group, dim=0) for x in (k, v))
+        scores = torch.einsum("hd,hsd->hs", q.double(), k) / q.shape[1] ** 0.5
+        rows.append(torch.einsum("hs,hsd->hd", scores.softmax(-1), v))
+    return torch.stack(rows)
+
+
+cases = st.builds(
+    make_case,
+    dtype=st.sampled_from(list(TOLERANCE)),
+    kv_heads=st.integers(1, 3),
+    group=st.integers(1, 9),
+    head_dim=st.integers(LANES, 144),
+    lens=st.lists(st.integers(1, 150), min_size=1, max_size=4),
+    spread=st.sampled_from([1.0, 3.0]),
+    seed=st.integers(0, 2**20),
+)
+
+
+@given(case=cases)
+@settings(max_examples=60, deadline=None)
+def test_equals_a_float64_reference_and_reads_only_what_is_valid(case):
+    expected = reference(case)
+    error = (case.run().double() - expected).abs().max()
+    assert error <= TOLERANCE[case.q.dtype] * max(1.0, expected.abs().max())
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_the_number_of_threads_and_the_company_of_a_row_change_no_bit(dtype):
+    case = make_case(dtype, kv_heads=3, group=5, head_dim=80, lens=[700, 1, 63, 64, 65, 1024])
+    alone = case.run()
+    for threads in (2, 3):
+        assert torch.equal(case.run(HostAttention(threads)), alone)
+    for row, end in enumerate(case.lens):
+        part = slice(row, row + 1)
+        single = Case(case.q[part], case.k[part], case.v[part], [end])
+        assert torch.equal(single.run(), alone[part])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_large_scores_do_not_overflow(dtype):
+    case = make_case(dtype, kv_heads=2, group=4, head_dim=64, lens=[300, 7], spread=200.0)
+    expected = reference(case)
+    assert torch.allclose(case.run().double(), expected, rtol=1e-2, atol=1e-2 * 200)
+    case.k.mul_(0).sub_(100)
+    assert torch.isfinite(case.run()).all()
+
+
+def test_a_sum_over_a_hundred_thousand_tokens_stays_exact():
+    case = make_case(torch.float16, kv_heads=1, group=1, head_dim=LANES, lens=[100_000])
+    assert (case.run().double() - reference(case)).abs().max() < 1e-4
+
+
+def test_tensors_that_do_not_fit_together_are_refused():
+    good = make_case(torch.float32, kv_heads=2, group=2, head_dim=32, lens=[5, 3])
+    out = torch.empty_like(good.q)
+    with pytest.raises(ValueError, match="lens"):
+        ATTEND(good.q, good.k, good.v, [6, 3], out)
+    with pytest.raises(ValueError, match="multiple"):
+        ATTEND(good.q[:, :3], good.k, good.v, good.lens, out[:, :3])
+    with pytest.raises(ValueError, match="dtype"):
+        ATTEND(good.q.half(), good.k, good.v, good.lens, out)
+    with pytest.raises(ValueError, match="fit together"):
+        ATTEND(good.q, good.k[:1], good.v, good.lens, out)
+
+
+@pytest.mark.parametrize("name", ["sdpa", "numba"])
+def test_both_kernels_share_a_signature(name):
+    case = make_case(torch.float32, kv_heads=2, group=3, head_dim=64, lens=[9, 33])
+    for cached in (case.k, case.v):
+        cached.nan_to_num_()
+    result = case.run(host_kernel.load(name, threads=2))
+    assert (result.double() - reference(case)).abs().max() < 1e-5
+
+
+def test_a_choice_is_measured_once_and_kept(tmp_path, monkeypatch):
+    shape = host_kernel.Shape("float32", num_heads=4, num_kv_heads=2, head_dim=64)
+    times = {"sdpa": 1.0, "numba": 2.0}
+    monkeypatch.setattr(host_kernel, "measure", lambda shape, threads: times)
+    assert host_kernel.choose(shape, 2, tmp_path) == "sdpa"
+    times["sdpa"] = 3.0
+    assert host_kernel.choose(shape, 2, tmp_path) == "sdpa"
+    assert host_kernel.choose(shape, 3, tmp_path) == "numba"
+    (kept,) = tmp_path.iterdir()
+    for text in ("{", "[]", '{"a": 1}', "\0"):
+        kept.write_text(text)
+        assert host_kernel.choose(shape, 2, tmp_path) == "numba"
+    kept.unlink()
+    tmp_path.joinpath("taken").write_text("")
+    assert host_kernel.choose(shape, 2, tmp_path / "taken" / "below") == "numba"
+
+
+def test_measuring_takes_both_kernels_and_little_time():
+    times = host_kernel.measure(host_kernel.Shape("float32", 4, 2, 64), threads=2)
+    assert set(times) == {"sdpa", "numba"} and all(seconds > 0 for seconds in times.values())
+
+
+def test_heads_smaller_than_a_vector_are_left_to_torch(tmp_path):
+    shape = host_kernel.Shape("float32", num_heads=2, num_kv_heads=2, head_dim=4)
+    assert host_kernel.choose(shape, 2, tmp_path) == "sdpa"
