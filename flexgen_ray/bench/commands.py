@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import typer
 
+from flexgen_ray.bench.attention import attention
 from flexgen_ray.bench.lanes import lanes
+from flexgen_ray.bench.throughput import throughput
 
 app = typer.Typer(name="bench", help="Measure, and end in one JSON line.", no_args_is_help=True)
+app.command()(throughput)
 app.command()(lanes)
+app.command()(attention)

@@ -4,15 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
 
 import typer
 
 from flexgen_ray.report import environment
-
-JsonOption = Annotated[
-    Path | None, typer.Option("--json", help="Also write the result to this file.")
-]
 
 
 def finish(result: dict, device: str, path: Path | None) -> None:

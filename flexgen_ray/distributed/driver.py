@@ -17,6 +17,7 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
+from flexgen_ray.config import HardwareSpec
 from flexgen_ray.distributed.actor import StageActor
 from flexgen_ray.request import Finished, Progress, Request
 from flexgen_ray.runtime.meter import Measured, Span
@@ -49,6 +50,9 @@ class Driver:
 
     def probe(self, device: str, offload_dir: str) -> Machine:
         return self._call("probe", device, offload_dir)
+
+    def rates(self, spec: StageSpec) -> HardwareSpec:
+        return self._call("rates", spec)
 
     def load(self, spec: StageSpec) -> None:
         self._call("load", spec)

@@ -28,7 +28,7 @@ Kernel = Callable[[Tensor, Tensor, Tensor, list[int], Tensor], None]
 KERNELS = ("sdpa", "numba")
 _FILE = "host-attention.json"
 _CONTEXT = 544
-_MEASURED_BYTES = 128 << 20
+MEASURED_BYTES = 128 << 20
 _SECONDS_EACH = 0.1
 _LEAST_HEAD_DIM = 16
 
@@ -57,7 +57,7 @@ def load(name: str, threads: int) -> Kernel:
     raise ValueError(f"there is no host attention kernel {name!r}; there are {KERNELS}")
 
 
-def choose(shape: Shape, threads: int, folder: Path) -> str:
+def choose(shape: Shape, threads: int, folder: Path, nbytes: int = MEASURED_BYTES) -> str:
     """The faster of KERNELS; measured (about half a second) unless the folder has the answer.
 
     The folder is made if need be. What can't be read there is measured anew, what can't be
@@ -69,18 +69,19 @@ def choose(shape: Shape, threads: int, folder: Path) -> str:
     kept = _read(path)
     if kept.get(key) in KERNELS:
         return kept[key]
-    seconds = measure(shape, threads)
+    seconds = measure(shape, threads, min(nbytes, MEASURED_BYTES))
     chosen = min(seconds, key=seconds.__getitem__)
     with suppress(OSError):
         _write(path, _read(path) | {key: chosen})
     return chosen
 
 
-def measure(shape: Shape, threads: int) -> dict[str, float]:
-    """Seconds each kernel takes for one pass over a cache far larger than a CPU's caches."""
+def measure(shape: Shape, threads: int, nbytes: int = MEASURED_BYTES) -> dict[str, float]:
+    """Seconds each kernel takes for one pass over a cache of so many bytes, by default far more
+    than a CPU's caches hold."""
     dtype = getattr(torch, shape.dtype)
     row_bytes = 2 * shape.num_kv_heads * _CONTEXT * shape.head_dim * dtype.itemsize
-    rows = max(1, _MEASURED_BYTES // row_bytes)
+    rows = max(1, nbytes // row_bytes)
     cache = torch.empty((2, rows, shape.num_kv_heads, _CONTEXT, shape.head_dim), dtype=dtype)
     cache.fill_(0.5)
     q = torch.ones((rows, shape.num_heads, shape.head_dim), dtype=dtype)

@@ -14,6 +14,7 @@ from torch import Tensor
 from flexgen_ray.cost.placed_rows import Composition, PlacedRows
 from flexgen_ray.cost.sizes import QUERY_TILE, StagePlan
 from flexgen_ray.models import attention
+from flexgen_ray.models.host_kernel import Kernel
 from flexgen_ray.models.registry import FAMILIES
 from flexgen_ray.rows import Row, Rows
 from flexgen_ray.runtime.batcher import Batcher
@@ -32,7 +33,12 @@ class Cells:
     """Runs ops on a stage's stores."""
 
     def __init__(
-        self, plan: StagePlan, weights: WeightStore, batcher: Batcher, tiers: Tiers
+        self,
+        plan: StagePlan,
+        weights: WeightStore,
+        batcher: Batcher,
+        tiers: Tiers,
+        attend_on_host: Kernel,
     ) -> None:
         self.plan = plan
         self.config = plan.config
@@ -40,6 +46,7 @@ class Cells:
         self.device = tiers.device
         self.weights = weights
         self.batcher = batcher
+        self._attend_on_host = attend_on_host
         self.cache = KVCache(plan, tiers)
         self.hidden = HiddenStore(plan, tiers)
         self.on_logits: LogitsHook | None = None
@@ -197,8 +204,9 @@ class Cells:
             places, _ = self.cache.vector_places(op, run)
             cached = self.cache.host_view(op, run[0].slot, run[-1].slot + 1)
             query = self.cache.host_query[op.cell_slot, places]
-            out = attention.decode(query, cached[0], cached[1], [row.seq_len for row in run])
-            self.cache.host_attention[op.cell_slot, places].copy_(out)
+            out = self.cache.host_attention[op.cell_slot, places]
+            lens = [row.seq_len for row in run]
+            self._attend_on_host(query, cached[0], cached[1], lens, out)
 
     def _load_attention(self, op: Op) -> None:
         work = self._work(op)

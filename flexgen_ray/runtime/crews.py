@@ -17,8 +17,16 @@ class Cores:
     """A machine's cores, as they are divided: for the device's maths (if the device is the CPU),
     and for host attention. Copies and disk requests take one each, and mostly wait."""
 
+    total: int
     device: int
     host: int
+
+    def seconds(self, lanes: dict[str, float]) -> float:
+        """Of all cores, for so many seconds of each lane; the disk's requests take none."""
+        taken = {Lane.DEVICE: self.device, Lane.HOST: self.host}
+        idle = (Lane.DISK_READ, Lane.DISK_WRITE)
+        work = sum(taken.get(Lane(lane), 1) * it for lane, it in lanes.items() if lane not in idle)
+        return work / self.total
 
 
 def divide_cores(num_threads: int, on_cuda: bool, attends_on_host: bool) -> Cores:
@@ -28,9 +36,9 @@ def divide_cores(num_threads: int, on_cuda: bool, attends_on_host: bool) -> Core
     copies another.
     """
     if on_cuda:
-        return Cores(1, max(1, num_threads - 2))
+        return Cores(num_threads, 1, max(1, num_threads - 2))
     host = max(1, num_threads // 4) if attends_on_host else 0
-    return Cores(max(1, num_threads - host), max(1, host))
+    return Cores(num_threads, max(1, num_threads - host), max(1, host))
 
 
 def make_crews(device: torch.device, cores: Cores) -> list[Crew]:

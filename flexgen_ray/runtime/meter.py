@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from flexgen_ray.config import HardwareSpec
 from flexgen_ray.schedule.ops import LANE, Lane, Op
 
 MAX_SPANS = 1_000_000  # of a trace; about 150 MB as JSON
@@ -27,13 +28,19 @@ class Span:
 
 @dataclass(frozen=True)
 class Measured:
-    """Seconds of a run, {lane: seconds}. modelled_*: by a cost model, if the run had one."""
+    """Seconds of a run, {lane: seconds}. modelled_*: by a cost model at the rates of `hardware`, if
+    the run had one; cores: all lanes' core seconds over the cores, where the device is a CPU.
+    time_scale: of an emulated run. peak_gpu_bytes: what torch took of a GPU.
+    """
 
     wall: float = 0.0
     busy: dict[str, float] = field(default_factory=dict)
     modelled_lanes: dict[str, float] = field(default_factory=dict)
     modelled_resources: dict[str, float] = field(default_factory=dict)
+    cores: float = 0.0
+    hardware: HardwareSpec | None = None
     time_scale: float | None = None
+    peak_gpu_bytes: int = 0
 
     @property
     def is_emulated(self) -> bool:
@@ -41,12 +48,14 @@ class Measured:
 
     @property
     def binding_lane(self) -> str:
+        """The busiest."""
         return max(self.busy, key=lambda lane: self.busy[lane], default="none")
 
     @property
-    def bound_seconds(self) -> float:
-        """The busiest lane or resource, by the cost model."""
-        return max([*self.modelled_lanes.values(), *self.modelled_resources.values()], default=0.0)
+    def bound(self) -> dict[str, float]:
+        """What no run can be shorter than: the modelled seconds of each lane and resource."""
+        bound = self.modelled_lanes | self.modelled_resources
+        return bound | {"cores": self.cores} if self.cores else bound
 
 
 @dataclass

@@ -15,10 +15,13 @@ from flexgen_ray.config import Budget, HardwareSpec
 from flexgen_ray.cost.sizes import StagePlan, check_budget, host_workspace_bytes, workspace_bytes
 from flexgen_ray.models.checkpoint import Checkpoint
 from flexgen_ray.models.dummy import DummyWeights
+from flexgen_ray.models.host_kernel import Kernel, Shape, choose
+from flexgen_ray.models.host_kernel import load as load_kernel
+from flexgen_ray.paths import calibration_dir
 from flexgen_ray.request import Finished, Progress, Request
 from flexgen_ray.runtime.batcher import Batcher, Decode
 from flexgen_ray.runtime.cells import Cells, LogitsHook
-from flexgen_ray.runtime.crews import divide_cores, make_crews
+from flexgen_ray.runtime.crews import Cores, divide_cores, make_crews
 from flexgen_ray.runtime.executor import AsyncExecutor, SerialExecutor
 from flexgen_ray.runtime.lanes import Run
 from flexgen_ray.runtime.meter import Measured, Meter, Span
@@ -58,10 +61,12 @@ class Stage:
         check_budget(spec.plan, spec.budget)
         plan, device = spec.plan, torch.device(spec.device)
         self.spec = spec
-        on_cuda = device.type == "cuda"
+        self._cores = cores_for(plan, device)
+        # Measured, if it has to be, before the budget's memory is taken.
+        attend = host_kernel(plan, self._cores.host, spec.budget.cpu // 2)
         self.tiers = Tiers(
             MemoryTier("gpu", spec.budget.gpu, device),
-            MemoryTier("cpu", spec.budget.cpu, torch.device("cpu"), pinned=on_cuda),
+            MemoryTier("cpu", spec.budget.cpu, torch.device("cpu"), pinned=device.type == "cuda"),
             DiskTier(spec.budget.disk, Path(spec.offload_dir)),
         )
         try:
@@ -76,9 +81,7 @@ class Stage:
                 decode,
                 spec.seed,
             )
-            self._cells = Cells(plan, weights, self.batcher, self.tiers)
-            threads = torch.get_num_threads()
-            self._cores = divide_cores(threads, on_cuda, plan.attended_rows > 0)
+            self._cells = Cells(plan, weights, self.batcher, self.tiers, attend)
             self._modelled: Modelled | None = None
             self._meter = Meter()
             self._wall = 0.0
@@ -116,10 +119,21 @@ class Stage:
     def measured(self) -> Measured:
         """How busy each lane was in the last run."""
         busy = {lane.value: seconds for lane, seconds in self._meter.busy.items() if seconds}
+        on_cuda = self.tiers.device.type == "cuda"
+        peak = torch.cuda.max_memory_reserved(self.tiers.device) if on_cuda else 0
         if self._modelled is None:
-            return Measured(self._wall, busy)
-        lanes, resources = self._modelled.lanes(), self._modelled.resources()
-        return Measured(self._wall, busy, lanes, resources, self.spec.time_scale)
+            return Measured(self._wall, busy, peak_gpu_bytes=peak)
+        lanes = self._modelled.lanes()
+        return Measured(
+            wall=self._wall,
+            busy=busy,
+            modelled_lanes=lanes,
+            modelled_resources=self._modelled.resources(),
+            cores=0.0 if on_cuda or self.spec.time_scale else self._cores.seconds(lanes),
+            hardware=self.spec.hardware,
+            time_scale=self.spec.time_scale,
+            peak_gpu_bytes=peak,
+        )
 
     @property
     def spans(self) -> list[Span]:
@@ -154,6 +168,21 @@ class Stage:
         """Gives the offload files back."""
         self.tiers.disk.close()
         self.tiers.cpu.close()
+
+
+def cores_for(plan: StagePlan, device: torch.device) -> Cores:
+    """This process's cores, as a stage of this plan divides them."""
+    on_cuda = device.type == "cuda"
+    return divide_cores(torch.get_num_threads(), on_cuda, plan.attended_rows > 0)
+
+
+def host_kernel(plan: StagePlan, threads: int, nbytes: int) -> Kernel:
+    """The faster host attention for a plan's shapes; measuring it may take nbytes of memory."""
+    if not plan.attended_rows:
+        return load_kernel("sdpa", threads)
+    config = plan.config
+    shape = Shape(plan.dtype, config.num_heads, config.num_kv_heads, config.head_dim)
+    return load_kernel(choose(shape, threads, calibration_dir(), nbytes), threads)
 
 
 def _weight_source(spec: StageSpec) -> WeightSource:

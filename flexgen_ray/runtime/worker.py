@@ -16,10 +16,12 @@ from pathlib import Path
 import psutil
 import torch
 
+from flexgen_ray.config import HardwareSpec
 from flexgen_ray.request import Finished, Progress, Request
 from flexgen_ray.runtime.cells import LogitsHook
 from flexgen_ray.runtime.meter import Measured, Span
-from flexgen_ray.runtime.stage import Stage, StageSpec
+from flexgen_ray.runtime.rates import measure_rates
+from flexgen_ray.runtime.stage import Stage, StageSpec, cores_for, host_kernel
 from flexgen_ray.tokenizer import Tokenizer
 
 _M_MMAP_THRESHOLD = -3
@@ -70,6 +72,13 @@ class Worker:
             num_threads=self._num_threads,
             is_fast_in_bfloat16=_gpu_has_bfloat16() if uses_cuda else _cpu_has_bfloat16(),
         )
+
+    def rates(self, spec: StageSpec) -> HardwareSpec:
+        """What this machine gives for the stage's shapes, measured now; takes a few seconds."""
+        self.close()
+        plan, device = spec.plan, torch.device(spec.device)
+        attend = host_kernel(plan, cores_for(plan, device).host, spec.budget.cpu // 2)
+        return measure_rates(plan, spec.budget, device, Path(spec.offload_dir), attend)
 
     def load(self, spec: StageSpec) -> None:
         """Takes the memory, reads the weights; replaces the stage of an earlier load."""

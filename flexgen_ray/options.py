@@ -1,0 +1,61 @@
+"""The options that several commands share, with their help."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+class Dtype(StrEnum):
+    auto = "auto"
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
+
+class Device(StrEnum):
+    auto = "auto"
+    cuda = "cuda"
+    cpu = "cpu"
+
+
+ModelOption = Annotated[Path, typer.Option(help="Hugging Face model folder (safetensors).")]
+DtypeOption = Annotated[
+    Dtype,
+    typer.Option(
+        help="auto: the checkpoint's on a GPU; on a CPU float32, or bfloat16 if both have it."
+    ),
+]
+DeviceOption = Annotated[Device, typer.Option(help="auto: a CUDA GPU if there is one.")]
+PolicyOption = Annotated[
+    Path | None, typer.Option(help="YAML policy; without one the tiers are filled, fastest first.")
+]
+GpuOption = Annotated[
+    str | None, typer.Option(help="GPU memory to use, such as 16GiB; what is free.")
+]
+CpuOption = Annotated[
+    str | None, typer.Option(help="Host memory to use, such as 64GiB; what is free.")
+]
+DiskOption = Annotated[
+    str | None, typer.Option(help="Disk space to use, such as 200GiB; what is free.")
+]
+OffloadOption = Annotated[
+    Path | None, typer.Option(help="Folder for offloaded data; the user's cache if not given.")
+]
+ReportOption = Annotated[
+    Path | None, typer.Option(help="Also write the final report to this JSON file.")
+]
+TraceOption = Annotated[
+    Path | None,
+    typer.Option(help="Write when every op ran, one row a lane, for ui.perfetto.dev."),
+]
+NoRayOption = Annotated[bool, typer.Option("--no-ray", help="Run in this process, without Ray.")]
+AddressOption = Annotated[
+    str | None, typer.Option(help="Ray cluster; RAY_ADDRESS, or one of its own, if not given.")
+]
+JsonOption = Annotated[
+    Path | None, typer.Option("--json", help="Also write the result to this file.")
+]
