@@ -78,12 +78,7 @@ class Report:
 
     def as_dict(self) -> dict:
         """The same for programs, with the hardware, versions, command and date that made it."""
-        return {
-            "date": time.strftime("%Y-%m-%d"),
-            "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-            "hardware": {"device": self.device, "cpu": _cpu_name(), "cores": os.cpu_count()},
-            "versions": {"python": platform.python_version()}
-            | {name: version(name) for name in ("flexgen-ray", "torch", "ray", "transformers")},
+        return environment(self.device) | {
             "requests": self.num_requests,
             "prompt_tokens": self.prompt_tokens,
             "generated_tokens": self.new_tokens,
@@ -106,6 +101,17 @@ class Report:
         detail = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items() if size)
         total, budget = format_bytes(sum(used.values())), format_bytes(getattr(self.budget, tier))
         return f"{tier:>4}: {total} of {budget}" + (f" ({detail})" if detail else "")
+
+
+def environment(device: str) -> dict:
+    """What made a figure: date, command, hardware, versions. device: as text, for the hardware."""
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "hardware": {"device": device, "cpu": _cpu_name(), "cores": os.cpu_count()},
+        "versions": {"python": platform.python_version()}
+        | {name: version(name) for name in ("flexgen-ray", "torch", "ray", "transformers")},
+    }
 
 
 def _cpu_name() -> str:
