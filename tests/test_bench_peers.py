@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ import typer
 from typer.testing import CliRunner
 
 from flexgen_ray.bench import contest, page_cache
+from flexgen_ray.bench.cgroup import MemoryCgroup
 from flexgen_ray.bench.peers import peers
 from flexgen_ray.bench.shapes import SHAPES, make_checkpoint
 from flexgen_ray.bench.standings import standings
@@ -133,6 +136,20 @@ def test_nameless_open_files_belong_to_their_folder(tmp_path):
         found = page_cache.files_in(str(tmp_path))
         assert sorted(path.stat().st_size for path in found) == [1, 10]
         page_cache.drop(found)
+
+
+def test_a_memory_limit_holds_its_command_alone_and_leaves_nothing():
+    command = [sys.executable, "-c", "len(bytearray(200 * 2**20))"]
+    try:
+        with MemoryCgroup(100 * 2**20) as cgroup:
+            killed = subprocess.run(cgroup.wrap(command), timeout=60, check=False)
+            assert killed.returncode == -9
+            assert cgroup.killed_for_memory()
+            assert (cgroup.peak_bytes() or 0) <= 100 * 2**20
+    except OSError as error:
+        assert "leave --memory-limit out" in str(error)
+        pytest.skip(str(error))
+    assert not cgroup.folder.exists()
 
 
 def test_a_made_checkpoint_is_a_model_folder(tmp_path, monkeypatch):

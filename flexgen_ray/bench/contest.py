@@ -91,34 +91,39 @@ def _run_apart(work: Work, peer: str, batch_size: int | None, timeout: float) ->
     ):
         scratch = Path(folder, "offload")
         scratch.mkdir()
-        task = {"work": asdict(replace(work, scratch=str(scratch))), "peer": peer}
         source, target, log = (Path(folder, name) for name in ("work.json", "run.json", "log"))
-        source.write_text(json.dumps(task | {"batch_size": batch_size}), encoding="utf-8")
+        mine = asdict(replace(work, scratch=str(scratch)))
+        task = {"peer": peer, "batch_size": batch_size, "work": mine}
+        source.write_text(json.dumps(task), encoding="utf-8")
         command = [sys.executable, "-m", "flexgen_ray.bench.peer_runs", str(source), str(target)]
-        if cgroup is not None:
-            command = cgroup.wrap(command)
-        with log.open("wb") as output:
-            try:
-                status = subprocess.run(
-                    command,
-                    env=_environment(work.threads),
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=output,
-                    timeout=timeout,
-                ).returncode
-            except subprocess.TimeoutExpired:
-                return Run(peer, batch_size, error=f"stopped after {timeout:g} s")
-        peak = None if cgroup is None else cgroup.peak_bytes()
+        error = _launch(command, cgroup, log, work.threads, timeout)
         if target.is_file():
             run = Run(**json.loads(target.read_text(encoding="utf-8")))
-            return replace(run, peak_cgroup_bytes=peak)
-        if cgroup is not None and cgroup.killed_for_memory():
-            reason = f"out of memory: killed in its {cgroup.describe()}"
         else:
-            said = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-            reason = f"exit status {status}: {said[-1] if said else 'it said nothing'}"
-        return Run(peer, batch_size, peak_cgroup_bytes=peak, error=reason)
+            run = Run(peer, batch_size, error=error)
+        return run if cgroup is None else replace(run, peak_cgroup_bytes=cgroup.peak_bytes())
+
+
+def _launch(
+    command: list[str], cgroup: MemoryCgroup | None, log: Path, threads: int, timeout: float
+) -> str:
+    """Runs the command to its end; returns how it ended, in words."""
+    with log.open("wb") as output:
+        try:
+            status = subprocess.run(
+                command if cgroup is None else cgroup.wrap(command),
+                env=_environment(threads),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                timeout=timeout,
+            ).returncode
+        except subprocess.TimeoutExpired:
+            return f"stopped after {timeout:g} s; raise --timeout"
+    if cgroup is not None and cgroup.killed_for_memory():
+        return f"out of memory: killed in its {cgroup.describe()}"
+    said = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    return f"exit status {status}: {said[-1] if said else 'it said nothing'}"
 
 
 def _environment(threads: int) -> dict[str, str]:
