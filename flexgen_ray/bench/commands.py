@@ -6,9 +6,11 @@ import typer
 
 from flexgen_ray.bench.attention import attention
 from flexgen_ray.bench.lanes import lanes
+from flexgen_ray.bench.peers import peers
 from flexgen_ray.bench.throughput import throughput
 
 app = typer.Typer(name="bench", help="Measure, and end in one JSON line.", no_args_is_help=True)
 app.command()(throughput)
+app.command()(peers)
 app.command()(lanes)
 app.command()(attention)

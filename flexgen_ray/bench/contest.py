@@ -1,0 +1,133 @@
+"""Runs the contestants one after the other, each run in a fresh process, and takes turns.
+
+Knows processes, memory cgroups and what can go wrong with either; not how the work is done.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+
+from flexgen_ray.bench.cgroup import MemoryCgroup
+from flexgen_ray.bench.work import OURS, Run, Work
+
+# Every contestant, and the packages it needs that this project doesn't.
+PACKAGES: dict[str, tuple[str, ...]] = {
+    "transformers": (),
+    "accelerate-cpu": ("accelerate",),
+    "accelerate-disk": ("accelerate",),
+    "deepspeed-cpu": ("deepspeed", "accelerate"),
+    "deepspeed-nvme": ("deepspeed", "accelerate"),
+    OURS: (),
+}
+
+
+@dataclass(frozen=True)
+class Rules:
+    """batch_sizes: of the peers, each tried in each round. timeout: seconds of one run.
+
+    Raises ValueError for an unknown contestant.
+    """
+
+    peers: list[str]
+    batch_sizes: list[int]
+    rounds: int
+    timeout: float
+
+    def __post_init__(self) -> None:
+        unknown = [peer for peer in self.peers if peer not in PACKAGES]
+        if unknown:
+            raise ValueError(f"peer {unknown[0]!r} is unknown; there are {', '.join(PACKAGES)}")
+        if self.rounds < 1:
+            raise ValueError(f"repeats is {self.rounds}; it must be 1 or more")
+
+
+def compete(work: Work, rules: Rules, on_run: Callable[[Run], None]) -> list[Run]:
+    """All runs, in the order in which they took place: A B A B, since machines drift.
+
+    A contestant that fails is not asked again. Raises OSError if a memory limit can't be had.
+    """
+    sizes = dict.fromkeys(min(size, len(work.prompts)) for size in rules.batch_sizes)
+    missing = {peer: _not_installed(peer) for peer in rules.peers}
+    entries: list[tuple[str, int | None]] = []
+    for peer in rules.peers:
+        entries += [(peer, size) for size in ([None] if peer == OURS or missing[peer] else sizes)]
+    runs: list[Run] = []
+
+    for _ in range(rules.rounds):
+        for peer, size in list(entries):
+            reason = missing[peer]
+            run = (
+                Run(peer, None, error=reason)
+                if reason
+                else _run_apart(work, peer, size, rules.timeout)
+            )
+            runs.append(run)
+            on_run(run)
+            if run.error:
+                entries.remove((peer, size))
+    return runs
+
+
+def _not_installed(peer: str) -> str | None:
+    missing = [package for package in PACKAGES[peer] if find_spec(package) is None]
+    return f"not installed: pip install {' '.join(missing)}" if missing else None
+
+
+def _run_apart(work: Work, peer: str, batch_size: int | None, timeout: float) -> Run:
+    """A run in a process of its own, with an offload folder of its own; both end with it."""
+    limit = work.memory_limit
+    with (
+        tempfile.TemporaryDirectory(prefix=".peers-", dir=work.scratch) as folder,
+        nullcontext() if limit is None else MemoryCgroup(limit) as cgroup,
+    ):
+        scratch = Path(folder, "offload")
+        scratch.mkdir()
+        source, target, log = (Path(folder, name) for name in ("work.json", "run.json", "log"))
+        mine = asdict(replace(work, scratch=str(scratch)))
+        task = {"peer": peer, "batch_size": batch_size, "work": mine}
+        source.write_text(json.dumps(task), encoding="utf-8")
+        command = [sys.executable, "-m", "flexgen_ray.bench.peer_runs", str(source), str(target)]
+        error = _launch(command, cgroup, log, work.threads, timeout)
+        if target.is_file():
+            run = Run(**json.loads(target.read_text(encoding="utf-8")))
+        else:
+            run = Run(peer, batch_size, error=error)
+        return run if cgroup is None else replace(run, peak_cgroup_bytes=cgroup.peak_bytes())
+
+
+def _launch(
+    command: list[str], cgroup: MemoryCgroup | None, log: Path, threads: int, timeout: float
+) -> str:
+    """Runs the command to its end; returns how it ended, in words."""
+    with log.open("wb") as output:
+        try:
+            status = subprocess.run(
+                command if cgroup is None else cgroup.wrap(command),
+                env=_environment(threads),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                timeout=timeout,
+            ).returncode
+        except subprocess.TimeoutExpired:
+            return f"stopped after {timeout:g} s; raise --timeout"
+    if cgroup is not None and cgroup.killed_for_memory():
+        return f"out of memory: killed in its {cgroup.describe()}"
+    said = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    return f"exit status {status}: {said[-1] if said else 'it said nothing'}"
+
+
+def _environment(threads: int) -> dict[str, str]:
+    """Ours, with one number of threads for everyone and nothing from the network."""
+    counts = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
+    quiet = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    return dict(os.environ) | counts | quiet

@@ -1,0 +1,63 @@
+"""Checkpoints with random weights, for speed where the answers don't matter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+# Sizes in bytes are those in float32.
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama-1.2gb": {
+        "model_type": "llama",
+        "vocab_size": 32000,
+        "hidden_size": 1024,
+        "intermediate_size": 2816,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": True,
+    },
+    "opt-5gb": {
+        "model_type": "opt",
+        "vocab_size": 50272,
+        "hidden_size": 2048,
+        "word_embed_proj_dim": 2048,
+        "ffn_dim": 8192,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 32,
+        "max_position_embeddings": 2048,
+    },
+}
+
+
+def make_checkpoint(shape: str, folder: Path, dtype: str = "float32", seed: int = 0) -> Path:
+    """Writes a new Hugging Face folder of a named shape and returns it; no tokenizer.
+
+    Holds all weights in memory once. They are large enough that greedy tokens differ from each
+    other. Raises ValueError for an unknown shape, FileExistsError if the folder is there.
+    """
+    import torch
+    from safetensors.torch import save_file
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if shape not in SHAPES:
+        raise ValueError(f"shape {shape!r} is unknown; there are {', '.join(SHAPES)}")
+    config = AutoConfig.for_model(**SHAPES[shape])
+    config.dtype = dtype
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    config.architectures = [type(model).__name__]
+    generator = torch.Generator().manual_seed(seed)
+    weights = {}
+    for name, parameter in model.named_parameters():
+        weight = torch.randn(parameter.shape, generator=generator)
+        if parameter.dim() == 1:
+            weight.mul_(0.1).add_("norm" in name and name.endswith("weight"))
+        elif "embed" not in name and "lm_head" not in name:
+            weight.mul_(1.5 / parameter.shape[-1] ** 0.5)
+        weights[name] = weight.to(getattr(torch, dtype))
+    folder.mkdir(parents=True)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    config.save_pretrained(folder)
+    return folder
