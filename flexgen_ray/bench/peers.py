@@ -80,7 +80,7 @@ def peers(
 
     Example: flexgen-ray bench peers --model ./smollm2 --peers transformers,flexgen-ray --repeats 3
     """
-    from flexgen_ray.resources import default_offload_dir
+    from flexgen_ray.paths import default_offload_dir
 
     if json_file is not None and not json_file.parent.is_dir():
         raise FileNotFoundError(f"{json_file.parent} does not exist; make it first")
