@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from flexgen_ray.bench.attention import attention
+from flexgen_ray.bench.issue import issue
 from flexgen_ray.bench.lanes import lanes
 from flexgen_ray.bench.peers import peers
 from flexgen_ray.bench.throughput import throughput
@@ -14,3 +15,4 @@ app.command()(throughput)
 app.command()(peers)
 app.command()(lanes)
 app.command()(attention)
+app.command()(issue)
