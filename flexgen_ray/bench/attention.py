@@ -16,6 +16,7 @@ from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -29,7 +30,7 @@ DTYPES = ("float16", "bfloat16", "float32")
 HEAD_DIMS = (128, 64)
 GROUPS = (1, 4, 8)
 NUM_KV_HEADS = 8
-ROUNDS = 3
+ROUNDS = 5
 
 
 def attention(
@@ -89,7 +90,10 @@ def _case(
 def _measure(
     case: tuple[Tensor, ...], kernels: dict[str, Kernel], seconds: float
 ) -> dict[str, float]:
-    """Bytes per second of the best plain read and of each kernel, and their fractions of it."""
+    """Bytes per second of the best plain read and of each kernel, and their fractions of it.
+
+    A fraction is the median over rounds: a shared machine's memory may change its speed between.
+    """
     from flexgen_ray.models.host_kernel import best_seconds
 
     q, k, v, out = case
@@ -100,14 +104,17 @@ def _measure(
     }
     for run in runs.values():
         run()
-    best = dict.fromkeys(["read", *runs], float("inf"))
+    rounds = []
     for _ in range(ROUNDS):
-        for read in _plain_reads(k, v):
-            best["read"] = min(best["read"], best_seconds(read, seconds / ROUNDS / 2))
-        for name, run in runs.items():
-            best[name] = min(best[name], best_seconds(run, seconds / ROUNDS))
-    rates = {f"{name}_bytes_per_s": round(nbytes / taken) for name, taken in best.items()}
-    return rates | {f"{name}_of_read": round(best["read"] / best[name], 3) for name in runs}
+        taken = {name: best_seconds(run, seconds / ROUNDS) for name, run in runs.items()}
+        reads = [best_seconds(read, seconds / ROUNDS / 2) for read in _plain_reads(k, v)]
+        rounds.append(taken | {"read": min(reads)})
+    rates = {
+        f"{name}_bytes_per_s": round(nbytes / min(taken[name] for taken in rounds))
+        for name in ("read", *runs)
+    }
+    fractions = {name: median(taken["read"] / taken[name] for taken in rounds) for name in runs}
+    return rates | {f"{name}_of_read": round(value, 3) for name, value in fractions.items()}
 
 
 def _plain_reads(k: Tensor, v: Tensor) -> list[Callable[[], object]]:
