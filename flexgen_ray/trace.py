@@ -12,7 +12,7 @@ from pathlib import Path
 from flexgen_ray.runtime.meter import Span
 from flexgen_ray.schedule.ops import LANE, Lane
 
-_ROW = {lane: number for number, lane in enumerate(Lane)}
+_ROW = {lane: row for row, lane in enumerate(lane for lane in Lane if lane.worker is lane)}
 
 
 def write_trace(path: Path, spans: Iterable[Span], is_emulated: bool = False) -> None:
@@ -34,7 +34,7 @@ def _complete(span: Span) -> str:
     name = f"{op.kind.value} L{op.layer} b{op.batch}"
     numbers = {"visit": op.visit, "layer": op.layer, "batch": op.batch}
     times = {"ts": round(span.start * 1e6, 3), "dur": round((span.end - span.start) * 1e6, 3)}
-    return _event("X", name, _ROW[LANE[op.kind]], cat=op.kind.value, args=numbers, **times)
+    return _event("X", name, _ROW[LANE[op.kind].worker], cat=op.kind.value, args=numbers, **times)
 
 
 def _named(what: str, row: int, name: str) -> str:

@@ -9,7 +9,8 @@ import torch
 from flexgen_ray.runtime.lanes import Crew
 from flexgen_ray.schedule.ops import Lane
 
-STREAMED = (Lane.DEVICE, Lane.LOAD_WEIGHTS, Lane.LOAD_CACHE, Lane.LOAD_SMALL, Lane.STORE)
+COMPUTE = (Lane.DEVICE, Lane.DEVICE_AHEAD)
+STREAMED = (*COMPUTE, Lane.LOAD_WEIGHTS, Lane.LOAD_CACHE, Lane.LOAD_SMALL, Lane.STORE)
 
 
 @dataclass(frozen=True)
@@ -42,12 +43,12 @@ def divide_cores(num_threads: int, on_cuda: bool, attends_on_host: bool) -> Core
 
 
 def make_crews(device: torch.device, cores: Cores) -> list[Crew]:
-    """A thread a lane; with CUDA one thread for all that is issued to streams."""
+    """A thread a lane, one for both of the device's; with CUDA one thread for all streams."""
     if device.type != "cuda":
-        threads = {Lane.DEVICE: cores.device}
-        return [Crew((lane,), threads.get(lane, 1)) for lane in Lane]
+        others = [Crew((lane,)) for lane in Lane if lane not in COMPUTE]
+        return [Crew(COMPUTE, cores.device), *others]
     # What was written on another stream, weights above all, must be there.
     torch.cuda.synchronize(device)
     streams = {lane: torch.cuda.Stream(device) for lane in STREAMED}
-    blocking = [Crew((lane,)) for lane in Lane if lane not in STREAMED]
-    return [Crew(STREAMED, 1, streams), *blocking]
+    streams[Lane.DEVICE_AHEAD] = streams[Lane.DEVICE]
+    return [Crew(STREAMED, 1, streams), *(Crew((lane,)) for lane in Lane if lane not in STREAMED)]

@@ -39,7 +39,8 @@ class SerialExecutor:
 class AsyncExecutor:
     """Every lane at once; what an op waits for, `Dependencies` says.
 
-    cancel: called when the run stops early, to end what ops under way may wait for.
+    cancel: called when the run stops early, to end what ops under way may wait for. window: ops
+    issued and not over; issued little by little, they disturb the lanes less.
     """
 
     def __init__(
@@ -49,12 +50,14 @@ class AsyncExecutor:
         crews: Iterable[Crew],
         meter: Meter | None = None,
         cancel: Callable[[], None] | None = None,
+        window: int = 256,
     ) -> None:
         self._run = run
         self._moves = moves
         self._crews = crews
         self._meter = meter or Meter()
         self._cancel = cancel
+        self._window = window
 
     def run(self, ops: Iterable[Op]) -> Generator[Op]:
         """As SerialExecutor.run; the first exception in any lane ends the run, all threads joined.
@@ -67,6 +70,7 @@ class AsyncExecutor:
             for index, op in enumerate(filter(self._moves, ops)):
                 ticket = Ticket(index, op)
                 lanes.issue(ticket, dependencies.of(ticket, op))
+                lanes.wait_for_room(self._window)
                 if op.ends_visit:
                     ends.append(ticket)
                     if len(ends) > VISITS_AHEAD:

@@ -8,6 +8,7 @@ waits.
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections import deque
@@ -19,6 +20,7 @@ import torch
 from flexgen_ray.runtime.meter import Meter
 from flexgen_ray.schedule.ops import LANE, Lane, Op
 
+SWITCH_INTERVAL = 5e-4  # seconds; Python's own is ten times as long
 Run = Callable[[Op], float | None]
 
 
@@ -68,6 +70,9 @@ class Lanes:
         self._posts = [_Post(crew, [self._queues[lane] for lane in crew.lanes]) for crew in crews]
         self._post_of = {lane: post for post in self._posts for lane in post.crew.lanes}
         self._over = threading.Condition(self._lock)
+        self._room = threading.Condition(self._lock)
+        self._in_flight = 0
+        self._resume_at = -1
         self._is_stopped = False
         self._error: BaseException | None = None
         self._num_threads = torch.get_num_threads()
@@ -77,6 +82,7 @@ class Lanes:
         lane = ticket.lane
         queue = self._queues[lane]
         with self._lock:
+            self._in_flight += 1
             for other in waits:
                 if other.lane is lane:
                     continue
@@ -96,18 +102,33 @@ class Lanes:
         if self._error is not None:
             raise self._error
 
+    def wait_for_room(self, window: int) -> None:
+        """Until half of `window` ops at most are under way, if the whole of it is."""
+        if self._in_flight < window:
+            return
+        with self._lock:
+            self._resume_at = window // 2
+            self._room.wait_for(lambda: self._in_flight <= window // 2 or self._is_stopped)
+            self._resume_at = -1
+        if self._error is not None:
+            raise self._error
+
     def stop(self, error: BaseException | None = None) -> None:
         """No further op is begun, and nobody waits any longer."""
         with self._lock:
             self._error = self._error or error
             self._is_stopped = True
             self._over.notify_all()
+            self._room.notify_all()
             for post in self._posts:
                 post.wake()
         if self._cancel is not None:
             self._cancel()
 
     def __enter__(self) -> Lanes:
+        # A lane that wakes must not wait long for one that issues, or counts.
+        self._switch_interval = sys.getswitchinterval()
+        sys.setswitchinterval(SWITCH_INTERVAL)
         for post in self._posts:
             name = f"lane {'+'.join(post.crew.lanes)}"
             post.thread = threading.Thread(target=self._work, args=(post,), name=name)
@@ -123,6 +144,7 @@ class Lanes:
             for stream in post.crew.streams.values():
                 stream.synchronize()
         torch.set_num_threads(self._num_threads)
+        sys.setswitchinterval(self._switch_interval)
 
     @torch.inference_mode()
     def _work(self, post: _Post) -> None:
@@ -172,6 +194,9 @@ class Lanes:
         with self._lock:
             self._queues[ticket.lane].popleft()
             ticket.is_done = True
+            self._in_flight -= 1
+            if self._in_flight == self._resume_at:
+                self._room.notify()
             for other in ticket.dependents:
                 other.missing -= 1
                 if ticket.event is not None:

@@ -77,7 +77,7 @@ class Meter:
 
     def note(self, op: Op, started: float, ended: float, modelled: float | None) -> None:
         """An op that ran on a thread; times are perf_counter's."""
-        self.busy[LANE[op.kind]] += ended - started if modelled is None else modelled
+        self.busy[LANE[op.kind].worker] += ended - started if modelled is None else modelled
         if self.keeps_spans and len(self.spans) < MAX_SPANS:
             self.spans.append(Span(op, started - self._began, ended - self._began))
 

@@ -33,7 +33,7 @@ class Modelled:
         if amounts:
             taken = seconds_by_resource(amounts, self._hardware)
             # Each lane is one thread, and writes nothing but its own sums.
-            sums = self._of_visit[op.visit][LANE[op.kind]]
+            sums = self._of_visit[op.visit][LANE[op.kind].worker]
             sums[None] += max(taken.values())
             for resource, seconds in taken.items():
                 sums[resource] += seconds

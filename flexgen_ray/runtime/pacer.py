@@ -14,6 +14,7 @@ from flexgen_ray.config import HardwareSpec
 from flexgen_ray.cost.cost import Amounts, Resource, seconds_by_resource
 
 LONGEST_SLEEP = 0.1  # seconds until a cancelled op notices
+WAKING = 1e-4  # seconds
 _PR_SET_TIMERSLACK = 29
 _is_precise = threading.local()
 
@@ -54,7 +55,8 @@ class Pacer:
                     # Whoever leaves a scarce resource wakes those it slowed.
                     self._changed.wait(left)
                     continue
-            time.sleep(min(left, LONGEST_SLEEP))
+            # A thread wakes a little late; the rest is waited for awake, and others may run.
+            time.sleep(min(max(left - WAKING, 0.0), LONGEST_SLEEP))
 
     def cancel(self) -> None:
         """Nobody is held any longer."""

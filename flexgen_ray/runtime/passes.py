@@ -39,7 +39,7 @@ class Pass(Composition):
         return self._indices([row.tokens.stop - 1 for row in self.rows.sampled])
 
     def _indices(self, values: list[int]) -> Tensor:
-        return place_indices([values], self._device)[:, 0]
+        return place_indices(values, self._device)
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,8 @@ from flexgen_ray.store.tier import DiskTier, MemoryTier, Tiers
 from flexgen_ray.store.weights import WeightSource, WeightStore
 
 EXECUTORS = ("serial", "async")
+CELL_OPS = 16  # of a cell, at most
+CELLS_AHEAD = 4  # issued beyond a layer's, which its weights run ahead
 
 
 @dataclass(frozen=True)
@@ -158,7 +160,8 @@ class Stage:
             return SerialExecutor(run, cells.moves, self._meter)
         cancel = self._modelled.cancel if self._modelled else None
         crews = make_crews(self.tiers.device, self._cores)
-        return AsyncExecutor(run, cells.moves, crews, self._meter, cancel)
+        window = CELL_OPS * (spec.plan.policy.num_gpu_batches + CELLS_AHEAD)
+        return AsyncExecutor(run, cells.moves, crews, self._meter, cancel, window)
 
     def used(self) -> dict[str, dict[str, int]]:
         """{tier: {what: bytes}} that the stage holds."""

@@ -49,6 +49,7 @@ class Lane(StrEnum):
     """A first-in-first-out queue; lanes only order, resources are scarce."""
 
     DEVICE = auto()
+    DEVICE_AHEAD = auto()  # the device too: what is begun ahead may wait without holding it up
     HOST = auto()
     LOAD_WEIGHTS = auto()
     LOAD_CACHE = auto()
@@ -56,6 +57,11 @@ class Lane(StrEnum):
     STORE = auto()
     DISK_READ = auto()
     DISK_WRITE = auto()
+
+    @property
+    def worker(self) -> Lane:
+        """The lane that stands for both of the device's: one thread or stream serves them."""
+        return Lane.DEVICE if self is Lane.DEVICE_AHEAD else self
 
 
 LANE: dict[OpKind, Lane] = {
@@ -68,11 +74,11 @@ LANE: dict[OpKind, Lane] = {
     OpKind.LOAD_HIDDEN: Lane.LOAD_SMALL,
     OpKind.READ_CACHE: Lane.DISK_READ,
     OpKind.LOAD_CACHE: Lane.LOAD_CACHE,
-    OpKind.PROJECT: Lane.DEVICE,
+    OpKind.PROJECT: Lane.DEVICE_AHEAD,
     OpKind.STORE_CACHE: Lane.STORE,
     OpKind.APPEND_CACHE: Lane.HOST,
     OpKind.WRITE_CACHE: Lane.DISK_WRITE,
-    OpKind.ATTEND_DEVICE: Lane.DEVICE,
+    OpKind.ATTEND_DEVICE: Lane.DEVICE_AHEAD,
     OpKind.ATTEND_HOST: Lane.HOST,
     OpKind.LOAD_ATTENTION: Lane.LOAD_SMALL,
     OpKind.FINISH: Lane.DEVICE,

@@ -8,6 +8,8 @@ in host memory until they fill a block. Knows rows and bytes; not how attention 
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -61,18 +63,14 @@ class KVCache:
     def append_resident(self, op: Op, placed: PlacedRows, work: Work) -> None:
         """New keys and values of the rows that live on the device."""
         home = self._gpu[op.layer, op.batch]
-        new = placed.once("resident", lambda: _NewTokens([(r, r.slot) for r in placed.resident]))
-        self._append(home, new, (work.k, work.v))
+        rows = [(row, row.slot) for row in placed.resident]
+        _append(home, placed.once("resident", partial(NewTokens, rows, home)), (work.k, work.v))
 
     def append_streamed(self, op: Op, placed: PlacedRows, work: Work) -> None:
         """New keys and values of the streamed rows, next to what LOAD_CACHE brought."""
-        new = placed.once(
-            "streamed",
-            lambda: _NewTokens(
-                [(r, place) for r, place in placed.streamed if r.num_new_tokens == 1 or r.position]
-            ),
-        )
-        self._append(self._streamed[op.cell_slot], new, (work.k, work.v))
+        home = self._streamed[op.cell_slot]
+        rows = [it for it in placed.streamed if it[0].num_new_tokens == 1 or it[0].position]
+        _append(home, placed.once("streamed", partial(NewTokens, rows, home)), (work.k, work.v))
 
     def read(self, op: Op, placed: PlacedRows) -> None:
         """READ_CACHE: whole blocks of the rows on disk, into the cell's host slot."""
@@ -107,13 +105,15 @@ class KVCache:
 
     def append(self, op: Op, placed: PlacedRows) -> None:
         """APPEND_CACHE: what STORE_CACHE brought, to its homes in host memory, tails included."""
-        brought = self._new[op.cell_slot]
+        k, v = self._new[op.cell_slot]
         first = placed.first_off_device
-        new = placed.once("in memory", lambda: _NewTokens(placed.in_memory, first))
-        self._append(self._cpu[op.layer, op.batch], new, (brought[0], brought[1]))
+        home = self._cpu[op.layer, op.batch]
+        make = partial(NewTokens, placed.in_memory, home, first)
+        _append(home, placed.once("in memory", make), (k, v))
         for row, index in placed.on_disk:
-            tokens = slice(row.offset - first, row.offset - first + row.num_new_tokens)
-            self._append_blocks(op, row, index, self._stacked((brought[0], brought[1]), tokens))
+            tokens = slice(row.offset - first, row.tokens.stop - first)
+            heads = [_heads(x[tokens], self.plan.config.head_dim) for x in (k, v)]
+            self._append_blocks(op, row, index, torch.stack(heads))
 
     def vector_places(self, op: Op, run: list[Row]) -> tuple[slice, slice]:
         """Of a run of host-attended rows: places in the host's vectors, and packed tokens."""
@@ -127,19 +127,6 @@ class KVCache:
             if first < last:
                 offset = first * self.plan.cache_block_bytes
                 self._region(op, index).write(self._out[op.cell_slot, index, first:last], offset)
-
-    def _append(self, home: Tensor, new: _NewTokens, kv: tuple[Tensor, Tensor]) -> None:
-        """Packed keys and values into home, decoding rows in one go."""
-        if new.decoding:
-            tokens, at, positions = new.indices(home.device)
-            home[:, at, :, positions] = self._stacked(kv, tokens).permute(2, 0, 1, 3)
-        for tokens, index, start, stop in new.chunks:
-            home[:, index, :, start:stop].copy_(self._stacked(kv, tokens))
-
-    def _stacked(self, new: tuple[Tensor, Tensor], tokens: slice | Tensor) -> Tensor:
-        """[2, kv_heads, tokens, head_dim] of packed keys and values."""
-        shape = (-1, self.plan.config.num_kv_heads, self.plan.config.head_dim)
-        return torch.stack([x[tokens].view(shape).transpose(0, 1) for x in new])
 
     def _append_blocks(self, op: Op, row: Row, index: int, new: Tensor) -> None:
         """Through the tail into whole blocks of the cell's outgoing slot."""
@@ -210,30 +197,6 @@ class KVCache:
         return tier.allocate(what, nbytes).view(self._dtype).view(shape)
 
 
-class _NewTokens:
-    """Where the new tokens of (row, index into a home) lie and belong; first: the packed token
-    that the keys and values begin with."""
-
-    def __init__(self, placed: list[tuple[Row, int]], first: int = 0) -> None:
-        self.decoding = [
-            [row.offset - first, index, row.position]
-            for row, index in placed
-            if row.num_new_tokens == 1
-        ]
-        self.chunks = [
-            (slice(row.offset - first, row.tokens.stop - first), index, row.position, row.seq_len)
-            for row, index in placed
-            if row.num_new_tokens > 1
-        ]
-        self._indices: Tensor | None = None
-
-    def indices(self, device: torch.device) -> Tensor:
-        """[3, decoding rows]: packed tokens, indices into the home, positions."""
-        if self._indices is None:
-            self._indices = place_indices(self.decoding, device)
-        return self._indices
-
-
 def _copy_rows(target: Tensor, source: Tensor, past: int) -> None:
     """[2, rows, kv_heads, seq, head_dim], of which the first `past` tokens count.
 
@@ -246,7 +209,50 @@ def _copy_rows(target: Tensor, source: Tensor, past: int) -> None:
             to.copy_(of, non_blocking=True)
 
 
-def place_indices(values: list[list[int]], device: torch.device) -> Tensor:
-    """Columns of `values` as index tensors on the device, without waiting for it."""
-    indices = torch.tensor(values, pin_memory=device.type == "cuda").T.contiguous()
+def place_indices(values: list, device: torch.device) -> Tensor:
+    """An index tensor on the device, without waiting for it."""
+    indices = torch.tensor(values, pin_memory=device.type == "cuda")
     return indices.to(device, non_blocking=True)
+
+
+class NewTokens:
+    """Where the new tokens of (row, index into a home) lie and belong, for every layer alike.
+
+    home: [2, rows, kv_heads, seq, head_dim]; first: the packed token that keys and values begin
+    with. Rows of one new token that are neighbours among the packed ones go together, by index.
+    """
+
+    def __init__(self, placed: list[tuple[Row, int]], home: Tensor, first: int = 0) -> None:
+        kv_heads, seq = home.shape[2:4]
+        self.chunks: list[tuple[slice, int, int, int]] = []
+        runs: list[tuple[int, list[list[int]]]] = []
+        for row, index in placed:
+            start = row.offset - first
+            if row.num_new_tokens > 1:
+                tokens = slice(start, start + row.num_new_tokens)
+                self.chunks.append((tokens, index, row.position, row.seq_len))
+                continue
+            places = [(index * kv_heads + head) * seq + row.position for head in range(kv_heads)]
+            if runs and runs[-1][0] + len(runs[-1][1]) == start:
+                runs[-1][1].append(places)
+            else:
+                runs.append((start, [places]))
+        self.runs = [
+            (slice(start, start + len(rows)), place_indices(rows, home.device).flatten())
+            for start, rows in runs
+        ]
+
+
+def _append(home: Tensor, new: NewTokens, kv: tuple[Tensor, Tensor]) -> None:
+    """Packed keys and values, [tokens, kv_heads * head_dim] each, into their home."""
+    head_dim = home.shape[-1]
+    for part, values in zip(home, kv, strict=True):
+        for tokens, places in new.runs:
+            part.view(-1, head_dim).index_copy_(0, places, values[tokens].view(-1, head_dim))
+        for tokens, index, start, stop in new.chunks:
+            part[index, :, start:stop].copy_(_heads(values[tokens], head_dim))
+
+
+def _heads(values: Tensor, head_dim: int) -> Tensor:
+    """[tokens, kv_heads * head_dim] as [kv_heads, tokens, head_dim]."""
+    return values.unflatten(-1, (-1, head_dim)).transpose(0, 1)
