@@ -13,13 +13,14 @@ except PackageNotFoundError:  # a checkout that was never installed
     __version__ = "0.0.0"
 
 _HOME = {
+    "HardwareSpec": "flexgen_ray.config",
     "LLM": "flexgen_ray.llm",
     "Placement": "flexgen_ray.config",
     "Policy": "flexgen_ray.config",
     "SamplingParams": "flexgen_ray.request",
     "RequestOutput": "flexgen_ray.request",
 }
-__all__ = ["LLM", "Placement", "Policy", "RequestOutput", "SamplingParams"]
+__all__ = ["LLM", "HardwareSpec", "Placement", "Policy", "RequestOutput", "SamplingParams"]
 
 
 def __getattr__(name: str):

@@ -176,10 +176,11 @@ class LLM:
         if self._plan is not None and self._plan.workload.covers(workload):
             return
         layers = StageLayers.whole(self.config.num_layers)
+        is_gpu = self.machine.device == "cuda" or self._execution["time_scale"] is not None
         policy = self.policy or default_policy(
-            self.config, layers, workload, self.dtype, self.budget
+            self.config, layers, workload, self.dtype, self.budget, is_gpu
         )
-        plan = StagePlan(self.config, layers, policy, workload, self.dtype)
+        plan = StagePlan(self.config, layers, policy, workload, self.dtype, is_gpu)
         check_budget(plan, self.budget)
         self._plan = None
         started = time.perf_counter()

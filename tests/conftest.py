@@ -77,3 +77,12 @@ def local_ray(private_folders):
     )
     yield
     ray.shutdown()
+
+
+@pytest.fixture
+def policy_of_all():
+    """A share of everything on each tier."""
+    from flexgen_ray.config import Placement, Policy
+
+    third = Placement(0.34, 0.33, 0.33)
+    return Policy(3, 2, 16, weights=third, cache=third, activations=third, cpu_attention=0.5)

@@ -11,7 +11,7 @@ from functools import cache
 
 from flexgen_ray.config import HardwareSpec
 from flexgen_ray.cost.placed_rows import Composition, PlacedRows
-from flexgen_ray.cost.placement import split_tokens
+from flexgen_ray.cost.placement import PAGE, aligned, split_tokens
 from flexgen_ray.cost.sizes import CACHE_BLOCK_TOKENS, StagePlan, streamed_bytes
 from flexgen_ray.rows import Row
 from flexgen_ray.schedule.ops import Op, OpKind
@@ -54,7 +54,7 @@ class CostModel:
     def amounts(self, op: Op, composition: Composition | None) -> Amounts:
         """Bytes and flops of an op; composition: of its pass, None for moves of weights."""
         if op.kind is OpKind.LOAD_WEIGHTS:
-            return self._link(_R.H2D, sum(self._streamed(op.layer).values()) / self._num_parts)
+            return self._load_weights(op.layer)
         if op.kind is OpKind.READ_WEIGHTS:
             return self._link(_R.DISK_READ, self._streamed(op.layer)["disk"] / self._num_parts)
         if composition is None:
@@ -76,6 +76,14 @@ class CostModel:
     def _num_parts(self) -> int:
         return self.plan.policy.num_gpu_batches
 
+    def _load_weights(self, layer: int) -> Amounts:
+        nbytes = self._streamed(layer)
+        part = sum(nbytes.values()) / self._num_parts
+        if self.plan.stages_disk or not nbytes["disk"]:
+            return self._link(_R.H2D, part)
+        on_disk = nbytes["disk"] / self._num_parts
+        return {_R.H2D: part - on_disk, _R.DISK_READ: on_disk, _R.HOST_MEMORY: part}
+
     def _link(self, resource: Resource, nbytes: float) -> Amounts:
         """Whatever crosses a link or the disk's bus is read from, or written to, host memory."""
         return {resource: nbytes, _R.HOST_MEMORY: nbytes}
@@ -92,6 +100,8 @@ class CostModel:
         }[kind]
         nbytes = crossing * self._hidden_token
         resource = _HIDDEN[kind]
+        if resource in (_R.DISK_READ, _R.DISK_WRITE):
+            nbytes = aligned(nbytes, PAGE)
         return self._link(resource, nbytes) if resource else {_R.HOST_MEMORY: 2 * nbytes}
 
     def _linear(self, tokens: int, parameters: int) -> Amounts:

@@ -18,10 +18,16 @@ BISECTIONS = 7  # a fraction is settled to within 1 %
 
 
 def default_policy(
-    config: ModelConfig, stage: StageLayers, workload: Workload, dtype: str, budget: Budget
+    config: ModelConfig,
+    stage: StageLayers,
+    workload: Workload,
+    dtype: str,
+    budget: Budget,
+    stages_disk: bool = True,
 ) -> Policy:
     """The largest block that leaves little on disk; of the others the one that leaves least.
 
+    stages_disk: as in StagePlan.
     Raises ValueError with what the smallest block lacks if nothing fits.
     """
     best: StagePlan | None = None
@@ -30,7 +36,7 @@ def default_policy(
         shape = Policy(gpu_batch_size=-(-block // batches), num_gpu_batches=batches)
         for tile in TILES:
             policy = replace(shape, max_batch_tokens=tile)
-            plan = _fill(StagePlan(config, stage, policy, workload, dtype), budget)
+            plan = _fill(StagePlan(config, stage, policy, workload, dtype, stages_disk), budget)
             if best is None or _merits(plan, budget) > _merits(best, budget):
                 best = plan
             if all(_merits(best, budget)):

@@ -25,10 +25,13 @@ class Balance:
         self._given = 0.0
         self._total = 0.0
 
-    def give(self, size: float) -> bool:
-        """True if the first side takes a piece of this size: if it lags by half of it or more."""
+    def give(self, size: float, whole: float = 0.0) -> bool:
+        """True if the first side takes a piece of this size: if it lags by half of it or more.
+
+        whole: what all pieces will sum to; a piece that comes early is judged by its share of that.
+        """
         self._total += size
-        takes = self._fraction * self._total - self._given >= size / 2
+        takes = self._fraction * max(self._total, whole) - self._given >= size / 2
         self._given += size * takes
         return takes
 
@@ -47,14 +50,16 @@ class Apportionment:
 
     def __init__(self, placement: Placement) -> None:
         off_device = placement.cpu + placement.disk
+        self._fraction = placement.gpu
         self._device = Balance(placement.gpu)
         self._host = Balance(placement.cpu / off_device if off_device else 0.0)
 
-    def give(self, size: float) -> str:
-        """The tier that takes a piece of this size."""
-        if self._device.give(size):
+    def give(self, size: float, whole: float = 0.0) -> str:
+        """The tier that takes a piece of this size out of a whole, if that is known."""
+        if self._device.give(size, whole):
             return "gpu"
-        return "cpu" if self._host.give(size) else "disk"
+        off_device = (1 - self._fraction) * whole
+        return "cpu" if self._host.give(size, off_device) else "disk"
 
     def take(self, count: int) -> tuple[int, int, int]:
         """How many of `count` unit pieces each tier takes."""
@@ -91,20 +96,29 @@ def place_weights(
     """The tier of every weight a stage stores: {layer: {name: tier}}.
 
     Largest tensors of a layer first, and the two ends of the model before its middle, so that small
-    tensors settle the rounding. The embedding's tables are one piece: they are looked up together.
+    tensors settle the rounding. The ends are judged by the whole model's share: what stays on the
+    device of them saves most, for a table needs a slot as large as itself to stream through. The
+    embedding's tables are one piece: they are looked up together.
     """
     pieces = Apportionment(placement)
+    whole = _stage_bytes(config, stage, dtype)
     tiers: dict[int, dict[str, str]] = {}
     ends = [layer for layer in stage.layers if layer in (config.embedding_layer, config.head_layer)]
     for layer in ends + [layer for layer in stage.layers if layer not in ends]:
         tensors = stored_tensors(config, stage, layer)
         sizes = {name: tensor_bytes(shape, dtype) for name, shape in tensors.items()}
         if layer == config.embedding_layer:
-            tiers[layer] = dict.fromkeys(sizes, pieces.give(sum(sizes.values())))
+            tiers[layer] = dict.fromkeys(sizes, pieces.give(sum(sizes.values()), whole))
         else:
             largest_first = sorted(sizes, key=lambda name: -sizes[name])
-            tiers[layer] = {name: pieces.give(sizes[name]) for name in largest_first}
+            of = whole if layer in ends else 0.0
+            tiers[layer] = {name: pieces.give(sizes[name], of) for name in largest_first}
     return tiers
+
+
+def _stage_bytes(config: ModelConfig, stage: StageLayers, dtype: str) -> int:
+    shapes = (stored_tensors(config, stage, layer).values() for layer in stage.layers)
+    return sum(tensor_bytes(shape, dtype) for layer in shapes for shape in layer)
 
 
 @dataclass(frozen=True)

@@ -23,13 +23,18 @@ QUERY_TILE = 512  # queries whose mask over a cached prefix is made at a time
 
 @dataclass(frozen=True)
 class StagePlan:
-    """Everything that fixes a stage's memory: model, policy, longest sequences."""
+    """Everything that fixes a stage's memory: model, policy, longest sequences.
+
+    stages_disk: whether weights on disk pass through host memory, as a GPU needs; a CPU as the
+    device reads them straight into its slots.
+    """
 
     config: ModelConfig
     stage: StageLayers
     policy: Policy
     workload: Workload
     dtype: str
+    stages_disk: bool = True
 
     @property
     def element_bytes(self) -> int:
@@ -128,6 +133,8 @@ def device_slot_bytes(plan: StagePlan) -> int:
 
 def staging_slot_bytes(plan: StagePlan) -> int:
     """Bytes of a host slot, which holds a part of any layer's disk weights on its way."""
+    if not plan.stages_disk:
+        return 0
     return plan.weights.largest("disk", plan.policy.num_gpu_batches)
 
 

@@ -23,11 +23,24 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
 }
 ROPE_TYPES = ("default", "linear", "llama3")
+_LARGE_PRODUCT = 10**7  # multiplications; below, oneDNN's set-up costs more than it gains
+_onednn = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
 def linear(weights: Weights, name: str, x: Tensor) -> Tensor:
     """x: [tokens, in]; returns [tokens, out], with the bias if there is one."""
-    return F.linear(x, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
+    return product(x, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x: [tokens, in]; weight: [out, in]; returns [tokens, out].
+
+    In float32 on a CPU torch takes MKL, which oneDNN beats (1.4 to 2 times on an AMD EPYC).
+    """
+    is_large = len(x) * weight.numel() >= _LARGE_PRODUCT
+    if is_large and _onednn is not None and x.dtype == torch.float32 and not x.is_cuda:
+        return _onednn(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
 
 
 def layer_norm(config: ModelConfig, weights: Weights, name: str, x: Tensor) -> Tensor:

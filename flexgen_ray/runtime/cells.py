@@ -74,7 +74,7 @@ class Cells:
         if kind is OpKind.LOAD_WEIGHTS:
             return self.weights.streams(layer)
         if kind is OpKind.READ_WEIGHTS:
-            return self.weights.streams(layer, "disk")
+            return self.plan.stages_disk and self.weights.streams(layer, "disk")
         if kind in (OpKind.GATHER, OpKind.LOAD_EMBEDDING):
             return not self.weights.embeds_on_device
         if kind in (OpKind.READ_HIDDEN, OpKind.WRITE_HIDDEN):

@@ -11,12 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from flexgen_ray.config import Budget, HardwareSpec
 from flexgen_ray.cost.placement import PAGE, aligned
 from flexgen_ray.cost.sizes import StagePlan
+from flexgen_ray.models.layers import product
 from flexgen_ray.store.disk import DiskTier
 from flexgen_ray.store.memory import MemoryTier
 from flexgen_ray.store.weights import TORCH_DTYPE
@@ -84,7 +84,7 @@ def _flops(plan: StagePlan, tokens: int, device: torch.device, nbytes: int) -> f
 
     def multiply() -> None:
         for weight in weights:
-            F.linear(x, weight)
+            product(x, weight)
 
     return _rate(2.0 * tokens * weights.numel(), multiply, device)
 

@@ -24,18 +24,19 @@ class Dependencies(Generic[Ticket]):
 
     def of(self, ticket: Ticket, op: Op) -> set[Ticket]:
         """Tickets of the ops that this one waits for; call in program order."""
-        key, lane = op.key, LANE[op.kind]
-        touched = self._touched.get(key)
+        lane = LANE[op.kind]
+        touched = self._touched.get(op.key)
         if touched is None:
-            touched = self._touched[key] = self._states(op)
-        waits: set[Ticket] = set()
-        for state in touched[0]:
-            if state.writers:
-                waits.update(state.writers.values())  # type: ignore[arg-type]
+            touched = self._touched[op.key] = self._states(op)
+        read, written = touched
+        waits: set = set()
+        for state in read:
+            waits.update(state.writers.values())
             state.readers[lane] = ticket
-        for state in touched[1]:
-            state.admit_writer(ticket, lane, op)
-            if state.released_by:
+        if written:
+            content = _content(op)
+            for state in written:
+                state.admit_writer(ticket, lane, content)
                 waits.update(state.released_by)
         waits.discard(ticket)
         return waits
@@ -62,10 +63,14 @@ class _SlotState:
         self.writers: dict[Lane, Hashable] = {}
         self.readers: dict[Lane, Hashable] = {}
 
-    def admit_writer(self, ticket: Hashable, lane: Lane, op: Op) -> None:
-        content = _content(op)
+    def admit_writer(self, ticket: Hashable, lane: Lane, content: tuple[int, ...]) -> None:
         readers = self.readers
-        if content != self.content or any(reader is not ticket for reader in readers.values()):
+        if readers:
+            # What it reads itself, it may overwrite.
+            is_new = len(readers) > 1 or readers.get(lane) is not ticket
+        else:
+            is_new = False
+        if is_new or content != self.content:
             self.released_by = [*readers.values(), *self.writers.values()]
             self.content, self.writers, self.readers = content, {}, {}
         self.writers[lane] = ticket

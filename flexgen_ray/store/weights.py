@@ -130,11 +130,16 @@ class WeightStore:
 
     def load_part(self, op: Op) -> None:
         """LOAD_WEIGHTS: part `op.part` of the layer's bytes in host memory, and what READ_WEIGHTS
-        read of the same part, to its device slot."""
+        read of the same part, to its device slot; from disk itself if nothing is staged."""
         target, stream = self._device_slots[op.weights_slot], self._layout.streams[op.layer]
         for piece in stream.pieces("cpu", op.part, self._parts):
             source = self._memory["cpu"][piece.start : piece.start + piece.nbytes]
             target[piece.target : piece.target + piece.nbytes].copy_(source, non_blocking=True)
+        if not self.plan.stages_disk:
+            for piece in stream.pieces("disk", op.part, self._parts):
+                into = target[piece.target : piece.target + piece.nbytes]
+                self._disk.read_into(into, piece.start)
+            return
         low, high = stream.span("disk", op.part, self._parts)
         target[low:high].copy_(self._staging[op.staging_slot, : high - low], non_blocking=True)
 

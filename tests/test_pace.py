@@ -1,0 +1,93 @@
+"""Emulated hardware: the same tokens, never faster than the model says, shared where scarce."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import fields
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_exactness import assert_same, policies
+
+from flexgen_ray import LLM, HardwareSpec, Placement, Policy, SamplingParams
+from flexgen_ray.cost.cost import Resource
+from flexgen_ray.runtime.pacer import Pacer
+from flexgen_ray.store.weights import WeightStore
+
+FAST = {field.name: 1e12 for field in fields(HardwareSpec)}
+
+
+@pytest.mark.parametrize("name", ["opt", "llama"])
+@settings(max_examples=10)
+@given(policy=policies, slow=st.sampled_from([field.name for field in fields(HardwareSpec)]))
+def test_an_emulated_run_has_the_same_tokens_and_takes_its_time(tiny_models, name, policy, slow):
+    folder, references = tiny_models[name]
+    hardware = HardwareSpec(**FAST | {slow: 2e8})
+    prompts = [reference.prompt for reference in references]
+    params = [SamplingParams(len(r.tokens), temperature=0.0) for r in references]
+    with LLM(folder, policy=policy, dtype="float32", use_ray=False, pace=hardware) as llm:
+        outputs = [output.outputs[0] for output in llm.generate(prompts, params)]
+        measured = llm.report.measured
+    assert_same(outputs, references)
+    assert measured.is_emulated
+    assert measured.wall >= max(measured.bound.values())
+    for lane, seconds in measured.modelled_lanes.items():
+        # What was fetched for a visit that never came is busy time too.
+        assert measured.busy[lane] >= seconds * (1 - 1e-9)
+
+
+def hold(pacer: Pacer, jobs: list[dict[Resource, float]]) -> list[float]:
+    """Seconds that each job took, all begun at once."""
+    taken = [0.0] * len(jobs)
+    start = threading.Barrier(len(jobs))
+
+    def work(index: int) -> None:
+        start.wait()
+        began = time.perf_counter()
+        pacer.end(pacer.begin(jobs[index]))
+        taken[index] = time.perf_counter() - began
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(jobs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return taken
+
+
+@given(st.lists(st.floats(0.001, 0.02), min_size=1, max_size=5), st.floats(0.5, 2.0))
+@settings(max_examples=10)
+def test_ops_that_share_a_resource_take_the_sum_of_their_times(seconds, scale):
+    pacer = Pacer(HardwareSpec(**FAST), scale)
+    jobs = [{Resource.H2D: 1e12 * it, Resource.HOST_MEMORY: 1e11 * it} for it in seconds]
+    taken = hold(pacer, jobs)
+    assert max(taken) >= 0.99 * scale * sum(seconds) - 0.002
+    assert all(t >= scale * it for t, it in zip(taken, seconds, strict=True))
+
+
+def test_an_error_ends_a_paced_run_at_once(tiny_models, monkeypatch):
+    """Host attention of half a day doesn't hold it up."""
+    folder, _ = tiny_models["llama"]
+    load_part = WeightStore.load_part
+
+    def broken(self, op):
+        if (op.visit, op.layer) == (1, 2):
+            raise OSError(5, "Input/output error", "/data/offload")
+        load_part(self, op)
+
+    monkeypatch.setattr(WeightStore, "load_part", broken)
+    hardware = HardwareSpec(**FAST | {"host_attention_bytes_per_s": 0.1})
+    host = Placement(0, 1, 0)
+    before = threading.active_count()
+    with LLM(folder, policy=Policy(2, 2, 64, host, host), use_ray=False, pace=hardware) as llm:
+        with pytest.raises(OSError, match="/data/offload"):
+            llm.generate([[4 + i for i in range(20)]] * 4, SamplingParams(max_tokens=8))
+    assert threading.active_count() <= before
+
+
+@pytest.mark.parametrize("value", [0, -1.0, "fast", None])
+def test_a_rate_must_be_a_positive_number(value):
+    with pytest.raises(ValueError, match="h2d_bytes_per_s"):
+        HardwareSpec(**FAST | {"h2d_bytes_per_s": value})
