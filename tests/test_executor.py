@@ -60,7 +60,7 @@ class Recorder:
         self.sleep = sleep
         self.fails = fails
 
-    def __call__(self, op) -> None:
+    def __call__(self, op, ready_at) -> None:
         start = time.perf_counter()
         time.sleep(self.sleep)
         if op.kind is self.fails:

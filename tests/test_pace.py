@@ -46,7 +46,7 @@ def hold(pacer: Pacer, jobs: list[dict[Resource, float]]) -> list[float]:
     def work(index: int) -> None:
         start.wait()
         began = time.perf_counter()
-        pacer.end(pacer.begin(jobs[index]))
+        pacer.end(pacer.begin(jobs[index], 0.0))
         taken[index] = time.perf_counter() - began
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(len(jobs))]
@@ -85,6 +85,19 @@ def test_an_error_ends_a_paced_run_at_once(tiny_models, monkeypatch):
         with pytest.raises(OSError, match="/data/offload"):
             llm.generate([[4 + i for i in range(20)]] * 4, SamplingParams(max_tokens=8))
     assert threading.active_count() <= before
+
+
+def test_what_is_late_catches_up():
+    """Ten ops of 10 ms, ready when the one before has ended, though each is begun 4 ms late."""
+    pacer = Pacer(HardwareSpec(**FAST), 1.0)
+    began = ready_at = time.perf_counter()
+    for number in range(1, 11):
+        time.sleep(0.004)
+        job = pacer.begin({Resource.H2D: 1e10}, ready_at)
+        pacer.end(job)
+        ready_at = job.ended
+        assert ready_at == pytest.approx(began + 0.01 * number, abs=1e-6)
+        assert time.perf_counter() >= ready_at
 
 
 @pytest.mark.parametrize("value", [0, -1.0, "fast", None])

@@ -35,7 +35,7 @@ def issue(
 
 def _issue(layers: int, batches: int) -> float:
     """Nobody runs the ops: every dependency is still open, the dearest case."""
-    lanes = Lanes(lambda op: None, [Crew((lane,)) for lane in Lane], Meter())
+    lanes = Lanes(lambda op, ready_at: None, [Crew((lane,)) for lane in Lane], Meter())
     dependencies: Dependencies[Ticket] = Dependencies()
     started, count = time.perf_counter(), 0
     for op in zigzag(StageLayers.whole(layers), batches, range(VISITS)):

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 
 from flexgen_ray.bench.result import finish
@@ -29,7 +30,7 @@ from flexgen_ray.schedule.zigzag import StageLayers
 PROMPT_LEN = 64  # long beside the answers, so that passes take alike
 BATCH_SIZE = 4
 FREE = 1e18  # a rate at which nothing takes time
-OTHERS = 0.4  # of the slowest lane's time
+OTHERS = 0.4  # of the slowest lane's time, for each other lane
 _DEVICE, _HOST, _DISK = Placement(1, 0, 0), Placement(0, 1, 0), Placement(0, 0, 1)
 
 
@@ -67,18 +68,18 @@ def lanes(
     layers: Annotated[int, typer.Option(help="Decoder layers.")] = 8,
     batches: Annotated[int, typer.Option(help="Batches a block.")] = 4,
     passes: Annotated[int, typer.Option(help="Decoding passes.")] = 16,
-    cell_ms: Annotated[float, typer.Option(help="What the slowest lane takes for a cell.")] = 4.0,
+    op_ms: Annotated[float, typer.Option(help="Modelled time of an op, on average.")] = 1.9,
     json_file: JsonOption = None,
 ) -> None:
     """Emulated lanes: the run's time as a multiple of the busiest lane's.
 
-    Example: flexgen-ray bench lanes --cell-ms 4
+    Example: flexgen-ray bench lanes --op-ms 1.9
     """
     results = {}
     for name, case in CASES.items():
-        results[name] = _run(case, _plan(case, layers, batches, passes), cell_ms / 1e3)
+        results[name] = _run(case, _plan(case, layers, batches, passes), op_ms / 1e3)
         typer.echo(f"{name:>15}: {results[name]}", err=True)
-    settings = {"layers": layers, "batches": batches, "passes": passes, "cell_ms": cell_ms}
+    settings = {"layers": layers, "batches": batches, "passes": passes, "op_ms": op_ms}
     finish({"emulated": True, "settings": settings, "cases": results}, "emulated", json_file)
 
 
@@ -100,15 +101,16 @@ def _plan(case: Case, layers: int, batches: int, passes: int) -> StagePlan:
     return StagePlan(config, StageLayers.whole(layers), policy, workload, "float32")
 
 
-def _run(case: Case, plan: StagePlan, cell_seconds: float) -> dict:
+def _run(case: Case, plan: StagePlan, op_seconds: float) -> dict:
     """One emulated run of a block from its prompts to its last tokens."""
     params = SamplingParams(plan.max_seq_len - PROMPT_LEN, 0.0, ignore_eos=True)
     prompt = [4 + i % 90 for i in range(PROMPT_LEN)]
     worker = Worker()
+    torch.set_num_threads(1)  # the tiny model's maths must not disturb the clock
     with tempfile.TemporaryDirectory(prefix="flexgen-bench-") as folder:
         budget = Budget(*[2**30] * 3)
         spec = StageSpec(None, plan, budget, "cpu", str(Path(folder)))
-        hardware = _hardware(case, plan, cell_seconds)
+        hardware = _hardware(case, plan, op_seconds)
         worker.load(replace(spec, hardware=hardware, time_scale=1.0, keeps_spans=True))
         worker.add([Request(i, prompt, params) for i in range(plan.workload.num_requests)])
         tokens = sum(it.new_tokens for it in worker.run() if isinstance(it, Progress))
@@ -125,19 +127,26 @@ def _run(case: Case, plan: StagePlan, cell_seconds: float) -> dict:
     }
 
 
-def _hardware(case: Case, plan: StagePlan, cell_seconds: float) -> HardwareSpec:
-    """Rates at which an average cell takes the slowest resource so long, others OTHERS of it."""
+def _hardware(case: Case, plan: StagePlan, op_seconds: float) -> HardwareSpec:
+    """Rates at which an average op takes so long, and the slowest lane's most."""
     amounts = dict.fromkeys(Resource, 0.0)
     model, pattern = CostModel(plan), _middle_pass(plan)
+    num_ops = 2  # that take no time: STORE_CACHE and APPEND_CACHE
     for kind in _CELL_OPS:
-        for resource, amount in model.amounts(Op(kind, 0, 1, 0, 0, 0), pattern).items():
+        taken = model.amounts(Op(kind, 0, 1, 0, 0, 0), pattern)
+        num_ops += any(taken.values())
+        for resource, amount in taken.items():
             amounts[resource] += amount
-    rates = dict.fromkeys(Resource, FREE)
     timed = (Resource.H2D, Resource.DISK_READ, Resource.HOST_ATTENTION, Resource.DECODE_FLOPS)
-    for resource in timed:
-        share = 1.0 if case.slowest in (None, resource) else OTHERS
-        if amounts[resource]:
-            rates[resource] = amounts[resource] / (share * cell_seconds)
+    shares = {
+        resource: 1.0 if case.slowest in (None, resource) else OTHERS
+        for resource in timed
+        if amounts[resource]
+    }
+    rates = dict.fromkeys(Resource, FREE)
+    for resource, share in shares.items():
+        seconds = op_seconds * num_ops * share / sum(shares.values())
+        rates[resource] = amounts[resource] / seconds
     # The pass that brings the prompts then takes about as long as any other.
     rates[Resource.FLOPS] = PROMPT_LEN * rates[Resource.DECODE_FLOPS]
     return HardwareSpec(**{resource.value: rate for resource, rate in rates.items()})

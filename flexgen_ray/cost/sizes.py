@@ -11,7 +11,7 @@ from functools import reduce
 from flexgen_ray.config import DTYPE_BYTES, TIERS, Budget, ModelConfig, Policy, Workload
 from flexgen_ray.cost.placement import PAGE, RowSplit, aligned, split_rows, split_tokens
 from flexgen_ray.cost.weight_layout import WeightLayout, lay_out_weights
-from flexgen_ray.schedule.ops import CELL_SLOTS, WEIGHTS_SLOTS, staging_slots
+from flexgen_ray.schedule.ops import CELL_SLOTS, LAYER_SLOTS, staging_slots
 from flexgen_ray.schedule.zigzag import StageLayers
 from flexgen_ray.units import format_bytes
 
@@ -126,9 +126,12 @@ def streamed_bytes(plan: StagePlan, layer: int) -> dict[str, int]:
     return {tier: stream.nbytes(tier) for tier in ("cpu", "disk")}
 
 
-def device_slot_bytes(plan: StagePlan) -> int:
-    """Bytes of a device slot, which holds any layer's streamed weights."""
-    return max(sum(streamed_bytes(plan, layer).values()) for layer in plan.stage.with_weights)
+def weights_slot_bytes(plan: StagePlan) -> list[int]:
+    """Bytes of each device slot: those of the layers hold any of them, the head's holds the head."""
+    head = plan.config.head_layer
+    streamed = {x: sum(streamed_bytes(plan, x).values()) for x in plan.stage.with_weights}
+    largest = max((nbytes for layer, nbytes in streamed.items() if layer != head), default=0)
+    return [largest] * LAYER_SLOTS + [streamed.get(head, 0)]
 
 
 def staging_slot_bytes(plan: StagePlan) -> int:
@@ -147,7 +150,7 @@ def stage_bytes(plan: StagePlan) -> dict[str, dict[str, int]]:
     return {
         "gpu": {
             "weights": weights["gpu"],
-            "weights in flight": WEIGHTS_SLOTS * device_slot_bytes(plan),
+            "weights in flight": sum(weights_slot_bytes(plan)),
             **cache["gpu"],
             **hidden["gpu"],
             "workspace": workspace_bytes(plan),

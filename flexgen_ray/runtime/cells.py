@@ -57,8 +57,8 @@ class Cells:
         pinned = self.device.type == "cuda"
         self._chosen = torch.empty(shape, dtype=torch.int64, pin_memory=pinned)
 
-    def run(self, op: Op) -> None:
-        """Does what the op says; nothing if its pass has no rows."""
+    def run(self, op: Op, ready_at: float = 0.0) -> None:
+        """Does what the op says, whenever it was ready; nothing if its pass has no rows."""
         kind = op.kind
         if kind in _WITHOUT_ROWS or self.rows(op).rows:
             _HANDLERS[kind](self, op)

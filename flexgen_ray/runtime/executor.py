@@ -5,11 +5,10 @@ Both honour the same rule and give the same bits. Knows when an op may start; no
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 
-from flexgen_ray.runtime.lanes import Crew, Lanes, Run, Ticket
+from flexgen_ray.runtime.lanes import Crew, Lanes, Run, Ticket, timed
 from flexgen_ray.runtime.meter import Meter
 from flexgen_ray.schedule.dependencies import Dependencies
 from flexgen_ray.schedule.ops import Op
@@ -27,11 +26,12 @@ class SerialExecutor:
 
     def run(self, ops: Iterable[Op]) -> Generator[Op]:
         """Yields each op that ends a visit when it is done; ops that move nothing are skipped."""
+        ended = 0.0
         for op in ops:
             if self._moves(op):
-                started = time.perf_counter()
-                modelled = self._run(op)
-                self._meter.note(op, started, time.perf_counter(), modelled)
+                timing = timed(self._run, op, ended)
+                ended = timing.ended
+                self._meter.note(op, timing)
                 if op.ends_visit:
                     yield op
 

@@ -17,11 +17,12 @@ from dataclasses import dataclass, field
 
 import torch
 
-from flexgen_ray.runtime.meter import Meter
+from flexgen_ray.runtime.meter import Meter, Timing
 from flexgen_ray.schedule.ops import LANE, Lane, Op
 
 SWITCH_INTERVAL = 5e-4  # seconds; Python's own is ten times as long
-Run = Callable[[Op], float | None]
+# Runs an op that was ready at a time; tells when it ran, if not just now.
+Run = Callable[[Op, float], Timing | None]
 
 
 @dataclass(frozen=True)
@@ -36,16 +37,21 @@ class Crew:
 class Ticket:
     """An op that was issued: how many ops it still waits for, and who waits for it.
 
-    With streams an op is done when it is launched; `event` tells when the device has run it.
+    ready_at, ended_at: when the last of those ended, and when it did (perf_counter). With streams
+    an op is done when it is launched; `event` tells when the device has run it.
     """
 
-    __slots__ = ("dependents", "event", "index", "is_done", "lane", "missing", "op", "waits")
+    __slots__ = (
+        "dependents", "ended_at", "event", "index", "is_done", "lane", "missing", "op", "ready_at",
+        "waits",
+    )  # fmt: skip
 
     def __init__(self, index: int, op: Op) -> None:
         self.index = index
         self.op = op
         self.lane = LANE[op.kind]
         self.missing = 0
+        self.ready_at = self.ended_at = 0.0
         self.dependents: list[Ticket] = []
         self.is_done = False
         self.event: torch.cuda.Event | None = None
@@ -89,7 +95,9 @@ class Lanes:
                 if not other.is_done:
                     other.dependents.append(ticket)
                     ticket.missing += 1
-                elif other.event is not None:
+                    continue
+                ticket.ready_at = max(ticket.ready_at, other.ended_at)
+                if other.event is not None:
                     ticket.waits.append(other.event)
             queue.append(ticket)
             if not ticket.missing and queue[0] is ticket:
@@ -155,7 +163,8 @@ class Lanes:
             while (ticket := self._next(post)) is not None:
                 stream = post.crew.streams.get(ticket.lane)
                 if stream is None:
-                    self._perform(ticket)
+                    self._perform(ticket, max(ticket.ready_at, post.ended_at))
+                    post.ended_at = ticket.ended_at
                 else:
                     torch.cuda.set_stream(stream)
                     self._launch(ticket, stream)
@@ -175,18 +184,18 @@ class Lanes:
                 post.is_idle = True
             post.bell.acquire()
 
-    def _perform(self, ticket: Ticket) -> None:
+    def _perform(self, ticket: Ticket, ready_at: float) -> None:
         for event in ticket.waits:
             event.synchronize()
-        started = time.perf_counter()
-        modelled = self._run(ticket.op)
-        self._meter.note(ticket.op, started, time.perf_counter(), modelled)
+        timing = timed(self._run, ticket.op, ready_at)
+        ticket.ended_at = timing.ended
+        self._meter.note(ticket.op, timing)
 
     def _launch(self, ticket: Ticket, stream: torch.cuda.Stream) -> None:
         for event in ticket.waits:
             stream.wait_event(event)
         started = self._meter.mark(stream)
-        self._run(ticket.op)
+        self._run(ticket.op, 0.0)
         ticket.event = self._meter.mark(stream)
         self._meter.note_events(ticket.op, started, ticket.event)
 
@@ -199,6 +208,7 @@ class Lanes:
                 self._room.notify()
             for other in ticket.dependents:
                 other.missing -= 1
+                other.ready_at = max(other.ready_at, ticket.ended_at)
                 if ticket.event is not None:
                     other.waits.append(ticket.event)
                 if not other.missing and self._queues[other.lane][0] is other:
@@ -215,6 +225,7 @@ class _Post:
         self.crew = crew
         self.queues = queues
         self.thread: threading.Thread | None = None
+        self.ended_at = 0.0
         self.bell = threading.Lock()
         self.bell.acquire()
         self.is_idle = False
@@ -224,6 +235,14 @@ class _Post:
         if self.is_idle:
             self.is_idle = False
             self.bell.release()
+
+
+def timed(run: Run, op: Op, ready_at: float) -> Timing:
+    """Runs the op, and says when."""
+    started = time.perf_counter()
+    timing = run(op, ready_at)
+    ended = time.perf_counter()
+    return timing or Timing(started, ended, ended - started)
 
 
 def _issue_order(ticket: Ticket) -> int:

@@ -26,6 +26,15 @@ class Span:
     end: float
 
 
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """When an op ran (perf_counter), and for how many seconds its lane counts as busy."""
+
+    started: float
+    ended: float
+    busy: float
+
+
 @dataclass(frozen=True)
 class Measured:
     """Seconds of a run, {lane: seconds}. modelled_*: by a cost model at the rates of `hardware`, if
@@ -75,11 +84,12 @@ class Meter:
         self._launched: deque[tuple[Op, torch.cuda.Event, torch.cuda.Event]] = deque()
         self._origin: tuple[torch.cuda.Event, float] | None = None
 
-    def note(self, op: Op, started: float, ended: float, modelled: float | None) -> None:
-        """An op that ran on a thread; times are perf_counter's."""
-        self.busy[LANE[op.kind].worker] += ended - started if modelled is None else modelled
+    def note(self, op: Op, timing: Timing) -> None:
+        """An op that has run."""
+        self.busy[LANE[op.kind].worker] += timing.busy
         if self.keeps_spans and len(self.spans) < MAX_SPANS:
-            self.spans.append(Span(op, started - self._began, ended - self._began))
+            started, ended = timing.started - self._began, timing.ended - self._began
+            self.spans.append(Span(op, started, ended))
 
     def mark(self, stream: torch.cuda.Stream) -> torch.cuda.Event:
         """An event on the stream, now."""
@@ -109,4 +119,4 @@ class Meter:
         assert self._origin is not None
         origin, origin_time = self._origin
         first, last = (origin_time + origin.elapsed_time(it) / 1e3 for it in (started, ended))
-        self.note(op, first, last, None)
+        self.note(op, Timing(first, last, last - first))

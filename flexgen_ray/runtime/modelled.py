@@ -10,6 +10,7 @@ from collections import defaultdict
 from flexgen_ray.config import HardwareSpec
 from flexgen_ray.cost.cost import CostModel, Resource, seconds_by_resource
 from flexgen_ray.runtime.cells import Cells
+from flexgen_ray.runtime.meter import Timing
 from flexgen_ray.runtime.pacer import Pacer
 from flexgen_ray.schedule.ops import LANE, Lane, Op
 
@@ -27,8 +28,8 @@ class Modelled:
         self._of_visit: dict[int, Seconds] = defaultdict(_no_seconds)
         self.seconds = _no_seconds()
 
-    def run(self, op: Op) -> float | None:
-        """Returns the seconds that a paced op is meant to take, unless others slow it."""
+    def run(self, op: Op, ready_at: float) -> Timing | None:
+        """As Cells.run; tells when a paced op ran in emulated time."""
         amounts = self._cost.amounts(op, self._cells.composition(op))
         if amounts:
             taken = seconds_by_resource(amounts, self._hardware)
@@ -38,11 +39,12 @@ class Modelled:
             for resource, seconds in taken.items():
                 sums[resource] += seconds
         if self._pacer is None:
-            self._cells.run(op)
+            self._cells.run(op, ready_at)
             return None
-        job = self._pacer.begin(amounts)
-        self._cells.run(op)
-        return self._pacer.end(job)
+        job = self._pacer.begin(amounts, ready_at)
+        self._cells.run(op, ready_at)
+        self._pacer.end(job)
+        return Timing(job.started, job.ended, job.seconds)
 
     def end_visit(self, visit: int) -> None:
         """What was fetched for a visit that never came doesn't count."""

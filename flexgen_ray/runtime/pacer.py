@@ -1,7 +1,10 @@
-"""Emulated hardware: makes ops take at least their modelled seconds, resources shared.
+"""Emulated hardware: no op ends before its modelled end, resources shared.
 
-An op that runs alone takes the seconds of the resource it needs longest. Ops that together need
-more of a resource than there is are slowed alike. Knows amounts and rates; not what ops do.
+An op begins, in emulated time, when its lane is free and what it waits for has ended; alone it
+takes the seconds of the resource it needs longest, and ops that together need more of a resource
+than there is are slowed alike. It is held until that time has come. Where the emulation itself is
+late, for Python is slow, the next ops are held less, until it has caught up. Knows amounts and
+rates; not what ops do.
 """
 
 from __future__ import annotations
@@ -26,31 +29,33 @@ class Pacer:
         self._hardware = hardware
         self._time_scale = time_scale
         self._changed = threading.Condition()
-        self._running: set[_Paced] = set()
+        self._running: set[Paced] = set()
         self._load = dict.fromkeys(Resource, 0.0)
         self._is_cancelled = False
 
-    def begin(self, amounts: Amounts) -> _Paced:
-        """An op starts to take these amounts."""
+    def begin(self, amounts: Amounts, ready_at: float) -> Paced:
+        """An op takes these amounts, from `ready_at` (perf_counter) on; from now if that is 0."""
         taken = seconds_by_resource(amounts, self._hardware)
         seconds = max(taken.values(), default=0.0)
         shares = {resource: it / seconds for resource, it in taken.items()} if seconds else {}
-        job = _Paced(seconds * self._time_scale, shares)
+        now = time.perf_counter()
+        job = Paced(seconds * self._time_scale, shares, min(ready_at or now, now))
         with self._changed:
-            job.since = time.perf_counter()
             self._admit(job, 1)
         return job
 
-    def end(self, job: _Paced) -> float:
-        """Returns when the op has had its seconds, with what they are when it runs alone."""
+    def end(self, job: Paced) -> None:
+        """Returns when the op has had its seconds; job.ended is then its emulated end."""
         _sleep_precisely()
         while True:
             with self._changed:
-                self._advance(time.perf_counter())
-                if job.remaining <= 0 or self._is_cancelled:
-                    self._admit(job, -1)
-                    return job.seconds
+                now = time.perf_counter()
+                self._advance(now)
                 left = job.remaining / self._speed(job)
+                if left <= 0 or self._is_cancelled:
+                    job.ended = min(now + left, now)
+                    self._admit(job, -1)
+                    return
                 if self._is_short():
                     # Whoever leaves a scarce resource wakes those it slowed.
                     self._changed.wait(left)
@@ -64,7 +69,7 @@ class Pacer:
             self._is_cancelled = True
             self._changed.notify_all()
 
-    def _admit(self, job: _Paced, sign: int) -> None:
+    def _admit(self, job: Paced, sign: int) -> None:
         """The others' progress so far counts at the old speeds."""
         self._advance(time.perf_counter())
         was_short = self._is_short()
@@ -80,22 +85,21 @@ class Pacer:
 
     def _advance(self, now: float) -> None:
         for job in self._running:
-            if job.remaining > 0:
-                job.remaining -= (now - job.since) * self._speed(job)
+            job.remaining -= (now - job.since) * self._speed(job)
             job.since = now
 
-    def _speed(self, job: _Paced) -> float:
+    def _speed(self, job: Paced) -> float:
         return min((1 / max(self._load[resource], 1.0) for resource in job.shares), default=1.0)
 
 
-class _Paced:
-    """An op under way: what it takes alone, and how much of that is left."""
+class Paced:
+    """An op under way: what it takes alone, how much of that is left, when it began and ended."""
 
-    def __init__(self, seconds: float, shares: dict[Resource, float]) -> None:
+    def __init__(self, seconds: float, shares: dict[Resource, float], started: float) -> None:
         self.seconds = seconds
         self.remaining = seconds
         self.shares = shares
-        self.since = 0.0
+        self.started = self.since = self.ended = started
 
 
 def _sleep_precisely() -> None:

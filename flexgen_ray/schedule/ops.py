@@ -11,7 +11,9 @@ from enum import StrEnum, auto
 from functools import cache
 
 CELL_SLOTS = 2  # double buffering: one slot is filled while the other is used
-WEIGHTS_SLOTS = 2
+LAYER_SLOTS = 2
+HEAD_SLOT = 2  # its own, so that the next visit's first layer can arrive while this one ends
+WEIGHTS_SLOTS = 3
 
 
 def staging_slots(num_batches: int) -> int:

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from flexgen_ray.schedule.ops import CELL_SLOTS, WEIGHTS_SLOTS, Op, OpKind, staging_slots
+from flexgen_ray.schedule.ops import CELL_SLOTS, HEAD_SLOT, LAYER_SLOTS, Op, OpKind, staging_slots
 
 _LOADS = (OpKind.READ_HIDDEN, OpKind.LOAD_HIDDEN)
 _ATTENTION = (
@@ -65,6 +65,13 @@ class StageLayers:
         """The layers whose weights may stream; embeddings are gathered instead."""
         return range(max(self.first, 1), self.last + 1)
 
+    def weights_slot(self, visit: int, layer: int) -> int:
+        """Where a layer's streamed weights lie on the device; the embedding has none."""
+        if self.kind(layer) != "decoder":
+            return HEAD_SLOT
+        decoders = range(max(self.first, 1), min(self.last, self.num_layers) + 1)
+        return (visit * len(decoders) + layer - decoders.start) % LAYER_SLOTS
+
     def kind(self, layer: int) -> str:
         if layer == 0:
             return "embedding"
@@ -99,12 +106,12 @@ def zigzag(stage: StageLayers, num_batches: int, visits: Iterable[int]) -> Itera
 
 def _cells(stage: StageLayers, num_batches: int, visits: Iterable[int]) -> Iterator[Op]:
     """One op a cell, as the pattern of all its ops."""
-    number, weights = 0, -1
+    number = 0
     for visit in visits:
         for layer in stage.layers:
-            weights += layer in stage.with_weights
+            weights_slot = stage.weights_slot(visit, layer)
             for batch in range(num_batches):
-                slots = number % CELL_SLOTS, weights % WEIGHTS_SLOTS
+                slots = number % CELL_SLOTS, weights_slot
                 ends_visit = layer == stage.last and batch == num_batches - 1
                 yield Op(OpKind.FINISH, visit, layer, batch, *slots, ends_visit=ends_visit)
                 number += 1
@@ -129,6 +136,7 @@ class _WeightStream:
     """
 
     def __init__(self, stage: StageLayers, num_batches: int) -> None:
+        self.stage = stage
         self.layers = stage.with_weights
         self.num_batches = num_batches
         self.staging_slots = staging_slots(num_batches)
@@ -154,5 +162,6 @@ class _WeightStream:
     def _op(self, kind: OpKind, number: int) -> Op:
         ordinal, part = divmod(number, self.num_batches)
         visit, index = divmod(ordinal, len(self.layers))
-        slots = ordinal % WEIGHTS_SLOTS, part, number % self.staging_slots
-        return Op(kind, visit, self.layers[index], part, 0, *slots)
+        layer = self.layers[index]
+        slots = self.stage.weights_slot(visit, layer), part, number % self.staging_slots
+        return Op(kind, visit, layer, part, 0, *slots)

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from flexgen_ray.cost.placement import stored_tensors
-from flexgen_ray.cost.sizes import StagePlan, device_slot_bytes, staging_slot_bytes
+from flexgen_ray.cost.sizes import StagePlan, staging_slot_bytes, weights_slot_bytes
 from flexgen_ray.cost.weight_layout import Place
-from flexgen_ray.schedule.ops import WEIGHTS_SLOTS, Op, staging_slots
+from flexgen_ray.schedule.ops import LAYER_SLOTS, Op, staging_slots
 from flexgen_ray.store.memory import page_aligned
 from flexgen_ray.store.tier import Tiers
 
@@ -77,14 +77,14 @@ class WeightStore:
             "cpu": tiers.cpu.allocate("weights", need["cpu"]),
         }
         self._disk = tiers.disk.allocate("weights", need["disk"])
-        slots = WEIGHTS_SLOTS, device_slot_bytes(plan)
-        self._device_slots = tiers.gpu.allocate("weights in flight", prod(slots)).view(slots)
+        slots = weights_slot_bytes(plan)
+        self._device_slots = tiers.gpu.allocate("weights in flight", sum(slots)).split(slots)
         staging = staging_slots(self._parts), staging_slot_bytes(plan)
         self._staging = tiers.cpu.allocate("weights in flight", prod(staging)).view(staging)
         self._views = {
             (layer, slot): self._view(layer, slot)
             for layer in plan.stage.with_weights
-            for slot in range(WEIGHTS_SLOTS)
+            for slot in {plan.stage.weights_slot(visit, layer) for visit in range(LAYER_SLOTS)}
         }
         self._fill(source, on_progress)
 
@@ -171,9 +171,9 @@ class WeightStore:
                 done += nbytes
                 if on_progress:
                     on_progress(done, total)
-        if self._device_slots.is_cuda:
+        if self._memory["gpu"].is_cuda:
             # Whoever reads them does so on a stream of its own.
-            torch.cuda.synchronize(self._device_slots.device)
+            torch.cuda.synchronize(self._memory["gpu"].device)
 
     def _fill_one(self, source: WeightSource, buffers: list[Tensor], weight: _Weight) -> int:
         """Its bytes; buffers: free host memory for weights on their way to disk."""
