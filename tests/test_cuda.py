@@ -6,9 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from test_exactness import MAX_TOKENS, assert_same, policies
+from test_executor import generate
 
 from flexgen_ray import LLM, Policy, SamplingParams
 from flexgen_ray.resources import CUDA_RESERVE
+from flexgen_ray.schedule.ops import LANE
 from flexgen_ray.store import memory
 from flexgen_ray.store.memory import MemoryTier
 
@@ -28,6 +30,34 @@ def test_every_policy_generates_the_same_tokens_as_transformers(tiny_models, nam
     with LLM(folder, policy=policy, dtype="float32", device="cuda", use_ray=False) as llm:
         outputs = [output.outputs[0] for output in llm.generate(prompts, GREEDY)]
     assert_same(outputs, references)
+
+
+@pytest.mark.parametrize("name", ["opt", "llama"])
+@settings(max_examples=20)
+@given(policy=policies)
+def test_async_equals_serial_bit_for_bit(tiny_models, name, policy, monkeypatch):
+    """Streams and events order what one thread issues."""
+    folder, references = tiny_models[name]
+    prompts = [reference.prompt for reference in references]
+    runs = [
+        generate(folder, prompts, policy, executor, monkeypatch, device="cuda")
+        for executor in ("serial", "async")
+    ]
+    assert runs[0][0] == runs[1][0]
+    assert all(torch.equal(a, b) for a, b in zip(runs[0][1], runs[1][1], strict=True))
+
+
+def test_every_lane_of_a_cuda_run_is_timed_on_its_stream(tiny_models, policy_of_all, tmp_path):
+    folder, references = tiny_models["llama"]
+    options = {"dtype": "float32", "device": "cuda", "use_ray": False, "trace": True}
+    with LLM(folder, policy=policy_of_all, **options) as llm:
+        llm.generate([reference.prompt for reference in references], GREEDY)
+        spans = list(llm._spans())
+        measured = llm.report.measured
+    lanes = {LANE[span.op.kind].worker.value for span in spans}
+    assert {"device", "load_weights", "load_cache", "store", "host", "disk_read"} <= lanes
+    assert all(0 <= span.start <= span.end for span in spans)
+    assert all(seconds <= measured.wall * 1.05 for seconds in measured.busy.values())
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

@@ -19,8 +19,11 @@ from flexgen_ray.schedule.ops import LANE, Lane, OpKind
 from flexgen_ray.schedule.zigzag import StageLayers, zigzag
 
 
-def generate(folder, prompts, policy, executor, monkeypatch) -> tuple[list, list[torch.Tensor]]:
+def generate(
+    folder, prompts, policy, executor, monkeypatch, **options
+) -> tuple[list, list[torch.Tensor]]:
     """Tokens and every logit on the way, by sequence."""
+    options = {"policy": policy, "executor": executor, "use_ray": False} | options
     seen: dict[int, list[torch.Tensor]] = {}
 
     def collect(indices, logits):
@@ -31,7 +34,7 @@ def generate(folder, prompts, policy, executor, monkeypatch) -> tuple[list, list
     params = [SamplingParams(max_tokens=6 + i, temperature=i % 2) for i in range(len(prompts))]
     with monkeypatch.context() as patch:
         patch.setattr(Worker, "run", lambda self: run(self, collect))
-        with LLM(folder, policy=policy, executor=executor, use_ray=False, dtype="float32") as llm:
+        with LLM(folder, dtype="float32", **options) as llm:
             outputs = llm.generate(prompts, params)
     tokens = [output.outputs[0].token_ids for output in outputs]
     return tokens, [torch.stack(seen[index]) for index in sorted(seen)]

@@ -127,7 +127,7 @@ def test_both_kernels_share_a_signature(name):
 def test_a_choice_is_measured_once_and_kept(tmp_path, monkeypatch):
     shape = host_kernel.Shape("float32", num_heads=4, num_kv_heads=2, head_dim=64)
     times = {"sdpa": 1.0, "numba": 2.0}
-    monkeypatch.setattr(host_kernel, "measure", lambda shape, threads: times)
+    monkeypatch.setattr(host_kernel, "measure", lambda shape, threads, nbytes: times)
     assert host_kernel.choose(shape, 2, tmp_path) == "sdpa"
     times["sdpa"] = 3.0
     assert host_kernel.choose(shape, 2, tmp_path) == "sdpa"

@@ -127,7 +127,7 @@ def streamed_bytes(plan: StagePlan, layer: int) -> dict[str, int]:
 
 
 def weights_slot_bytes(plan: StagePlan) -> list[int]:
-    """Bytes of each device slot: those of the layers hold any of them, the head's holds the head."""
+    """Bytes of each device slot: those of the layers hold any of them, the last one the head."""
     head = plan.config.head_layer
     streamed = {x: sum(streamed_bytes(plan, x).values()) for x in plan.stage.with_weights}
     largest = max((nbytes for layer, nbytes in streamed.items() if layer != head), default=0)

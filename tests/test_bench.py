@@ -1,0 +1,88 @@
+"""Benchmarks end in one JSON line that says what was measured, on what, and what binds."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from flexgen_ray.cli import app
+from flexgen_ray.config import Policy
+
+FIELDS = {
+    "prefill_s", "decode_s", "total_s", "generated_tokens_per_s", "decode_tokens_per_s",
+    "bound_tokens_per_s", "fraction_of_bound", "binding_lane", "lanes", "peak_bytes", "hardware",
+    "versions", "policy", "command", "date",
+}  # fmt: skip
+POLICY = """
+gpu_batch_size: 2
+num_gpu_batches: 2
+weights: {gpu: 0.4, cpu: 0.3, disk: 0.3}
+cache: {gpu: 0.4, cpu: 0.3, disk: 0.3}
+cpu_attention: 0.5
+"""
+
+
+def bench(*arguments: object) -> dict:
+    done = CliRunner().invoke(app, ["bench", *map(str, arguments)])
+    assert done.exit_code == 0, (done.output, done.exception)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture
+def policy_file(tmp_path):
+    path = tmp_path / "policy.yaml"
+    path.write_text(POLICY)
+    return path
+
+
+@pytest.mark.parametrize("executor", ["serial", "async"])
+def test_throughput_counts_every_token_and_stays_within_its_bound(
+    tiny_models, tmp_path, policy_file, executor
+):
+    folder, _ = tiny_models["llama"]
+    result = bench(
+        "throughput", "--model", folder, "--prompt-len", 24, "--max-tokens", 6, "--dtype",
+        "float32", "--device", "cpu", "--policy", policy_file, "--offload-dir", tmp_path / "off",
+        "--cpu-memory", "64MiB", "--gpu-memory", "64MiB", "--disk-memory", "64MiB", "--executor",
+        executor, "--json", tmp_path / "result.json", "--trace", tmp_path / "trace.json",
+    )  # fmt: skip
+    assert set(result) >= FIELDS
+    assert json.loads((tmp_path / "result.json").read_text()) == result
+    policy = Policy.from_yaml(policy_file)
+    assert result["num_prompts"] == policy.block_size
+    generated = result["generated_tokens_per_s"] * result["total_s"]
+    assert generated == pytest.approx(policy.block_size * 6, rel=0.01)
+    decoded = result["decode_tokens_per_s"] * result["decode_s"]
+    assert decoded == pytest.approx(policy.block_size * 5, rel=0.01)
+    assert 0 < result["fraction_of_bound"] <= 1
+    assert result["binding_lane"] in result["bound_s"]
+    assert all(0 < fraction <= 1 for fraction in result["lanes"].values())
+    assert all(result["peak_bytes"][tier] <= 64 * 2**20 for tier in ("gpu", "cpu", "disk"))
+    assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+
+
+def test_a_built_in_shape_needs_no_files(tmp_path):
+    result = bench(
+        "throughput", "--model", "opt-125m", "--prompt-len", 4, "--max-tokens", 2, "--num-prompts",
+        2, "--device", "cpu", "--offload-dir", tmp_path,
+    )  # fmt: skip
+    assert result["model"] == "opt-125m" and result["fraction_of_bound"] > 0
+
+
+def test_an_unknown_shape_names_the_known_ones():
+    done = CliRunner().invoke(app, ["bench", "throughput", "--model", "opt-7b"])
+    assert isinstance(done.exception, ValueError) and "opt-6.7b" in str(done.exception)
+
+
+def test_emulated_lanes_say_so_and_never_beat_their_model():
+    result = bench("lanes", "--layers", 2, "--batches", 2, "--passes", 2, "--op-ms", 0.2)
+    assert result["emulated"] is True
+    assert len(result["cases"]) == 6
+    assert all(case["ratio"] >= 1 for case in result["cases"].values())
+
+
+def test_issuing_is_measured_in_microseconds_an_op():
+    result = bench("issue", "--layers", 2, "--batches", 2, "--repeats", 3)
+    assert result["median_us_per_op"] in result["us_per_op"]
