@@ -138,5 +138,29 @@ def test_a_failing_disk_ends_generation_with_its_error(tiny_models, monkeypatch)
     assert threading.active_count() == before
 
 
+@pytest.mark.parametrize("num_requests", [1, 2, 9])
+def test_a_slow_reader_misses_nothing(tiny_models, num_requests):
+    """While it reads of one visit the lanes may end the next, and the job."""
+    folder, references = tiny_models["llama"]
+    prompts = [reference.prompt for reference in references] * 2
+    params = SamplingParams(max_tokens=3, temperature=0.0)
+    told = []
+
+    def read_slowly(event) -> None:
+        told.append(event)
+        time.sleep(0.1)
+
+    with LLM(folder, policy=Policy(2, 2), use_ray=False, dtype="float32") as llm:
+        requests = [llm.request(i, prompts[i], params) for i in range(num_requests)]
+        llm.prepare(requests)
+        for _ in range(2):
+            outputs = list(
+                llm.stream(requests, lambda event: (told.append(event), time.sleep(0.1)))
+            )
+            assert sorted(output.index for output in outputs) == list(range(num_requests))
+            assert sum(event.new_tokens for event in told) == 3 * num_requests
+            told.clear()
+
+
 def test_every_kind_has_a_lane():
     assert set(LANE) == set(OpKind) and set(LANE.values()) == set(Lane)

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from typing import Annotated
 
+import torch
 import typer
 
 from flexgen_ray.bench.result import finish
 from flexgen_ray.options import JsonOption
-from flexgen_ray.runtime.lanes import Crew, Lanes, Ticket
-from flexgen_ray.runtime.meter import Meter
-from flexgen_ray.schedule.dependencies import Dependencies
-from flexgen_ray.schedule.ops import Lane
+from flexgen_ray.runtime.crews import divide_cores, make_crews
+from flexgen_ray.runtime.executor import AsyncExecutor
+from flexgen_ray.schedule.ops import Op
 from flexgen_ray.schedule.zigzag import StageLayers, zigzag
 
-VISITS = 4
+VISITS = 8
 
 
 def issue(
@@ -24,7 +25,7 @@ def issue(
     repeats: Annotated[int, typer.Option(help="The median of so many counts.")] = 5,
     json_file: JsonOption = None,
 ) -> None:
-    """Microseconds of Python that issuing an op costs, every op of the schedule counted.
+    """Microseconds of CPU that issuing an op costs, every op of the schedule counted.
 
     Example: flexgen-ray bench issue --layers 48 --batches 4
     """
@@ -34,12 +35,18 @@ def issue(
 
 
 def _issue(layers: int, batches: int) -> float:
-    """Nobody runs the ops: every dependency is still open, the dearest case."""
-    lanes = Lanes(lambda op, ready_at: None, [Crew((lane,)) for lane in Lane], Meter())
-    dependencies: Dependencies[Ticket] = Dependencies()
-    started, count = time.perf_counter(), 0
-    for op in zigzag(StageLayers.whole(layers), batches, range(VISITS)):
-        ticket = Ticket(count, op)
-        lanes.issue(ticket, dependencies.of(ticket, op))
-        count += 1
-    return (time.perf_counter() - started) / count * 1e6
+    """Of the issuing thread alone, while every lane runs ops that do nothing."""
+    count = 0
+
+    def counted() -> Iterator[Op]:
+        nonlocal count
+        for op in zigzag(StageLayers.whole(layers), batches, range(VISITS)):
+            count += 1
+            yield op
+
+    crews = make_crews(torch.device("cpu"), divide_cores(1, False, False))
+    executor = AsyncExecutor(lambda op, ready_at: None, lambda op: True, crews)
+    started = time.thread_time()
+    for _ in executor.run(counted()):
+        pass
+    return (time.thread_time() - started) / count * 1e6

@@ -60,7 +60,7 @@ class Batcher:
 
     @property
     def is_done(self) -> bool:
-        """True if no pass will have rows any more."""
+        """True if no pass will have rows any more; from another thread too."""
         return not self._waiting and not any(self._slots)
 
     def compose(self, batch: int) -> Rows:
@@ -110,8 +110,10 @@ class Batcher:
         room = min(self.gpu_batch_size, -(-left // self.num_gpu_batches)) - len(slots)
         free = (slot for slot in range(self.gpu_batch_size) if slot not in slots)
         for slot in list(islice(free, max(0, min(room, len(self._waiting))))):
-            request = self._waiting.popleft()
+            request = self._waiting[0]
             slots[slot] = _Sequence(request, list(request.prompt_token_ids))
+            # Only now, or `is_done` would be true in between.
+            self._waiting.popleft()
 
     def _pack(self, slots: dict[int, _Sequence], counts: dict[int, int]) -> Rows:
         rows: list[Row] = []

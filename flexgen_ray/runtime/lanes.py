@@ -8,6 +8,7 @@ waits.
 
 from __future__ import annotations
 
+import gc
 import sys
 import threading
 import time
@@ -137,6 +138,8 @@ class Lanes:
         # A lane that wakes must not wait long for one that issues, or counts.
         self._switch_interval = sys.getswitchinterval()
         sys.setswitchinterval(SWITCH_INTERVAL)
+        # Nor for a garbage collection that looks at all that was ever imported.
+        gc.freeze()
         for post in self._posts:
             name = f"lane {'+'.join(post.crew.lanes)}"
             post.thread = threading.Thread(target=self._work, args=(post,), name=name)
@@ -153,6 +156,7 @@ class Lanes:
                 stream.synchronize()
         torch.set_num_threads(self._num_threads)
         sys.setswitchinterval(self._switch_interval)
+        gc.unfreeze()
 
     @torch.inference_mode()
     def _work(self, post: _Post) -> None:

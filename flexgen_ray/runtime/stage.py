@@ -110,12 +110,14 @@ class Stage:
             for op in running:
                 now = time.perf_counter()
                 self._wall = now - began
+                # Asked before what finished is taken: the lanes may be a visit ahead.
+                is_done = self.batcher.is_done
                 # Ray sends into its generators; one that is yielded from would refuse.
                 for finished in self.batcher.take_finished():  # noqa: UP028
                     yield finished
                 yield self._progress(op.visit, now - started)
                 started = time.perf_counter()
-                if self.batcher.is_done:
+                if is_done:
                     return
 
     def measured(self) -> Measured:
