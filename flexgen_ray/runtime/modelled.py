@@ -25,7 +25,7 @@ class Modelled:
         self._hardware = hardware
         self._cost = CostModel(cells.plan)
         self._pacer = None if time_scale is None else Pacer(hardware, time_scale)
-        self._of_visit: dict[int, Seconds] = defaultdict(_no_seconds)
+        self._of_visit: dict[int, Seconds] = {}
         self.seconds = _no_seconds()
 
     def run(self, op: Op, ready_at: float) -> Timing | None:
@@ -34,7 +34,10 @@ class Modelled:
         if amounts:
             taken = seconds_by_resource(amounts, self._hardware)
             # Each lane is one thread, and writes nothing but its own sums.
-            sums = self._of_visit[op.visit][LANE[op.kind].worker]
+            of_visit = self._of_visit.get(op.visit)
+            if of_visit is None:
+                of_visit = self._of_visit.setdefault(op.visit, _no_seconds())
+            sums = of_visit[LANE[op.kind].worker]
             sums[None] += max(taken.values())
             for resource, seconds in taken.items():
                 sums[resource] += seconds
