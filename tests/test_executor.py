@@ -143,7 +143,6 @@ def test_a_slow_reader_misses_nothing(tiny_models, num_requests):
     """While it reads of one visit the lanes may end the next, and the job."""
     folder, references = tiny_models["llama"]
     prompts = [reference.prompt for reference in references] * 2
-    params = SamplingParams(max_tokens=3, temperature=0.0)
     told = []
 
     def read_slowly(event) -> None:
@@ -151,14 +150,14 @@ def test_a_slow_reader_misses_nothing(tiny_models, num_requests):
         time.sleep(0.1)
 
     with LLM(folder, policy=Policy(2, 2), use_ray=False, dtype="float32") as llm:
-        requests = [llm.request(i, prompts[i], params) for i in range(num_requests)]
-        llm.prepare(requests)
-        for _ in range(2):
-            outputs = list(
-                llm.stream(requests, lambda event: (told.append(event), time.sleep(0.1)))
-            )
+        for max_tokens in (5, 3):  # the second run has fewer visits
+            params = SamplingParams(max_tokens=max_tokens, temperature=0.0)
+            requests = [llm.request(i, prompts[i], params) for i in range(num_requests)]
+            llm.prepare(requests)
+            outputs = list(llm.stream(requests, read_slowly))
             assert sorted(output.index for output in outputs) == list(range(num_requests))
-            assert sum(event.new_tokens for event in told) == 3 * num_requests
+            assert sum(event.new_tokens for event in told) == max_tokens * num_requests
+            assert all(event.new_tokens for event in told)
             told.clear()
 
 

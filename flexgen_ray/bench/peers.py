@@ -207,7 +207,7 @@ def _result(work: Work, rules: Rules, runs: list[Run]) -> dict:
         "gpu_memory_bytes": work.gpu_memory,
         "page_cache": work.page_cache,
         "page_cache_means": _PAGE_CACHE[work.page_cache, work.memory_limit is not None],
-        "ours": work.ours,
+        "ours": work.ours | {"policy": Path(work.ours["policy"] or "").name or None},
         "tokens_compared_to": right and {"peer": right.peer, "batch_size": right.batch_size},
     }
     result["contestants"] = standings(runs)

@@ -52,10 +52,17 @@ class Cells:
         self.on_logits: LogitsHook | None = None
         self._passes: dict[tuple[int, int], Pass] = {}
         self._progress: dict[int, list[int]] = {}
+        self.last_visit = 0  # that brought tokens, so far
         self._logits: dict[int, Tensor] = {}
         shape = (CELL_SLOTS, plan.policy.gpu_batch_size)
         pinned = self.device.type == "cuda"
         self._chosen = torch.empty(shape, dtype=torch.int64, pin_memory=pinned)
+
+    def begin(self, on_logits: LogitsHook | None) -> None:
+        """A new run, whose visits are counted from 0."""
+        self.on_logits = on_logits
+        self.last_visit = 0
+        self._progress.clear()
 
     def run(self, op: Op, ready_at: float = 0.0) -> None:
         """Does what the op says, whenever it was ready; nothing if its pass has no rows."""
@@ -266,6 +273,7 @@ class Cells:
     def _accept(self, op: Op) -> None:
         slots = [row.slot for row in self.rows(op).sampled]
         if slots:
+            self.last_visit = op.visit
             self.batcher.accept(op.batch, slots, self._chosen[op.cell_slot, : len(slots)].tolist())
 
     def _work(self, op: Op) -> Work:

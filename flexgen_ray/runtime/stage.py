@@ -100,7 +100,7 @@ class Stage:
         on_logits(request indices, [rows, vocabulary]) sees what each sampled token is chosen from.
         """
         plan, cells = self.spec.plan, self._cells
-        cells.on_logits = on_logits
+        cells.begin(on_logits)
         self.batcher.add(requests)
         if self.batcher.is_done:
             return
@@ -110,8 +110,8 @@ class Stage:
             for op in running:
                 now = time.perf_counter()
                 self._wall = now - began
-                # Asked before what finished is taken: the lanes may be a visit ahead.
-                is_done = self.batcher.is_done
+                # Asked before what finished is taken, for the lanes may be a visit ahead.
+                is_done = self.batcher.is_done and op.visit >= cells.last_visit
                 # Ray sends into its generators; one that is yielded from would refuse.
                 for finished in self.batcher.take_finished():  # noqa: UP028
                     yield finished
