@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import subprocess
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from flexgen_ray.models import host_kernel
+from flexgen_ray.models import host_attention, host_kernel
 from flexgen_ray.models.host_attention import HostAttention
 from flexgen_ray.models.host_vectors import LANES
 
@@ -77,8 +81,55 @@ def test_equals_a_float64_reference_and_reads_only_what_is_valid(case):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("head_dim", [64, 80, 128])
+@pytest.mark.parametrize("group", [7, 8, 9, 12, 16])
+def test_any_number_of_heads_may_share_keys(group, head_dim, dtype):
+    case = make_case(dtype, 2, group, head_dim, lens=[1, 7, 8, 63, 64, 65, 129])
+    expected = reference(case)
+    error = (case.run().double() - expected).abs().max()
+    assert error <= TOLERANCE[dtype] * max(1.0, expected.abs().max())
+
+
+GUARDED = """
+import ctypes, mmap, torch
+from flexgen_ray.models.host_attention import HostAttention
+
+attend, page = HostAttention(threads=1), mmap.PAGESIZE
+for dtype in (torch.float32, torch.float16, torch.bfloat16):
+    for head_dim in (64, 72):
+        for group in (1, 2, 7, 8):
+            for end in (1, 9, 64, 65, 100):
+                nbytes = 2 * end * head_dim * dtype.itemsize
+                size = -(-nbytes // page) * page
+                memory = mmap.mmap(-1, size + 8 * page)
+                start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+                assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(start + size), 8 * page, 0) == 0
+                flat = torch.frombuffer(memory, dtype=dtype, offset=size - nbytes)
+                flat[: 2 * end * head_dim] = 0.5
+                shape, strides = (1, 1, end + 5, head_dim), (0, 0, 2 * head_dim, 1)
+                k, v = (torch.as_strided(flat, shape, strides, x) for x in (0, head_dim))
+                q = torch.ones(1, group, head_dim, dtype=dtype)
+                for keys, values in ((k, v), (v, k)):
+                    attend(q, keys, values, [end], out := torch.empty_like(q))
+                    assert torch.equal(out, torch.full_like(out, 0.5))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="protects memory as Linux does")
+def test_memory_beyond_what_is_valid_is_not_even_touched():
+    subprocess.run([sys.executable, "-c", GUARDED], check=True, timeout=120)
+
+
+def test_the_compiled_kernel_is_kept_no_longer_than_its_source():
+    folder = Path(host_attention.__file__).parent
+    parts = (folder / f"host_{name}.py" for name in ("scores", "tiles", "vectors"))
+    digest = hashlib.sha256(b"".join(part.read_bytes() for part in parts)).hexdigest()[:8]
+    assert host_attention._PARTS == digest, f"write {digest} there, so that it is compiled anew"
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_the_number_of_threads_and_the_company_of_a_row_change_no_bit(dtype):
-    case = make_case(dtype, kv_heads=3, group=5, head_dim=80, lens=[700, 1, 63, 64, 65, 1024])
+    case = make_case(dtype, kv_heads=3, group=15, head_dim=80, lens=[700, 1, 63, 64, 65, 1024])
     alone = case.run()
     for threads in (2, 3):
         assert torch.equal(case.run(HostAttention(threads)), alone)

@@ -2,7 +2,9 @@
 
 Decode attention does a few operations on each byte of the cache, so the most it can reach is the
 speed at which the same threads read the same memory and do nothing else. Both are measured in
-turn, since other work on the machine changes them. Measures; decides nothing.
+turn, since other work on the machine changes them. Where many query heads share a KV head, the
+bound is the CPU's float32 arithmetic instead: one multiply-add for each element and query head,
+at the rate of a loop that does nothing else. Measures; decides nothing.
 """
 
 from __future__ import annotations
@@ -54,18 +56,20 @@ def attention(
     torch.set_num_threads(threads)
     kernels = {name: load(name, threads) for name in KERNELS}
     memory = torch.empty(megabytes << 20, dtype=torch.uint8)
-    _say(f"{'dtype':9}{'head_dim':>9}{'queries/KV':>11}{'read GB/s':>10}", *kernels)
-    results = []
+    _say(f"{'dtype':9}{'head_dim':>9}{'queries/KV':>11}{'read GB/s':>10}", *kernels, "of bound")
+    results: list[dict] = []
     for dtype in DTYPES:
         for head_dim in HEAD_DIMS:
             for group in GROUPS:
                 shape = (NUM_KV_HEADS, context, head_dim)
                 case = _case(memory, getattr(torch, dtype), shape, group)
-                rates = _measure(case, kernels, seconds)
+                rates = _measure(case, kernels, seconds, threads)
                 row = {"dtype": dtype, "head_dim": head_dim, "queries_per_kv_head": group}
                 results.append(row | rates)
                 _say_row(results[-1])
-    _finish({"threads": threads, "context": context, "results": results}, json_file)
+    peak = max(row["fma_per_s"] for row in results)
+    made_with = {"threads": threads, "context": context, "fma_per_s": peak}
+    _finish(made_with | {"results": results}, json_file)
 
 
 def _case(
@@ -88,15 +92,18 @@ def _case(
 
 
 def _measure(
-    case: tuple[Tensor, ...], kernels: dict[str, Kernel], seconds: float
+    case: tuple[Tensor, ...], kernels: dict[str, Kernel], seconds: float, threads: int
 ) -> dict[str, float]:
     """Bytes per second of the best plain read and of each kernel, and their fractions of it.
 
-    A fraction is the median over rounds: a shared machine's memory may change its speed between.
+    bound_bytes_per_s is the read's or, if that is less, what the arithmetic allows. A fraction is
+    the median over rounds: a shared machine's memory may change its speed between.
     """
+    from flexgen_ray.bench.fma import fma_per_s
     from flexgen_ray.models.host_kernel import best_seconds
 
     q, k, v, out = case
+    fmas = (k.numel() + v.numel()) * q.shape[1] // k.shape[1]
     lens = [k.shape[2]] * k.shape[0]
     nbytes = k.nbytes + v.nbytes
     runs: dict[str, Callable[[], object]] = {
@@ -108,13 +115,21 @@ def _measure(
     for _ in range(ROUNDS):
         taken = {name: best_seconds(run, seconds / ROUNDS) for name, run in runs.items()}
         reads = [best_seconds(read, seconds / ROUNDS / 2) for read in _plain_reads(k, v)]
-        rounds.append(taken | {"read": min(reads)})
-    rates = {
+        peak = fma_per_s(threads, seconds / ROUNDS / 4)
+        rounds.append(taken | {"read": min(reads), "arithmetic": fmas / peak})
+    rates: dict[str, float] = {
         f"{name}_bytes_per_s": round(nbytes / min(taken[name] for taken in rounds))
         for name in ("read", *runs)
     }
-    fractions = {name: median(taken["read"] / taken[name] for taken in rounds) for name in runs}
-    return rates | {f"{name}_of_read": round(value, 3) for name, value in fractions.items()}
+    arithmetic = min(taken["arithmetic"] for taken in rounds)
+    rates["fma_per_s"] = round(fmas / arithmetic)
+    rates["bound_bytes_per_s"] = min(rates["read_bytes_per_s"], round(nbytes / arithmetic))
+    for name in runs:
+        of_read = [taken["read"] / taken[name] for taken in rounds]
+        of_bound = [max(taken["read"], taken["arithmetic"]) / taken[name] for taken in rounds]
+        rates |= {f"{name}_of_read": round(median(of_read), 3),
+                  f"{name}_of_bound": round(median(of_bound), 3)}  # fmt: skip
+    return rates
 
 
 def _plain_reads(k: Tensor, v: Tensor) -> list[Callable[[], object]]:
@@ -130,7 +145,7 @@ def _say_row(row: dict) -> None:
     cells += f"{row['read_bytes_per_s'] / 1e9:10.1f}"
     names = [key.removesuffix("_of_read") for key in row if key.endswith("_of_read")]
     shown = [f"{row[f'{n}_bytes_per_s'] / 1e9:.1f} ({row[f'{n}_of_read']:.0%})" for n in names]
-    _say(cells, *shown)
+    _say(cells, *shown, f"{row['numba_of_bound']:.0%}")
 
 
 def _say(first: str, *others: str) -> None:

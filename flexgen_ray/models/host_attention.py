@@ -8,44 +8,23 @@ rows are attended together. Knows no tiers.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import numba
 import numpy as np
+from numba.core import types
 from torch import Tensor
 
-# numba's cache heeds changes of this file only: touch it when these two change.
-from flexgen_ray.models.host_tiles import (
-    COLUMNS_OF_FOUR_HEADS,
-    KEYS_AT_ONCE,
-    bits_of,
-    compiled,
-    largest_of,
-    load_element,
-    mix_tile,
-    score_tile,
-    size_of,
-    store_element,
-    take_next,
-)
-from flexgen_ray.models.host_vectors import KINDS, LANES
+from flexgen_ray.models.host_scores import score, score_alone
+from flexgen_ray.models.host_tiles import BLOCK, TILES, begin, give, mix, soften
+from flexgen_ray.models.host_vectors import I64, KINDS, LANES, emitted
 
-# A block's keys and values stay in the cache nearest to a core while further heads read them.
-_BLOCK_TOKENS = 64
+# numba's cache heeds changes of this file only, so it names the state of those three (a test says).
+_PARTS = "01d5c045"
+
 _ALONE_BYTES = 256 * 1024
 _LOG2_E = 1.4426950408889634
-# Added and subtracted, it rounds a float32 to a whole number, which lies in its low bits between.
-_ROUNDER = np.float32(1.5 * 2**23)
-
-_score_4 = score_tile(4, KEYS_AT_ONCE)
-_score_4_last = score_tile(4, 1)
-_score_1 = score_tile(1, 4)
-_score_1_last = score_tile(1, 1)
-_mix_4 = mix_tile(4, COLUMNS_OF_FOUR_HEADS)
-_mix_4_narrow = mix_tile(4, 1)
-_mix_1_wide = mix_tile(1, 8)
-_mix_1 = mix_tile(1, 4)
-_mix_1_narrow = mix_tile(1, 1)
 
 
 class HostAttention:
@@ -74,9 +53,10 @@ class HostAttention:
         task = (kind, counter, ends, shape, (q_place, out_place), (k_place, v_place))
         small = int(ends.sum()) * kv_heads * head_dim * 2 * size < _ALONE_BYTES
         helpers = 0 if small else min(self.threads, rows * kv_heads) - 1
-        running = [self._pool.submit(_attend, *task) for _ in range(helpers)]
+        own, *others = (_scratch(shape[2], head_dim) for _ in range(helpers + 1))
+        running = [self._pool.submit(_attend, *task, other.ctypes.data) for other in others]
         try:
-            _attend(*task)
+            _attend(*task, own.ctypes.data)
         finally:
             for future in running:
                 future.result()
@@ -98,153 +78,115 @@ def _check(q: Tensor, k: Tensor, v: Tensor, lens: list[int], out: Tensor) -> Non
 
 
 @numba.njit(nogil=True)
-def _at(matrix, row, offset):
-    """The matrix from a row and a byte offset on."""
-    return matrix[0] + row * matrix[1] + offset, matrix[1]
+def _at(matrix, row):
+    """The matrix from a row on."""
+    return matrix[0] + row * matrix[1], matrix[1]
 
 
 @numba.njit(nogil=True)
-def _score(kind, shape, queries, keys, scores, ahead):
-    """scores[heads, count] = queries @ keys^T; shape: (heads, count, head_dim).
-
-    ahead: the rows that are read next.
-    """
-    heads, count, dim = shape
-    fours = heads - heads % 4
-    for h in range(0, fours, 4):
-        q, j = _at(queries, h, 0), 0
-        while j < count:
-            k, s, n = _at(keys, j, 0), _at(scores, h, 4 * j), _at(ahead, j, 0)
-            if j + KEYS_AT_ONCE <= count:
-                _score_4(kind, dim, q, k, s, n)
-                j += KEYS_AT_ONCE
-            else:
-                _score_4_last(kind, dim, q, k, s, n)
-                j += 1
-    for h in range(fours, heads):
-        q, j = _at(queries, h, 0), 0
-        while j < count:
-            k, s, n = _at(keys, j, 0), _at(scores, h, 4 * j), _at(ahead, j, 0)
-            if j + 4 <= count:
-                _score_1(kind, dim, q, k, s, n)
-                j += 4
-            else:
-                _score_1_last(kind, dim, q, k, s, n)
-                j += 1
+def _tile(head, heads, padded, memory):
+    """The tile from a head on: its heads, and where its queries, scores, sums and state lie."""
+    count = 1
+    for count in TILES:
+        if head + count <= heads:
+            break
+    queries = memory + 4 * head * _floats_per_head(padded)
+    scores = queries + 4 * count * padded
+    sums = scores + 4 * count * BLOCK
+    return count, queries, scores, (sums, 4 * padded), sums + 4 * count * padded
 
 
 @numba.njit(nogil=True)
-def _mix(kind, shape, weights, values, sums, ahead):
-    """sums[heads, head_dim] += weights[heads, count] @ values; shape as in _score."""
-    heads, count, dim = shape
-    size, fours, last = size_of(kind), heads - heads % 4, dim - LANES
-    for h in range(0, fours, 4):
-        w, d = _at(weights, h, 0), 0
-        while d < dim:
-            at = min(d, last) * size
-            v, a, n = _at(values, 0, at), _at(sums, h, 4 * d), _at(ahead, 0, at)
-            if d + COLUMNS_OF_FOUR_HEADS * LANES <= dim:
-                _mix_4(kind, count, w, v, a, n)
-                d += COLUMNS_OF_FOUR_HEADS * LANES
-            else:
-                _mix_4_narrow(kind, count, w, v, a, n)
-                d += LANES
-    for h in range(fours, heads):
-        w, d = _at(weights, h, 0), 0
-        while d < dim:
-            at = min(d, last) * size
-            v, a, n = _at(values, 0, at), _at(sums, h, 4 * d), _at(ahead, 0, at)
-            if d + 8 * LANES <= dim:
-                _mix_1_wide(kind, count, w, v, a, n)
-                d += 8 * LANES
-            elif d + 4 * LANES <= dim:
-                _mix_1(kind, count, w, v, a, n)
-                d += 4 * LANES
-            else:
-                _mix_1_narrow(kind, count, w, v, a, n)
-                d += LANES
-
-
-@numba.njit(nogil=True, fastmath={"contract"})
-def _exp2(x):
-    """2**x for x <= 0, within two units in the last place; vectorises, unlike math.exp2."""
-    x = max(x, np.float32(-126))
-    shifted = x + _ROUNDER
-    f = x - (shifted - _ROUNDER)
-    y = np.float32(1.535336188319500e-4)
-    y = y * f + np.float32(1.339887440266574e-3)
-    y = y * f + np.float32(9.618437357674640e-3)
-    y = y * f + np.float32(5.550332471162809e-2)
-    y = y * f + np.float32(2.402264791363012e-1)
-    y = y * f + np.float32(6.931472028550421e-1)
-    y = y * f + np.float32(1)
-    exponent = (bits_of(shifted) << np.int32(23)) + np.int32(0x3F800000)
-    return y * bits_of(np.int32(exponent))
-
-
-@numba.njit(nogil=True, fastmath={"reassoc", "contract", "nsz"})
-def _exponentiate(scores, largest):
-    """scores become 2**(score - largest); returns their sum."""
-    total = np.float32(0)
-    for j in range(scores.size):
-        scores[j] = _exp2(scores[j] - largest)
-        total += scores[j]
-    return total
-
-
-@numba.njit(nogil=True, fastmath={"contract"})
-def _attend_one(kind, end, matrices, scratch):
-    """One KV head of a row: sums and totals from its queries; matrices: (keys, values)."""
-    queries, scores, sums, totals, dim = scratch
-    heads, largest = queries.shape[0], np.full(queries.shape[0], -np.inf, np.float32)
-    sums[:], totals[:] = 0, 0
-    q, w = (queries.ctypes.data, queries.strides[0]), (scores.ctypes.data, scores.strides[0])
-    a = (sums.ctypes.data, sums.strides[0])
-    for first in range(0, end, _BLOCK_TOKENS):
-        count = min(_BLOCK_TOKENS, end - first)
-        shape = (heads, count, dim)
-        keys, values = _at(matrices[0], first, 0), _at(matrices[1], first, 0)
-        _score(kind, shape, q, keys, w, values)
-        scores[:, count:] = -np.inf
-        for h in range(heads):
-            new = max(largest[h], largest_of(w[0] + h * w[1], _BLOCK_TOKENS))
-            shrink = _exp2(largest[h] - new)
-            largest[h] = new
-            totals[h] = totals[h] * shrink + _exponentiate(scores[h], new)
-            if shrink != 1:
-                sums[h] *= shrink
-        _mix(kind, shape, w, values, a, _at(keys, _BLOCK_TOKENS, 0))
+def _floats_per_head(padded):
+    """Scratch for a head's queries, scores and sums, and for a tile's state if it is alone."""
+    return 2 * padded + BLOCK + 2 * LANES
 
 
 @numba.njit(nogil=True)
-def _place(d, dim):
-    """Where element d lies in the scratch, whose last vector holds a row's last LANES elements."""
-    whole = dim - dim % LANES
-    return d if d < whole else d + LANES - dim % LANES
+def _score(kind, shape, memory, rows, ahead):
+    """A block's scores for all heads; shape: (heads, tokens, dim, padded)."""
+    heads, tokens, dim, padded = shape
+    scratch = memory + 4 * heads * _floats_per_head(padded)
+    h = 0
+    while h < heads:
+        n, q, w, _, _ = _tile(h, heads, padded, memory)
+        if n == 1:
+            for first in range(0, tokens, LANES):
+                count = min(LANES, tokens - first)
+                score_alone(kind, count, dim, q, _at(rows, first), scratch, w + 4 * first)
+        else:
+            score(kind, n, (tokens, dim), q, rows, w, ahead)
+        h += n
 
 
-@compiled
-def _attend(kind, counter, ends, shape, vectors, caches):
-    """Takes (row, KV head) after (row, KV head) until none is left."""
+@numba.njit(nogil=True)
+def _attend_one(kind, end, caches, shape, memory):
+    """One KV head of a row: every tile's sums and state; caches: (keys, values)."""
+    heads, dim, padded = shape
+    for first in range(0, end, BLOCK):
+        tokens = min(BLOCK, end - first)
+        keys, values = _at(caches[0], first), _at(caches[1], first)
+        _score(kind, (heads, tokens, dim, padded), memory, keys, values)
+        h = 0
+        while h < heads:
+            n, _, scores, sums, state = _tile(h, heads, padded, memory)
+            soften(n, tokens, dim, scores, sums, state)
+            mix(kind, n, (tokens, dim), scores, values, sums, _at(keys, BLOCK))
+            h += n
+
+
+def _compiled(function: Callable) -> Callable:
+    """Compiled at its first call without the GIL, and kept for later runs where that can be."""
+    try:
+        return numba.njit(nogil=True, cache=True)(function)
+    except RuntimeError:  # no folder that can be written to
+        return numba.njit(nogil=True)(function)
+
+
+@emitted
+def _take_next(context, address):
+    """Atomically adds one to the int64 at the address; returns what was there."""
+
+    def generate(context, b, signature, args):
+        pointer = b.inttoptr(args[0], I64.as_pointer())
+        return b.atomic_rmw("add", pointer, I64(1), "monotonic")
+
+    return types.int64(types.int64), generate
+
+
+@_compiled
+def _attend(kind, counter, ends, shape, vectors, caches, memory):
+    """Takes (row, KV head) after (row, KV head) until none is left; memory: _scratch's address."""
     rows, kv_heads, heads, dim = shape
     padded = -(-dim // LANES) * LANES
-    queries, sums = np.zeros((heads, padded), np.float32), np.empty((heads, padded), np.float32)
-    scores, totals = np.empty((heads, _BLOCK_TOKENS), np.float32), np.empty(heads, np.float32)
-    scale, size = np.float32(_LOG2_E / np.sqrt(dim)), size_of(kind)
+    scale = np.float32(_LOG2_E / np.sqrt(dim))
     (q, q_row, q_head), (out, out_row, out_head) = vectors
     (k, k_row, k_head, k_token), (v, v_row, v_head, v_token) = caches
-    item = take_next(counter.ctypes.data)
+    item = _take_next(counter.ctypes.data)
     while item < rows * kv_heads:
         row, head = item // kv_heads, item % kv_heads
-        for h in range(heads):
-            start = q + row * q_row + (head * heads + h) * q_head
-            for d in range(dim):
-                queries[h, _place(d, dim)] = load_element(kind, start + d * size) * scale
+        queries = (q + row * q_row + head * heads * q_head, q_head)
+        results = (out + row * out_row + head * heads * out_head, out_head)
         keys = (k + row * k_row + head * k_head, k_token)
         values = (v + row * v_row + head * v_head, v_token)
-        _attend_one(kind, ends[row], (keys, values), (queries, scores, sums, totals, dim))
-        for h in range(heads):
-            start = out + row * out_row + (head * heads + h) * out_head
-            for d in range(dim):
-                store_element(kind, start + d * size, sums[h, _place(d, dim)] / totals[h])
-        item = take_next(counter.ctypes.data)
+        h = 0
+        while h < heads:
+            n, place, _, sums, state = _tile(h, heads, padded, memory)
+            begin(kind, n, dim, scale, _at(queries, h), place, sums, state)
+            h += n
+        _attend_one(kind, ends[row], (keys, values), (heads, dim, padded), memory)
+        h = 0
+        while h < heads:
+            n, _, _, sums, state = _tile(h, heads, padded, memory)
+            give(kind, n, dim, sums, state, _at(results, h))
+            h += n
+        item = _take_next(counter.ctypes.data)
+
+
+def _scratch(heads: int, head_dim: int) -> np.ndarray:
+    """Zeros for one thread, from a line of the cache on, so that no vector lies in two lines."""
+    padded = -(-head_dim // LANES) * LANES
+    floats = heads * _floats_per_head.py_func(padded) + LANES * LANES
+    memory = np.zeros(floats + 16, np.float32)
+    start = -(memory.ctypes.data // 4) % 16
+    return memory[start : start + floats]

@@ -1,213 +1,254 @@
-"""Host attention's inner loops, for use within numba functions (host_vectors has their parts).
+"""Tiles of host attention, but for their scores (host_scores): for use within numba functions.
 
-Knows dot products and weighted sums of a few rows; no softmax and no threads.
+A tile is 8, 4, 2 or 1 query heads of a KV head with a block of its tokens; it computes in float32.
+Rows are padded to whole vectors: the last one holds a row's last LANES elements, so that nothing
+beside the row is read, and the queries have zeros there for what the vector before holds too.
+
+queries: [padded / part, heads, part]; a vector has `part` elements of the queries of some heads
+scores:  [BLOCK, heads], later their weights; the softmax is the same work in every lane
+sums:    [heads, padded], of weighted values
+state:   [2, LANES]: the largest score so far; the sum of weights, in as many terms as a head has
+         lanes
+
+Knows the softmax's parts and weighted sums; no threads, and not which heads make up a tile.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import math
 
-import numba
-import numpy as np
 from llvmlite import ir
 from numba.core import types
-from numba.extending import intrinsic
 
 from flexgen_ray.models.host_vectors import (
     F32,
-    I16,
-    I32,
     I64,
     LANES,
-    VECTOR,
+    MATRIX,
+    VECTOR_BYTES,
     WIDE,
     ZEROS,
-    Values,
-    element,
+    constant,
     emit_loop,
-    first_rows,
+    emit_switch,
+    emitted,
+    exp2,
     fma,
     load,
-    packed_sums,
+    maximum,
+    narrow,
+    plus,
     prefetch,
     row_at,
     shuffle,
     size_in_bytes,
+    smaller,
     splat,
-    widen,
+    store,
 )
 
-KEYS_AT_ONCE = 4 if WIDE else 2
-COLUMNS_OF_FOUR_HEADS = 4 if WIDE else 2
-
-_MATRIX = types.UniTuple(types.int64, 2)
-# mypy takes the decorator's result for what numba's compiler sees.
-_intrinsic: Callable[[Callable], Any] = intrinsic
-
-
-def _dots(
-    b: ir.IRBuilder, kind: types.Type, dim: ir.Value, queries: Values, keys: Values, ahead: Values
-) -> Values:
-    """Vectors whose sums are the dot products, by query, then by key; prefetches rows ahead."""
-    last = b.sub(dim, I64(LANES))
-
-    def step(d: ir.Value, sums: Values) -> Values:
-        offset = b.mul(b.select(b.icmp_signed("<", d, last), d, last), I64(size_in_bytes(kind)))
-        k = [load(b, kind, b.add(row, offset)) for row in keys]
-        for row in ahead:
-            prefetch(b, b.add(row, offset))
-        q = [load(b, types.float32, b.add(row, b.mul(d, I64(4)))) for row in queries]
-        pairs = [(x, y) for x in q for y in k]
-        return [fma(b, x, y, z) for (x, y), z in zip(pairs, sums, strict=True)]
-
-    return emit_loop(b, dim, LANES, [ZEROS] * (len(queries) * len(keys)), step)
+# A block's keys and values stay in the caches nearest to a core while further heads read them.
+BLOCK = 64
+TILES = (8, 4, 2, 1)
+LINE = 64
+# Vectors of values at once, widest first: with all heads' sums of them they fit the registers.
+_COLUMNS = {8: (2, 1) if WIDE else (1,), 4: (4, 1) if WIDE else (2, 1), 2: (4, 1), 1: (8, 4, 1)}
+_UNROLLED = 4
 
 
-def score_tile(heads: int, keys: int) -> Callable:
-    """tile(kind, dim, queries, keys, scores, ahead): scores[h, k] = queries[h] . keys[k].
-
-    queries and scores are float32; heads * keys is a power of two, at most LANES. ahead: rows that
-    are read soon; several heads compute for so long that memory would idle, so they prefetch these.
-    dim is at least LANES. If it is no multiple, vectors overlap: a key's last one holds its last
-    LANES elements, and so must the queries', with zeros for those already counted.
-    """
-
-    @_intrinsic
-    def tile(context, kind, dim, queries, key_rows, scores, ahead):
-        def generate(context, b, signature, args):
-            _, dim, queries, key_rows, scores, ahead = args
-            q, k = first_rows(b, queries, heads), first_rows(b, key_rows, keys)
-            # Prefetching follows one stream well and several poorly: alone, keys go in order.
-            if heads > 1:
-                dots = _dots(b, kind, dim, q, k, first_rows(b, ahead, keys))
-            else:
-                dots = [dot for row in k for dot in _dots(b, kind, dim, q, [row], [])]
-            sums = packed_sums(b, dots)
-            for head, row in enumerate(first_rows(b, scores, heads)):
-                part = shuffle(b, sums, sums, list(range(head * keys, (head + 1) * keys)))
-                b.store(part, b.inttoptr(row, part.type.as_pointer())).align = 4
-            return context.get_dummy_value()
-
-        return types.void(kind, types.int64, *[_MATRIX] * 4), generate
-
-    return tile
+def vectors_of_queries(heads: int) -> int:
+    """How many hold a part of every head's query; each is multiplied with the same keys."""
+    return min(heads, 4 if WIDE else 2)
 
 
-def mix_tile(heads: int, columns: int) -> Callable:
-    """tile(kind, count, weights, values, sums, ahead): sums[h, :] += weights[h, :] @ values.
-
-    count: rows of values, of which columns * LANES elements are taken. weights and sums are
-    float32. ahead: as for score_tile.
-    """
-
-    @_intrinsic
-    def tile(context, kind, count, weights, values, sums, ahead):
-        def generate(context, b, signature, args):
-            _, count, weights, values, sums, ahead = args
-            w, a = first_rows(b, weights, heads), first_rows(b, sums, heads)
-            size = LANES * size_in_bytes(kind)
-
-            def step(j, carried):
-                row, later = row_at(b, values, j), row_at(b, ahead, j)
-                v = [load(b, kind, b.add(row, I64(c * size))) for c in range(columns)]
-                for offset in range(0, columns * size if heads > 1 else 0, 64):
-                    prefetch(b, b.add(later, I64(offset)))
-                at = [b.inttoptr(b.add(x, b.mul(j, I64(4))), F32.as_pointer()) for x in w]
-                pairs = [(x, y) for x in [splat(b, b.load(p)) for p in at] for y in v]
-                return [fma(b, x, y, z) for (x, y), z in zip(pairs, carried, strict=True)]
-
-            places = [b.add(row, I64(c * LANES * 4)) for row in a for c in range(columns)]
-            first = [load(b, types.float32, place) for place in places]
-            for place, total in zip(places, emit_loop(b, count, 1, first, step), strict=True):
-                b.store(total, b.inttoptr(place, VECTOR.as_pointer())).align = 4
-            return context.get_dummy_value()
-
-        return types.void(kind, types.int64, *[_MATRIX] * 4), generate
-
-    return tile
+def part_of_row(heads: int) -> int:
+    """Elements of a row that a vector holds for each of its heads."""
+    return LANES * vectors_of_queries(heads) // heads
 
 
-@_intrinsic
-def largest_of(context, address, count):
-    """The largest of count float32; count is a multiple of LANES."""
+@emitted
+def begin(context, kind, heads, dim, scale, rows, queries, sums, state):
+    """queries = rows * scale; sums and state as before any token. rows: matrix of the heads."""
 
     def generate(context, b, signature, args):
-        address, count = args
+        _, heads, dim, scale, rows, queries, sums, state = args
+        last = b.sub(dim, I64(LANES))
+        lanes = ir.Constant(ir.VectorType(I64, LANES), list(range(LANES)))
 
-        def step(i, carried):
-            vector = load(b, types.float32, b.add(address, b.mul(i, I64(4))))
-            return [b.select(b.fcmp_ordered(">", vector, carried[0]), vector, carried[0])]
+        def emit(heads):
+            part = part_of_row(heads)
 
-        (vector,) = emit_loop(b, count, LANES, [ir.Constant(VECTOR, [-np.inf] * LANES)], step)
-        width = LANES
-        while width > 1:
-            width //= 2
-            low = shuffle(b, vector, vector, list(range(width)))
-            high = shuffle(b, vector, vector, list(range(width, 2 * width)))
-            vector = b.select(b.fcmp_ordered(">", high, low), high, low)
-        return b.extract_element(vector, I32(0))
+            def step(d, _):
+                at = smaller(b, d, last)
+                new = b.icmp_signed(">=", lanes, splat(b, b.sub(d, at)))
+                place = plus(b, queries, d, 4 * heads)
+                for head in range(heads):
+                    row = plus(b, row_at(b, rows, I64(head)), at, size_in_bytes(kind))
+                    q = b.select(new, b.fmul(load(b, kind, row), splat(b, scale)), ZEROS)
+                    for i in range(LANES // part):
+                        piece = shuffle(b, q, q, list(range(i * part, (i + 1) * part)))
+                        store(b, piece, b.add(place, I64(4 * (i * heads + head) * part)))
+                    store(b, ZEROS, plus(b, row_at(b, sums, I64(head)), d, 4))
+                return []
 
-    return types.float32(types.int64, types.int64), generate
+            emit_loop(b, dim, LANES, [], step)
 
-
-@_intrinsic
-def size_of(context, kind):
-    """Bytes of a stored element."""
-    return types.int64(kind), lambda context, b, signature, args: I64(size_in_bytes(kind))
-
-
-@_intrinsic
-def load_element(context, kind, address):
-    def generate(context, b, signature, args):
-        raw = b.load(b.inttoptr(args[1], element(kind).as_pointer()))
-        return widen(b, kind, raw, lambda element: element)
-
-    return types.float32(kind, types.int64), generate
-
-
-@_intrinsic
-def store_element(context, kind, address, value):
-    """Rounds to nearest, ties to even; what is not a number stays so."""
-
-    def generate(context, b, signature, args):
-        _, address, value = args
-        if kind == types.uint16:
-            value = b.bitcast(b.fptrunc(value, ir.HalfType()), I16)
-        elif kind == types.int16:
-            bits = b.bitcast(value, I32)
-            odd = b.and_(b.lshr(bits, I32(16)), I32(1))
-            rounded = b.lshr(b.add(bits, b.add(odd, I32(0x7FFF))), I32(16))
-            nan = b.fcmp_unordered("uno", value, value)
-            value = b.trunc(b.select(nan, I32(0x7FC0), rounded), I16)
-        b.store(value, b.inttoptr(address, element(kind).as_pointer()))
+        emit_switch(b, heads, TILES, emit)
+        store(b, constant(-math.inf), state)
+        store(b, ZEROS, b.add(state, I64(VECTOR_BYTES)))
         return context.get_dummy_value()
 
-    return types.void(kind, types.int64, types.float32), generate
+    integers = [types.int64] * 2
+    result = types.void(kind, *integers, types.float32, MATRIX, types.int64, MATRIX, types.int64)
+    return result, generate
 
 
-@_intrinsic
-def bits_of(context, x):
-    """A float32's bits as int32, or the other way round."""
-    if x == types.float32:
-        return types.int32(x), lambda context, b, signature, args: b.bitcast(args[0], I32)
-    return types.float32(x), lambda context, b, signature, args: b.bitcast(args[0], F32)
-
-
-@_intrinsic
-def take_next(context, address):
-    """Atomically adds one to the int64 at the address; returns what was there."""
+@emitted
+def soften(context, heads, tokens, dim, scores, sums, state):
+    """scores[:tokens] become 2**(score - largest); sums shrink if the largest grew."""
 
     def generate(context, b, signature, args):
-        pointer = b.inttoptr(args[0], I64.as_pointer())
-        return b.atomic_rmw("add", pointer, I64(1), "monotonic")
+        heads, tokens, dim, scores, sums, state = args
+        total_at = b.add(state, I64(VECTOR_BYTES))
+        largest, total = (load(b, types.float32, place) for place in (state, total_at))
 
-    return types.int64(types.int64), generate
+        def places(i):
+            return [plus(b, scores, b.add(i, I64(n * LANES)), 4) for n in range(_UNROLLED)]
+
+        def emit(heads):
+            valid, end = b.mul(tokens, I64(heads)), I64(BLOCK * heads)
+
+            def clear(i, _):
+                minus_infinity = ir.Constant(F32, -math.inf)
+                store(b, minus_infinity, plus(b, scores, b.add(valid, i), 4))
+                return []
+
+            def look(i, found):
+                read = [load(b, types.float32, place) for place in places(i)]
+                return [maximum(b, x, y) for x, y in zip(read, found, strict=True)]
+
+            def weigh(i, added):
+                read = [load(b, types.float32, place) for place in places(i)]
+                weights = [exp2(b, b.fsub(x, new)) for x in read]
+                for weight, place in zip(weights, places(i), strict=True):
+                    store(b, weight, place)
+                return [b.fadd(x, y) for x, y in zip(added, weights, strict=True)]
+
+            emit_loop(b, b.sub(end, valid), 1, [], clear)
+            found = emit_loop(b, end, _UNROLLED * LANES, [largest] * _UNROLLED, look)
+            new = _across(b, heads, found, maximum)
+            shrunk = exp2(b, b.fsub(largest, new))
+            added = emit_loop(b, end, _UNROLLED * LANES, [ZEROS] * _UNROLLED, weigh)
+            store(b, new, state)
+            store(b, fma(b, total, shrunk, _pairwise(b, added, ir.IRBuilder.fadd)), total_at)
+
+            def shrink(d, _):
+                for head in range(heads):
+                    place = plus(b, row_at(b, sums, I64(head)), d, 4)
+                    factor = shuffle(b, shrunk, shrunk, [head] * LANES)
+                    store(b, b.fmul(load(b, types.float32, place), factor), place)
+                return []
+
+            changed = b.bitcast(b.fcmp_unordered("!=", shrunk, constant(1.0)), ir.IntType(LANES))
+            any_changed = b.icmp_unsigned("!=", changed, changed.type(0))
+            emit_loop(b, b.select(any_changed, dim, I64(0)), LANES, [], shrink)
+
+        emit_switch(b, heads, TILES, emit)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 4, MATRIX, types.int64), generate
 
 
-def compiled(function: Callable) -> Callable:
-    """Compiled at its first call without the GIL, and kept for later runs where that can be."""
-    try:
-        return numba.njit(nogil=True, cache=True)(function)
-    except RuntimeError:  # no folder that can be written to
-        return numba.njit(nogil=True)(function)
+def _pairwise(b, vectors, combine):
+    while len(vectors) > 1:
+        vectors = [combine(b, x, y) for x, y in zip(vectors[::2], vectors[1::2], strict=True)]
+    return vectors[0]
+
+
+def _across(b, heads, vectors, combine):
+    """Vectors combined, and then all lanes of each head, which get the same result."""
+    vector, turn = _pairwise(b, vectors, combine), heads
+    while turn < LANES:
+        turned = shuffle(b, vector, vector, [(lane + turn) % LANES for lane in range(LANES)])
+        vector, turn = combine(b, vector, turned), 2 * turn
+    return vector
+
+
+@emitted
+def mix(context, kind, heads, shape, weights, values, sums, ahead):
+    """sums[h, :] += weights[:, h] @ values; shape: (tokens, dim); ahead: as for score."""
+
+    def generate(context, b, signature, args):
+        _, heads, shape, weights, values, sums, ahead = args
+        tokens, dim = (b.extract_value(shape, i) for i in range(2))
+        last, size = b.sub(dim, I64(LANES)), size_in_bytes(kind)
+
+        def strip(heads, columns, d):
+            at = b.mul(smaller(b, d, last), I64(size))
+            width = columns * LANES * size
+
+            def step(j, carried):
+                row, later = (b.add(row_at(b, x, j), at) for x in (values, ahead))
+                v = [load(b, kind, b.add(row, I64(x))) for x in range(0, width, LANES * size)]
+                for line in range(0, width if heads > 1 else 0, LINE):
+                    prefetch(b, b.add(later, I64(line)))
+                place = plus(b, weights, j, 4 * heads)
+                w = [
+                    load(b, types.float32, b.add(place, I64(4 * h)), count=1) for h in range(heads)
+                ]
+                pairs = [(x, y) for x in w for y in v]
+                return [fma(b, x, y, z) for (x, y), z in zip(pairs, carried, strict=True)]
+
+            rows = [plus(b, row_at(b, sums, I64(h)), d, 4) for h in range(heads)]
+            places = [b.add(row, I64(c * VECTOR_BYTES)) for row in rows for c in range(columns)]
+            first = [load(b, types.float32, place) for place in places]
+            for place, total in zip(places, emit_loop(b, tokens, 1, first, step), strict=True):
+                store(b, total, place)
+
+        def emit(heads):
+            start = I64(0)
+            for columns in _COLUMNS[heads]:
+                left, width = b.sub(dim, start), I64(columns * LANES)
+                if columns > 1:
+                    left = b.mul(b.udiv(left, width), width)
+
+                def step(d, _, columns=columns, start=start):
+                    strip(heads, columns, b.add(start, d))
+                    return []
+
+                emit_loop(b, left, columns * LANES, [], step)
+                start = b.add(start, left)
+
+        emit_switch(b, heads, TILES, emit)
+        return context.get_dummy_value()
+
+    result = types.void(kind, types.int64, MATRIX, types.int64, *[MATRIX] * 3)
+    return result, generate
+
+
+@emitted
+def give(context, kind, heads, dim, sums, state, rows):
+    """rows = sums / the sum of weights; rows: matrix of the heads."""
+
+    def generate(context, b, signature, args):
+        _, heads, dim, sums, state, rows = args
+        last = b.sub(dim, I64(LANES))
+        terms = load(b, types.float32, b.add(state, I64(VECTOR_BYTES)))
+
+        def emit(heads):
+            total = _across(b, heads, [terms], ir.IRBuilder.fadd)
+
+            def step(d, _):
+                at = b.mul(smaller(b, d, last), I64(size_in_bytes(kind)))
+                for head in range(heads):
+                    value = load(b, types.float32, plus(b, row_at(b, sums, I64(head)), d, 4))
+                    value = b.fdiv(value, shuffle(b, total, total, [head] * LANES))
+                    store(b, narrow(b, kind, value), b.add(row_at(b, rows, I64(head)), at))
+                return []
+
+            emit_loop(b, dim, LANES, [], step)
+
+        emit_switch(b, heads, TILES, emit)
+        return context.get_dummy_value()
+
+    return types.void(kind, *[types.int64] * 2, MATRIX, types.int64, MATRIX), generate

@@ -6,11 +6,13 @@ are stored in: float32, uint16 (IEEE half) or int16 (bfloat16), since numba has 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import numpy as np
 from llvmlite import binding, ir
 from numba.core import types
+from numba.extending import intrinsic
 
 KINDS = {"float32": np.float32(0), "float16": np.uint16(0), "bfloat16": np.int16(0)}
 
@@ -19,45 +21,84 @@ WIDE = bool(binding.get_host_cpu_features().get("avx512f"))
 LANES = 16 if WIDE else 8
 
 F32, I16, I32, I64 = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
-VECTOR = ir.VectorType(F32, LANES)
-ZEROS = ir.Constant(VECTOR, [0.0] * LANES)
+VECTOR, I32_VECTOR = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES)
+VECTOR_BYTES = 4 * LANES
+MATRIX = types.UniTuple(types.int64, 2)
 Values = list[ir.Value]
+# mypy takes the decorator's result for what numba's compiler sees.
+emitted: Callable[[Callable], Any] = intrinsic
 
-
-def element(kind: types.Type) -> ir.Type:
-    return F32 if kind == types.float32 else I16
+# 2**f for f in [-0.5, 0.5], by falling power.
+_EXP2 = (1.535336188319500e-4, 1.339887440266574e-3, 9.618437357674640e-3, 5.550332471162809e-2,
+         2.402264791363012e-1, 6.931472028550421e-1, 1.0)  # fmt: skip
+# Added and subtracted, it rounds a float32 to a whole number, which lies in its low bits between.
+_ROUNDER = 1.5 * 2**23
 
 
 def size_in_bytes(kind: types.Type) -> int:
     return 4 if kind == types.float32 else 2
 
 
-def widen(b: ir.IRBuilder, kind: types.Type, raw: ir.Value, like: Callable) -> ir.Value:
-    """like: makes the type of the same shape as raw from an element type."""
+def constant(value: float, element: ir.Type = F32) -> ir.Constant:
+    """A vector of LANES times the value."""
+    return ir.Constant(ir.VectorType(element, LANES), [value] * LANES)
+
+
+ZEROS = constant(0.0)
+
+
+def load(b: ir.IRBuilder, kind: types.Type, address: ir.Value, count: int = LANES) -> ir.Value:
+    """count stored elements as float32, again and again until the vector is full."""
+    element, size = F32 if kind == types.float32 else I16, size_in_bytes(kind)
+    raw = b.load(b.inttoptr(address, ir.VectorType(element, count).as_pointer()))
+    raw.align = size
+    if count < LANES:
+        raw = shuffle(b, raw, raw, [lane % count for lane in range(LANES)])
     if kind == types.float32:
         return raw
     if kind == types.uint16:
-        return b.fpext(b.bitcast(raw, like(ir.HalfType())), like(F32))
-    bits = b.zext(raw, like(I32))
-    return b.bitcast(b.mul(bits, constant(like(I32), 1 << 16)), like(F32))
+        return b.fpext(b.bitcast(raw, ir.VectorType(ir.HalfType(), LANES)), VECTOR)
+    return b.bitcast(b.shl(b.zext(raw, I32_VECTOR), constant(16, I32)), VECTOR)
 
 
-def constant(kind: ir.Type, value: int) -> ir.Constant:
-    return ir.Constant(kind, [value] * LANES if isinstance(kind, ir.VectorType) else value)
+def store(b: ir.IRBuilder, value: ir.Value, address: ir.Value) -> None:
+    """A vector of any type."""
+    b.store(value, b.inttoptr(address, value.type.as_pointer())).align = 2
 
 
-def vector_type(element: ir.Type) -> ir.VectorType:
-    return ir.VectorType(element, LANES)
-
-
-def load(b: ir.IRBuilder, kind: types.Type, address: ir.Value) -> ir.Value:
-    raw = b.load(b.inttoptr(address, vector_type(element(kind)).as_pointer()))
-    raw.align = size_in_bytes(kind)
-    return widen(b, kind, raw, vector_type)
+def narrow(b: ir.IRBuilder, kind: types.Type, value: ir.Value) -> ir.Value:
+    """As it is stored: rounded to nearest, ties to even; what is not a number stays so."""
+    if kind == types.float32:
+        return value
+    if kind == types.uint16:
+        return b.fptrunc(value, ir.VectorType(ir.HalfType(), LANES))
+    bits = b.bitcast(value, I32_VECTOR)
+    odd = b.and_(b.lshr(bits, constant(16, I32)), constant(1, I32))
+    rounded = b.lshr(b.add(bits, b.add(odd, constant(0x7FFF, I32))), constant(16, I32))
+    nan = b.fcmp_unordered("uno", value, value)
+    bits = b.select(nan, constant(0x7FC0, I32), rounded)
+    return b.trunc(bits, ir.VectorType(I16, LANES))
 
 
 def fma(b: ir.IRBuilder, x: ir.Value, y: ir.Value, z: ir.Value) -> ir.Value:
     return b.fadd(b.fmul(x, y, flags=("contract",)), z, flags=("contract",))
+
+
+def maximum(b: ir.IRBuilder, x: ir.Value, y: ir.Value) -> ir.Value:
+    """y where x is not a number."""
+    return b.select(b.fcmp_ordered(">", x, y), x, y)
+
+
+def exp2(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
+    """2**x for x <= 0, within two units in the last place, never below 2**-126."""
+    x = maximum(b, constant(-126.0), x)
+    shifted = b.fadd(x, constant(_ROUNDER))
+    f = b.fsub(x, b.fsub(shifted, constant(_ROUNDER)))
+    y = constant(_EXP2[0])
+    for coefficient in _EXP2[1:]:
+        y = fma(b, y, f, constant(coefficient))
+    exponent = b.shl(b.bitcast(shifted, I32_VECTOR), constant(23, I32))
+    return b.fmul(y, b.bitcast(b.add(exponent, constant(0x3F800000, I32)), VECTOR))
 
 
 def shuffle(b: ir.IRBuilder, x: ir.Value, y: ir.Value, lanes: list[int]) -> ir.Value:
@@ -65,8 +106,15 @@ def shuffle(b: ir.IRBuilder, x: ir.Value, y: ir.Value, lanes: list[int]) -> ir.V
 
 
 def splat(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
-    vector = b.insert_element(ir.Constant(VECTOR, ir.Undefined), x, I32(0))
+    """A vector of LANES times the scalar."""
+    empty = ir.Constant(ir.VectorType(x.type, LANES), ir.Undefined)
+    vector = b.insert_element(empty, x, I32(0))
     return shuffle(b, vector, vector, [0] * LANES)
+
+
+def plus(b: ir.IRBuilder, address: ir.Value, count: ir.Value, nbytes: int) -> ir.Value:
+    """The address of an element, count elements of so many bytes further."""
+    return b.add(address, b.mul(count, I64(nbytes)))
 
 
 def row_at(b: ir.IRBuilder, matrix: ir.Value, index: ir.Value) -> ir.Value:
@@ -74,40 +122,51 @@ def row_at(b: ir.IRBuilder, matrix: ir.Value, index: ir.Value) -> ir.Value:
     return b.add(b.extract_value(matrix, 0), b.mul(b.extract_value(matrix, 1), index))
 
 
-def first_rows(b: ir.IRBuilder, matrix: ir.Value, count: int) -> Values:
-    """The first rows' addresses."""
-    return [row_at(b, matrix, I64(index)) for index in range(count)]
+def smaller(b: ir.IRBuilder, x: ir.Value, y: ir.Value) -> ir.Value:
+    return b.select(b.icmp_signed("<", x, y), x, y)
 
 
 def prefetch(b: ir.IRBuilder, address: ir.Value) -> None:
-    """The address need not be valid."""
+    """Into the second cache, lest it crowd out the first. The address need not be valid."""
     pointer = b.inttoptr(address, ir.IntType(8).as_pointer())
     kind = ir.FunctionType(ir.VoidType(), [pointer.type, I32, I32, I32])
     function = b.module.declare_intrinsic("llvm.prefetch", [pointer.type], kind)
-    b.call(function, [pointer, I32(0), I32(3), I32(1)])
+    b.call(function, [pointer, I32(0), I32(2), I32(1)])
 
 
-def packed_sums(b: ir.IRBuilder, vectors: Values) -> ir.Value:
-    """One vector of each vector's sum; a power of two of them, at most LANES.
+def sums_of_neighbours(b: ir.IRBuilder, vectors: Values) -> ir.Value:
+    """One vector of sums over as many neighbouring lanes as there are vectors, in order.
 
-    Halves are added and packed together, so all sums cost little more than one.
+    The number of vectors is a power of two. All sums together cost little more than one.
     """
-    width, count = LANES, len(vectors)
     while len(vectors) > 1:
-        half = width // 2
-        low = [lane + i for lane in range(0, 2 * LANES, width) for i in range(half)]
-        high = [lane + half for lane in low]
+        even, odd = list(range(0, 2 * LANES, 2)), list(range(1, 2 * LANES, 2))
         pairs = zip(vectors[::2], vectors[1::2], strict=True)
-        vectors = [b.fadd(shuffle(b, x, y, low), shuffle(b, x, y, high)) for x, y in pairs]
-        width = half
-    (vector,) = vectors
-    while width > 1:
-        half = width // 2
-        low = [lane + i for lane in range(0, count * width, width) for i in range(half)]
-        high = [lane + half for lane in low]
-        vector = b.fadd(shuffle(b, vector, vector, low), shuffle(b, vector, vector, high))
-        width = half
-    return vector
+        vectors = [b.fadd(shuffle(b, x, y, even), shuffle(b, x, y, odd)) for x, y in pairs]
+    return vectors[0]
+
+
+def emit_switch(
+    b: ir.IRBuilder,
+    value: ir.Value,
+    cases: Iterable[int],
+    emit: Callable[[int], None],
+    otherwise: Callable[[], None] | None = None,
+) -> None:
+    """emit(case) for the case that an int64 is, or else otherwise()."""
+    after, default = b.append_basic_block("after"), b.append_basic_block("default")
+    switch = b.switch(value, default)
+    for case in cases:
+        block = b.append_basic_block(f"case_{case}")
+        switch.add_case(I64(case), block)
+        b.position_at_end(block)
+        emit(case)
+        b.branch(after)
+    b.position_at_end(default)
+    if otherwise is not None:
+        otherwise()
+    b.branch(after)
+    b.position_at_end(after)
 
 
 def emit_loop(

@@ -35,7 +35,7 @@ def linear(weights: Weights, name: str, x: Tensor) -> Tensor:
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x: [tokens, in]; weight: [out, in]; returns [tokens, out].
 
-    In float32 on a CPU torch takes MKL, which oneDNN beats (1.4 to 2 times on an AMD EPYC).
+    In float32 on a CPU torch takes MKL, which oneDNN beats where it isn't Intel's.
     """
     is_large = len(x) * weight.numel() >= _LARGE_PRODUCT
     if is_large and _onednn is not None and x.dtype == torch.float32 and not x.is_cuda:
