@@ -19,6 +19,7 @@ import typer
 from rich.console import Console
 
 from flexgen_ray.bench.contest import PACKAGES, Rules, compete
+from flexgen_ray.bench.result import emit
 from flexgen_ray.bench.shapes import SHAPES, make_checkpoint
 from flexgen_ray.bench.standings import reference, standings, table
 from flexgen_ray.bench.work import OURS, Run, Work
@@ -111,10 +112,7 @@ def peers(
         runs = compete(work, rules, _tell)
     result = _result(work, rules, runs)
     Console(stderr=True).print(table(result["contestants"]))
-    line = json.dumps(result)
-    if json_file is not None:
-        json_file.write_text(line + "\n", encoding="utf-8")
-    typer.echo(line)
+    emit(result, json_file)
 
 
 def _check(rules: Rules, dtype: str, page_cache: str, memory_limit: str | None, ours: dict) -> None:

@@ -18,6 +18,18 @@ SHAPES: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 2048,
         "tie_word_embeddings": True,
     },
+    # Every head has keys and values of its own: 384 KiB of cache a token.
+    "llama-2.6gb-mha": {
+        "model_type": "llama",
+        "vocab_size": 32000,
+        "hidden_size": 1024,
+        "intermediate_size": 2816,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": True,
+    },
     "llama-2.5gb": {
         "model_type": "llama",
         "vocab_size": 32000,
