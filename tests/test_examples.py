@@ -31,6 +31,13 @@ def test_offline_generate(text_model):
     assert "'The capital of France is' -> " in done.stdout and "tokens/s" in done.stdout
 
 
+def test_two_stages(text_model):
+    done = run(sys.executable, EXAMPLES / "two_stages.py", text_model)
+    assert done.returncode == 0, done.stderr
+    assert "'The capital of France is' -> " in done.stdout and "tokens/s" in done.stdout
+    assert all(f"stage {number}: layers " in done.stdout for number in (0, 1))
+
+
 def test_batch_jsonl(text_model, tmp_path):
     done = run("bash", EXAMPLES / "batch_jsonl.sh", text_model, tmp_path / "out.jsonl")
     assert done.returncode == 0, done.stderr

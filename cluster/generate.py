@@ -1,0 +1,12 @@
+"""`flexgen-ray generate` on the cluster of the node it runs on.
+
+ray submit cluster/aws.yaml cluster/generate.py -- --model FOLDER --input IN --output OUT ...
+"""
+
+import sys
+
+from flexgen_ray.cli import main
+
+if __name__ == "__main__":
+    sys.argv[1:] = ["generate", "--address", "auto", *sys.argv[1:]]
+    main()
