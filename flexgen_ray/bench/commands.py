@@ -8,6 +8,8 @@ from flexgen_ray.bench.attention import attention
 from flexgen_ray.bench.issue import issue
 from flexgen_ray.bench.lanes import lanes
 from flexgen_ray.bench.peers import peers
+from flexgen_ray.bench.ring import ring
+from flexgen_ray.bench.scaling import scaling
 from flexgen_ray.bench.throughput import throughput
 
 app = typer.Typer(name="bench", help="Measure, and end in one JSON line.", no_args_is_help=True)
@@ -16,3 +18,5 @@ app.command()(peers)
 app.command()(lanes)
 app.command()(attention)
 app.command()(issue)
+app.command()(scaling)
+app.command()(ring)

@@ -18,7 +18,7 @@ from flexgen_ray.bench.result import finish
 from flexgen_ray.config import Budget, HardwareSpec, ModelConfig, Placement, Policy, Workload
 from flexgen_ray.cost.cost import CostModel, Resource
 from flexgen_ray.cost.placed_rows import Composition
-from flexgen_ray.cost.sizes import StagePlan
+from flexgen_ray.cost.plan import StagePlan
 from flexgen_ray.options import JsonOption
 from flexgen_ray.request import Progress, Request, SamplingParams
 from flexgen_ray.rows import Row, Rows

@@ -11,8 +11,12 @@ from flexgen_ray.report import environment
 
 
 def finish(result: dict, device: str, path: Path | None) -> None:
-    """Prints the result with hardware, versions, command and date, and writes it if asked."""
-    whole = environment(device) | result
-    typer.echo(json.dumps(whole))
+    """Emits the result with hardware, versions, command and date."""
+    emit(environment(device) | result, path)
+
+
+def emit(result: dict, path: Path | None) -> None:
+    """Prints a whole result as one line, and writes it if asked."""
+    typer.echo(json.dumps(result))
     if path is not None:
-        path.write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

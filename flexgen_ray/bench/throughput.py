@@ -64,7 +64,7 @@ def throughput(
         "load_format": "auto" if Path(model).is_dir() else "dummy",
     }  # fmt: skip
     with LLM(model, **options) as llm:
-        count = num_prompts or (llm.policy.block_size if llm.policy else 32)
+        count = num_prompts or (llm.policies.policies[0].block_size if llm.policies else 32)
         rng, vocabulary = random.Random(0), llm.config.vocab_size
         prompts = [[rng.randrange(vocabulary) for _ in range(prompt_len)] for _ in range(count)]
         params = SamplingParams(max_tokens, 0.0, ignore_eos=True)
@@ -82,10 +82,11 @@ def throughput(
 
 
 def _result(report: Report) -> dict:
-    measured, bound = report.measured, report.measured.bound
+    (stage,) = report.stages
+    measured, bound = stage.measured, stage.measured.bound
     ideal = max(bound.values())
     decode = report.decode_tokens / report.decode_seconds if report.decode_seconds else 0.0
-    assert report.plan is not None and measured.hardware is not None
+    assert measured.hardware is not None
     return {
         "prefill_s": round(report.prefill_seconds, 4),
         "decode_s": round(report.decode_seconds, 4),
@@ -97,8 +98,8 @@ def _result(report: Report) -> dict:
         "binding_lane": max(bound, key=lambda lane: bound[lane]),
         "bound_s": {lane: round(seconds, 4) for lane, seconds in bound.items()},
         "busiest_lane": measured.binding_lane,
-        "lanes": {lane: it["fraction"] for lane, it in report.lanes().items()},
-        "peak_bytes": report.peak_bytes(),
+        "lanes": {lane: it["fraction"] for lane, it in stage.lanes().items()},
+        "peak_bytes": stage.peak_bytes(),
         "rates": asdict(measured.hardware),
-        "policy": asdict(report.plan.policy),
+        "policy": asdict(stage.plan.policy),
     }

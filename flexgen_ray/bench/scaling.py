@@ -1,0 +1,221 @@
+"""Does decoding scale super-linearly over machines? Emulated T4s, real actors and real tokens.
+
+Each stage is a Ray actor whose lanes are paced by the modelled bytes and flops of an OPT model's
+stage on a machine of its own (t4.py); small tensors of as many layers stand in for the model's.
+What is measured is the schedule, the executor, the ring and the driver, not a device.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flexgen_ray.bench import t4
+from flexgen_ray.bench.result import finish
+from flexgen_ray.config import Budget, Faults, HardwareSpec, ModelConfig, Placement
+from flexgen_ray.cost.plan import StagePlan
+from flexgen_ray.cost.predict import decoding, visit_seconds
+from flexgen_ray.models.shapes import shape_config
+from flexgen_ray.options import JsonOption
+from flexgen_ray.plot import draw_scaling
+from flexgen_ray.request import Request, SamplingParams
+from flexgen_ray.runtime.meter import Measured, Visit
+from flexgen_ray.runtime.stage import StageSpec
+
+CELL_SECONDS = 6e-3  # wall time of a cell that the time scale aims at
+# Four T4 machines: FlexGen's decode and generation throughput (table 4), for 1 and 4 GPUs.
+PAPER = {
+    "opt-6.7b": {"decode": (38.28, 764.65), "generation": (25.26, 201.12)},
+    "opt-30b": {"decode": (11.52, 48.94), "generation": (7.32, 23.61)},
+    "opt-175b": {"decode": (0.83, 3.86), "generation": (0.69, 2.33)},
+}
+
+
+def scaling(
+    models: Annotated[str, typer.Option(help="OPT shapes.")] = "opt-6.7b,opt-30b,opt-175b",
+    stages: Annotated[str, typer.Option(help="Numbers of stages, each on its machine.")] = "1,2,4",
+    extra_blocks: Annotated[
+        str, typer.Option(help="Blocks in flight beyond the most stages; the best counts.")
+    ] = "0,1",
+    sequences: Annotated[int, typer.Option(help="In flight at most.")] = 1024,
+    plot: Annotated[
+        Path | None, typer.Option(help="Also draw it, as .png or .svg; needs matplotlib.")
+    ] = None,
+    json_file: JsonOption = None,
+) -> None:
+    """Emulated T4 machines: decode throughput of pipelines against as many copies of one.
+
+    Example: flexgen-ray bench scaling --models opt-30b --stages 1,4
+    """
+    result: dict = {"emulated": True, "believable": _as_the_original(), "models": {}}
+    counts = [int(count) for count in stages.split(",")]
+    for model in models.split(","):
+        config = shape_config(model)
+        runs = {}
+        for count in counts:
+            extra = extra_blocks.split(",") if count == max(counts) > 1 else ["0"]
+            blocks = [count + int(more) for more in extra]
+            tried = [_best_run(config, count, it, sequences) for it in blocks]
+            best = max(tried, key=lambda run: run["decode_tokens_per_s"])
+            runs[str(count)] = best | {
+                "blocks_tried": {
+                    str(it): run["decode_tokens_per_s"]
+                    for it, run in zip(blocks, tried, strict=True)
+                }
+            }
+            _say(f"{model} x {count}: {best}")
+        result["models"][model] = {"stages": runs, "paper": PAPER.get(model)} | _ratios(runs)
+    result["machine"] = {"rates": asdict(t4.MACHINE), "budget": asdict(t4.BUDGET)}
+    result["grid"] = t4.GRID
+    if plot is not None:
+        draw_scaling(result, plot)
+    finish(result, "emulated T4 machines", json_file)
+
+
+@dataclass(frozen=True)
+class Likeness:
+    """What runs, what it stands for, and at what pace."""
+
+    plans: list[StagePlan]
+    hardware: HardwareSpec
+    executor: str = "async"
+
+    @property
+    def time_scale(self) -> float:
+        """So that a cell of a decoding pass takes CELL_SECONDS of wall time."""
+        position = t4.PROMPT_LEN + t4.MAX_TOKENS // 2
+        slowest = max(
+            max(visit_seconds(plan, self.hardware, decoding(plan, position)).values())
+            / (len(plan.stage.in_schedule) * plan.policy.num_gpu_batches)
+            for plan in self.plans
+        )
+        return CELL_SECONDS / slowest
+
+    def specs(self, folder: str) -> list[StageSpec]:
+        return [
+            StageSpec(
+                model=None,
+                plan=_small(plan),
+                stands_for=plan,
+                budget=Budget(*[2**34] * 3),
+                device="cpu",
+                offload_dir=folder,
+                executor=self.executor,
+                hardware=self.hardware,
+                time_scale=self.time_scale,
+            )
+            for plan in self.plans
+        ]
+
+
+def _small(plan: StagePlan) -> StagePlan:
+    """As many layers, of almost nothing; where some of the weights stream, all of these do."""
+    config = replace(
+        plan.config, hidden_size=8, num_heads=1, num_kv_heads=1, head_dim=8, intermediate_size=8,
+        vocab_size=96, embedding_size=8,
+    )  # fmt: skip
+    weights = plan.policy.weights
+    slowest = (0, 0, 1) if weights.disk else (0, 1, 0) if weights.cpu else (1, 0, 0)
+    policy = replace(plan.policy, weights=Placement(*slowest))
+    return replace(plan, config=config, policy=policy, dtype="float32")
+
+
+def run(likeness: Likeness) -> dict:
+    """One emulated run, from the prompts of all blocks to their last tokens."""
+    from flexgen_ray.distributed.driver import Driver
+
+    plans, scale = likeness.plans, likeness.time_scale
+    policy = plans[0].policy
+    params = SamplingParams(t4.MAX_TOKENS, 0.0, ignore_eos=True)
+    prompt = [4 + i % 90 for i in range(t4.PROMPT_LEN)]
+    count = policy.block_size * plans[0].num_blocks
+    driver = Driver(None, "cpu", len(plans), Faults(max_restarts=0))
+    try:
+        with tempfile.TemporaryDirectory(prefix="flexgen-bench-") as folder:
+            driver.load(likeness.specs(folder))
+            driver.add([Request(index, prompt, params) for index in range(count)])
+            started, cpu = time.perf_counter(), time.process_time()
+            for _ in driver.run():
+                pass
+            wall, cpu = time.perf_counter() - started, time.process_time() - cpu
+            measured = driver.measured()
+    finally:
+        driver.close()
+    shares = [_steady_share(it, plans[0].num_blocks) for it in measured]
+    slowest = max(range(len(shares)), key=lambda it: shares[it][1])
+    last = _steady(measured[-1], plans[0].num_blocks)
+    decode = sum(it.new_tokens for it in last[1:]) / (last[-1].ended - last[0].ended)
+    return {
+        "decode_tokens_per_s": round(decode * scale, 3),
+        "generation_tokens_per_s": round(count * t4.MAX_TOKENS / wall * scale, 3),
+        "sequences": count,
+        "blocks_in_flight": plans[0].num_blocks,
+        "busy_share_of_stages": [round(share, 4) for _, share in shares],
+        "slowest_stage": slowest,
+        "slowest_stage_is_bound_by": shares[slowest][0],
+        "driver_cores": round(cpu / wall, 4),
+        "wall_s": round(wall, 2),
+        "time_scale": round(scale, 5),
+        "policies": [asdict(plan.policy) for plan in plans],
+    }
+
+
+def _steady(measured: Measured, num_blocks: int) -> list[Visit]:
+    """A stage's visits while every block decodes, the first and the last of each left out."""
+    decoding = [it for it in measured.visits if it.new_tokens and not it.prefill_tokens]
+    return decoding[num_blocks - 1 : len(decoding) - num_blocks]
+
+
+def _steady_share(measured: Measured, num_blocks: int) -> tuple[str, float]:
+    """The busiest lane or resource of a stage while every block decodes, and its share of then."""
+    assert measured.time_scale is not None
+    visits = _steady(measured, num_blocks)
+    seconds = (visits[-1].ended - visits[0].ended) / measured.time_scale
+    busy = {
+        name: sum(it.modelled.get(name, 0.0) for it in visits[1:])
+        for name in {name for it in visits for name in it.modelled}
+    }
+    busiest = max(busy, key=lambda name: busy[name])
+    return busiest, busy[busiest] / seconds
+
+
+def _best_run(config: ModelConfig, num_stages: int, num_blocks: int, most: int) -> dict:
+    """The grid's best by the cost model, decode and generation weighing alike, run."""
+    found = list(t4.candidates(config, num_stages, num_blocks, most))
+    best = max(found, key=lambda it: it.decode_tokens_per_s * it.generation_tokens_per_s)
+    predicted = {
+        "predicted_decode_tokens_per_s": round(best.decode_tokens_per_s, 3),
+        "predicted_generation_tokens_per_s": round(best.generation_tokens_per_s, 3),
+    }
+    return run(Likeness(best.plans, t4.MACHINE)) | predicted | {"candidates": len(found)}
+
+
+def _as_the_original() -> dict:
+    """One stage with the original's policy and constants, one op after the other."""
+    plans = t4.plan_stages(shape_config("opt-30b"), 1, t4.ORIGINAL_POLICY)
+    found = run(Likeness(plans, t4.ORIGINAL, "serial"))
+    measured, published = found["decode_tokens_per_s"], PAPER["opt-30b"]["decode"][0]
+    _say(f"the original's policy, constants and serial sums: {measured} against {published}")
+    return found | {"published": published, "ratio": round(measured / published, 4)}
+
+
+def _ratios(runs: dict[str, dict]) -> dict:
+    """Each number of stages against one stage, and against as many copies of it."""
+    if "1" not in runs:
+        return {}
+    alone = runs["1"]["decode_tokens_per_s"]
+    return {
+        "decode_of_one": {it: round(r["decode_tokens_per_s"] / alone, 3) for it, r in runs.items()},
+        "decode_of_copies": {
+            it: round(r["decode_tokens_per_s"] / alone / int(it), 3) for it, r in runs.items()
+        },
+    }
+
+
+def _say(text: str) -> None:
+    typer.echo(text, err=True)

@@ -1,0 +1,37 @@
+"""Draws results that people would rather look at than read. Needs matplotlib: `.[plot]`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def draw_scaling(result: dict, path: Path) -> None:
+    """Decode throughput over stages, against as many copies of one stage; result: of bench scaling.
+
+    One panel a model; the format follows the path's ending. Raises ImportError without matplotlib.
+    """
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    models = result["models"]
+    figure, axes = plt.subplots(
+        1, len(models), figsize=(4 * len(models), 3.6), squeeze=False, layout="constrained"
+    )
+    for panel, (name, found) in zip(axes[0], models.items(), strict=True):
+        counts = [int(count) for count in found["stages"]]
+        rates = [run["decode_tokens_per_s"] for run in found["stages"].values()]
+        alone = rates[counts.index(1)] if 1 in counts else rates[0] / counts[0]
+        panel.plot(counts, rates, "o-", label="pipeline (emulated)")
+        panel.plot(counts, [alone * it for it in counts], ":", color="grey", label="copies of one")
+        if found.get("paper"):
+            panel.plot((1, 4), found["paper"]["decode"], "s--", color="tab:red", label="FlexGen")
+        panel.set(title=name, xlabel="T4 machines", xticks=counts, xlim=(0.4, None), ylim=(0, None))
+        for count, rate in zip(counts, rates, strict=True):
+            label = f"{rate:.1f}" if rate < 100 else f"{rate:.0f}"
+            panel.annotate(label, (count, rate), (-4, 4), textcoords="offset points", ha="right")
+    axes[0][0].set_ylabel("decode tokens/s")
+    axes[0][0].legend()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
