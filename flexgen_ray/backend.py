@@ -1,37 +1,83 @@
-"""What runs an LLM's requests: a worker in this process, or one in a Ray actor."""
+"""What runs an LLM's requests: stages in this process, or each in a Ray actor."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
-from flexgen_ray.config import HardwareSpec
-from flexgen_ray.request import Finished, Progress, Request
+from flexgen_ray.config import Faults, HardwareSpec
+from flexgen_ray.request import Finished, Progress, Recovery, Request
 from flexgen_ray.runtime.meter import Measured, Span
-from flexgen_ray.runtime.stage import StageSpec
-from flexgen_ray.runtime.worker import Machine, Worker
+from flexgen_ray.runtime.pipeline import LocalPipeline
+from flexgen_ray.runtime.stage import EXECUTORS, StageSpec
+from flexgen_ray.runtime.worker import Machine
 
 
 class Backend(Protocol):
-    """What a Worker in this process and a Driver of a Ray actor have in common."""
+    """What a pipeline in this process and a Driver of Ray actors have in common."""
 
-    def probe(self, device: str, offload_dir: str) -> Machine: ...
+    @property
+    def num_stages(self) -> int: ...
+    @property
+    def resumes(self) -> bool: ...
+    @property
+    def uses_nccl(self) -> bool: ...
+
+    recoveries: list[Recovery]
+
+    def probe(self, device: str, offload_dir: str) -> list[Machine]: ...
     def rates(self, spec: StageSpec) -> HardwareSpec: ...
-    def load(self, spec: StageSpec) -> None: ...
+    def load(self, specs: list[StageSpec]) -> None: ...
     def add(self, requests: list[Request]) -> None: ...
     def run(self) -> Iterator[Finished | Progress]: ...
-    def used(self) -> dict[str, dict[str, int]]: ...
-    def measured(self) -> Measured: ...
-    def spans(self, first: int, count: int) -> list[Span]: ...
+    def used(self) -> list[dict[str, dict[str, int]]]: ...
+    def measured(self) -> list[Measured]: ...
+    def spans(self, stage: int, first: int, count: int) -> list[Span]: ...
     def abort(self) -> None: ...
     def close(self) -> None: ...
 
 
-def start_backend(use_ray: bool, address: str | None, device: str) -> tuple[Backend, int]:
-    """The worker, and the host memory that Ray takes beside it."""
+def start_backend(
+    use_ray: bool,
+    address: str | None,
+    device: str,
+    num_stages: int | str,
+    faults: Faults,
+    transport: str,
+) -> tuple[Backend, int]:
+    """The stages, and the host memory that Ray takes beside them on its head's node.
+
+    num_stages: auto is a stage for every GPU of the cluster, or one without Ray or GPUs.
+    """
+    if num_stages != "auto" and (not isinstance(num_stages, int) or num_stages < 1):
+        raise ValueError(f"stages is {num_stages!r}; it must be auto or a number from 1 up")
     if not use_ray:
-        return Worker(), 0
+        return LocalPipeline(1 if num_stages == "auto" else int(num_stages)), 0
     from flexgen_ray.distributed.driver import Driver
 
-    driver = Driver(address, device)
+    driver = Driver(
+        address, device, None if num_stages == "auto" else int(num_stages), faults, transport
+    )
     return driver, driver.reserved_cpu_bytes
+
+
+def execution(
+    executor: str,
+    pace: HardwareSpec | None,
+    time_scale: float,
+    hardware: HardwareSpec | str | None,
+    trace: bool,
+) -> dict[str, Any]:
+    """What of a StageSpec says how to run; ValueError for what can't be."""
+    if executor not in EXECUTORS:
+        raise ValueError(f"executor is {executor!r}; it must be one of {', '.join(EXECUTORS)}")
+    if not time_scale > 0:
+        raise ValueError(f"time_scale is {time_scale!r}; it must be above 0")
+    if isinstance(hardware, str) and hardware != "measured":
+        raise ValueError(f'hardware is {hardware!r}; it must be a HardwareSpec or "measured"')
+    return {
+        "executor": executor,
+        "hardware": pace or (None if isinstance(hardware, str) else hardware),
+        "time_scale": time_scale if pace else None,
+        "keeps_spans": trace,
+    }

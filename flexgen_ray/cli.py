@@ -29,7 +29,11 @@ from flexgen_ray.options import (
     OffloadOption,
     PolicyOption,
     ReportOption,
+    RestartsOption,
+    StagesOption,
+    StallOption,
     TraceOption,
+    TransportOption,
 )
 
 if TYPE_CHECKING:
@@ -79,6 +83,10 @@ def generate(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output.")] = False,
     report: ReportOption = None,
     trace: TraceOption = None,
+    stages: StagesOption = "1",
+    transport: TransportOption = "auto",
+    max_restarts: RestartsOption = 3,
+    stall_timeout: StallOption = 300.0,
     no_ray: NoRayOption = False,
     address: AddressOption = None,
 ) -> None:
@@ -87,6 +95,7 @@ def generate(
     Example: flexgen-ray generate --model ./opt-30b --input in.jsonl --output out.jsonl
     --gpu-memory 16GiB --cpu-memory 64GiB --offload-dir /data/offload
     """
+    from flexgen_ray.config import Faults
     from flexgen_ray.job import read_job, run_job
     from flexgen_ray.llm import LLM
     from flexgen_ray.progress import progress_bar
@@ -107,8 +116,11 @@ def generate(
         cpu_memory=cpu_memory,
         disk_memory=disk_memory,
         offload_dir=offload_dir,
+        pipeline_parallel_size=_stages(stages),
         use_ray=not no_ray,
         address=address,
+        transport=transport,
+        faults=Faults(max_restarts, stall_timeout),
         seed=seed,
         trace=trace is not None,
     ) as llm:
@@ -131,6 +143,7 @@ def demo(
     offload_dir: OffloadOption = None,
     report: ReportOption = None,
     trace: TraceOption = None,
+    stages: StagesOption = "1",
     no_ray: NoRayOption = False,
     address: AddressOption = None,
 ) -> None:
@@ -151,21 +164,26 @@ def demo(
         folder,
         policy=smollm.POLICY,
         offload_dir=offload_dir,
+        pipeline_parallel_size=_stages(stages),
         use_ray=not no_ray,
         address=address,
         trace=trace is not None,
     ) as llm:
         texts = smollm.chat_prompts(llm.tokenizer.hf, prompts)
         requests = [llm.request(index, text, params) for index, text in enumerate(texts)]
-        llm.prepare(requests)
         answers: dict[int, str] = {}
         with progress_bar(len(requests)) as on_progress:
+            llm.prepare(requests)
             for output in llm.stream(requests, lambda event: on_progress(len(answers), event)):
                 answers[output.index] = output.outputs[0].text
         for index, prompt in enumerate(prompts):
             typer.echo(f"\n> {prompt}\n{answers[index].strip()}")
         typer.echo()
         _show_report(llm, report, trace)
+
+
+def _stages(text: str) -> int | str:
+    return int(text) if text.isdecimal() else text
 
 
 def _show_report(llm: LLM, path: Path | None, trace: Path | None) -> None:

@@ -149,7 +149,8 @@ class Policy:
 
     A block is `num_gpu_batches` batches of `gpu_batch_size` slots; linear layers take at most
     `max_batch_tokens` tokens at a time; `cpu_attention` is the share of the host-resident rows
-    that are attended on the host, the others stream to the device.
+    that are attended on the host, the others stream to the device. `blocks_in_flight`: blocks that
+    circulate through a pipeline's stages, each with its own cache; as many as stages if None.
     """
 
     gpu_batch_size: int = 8
@@ -159,10 +160,13 @@ class Policy:
     cache: Placement = field(default_factory=Placement)
     activations: Placement = field(default_factory=Placement)
     cpu_attention: float = 1.0
+    blocks_in_flight: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("gpu_batch_size", "num_gpu_batches", "max_batch_tokens"):
+        for name in ("gpu_batch_size", "num_gpu_batches", "max_batch_tokens", "blocks_in_flight"):
             value = getattr(self, name)
+            if name == "blocks_in_flight" and value is None:
+                continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"policy: {name} is {value!r}; it must be an integer from 1 up")
         if not isinstance(self.cpu_attention, int | float) or not 0 <= self.cpu_attention <= 1:
@@ -215,11 +219,20 @@ def _refuse_unknown(where: str, values: dict, cls: type) -> None:
 
 @dataclass(frozen=True)
 class Workload:
-    """What a job asks of the stores: how many sequences, and how long the longest are."""
+    """What a job asks of the stores: how many sequences, and how long the longest are.
+
+    resumes: whether an answer that was interrupted may go on, its tokens so far as a prompt.
+    """
 
     num_requests: int
     max_prompt_len: int
     max_seq_len: int
+    resumes: bool = False
+
+    @property
+    def max_prefill_len(self) -> int:
+        """Tokens that a request brings when it comes."""
+        return self.max_seq_len if self.resumes else self.max_prompt_len
 
     def covers(self, other: Workload) -> bool:
         """True if stores made for this workload can also serve `other`."""
@@ -227,6 +240,7 @@ class Workload:
             self.num_requests >= other.num_requests
             and self.max_prompt_len >= other.max_prompt_len
             and self.max_seq_len >= other.max_seq_len
+            and self.resumes >= other.resumes
         )
 
 
@@ -236,7 +250,8 @@ class HardwareSpec:
 
     host_bytes_per_s is host memory, which both links, the disk and host attention draw on;
     host_attention_bytes_per_s is what the host's cores attend of a cache by themselves. Matrix
-    products of few tokens are slower than those of many: device_decode_flops_per_s, if given.
+    products of few tokens are slower than those of many: device_decode_flops_per_s, if given. The
+    network carries hidden states to the next stage.
     """
 
     h2d_bytes_per_s: float
@@ -248,6 +263,7 @@ class HardwareSpec:
     device_flops_per_s: float
     device_bytes_per_s: float
     device_decode_flops_per_s: float = 0.0
+    network_bytes_per_s: float = 1.25e9
 
     def __post_init__(self) -> None:
         if not self.device_decode_flops_per_s:
@@ -264,3 +280,21 @@ class Budget:
     gpu: int
     cpu: int
     disk: int
+
+
+@dataclass(frozen=True)
+class Faults:
+    """What a run on Ray bears. max_restarts: times that lost stages are replaced; stall_seconds:
+    without any op's end, after which stages count as lost; restart_seconds: that Ray gets to start
+    them elsewhere."""
+
+    max_restarts: int = 3
+    stall_seconds: float = 300.0
+    restart_seconds: float = 120.0
+
+    def __post_init__(self) -> None:
+        if self.max_restarts < 0:
+            raise ValueError(f"max_restarts is {self.max_restarts}; it must be 0 or more")
+        for name in ("stall_seconds", "restart_seconds"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")

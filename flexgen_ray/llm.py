@@ -10,48 +10,49 @@ import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
-from flexgen_ray.backend import start_backend
-from flexgen_ray.config import HardwareSpec, Policy, Workload
-from flexgen_ray.cost.default_policy import default_policy
-from flexgen_ray.cost.sizes import StagePlan, check_budget
+from flexgen_ray.backend import execution, start_backend
+from flexgen_ray.config import Faults, HardwareSpec, Policy, Workload
+from flexgen_ray.cost.plan import StagePlan
 from flexgen_ray.models.registry import load_config
 from flexgen_ray.models.shapes import shape_config
-from flexgen_ray.paths import default_offload_dir
-from flexgen_ray.report import Report
+from flexgen_ray.paths import default_offload_dir, find_model
+from flexgen_ray.report import Report, StageReport
 from flexgen_ray.request import (
     CompletionOutput,
     Finished,
     Progress,
+    Prompt,
     Request,
     RequestOutput,
     SamplingParams,
+    several_prompts,
 )
-from flexgen_ray.resources import settle_budget, settle_dtype
+from flexgen_ray.resources import settle_budgets, settle_dtype
 from flexgen_ray.runtime.meter import Span
-from flexgen_ray.runtime.stage import EXECUTORS, StageSpec
-from flexgen_ray.schedule.zigzag import StageLayers
+from flexgen_ray.runtime.stage import StageSpec
+from flexgen_ray.stage_policies import StagePolicies, plan_stages
 from flexgen_ray.tokenizer import Tokenizer
 from flexgen_ray.trace import write_trace
 from flexgen_ray.units import parse_bytes
 
-Prompt = str | Sequence[int]
 SPANS_PER_CALL = 50_000
 
 
 class LLM:
     """A model ready to generate, larger than the GPU if need be.
 
-    model: a Hugging Face folder; with load_format="dummy", which makes weights up, also the name of
-    a built-in shape (models/shapes.py). policy: a Policy, a YAML file, or None to fill the tiers
-    from the fastest down. dtype: auto, float32, float16 or bfloat16. device: auto, cuda or cpu.
-    *_memory: bytes or `16GiB`; what is free, less a margin, if None. use_ray: run in a Ray actor,
-    on the cluster at `address` (or RAY_ADDRESS), or on one started for this run. executor: async
-    runs loads, stores, disk and host attention beside the device's work; serial, its oracle, runs
-    one op after the other and gives the same bits. pace: emulate this hardware, each modelled
-    second taking time_scale seconds. hardware: sum beside the run what its ops should take there;
-    "measured" measures this machine's rates first. trace: keep every op's times, for `write_trace`.
+    model: a Hugging Face folder, or a name in its cache; with load_format="dummy", which makes
+    weights up, also a built-in shape (models/shapes.py). policy: a Policy for every stage,
+    StagePolicies, a YAML file of either, or None to fill the tiers from the fastest down. *_memory:
+    bytes or `16GiB`; what is free, less a margin, if None. pipeline_parallel_size: the number of
+    stages, or auto, one for every GPU. use_ray: run each in a Ray actor, on the cluster at
+    `address` (or RAY_ADDRESS), or on one started for this run; faults: what is borne there.
+    executor: async runs loads, stores, disk and host attention beside the device's work; serial,
+    its oracle, gives the same bits. pace: emulate this hardware, each modelled second taking
+    time_scale seconds. hardware: sum beside the run what its ops should take there; "measured"
+    measures this machine's rates first. trace: keep every op's times, for `write_trace`.
 
     Raises ValueError or OSError, with the numbers, for what can't work. Use it as a context manager
     or call `close`.
@@ -61,15 +62,18 @@ class LLM:
         self,
         model: str | Path,
         *,
-        policy: Policy | str | Path | None = None,
+        policy: Policy | StagePolicies | str | Path | None = None,
         dtype: str = "auto",
         device: str = "auto",
         gpu_memory: str | int | None = None,
         cpu_memory: str | int | None = None,
         disk_memory: str | int | None = None,
         offload_dir: str | Path | None = None,
+        pipeline_parallel_size: int | str = 1,
         use_ray: bool = True,
         address: str | None = None,
+        transport: str = "auto",
+        faults: Faults | None = None,
         seed: int = 0,
         executor: str = "async",
         pace: HardwareSpec | None = None,
@@ -78,43 +82,36 @@ class LLM:
         trace: bool = False,
         load_format: str = "auto",
     ) -> None:
-        if executor not in EXECUTORS:
-            raise ValueError(f"executor is {executor!r}; it must be one of {', '.join(EXECUTORS)}")
-        if not time_scale > 0:
-            raise ValueError(f"time_scale is {time_scale!r}; it must be above 0")
-        if isinstance(hardware, str) and hardware != "measured":
-            raise ValueError(f'hardware is {hardware!r}; it must be a HardwareSpec or "measured"')
         self._measures = hardware == "measured" and pace is None
-        self._execution: dict[str, Any] = {
-            "executor": executor,
-            "hardware": pace or (None if isinstance(hardware, str) else hardware),
-            "time_scale": time_scale if pace else None,
-            "keeps_spans": trace,
-        }
+        self._execution = execution(executor, pace, time_scale, hardware, trace)
         if load_format not in ("auto", "dummy"):
             raise ValueError(f"load_format is {load_format!r}; it must be auto or dummy")
-        self.model = Path(model)
         self._is_dummy = load_format == "dummy"
-        is_shape = self._is_dummy and not self.model.exists()
+        is_shape = self._is_dummy and not Path(model).exists()
+        self.model = Path(model) if is_shape else find_model(model)
+        # A name is looked up on each stage's node.
+        self._name = str(self.model if Path(model).is_dir() else model)
         self.config = shape_config(str(model)) if is_shape else load_config(self.model)
         self.tokenizer = Tokenizer(self.model)
-        self.policy = policy if isinstance(policy, Policy | None) else Policy.from_yaml(policy)
+        self.policies = StagePolicies.given(policy)
         self.seed = seed
         self.offload_dir = Path(offload_dir or default_offload_dir()).resolve()
         memory = {"gpu": gpu_memory, "cpu": cpu_memory, "disk": disk_memory}
         limits = {
             tier: None if size is None else parse_bytes(size) for tier, size in memory.items()
         }
-        self._plan: StagePlan | None = None
+        self._plans: list[StagePlan] | None = None
         self._run: Generator[Finished | Progress] | None = None
         self.report = Report()
-        self._backend, reserved = start_backend(use_ray, address, device)
+        self._backend, reserved = start_backend(
+            use_ray, address, device, pipeline_parallel_size, faults or Faults(), transport
+        )
         try:
-            self.machine = self._backend.probe(device, str(self.offload_dir))
-            if pace and self.machine.device == "cuda":
+            self.machines = self._backend.probe(device, str(self.offload_dir))
+            if pace and self.machines[0].device == "cuda":
                 raise ValueError("pace emulates hardware with CPU ops; give device=cpu with it")
-            self.budget = settle_budget(self.machine, limits, reserved)
-            self.dtype = settle_dtype(dtype, self.config.dtype, self.machine)
+            self.budgets = settle_budgets(self.machines, limits, reserved)
+            self.dtype = settle_dtype(dtype, self.config.dtype, self.machines)
         except BaseException:
             self.close()
             raise
@@ -125,7 +122,7 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> list[RequestOutput]:
         """One output a prompt, in input order. Prompts are texts or lists of token ids."""
-        several = _several(prompts)
+        several = several_prompts(prompts)
         params = sampling_params or SamplingParams()
         each = [params] * len(several) if isinstance(params, SamplingParams) else list(params)
         if len(each) != len(several):
@@ -169,35 +166,42 @@ class LLM:
             return
         workload = Workload(
             # How many there are matters to the default policy alone.
-            num_requests=1 if self.policy else len(requests),
+            num_requests=1 if self.policies else len(requests),
             max_prompt_len=max(len(request.prompt_token_ids) for request in requests),
             max_seq_len=max(request.max_seq_len for request in requests),
+            resumes=self._backend.resumes,
         )
-        if self._plan is not None and self._plan.workload.covers(workload):
+        if self._plans is not None and self._plans[0].workload.covers(workload):
             return
-        layers = StageLayers.whole(self.config.num_layers)
-        is_gpu = self.machine.device == "cuda" or self._execution["time_scale"] is not None
-        policy = self.policy or default_policy(
-            self.config, layers, workload, self.dtype, self.budget, is_gpu
-        )
-        plan = StagePlan(self.config, layers, policy, workload, self.dtype, is_gpu)
-        check_budget(plan, self.budget)
-        self._plan = None
+        hops_on_device = self.machines[0].device == "cuda" and self._backend.uses_nccl
+        plans = plan_stages(
+            self.config, self.policies, workload, self.dtype, self.budgets, self._stages_disk,
+            hops_on_device,
+        )  # fmt: skip
+        self._plans = None
         started = time.perf_counter()
-        spec = StageSpec(
-            model=None if self._is_dummy else str(self.model.resolve()),
-            plan=plan,
-            budget=self.budget,
-            device=self.machine.device,
-            offload_dir=str(self.offload_dir),
-            seed=self.seed,
-            **self._execution,
-        )
+        specs = [
+            StageSpec(
+                model=None if self._is_dummy else self._name,
+                plan=plan,
+                budget=budget,
+                device=machine.device,
+                offload_dir=str(self.offload_dir),
+                seed=self.seed,
+                **self._execution,
+            )
+            for plan, budget, machine in zip(plans, self.budgets, self.machines, strict=True)
+        ]
         if self._measures:
-            spec = replace(spec, hardware=self._backend.rates(spec))
-        self._backend.load(spec)
-        self._plan = plan
+            rates = self._backend.rates(specs[0])
+            specs = [replace(spec, hardware=rates) for spec in specs]
+        self._backend.load(specs)
+        self._plans = plans
         self.report.load_seconds = time.perf_counter() - started
+
+    @property
+    def _stages_disk(self) -> bool:
+        return self.machines[0].device == "cuda" or self._execution["time_scale"] is not None
 
     def stream(
         self, requests: list[Request], on_progress: Callable[[Progress], None] | None = None
@@ -211,15 +215,15 @@ class LLM:
         self.report = Report(load_seconds=self.report.load_seconds)
         if not requests:
             return
-        assert self._plan is not None, "prepare comes first"
+        assert self._plans is not None, "prepare comes first"
         self._backend.add(requests)
         self._run = cast(Generator[Finished | Progress], self._backend.run())
         try:
             yield from self._outputs(self._run, requests, on_progress)
-            backend = self._backend
-            self.report.finish(
-                self._plan, self.budget, self.machine, backend.used(), backend.measured()
-            )
+            self.report.recoveries = self._backend.recoveries
+            found = self._plans, self.budgets, self.machines
+            used, measured = self._backend.used(), self._backend.measured()
+            self.report.stages = list(map(StageReport, *found, used, measured))
         except BaseException:
             if self._run is not None:
                 self._stop_run()
@@ -232,7 +236,8 @@ class LLM:
         """The last run's ops as a Chrome trace, if the LLM was made with trace=True."""
         if not self._execution["keeps_spans"]:
             raise ValueError("no trace was kept; make the LLM with trace=True")
-        write_trace(Path(path), self._spans(), self.report.measured.is_emulated)
+        stages = [self._spans(stage) for stage in range(len(self.report.stages))]
+        write_trace(Path(path), stages, self._execution["time_scale"] is not None)
 
     def close(self) -> None:
         """Stops the worker, in the middle of a stream too; memory and files are given back."""
@@ -263,10 +268,10 @@ class LLM:
         if missing:
             raise RuntimeError(f"the LLM was closed with {len(missing)} requests unanswered")
 
-    def _spans(self) -> Iterator[Span]:
+    def _spans(self, stage: int) -> Iterator[Span]:
         """In pieces that a small object store can hold."""
         first = 0
-        while spans := self._backend.spans(first, SPANS_PER_CALL):
+        while spans := self._backend.spans(stage, first, SPANS_PER_CALL):
             yield from spans
             first += len(spans)
 
@@ -279,7 +284,7 @@ class LLM:
         if self._run is not None:
             self._run.close()
             self._run = None
-            self._plan = None
+            self._plans = None
 
     def _output(self, request: Request, finished: Finished) -> RequestOutput:
         text = self.tokenizer.decode(finished.token_ids) if self.tokenizer.exists else ""
@@ -287,12 +292,3 @@ class LLM:
         text = text[: min(cuts)] if cuts else text
         answer = CompletionOutput(text, finished.token_ids, finished.finish_reason)
         return RequestOutput(request.index, None, list(request.prompt_token_ids), [answer])
-
-
-def _several(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """One prompt, a text or a list of token ids, stands for a list of one."""
-    if isinstance(prompts, str):
-        return [prompts]
-    if prompts and all(isinstance(token, int) for token in prompts):
-        return [cast(Sequence[int], prompts)]
-    return cast(list[Prompt], list(prompts))

@@ -22,7 +22,9 @@ class Device(StrEnum):
     cpu = "cpu"
 
 
-ModelOption = Annotated[Path, typer.Option(help="Hugging Face model folder (safetensors).")]
+ModelOption = Annotated[
+    str, typer.Option(help="Hugging Face model folder (safetensors), or a name in its cache.")
+]
 DtypeOption = Annotated[
     Dtype,
     typer.Option(
@@ -51,6 +53,16 @@ ReportOption = Annotated[
 TraceOption = Annotated[
     Path | None,
     typer.Option(help="Write when every op ran, one row a lane, for ui.perfetto.dev."),
+]
+StagesOption = Annotated[
+    str, typer.Option(help="Pipeline stages, each a Ray actor; auto: one for every GPU.")
+]
+TransportOption = Annotated[
+    str, typer.Option(help="Between stages: nccl, gloo, or auto, nccl if each has a GPU.")
+]
+RestartsOption = Annotated[int, typer.Option(help="Times that lost stages are replaced.")]
+StallOption = Annotated[
+    float, typer.Option(help="Seconds without progress after which a stage counts as lost.")
 ]
 NoRayOption = Annotated[bool, typer.Option("--no-ray", help="Run in this process, without Ray.")]
 AddressOption = Annotated[

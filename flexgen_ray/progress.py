@@ -1,4 +1,4 @@
-"""A progress bar on standard error: requests, tokens/s, time left."""
+"""A progress bar on standard error: requests, tokens/s, time left, and stages lost."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ from flexgen_ray.request import Progress as Pass
 
 @contextmanager
 def progress_bar(num_requests: int) -> Iterator[Callable[[int, Pass], None]]:
-    """Yields a function to call with the requests done so far and each pass."""
+    """Yields a function to call with the requests done so far and each pass.
+
+    Until its first call the weights are being loaded.
+    """
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -30,16 +33,21 @@ def progress_bar(num_requests: int) -> Iterator[Callable[[int, Pass], None]]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    started = time.monotonic()
+    started: float | None = None
     tokens = 0
     with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("generating", total=num_requests, tokens=0, rate=0.0)
+        task = bar.add_task("loading weights", total=num_requests, tokens=0, rate=0.0)
 
         def advance(done: int, step: Pass) -> None:
-            nonlocal tokens
+            nonlocal started, tokens
+            if step.note:
+                bar.console.print(step.note, highlight=False)
+                return
+            now = time.monotonic()
+            started = now - step.seconds if started is None else started
             tokens += step.new_tokens
-            rate = tokens / max(time.monotonic() - started, 1e-9)
-            bar.update(task, completed=done, tokens=tokens, rate=rate)
+            rate = tokens / max(now - started, 1e-9)
+            bar.update(task, description="generating", completed=done, tokens=tokens, rate=rate)
 
         yield advance
         bar.update(task, completed=num_requests)

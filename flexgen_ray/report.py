@@ -11,95 +11,47 @@ from importlib.metadata import version
 from pathlib import Path
 
 from flexgen_ray.config import TIERS, Budget
-from flexgen_ray.cost.sizes import StagePlan, weight_bytes
-from flexgen_ray.request import Progress
+from flexgen_ray.cost.plan import StagePlan
+from flexgen_ray.cost.sizes import weight_bytes
+from flexgen_ray.request import Progress, Recovery
 from flexgen_ray.runtime.meter import Measured
 from flexgen_ray.runtime.worker import Machine
 from flexgen_ray.units import format_bytes
 
 
-@dataclass
-class Report:
-    """Tokens, seconds, bytes. A pass that brings prompt tokens counts as prefill."""
+@dataclass(frozen=True)
+class StageReport:
+    """What one stage held at the end, and how busy each of its lanes was."""
 
-    num_requests: int = 0
-    prompt_tokens: int = 0
-    new_tokens: int = 0
-    load_seconds: float = 0.0
-    prefill_seconds: float = 0.0
-    decode_seconds: float = 0.0
-    decode_tokens: int = 0
-    used: dict[str, dict[str, int]] = field(default_factory=dict)
-    weights: dict[str, int] = field(default_factory=dict)
-    budget: Budget | None = None
-    plan: StagePlan | None = None
-    device: str = ""
-    measured: Measured = field(default_factory=Measured)
+    plan: StagePlan
+    budget: Budget
+    machine: Machine
+    used: dict[str, dict[str, int]]
+    measured: Measured
 
     @property
-    def seconds(self) -> float:
-        """Prefill and decode, without loading (FlexGen's throughput)."""
-        return self.prefill_seconds + self.decode_seconds
+    def weights(self) -> dict[str, int]:
+        """Bytes on each tier."""
+        return weight_bytes(self.plan)
 
     @property
-    def tokens_per_s(self) -> float:
-        return self.new_tokens / self.seconds if self.seconds else 0.0
-
-    def add(self, progress: Progress) -> None:
-        """Counts one pass."""
-        self.prompt_tokens += progress.prefill_tokens
-        self.new_tokens += progress.new_tokens
-        if progress.is_prefill:
-            self.prefill_seconds += progress.seconds
-        else:
-            self.decode_seconds += progress.seconds
-            self.decode_tokens += progress.new_tokens
-
-    def finish(
-        self,
-        plan: StagePlan,
-        budget: Budget,
-        machine: Machine,
-        used: dict[str, dict[str, int]],
-        measured: Measured,
-    ) -> None:
-        """What lay where at the end, and how busy each lane was."""
-        self.plan, self.budget, self.used, self.measured = plan, budget, used, measured
-        self.weights = weight_bytes(plan)
-        self.device = f"{machine.device_name} ({plan.dtype}, {machine.num_threads} threads)"
+    def device(self) -> str:
+        machine = self.machine
+        return f"{machine.device_name} ({self.plan.dtype}, {machine.num_threads} threads)"
 
     def lines(self) -> list[str]:
         """A few lines of plain text."""
-        lines = [
-            f"{self.num_requests} requests: {self.prompt_tokens} prompt tokens, "
-            f"{self.new_tokens} generated on {self.device or 'no device'}",
-            f"load {self.load_seconds:.1f} s, prefill {self.prefill_seconds:.1f} s, "
-            f"decode {self.decode_seconds:.1f} s: {self.tokens_per_s:.1f} generated tokens/s",
-        ]
-        if self.plan is not None and self.budget is not None:
-            policy = self.plan.policy
-            lines.append(
-                f"block of {policy.num_gpu_batches} x {policy.gpu_batch_size} sequences, "
-                f"up to {self.plan.max_seq_len} tokens each"
-            )
-            lines += [self._tier(tier) for tier in TIERS]
-        return [*lines, *self._lanes()]
+        return [*(self._tier(tier) for tier in TIERS), *self._lanes()]
 
     def as_dict(self) -> dict:
-        """The same for programs, with the hardware, versions, command and date that made it."""
-        return environment(self.device) | {
-            "requests": self.num_requests,
-            "prompt_tokens": self.prompt_tokens,
-            "generated_tokens": self.new_tokens,
-            "load_s": round(self.load_seconds, 3),
-            "prefill_s": round(self.prefill_seconds, 3),
-            "decode_s": round(self.decode_seconds, 3),
-            "generated_tokens_per_s": round(self.tokens_per_s, 3),
+        """The same for programs."""
+        return {
             "lanes": self.lanes(),
             "binding_lane": self.measured.binding_lane,
+            "bubbles": round(self.bubbles, 4),
             "emulated": self.measured.is_emulated,
-            "policy": asdict(self.plan.policy) if self.plan else None,
-            "budget_bytes": asdict(self.budget) if self.budget else None,
+            "policy": asdict(self.plan.policy),
+            "budget_bytes": asdict(self.budget),
             "used_bytes": self.used,
             "weight_bytes": self.weights,
         }
@@ -108,6 +60,12 @@ class Report:
         """Most bytes of each tier: as booked, and on a GPU as torch took them, if that is more."""
         peaks = {tier: sum(parts.values()) for tier, parts in self.used.items()}
         return peaks | {"gpu": max(peaks["gpu"], self.measured.peak_gpu_bytes)}
+
+    @property
+    def bubbles(self) -> float:
+        """Share of the run in which the device's lane idled."""
+        busy, wall = self.measured.busy.get("device", 0.0), self.measured.wall
+        return max(1 - busy / wall, 0.0) if wall else 0.0
 
     def lanes(self) -> dict[str, dict[str, float]]:
         """{lane: busy seconds, and as a fraction of the run}, the busiest first."""
@@ -132,7 +90,8 @@ class Report:
         emulated = "emulated time; " if self.measured.is_emulated else ""
         return [
             f"{emulated}lanes busy: {parts}",
-            f"{self.measured.binding_lane} binds: the run took {ratio:.2f} x its busy time",
+            f"{self.measured.binding_lane} binds: the run took {ratio:.2f} x its busy time; "
+            f"the device idled {self.bubbles:.0%}",
         ]
 
     def _tier(self, tier: str) -> str:
@@ -144,6 +103,88 @@ class Report:
         detail = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items() if size)
         total, budget = format_bytes(sum(used.values())), format_bytes(getattr(self.budget, tier))
         return f"{tier:>4}: {total} of {budget}" + (f" ({detail})" if detail else "")
+
+
+@dataclass
+class Report:
+    """Tokens, seconds, bytes. A pass that brings prompt tokens counts as prefill."""
+
+    num_requests: int = 0
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    load_seconds: float = 0.0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    decode_tokens: int = 0
+    stages: list[StageReport] = field(default_factory=list)
+    recoveries: list[Recovery] = field(default_factory=list)
+
+    @property
+    def device(self) -> str:
+        """Of every stage, each kind once."""
+        return ", ".join(dict.fromkeys(stage.device for stage in self.stages))
+
+    @property
+    def seconds(self) -> float:
+        """Prefill and decode, without loading (FlexGen's throughput)."""
+        return self.prefill_seconds + self.decode_seconds
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.new_tokens / self.seconds if self.seconds else 0.0
+
+    def add(self, progress: Progress) -> None:
+        """Counts one pass."""
+        self.prompt_tokens += progress.prefill_tokens
+        self.new_tokens += progress.new_tokens
+        if progress.is_prefill:
+            self.prefill_seconds += progress.seconds
+        else:
+            self.decode_seconds += progress.seconds
+            self.decode_tokens += progress.new_tokens
+
+    def lines(self) -> list[str]:
+        """A few lines of plain text."""
+        lines = [
+            f"{self.num_requests} requests: {self.prompt_tokens} prompt tokens, "
+            f"{self.new_tokens} generated on {self.device or 'no device'}",
+            f"load {self.load_seconds:.1f} s, prefill {self.prefill_seconds:.1f} s, "
+            f"decode {self.decode_seconds:.1f} s: {self.tokens_per_s:.1f} generated tokens/s",
+        ]
+        if self.stages:
+            lines.append(_block(self.stages[0].plan))
+        for number, stage in enumerate(self.stages):
+            if len(self.stages) > 1:
+                first, last = stage.plan.stage.first, stage.plan.stage.last
+                lines.append(f"stage {number}: layers {first} to {last} on {stage.machine.host}")
+            lines += stage.lines()
+        return lines + [recovery.line() for recovery in self.recoveries]
+
+    def as_dict(self) -> dict:
+        """The same for programs, with the hardware, versions, command and date that made it."""
+        result = environment(self.device) | {
+            "requests": self.num_requests,
+            "prompt_tokens": self.prompt_tokens,
+            "generated_tokens": self.new_tokens,
+            "load_s": round(self.load_seconds, 3),
+            "prefill_s": round(self.prefill_seconds, 3),
+            "decode_s": round(self.decode_seconds, 3),
+            "generated_tokens_per_s": round(self.tokens_per_s, 3),
+        }
+        if self.recoveries:
+            result["recoveries"] = [asdict(recovery) for recovery in self.recoveries]
+        if len(self.stages) == 1:
+            return result | self.stages[0].as_dict()
+        return result | {"stages": [stage.as_dict() for stage in self.stages]}
+
+
+def _block(plan: StagePlan) -> str:
+    policy = plan.policy
+    blocks = f"{plan.num_blocks} blocks" if plan.num_blocks > 1 else "block"
+    return (
+        f"{blocks} of {policy.num_gpu_batches} x {policy.gpu_batch_size} sequences, "
+        f"up to {plan.max_seq_len} tokens each"
+    )
 
 
 def environment(device: str) -> dict:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import cast
+
+Prompt = str | Sequence[int]
 
 
 @dataclass(frozen=True)
@@ -45,11 +50,15 @@ def _is_number(value: object, kind) -> bool:
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt on its way through the engine; `index` is its place in the input."""
+    """One prompt on its way through the engine; `index` is its place in the input.
+
+    generated: tokens of its answer that are there already; it goes on from them.
+    """
 
     index: int
     prompt_token_ids: list[int]
     params: SamplingParams
+    generated: list[int] = field(default_factory=list)
 
     @property
     def max_seq_len(self) -> int:
@@ -86,9 +95,59 @@ class Finished:
 
 @dataclass(frozen=True)
 class Progress:
-    """What a stage says after each pass: how far it is, and how long that pass took."""
+    """What a stage says after each pass: how far it is, and how long that pass took.
 
-    new_tokens: int
-    prefill_tokens: int
-    seconds: float
-    is_prefill: bool
+    tokens: (request, token) of each new one. note: no pass, but something that people want to know.
+    """
+
+    new_tokens: int = 0
+    prefill_tokens: int = 0
+    seconds: float = 0.0
+    is_prefill: bool = False
+    tokens: tuple[tuple[int, int], ...] = ()
+    note: str = ""
+
+
+@dataclass
+class Recovery:
+    """Stages that were lost and replaced, and how many seconds each part of that took.
+
+    detected_at: time.time() when it was known. prefill: until the first new token.
+    """
+
+    reason: str
+    stages: list[int]
+    detected_at: float = field(default_factory=time.time)
+    restart_seconds: float = 0.0
+    weights_seconds: float = 0.0
+    prefill_seconds: float = 0.0
+
+    def note_restart(self) -> None:
+        """The processes are there."""
+        self.restart_seconds = time.time() - self.detected_at
+
+    def note_weights(self) -> None:
+        """Their weights are loaded."""
+        self.weights_seconds = time.time() - self.detected_at - self.restart_seconds
+
+    def note_tokens(self) -> None:
+        """A token came; the first counts."""
+        before = self.restart_seconds + self.weights_seconds
+        self.prefill_seconds = self.prefill_seconds or time.time() - self.detected_at - before
+
+    def line(self) -> str:
+        """For people; the first tokens are told when they are there."""
+        parts = {"restart": self.restart_seconds, "weights": self.weights_seconds}
+        parts |= {"prefill": self.prefill_seconds} if self.prefill_seconds else {}
+        seconds = ", ".join(f"{part} {it:.1f} s" for part, it in parts.items())
+        which = ", ".join(map(str, self.stages))
+        return f"stage {which} replaced ({self.reason}): {seconds}"
+
+
+def several_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt, a text or a list of token ids, stands for a list of one."""
+    if isinstance(prompts, str):
+        return [prompts]
+    if prompts and all(isinstance(token, int) for token in prompts):
+        return [cast(Sequence[int], prompts)]
+    return cast(list[Prompt], list(prompts))

@@ -5,6 +5,9 @@ Refuses, with the numbers, what the machine can't give. Knows no model.
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import replace
+
 from flexgen_ray.config import Budget
 from flexgen_ray.runtime.worker import Machine
 from flexgen_ray.units import format_bytes
@@ -13,6 +16,36 @@ GPU_SHARE = 0.9  # of the free memory, where no budget is given
 HOST_SHARE = 0.8
 DISK_SHARE = 0.9
 CUDA_RESERVE = 96 * 2**20  # cuBLAS workspaces and what the allocator rounds up
+
+
+def settle_budgets(
+    machines: list[Machine], limits: dict[str, int | None], reserved: int
+) -> list[Budget]:
+    """Of each stage. Stages on one host divide its memory and disk, and what is reserved there;
+    a limit on those is the host's, one on GPU memory each stage's own.
+    """
+    hosts = Counter(machine.host for machine in machines)
+    return [_settle_share(machine, limits, reserved, hosts[machine.host]) for machine in machines]
+
+
+def _settle_share(
+    machine: Machine, limits: dict[str, int | None], reserved: int, num_stages: int
+) -> Budget:
+    if num_stages == 1:
+        return settle_budget(machine, limits, reserved)
+    gpu = machine.gpu_bytes if machine.device == "cuda" else machine.cpu_bytes // num_stages
+    share = replace(
+        machine,
+        gpu_bytes=gpu,
+        cpu_bytes=machine.cpu_bytes // num_stages,
+        disk_bytes=machine.disk_bytes // num_stages,
+    )
+    given = {tier: limits[tier] for tier in ("cpu", "disk")}
+    shared = {tier: size if size is None else size // num_stages for tier, size in given.items()}
+    try:
+        return settle_budget(share, limits | shared, reserved // num_stages)
+    except ValueError as error:
+        raise ValueError(f"each of the {num_stages} stages on one host: {error}") from error
 
 
 def settle_budget(machine: Machine, limits: dict[str, int | None], reserved: int) -> Budget:
@@ -55,14 +88,14 @@ def settle_budget(machine: Machine, limits: dict[str, int | None], reserved: int
     return Budget(gpu, cpu - reserved, disk)
 
 
-def settle_dtype(wanted: str, checkpoint: str, machine: Machine) -> str:
-    """auto: the checkpoint's on a GPU; on the CPU float32 unless it is fast in bfloat16."""
+def settle_dtype(wanted: str, checkpoint: str, machines: list[Machine]) -> str:
+    """auto: the checkpoint's on a GPU; on the CPU float32 unless all are fast in bfloat16."""
     if wanted not in ("auto", "float32", "float16", "bfloat16"):
         raise ValueError(f"dtype {wanted!r} is unknown; use auto, float32, float16 or bfloat16")
     if wanted != "auto":
         return wanted
-    if machine.device == "cuda":
-        slow = checkpoint == "bfloat16" and not machine.is_fast_in_bfloat16
-        return "float16" if slow else checkpoint
-    is_bfloat16 = checkpoint == "bfloat16" and machine.is_fast_in_bfloat16
+    are_fast = all(machine.is_fast_in_bfloat16 for machine in machines)
+    if machines[0].device == "cuda":
+        return "float16" if checkpoint == "bfloat16" and not are_fast else checkpoint
+    is_bfloat16 = checkpoint == "bfloat16" and are_fast
     return "bfloat16" if is_bfloat16 else "float32"

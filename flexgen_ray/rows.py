@@ -38,7 +38,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Rows:
-    """All rows of a pass, in slot order, and their packed tokens."""
+    """All rows of a pass, in slot order, and their packed tokens; without these after stage 0."""
 
     rows: tuple[Row, ...]
     token_ids: tuple[int, ...]
@@ -46,7 +46,7 @@ class Rows:
 
     @property
     def num_tokens(self) -> int:
-        return len(self.token_ids)
+        return self.rows[-1].tokens.stop if self.rows else 0
 
     @cached_property
     def positions(self) -> list[int]:
@@ -56,6 +56,9 @@ class Rows:
     @cached_property
     def sampled(self) -> list[Row]:
         return [row for row in self.rows if row.is_sampled]
+
+
+NO_ROWS = Rows((), ())
 
 
 def runs(rows: Iterable[Row]) -> Iterator[list[Row]]:

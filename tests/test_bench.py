@@ -7,6 +7,7 @@ import json
 import pytest
 from typer.testing import CliRunner
 
+from flexgen_ray.bench import t4
 from flexgen_ray.cli import app
 from flexgen_ray.config import Policy
 
@@ -86,3 +87,21 @@ def test_emulated_lanes_say_so_and_never_beat_their_model():
 def test_issuing_is_measured_in_microseconds_an_op():
     result = bench("issue", "--layers", 2, "--batches", 2, "--repeats", 3)
     assert result["median_us_per_op"] in result["us_per_op"]
+
+
+@pytest.mark.slow
+def test_scaling_runs_what_it_says_and_draws_it(monkeypatch, tmp_path):
+    """With short prompts and answers, so that it takes a minute."""
+    monkeypatch.setattr(t4, "PROMPT_LEN", 8)
+    monkeypatch.setattr(t4, "MAX_TOKENS", 12)
+    picture = tmp_path / "scaling.png"
+    result = bench(
+        "scaling", "--models", "opt-125m", "--stages", "1,2", "--extra-blocks", "0",
+        "--sequences", 64, "--plot", picture,
+    )  # fmt: skip
+    runs = result["models"]["opt-125m"]["stages"]
+    for run in runs.values():
+        assert 0 < max(run["busy_share_of_stages"]) <= 1.05  # of a window that begins late
+        assert 0 < run["decode_tokens_per_s"] <= 1.02 * run["predicted_decode_tokens_per_s"]
+    assert result["emulated"] and result["believable"]["published"] == 11.52
+    assert picture.read_bytes().startswith(b"\x89PNG")

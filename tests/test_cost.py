@@ -39,8 +39,8 @@ def test_modelled_disk_bytes_are_those_that_were_asked_for(tiny_models, name, po
             patch.setattr(Region, "read_into", reading)
             patch.setattr(Region, "write", writing)
             list(llm.stream(requests))
-            layout = llm._plan.weights
-            modelled = llm.report.measured.modelled_resources
+            layout = llm._plans[0].weights
+            modelled = llm.report.stages[0].measured.modelled_resources
             tables = [place.tier == "disk" for place in layout.places[0].values()]
     assert modelled.get("disk_write", 0) == pytest.approx(moved["written"])
     in_vain = sum(

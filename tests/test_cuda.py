@@ -53,7 +53,7 @@ def test_every_lane_of_a_cuda_run_is_timed_on_its_stream(tiny_models, policy_of_
     with LLM(folder, policy=policy_of_all, **options) as llm:
         llm.generate([reference.prompt for reference in references], GREEDY)
         spans = list(llm._spans())
-        measured = llm.report.measured
+        measured = llm.report.stages[0].measured
     lanes = {LANE[span.op.kind].worker.value for span in spans}
     assert {"device", "load_weights", "load_cache", "store", "host", "disk_read"} <= lanes
     assert all(0 <= span.start <= span.end for span in spans)
@@ -80,7 +80,7 @@ def test_the_allocator_never_holds_more_than_the_budget(tiny_models):
     options = {"dtype": "float32", "device": "cuda", "use_ray": False, "gpu_memory": budget}
     with LLM(folder, policy=Policy(4, 2), **options) as llm:
         llm.generate([reference.prompt for reference in references], GREEDY)
-        booked = sum(llm.report.used["gpu"].values())
+        booked = sum(llm.report.stages[0].used["gpu"].values())
     assert booked <= budget - CUDA_RESERVE
     assert torch.cuda.max_memory_reserved() <= budget
 

@@ -115,8 +115,8 @@ def test_a_replaced_stage_is_freed_at_once(model):
     try:
         with engine(folder, use_ray=False) as llm:
             llm.generate([references[0].prompt], GREEDY)
-            old = weakref.ref(llm._backend._stage.tiers)
-            cells = weakref.ref(llm._backend._stage._cells)
+            old = weakref.ref(llm._backend._workers[0]._stage.tiers)
+            cells = weakref.ref(llm._backend._workers[0]._stage._cells)
             longer = SamplingParams(max_tokens=3 * MAX_TOKENS, temperature=0.0)
             llm.generate([[5] * 90], longer)
             assert old() is None and cells() is None
@@ -128,20 +128,20 @@ def test_more_requests_do_not_reload_the_weights(model):
     folder, references = model
     with engine(folder, use_ray=False) as llm:
         llm.generate([max((r.prompt for r in references), key=len)], GREEDY)
-        stage = llm._backend._stage
+        stage = llm._backend._workers[0]._stage
         assert_serves(llm, references)
-        assert llm._backend._stage is stage
+        assert llm._backend._workers[0]._stage is stage
 
 
 def test_budgets_that_share_one_memory_are_added_up(model):
     folder, _ = model
     with engine(folder, use_ray=False) as llm:
-        free = llm.machine.cpu_bytes
-        assert llm.budget.gpu + llm.budget.cpu <= free
+        free = llm.machines[0].cpu_bytes
+        assert llm.budgets[0].gpu + llm.budgets[0].cpu <= free
     with pytest.raises(ValueError, match="plain memory"):
         engine(folder, use_ray=False, gpu_memory=int(0.6 * free), cpu_memory=int(0.6 * free))
     with engine(folder, use_ray=False, cpu_memory=int(0.7 * free)) as llm:
-        assert llm.budget.gpu + llm.budget.cpu <= free
+        assert llm.budgets[0].gpu + llm.budgets[0].cpu <= free
 
 
 def test_a_start_that_fails_leaves_no_ray_behind(model):

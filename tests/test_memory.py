@@ -30,8 +30,8 @@ with LLM(folder, use_ray=False, dtype="float32", device="cpu", **options) as llm
     host_kernel.measure(host_kernel.Shape("float32", 8, 8, 64), 1, 1 << 20)
     before = peak()
     outputs = llm.generate(prompts, params)
-    used = {tier: sum(parts.values()) for tier, parts in llm.report.used.items()}
-    weights = llm.report.weights
+    used = {tier: sum(parts.values()) for tier, parts in llm.report.stages[0].used.items()}
+    weights = llm.report.stages[0].weights
 print(json.dumps({"grown": peak() - before, "used": used, "weights": weights,
                   "tokens": [output.outputs[0].token_ids for output in outputs]}))
 """

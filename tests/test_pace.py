@@ -29,7 +29,7 @@ def test_an_emulated_run_has_the_same_tokens_and_takes_its_time(tiny_models, nam
     params = [SamplingParams(len(r.tokens), temperature=0.0) for r in references]
     with LLM(folder, policy=policy, dtype="float32", use_ray=False, pace=hardware) as llm:
         outputs = [output.outputs[0] for output in llm.generate(prompts, params)]
-        measured = llm.report.measured
+        measured = llm.report.stages[0].measured
     assert_same(outputs, references)
     assert measured.is_emulated
     assert measured.wall >= max(measured.bound.values())

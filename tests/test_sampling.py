@@ -20,7 +20,10 @@ CHI_SQUARE_LIMIT = {3: 16.3, 4: 18.5, 5: 20.5, 7: 24.3}  # p = 0.001 by degrees 
 def counts(logits: list[float], **params) -> Counter:
     sampling = SamplingParams(**params)
     rows = torch.tensor([logits] * DRAWS)
-    draws = [Draw(sampling, uniform(11, 5, position)) for position in range(DRAWS)]
+    draws = [
+        Draw(sampling.temperature, sampling.top_p, uniform(11, 5, position))
+        for position in range(DRAWS)
+    ]
     return Counter(sample(rows, draws).tolist())
 
 
@@ -51,14 +54,16 @@ def test_top_p_keeps_the_nucleus_and_its_proportions():
 @settings(max_examples=200)
 def test_a_draw_is_always_inside_the_nucleus(logits, top_p, number):
     params = SamplingParams(top_p=top_p)
-    (token,) = sample(torch.tensor([logits]), [Draw(params, min(number, 1 - 2**-53))]).tolist()
+    (token,) = sample(
+        torch.tensor([logits]), [Draw(params.temperature, params.top_p, min(number, 1 - 2**-53))]
+    ).tolist()
     probabilities = torch.softmax(torch.tensor(logits).double(), dim=-1)
     likelier = probabilities[probabilities > probabilities[token]].sum()
     assert likelier < top_p + 1e-9
 
 
 def test_temperature_zero_is_greedy():
-    greedy = Draw(SamplingParams(temperature=0), 0.9)
+    greedy = Draw(0.0, 1.0, 0.9)
     assert sample(torch.tensor([[1.0, 3.0, 2.0]]), [greedy]).tolist() == [1]
 
 

@@ -26,13 +26,18 @@ COMPUTE = (OpKind.PROJECT, OpKind.FINISH)
 
 @st.composite
 def streams(draw) -> tuple[StageLayers, int, int, list[Op]]:
-    """A stage (whole model, or a first, middle or last part), its batches, visits and ops."""
+    """A stage (whole model, or a first, middle or last part), its batches, visits and ops.
+
+    Blocks, up to three, take turns.
+    """
     num_layers = draw(st.integers(1, 5))
     first = draw(st.integers(0, num_layers))
     last = draw(st.integers(max(first, 1), num_layers + 1))
     stage = StageLayers(first, last, num_layers)
-    num_batches, num_visits = draw(st.integers(1, 4)), draw(st.integers(1, 4))
-    return stage, num_batches, num_visits, list(zigzag(stage, num_batches, range(num_visits)))
+    num_batches, num_visits = draw(st.integers(1, 4)), draw(st.integers(1, 6))
+    num_blocks = draw(st.integers(1, 3))
+    ops = zigzag(stage, num_batches, range(num_visits), num_blocks)
+    return stage, num_batches, num_visits, list(ops)
 
 
 def play(ops: list[Op], seed: int) -> list[tuple[float, float]]:

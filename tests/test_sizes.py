@@ -9,7 +9,7 @@ from test_exactness import placements, policies
 
 from flexgen_ray import LLM, Placement, Policy, SamplingParams
 from flexgen_ray.config import TIERS, Budget, ModelConfig, Workload
-from flexgen_ray.cost.default_policy import default_policy
+from flexgen_ray.cost.default_policy import default_policies
 from flexgen_ray.cost.placement import (
     place_weights,
     split_rows,
@@ -17,7 +17,8 @@ from flexgen_ray.cost.placement import (
     stored_tensors,
     tensor_bytes,
 )
-from flexgen_ray.cost.sizes import StagePlan, check_budget, stage_bytes, totals, weight_bytes
+from flexgen_ray.cost.plan import StagePlan
+from flexgen_ray.cost.sizes import check_budget, stage_bytes, totals, weight_bytes
 from flexgen_ray.resources import settle_budget, settle_dtype
 from flexgen_ray.runtime.worker import Machine
 from flexgen_ray.schedule.zigzag import StageLayers
@@ -115,8 +116,8 @@ def test_the_stores_take_exactly_what_was_computed(tiny_models, policy):
         folder, references = tiny_models[name]
         with LLM(folder, policy=policy, dtype="float32", device="cpu", use_ray=False) as llm:
             llm.generate([references[0].prompt], SamplingParams(max_tokens=2, temperature=0))
-            assert llm.report.plan is not None
-            assert llm.report.used == stage_bytes(llm.report.plan)
+            (stage,) = llm.report.stages
+            assert stage.used == stage_bytes(stage.plan)
 
 
 @given(policy=policies, tier=st.sampled_from(TIERS))
@@ -136,6 +137,11 @@ def test_a_budget_one_byte_short_is_refused_with_the_numbers(policy, tier):
     assert f"on the {tier} tier" in str(error.value)
     assert format_bytes(amounts[tier]) in str(error.value)
     assert f"--{tier}-memory" in str(error.value)
+
+
+def default_policy(config, stage, workload, dtype, budget) -> Policy:
+    (policy,) = default_policies([StagePlan(config, stage, Policy(), workload, dtype)], [budget])
+    return policy
 
 
 @given(
@@ -199,12 +205,12 @@ def test_the_object_store_of_a_ray_of_our_own_counts_against_host_memory():
 
 
 def test_dtype_follows_the_checkpoint_where_the_machine_is_fast_in_it():
-    assert settle_dtype("auto", "float16", machine("cpu")) == "float32"
-    assert settle_dtype("auto", "bfloat16", machine("cpu")) == "bfloat16"
-    assert settle_dtype("auto", "bfloat16", machine("cpu", False)) == "float32"
-    assert settle_dtype("auto", "bfloat16", machine("cuda")) == "bfloat16"
-    assert settle_dtype("auto", "bfloat16", machine("cuda", False)) == "float16"
-    assert settle_dtype("float32", "bfloat16", machine("cuda")) == "float32"
+    assert settle_dtype("auto", "float16", [machine("cpu")]) == "float32"
+    assert settle_dtype("auto", "bfloat16", [machine("cpu")]) == "bfloat16"
+    assert settle_dtype("auto", "bfloat16", [machine("cpu", False)]) == "float32"
+    assert settle_dtype("auto", "bfloat16", [machine("cuda")]) == "bfloat16"
+    assert settle_dtype("auto", "bfloat16", [machine("cuda", False)]) == "float16"
+    assert settle_dtype("float32", "bfloat16", [machine("cuda")]) == "float32"
 
 
 def test_sizes_read_and_write_as_people_do():

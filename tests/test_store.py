@@ -14,7 +14,8 @@ from test_exactness import placements
 
 from flexgen_ray.config import ModelConfig, Placement, Policy, Workload
 from flexgen_ray.cost.placement import PAGE, stored_tensors
-from flexgen_ray.cost.sizes import StagePlan, stage_bytes
+from flexgen_ray.cost.plan import StagePlan
+from flexgen_ray.cost.sizes import stage_bytes
 from flexgen_ray.schedule.ops import Op, OpKind
 from flexgen_ray.schedule.zigzag import StageLayers, zigzag
 from flexgen_ray.store import disk
@@ -160,7 +161,7 @@ def test_hidden_states_come_back_as_they_left(requests, placement, batch, folder
     try:
         store, home = HiddenStore(plan, places), {}
         for number in (0, 1):
-            op = Op(OpKind.FINISH, 0, 1, number, number, 0)
+            op = Op(OpKind.FINISH, 0, 1, number, number, 0, hidden_slot=number)
             home[op] = torch.randn(plan.cell_tokens - number, config.hidden_size)
             work = store.work[op.cell_slot].hidden[: len(home[op])]
             work.copy_(home[op])

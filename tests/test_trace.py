@@ -20,7 +20,7 @@ PARAMS = SamplingParams(max_tokens=4, temperature=0.0)
 def spans_of(folder, prompts, policy, tmp_path, executor="async") -> tuple[LLM, list, dict]:
     with LLM(folder, policy=policy, trace=True, executor=executor, use_ray=False) as llm:
         llm.generate(prompts, PARAMS)
-        spans = list(llm._spans())
+        spans = list(llm._spans(0))
         llm.write_trace(tmp_path / "trace.json")
     return llm, spans, json.loads((tmp_path / "trace.json").read_text())
 
@@ -63,11 +63,11 @@ def test_the_file_has_one_row_a_lane_and_every_op(tiny_models, policy_of_all, tm
     busy = defaultdict(float)
     for event in ops:
         busy[rows[event["tid"]]] += event["dur"] / 1e6
-    measured = llm.report.measured.busy
+    measured = llm.report.stages[0].measured.busy
     assert set(measured) <= set(busy)
     for lane, seconds in measured.items():
         assert busy[lane] == pytest.approx(seconds, rel=0.01, abs=1e-4)
-    assert llm.report.measured.binding_lane == max(measured, key=measured.__getitem__)
+    assert llm.report.stages[0].measured.binding_lane == max(measured, key=measured.__getitem__)
     assert any("binds" in line for line in llm.report.lines())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,10 +63,15 @@ class Reference:
         return int(close.float().argmax()) if close.any() else len(self.tokens)
 
 
-def save(name: str, folder: Path, max_shard_size: str = "5GB") -> Path:
-    """A model folder with random weights, large enough that its tokens are diverse."""
+def save(name: str, folder: Path, max_shard_size: str = "5GB", **changes) -> Path:
+    """A model folder with random weights, large enough that its tokens are diverse.
+
+    changes: to the config of that name.
+    """
     torch.manual_seed(len(name))
-    model = AutoModelForCausalLM.from_config(CONFIGS[name], dtype=torch.float32)
+    config = copy.deepcopy(CONFIGS[name])
+    config.update(changes)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             noise = torch.randn_like(parameter)

@@ -12,7 +12,8 @@ from functools import cache
 from flexgen_ray.config import HardwareSpec
 from flexgen_ray.cost.placed_rows import Composition, PlacedRows
 from flexgen_ray.cost.placement import PAGE, aligned, split_tokens
-from flexgen_ray.cost.sizes import CACHE_BLOCK_TOKENS, StagePlan, streamed_bytes
+from flexgen_ray.cost.plan import CACHE_BLOCK_TOKENS, StagePlan
+from flexgen_ray.cost.sizes import streamed_bytes
 from flexgen_ray.rows import Row
 from flexgen_ray.schedule.ops import Op, OpKind
 
@@ -29,6 +30,7 @@ class Resource(StrEnum):
     FLOPS = "device_flops_per_s"
     DECODE_FLOPS = "device_decode_flops_per_s"  # of batches no larger than a decoding one
     DEVICE_MEMORY = "device_bytes_per_s"
+    NETWORK = "network_bytes_per_s"  # to the next stage
 
 
 Amounts = dict[Resource, float]
@@ -97,6 +99,8 @@ class CostModel:
             OpKind.LOAD_HIDDEN: cpu + disk,
             OpKind.STORE_HIDDEN: cpu + disk,
             OpKind.WRITE_HIDDEN: disk,
+            OpKind.STORE_SENT: tokens,
+            OpKind.SEND: tokens,
         }[kind]
         nbytes = crossing * self._hidden_token
         resource = _HIDDEN[kind]
@@ -118,7 +122,7 @@ class CostModel:
 
     def _finish(self, layer: int, tokens: int, sampled: int) -> Amounts:
         config = self.plan.config
-        if layer == config.embedding_layer:
+        if self.plan.stage.kind(layer) in ("embedding", "entry", "exit"):
             return {_R.DEVICE_MEMORY: 2 * tokens * self._hidden_token}
         if layer == config.head_layer:
             return self._linear(sampled, config.vocab_size * config.embedding_size)
@@ -175,6 +179,8 @@ _HIDDEN: dict[OpKind, Resource | None] = {
     OpKind.LOAD_HIDDEN: _R.H2D,
     OpKind.STORE_HIDDEN: _R.D2H,
     OpKind.WRITE_HIDDEN: _R.DISK_WRITE,
+    OpKind.STORE_SENT: _R.D2H,
+    OpKind.SEND: _R.NETWORK,
 }
 _OF_CACHE = {
     OpKind.PROJECT: CostModel._project,

@@ -1,4 +1,4 @@
-"""The policy where none is given: fill the GPU, then host memory, then disk, in as large a block
+"""The policies where none is given: fill the GPU, then host memory, then disk, in as large a block
 as fits. A stand-in until a planner weighs the choices; it knows sizes and no speeds.
 """
 
@@ -7,9 +7,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from flexgen_ray.config import Budget, ModelConfig, Placement, Policy, Workload
-from flexgen_ray.cost.sizes import StagePlan, check_budget, stage_bytes, totals
-from flexgen_ray.schedule.zigzag import StageLayers
+from flexgen_ray.config import Budget, Placement, Policy
+from flexgen_ray.cost.plan import StagePlan
+from flexgen_ray.cost.sizes import check_budgets, stage_bytes, totals
 
 MAX_BLOCK = 512
 MAX_GPU_BATCH = 64
@@ -17,39 +17,41 @@ TILES = (2048, 512, 128)
 BISECTIONS = 7  # a fraction is settled to within 1 %
 
 
-def default_policy(
-    config: ModelConfig,
-    stage: StageLayers,
-    workload: Workload,
-    dtype: str,
-    budget: Budget,
-    stages_disk: bool = True,
-) -> Policy:
-    """The largest block that leaves little on disk; of the others the one that leaves least.
+def default_policies(plans: list[StagePlan], budgets: list[Budget]) -> list[Policy]:
+    """Of a pipeline's stages: the largest block that leaves little on disk, the same for all; of
+    the others the one that leaves least.
 
-    stages_disk: as in StagePlan.
+    plans: all of the stages but their policies, which are ignored.
     Raises ValueError with what the smallest block lacks if nothing fits.
     """
-    best: StagePlan | None = None
-    for block in _halves(min(workload.num_requests, MAX_BLOCK)):
+    best: list[StagePlan] | None = None
+    requests = -(-plans[0].workload.num_requests // plans[0].num_blocks)
+    for block in _halves(min(requests, MAX_BLOCK)):
         batches = -(-block // MAX_GPU_BATCH)
         shape = Policy(gpu_batch_size=-(-block // batches), num_gpu_batches=batches)
         for tile in TILES:
             policy = replace(shape, max_batch_tokens=tile)
-            plan = _fill(StagePlan(config, stage, policy, workload, dtype, stages_disk), budget)
-            if best is None or _merits(plan, budget) > _merits(best, budget):
-                best = plan
-            if all(_merits(best, budget)):
-                return best.policy
+            filled = _fill([replace(plan, policy=policy) for plan in plans], budgets)
+            if best is None or _worst_merits(filled, budgets) > _worst_merits(best, budgets):
+                best = filled
+            if all(_worst_merits(best, budgets)):
+                return [plan.policy for plan in best]
     assert best is not None
-    check_budget(best if _fits(best, budget) else plan, budget)
-    return best.policy
+    pairs = zip(best, filled, budgets, strict=True)
+    check_budgets([a if _fits(a, budget) else b for a, b, budget in pairs], budgets)
+    return [plan.policy for plan in best]
 
 
 def _halves(size: int) -> Iterator[int]:
     while size >= 1:
         yield size
         size //= 2
+
+
+def _worst_merits(plans: list[StagePlan], budgets: list[Budget]) -> tuple[bool, ...]:
+    """Those that every stage has."""
+    merits = [_merits(plan, budget) for plan, budget in zip(plans, budgets, strict=True)]
+    return tuple(all(each) for each in zip(*merits, strict=True))
 
 
 def _merits(plan: StagePlan, budget: Budget) -> tuple[bool, ...]:
@@ -70,13 +72,18 @@ def _fits(plan: StagePlan, budget: Budget) -> bool:
     return need.gpu <= budget.gpu and need.cpu <= budget.cpu and need.disk <= budget.disk
 
 
-def _fill(plan: StagePlan, budget: Budget) -> StagePlan:
-    """All on the device if it fits; else as much as fits, and two batches that overlap at least."""
+def _fill(plans: list[StagePlan], budgets: list[Budget]) -> list[StagePlan]:
+    """All on the devices if it fits; else as much as fits, in two batches that overlap at least."""
     device = Placement(1, 0, 0)
-    whole = _with(plan, weights=device, cache=device, activations=device)
-    if _fits(whole, budget):
+    whole = [_with(plan, weights=device, cache=device, activations=device) for plan in plans]
+    if all(map(_fits, whole, budgets)):
         return whole
-    plan = _in_two_batches(_barest(plan, budget))
+    return list(map(fill, map(_in_two_batches, plans), budgets))
+
+
+def fill(plan: StagePlan, budget: Budget) -> StagePlan:
+    """As much on the faster tiers as fits: weights first, then the cache."""
+    plan = _barest(plan, budget)
     plan = _lift(plan, "weights", "disk", "gpu", budget)
     plan = _lift(plan, "cache", "cpu", "gpu", budget)
     plan = _lift(plan, "cache", "disk", "gpu", budget)

@@ -148,8 +148,10 @@ class RowSplit:
 
 
 @lru_cache(maxsize=256)
-def split_rows(policy: Policy, stage: StageLayers) -> dict[tuple[int, int], RowSplit]:
-    """The division of every (decoder layer, batch) of a stage.
+def split_rows(
+    policy: Policy, stage: StageLayers, num_blocks: int = 1
+) -> dict[tuple[int, int], RowSplit]:
+    """The division of every (decoder layer, batch) of a stage, for the batches of all blocks.
 
     The rounding is carried from cell to cell, so a fraction holds over the stage however few slots
     a batch has.
@@ -160,7 +162,7 @@ def split_rows(policy: Policy, stage: StageLayers) -> dict[tuple[int, int], RowS
     for layer in stage.layers:
         if stage.kind(layer) != "decoder":
             continue
-        for batch in range(policy.num_gpu_batches):
+        for batch in range(num_blocks * policy.num_gpu_batches):
             gpu, cpu, disk = rows.take(policy.gpu_batch_size)
             attended = share.take(cpu)
             split[layer, batch] = RowSplit(gpu, attended, cpu - attended, disk)

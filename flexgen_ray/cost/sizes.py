@@ -5,114 +5,16 @@ The stores allocate exactly these; a test holds them to it. Knows no torch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import reduce
 
-from flexgen_ray.config import DTYPE_BYTES, TIERS, Budget, ModelConfig, Policy, Workload
-from flexgen_ray.cost.placement import PAGE, RowSplit, aligned, split_rows, split_tokens
-from flexgen_ray.cost.weight_layout import WeightLayout, lay_out_weights
+from flexgen_ray.config import TIERS, Budget, Policy
+from flexgen_ray.cost.placement import PAGE, aligned
+from flexgen_ray.cost.plan import StagePlan
 from flexgen_ray.schedule.ops import CELL_SLOTS, LAYER_SLOTS, staging_slots
-from flexgen_ray.schedule.zigzag import StageLayers
 from flexgen_ray.units import format_bytes
 
-PREFILL_TILES = 8  # a batch takes at most this many tiles of max_batch_tokens in a pass
-CACHE_BLOCK_TOKENS = 16  # tokens of one row that go to disk together
 FRAGMENTATION = 1.5  # what an allocator holds over what is live; measured in test_memory.py
 QUERY_TILE = 512  # queries whose mask over a cached prefix is made at a time
-
-
-@dataclass(frozen=True)
-class StagePlan:
-    """Everything that fixes a stage's memory: model, policy, longest sequences.
-
-    stages_disk: whether weights on disk pass through host memory, as a GPU needs; a CPU as the
-    device reads them straight into its slots.
-    """
-
-    config: ModelConfig
-    stage: StageLayers
-    policy: Policy
-    workload: Workload
-    dtype: str
-    stages_disk: bool = True
-
-    @property
-    def element_bytes(self) -> int:
-        return DTYPE_BYTES[self.dtype]
-
-    @property
-    def max_seq_len(self) -> int:
-        """Tokens that one slot of the cache holds."""
-        return self.workload.max_seq_len
-
-    @property
-    def cell_tokens(self) -> int:
-        """Most tokens of one batch in one pass; longer prompts take several passes."""
-        batch = self.policy.gpu_batch_size
-        prompts = batch * self.workload.max_prompt_len
-        return max(batch, min(prompts, PREFILL_TILES * self.policy.max_batch_tokens))
-
-    @property
-    def tile_tokens(self) -> int:
-        """Most tokens that a linear layer sees at a time."""
-        return min(self.policy.max_batch_tokens, self.cell_tokens)
-
-    @property
-    def chunks_prompts(self) -> bool:
-        """True if some batch's prompts don't fit one pass."""
-        return self.policy.gpu_batch_size * self.workload.max_prompt_len > self.cell_tokens
-
-    @property
-    def splits(self) -> dict[tuple[int, int], RowSplit]:
-        return split_rows(self.policy, self.stage)
-
-    @property
-    def row_bytes(self) -> int:
-        """Keys and values of one slot in one layer."""
-        return 2 * self.config.kv_size * self.max_seq_len * self.element_bytes
-
-    @property
-    def cache_block_bytes(self) -> int:
-        """CACHE_BLOCK_TOKENS keys and values of one row and layer, in whole pages."""
-        return aligned(2 * self.config.kv_size * CACHE_BLOCK_TOKENS * self.element_bytes, PAGE)
-
-    @property
-    def cache_blocks(self) -> int:
-        """Blocks on disk of one row and layer; the tail in host memory has the rest."""
-        return self.max_seq_len // CACHE_BLOCK_TOKENS
-
-    @property
-    def streamed_rows(self) -> int:
-        """Rows of the device's streaming slot: decode's, and one chunked prompt of another row."""
-        splits = self.splits.values()
-        most = max((split.streamed + split.disk for split in splits), default=0)
-        return most + (self.chunks_prompts and any(split.attended for split in splits))
-
-    @property
-    def attended_rows(self) -> int:
-        return max((split.attended for split in self.splits.values()), default=0)
-
-    @property
-    def stored_tokens(self) -> int:
-        """Most tokens of a pass whose keys and values leave the device."""
-        off_device = max((split.off_device for split in self.splits.values()), default=0)
-        return min(self.cell_tokens, off_device * self.workload.max_prompt_len)
-
-    @property
-    def disk_rows(self) -> int:
-        return max((split.disk for split in self.splits.values()), default=0)
-
-    @property
-    def hidden_tokens(self) -> tuple[int, int, int]:
-        """Most tokens of one batch's hidden states on each tier."""
-        split = split_tokens(self.policy.activations, self.cell_tokens)
-        spare = [int(0 < fraction < 1) for fraction in self.policy.activations.fractions]
-        gpu, cpu, disk = (count + extra for count, extra in zip(split, spare, strict=True))
-        return gpu, cpu, disk
-
-    @property
-    def weights(self) -> WeightLayout:
-        return lay_out_weights(self.config, self.stage, self.policy.weights, self.dtype)
 
 
 def weight_bytes(plan: StagePlan) -> dict[str, int]:
@@ -197,27 +99,39 @@ def host_workspace_bytes(plan: StagePlan) -> int:
 
 
 def _hidden_bytes(plan: StagePlan) -> dict[str, dict[str, int]]:
-    config, policy = plan.config, plan.policy
+    config = plan.config
     token = config.hidden_size * plan.element_bytes
     gpu, cpu, disk = plan.hidden_tokens
+    slots = plan.hidden_slots
+    sent = 0 if plan.stage.is_last else slots * plan.cell_tokens * token
     work = plan.cell_tokens * (config.hidden_size + config.q_size + 2 * config.kv_size)
+    hops: dict[str, dict[str, int]] = {"gpu": {}, "cpu": {}}
+    arrived = CELL_SLOTS * plan.cell_tokens * token * _arrives(plan)
+    hops[plan.arrival_tier]["hidden states arrived"] = arrived
+    hops[plan.hop_tier]["hidden states sent"] = sent
     return {
         "gpu": {
-            "hidden states": policy.num_gpu_batches * gpu * token,
+            **hops["gpu"],
+            "hidden states": slots * gpu * token,
             "cell": CELL_SLOTS * work * plan.element_bytes,
         },
         "cpu": {
-            "hidden states": policy.num_gpu_batches * cpu * token,
+            "hidden states": slots * cpu * token,
             "hidden states in flight": 2 * CELL_SLOTS * aligned(disk * token, PAGE),
-            "embedding": CELL_SLOTS * plan.cell_tokens * token * _gathers(plan),
+            **hops["cpu"],
         },
-        "disk": {"hidden states": policy.num_gpu_batches * aligned(disk * token, PAGE)},
+        "disk": {"hidden states": slots * aligned(disk * token, PAGE)},
     }
+
+
+def _arrives(plan: StagePlan) -> bool:
+    """Whether hidden states come by way of the host: embeddings, or from the stage before."""
+    return _gathers(plan) or not plan.stage.is_first
 
 
 def _gathers(plan: StagePlan) -> bool:
     """Whether embeddings are looked up on the host."""
-    return plan.stage.first == 0 and plan.weights.places[0]["embed_tokens.weight"].tier != "gpu"
+    return plan.stage.is_first and plan.weights.places[0]["embed_tokens.weight"].tier != "gpu"
 
 
 def workspace_bytes(plan: StagePlan) -> int:
@@ -228,14 +142,14 @@ def workspace_bytes(plan: StagePlan) -> int:
     rows = plan.policy.gpu_batch_size
     # Grouped-query prefill repeats the keys and values of one row for every query head.
     attention = plan.max_seq_len * (config.q_size + config.kv_size) * 2 * element
-    chunk = min(plan.cell_tokens, plan.workload.max_prompt_len)
+    chunk = min(plan.cell_tokens, plan.workload.max_prefill_len)
     attention += chunk * config.q_size * (2 * element + 4)
     attention += min(QUERY_TILE, chunk) * plan.max_seq_len * (1 + 4)
     attention += rows * plan.max_seq_len * 4 * (1 + config.num_heads)
     # All rows' logits in two precisions, one row's distribution sorted and summed in float64.
     logits = config.vocab_size * (8 * rows + 48)
     # Masks are made once a pass, for each way in which a layer's slots are split.
-    passes = 2 * plan.policy.num_gpu_batches * len(set(plan.splits.values()))
+    passes = 2 * plan.num_batches * len(set(plan.splits.values()))
     masks = passes * rows * plan.max_seq_len
     return int(FRAGMENTATION * (max(tile, attention, logits) + masks))
 
@@ -243,6 +157,17 @@ def workspace_bytes(plan: StagePlan) -> int:
 def totals(sizes: dict[str, dict[str, int]]) -> Budget:
     """Sum of the buffers of each tier."""
     return Budget(**{tier: sum(sizes[tier].values()) for tier in TIERS})
+
+
+def check_budgets(plans: list[StagePlan], budgets: list[Budget]) -> None:
+    """The same of every stage; the error names which."""
+    for number, (plan, budget) in enumerate(zip(plans, budgets, strict=True)):
+        try:
+            check_budget(plan, budget)
+        except ValueError as error:
+            raise ValueError(
+                f"stage {number}: {error}" if len(plans) > 1 else str(error)
+            ) from error
 
 
 _LEVERS = {

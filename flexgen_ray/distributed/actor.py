@@ -1,9 +1,75 @@
-"""The worker as a Ray actor: nothing but the wrapping."""
+"""A stage as a Ray actor: a worker that joins a ring, and says how it is while it runs."""
 
 from __future__ import annotations
 
+import os
+import time
+from collections.abc import Iterator
+
 import ray
 
+from flexgen_ray.distributed.metrics import StageMetrics
+from flexgen_ray.distributed.transport import GlooLink, Meeting
+from flexgen_ray.request import Finished, Progress
+from flexgen_ray.runtime.link import LinkClosed
 from flexgen_ray.runtime.worker import Worker
 
-StageActor = ray.remote(Worker)
+TELL_SECONDS = 0.05  # events within this time are told together
+
+
+class StageWorker(Worker):
+    """What the driver asks of a stage beyond a Worker's own calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._link: GlooLink | None = None
+        self._rank = 0
+
+    def join(self, meeting: Meeting, rank: int) -> None:
+        """Joins the ring of this meeting's epoch; leaves that of an earlier one.
+
+        LinkClosed if a neighbour doesn't come.
+        """
+        self.leave()
+        self._rank = rank
+        try:
+            self._link = GlooLink(meeting, rank, ray.util.get_node_ip_address())
+        except RuntimeError as error:
+            raise LinkClosed(f"a neighbouring stage did not come ({error})") from error
+        self.connect(self._link)
+
+    def leave(self) -> None:
+        """Frees the neighbours too."""
+        if self._link is not None:
+            self._link.close()
+            self._link = None
+
+    def lead(self) -> Iterator[list[Finished | Progress]]:
+        """The first stage's run: its events, a few at a time."""
+        batch: list[Finished | Progress] = []
+        told = time.monotonic()
+        for event in self._measured_run():
+            batch.append(event)
+            if time.monotonic() - told > TELL_SECONDS:
+                yield batch
+                batch, told = [], time.monotonic()
+        yield batch
+
+    def pid(self) -> int:
+        """Of its process."""
+        return os.getpid()
+
+    def follow(self) -> None:
+        """A later stage's run."""
+        for _ in self._measured_run():
+            pass
+
+    def _measured_run(self) -> Iterator[Finished | Progress]:
+        with StageMetrics(self._rank, self.busy) as metrics:
+            for event in self.run():
+                if isinstance(event, Progress):
+                    metrics.note_tokens(event.new_tokens)
+                yield event
+
+
+StageActor = ray.remote(StageWorker)

@@ -1,190 +1,293 @@
-"""Brings a stage up on a Ray cluster, feeds it, and takes it down.
+"""Brings a pipeline of stages up on a Ray cluster, feeds it, mends it, and takes it down.
 
-Looks like a Worker to whoever uses it. Knows Ray; not what a stage computes.
+Never on the path of a token: it hands requests to the first stage and keeps what comes back, so
+that after a fault what is unfinished goes on from the tokens that are there. Knows Ray and faults;
+not what a stage computes.
 """
 
 from __future__ import annotations
 
-import logging
-import math
-import os
-import signal
-import socket
-import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Generator, Iterable
+from dataclasses import replace
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import RayTaskError
 
-from flexgen_ray.config import HardwareSpec
+from flexgen_ray.config import Faults, HardwareSpec
 from flexgen_ray.distributed.actor import StageActor
-from flexgen_ray.request import Finished, Progress, Request
+from flexgen_ray.distributed.attempt import Attempt, StageLost, Stalled, ask, get
+from flexgen_ray.distributed.cluster import (
+    OBJECT_STORE_BYTES,
+    actor_options,
+    connect,
+    free_resources,
+    has_room,
+    plan_bundles,
+    reserve,
+)
+from flexgen_ray.distributed.metrics import count_restarts
+from flexgen_ray.distributed.transport import JOIN_SECONDS, Meeting, MeetingPlace
+from flexgen_ray.request import Finished, Progress, Recovery, Request
 from flexgen_ray.runtime.meter import Measured, Span
 from flexgen_ray.runtime.stage import StageSpec
 from flexgen_ray.runtime.worker import Machine
 
-OBJECT_STORE_BYTES = 80 * 2**20  # Ray's minimum is 75 MiB; prompts and tokens need little
 REQUESTS_PER_CALL = 256
 START_SECONDS = 120
-CONNECT_SECONDS = 5
+LEAVE_SECONDS = 5
+TRANSPORTS = ("auto", "nccl", "gloo")
+RETRY_SECONDS = 0.5
+ANSWER_SECONDS = 1.5 * JOIN_SECONDS
+
+
+class NotStarted(RuntimeError):
+    """Ray has nowhere to put a stage, or could not start it in time."""
 
 
 class Driver:
-    """One StageActor on a cluster that is there already, or on one started for this run."""
+    """Stages on a cluster that is there already, or on one started for this run.
 
-    def __init__(self, address: str | None = None, device: str = "auto") -> None:
-        self._actor: Any = None
-        self._owns_cluster = _connect(address)
+    num_stages: None is one for every GPU, or one if there are none.
+    """
+
+    def __init__(
+        self,
+        address: str | None = None,
+        device: str = "auto",
+        num_stages: int | None = 1,
+        faults: Faults | None = None,
+        transport: str = "auto",
+    ) -> None:
+        if transport not in TRANSPORTS:
+            raise ValueError(f"transport is {transport!r}; it must be {', '.join(TRANSPORTS)}")
+        self._transport = transport
+        self._faults = faults or Faults()
+        self._actors: list[Any] = []
+        self._group: Any = None
+        self._specs: list[StageSpec] = []
+        self._loaded: set[int] = set()  # stages that have their weights
+        self._epoch = 0
+        self._meeting_place: MeetingPlace | None = None
+        self._unfinished: dict[int, Request] = {}
+        self.recoveries: list[Recovery] = []
+        self._owns_cluster = connect(address)
         try:
-            self._options = _actor_options(device)
-            self._start_actor()
+            self._bundles = plan_bundles(device, num_stages)
+            self._start_actors()
         except BaseException:
             self.close()
             raise
+
+    @property
+    def num_stages(self) -> int:
+        return len(self._bundles)
+
+    @property
+    def resumes(self) -> bool:
+        """Whether it goes on after a stage is lost."""
+        return self._faults.max_restarts > 0
+
+    @property
+    def uses_nccl(self) -> bool:
+        """Whether hidden states go from GPU to GPU: where every stage has one to itself."""
+        has_gpus = all(bundle.num_gpus for bundle in self._bundles)
+        if self._transport == "nccl" and not has_gpus:
+            raise ValueError("--transport nccl, but not every stage has a GPU; use auto or gloo")
+        return self.num_stages > 1 and has_gpus and self._transport != "gloo"
 
     @property
     def reserved_cpu_bytes(self) -> int:
         """Host memory that Ray's object store may take, if this run brought it along."""
         return OBJECT_STORE_BYTES if self._owns_cluster else 0
 
-    def probe(self, device: str, offload_dir: str) -> Machine:
-        return self._call("probe", device, offload_dir)
+    def probe(self, device: str, offload_dir: str) -> list[Machine]:
+        return self._each("probe", device, offload_dir)
+
+    def pids(self) -> list[int]:
+        """Of the stages' processes, each on its node."""
+        return self._each("pid")
 
     def rates(self, spec: StageSpec) -> HardwareSpec:
-        return self._call("rates", spec)
+        self._start_actors()
+        return get(self._actors[0].rates.remote(spec))
 
-    def load(self, spec: StageSpec) -> None:
-        self._call("load", spec)
+    def load(self, specs: list[StageSpec]) -> None:
+        """Of every stage at the same time."""
+        self._start_actors()
+        self._specs = specs
+        pairs = zip(self._actors, specs, strict=True)
+        try:
+            get([actor.load.remote(spec) for actor, spec in pairs])
+        except RuntimeError:
+            # A process may have gone; the next load begins with fresh ones.
+            self.abort()
+            raise
+        self._loaded = set(range(self.num_stages))
 
     def add(self, requests: list[Request]) -> None:
-        """In calls that a small object store can hold."""
-        for start in range(0, len(requests), REQUESTS_PER_CALL):
-            self._call("add", requests[start : start + REQUESTS_PER_CALL])
+        """Queues requests for the next run."""
+        for request in requests:
+            self._unfinished[request.index] = replace(request, generated=[*request.generated])
 
-    def run(self) -> Iterator[Finished | Progress]:
-        """What the stage yields. A run can't be called back: close it early, then `abort`."""
-        events = self._actor.run.options(num_returns="streaming").remote()
-        for event in events:
-            yield _get(event)
+    def run(self) -> Generator[Finished | Progress]:
+        """What the first stage yields, over all attempts.
 
-    def used(self) -> dict[str, dict[str, int]]:
-        return self._call("used")
+        Raises what a stage raised, or RuntimeError, if lost stages can't be replaced.
+        """
+        self.recoveries = []
+        lost: StageLost | None = None
+        while self._unfinished or lost:
+            try:
+                if lost is not None:
+                    yield Progress(note=f"{lost}; to be replaced")
+                    self._recover(lost)
+                    lost = None
+                    yield Progress(note=self.recoveries[-1].line())
+                    continue
+                for event in self._begin():
+                    self._note(event)
+                    yield event
+            except StageLost as error:
+                lost = error
 
-    def measured(self) -> Measured:
-        return self._call("measured")
+    def used(self) -> list[dict[str, dict[str, int]]]:
+        return self._each("used")
 
-    def spans(self, first: int, count: int) -> list[Span]:
-        return self._call("spans", first, count)
+    def measured(self) -> list[Measured]:
+        return self._each("measured")
+
+    def spans(self, stage: int, first: int, count: int) -> list[Span]:
+        return get(self._actors[stage].spans.remote(first, count))
 
     def abort(self) -> None:
-        """Ends a run by ending its process; a fresh one takes its place when it is needed."""
-        self._stop_actor()
+        """Ends a run by ending its processes; fresh ones take their place when they are needed."""
+        self._unfinished.clear()
+        self._stop_actors(range(len(self._actors)))
+        self._actors = []
 
     def close(self) -> None:
-        """Stops the actor, and Ray if this run started it."""
-        self._stop_actor()
+        """Stops the actors, and Ray if this run started it."""
+        self.abort()
+        if self._group is not None and ray.is_initialized():
+            ray.util.remove_placement_group(self._group)
+        self._group = None
         if self._owns_cluster and ray.is_initialized():
             ray.shutdown()
 
-    def _start_actor(self) -> None:
+    def _begin(self) -> Attempt:
+        """A new attempt at what is unfinished."""
+        stages = range(self.num_stages)
+        if self.num_stages > 1:
+            self._epoch += 1
+            place = self._meeting_place = self._meeting_place or MeetingPlace(node_ip())
+            meeting = Meeting(place.host, place.port, self._epoch, self.num_stages, self.uses_nccl)
+            # Whoever is gone already would be waited for by its neighbours.
+            ask([it.pid.remote() for it in self._actors], stages, ANSWER_SECONDS)
+            joining = [it.join.remote(meeting, rank) for rank, it in enumerate(self._actors)]
+            ask(joining, stages, ANSWER_SECONDS)
+        requests = list(self._unfinished.values())
+        pieces = range(0, len(requests), REQUESTS_PER_CALL)
+        leader = self._actors[0]
+        for first in pieces:
+            piece = requests[first : first + REQUESTS_PER_CALL]
+            ask([leader.add.remote(piece)], [0], ANSWER_SECONDS)
+        return Attempt(self._actors, self._faults.stall_seconds)
+
+    def _note(self, event: Finished | Progress) -> None:
+        """Keeps each unfinished request's tokens."""
+        if isinstance(event, Finished):
+            del self._unfinished[event.index]
+            return
+        if self.recoveries and event.new_tokens:
+            self.recoveries[-1].note_tokens()
+        for index, token in event.tokens:
+            if index in self._unfinished:
+                self._unfinished[index].generated.append(token)
+
+    def _recover(self, lost: StageLost) -> None:
+        """Replaces the lost stages; the others keep their weights."""
+        if len(self.recoveries) >= self._faults.max_restarts:
+            raise _gave_up(lost, f"{self._faults.max_restarts} restarts were not enough")
+        recovery = Recovery(str(lost), sorted(lost.reasons))
+        self.recoveries.append(recovery)
+        self._stop_actors(lost.reasons)
+        stages = [stage for stage, actor in enumerate(self._actors) if actor is not None]
+        ask([self._actors[it].leave.remote() for it in stages], stages, LEAVE_SECONDS)
+        self._restart_actors(lost)
+        recovery.note_restart()
+        # Of an earlier recovery too, if that was cut short.
+        missing = [it for it in range(self.num_stages) if it not in self._loaded]
+        ask([self._actors[it].load.remote(self._specs[it]) for it in missing], missing)
+        self._loaded.update(missing)
+        recovery.note_weights()
+        count_restarts(missing)
+
+    def _restart_actors(self, lost: StageLost) -> None:
+        """As often as it takes: Ray may not know yet that a node has gone, and start them there."""
+        deadline = time.monotonic() + self._faults.restart_seconds
+        while True:
+            try:
+                return self._start_actors(max(deadline - time.monotonic(), 1))
+            except NotStarted as error:
+                raise _gave_up(lost, str(error)) from error
+            except StageLost as error:
+                if time.monotonic() > deadline:
+                    raise
+                self._stop_actors(error.reasons)
+                time.sleep(RETRY_SECONDS)
+
+    def _start_actors(self, seconds: float = START_SECONDS) -> None:
+        """Those that aren't there."""
         if not ray.is_initialized():
             raise RuntimeError("this LLM is closed; make another one")
+        if self._group is None:
+            self._group = reserve(self._bundles, START_SECONDS)
+        if not self._actors:
+            self._actors = [None] * self.num_stages
         actor_class: Any = StageActor
-        options = self._options
-        self._actor = actor_class.options(**options).remote()
+        new = [stage for stage, actor in enumerate(self._actors) if actor is None]
+        for stage in new:
+            options = actor_options(self._bundles[stage], stage, self._group)
+            self._actors[stage] = actor_class.options(**options).remote()
+        waiting = [self._actors[it].__ray_ready__.remote() for it in new]
         try:
-            ray.get(self._actor.__ray_ready__.remote(), timeout=START_SECONDS)
-        except GetTimeoutError as error:
-            raise RuntimeError(
-                f"Ray found no node with {options['num_cpus']} free CPUs and "
-                f"{options['num_gpus']} free GPUs within {START_SECONDS} s; "
-                "stop other jobs or choose another --address"
-            ) from error
+            ask(waiting, new, seconds)
+        except StageLost as error:
+            late = [it for it, why in error.reasons.items() if isinstance(why, Stalled)]
+            if not late:
+                raise
+            which = f"stage {', '.join(map(str, late))}"
+            if has_room(self._group):
+                raise NotStarted(f"{which} did not start within {seconds:.0f} s") from error
+            needed = f"{self._bundles[late[0]].resources}, free are {free_resources()}"
+            raise NotStarted(f"no node has room for {which}: {needed}") from error
 
-    def _stop_actor(self) -> None:
-        actor, self._actor = self._actor, None
-        if actor is not None and ray.is_initialized():
-            ray.kill(actor)
+    def _stop_actors(self, stages: Iterable[int]) -> None:
+        for stage in stages:
+            if self._actors[stage] is not None and ray.is_initialized():
+                ray.kill(self._actors[stage])
+            self._actors[stage] = None
+            self._loaded.discard(stage)
 
-    def _call(self, method: str, *arguments: Any) -> Any:
-        if self._actor is None:
-            self._start_actor()
-        return _get(getattr(self._actor, method).remote(*arguments))
-
-
-def _get(reference: ray.ObjectRef) -> Any:
-    """The value, or the error that the stage itself raised."""
-    try:
-        return ray.get(reference)
-    except RayTaskError as error:
-        raise (error.cause or error) from None
-    except RayActorError as error:
-        raise RuntimeError(
-            f"the stage's process died ({error}); if the node ran out of memory, lower --cpu-memory"
-        ) from error
+    def _each(self, method: str, *arguments: Any) -> list:
+        """Every stage's answer."""
+        self._start_actors()
+        return get([getattr(actor, method).remote(*arguments) for actor in self._actors])
 
 
-def _connect(address: str | None) -> bool:
-    """True if a cluster was started because there was none to connect to."""
-    if ray.is_initialized():
-        return False
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    address = address or os.environ.get("RAY_ADDRESS")
-    if address:
-        _connect_to(address)
-        return False
-    # A policy may fill the host's memory on purpose; Ray's own killer would end the run.
-    os.environ.setdefault("RAY_memory_usage_threshold", "0.99")
-    _init(
-        address="local",
-        object_store_memory=OBJECT_STORE_BYTES,
-        include_dashboard=False,
-        _node_ip_address="127.0.0.1",
+def node_ip() -> str:
+    """Of the interface that Ray uses here."""
+    return ray.util.get_node_ip_address()
+
+
+def _gave_up(lost: StageLost, why: str) -> Exception:
+    """The first error that a stage itself raised, or one that tells all."""
+    for error in lost.reasons.values():
+        if isinstance(error, RayTaskError) and error.cause is not None:
+            return error.cause
+    return RuntimeError(
+        f"{lost}; {why}. What was answered is kept; if a node ran out of memory, lower "
+        "--cpu-memory, and run the rest again"
     )
-    return True
-
-
-def _init(**options: Any) -> None:
-    """ray.init, quietly, and with the caller's answer to SIGTERM left in place."""
-    answer = signal.getsignal(signal.SIGTERM)
-    ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, answer)
-
-
-def _connect_to(address: str) -> None:
-    """ConnectionError, within seconds, if nobody answers there or the token is refused."""
-    host, _, port = address.rpartition(":")
-    if port.isdecimal() and "/" not in host:
-        try:
-            socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
-        except OSError as error:
-            raise ConnectionError(
-                f"no Ray cluster answers at {address} ({error}); check --address and RAY_ADDRESS"
-            ) from error
-    try:
-        _init(address=address)
-    except ConnectionError as error:
-        raise ConnectionError(
-            f"{error}; if the cluster asks for a token, as Ray does by default, set "
-            "RAY_AUTH_MODE=token here and copy its token to ~/.ray/auth_token"
-        ) from error
-
-
-def _actor_options(device: str) -> dict[str, Any]:
-    """A GPU if wanted and there, and that GPU's share of its node's cores."""
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    gpus = [node for node in nodes if node.get("GPU", 0) >= 1]
-    if device == "cuda" and not gpus:
-        raise ValueError("--device cuda, but no node of the Ray cluster has a GPU; use cpu")
-    uses_gpu = bool(gpus) and device != "cpu"
-    node = max(gpus if uses_gpu else nodes, key=lambda node: node.get("CPU", 0))
-    num_cpus = max(1, math.floor(node.get("CPU", 1) / (node["GPU"] if uses_gpu else 1)))
-    # Ray would set it to num_cpus; whoever has set it for this run knows better.
-    threads = os.environ.get("OMP_NUM_THREADS") or str(num_cpus)
-    return {
-        "num_cpus": num_cpus,
-        "num_gpus": int(uses_gpu),
-        "runtime_env": {"env_vars": {"OMP_NUM_THREADS": threads}},
-    }

@@ -1,8 +1,8 @@
 """Which request sits in which slot, what each pass brings, and when a request is done.
 
-A block is num_gpu_batches batches of up to gpu_batch_size slots. Requests are sorted by prompt
-length so that a batch's rows are alike. A finished row leaves its slot, and a waiting request takes
-it at the batch's next pass. Knows tokens; no tensors, no tiers.
+The batches of all blocks in flight have up to gpu_batch_size slots each. Requests are sorted by
+prompt length so that a batch's rows are alike. A finished row leaves its slot, and a waiting
+request takes it at the batch's next pass. Knows tokens; no tensors, no tiers.
 """
 
 from __future__ import annotations
@@ -41,21 +41,29 @@ class Batcher:
     """
 
     gpu_batch_size: int
-    num_gpu_batches: int
+    num_batches: int
     cell_tokens: int
     eos_token_ids: frozenset[int]
     decode: Decode | None = None
     seed: int = 0
     _waiting: deque[Request] = field(default_factory=deque)
     _finished: deque[Finished] = field(default_factory=deque)
+    _accepted: deque[tuple[int, int]] = field(default_factory=deque)
 
     def __post_init__(self) -> None:
-        self._slots: list[dict[int, _Sequence]] = [{} for _ in range(self.num_gpu_batches)]
+        self._slots: list[dict[int, _Sequence]] = [{} for _ in range(self.num_batches)]
+
+    def clear(self) -> None:
+        """Forgets what a run that was cut short left behind."""
+        for queue in (self._waiting, self._finished, self._accepted):
+            queue.clear()
+        for slots in self._slots:
+            slots.clear()
 
     def add(self, requests: Iterable[Request]) -> None:
         """Queues requests, longest prompts first, so what takes most memory is met at once."""
         merged = [*self._waiting, *requests]
-        merged.sort(key=lambda it: (-len(it.prompt_token_ids), -it.params.max_tokens))
+        merged.sort(key=lambda it: (-len(it.prompt_token_ids + it.generated), -it.max_seq_len))
         self._waiting = deque(merged)
 
     @property
@@ -85,7 +93,7 @@ class Batcher:
         """How to choose the next token of each slot."""
         return [self._draw(self._slots[batch][slot]) for slot in slots]
 
-    def request_indices(self, batch: int, slots: list[int]) -> list[int]:
+    def indices(self, batch: int, slots: list[int]) -> list[int]:
         return [self._slots[batch][slot].request.index for slot in slots]
 
     def accept(self, batch: int, slots: list[int], token_ids: list[int]) -> None:
@@ -93,6 +101,7 @@ class Batcher:
         for slot, token in zip(slots, token_ids, strict=True):
             sequence = self._slots[batch][slot]
             sequence.token_ids.append(token)
+            self._accepted.append((sequence.request.index, token))
             reason = self._finish_reason(sequence, token)
             if reason:
                 index = sequence.request.index
@@ -104,14 +113,19 @@ class Batcher:
         while self._finished:
             yield self._finished.popleft()
 
+    def take_accepted(self) -> Iterator[tuple[int, int]]:
+        """(request, token) of each token since the last call; likewise."""
+        while self._accepted:
+            yield self._accepted.popleft()
+
     def _fill(self, slots: dict[int, _Sequence]) -> None:
         """Waiting requests into free slots; when few are left, each batch gets its share."""
         left = len(self._waiting) + sum(map(len, self._slots))
-        room = min(self.gpu_batch_size, -(-left // self.num_gpu_batches)) - len(slots)
+        room = min(self.gpu_batch_size, -(-left // self.num_batches)) - len(slots)
         free = (slot for slot in range(self.gpu_batch_size) if slot not in slots)
         for slot in list(islice(free, max(0, min(room, len(self._waiting))))):
             request = self._waiting[0]
-            slots[slot] = _Sequence(request, list(request.prompt_token_ids))
+            slots[slot] = _Sequence(request, request.prompt_token_ids + request.generated)
             # Only now, or `is_done` would be true in between.
             self._waiting.popleft()
 
@@ -133,10 +147,12 @@ class Batcher:
     def _draw(self, sequence: _Sequence) -> Draw:
         params, position = sequence.request.params, len(sequence.generated)
         if params.temperature == 0:
-            return Draw(params, 0.0)
-        if params.seed is not None:
-            return Draw(params, uniform(params.seed, -1, position))
-        return Draw(params, uniform(self.seed, sequence.request.index, position))
+            number = 0.0
+        elif params.seed is not None:
+            number = uniform(params.seed, -1, position)
+        else:
+            number = uniform(self.seed, sequence.request.index, position)
+        return Draw(params.temperature, params.top_p, number)
 
     def _finish_reason(self, sequence: _Sequence, token: int) -> str | None:
         params = sequence.request.params

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from flexgen_ray.cost.placed_rows import Composition, PlacedRows
-from flexgen_ray.cost.sizes import QUERY_TILE, StagePlan
+from flexgen_ray.cost.plan import StagePlan
+from flexgen_ray.cost.sizes import QUERY_TILE
 from flexgen_ray.models import attention
 from flexgen_ray.models.host_kernel import Kernel
 from flexgen_ray.models.registry import FAMILIES
 from flexgen_ray.rows import Row, Rows
 from flexgen_ray.runtime.batcher import Batcher
-from flexgen_ray.runtime.passes import DecodeRun, Pass, decode_runs
+from flexgen_ray.runtime.passes import DecodeRun, Pass, Passes, decode_runs
 from flexgen_ray.runtime.sampler import sample
 from flexgen_ray.schedule.ops import CELL_SLOTS, Op, OpKind
 from flexgen_ray.store.activations import HiddenStore, Work
@@ -45,14 +46,11 @@ class Cells:
         self.family = FAMILIES[plan.config.family]
         self.device = tiers.device
         self.weights = weights
-        self.batcher = batcher
         self._attend_on_host = attend_on_host
         self.cache = KVCache(plan, tiers)
         self.hidden = HiddenStore(plan, tiers)
         self.on_logits: LogitsHook | None = None
-        self._passes: dict[tuple[int, int], Pass] = {}
-        self._progress: dict[int, list[int]] = {}
-        self.last_visit = 0  # that brought tokens, so far
+        self.passes = Passes(plan, batcher, tiers.device)
         self._logits: dict[int, Tensor] = {}
         shape = (CELL_SLOTS, plan.policy.gpu_batch_size)
         pinned = self.device.type == "cuda"
@@ -61,19 +59,18 @@ class Cells:
     def begin(self, on_logits: LogitsHook | None) -> None:
         """A new run, whose visits are counted from 0."""
         self.on_logits = on_logits
-        self.last_visit = 0
-        self._progress.clear()
+        self.passes.begin()
 
     def run(self, op: Op, ready_at: float = 0.0) -> None:
         """Does what the op says, whenever it was ready; nothing if its pass has no rows."""
-        kind = op.kind
-        if kind in _WITHOUT_ROWS or self.rows(op).rows:
-            _HANDLERS[kind](self, op)
+        if not self.is_idle(op):
+            _HANDLERS[op.kind](self, op)
 
-    def progress(self, visit: int) -> tuple[int, int]:
-        """(new tokens, prompt tokens) of a visit that is over; it is then forgotten."""
-        counts = self._progress.pop(visit, None) or [0, 0]
-        return counts[0], counts[1]
+    def is_idle(self, op: Op) -> bool:
+        """Whether there is nothing to do: no rows, or weights of a visit that has none."""
+        if op.kind in _OF_WEIGHTS:
+            return self.passes.is_empty(op.visit)
+        return op.kind not in _WITHOUT_ROWS and not self.rows(op).rows
 
     def moves(self, op: Op) -> bool:
         """False if the op can't do anything under this placement; then it isn't dispatched."""
@@ -82,8 +79,10 @@ class Cells:
             return self.weights.streams(layer)
         if kind is OpKind.READ_WEIGHTS:
             return self.plan.stages_disk and self.weights.streams(layer, "disk")
+        if kind is OpKind.RECV_TOKENS:
+            return self.passes.link is not None
         if kind in (OpKind.GATHER, OpKind.LOAD_EMBEDDING):
-            return not self.weights.embeds_on_device
+            return not self.plan.stage.is_first or not self.weights.embeds_on_device
         if kind in (OpKind.READ_HIDDEN, OpKind.WRITE_HIDDEN):
             return self.plan.policy.activations.disk > 0
         if kind in (OpKind.LOAD_HIDDEN, OpKind.STORE_HIDDEN):
@@ -111,38 +110,36 @@ class Cells:
 
     def composition(self, op: Op) -> Composition | None:
         """Of the op's pass; None for what needs none, or has no rows."""
-        if op.kind in _WITHOUT_ROWS:
+        if op.kind in _WITHOUT_ROWS or op.kind in _OF_WEIGHTS:
             return None
         found = self._pass(op)
         return found if found.rows.rows else None
 
     def _pass(self, op: Op) -> Pass:
-        return self._passes[op.visit % 2, op.batch]
+        return self.passes.of(op)
 
-    def _compose(self, op: Op) -> None:
-        rows = self.batcher.compose(op.batch)
-        self._passes[op.visit % 2, op.batch] = Pass(rows, self.plan.streamed_rows - 1, self.device)
-        counts = self._progress.setdefault(op.visit, [0, 0])
-        counts[0] += len(rows.sampled)
-        counts[1] += rows.prefill_tokens
+    def _recv(self, op: Op) -> None:
+        self.passes.joined.recv(self.hidden.arrived[op.cell_slot, : self.rows(op).num_tokens])
+
+    def _store_sent(self, op: Op) -> None:
+        count = self.rows(op).num_tokens
+        sent = self.hidden.sent[op.hidden_slot, :count]
+        sent.copy_(self._work(op).hidden[:count], non_blocking=True)
+
+    def _send(self, op: Op) -> None:
+        self.passes.joined.send(self.hidden.sent[op.hidden_slot, : self.rows(op).num_tokens])
 
     def _gather(self, op: Op) -> None:
         rows = self.rows(op)
         ids, positions = torch.tensor(rows.token_ids), torch.tensor(rows.positions)
-        for tile in self._tiles(rows.num_tokens):
+        for tile in self.plan.tiles(rows.num_tokens):
             found = self.family.embed(self.config, self.weights.lookup, ids[tile], positions[tile])
-            self.hidden.gathered[op.cell_slot, tile].copy_(found)
+            self.hidden.arrived[op.cell_slot, tile].copy_(found)
 
     def _load_embedding(self, op: Op) -> None:
         count = self.rows(op).num_tokens
-        gathered = self.hidden.gathered[op.cell_slot, :count]
-        self._work(op).hidden[:count].copy_(gathered, non_blocking=True)
-
-    def _read_weights(self, op: Op) -> None:
-        self.weights.read_part(op)
-
-    def _load_weights(self, op: Op) -> None:
-        self.weights.load_part(op)
+        arrived = self.hidden.arrived[op.cell_slot, :count]
+        self._work(op).hidden[:count].copy_(arrived, non_blocking=True)
 
     def _read_hidden(self, op: Op) -> None:
         self.hidden.read(op, self.rows(op).num_tokens)
@@ -161,7 +158,7 @@ class Cells:
         self.hidden.fetch_resident(op, rows.num_tokens)
         positions = self._pass(op).positions
         tensors = self.weights.tensors(op)
-        for tile in self._tiles(rows.num_tokens):
+        for tile in self.plan.tiles(rows.num_tokens):
             parts = self.family.project(self.config, tensors, work.hidden[tile], positions[tile])
             for target, part in zip((work.q, work.k, work.v), parts, strict=True):
                 target[tile].copy_(part.flatten(1))
@@ -230,7 +227,7 @@ class Cells:
         rows, work = self.rows(op), self._work(op)
         if self.weights.embeds_on_device:
             ids, positions = self._pass(op).token_ids, self._pass(op).positions
-            for tile in self._tiles(rows.num_tokens):
+            for tile in self.plan.tiles(rows.num_tokens):
                 found = self.family.embed(
                     self.config, self.weights.lookup, ids[tile], positions[tile]
                 )
@@ -239,7 +236,7 @@ class Cells:
 
     def _finish_decoder(self, op: Op) -> None:
         rows, work, tensors = self.rows(op), self._work(op), self.weights.tensors(op)
-        for tile in self._tiles(rows.num_tokens):
+        for tile in self.plan.tiles(rows.num_tokens):
             out = self.family.finish(self.config, tensors, work.hidden[tile], work.q[tile])
             work.hidden[tile].copy_(out)
         self.hidden.keep_resident(op, rows.num_tokens)
@@ -263,27 +260,38 @@ class Cells:
         if not sampled:
             return
         logits = self._logits.pop(op.cell_slot)
-        slots = [row.slot for row in sampled]
-        draws = self.batcher.draws(op.batch, slots)
+        header = self._pass(op).header
         if self.on_logits is not None:
-            self.on_logits(self.batcher.request_indices(op.batch, slots), logits)
-        chosen = self._chosen[op.cell_slot, : len(slots)]
-        chosen.copy_(sample(logits, draws), non_blocking=True)
+            self.on_logits(header.indices, logits)
+        chosen = self._chosen[op.cell_slot, : len(sampled)]
+        chosen.copy_(sample(logits, header.draws), non_blocking=True)
 
     def _accept(self, op: Op) -> None:
-        slots = [row.slot for row in self.rows(op).sampled]
-        if slots:
-            self.last_visit = op.visit
-            self.batcher.accept(op.batch, slots, self._chosen[op.cell_slot, : len(slots)].tolist())
+        count = len(self.rows(op).sampled)
+        if count:
+            self.passes.accept(op, self._chosen[op.cell_slot, :count].tolist())
 
     def _work(self, op: Op) -> Work:
         return self.hidden.work[op.cell_slot]
 
-    def _tiles(self, num_tokens: int) -> list[slice]:
-        step = self.plan.tile_tokens
-        return [slice(at, min(at + step, num_tokens)) for at in range(0, num_tokens, step)]
 
-
-_WITHOUT_ROWS = frozenset({OpKind.COMPOSE, OpKind.READ_WEIGHTS, OpKind.LOAD_WEIGHTS})
-_HANDLERS = {kind: getattr(Cells, f"_{kind.value}") for kind in OpKind}
-_FINISH = {"embedding": Cells._embed, "decoder": Cells._finish_decoder, "head": Cells._head}
+Handler = Callable[[Cells, Op], None]
+_WITHOUT_ROWS = frozenset({OpKind.RECV_TOKENS, OpKind.COMPOSE, OpKind.RECV_ROWS})
+_OF_WEIGHTS = frozenset({OpKind.READ_WEIGHTS, OpKind.LOAD_WEIGHTS})
+_DELEGATED: dict[OpKind, Handler] = {
+    OpKind.COMPOSE: lambda cells, op: cells.passes.compose(op),
+    OpKind.RECV_ROWS: lambda cells, op: cells.passes.recv_rows(op),
+    OpKind.RECV_TOKENS: lambda cells, op: cells.passes.recv_tokens(op),
+    OpKind.READ_WEIGHTS: lambda cells, op: cells.weights.read_part(op),
+    OpKind.LOAD_WEIGHTS: lambda cells, op: cells.weights.load_part(op),
+}
+_HANDLERS: dict[OpKind, Handler] = _DELEGATED | {
+    kind: getattr(Cells, f"_{kind.value}") for kind in OpKind if kind not in _DELEGATED
+}
+_FINISH: dict[str, Handler] = {
+    "embedding": Cells._embed,
+    "entry": lambda cells, op: cells.hidden.keep_resident(op, cells.rows(op).num_tokens),
+    "decoder": Cells._finish_decoder,
+    "head": Cells._head,
+    "exit": lambda cells, op: cells.hidden.fetch_resident(op, cells.rows(op).num_tokens),
+}

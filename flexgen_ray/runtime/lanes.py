@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import torch
 
 from flexgen_ray.runtime.meter import Meter, Timing
-from flexgen_ray.schedule.ops import LANE, Lane, Op
+from flexgen_ray.schedule.ops import EXCHANGE, LANE, Lane, Op
 
 SWITCH_INTERVAL = 5e-4  # seconds; Python's own is ten times as long
 # Runs an op that was ready at a time; tells when it ran, if not just now.
@@ -242,11 +242,15 @@ class _Post:
 
 
 def timed(run: Run, op: Op, ready_at: float) -> Timing:
-    """Runs the op, and says when."""
+    """Runs the op, and says when.
+
+    An exchange with a neighbour counts as waiting: which part of it was work can't be told.
+    """
     started = time.perf_counter()
     timing = run(op, ready_at)
     ended = time.perf_counter()
-    return timing or Timing(started, ended, ended - started)
+    busy = 0.0 if LANE[op.kind] in EXCHANGE else ended - started
+    return timing or Timing(started, ended, busy)
 
 
 def _issue_order(ticket: Ticket) -> int:

@@ -35,6 +35,17 @@ class Timing:
     busy: float
 
 
+@dataclass(frozen=True, slots=True)
+class Visit:
+    """One that is over: when it ended (perf_counter), the tokens it brought, and the modelled
+    seconds of each lane and resource, if the run had a cost model."""
+
+    ended: float
+    new_tokens: int
+    prefill_tokens: int
+    modelled: dict[str, float]
+
+
 @dataclass(frozen=True)
 class Measured:
     """Seconds of a run, {lane: seconds}. modelled_*: by a cost model at the rates of `hardware`, if
@@ -49,6 +60,7 @@ class Measured:
     cores: float = 0.0
     hardware: HardwareSpec | None = None
     time_scale: float | None = None
+    visits: list[Visit] = field(default_factory=list)
     peak_gpu_bytes: int = 0
 
     @property

@@ -1,4 +1,4 @@
-"""One pass of one batch: its rows, and what its ops derive from them, derived once.
+"""Passes: which rows each brings, decided or told, and what its ops derive from them, once.
 
 Tensors here are made by the lane that uses them, and not before.
 """
@@ -12,16 +12,21 @@ import torch
 from torch import Tensor
 
 from flexgen_ray.cost.placed_rows import Composition
+from flexgen_ray.cost.plan import StagePlan
 from flexgen_ray.models.attention import length_mask
-from flexgen_ray.rows import Row, Rows, runs
+from flexgen_ray.rows import NO_ROWS, Row, runs
+from flexgen_ray.runtime.batcher import Batcher
+from flexgen_ray.runtime.link import Chosen, Header, Link
+from flexgen_ray.schedule.ops import Op
 from flexgen_ray.store.kv_cache import place_indices
 
 
 class Pass(Composition):
-    """Rows of a pass, and the index tensors that their ops use."""
+    """Rows of a pass, how their next tokens are chosen, and the index tensors its ops use."""
 
-    def __init__(self, rows: Rows, spare: int, device: torch.device) -> None:
-        super().__init__(rows, spare)
+    def __init__(self, header: Header, spare: int, device: torch.device) -> None:
+        super().__init__(header.rows, spare)
+        self.header = header
         self._device = device
 
     @cached_property
@@ -40,6 +45,119 @@ class Pass(Composition):
 
     def _indices(self, values: list[int]) -> Tensor:
         return place_indices(values, self._device)
+
+
+class Passes:
+    """The passes under way, and what is known of visits: composed here, or, after the first stage,
+    as the stage before tells.
+
+    link: to the neighbours; None for a stage that is the whole model. Its lanes' ops call these
+    methods in the order that the schedule's hazards on rows and tokens allow.
+    """
+
+    def __init__(self, plan: StagePlan, batcher: Batcher, device: torch.device) -> None:
+        self.link: Link | None = None
+        self.ended: int | None = None  # the visit that no other follows, once it is known
+        self._plan = plan
+        self._batcher = batcher
+        self._device = device
+        self._under_way: dict[tuple[int, int], Pass] = {}
+        self._expected: dict[int, list[int]] = {}
+        self._counts: dict[int, list[int]] = {}
+        self._num_empty: dict[int, int] = {}
+        self._last_visit = 0
+
+    @property
+    def joined(self) -> Link:
+        """The link that a stage of several has."""
+        assert self.link is not None, "connect comes first"
+        return self.link
+
+    def begin(self) -> None:
+        """A new run, whose visits are counted from 0."""
+        self.ended = None
+        self._last_visit = 0
+        for kept in (self._expected, self._counts, self._num_empty):
+            kept.clear()
+
+    def of(self, op: Op) -> Pass:
+        """The pass of the op's visit and batch."""
+        return self._under_way[op.turn, op.batch]
+
+    def is_empty(self, visit: int) -> bool:
+        """True if it is known that no batch of the visit has rows."""
+        return self._num_empty.get(visit, 0) == self._plan.policy.num_gpu_batches
+
+    def is_over(self, visit: int) -> bool:
+        """Whether the run ends with this visit; asked when that is over."""
+        if self.link is None:
+            return self._batcher.is_done and visit >= self._last_visit
+        return self._has_ended(visit + 1)
+
+    def progress(self, visit: int) -> tuple[int, int]:
+        """(new tokens, prompt tokens) of a visit that is over; it is then forgotten."""
+        new, prefill = self._counts.pop(visit, None) or (0, 0)
+        self._num_empty.pop(visit, None)
+        return new, prefill
+
+    def compose(self, op: Op) -> None:
+        """The first stage decides, and tells the others unless they know that all is over."""
+        batcher, link = self._batcher, self.link
+        if link is not None and self.ended is None and batcher.is_done:
+            self.ended = op.visit
+        rows = batcher.compose(op.batch)
+        slots = [row.slot for row in rows.sampled]
+        draws, indices = batcher.draws(op.batch, slots), batcher.indices(op.batch, slots)
+        header = Header(op.visit, op.batch, rows, draws, indices, op.visit == self.ended)
+        if link is not None and not self._has_ended(op.visit):
+            self._expected[op.batch] = slots
+            link.post(header.encode())
+        self._begin_pass(op, header)
+
+    def recv_rows(self, op: Op) -> None:
+        """A later stage is told, and passes it on."""
+        if self._has_ended(op.visit):
+            return self._begin_pass(op, Header(op.visit, op.batch, NO_ROWS, [], []))
+        message = self.joined.next()
+        header = Header.decode(message)
+        if (header.visit, header.batch) != (op.visit, op.batch):
+            raise RuntimeError(f"rows of {header.visit, header.batch} came for {op}")
+        if not self._plan.stage.is_last:
+            self.joined.post(message)
+        if header.is_last:
+            self.ended = header.visit
+        self._begin_pass(op, header)
+
+    def recv_tokens(self, op: Op) -> None:
+        """The first stage takes note of what its batch's last visit brought, if it had any rows."""
+        slots = self._expected.pop(op.batch, None)
+        if slots:
+            chosen = Chosen.decode(self.joined.next())
+            if chosen.batch != op.batch:
+                raise RuntimeError(f"tokens of batch {chosen.batch} came for {op}")
+            self._batcher.accept(op.batch, slots, chosen.token_ids)
+
+    def accept(self, op: Op, token_ids: list[int]) -> None:
+        """What was chosen for the pass's sampled rows: noted, or told to the first stage."""
+        self._last_visit = op.visit
+        if self.link is not None:
+            self.link.post(Chosen(op.visit, op.batch, token_ids).encode())
+        else:
+            slots = [row.slot for row in self.of(op).rows.sampled]
+            self._batcher.accept(op.batch, slots, token_ids)
+
+    def _has_ended(self, visit: int) -> bool:
+        """Whether the run ended before this visit."""
+        return self.ended is not None and visit > self.ended
+
+    def _begin_pass(self, op: Op, header: Header) -> None:
+        rows, spare = header.rows, self._plan.streamed_rows - 1
+        self._under_way[op.turn, op.batch] = Pass(header, spare, self._device)
+        counts = self._counts.setdefault(op.visit, [0, 0])
+        counts[0] += len(rows.sampled)
+        counts[1] += rows.prefill_tokens
+        if not rows.rows:
+            self._num_empty[op.visit] = self._num_empty.get(op.visit, 0) + 1
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from flexgen_ray.config import Budget, HardwareSpec
 from flexgen_ray.cost.placement import PAGE, aligned
-from flexgen_ray.cost.sizes import StagePlan
+from flexgen_ray.cost.plan import StagePlan
 from flexgen_ray.models.layers import product
 from flexgen_ray.store.disk import DiskTier
 from flexgen_ray.store.memory import MemoryTier

@@ -12,14 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flexgen_ray.request import SamplingParams
-
 
 @dataclass(frozen=True)
 class Draw:
-    """How one row's next token is chosen; uniform is in [0, 1)."""
+    """How one row's next token is chosen; temperature 0 is greedy, uniform is in [0, 1)."""
 
-    params: SamplingParams
+    temperature: float
+    top_p: float
     uniform: float
 
 
@@ -34,7 +33,7 @@ def sample(logits: Tensor, draws: list[Draw]) -> Tensor:
     """logits: [rows, vocabulary], float32; returns [rows] token ids, still on its device."""
     tokens = logits.argmax(dim=-1)
     for row, draw in enumerate(draws):
-        if draw.params.temperature > 0:
+        if draw.temperature > 0:
             tokens[row] = _invert(logits[row], draw)
     return tokens
 
@@ -42,11 +41,11 @@ def sample(logits: Tensor, draws: list[Draw]) -> Tensor:
 def _invert(logits: Tensor, draw: Draw) -> Tensor:
     """The first token, likeliest first, at which the cumulative probability exceeds the draw."""
     # Less its maximum, a logit divided by a tiny temperature can't overflow.
-    scaled = (logits - logits.max()).double() / draw.params.temperature
+    scaled = (logits - logits.max()).double() / draw.temperature
     probabilities, tokens = torch.softmax(scaled, dim=-1).sort(descending=True, stable=True)
     cumulative = probabilities.cumsum(dim=-1)
     # The nucleus is the fewest tokens that reach top_p (Holtzman et al. 2020).
-    outside = cumulative >= draw.params.top_p if draw.params.top_p < 1 else cumulative.new_zeros(1)
+    outside = cumulative >= draw.top_p if draw.top_p < 1 else cumulative.new_zeros(1)
     last = torch.where(outside.any(), outside.int().argmax(), len(cumulative) - 1)
     place = torch.searchsorted(cumulative, draw.uniform * cumulative.take(last), right=True)
     return tokens.take(torch.minimum(place, last))

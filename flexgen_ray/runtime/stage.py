@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 
 from flexgen_ray.config import Budget, HardwareSpec
-from flexgen_ray.cost.sizes import StagePlan, check_budget, host_workspace_bytes, workspace_bytes
+from flexgen_ray.cost.plan import StagePlan
+from flexgen_ray.cost.sizes import check_budget, host_workspace_bytes, workspace_bytes
 from flexgen_ray.models.checkpoint import Checkpoint
 from flexgen_ray.models.dummy import DummyWeights
 from flexgen_ray.models.host_kernel import Kernel, Shape, choose
@@ -24,8 +25,10 @@ from flexgen_ray.runtime.cells import Cells, LogitsHook
 from flexgen_ray.runtime.crews import Cores, divide_cores, make_crews
 from flexgen_ray.runtime.executor import AsyncExecutor, SerialExecutor
 from flexgen_ray.runtime.lanes import Run
-from flexgen_ray.runtime.meter import Measured, Meter, Span
+from flexgen_ray.runtime.link import Link
+from flexgen_ray.runtime.meter import Measured, Meter, Span, Visit
 from flexgen_ray.runtime.modelled import Modelled
+from flexgen_ray.runtime.watch import Pulse, Watch
 from flexgen_ray.schedule.zigzag import zigzag
 from flexgen_ray.store.tier import DiskTier, MemoryTier, Tiers
 from flexgen_ray.store.weights import WeightSource, WeightStore
@@ -41,7 +44,8 @@ class StageSpec:
 
     model: a folder; None makes weights up.
     hardware: whose cost model is summed beside the run; with a time_scale (wall seconds a modelled
-    second) the run is paced by it. keeps_spans: when every op ran.
+    second) the run is paced by it, as if the model were that of the plan `stands_for`, if given.
+    keeps_spans: when every op ran.
     """
 
     model: str | None
@@ -53,6 +57,7 @@ class StageSpec:
     executor: str = "async"
     hardware: HardwareSpec | None = None
     time_scale: float | None = None
+    stands_for: StagePlan | None = None
     keeps_spans: bool = False
 
 
@@ -77,7 +82,7 @@ class Stage:
             weights = WeightStore(plan, _weight_source(spec), self.tiers)
             self.batcher = Batcher(
                 plan.policy.gpu_batch_size,
-                plan.policy.num_gpu_batches,
+                plan.num_batches,
                 plan.cell_tokens,
                 frozenset(plan.config.eos_token_ids),
                 decode,
@@ -86,7 +91,9 @@ class Stage:
             self._cells = Cells(plan, weights, self.batcher, self.tiers, attend)
             self._modelled: Modelled | None = None
             self._meter = Meter()
+            self._watch = Watch(self._cells.run)
             self._wall = 0.0
+            self._visits: list[Visit] = []
         except BaseException:
             self.close()
             raise
@@ -101,17 +108,19 @@ class Stage:
         """
         plan, cells = self.spec.plan, self._cells
         cells.begin(on_logits)
+        self.batcher.clear()
         self.batcher.add(requests)
-        if self.batcher.is_done:
+        if plan.stage.is_whole and self.batcher.is_done:
             return
-        running = self._start().run(zigzag(plan.stage, plan.policy.num_gpu_batches, count()))
+        ops = zigzag(plan.stage, plan.policy.num_gpu_batches, count(), plan.num_blocks)
+        running = self._start().run(ops)
         began = started = time.perf_counter()
         with closing(running), _torch_threads(self._cores.device):
             for op in running:
                 now = time.perf_counter()
                 self._wall = now - began
                 # Asked before what finished is taken, for the lanes may be a visit ahead.
-                is_done = self.batcher.is_done and op.visit >= cells.last_visit
+                is_done = cells.passes.is_over(op.visit)
                 # Ray sends into its generators; one that is yielded from would refuse.
                 for finished in self.batcher.take_finished():  # noqa: UP028
                     yield finished
@@ -122,11 +131,11 @@ class Stage:
 
     def measured(self) -> Measured:
         """How busy each lane was in the last run."""
-        busy = {lane.value: seconds for lane, seconds in self._meter.busy.items() if seconds}
+        busy = self.busy()
         on_cuda = self.tiers.device.type == "cuda"
         peak = torch.cuda.max_memory_reserved(self.tiers.device) if on_cuda else 0
         if self._modelled is None:
-            return Measured(self._wall, busy, peak_gpu_bytes=peak)
+            return Measured(self._wall, busy, peak_gpu_bytes=peak, visits=self._visits)
         lanes = self._modelled.lanes()
         return Measured(
             wall=self._wall,
@@ -136,8 +145,13 @@ class Stage:
             cores=0.0 if on_cuda or self.spec.time_scale else self._cores.seconds(lanes),
             hardware=self.spec.hardware,
             time_scale=self.spec.time_scale,
+            visits=self._visits,
             peak_gpu_bytes=peak,
         )
+
+    def busy(self) -> dict[str, float]:
+        """Seconds that each lane has been at work in the run so far; from any thread."""
+        return {lane.value: seconds for lane, seconds in self._meter.busy.items() if seconds}
 
     @property
     def spans(self) -> list[Span]:
@@ -145,25 +159,44 @@ class Stage:
         return self._meter.spans
 
     def _progress(self, visit: int, seconds: float) -> Progress:
-        if self._modelled is not None:
-            self._modelled.end_visit(visit)
-        new, prefill = self._cells.progress(visit)
-        return Progress(new, prefill, seconds, prefill > 0)
+        modelled = self._modelled.end_visit(visit) if self._modelled else {}
+        new, prefill = self._cells.passes.progress(visit)
+        self._visits.append(Visit(time.perf_counter(), new, prefill, modelled))
+        tokens = tuple(self.batcher.take_accepted())
+        return Progress(new, prefill, seconds, prefill > 0, tokens)
 
     def _start(self) -> SerialExecutor | AsyncExecutor:
         """A fresh executor with its meter."""
         spec, cells = self.spec, self._cells
         self._meter = Meter(spec.keeps_spans)
+        self._visits = []
         run: Run = cells.run
         if spec.hardware is not None:
-            self._modelled = Modelled(cells, spec.hardware, spec.time_scale)
+            plan = spec.stands_for or spec.plan
+            self._modelled = Modelled(cells, plan, spec.hardware, spec.time_scale)
             run = self._modelled.run
+        self._watch = run = Watch(run)
         if spec.executor == "serial":
             return SerialExecutor(run, cells.moves, self._meter)
-        cancel = self._modelled.cancel if self._modelled else None
         crews = make_crews(self.tiers.device, self._cores)
         window = CELL_OPS * (spec.plan.policy.num_gpu_batches + CELLS_AHEAD)
-        return AsyncExecutor(run, cells.moves, crews, self._meter, cancel, window)
+        return AsyncExecutor(run, cells.moves, crews, self._meter, self._cancel, window)
+
+    def pulse(self) -> Pulse:
+        """How far the run is; from any thread."""
+        return self._watch.pulse()
+
+    def connect(self, link: Link | None) -> None:
+        """The stage's place in a ring; a stage of a model's all layers needs none."""
+        self._cells.passes.link = link
+
+    def _cancel(self) -> None:
+        """Nothing under way waits any longer; nor, in a run cut short, do the neighbours."""
+        if self._modelled is not None:
+            self._modelled.cancel()
+        passes = self._cells.passes
+        if passes.link is not None and passes.ended is None:
+            passes.link.close()
 
     def used(self) -> dict[str, dict[str, int]]:
         """{tier: {what: bytes}} that the stage holds."""

@@ -9,19 +9,22 @@ import ctypes
 import os
 import shutil
 import socket
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Generator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
 import torch
 
 from flexgen_ray.config import HardwareSpec
+from flexgen_ray.paths import find_model
 from flexgen_ray.request import Finished, Progress, Request
 from flexgen_ray.runtime.cells import LogitsHook
+from flexgen_ray.runtime.link import Link
 from flexgen_ray.runtime.meter import Measured, Span
 from flexgen_ray.runtime.rates import measure_rates
 from flexgen_ray.runtime.stage import Stage, StageSpec, cores_for, host_kernel
+from flexgen_ray.runtime.watch import Pulse
 from flexgen_ray.tokenizer import Tokenizer
 
 _M_MMAP_THRESHOLD = -3
@@ -83,8 +86,15 @@ class Worker:
     def load(self, spec: StageSpec) -> None:
         """Takes the memory, reads the weights; replaces the stage of an earlier load."""
         self.close()
+        if spec.model:
+            spec = replace(spec, model=str(find_model(spec.model)))
         self._tokenizer = Tokenizer(spec.model) if spec.model else None
         self._stage = Stage(spec, self._tokenizer.decode if self._tokenizer else None)
+
+    def connect(self, link: Link | None) -> None:
+        """The stage's place in a ring of several."""
+        assert self._stage is not None, "load comes first"
+        self._stage.connect(link)
 
     def add(self, requests: list[Request]) -> None:
         """Queues requests for the next run."""
@@ -93,11 +103,19 @@ class Worker:
             self._tokenizer.load()
         self._added += requests
 
-    def run(self, on_logits: LogitsHook | None = None) -> Iterator[Finished | Progress]:
+    def run(self, on_logits: LogitsHook | None = None) -> Generator[Finished | Progress]:
         """Runs what was added; see Stage.run."""
         assert self._stage is not None, "load comes first"
         requests, self._added = self._added, []
         yield from self._stage.run(requests, on_logits)
+
+    def pulse(self) -> Pulse:
+        """How far the run is; from any thread."""
+        return self._stage.pulse() if self._stage else Pulse()
+
+    def busy(self) -> dict[str, float]:
+        """Seconds that each lane has been at work in the run so far; from any thread."""
+        return self._stage.busy() if self._stage else {}
 
     def used(self) -> dict[str, dict[str, int]]:
         """{tier: {what: bytes}} that the stage holds."""

@@ -24,7 +24,10 @@ def staging_slots(num_batches: int) -> int:
 class OpKind(StrEnum):
     """What one op does; see docs/design.md for the cell they form."""
 
+    RECV_TOKENS = auto()  # what the last stage chose, a turn of the block ago
     COMPOSE = auto()  # which rows this pass of a batch has
+    RECV_ROWS = auto()  # the same, from the stage before; passed on at once
+    RECV = auto()  # hidden states from the stage before, into a host slot
     GATHER = auto()  # embedding rows looked up on the host
     LOAD_EMBEDDING = auto()  # the gathered rows, to the device
     READ_WEIGHTS = auto()  # part of a coming layer's disk weights, into a host slot
@@ -43,8 +46,10 @@ class OpKind(StrEnum):
     FINISH = auto()  # output projection and MLP; the embedding; the logits
     STORE_HIDDEN = auto()  # hidden states that live off the device
     WRITE_HIDDEN = auto()  # hidden states that live on disk
+    STORE_SENT = auto()  # hidden states for the next stage, to host memory
+    SEND = auto()  # those, to the next stage
     SAMPLE = auto()  # next tokens of a batch, chosen on the device
-    ACCEPT = auto()  # the same tokens, taken note of on the host
+    ACCEPT = auto()  # the same tokens, taken note of on the host, or sent to the first stage
 
 
 class Lane(StrEnum):
@@ -59,6 +64,8 @@ class Lane(StrEnum):
     STORE = auto()
     DISK_READ = auto()
     DISK_WRITE = auto()
+    RECV = auto()
+    SEND = auto()
 
     @property
     def worker(self) -> Lane:
@@ -66,8 +73,14 @@ class Lane(StrEnum):
         return Lane.DEVICE if self is Lane.DEVICE_AHEAD else self
 
 
+# Their ops may wait for a neighbour, however little there is to do.
+EXCHANGE = frozenset({Lane.RECV, Lane.SEND})
+
 LANE: dict[OpKind, Lane] = {
+    OpKind.RECV_TOKENS: Lane.RECV,
     OpKind.COMPOSE: Lane.HOST,
+    OpKind.RECV_ROWS: Lane.RECV,
+    OpKind.RECV: Lane.RECV,
     OpKind.GATHER: Lane.HOST,
     OpKind.LOAD_EMBEDDING: Lane.LOAD_SMALL,
     OpKind.READ_WEIGHTS: Lane.DISK_READ,
@@ -86,6 +99,8 @@ LANE: dict[OpKind, Lane] = {
     OpKind.FINISH: Lane.DEVICE,
     OpKind.STORE_HIDDEN: Lane.STORE,
     OpKind.WRITE_HIDDEN: Lane.DISK_WRITE,
+    OpKind.STORE_SENT: Lane.STORE,
+    OpKind.SEND: Lane.SEND,
     OpKind.SAMPLE: Lane.DEVICE,
     OpKind.ACCEPT: Lane.HOST,
 }
@@ -101,7 +116,7 @@ class Buffer(StrEnum):
     NEW_KV = auto()
     ATTENTION = auto()  # lies where the queries lay
     STREAMED_CACHE = auto()
-    GATHERED = auto()
+    ARRIVED = auto()  # embeddings looked up, or hidden states received
     HOST_NEW_KV = auto()
     HOST_QUERY = auto()
     HOST_ATTENTION = auto()
@@ -111,11 +126,12 @@ class Buffer(StrEnum):
     CACHE_OUT = auto()
     LOGITS = auto()
     CHOSEN = auto()
-    HIDDEN_GPU = auto()  # where hidden states live between layers; one copy per batch
+    HIDDEN_GPU = auto()  # where hidden states live between layers; one copy per hidden slot
     HIDDEN_CPU = auto()
     HIDDEN_DISK = auto()
-    TOKENS = auto()
-    ROWS = auto()  # the composition of a pass; per batch and parity of the visit
+    SENT = auto()
+    TOKENS = auto()  # per batch
+    ROWS = auto()  # the composition of a pass; per batch and turn
     CACHE_GPU = auto()  # where keys and values live; per layer and batch
     CACHE_CPU = auto()
     CACHE_TAIL = auto()
@@ -124,9 +140,12 @@ class Buffer(StrEnum):
 
 _B = Buffer
 READS: dict[OpKind, tuple[Buffer, ...]] = {
+    OpKind.RECV_TOKENS: (_B.TOKENS,),
     OpKind.COMPOSE: (_B.TOKENS,),
+    OpKind.RECV_ROWS: (),
+    OpKind.RECV: (_B.ROWS,),
     OpKind.GATHER: (_B.ROWS,),
-    OpKind.LOAD_EMBEDDING: (_B.ROWS, _B.GATHERED),
+    OpKind.LOAD_EMBEDDING: (_B.ROWS, _B.ARRIVED),
     OpKind.READ_WEIGHTS: (),
     OpKind.LOAD_WEIGHTS: (_B.HOST_WEIGHTS,),
     OpKind.READ_HIDDEN: (_B.ROWS, _B.HIDDEN_DISK),
@@ -143,12 +162,17 @@ READS: dict[OpKind, tuple[Buffer, ...]] = {
     OpKind.FINISH: (_B.ROWS, _B.DEVICE_WEIGHTS, _B.WORK, _B.ATTENTION, _B.HIDDEN_GPU),
     OpKind.STORE_HIDDEN: (_B.ROWS, _B.WORK),
     OpKind.WRITE_HIDDEN: (_B.ROWS, _B.HIDDEN_OUT),
+    OpKind.STORE_SENT: (_B.ROWS, _B.WORK),
+    OpKind.SEND: (_B.ROWS, _B.SENT),
     OpKind.SAMPLE: (_B.ROWS, _B.LOGITS),
     OpKind.ACCEPT: (_B.ROWS, _B.CHOSEN, _B.TOKENS),
 }
 WRITES: dict[OpKind, tuple[Buffer, ...]] = {
+    OpKind.RECV_TOKENS: (_B.TOKENS,),
     OpKind.COMPOSE: (_B.ROWS, _B.TOKENS),
-    OpKind.GATHER: (_B.GATHERED,),
+    OpKind.RECV_ROWS: (_B.ROWS,),
+    OpKind.RECV: (_B.ARRIVED,),
+    OpKind.GATHER: (_B.ARRIVED,),
     OpKind.LOAD_EMBEDDING: (_B.WORK,),
     OpKind.READ_WEIGHTS: (_B.HOST_WEIGHTS,),
     OpKind.LOAD_WEIGHTS: (_B.DEVICE_WEIGHTS,),
@@ -166,11 +190,13 @@ WRITES: dict[OpKind, tuple[Buffer, ...]] = {
     OpKind.FINISH: (_B.WORK, _B.HIDDEN_GPU, _B.LOGITS),
     OpKind.STORE_HIDDEN: (_B.HIDDEN_CPU, _B.HIDDEN_OUT),
     OpKind.WRITE_HIDDEN: (_B.HIDDEN_DISK,),
+    OpKind.STORE_SENT: (_B.SENT,),
+    OpKind.SEND: (),
     OpKind.SAMPLE: (_B.CHOSEN,),
     OpKind.ACCEPT: (_B.TOKENS,),
 }
 
-_PER_BATCH = frozenset({_B.HIDDEN_GPU, _B.HIDDEN_CPU, _B.HIDDEN_DISK, _B.TOKENS})
+_PER_HIDDEN_SLOT = frozenset({_B.HIDDEN_GPU, _B.HIDDEN_CPU, _B.HIDDEN_DISK, _B.SENT})
 _PER_LAYER = frozenset({_B.CACHE_GPU, _B.CACHE_CPU, _B.CACHE_TAIL, _B.CACHE_DISK})
 
 Slot = tuple[Buffer, int, int]
@@ -180,10 +206,10 @@ Slot = tuple[Buffer, int, int]
 class Op:
     """One step of one cell.
 
-    visit: pass of a block through the stage; layer: 0 embeds, the last is the head; batch: of the
-    block; part: which of num_gpu_batches equal parts of a layer's weights, for the ops that move
-    them; cell_slot, weights_slot, staging_slot: which copy of the memory that is used in turn this
-    op uses; ends_visit: whether it is the last to tell what becomes of its visit's tokens.
+    visit: pass of a block through the stage; layer: 0 embeds, the last is the head; batch: of all
+    blocks; part: which of num_gpu_batches equal parts of a layer's weights, for the ops that move
+    them; *_slot: which copy of the memory that is used in turn this op uses; turn: likewise of what
+    a block's next visit must not overwrite; ends_visit: whether it is its visit's last.
     """
 
     kind: OpKind
@@ -192,6 +218,8 @@ class Op:
     batch: int
     cell_slot: int
     weights_slot: int
+    hidden_slot: int = 0
+    turn: int = 0
     part: int = 0
     staging_slot: int = 0
     ends_visit: bool = False
@@ -204,8 +232,8 @@ class Op:
     def key(self) -> tuple:
         """All that decides which slots it touches."""
         return (
-            self.kind, self.layer, self.batch, self.cell_slot,
-            self.weights_slot, self.staging_slot, self.visit % 2,
+            self.kind, self.layer, self.batch, self.cell_slot, self.weights_slot,
+            self.hidden_slot, self.turn, self.staging_slot,
         )  # fmt: skip
 
     @property
@@ -219,17 +247,26 @@ class Op:
 
 @cache
 def _slot(
-    buffer: Buffer, layer: int, batch: int, cell: int, weights: int, staging: int, parity: int
+    buffer: Buffer,
+    layer: int,
+    batch: int,
+    cell: int,
+    weights: int,
+    hidden: int,
+    turn: int,
+    staging: int,
 ) -> Slot:
     """The copy of `buffer` that an op of these numbers touches."""
     if buffer is Buffer.DEVICE_WEIGHTS:
         return buffer, weights, 0
     if buffer is Buffer.HOST_WEIGHTS:
         return buffer, staging, 0
-    if buffer in _PER_BATCH:
+    if buffer in _PER_HIDDEN_SLOT:
+        return buffer, hidden, 0
+    if buffer is Buffer.TOKENS:
         return buffer, batch, 0
     if buffer in _PER_LAYER:
         return buffer, layer, batch
     if buffer is Buffer.ROWS:
-        return buffer, batch, parity
+        return buffer, batch, turn
     return buffer, cell, 0

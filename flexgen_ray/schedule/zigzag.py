@@ -11,8 +11,9 @@ Knows layers, batches and their order; no rows, bytes or placement.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from flexgen_ray.schedule.ops import CELL_SLOTS, HEAD_SLOT, LAYER_SLOTS, Op, OpKind, staging_slots
 
@@ -30,14 +31,18 @@ _ATTENTION = (
 )
 _HIDDEN_HOME = (OpKind.STORE_HIDDEN, OpKind.WRITE_HIDDEN)
 BEGIN = {
-    "embedding": (OpKind.COMPOSE, OpKind.GATHER, OpKind.LOAD_EMBEDDING),
+    "embedding": (OpKind.RECV_TOKENS, OpKind.COMPOSE, OpKind.GATHER, OpKind.LOAD_EMBEDDING),
+    "entry": (OpKind.RECV_ROWS, OpKind.RECV, OpKind.LOAD_EMBEDDING),
     "decoder": _LOADS + _ATTENTION,
     "head": _LOADS,
+    "exit": _LOADS,
 }
 FINISH = {
     "embedding": (OpKind.FINISH, *_HIDDEN_HOME),
+    "entry": (OpKind.FINISH, *_HIDDEN_HOME),
     "decoder": (OpKind.FINISH, *_HIDDEN_HOME),
     "head": (OpKind.FINISH, OpKind.SAMPLE, OpKind.ACCEPT),
+    "exit": (OpKind.FINISH, OpKind.STORE_SENT, OpKind.SEND),
 }
 
 
@@ -45,7 +50,8 @@ FINISH = {
 class StageLayers:
     """The contiguous layers of one stage out of a model of `num_layers` decoder layers.
 
-    Layer 0 embeds, 1 to num_layers decode, num_layers + 1 is the head.
+    Layer 0 embeds, 1 to num_layers decode, num_layers + 1 is the head. To the schedule the layer
+    before a later stage's first is its entry, and the one after an earlier stage's last its exit.
     """
 
     first: int
@@ -56,9 +62,44 @@ class StageLayers:
     def whole(num_layers: int) -> StageLayers:
         return StageLayers(0, num_layers + 1, num_layers)
 
+    @staticmethod
+    def split(num_layers: int, counts: Sequence[int]) -> list[StageLayers]:
+        """Stages of so many decoder layers each; the first embeds, the last has the head.
+
+        Raises ValueError if a stage would have no decoder layer, or they don't sum to num_layers.
+        """
+        if sum(counts) != num_layers or min(counts) < 1:
+            raise ValueError(
+                f"stages of {', '.join(map(str, counts))} layers: each needs one at least, and "
+                f"together they must be the model's {num_layers}"
+            )
+        ends = list(accumulate(counts))
+        firsts = [0, *(end + 1 for end in ends[:-1])]
+        return [
+            StageLayers(first, last, num_layers)
+            for first, last in zip(firsts, [*ends[:-1], num_layers + 1], strict=True)
+        ]
+
     @property
     def layers(self) -> range:
         return range(self.first, self.last + 1)
+
+    @property
+    def is_first(self) -> bool:
+        return self.first == 0
+
+    @property
+    def is_last(self) -> bool:
+        return self.last == self.num_layers + 1
+
+    @property
+    def is_whole(self) -> bool:
+        return self.is_first and self.is_last
+
+    @property
+    def in_schedule(self) -> range:
+        """Its layers, entry and exit included."""
+        return range(self.first - (not self.is_first), self.last + 1 + (not self.is_last))
 
     @property
     def with_weights(self) -> range:
@@ -73,21 +114,26 @@ class StageLayers:
         return (visit * len(decoders) + layer - decoders.start) % LAYER_SLOTS
 
     def kind(self, layer: int) -> str:
+        if layer not in self.layers:
+            return "entry" if layer < self.first else "exit"
         if layer == 0:
             return "embedding"
         return "head" if layer == self.num_layers + 1 else "decoder"
 
 
-def zigzag(stage: StageLayers, num_batches: int, visits: Iterable[int]) -> Iterator[Op]:
+def zigzag(
+    stage: StageLayers, num_batches: int, visits: Iterable[int], num_blocks: int = 1
+) -> Iterator[Op]:
     """Ops of a stage in program order, for visits 0, 1, 2, …: endless, if they are.
 
+    Blocks take turns: visit v is one of block v % num_blocks, each of num_batches batches.
     Whether a visit has any rows is known only when its COMPOSE ops run: the one after a job's last
     has none. When a stream ends, weights have been fetched in vain for what would have come next.
     """
     weights = _WeightStream(stage, num_batches)
     yield from weights.prologue()
     cell: Op | None = None
-    for following in _cells(stage, num_batches, visits):
+    for following in _cells(stage, num_batches, visits, num_blocks):
         if cell is None:
             yield from _ops(following, BEGIN, stage)
         else:
@@ -104,16 +150,27 @@ def zigzag(stage: StageLayers, num_batches: int, visits: Iterable[int]) -> Itera
         yield from _ops(cell, FINISH, stage)
 
 
-def _cells(stage: StageLayers, num_batches: int, visits: Iterable[int]) -> Iterator[Op]:
+def _cells(
+    stage: StageLayers, num_batches: int, visits: Iterable[int], num_blocks: int
+) -> Iterator[Op]:
     """One op a cell, as the pattern of all its ops."""
     number = 0
     for visit in visits:
-        for layer in stage.layers:
+        turn, block = divmod(visit, num_blocks)
+        # Of the blocks that come after it, one at most is met on the way.
+        hidden_block = visit % min(num_blocks, 2)
+        for layer in stage.in_schedule:
             weights_slot = stage.weights_slot(visit, layer)
-            for batch in range(num_batches):
-                slots = number % CELL_SLOTS, weights_slot
-                ends_visit = layer == stage.last and batch == num_batches - 1
-                yield Op(OpKind.FINISH, visit, layer, batch, *slots, ends_visit=ends_visit)
+            for index in range(num_batches):
+                yield Op(
+                    OpKind.FINISH, visit, layer, block * num_batches + index,
+                    cell_slot=number % CELL_SLOTS,
+                    weights_slot=weights_slot,
+                    hidden_slot=hidden_block * num_batches + index,
+                    turn=turn % 2,
+                    part=index,
+                    ends_visit=layer == stage.in_schedule[-1] and index == num_batches - 1,
+                )  # fmt: skip
                 number += 1
 
 
@@ -124,7 +181,7 @@ def _ops(cell: Op, half: dict, stage: StageLayers) -> Iterator[Op]:
     for kind in kinds:
         yield Op(
             kind, cell.visit, cell.layer, cell.batch, cell.cell_slot, cell.weights_slot,
-            ends_visit=ends_visit and kind is kinds[-1],
+            cell.hidden_slot, cell.turn, cell.part, ends_visit=ends_visit and kind is kinds[-1],
         )  # fmt: skip
 
 
@@ -152,7 +209,7 @@ class _WeightStream:
         """One part of the next layer's weights."""
         if cell.layer in self.layers:
             layers_before = cell.visit * len(self.layers) + cell.layer - self.layers.start
-            yield from self._move((layers_before + 1) * self.num_batches + cell.batch)
+            yield from self._move((layers_before + 1) * self.num_batches + cell.part)
 
     def _move(self, number: int) -> Iterator[Op]:
         """Loads a part, and reads another into the staging slot that this frees."""
@@ -163,5 +220,10 @@ class _WeightStream:
         ordinal, part = divmod(number, self.num_batches)
         visit, index = divmod(ordinal, len(self.layers))
         layer = self.layers[index]
-        slots = self.stage.weights_slot(visit, layer), part, number % self.staging_slots
-        return Op(kind, visit, layer, part, 0, *slots)
+        return Op(
+            kind, visit, layer, batch=part,
+            cell_slot=0,
+            weights_slot=self.stage.weights_slot(visit, layer),
+            part=part,
+            staging_slot=number % self.staging_slots,
+        )  # fmt: skip

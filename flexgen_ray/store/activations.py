@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from flexgen_ray.cost.placement import PAGE, aligned, split_tokens
-from flexgen_ray.cost.sizes import StagePlan, stage_bytes
+from flexgen_ray.cost.plan import StagePlan
+from flexgen_ray.cost.sizes import stage_bytes
 from flexgen_ray.schedule.ops import CELL_SLOTS, Op
 from flexgen_ray.store.tier import Tiers
 from flexgen_ray.store.weights import TORCH_DTYPE
@@ -33,9 +34,8 @@ class HiddenStore:
 
     def __init__(self, plan: StagePlan, tiers: Tiers) -> None:
         self.plan = plan
-        self._sizes = stage_bytes(plan)
         self._dtype = TORCH_DTYPE[plan.dtype]
-        batches = plan.policy.num_gpu_batches
+        batches = plan.hidden_slots
         hidden = plan.config.hidden_size
         gpu, cpu, disk = plan.hidden_tokens
         self.work = self._allocate_work(tiers)
@@ -46,20 +46,25 @@ class HiddenStore:
         self._in, self._out = self._allocate(tiers.cpu, "hidden states in flight", slots)
         region = tiers.disk.allocate("hidden states", batches * each)
         self._disk = [region.part(batch * each, each) for batch in range(batches)]
-        gathered = plan.cell_tokens if self._sizes["cpu"]["embedding"] else 0
-        self.gathered = self._allocate(tiers.cpu, "embedding", (CELL_SLOTS, gathered, hidden))
+        entry, hop = getattr(tiers, plan.arrival_tier), getattr(tiers, plan.hop_tier)
+        sizes = stage_bytes(plan)[plan.arrival_tier]
+        arrived = plan.cell_tokens if sizes["hidden states arrived"] else 0
+        shape = (CELL_SLOTS, arrived, hidden)
+        self.arrived = self._allocate(entry, "hidden states arrived", shape)
+        shape = (0 if plan.stage.is_last else batches, plan.cell_tokens, hidden)
+        self.sent = self._allocate(hop, "hidden states sent", shape)
 
     def read(self, op: Op, num_tokens: int) -> None:
         """READ_HIDDEN: the tokens on disk, into the cell's host slot."""
         count = self._split(num_tokens)[2]
         if count:
-            self._disk[op.batch].read_into(self._in_pages(self._in[op.cell_slot], count))
+            self._disk[op.hidden_slot].read_into(self._in_pages(self._in[op.cell_slot], count))
 
     def load(self, op: Op, num_tokens: int) -> None:
         """LOAD_HIDDEN: the tokens off the device, into the cell's working copy."""
         gpu, cpu, disk = self._split(num_tokens)
         hidden = self.work[op.cell_slot].hidden
-        hidden[gpu : gpu + cpu].copy_(self._cpu[op.batch, :cpu], non_blocking=True)
+        hidden[gpu : gpu + cpu].copy_(self._cpu[op.hidden_slot, :cpu], non_blocking=True)
         hidden[gpu + cpu : num_tokens].copy_(
             self._tokens(self._in[op.cell_slot], disk), non_blocking=True
         )
@@ -67,18 +72,18 @@ class HiddenStore:
     def fetch_resident(self, op: Op, num_tokens: int) -> None:
         """The tokens on the device, into the cell's working copy."""
         gpu = self._split(num_tokens)[0]
-        self.work[op.cell_slot].hidden[:gpu].copy_(self._gpu[op.batch, :gpu])
+        self.work[op.cell_slot].hidden[:gpu].copy_(self._gpu[op.hidden_slot, :gpu])
 
     def keep_resident(self, op: Op, num_tokens: int) -> None:
         """The first tokens of the cell's result stay on the device."""
         gpu = self._split(num_tokens)[0]
-        self._gpu[op.batch, :gpu].copy_(self.work[op.cell_slot].hidden[:gpu])
+        self._gpu[op.hidden_slot, :gpu].copy_(self.work[op.cell_slot].hidden[:gpu])
 
     def store(self, op: Op, num_tokens: int) -> None:
         """STORE_HIDDEN: the others leave the device, those for disk into the cell's host slot."""
         gpu, cpu, disk = self._split(num_tokens)
         hidden = self.work[op.cell_slot].hidden
-        self._cpu[op.batch, :cpu].copy_(hidden[gpu : gpu + cpu], non_blocking=True)
+        self._cpu[op.hidden_slot, :cpu].copy_(hidden[gpu : gpu + cpu], non_blocking=True)
         self._tokens(self._out[op.cell_slot], disk).copy_(
             hidden[gpu + cpu : num_tokens], non_blocking=True
         )
@@ -87,7 +92,7 @@ class HiddenStore:
         """WRITE_HIDDEN: the cell's host slot, to disk."""
         count = self._split(num_tokens)[2]
         if count:
-            self._disk[op.batch].write(self._in_pages(self._out[op.cell_slot], count))
+            self._disk[op.hidden_slot].write(self._in_pages(self._out[op.cell_slot], count))
 
     def _split(self, num_tokens: int) -> tuple[int, int, int]:
         return split_tokens(self.plan.policy.activations, num_tokens)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from flexgen_ray.cost.placed_rows import PlacedRows
 from flexgen_ray.cost.placement import RowSplit
-from flexgen_ray.cost.sizes import CACHE_BLOCK_TOKENS, StagePlan
+from flexgen_ray.cost.plan import CACHE_BLOCK_TOKENS, StagePlan
 from flexgen_ray.rows import Row
 from flexgen_ray.schedule.ops import CELL_SLOTS, Op
 from flexgen_ray.store.activations import Work

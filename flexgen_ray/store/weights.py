@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from flexgen_ray.cost.placement import stored_tensors
-from flexgen_ray.cost.sizes import StagePlan, staging_slot_bytes, weights_slot_bytes
+from flexgen_ray.cost.plan import StagePlan
+from flexgen_ray.cost.sizes import staging_slot_bytes, weights_slot_bytes
 from flexgen_ray.cost.weight_layout import Place
 from flexgen_ray.schedule.ops import LAYER_SLOTS, Op, staging_slots
 from flexgen_ray.store.memory import page_aligned

@@ -1,0 +1,159 @@
+"""One run of all stages under one epoch, until its end or until a stage is lost.
+
+Knows how a fault looks from outside: a dead process, an error, a run that stands still, and
+neighbours that only suffer from one. Doesn't mend anything.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+
+from flexgen_ray.request import Finished, Progress
+from flexgen_ray.runtime.link import LinkClosed
+from flexgen_ray.runtime.watch import Pulse
+
+SETTLE_SECONDS = 5  # that stages get to notice that another has gone
+PULSE_SECONDS = 5
+TICKS = 20  # looks at the stages within the time that a stall may last
+
+
+class StageLost(RuntimeError):
+    """Stages that can't go on: {stage: the reason}."""
+
+    def __init__(self, reasons: dict[int, Exception]) -> None:
+        self.reasons = reasons
+        super().__init__("; ".join(f"stage {it} {_tell(why)}" for it, why in reasons.items()))
+
+
+class Stalled(RuntimeError):
+    """A stage that does nothing and waits for nobody."""
+
+
+def ask(references: Sequence[Any], stages: Sequence[int], timeout: float | None = None) -> list:
+    """What these stages answer; StageLost blames those that don't."""
+    answers: list = []
+    reasons: dict[int, Exception] = {}
+    deadline = None if timeout is None else time.monotonic() + timeout
+    for stage, reference in zip(stages, references, strict=True):
+        left = None if deadline is None else max(deadline - time.monotonic(), 0)
+        try:
+            answers.append(ray.get(reference, timeout=left))
+        except GetTimeoutError:
+            reasons[stage] = Stalled(f"did not answer within {timeout:g} s")
+        except Exception as error:
+            reasons[stage] = error
+    if reasons:
+        raise StageLost(_culprits(reasons))
+    return answers
+
+
+def get(references: Any) -> Any:
+    """The values, or the error that a stage itself raised."""
+    try:
+        return ray.get(references)
+    except RayTaskError as error:
+        raise (error.cause or error) from None
+    except RayActorError as error:
+        raise RuntimeError(
+            f"a stage's process died ({error}); if the node ran out of memory, lower --cpu-memory"
+        ) from error
+
+
+class Attempt:
+    """The stages' runs; the first has its requests already."""
+
+    def __init__(self, actors: Sequence[Any], stall_seconds: float) -> None:
+        self._actors = actors
+        self._stall_seconds = stall_seconds
+        self._events: Any = actors[0].lead.options(num_returns="streaming").remote()
+        self._ends = [self._events.completed(), *(actor.follow.remote() for actor in actors[1:])]
+        self._pulses: list[Pulse] = []
+        self._moved_at = time.monotonic()
+
+    def __iter__(self) -> Iterator[Finished | Progress]:
+        """What the first stage tells."""
+        followers = self._ends[1:]
+        tick = self._stall_seconds / TICKS
+        while True:
+            ready: list[Any] = ray.wait([self._events, *followers], timeout=tick)[0]
+            if not ready:
+                self._watch()
+            elif ready[0] is self._events:
+                try:
+                    batch = ray.get(next(self._events))
+                except StopIteration:
+                    break
+                except Exception:
+                    self._blame()
+                self._moved_at = time.monotonic()
+                yield from batch
+            else:
+                self._blame_if_failed(ready[0])
+                followers.remove(ready[0])
+        ask(followers, range(len(self._ends) - len(followers), len(self._ends)), SETTLE_SECONDS)
+
+    def _blame_if_failed(self, end: Any) -> None:
+        try:
+            ray.get(end)
+        except Exception:
+            self._blame()
+
+    def _blame(self) -> None:
+        """Some stage failed; the others get time to notice."""
+        ray.wait(self._ends, num_returns=len(self._ends), timeout=SETTLE_SECONDS)
+        reasons: dict[int, Exception] = {}
+        for stage, end in enumerate(self._ends):
+            try:
+                ray.get(end, timeout=0)
+            except GetTimeoutError:
+                reasons[stage] = Stalled(f"still ran {SETTLE_SECONDS} s after another had stopped")
+            except Exception as error:
+                reasons[stage] = error
+        raise StageLost(_culprits(reasons))
+
+    def _watch(self) -> None:
+        """Nothing was told for a while: have the stages done anything since the last look?"""
+        try:
+            waiting = [actor.pulse.remote() for actor in self._actors]
+            pulses = ask(waiting, range(len(waiting)), PULSE_SECONDS)
+        except StageLost:
+            # Busy or stopped: one look is no proof.
+            pulses = self._pulses
+        if [it.num_ops for it in pulses] != [it.num_ops for it in self._pulses]:
+            self._moved_at = time.monotonic()
+        self._pulses = pulses
+        still = time.monotonic() - self._moved_at
+        if still < self._stall_seconds:
+            return
+        waiting = [actor.pulse.remote() for actor in self._actors]
+        pulses = ask(waiting, range(len(waiting)), PULSE_SECONDS)
+        stuck: dict[int, Exception] = {
+            stage: Stalled(f"has stood still for {still:.0f} s, in {it.op}")
+            for stage, it in enumerate(pulses)
+            if it.op
+        }
+        idle: Exception = Stalled(f"has stood still for {still:.0f} s, as have all")
+        raise StageLost(stuck or dict.fromkeys(range(len(pulses)), idle))
+
+
+def _culprits(reasons: dict[int, Exception]) -> dict[int, Exception]:
+    """Whoever only lost a neighbour is innocent, unless nobody else is to blame."""
+    guilty = {stage: why for stage, why in reasons.items() if not _has_cause(why, LinkClosed)}
+    return guilty or reasons
+
+
+def _has_cause(error: Exception, kind: type[Exception]) -> bool:
+    return isinstance(error, kind) or isinstance(getattr(error, "cause", None), kind)
+
+
+def _tell(error: Exception) -> str:
+    if isinstance(error, RayActorError):
+        return "lost its process"
+    if isinstance(error, RayTaskError) and error.cause is not None:
+        return f"failed: {type(error.cause).__name__}: {error.cause}"
+    return str(error)

@@ -1,0 +1,102 @@
+"""All stages in this process, each in a thread, joined by local links; the first runs in the
+caller's. One stage is the simplest pipeline. For debugging and tests; Ray has processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import closing
+from threading import Thread
+
+from flexgen_ray.config import HardwareSpec
+from flexgen_ray.request import Finished, Progress, Recovery, Request
+from flexgen_ray.runtime.link import LinkClosed, LocalLink
+from flexgen_ray.runtime.meter import Measured, Span
+from flexgen_ray.runtime.stage import StageSpec
+from flexgen_ray.runtime.worker import Machine, Worker
+
+
+class LocalPipeline:
+    """A worker a stage."""
+
+    def __init__(self, num_stages: int = 1) -> None:
+        self.recoveries: list[Recovery] = []
+        self._workers = [Worker() for _ in range(num_stages)]
+
+    @property
+    def num_stages(self) -> int:
+        return len(self._workers)
+
+    @property
+    def resumes(self) -> bool:
+        """Whether it goes on after a stage is lost; a process is lost whole."""
+        return False
+
+    @property
+    def uses_nccl(self) -> bool:
+        """Whether hidden states go from GPU to GPU."""
+        return False
+
+    def probe(self, device: str, offload_dir: str) -> list[Machine]:
+        """The same machine for every stage."""
+        return [worker.probe(device, offload_dir) for worker in self._workers]
+
+    def rates(self, spec: StageSpec) -> HardwareSpec:
+        return self._workers[0].rates(spec)
+
+    def load(self, specs: list[StageSpec]) -> None:
+        for worker, spec in zip(self._workers, specs, strict=True):
+            worker.load(spec)
+
+    def add(self, requests: list[Request]) -> None:
+        self._workers[0].add(requests)
+
+    def run(self) -> Generator[Finished | Progress]:
+        """What the first stage yields; the first error of any stage ends all."""
+        first, *others = self._workers
+        if not others:
+            yield from first.run()
+            return
+        links = LocalLink.ring(self.num_stages)
+        for worker, link in zip(self._workers, links, strict=True):
+            worker.connect(link)
+        errors: list[BaseException] = []
+        threads = [Thread(target=_follow, args=(it, errors), name="stage") for it in others]
+        for thread in threads:
+            thread.start()
+        try:
+            # A generator that is left early must end its run before the others are waited for.
+            with closing(first.run()) as events:
+                yield from events
+        except LinkClosed as error:
+            errors.append(error)
+        finally:
+            for thread in threads:
+                thread.join()
+        # Whose link was closed suffers from another's fault.
+        if errors:
+            raise min(errors, key=lambda it: isinstance(it, LinkClosed))
+
+    def used(self) -> list[dict[str, dict[str, int]]]:
+        return [worker.used() for worker in self._workers]
+
+    def measured(self) -> list[Measured]:
+        return [worker.measured() for worker in self._workers]
+
+    def spans(self, stage: int, first: int, count: int) -> list[Span]:
+        return self._workers[stage].spans(first, count)
+
+    def abort(self) -> None:
+        self.close()
+
+    def close(self) -> None:
+        for worker in self._workers:
+            worker.close()
+
+
+def _follow(worker: Worker, errors: list[BaseException]) -> None:
+    try:
+        for _ in worker.run():
+            pass
+    except BaseException as error:
+        errors.append(error)

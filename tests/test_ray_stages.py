@@ -1,0 +1,170 @@
+"""Stages as Ray actors: the same tokens as transformers, whatever happens to the processes."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+import signal
+import threading
+import time
+
+import pytest
+import ray
+from test_exactness import assert_same
+
+from flexgen_ray import LLM, Placement, Policy, SamplingParams
+from flexgen_ray.config import Faults, HardwareSpec
+
+THIRD = Placement(0.3, 0.3, 0.4)
+POLICY = Policy(2, 2, 16, THIRD, THIRD, THIRD, 0.5)
+
+
+@pytest.mark.parametrize("name", ["opt", "llama"])
+def test_stages_as_actors_generate_the_same_tokens(tiny_models, local_ray, name):
+    folder, references = tiny_models[name]
+    prompts = [reference.prompt for reference in references]
+    params = SamplingParams(max_tokens=12, temperature=0.0)
+    with LLM(folder, policy=POLICY, dtype="float32", pipeline_parallel_size=3) as llm:
+        for _ in range(2):
+            outputs = llm.generate(prompts, params)
+            assert_same([output.outputs[0] for output in outputs], references)
+        pids = ray.get([actor.pid.remote() for actor in llm._backend._actors])
+        assert len(set(pids)) == 3
+        assert llm.report.new_tokens == 12 * len(prompts)
+        assert len(llm.report.stages) == 3
+
+
+class Killer(threading.Thread):
+    """Sends a signal to a stage's process, and to the next when its moment has come.
+
+    moments: (seconds since the run began or the last signal, stage).
+    """
+
+    def __init__(self, llm: LLM, moments: list[tuple[float, int]], how: signal.Signals) -> None:
+        super().__init__()
+        self.llm, self.moments, self.how = llm, moments, how
+        self.killed_at: list[float] = []
+        self.is_over = threading.Event()
+
+    def run(self) -> None:
+        for seconds, stage in self.moments:
+            if self.is_over.wait(seconds):
+                return
+            actor = self.llm._backend._actors[stage]
+            try:
+                pid = ray.get(actor.pid.remote())
+            except (ray.exceptions.RayActorError, AttributeError):
+                continue  # it is dead already
+            os.kill(pid, self.how)
+            self.killed_at.append(time.time())
+
+
+# A visit of the tiny models takes some hundredths of a second at this pace.
+SLOW = HardwareSpec(*[1e12] * 6, device_flops_per_s=5e6, device_bytes_per_s=1e12)
+
+
+def disturbed(folder, references, moments, num_stages=3, how=signal.SIGKILL, **faults):
+    """How the driver mended what a killer did to a run, whose tokens are as if nothing had been."""
+    params = SamplingParams(max_tokens=12, temperature=0.0)
+    options = {"pipeline_parallel_size": num_stages, "faults": Faults(**faults), "pace": SLOW}
+    with LLM(folder, policy=POLICY, dtype="float32", **options) as llm:
+        made = [llm.request(i, reference.prompt, params) for i, reference in enumerate(references)]
+        llm.prepare(made)
+        killer = Killer(llm, moments, how)
+        killer.start()
+        try:
+            outputs = list(llm.stream(made))
+        finally:
+            killer.is_over.set()
+            killer.join()
+        recoveries = llm._backend.recoveries
+    assert sorted(output.index for output in outputs) == list(range(len(references)))
+    in_order = sorted(outputs, key=lambda output: output.index)
+    assert_same([output.outputs[0] for output in in_order], references)
+    return recoveries, killer.killed_at
+
+
+@pytest.mark.parametrize("num_stages", [1, 3])
+def test_killed_stages_cost_no_token(tiny_models, local_ray, num_stages):
+    folder, references = tiny_models["llama"]
+    recoveries, killed_at = disturbed(folder, references, [(0.3, 0)], num_stages)
+    ((recovery,), (moment,)) = recoveries, killed_at
+    assert recovery.stages == [0] and "process" in recovery.reason
+    assert recovery.detected_at - moment < 5 and recovery.prefill_seconds > 0
+
+
+def test_a_stage_that_stands_still_is_replaced(tiny_models, local_ray):
+    folder, references = tiny_models["opt"]
+    stop = [(0.3, 1)]
+    recoveries, _ = disturbed(folder, references, stop, 2, signal.SIGSTOP, stall_seconds=2)
+    assert [it.stages for it in recoveries] == [[1]]
+
+
+def test_too_many_faults_end_the_run_and_say_so(tiny_models, local_ray):
+    folder, references = tiny_models["opt"]
+    with pytest.raises(RuntimeError, match="stage 1 lost its process; 0 restarts"):
+        disturbed(folder, references, [(0.3, 1)], 2, max_restarts=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(20))
+def test_no_kill_at_any_moment_costs_a_token(tiny_models, local_ray, seed):
+    """In prefill, in decode, and again before the first is mended."""
+    rng = random.Random(seed)
+    folder, references = tiny_models[rng.choice(["opt", "llama"])]
+    num_stages = rng.randint(1, 3)
+    moments = [(rng.uniform(0, 3), rng.randrange(num_stages)) for _ in range(rng.randint(1, 3))]
+    disturbed(folder, references, moments, num_stages, max_restarts=2 * len(moments))
+
+
+def test_a_stage_that_raises_is_replaced_and_its_reason_told(tiny_models, local_ray):
+    folder, references = tiny_models["llama"]
+    params = SamplingParams(max_tokens=12, temperature=0.0)
+
+    def break_in_the_middle(worker) -> None:
+        """The sixtieth op fails, as a full disk would make it."""
+        cells, count = worker._stage._cells, itertools.count()
+        run = cells.run
+
+        def broken(op, ready_at=0.0):
+            if next(count) == 60:
+                raise OSError("No space left on device")
+            run(op, ready_at)
+
+        cells.run = broken
+
+    with LLM(folder, policy=POLICY, dtype="float32", pipeline_parallel_size=2) as llm:
+        prompts = [reference.prompt for reference in references]
+        made = [llm.request(index, prompt, params) for index, prompt in enumerate(prompts)]
+        llm.prepare(made)
+        ray.get(llm._backend._actors[1].__ray_call__.remote(break_in_the_middle))
+        outputs = sorted(llm.stream(made), key=lambda output: output.index)
+        assert_same([output.outputs[0] for output in outputs], references)
+        (recovery,) = llm._backend.recoveries
+    assert recovery.stages == [1] and "No space left on device" in recovery.reason
+
+
+def test_a_stage_lost_while_nothing_runs_costs_no_more_than_a_new_one(tiny_models, local_ray):
+    """Before its weights are there that is an error, after which all is as new; later it heals."""
+    folder, references = tiny_models["opt"]
+    prompts = [reference.prompt for reference in references]
+    params = SamplingParams(max_tokens=12, temperature=0.0)
+
+    def kill(llm, stage):
+        actor = llm._backend._actors[stage]
+        os.kill(ray.get(actor.pid.remote()), signal.SIGKILL)
+        with pytest.raises(ray.exceptions.RayActorError):
+            ray.get(actor.pid.remote())
+
+    with LLM(folder, policy=POLICY, dtype="float32", pipeline_parallel_size=2) as llm:
+        kill(llm, 1)
+        with pytest.raises(RuntimeError, match="a stage's process died"):
+            llm.generate(prompts, params)
+        for _ in range(2):
+            outputs = llm.generate(prompts, params)
+            assert_same([output.outputs[0] for output in outputs], references)
+            kill(llm, 1)
+        outputs = llm.generate(prompts, params)
+        assert_same([output.outputs[0] for output in outputs], references)
+        assert [it.stages for it in llm.report.recoveries] == [[1]]
