@@ -23,16 +23,21 @@ ROOT = Path(__file__).parents[1]
 MAX_TOKENS = 6
 START_SECONDS = 60
 PROMPTS = ["Hello there", "Once upon a time", "2, 4, 6"]
-# `ray start --head` would take fixed ports, and the address of the machine's network. Its agent's own
-# is fixed too unless told otherwise, and another Ray on this machine may have that.
+# `ray start --head` would take fixed ports, and the address of the machine's network. Its agent's port
+# is fixed in `ray.init` too, and another Ray on this machine may have it.
 HEAD = """
-import signal
-from ray.cluster_utils import Cluster
-head = Cluster(initialize_head=True, head_node_args=dict(
-    num_cpus=1, include_dashboard=True, dashboard_agent_listen_port=0,
-    object_store_memory=80 * 2**20, node_ip_address="127.0.0.1",
-))
-print(head.webui_url, flush=True)
+import signal, ray
+from ray._private.parameter import RayParams
+from ray._private.utils import write_ray_address
+make = RayParams.__init__
+RayParams.__init__ = lambda self, **given: make(self, dashboard_agent_listen_port=0, **given)
+head = ray.init(
+    address="local", num_cpus=1, include_dashboard=True, object_store_memory=80 * 2**20,
+    log_to_driver=False, _node_ip_address="127.0.0.1",
+)
+# As `ray start` does, or "auto" would take whatever Ray it meets on the machine.
+write_ray_address(head.address_info["gcs_address"])
+print(head.dashboard_url, flush=True)
 signal.pause()
 """
 
