@@ -35,3 +35,26 @@ def draw_scaling(result: dict, path: Path) -> None:
     axes[0][0].legend()
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def draw_frontier(title: str, frontiers: dict[str, list], path: Path) -> None:
+    """Throughput over a block's latency, both logarithmic; frontiers: of cost/frontier.py.
+
+    The format follows the path's ending. Raises ImportError without matplotlib.
+    """
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(5.6, 3.8), layout="constrained")
+    for (name, points), style in zip(frontiers.items(), ("o-", "s--"), strict=True):
+        axes.plot(
+            [it.seconds for it in points], [it.tokens_per_s for it in points], style, label=name
+        )
+    axes.set(title=f"{title}, predicted", xscale="log", yscale="log")
+    axes.set(xlabel="latency of a block, s", ylabel="generated tokens/s")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

@@ -1,0 +1,284 @@
+"""Chooses a job's policy: the block's shape from a grid, the placement by linear programming.
+
+For every shape the program (lp.py) says how fast it could be; the best few are rounded to what the
+stores can hold, checked against every budget, and judged anew. Knows rates and sizes; runs nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice, product
+
+from flexgen_ray.config import TIERS, Budget, ModelConfig, Policy, Workload
+from flexgen_ray.cost.corners import PHASES, SHARES, Corners, Share, policy_of, shares_of
+from flexgen_ray.cost.lp import LANES, SHARED_SECONDS, Aim, Infeasible, StageProblem, solve
+from flexgen_ray.cost.pipeline_plan import Device, Job, Plan
+from flexgen_ray.cost.plan import StagePlan
+from flexgen_ray.cost.predict import prefilling
+from flexgen_ray.cost.sizes import stage_bytes, totals
+from flexgen_ray.schedule.zigzag import StageLayers
+
+BATCH_SIZES = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+# With one batch nothing overlaps.
+BATCHES = (2, 3, 4, 6, 8, 12, 16)
+# A coarse grid of every so many is tried first, then what lies around its best shapes.
+COARSE = 2
+TILES = (512, 2048)
+FINALISTS = 4
+ROUNDS = 6  # of tightening budgets until whole tensors and rows fit them
+
+
+@dataclass(frozen=True)
+class Search:
+    """What may be chosen. layers: of each stage, if they are settled; max_seconds: that a block may
+    take; shares, overlaps: as in lp.Aim; extra_blocks: in flight beyond the number of stages."""
+
+    batch_sizes: tuple[int, ...] = BATCH_SIZES
+    batches: tuple[int, ...] = BATCHES
+    tiles: tuple[int, ...] = TILES
+    extra_blocks: tuple[int, ...] = (0, 1)
+    layers: tuple[int, ...] | None = None
+    max_seconds: float | None = None
+    shares: tuple[Share, ...] = SHARES
+    overlaps: bool = True
+
+
+@dataclass(frozen=True)
+class Sketch:
+    """A shape, and what its best placement would take, whole tensors and rows left aside: seconds a
+    sequence, and from a block's start to its end."""
+
+    seconds_per_sequence: float
+    block_seconds: float
+    shape: Policy
+
+
+def choose(
+    planner: Planner, judge: Callable[[Plan], float] = lambda plan: plan.tokens_per_s
+) -> Plan:
+    """The plan that `judge` likes best of the grid's most promising ones.
+
+    Raises Infeasible with what the smallest block lacks if nothing fits.
+    """
+    shapes = (sketch.shape for sketch in planner.promising())
+    plans = islice(filter(None, map(planner.plan, shapes)), FINALISTS)
+    best = max(plans, key=judge, default=None)
+    if best is None:
+        raise planner.refusal()
+    return best
+
+
+@dataclass(frozen=True)
+class Planner:
+    """One job of one model on given devices, a stage each.
+
+    stages_disk: as in StagePlan. Raises Infeasible if there are more stages than layers.
+    """
+
+    config: ModelConfig
+    devices: tuple[Device, ...]
+    job: Job
+    dtype: str
+    search: Search = Search()
+    stages_disk: bool = True
+
+    def __post_init__(self) -> None:
+        if len(self.devices) > self.config.num_layers:
+            raise Infeasible(
+                f"{len(self.devices)} stages are more than the model's {self.config.num_layers} "
+                "layers; use fewer"
+            )
+
+    def promising(self) -> list[Sketch]:
+        """The fastest first."""
+        sizes, batches, tiles = self.search.batch_sizes, self.search.batches, self.search.tiles
+        coarse = self._sketched(self._shapes(sizes[::COARSE], batches[::COARSE], tiles[:1]))
+        near: list[Policy] = []
+        for best in coarse[:2]:
+            around = _around(best.shape.gpu_batch_size, sizes)
+            near += self._shapes(around, _around(best.shape.num_gpu_batches, batches), tiles)
+        return self._sketched(dict.fromkeys(near or self._shapes((1, 2), (1,), tiles[:1])))
+
+    def sketches(self) -> list[Sketch]:
+        """Of the whole grid; slower."""
+        search = self.search
+        return self._sketched(self._shapes(search.batch_sizes, search.batches, search.tiles))
+
+    def plan(self, shape: Policy) -> Plan | None:
+        """The shape's best placement in whole layers, tensors and rows; None if there is none."""
+        budgets = [device.budget for device in self.devices]
+        layers = self._settled_layers
+        for _ in range(ROUNDS):
+            try:
+                solution = solve(
+                    self._problems(shape, budgets, layers),
+                    self.config.num_layers,
+                    self._aim(shape),
+                )
+            except Infeasible:
+                return None
+            if layers is None:
+                layers = whole(solution.layers, self.config.num_layers)
+                continue
+            policies = map(policy_of, [shape] * len(layers), layers, solution.shares)
+            plan = self.evaluate(layers, list(policies))
+            over = self._over_budgets(plan.stages)
+            if not any(over):
+                return plan
+            budgets = [_less(budget, more) for budget, more in zip(budgets, over, strict=True)]
+        return None
+
+    def evaluate(self, layers: tuple[int, ...], policies: list[Policy]) -> Plan:
+        """What the cost model says of given policies; whether they fit is not asked."""
+        ranges = StageLayers.split(self.config.num_layers, layers)
+        stages = [self._stage(*pair) for pair in zip(ranges, policies, strict=True)]
+        seconds = []
+        for number, (count, policy) in enumerate(zip(layers, policies, strict=True)):
+            corners, shares = self._corners(number, policy), shares_of(policy, count)
+            found: dict[str, dict[str, float]] = {phase: {} for phase in PHASES}
+            for phase, name in corners.quantities:
+                if phase in found:
+                    found[phase][name] = corners.value((phase, name), count, shares, count)
+            seconds.append(found)
+        for phase in PHASES:
+            self._add_shared([stage[phase] for stage in seconds])
+        return Plan(self.job, stages, seconds, self._prefill_visits(stages[0]))
+
+    def refusal(self) -> Infeasible:
+        """What the smallest block lacks."""
+        smallest = Policy(1, 1, self.search.tiles[0], blocks_in_flight=len(self.devices))
+        try:
+            self._sketch(smallest)
+        except Infeasible as error:
+            return error
+        return Infeasible("no placement fits in whole tensors and rows; raise the budgets")
+
+    @property
+    def _settled_layers(self) -> tuple[int, ...] | None:
+        return (self.config.num_layers,) if len(self.devices) == 1 else self.search.layers
+
+    def _shapes(
+        self, sizes: Iterable[int], batches: Iterable[int], tiles: Iterable[int]
+    ) -> Iterator[Policy]:
+        """Blocks not twice as large as the job, and larger tiles where prompts fill them."""
+        count = len(self.devices)
+        extras = self.search.extra_blocks if count > 1 else (0,)
+        for size, number, tile, extra in product(sizes, batches, tiles, extras):
+            sequences = size * number * (count + extra)
+            if sequences >= 2 * max(self.job.num_requests, count):
+                continue
+            if tile > self.search.tiles[0] and size * self.job.prompt_len <= self.search.tiles[0]:
+                continue
+            yield Policy(size, number, tile, blocks_in_flight=count + extra)
+
+    def _sketched(self, shapes: Iterable[Policy]) -> list[Sketch]:
+        """The fastest first, of those for which there is a placement."""
+        found = []
+        for shape in shapes:
+            try:
+                found.append(self._sketch(shape))
+            except Infeasible:
+                continue
+        return sorted(found, key=lambda it: it.seconds_per_sequence)
+
+    def _sketch(self, shape: Policy) -> Sketch:
+        budgets = [device.budget for device in self.devices]
+        problems, aim = self._problems(shape, budgets, self._settled_layers), self._aim(shape)
+        solution = solve(problems, self.config.num_layers, aim)
+        seconds = sum(aim.visits(it) * solution.seconds[it] for it in PHASES)
+        return Sketch(seconds / shape.block_size, seconds * (shape.blocks_in_flight or 1), shape)
+
+    def _aim(self, shape: Policy) -> Aim:
+        whole_model = StageLayers.whole(self.config.num_layers)
+        limit, blocks = self.search.max_seconds, shape.blocks_in_flight or 1
+        return Aim(
+            self._prefill_visits(self._stage(whole_model, shape)),
+            max(self.job.mean_tokens - 1, 0),
+            None if limit is None else limit / blocks,
+            self.search.shares,
+            self.search.overlaps,
+        )
+
+    def _prefill_visits(self, stage: StagePlan) -> float:
+        """Of prompts of the mean length, where the longest would take `prefilling`'s."""
+        return max(prefilling(stage)[1] * self.job.mean_prompt_len / self.job.prompt_len, 1)
+
+    def _problems(
+        self, shape: Policy, budgets: list[Budget], layers: tuple[int, ...] | None
+    ) -> list[StageProblem]:
+        return [
+            StageProblem(
+                self._corners(number, shape),
+                budgets[number],
+                device.node,
+                layers[number] if layers else None,
+                dict(device.core_shares),
+            )
+            for number, device in enumerate(self.devices)
+        ]
+
+    def _corners(self, number: int, shape: Policy) -> Corners:
+        """Of the stage's kind: what its ends are is all of its layers that counts there."""
+        count, last = self.config.num_layers, len(self.devices) - 1
+        ends = 0 if number == 0 else 2, count + 1 if number == last else count - 1
+        tokens = min(shape.max_batch_tokens, shape.gpu_batch_size * self.job.prompt_len)
+        rates = self.devices[number].rates(shape.gpu_batch_size, tokens)
+        stage = self._stage(StageLayers(*ends, count), shape)
+        return Corners(stage, rates, self.job.middle_position)
+
+    def _stage(self, stage: StageLayers, policy: Policy) -> StagePlan:
+        workload = Workload(policy.block_size, self.job.prompt_len, self.job.max_seq_len)
+        blocks = policy.blocks_in_flight or 1
+        return StagePlan(self.config, stage, policy, workload, self.dtype, self.stages_disk, blocks)
+
+    def _mates(self, number: int) -> list[int]:
+        """The stages on its node."""
+        node = self.devices[number].node
+        return [it for it, device in enumerate(self.devices) if device.node == node]
+
+    def _over_budgets(self, stages: list[StagePlan]) -> list[dict[str, int]]:
+        """{tier: bytes beyond the budget} of each stage; of the host's tiers, those of its node."""
+        needs = [totals(stage_bytes(stage)) for stage in stages]
+        found = []
+        for number, device in enumerate(self.devices):
+            over = {}
+            for tier in TIERS:
+                who = [number] if tier == "gpu" else self._mates(number)
+                nbytes = sum(getattr(needs[it], tier) for it in who) - getattr(device.budget, tier)
+                if nbytes > 0:
+                    over[tier] = nbytes
+            found.append(over)
+        return found
+
+    def _add_shared(self, seconds: list[dict[str, float]]) -> None:
+        """What the lanes of a stage, or the stages of a node, share; for one phase."""
+        for number, (device, own) in enumerate(zip(self.devices, seconds, strict=True)):
+            mates = self._mates(number)
+            for name in SHARED_SECONDS if len(mates) > 1 else ():
+                own[f"the node's {name}"] = sum(seconds[it].get(name, 0.0) for it in mates)
+            if device.core_shares:
+                own["cores"] = sum(share * own.get(lane, 0) for lane, share in device.core_shares)
+            if not self.search.overlaps:
+                own["all lanes"] = sum(it for lane, it in own.items() if lane in LANES)
+
+
+def whole(layers: list[float], total: int) -> tuple[int, ...]:
+    """Whole numbers of layers, one at least, that sum to the total; the largest remainders up."""
+    counts = [max(int(it + 1e-6), 1) for it in layers]
+    while sum(counts) != total:
+        step = 1 if sum(counts) < total else -1
+        free = [it for it, count in enumerate(counts) if count + step >= 1]
+        counts[max(free, key=lambda it: step * (layers[it] - counts[it]))] += step
+    return tuple(counts)
+
+
+def _around(value: int, grid: tuple[int, ...]) -> tuple[int, ...]:
+    """The grid's values between the coarse grid's next ones."""
+    at = grid.index(value)
+    return grid[max(at - COARSE + 1, 0) : at + COARSE]
+
+
+def _less(budget: Budget, over: dict[str, int]) -> Budget:
+    left = {tier: getattr(budget, tier) - int(1.05 * over.get(tier, 0)) for tier in TIERS}
+    return Budget(**{tier: max(nbytes, 0) for tier, nbytes in left.items()})

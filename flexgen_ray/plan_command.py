@@ -1,0 +1,118 @@
+"""`flexgen-ray plan`: what a job would take on given machines, also on those one doesn't own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flexgen_ray.config import DTYPE_BYTES, ModelConfig
+from flexgen_ray.options import JsonOption
+
+HardwareOption = Annotated[
+    list[str] | None,
+    typer.Option(help="A preset, a file, or local; again for each further machine."),
+]
+
+
+def plan(
+    model: Annotated[str, typer.Option(help="Model folder, or a built-in shape such as opt-30b.")],
+    hardware: HardwareOption = None,
+    nodes: Annotated[
+        Path | None,
+        typer.Option(help="YAML list of {hardware, count, gpus} instead."),
+    ] = None,
+    stages: Annotated[
+        int | None, typer.Option(help="So many machines like the one given, a stage each.")
+    ] = None,
+    prompt_len: Annotated[int, typer.Option(help="Tokens of every prompt.")] = 512,
+    max_tokens: Annotated[int, typer.Option(help="Tokens of every answer.")] = 32,
+    num_requests: Annotated[int | None, typer.Option(help="1000, or the file's.")] = None,
+    workload: Annotated[
+        Path | None, typer.Option(help="CSV instead; its last two columns are those lengths.")
+    ] = None,
+    max_latency: Annotated[float | None, typer.Option(help="Seconds a block may take.")] = None,
+    dtype: Annotated[str, typer.Option(help=f"{', '.join(DTYPE_BYTES)}.")] = "float16",
+    price_per_hour: Annotated[float | None, typer.Option(help="$ for all machines.")] = None,
+    frontier: Annotated[
+        Path | None, typer.Option(help="Draw throughput over latency, as .png or .svg.")
+    ] = None,
+    policy_out: Annotated[Path | None, typer.Option(help="Write the policy, as YAML.")] = None,
+    json_file: JsonOption = None,
+) -> None:
+    """Predict a job: does it fit, how fast, what binds, what would help.
+
+    Example: flexgen-ray plan --model opt-30b --hardware t4 --stages 4 --num-requests 1000000
+    """
+    from flexgen_ray.cost.planner import Planner, Search
+    from flexgen_ray.plan_report import PlanReport
+    from flexgen_ray.planning import Job, compare, devices_of, read_job, read_nodes
+
+    if dtype not in DTYPE_BYTES:
+        raise ValueError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPE_BYTES)}")
+    machines = read_nodes(nodes) if nodes else _machines(hardware or ["local"], stages)
+    if nodes and (hardware or stages):
+        raise ValueError("--nodes says all about the machines; leave --hardware and --stages out")
+    job = (
+        read_job(workload, num_requests)
+        if workload
+        else Job.uniform(num_requests or 1000, prompt_len, max_tokens)
+    )
+    config = _config(model)
+    if job.max_seq_len > config.max_seq_len:
+        raise ValueError(
+            f"the longest request has {job.max_seq_len} tokens, but the model's context is "
+            f"{config.max_seq_len}; shorten --prompt-len or --max-tokens"
+        )
+    search = Search(max_seconds=max_latency)
+    comparison = compare(config, machines, job, dtype, search)
+    names = [f"{it.hardware.name} x {it.gpus}" if it.gpus > 1 else it.hardware.name for it in machines]
+    report = PlanReport(model, names, comparison, price_per_hour)
+    result = report.as_dict()
+    for line in report.lines():
+        typer.echo(line)
+    if frontier:
+        planner = Planner(config, devices_of(machines, config, dtype), job, dtype, search)
+        result["frontier"] = _draw(planner, f"{model} on {', '.join(names)}", frontier)
+    if policy_out:
+        policy_out.write_text(report.policy_yaml(), encoding="utf-8")
+    if json_file:
+        json_file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def _machines(names: list[str], stages: int | None) -> list:
+    from flexgen_ray.cost.hardware import Hardware
+    from flexgen_ray.planning import Node
+
+    machines = [Node(Hardware.load(name)) for name in names]
+    if stages is None:
+        return machines
+    if len(machines) not in (1, stages):
+        raise ValueError(
+            f"--stages {stages}, but {len(machines)} machines; give one, or as many as stages"
+        )
+    return machines * (stages if len(machines) == 1 else 1)
+
+
+def _config(model: str) -> ModelConfig:
+    from flexgen_ray.models.registry import load_config
+    from flexgen_ray.models.shapes import SHAPES, shape_config
+
+    if model in SHAPES and not Path(model).is_dir():
+        return shape_config(model)
+    from flexgen_ray.paths import find_model
+
+    return load_config(find_model(model))
+
+
+def _draw(planner, title: str, path: Path) -> dict:
+    from dataclasses import asdict
+
+    from flexgen_ray.cost.frontier import frontiers
+    from flexgen_ray.plot import draw_frontier
+
+    found = frontiers(planner)
+    draw_frontier(title, found, path)
+    return {name: [asdict(point) for point in points] for name, points in found.items()}

@@ -1,0 +1,142 @@
+"""A plan for people, in a few lines, and for programs. Knows a comparison; measures nothing."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import yaml
+
+from flexgen_ray.config import TIERS
+from flexgen_ray.cost.plan import StagePlan
+from flexgen_ray.cost.sizes import stage_bytes, totals
+from flexgen_ray.planning import Alternative, Comparison
+from flexgen_ray.units import format_bytes
+
+WORTH_SAYING = 1.05  # gains below are no advice
+
+
+@dataclass(frozen=True)
+class PlanReport:
+    """hardware: names of the machines; price_per_hour: of all of them together."""
+
+    model: str
+    hardware: list[str]
+    comparison: Comparison
+    price_per_hour: float | None = None
+
+    @property
+    def hours(self) -> float:
+        plan = self.comparison.plan
+        return plan.job.num_requests * plan.job.mean_tokens / plan.tokens_per_s / 3600
+
+    @property
+    def price_per_million_tokens(self) -> float | None:
+        if self.price_per_hour is None:
+            return None
+        return self.price_per_hour / 3600 / self.comparison.plan.tokens_per_s * 1e6
+
+    def lines(self) -> list[str]:
+        """Plain text; all of it predicted."""
+        plan = self.comparison.plan
+        blocks = f"{plan.num_blocks} blocks" if plan.num_blocks > 1 else "a block"
+        policy = plan.stages[0].policy
+        stage, lane = plan.binding
+        lines = [
+            f"{self.model} in {plan.stages[0].dtype} on {', '.join(self.hardware)}, predicted:",
+            f"fits, with {blocks} of {policy.num_gpu_batches} x {policy.gpu_batch_size} sequences",
+            *(self._stage(number, it) for number, it in enumerate(plan.stages)),
+            f"{plan.tokens_per_s:.4g} generated tokens/s: prefill {plan.prefill_seconds:.4g} s and "
+            f"decode {plan.decode_seconds:.4g} s for all in flight ({plan.decode_tokens_per_s:.4g} "
+            "tokens/s)",
+            f"{plan.job.num_requests} requests take {self.hours:.3g} h{self._price()}",
+            f"stage {stage}'s {lane} binds" if len(plan.stages) > 1 else f"{lane} binds",
+        ]
+        return [*lines, *self._advice(), *self._verdicts()]
+
+    def as_dict(self) -> dict:
+        plan = self.comparison.plan
+        stage, lane = plan.binding
+        needs = [totals(stage_bytes(it)) for it in plan.stages]
+        return {
+            "model": self.model,
+            "hardware": self.hardware,
+            "predicted": True,
+            "fits": True,
+            "tokens_per_s": plan.tokens_per_s,
+            "decode_tokens_per_s": plan.decode_tokens_per_s,
+            "prefill_s": plan.prefill_seconds,
+            "decode_s": plan.decode_seconds,
+            "block_s": plan.block_seconds,
+            "hours": self.hours,
+            "price_per_million_tokens": self.price_per_million_tokens,
+            "binding_stage": stage,
+            "binding_lane": lane,
+            "bytes": {tier: sum(getattr(need, tier) for need in needs) for tier in TIERS},
+            "stages": [
+                {"layers": _layers(it), "bytes": asdict(need), "policy": asdict(it.policy)}
+                for it, need in zip(plan.stages, needs, strict=True)
+            ],
+            "alternatives": [asdict(it) for it in self.comparison.alternatives],
+            "upgrades": [asdict(it) for it in self.comparison.upgrades],
+        }
+
+    def policy_yaml(self) -> str:
+        """For --policy."""
+        stages = self.comparison.plan.stages
+        shape = asdict(stages[0].policy)
+        own = ("weights", "cache", "activations", "cpu_attention")
+        if len(stages) == 1:
+            shape.pop("blocks_in_flight")
+            return yaml.safe_dump(shape, sort_keys=False)
+        shared = {name: value for name, value in shape.items() if name not in own}
+        each = [
+            {"layers": _layers(it)} | {name: asdict(it.policy)[name] for name in own}
+            for it in stages
+        ]
+        return yaml.safe_dump(shared | {"stages": each}, sort_keys=False)
+
+    def _stage(self, number: int, stage: StagePlan) -> str:
+        policy, need = stage.policy, totals(stage_bytes(stage))
+        name = f"stage {number}, {_layers(stage)} layers: " if not stage.stage.is_whole else ""
+        parts = [
+            f"{what} {_fractions(getattr(policy, what).fractions)}"
+            for what in ("weights", "cache", "activations")
+        ]
+        if policy.cache.cpu:
+            parts.append(f"{policy.cpu_attention:.0%} of the host's cache attended there")
+        sizes = (format_bytes(getattr(need, tier)) for tier in TIERS)
+        return f"{name}{', '.join(parts)} (GPU, host, disk: {', '.join(sizes)})"
+
+    def _price(self) -> str:
+        price = self.price_per_million_tokens
+        return "" if price is None else f", {price:.4g} $ per million tokens"
+
+    def _advice(self) -> list[str]:
+        ours = self.comparison.plan.tokens_per_s
+        gains = {
+            it.name: it.tokens_per_s / ours
+            for it in self.comparison.upgrades
+            if it.tokens_per_s and it.tokens_per_s > WORTH_SAYING * ours
+        }
+        best_first = sorted(gains, key=lambda name: -gains[name])
+        text = ", ".join(f"{name} {gains[name]:.2f} x" for name in best_first)
+        return [f"faster with: {text}"] if text else []
+
+    def _verdicts(self) -> list[str]:
+        return [self._verdict(it) for it in self.comparison.alternatives]
+
+    def _verdict(self, other: Alternative) -> str:
+        if other.tokens_per_s is None:
+            return f"{other.name}: not possible, {other.why_not}"
+        ratio = other.tokens_per_s / self.comparison.plan.tokens_per_s
+        if ratio >= 1:
+            return f"{other.name}: {other.tokens_per_s:.4g} tokens/s, {ratio:.2f} x: do that instead"
+        return f"{other.name}: {other.tokens_per_s:.4g} tokens/s, {ratio:.2f} x of the plan"
+
+
+def _layers(stage: StagePlan) -> int:
+    return len(stage.stage.layers) - stage.stage.is_first - stage.stage.is_last
+
+
+def _fractions(fractions: tuple[float, ...]) -> str:
+    return "/".join(f"{fraction:.0%}".rstrip("%") for fraction in fractions) + " %"

@@ -1,0 +1,201 @@
+"""What a planner is asked: machines, a job's lengths, and what else one might do instead.
+
+Turns hardware files and length tables into devices and jobs, plans, and compares the plan with
+other ways to run the same job, and with better machines. Knows no tensors; runs nothing.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean
+
+import yaml
+
+from flexgen_ray.config import Budget, HardwareSpec, ModelConfig
+from flexgen_ray.cost.corners import ON_DEVICE
+from flexgen_ray.cost.hardware import Hardware
+from flexgen_ray.cost.pipeline_plan import Device, Job, Plan
+from flexgen_ray.cost.planner import Infeasible, Planner, Search, choose
+
+NODE_KEYS = ("hardware", "count", "gpus")
+
+
+@dataclass(frozen=True)
+class Node:
+    """A machine of a cluster, with so many of its hardware's GPUs."""
+
+    hardware: Hardware
+    gpus: int = 1
+
+
+def read_nodes(path: str | Path) -> list[Node]:
+    """A YAML list of {hardware: preset or file, count: machines alike, gpus: of each}.
+
+    ValueError (bad content) and OSError name the path.
+    """
+    try:
+        entries = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(entries, list) or not all(isinstance(it, dict) for it in entries):
+            raise ValueError("must hold a list, such as `- {hardware: t4, count: 2, gpus: 1}`")
+        return [node for entry in entries for node in _nodes(entry)]
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _nodes(entry: dict) -> list[Node]:
+    unknown = [key for key in entry if key not in NODE_KEYS]
+    if unknown or "hardware" not in entry:
+        raise ValueError(f"{entry} needs hardware, and takes {', '.join(NODE_KEYS)}")
+    for key in ("count", "gpus"):
+        if not isinstance(entry.get(key, 1), int) or entry.get(key, 1) < 1:
+            raise ValueError(f"{key} is {entry[key]!r}; it must be an integer from 1 up")
+    return [Node(Hardware.load(entry["hardware"]), entry.get("gpus", 1))] * entry.get("count", 1)
+
+
+def read_job(path: str | Path, num_requests: int | None = None) -> Job:
+    """A CSV whose last two columns are prompt and output tokens, one request a line.
+
+    num_requests: as many of that kind; those of the file, if None. ValueError names the line.
+    """
+    prompts, outputs = [], []
+    with Path(path).open(newline="", encoding="utf-8") as file:
+        for number, row in enumerate(csv.reader(file), 1):
+            cells = [cell.strip() for cell in row[-2:]]
+            if len(cells) == 2 and all(cell.isdecimal() and int(cell) for cell in cells):
+                prompts.append(int(cells[0]))
+                outputs.append(int(cells[1]))
+            elif number > 1 and row:
+                raise ValueError(f"{path}, line {number}: {row[-2:]} are no two lengths from 1 up")
+    if not prompts:
+        raise ValueError(f"{path} has no line with two lengths, of a prompt and its output")
+    longest = max(map(sum, zip(prompts, outputs, strict=True)))
+    return Job(
+        num_requests or len(prompts),
+        max(prompts),
+        longest - max(prompts) if longest > max(prompts) else 1,
+        fmean(prompts),
+        fmean(outputs),
+    )
+
+
+def devices_of(nodes: Sequence[Node], config: ModelConfig, dtype: str) -> tuple[Device, ...]:
+    """One for each GPU of each machine."""
+    return tuple(
+        Device(_Rates(node.hardware, config, dtype), node.hardware.budget, f"node {number}")
+        for number, node in enumerate(nodes)
+        for _ in range(node.gpus)
+    )
+
+
+@dataclass(frozen=True)
+class _Rates:
+    """A machine's, for one model."""
+
+    hardware: Hardware
+    config: ModelConfig
+    dtype: str
+
+    def __call__(self, decode_rows: int, prefill_rows: int) -> HardwareSpec:
+        queries = self.config.num_heads // self.config.num_kv_heads
+        return self.hardware.rates(self.dtype, queries, decode_rows, prefill_rows)
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """Another way to run the job, or the same way with more: its tokens/s, or why it can't be."""
+
+    name: str
+    tokens_per_s: float | None
+    why_not: str = ""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A plan, what else could be done with the same machines, and what better ones would bring."""
+
+    plan: Plan
+    alternatives: list[Alternative]
+    upgrades: list[Alternative]
+
+
+def compare(
+    config: ModelConfig, nodes: Sequence[Node], job: Job, dtype: str, search: Search
+) -> Comparison:
+    """Raises Infeasible if the job can't be done on these machines at all."""
+    devices = devices_of(nodes, config, dtype)
+    plan = choose(Planner(config, devices, job, dtype, search))
+    on_device = replace(search, shares=ON_DEVICE)
+    alternatives = [_try("everything on the GPUs", config, devices, job, dtype, on_device)]
+    if len(devices) > 1:
+        alternatives.append(_replicas(config, devices, job, dtype, search))
+    return Comparison(plan, alternatives, _upgrades(config, devices, job, dtype, search))
+
+
+def _try(
+    name: str, config: ModelConfig, devices: tuple[Device, ...], job: Job, dtype: str, search: Search
+) -> Alternative:
+    try:
+        plan = choose(Planner(config, devices, job, dtype, search))
+    except Infeasible as error:
+        return Alternative(name, None, str(error))
+    return Alternative(name, plan.tokens_per_s)
+
+
+def _replicas(
+    config: ModelConfig, devices: tuple[Device, ...], job: Job, dtype: str, search: Search
+) -> Alternative:
+    """A copy of the model on each GPU, each with its share of the requests and of its node."""
+    name, rates = f"{len(devices)} independent replicas", []
+    share = replace(job, num_requests=-(-job.num_requests // len(devices)))
+    alone = replace(search, layers=None)
+    for device in dict.fromkeys(devices):
+        mates = sum(other.node == device.node for other in devices)
+        count = devices.count(device)
+        budget = device.budget
+        part = Budget(budget.gpu, budget.cpu // mates, budget.disk // mates)
+        found = _try(name, config, (replace(device, budget=part),), share, dtype, alone)
+        if found.tokens_per_s is None:
+            return found
+        rates.append(count * found.tokens_per_s)
+    return Alternative(name, sum(rates))
+
+
+def _upgrades(
+    config: ModelConfig, devices: tuple[Device, ...], job: Job, dtype: str, search: Search
+) -> list[Alternative]:
+    """Every machine with twice as much of one thing, or one more machine like the last."""
+
+    def richer(tier: str) -> tuple[Device, ...]:
+        return tuple(
+            replace(it, budget=replace(it.budget, **{tier: 2 * getattr(it.budget, tier)}))
+            for it in devices
+        )
+
+    def faster(*rates: str) -> tuple[Device, ...]:
+        return tuple(replace(it, rates=_Faster(it.rates, rates)) for it in devices)
+
+    one_more = (*devices, replace(devices[-1], node="one more"))
+    anew = replace(search, layers=None)
+    tries = {
+        "twice the host memory": richer("cpu"),
+        "twice the GPU memory": richer("gpu"),
+        "a link twice as fast": faster("h2d_bytes_per_s", "d2h_bytes_per_s"),
+        "a disk twice as fast": faster("disk_read_bytes_per_s", "disk_write_bytes_per_s"),
+        "one more such machine": one_more,
+    }
+    return [_try(name, config, it, job, dtype, anew) for name, it in tries.items()]
+
+
+@dataclass(frozen=True)
+class _Faster:
+    """Rates, some of them doubled."""
+
+    rates: object
+    doubled: tuple[str, ...]
+
+    def __call__(self, decode_rows: int, prefill_rows: int) -> HardwareSpec:
+        spec = self.rates(decode_rows, prefill_rows)  # type: ignore[operator]
+        return replace(spec, **{name: 2 * getattr(spec, name) for name in self.doubled})

@@ -1,0 +1,218 @@
+"""Plans: linear coefficients that real sizes and costs confirm, optima that nothing beats."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flexgen_ray.bench import t4
+from flexgen_ray.config import TIERS, Budget, HardwareSpec, Placement, Policy
+from flexgen_ray.cost.corners import PHASES, Corners, policy_of, shares_of
+from flexgen_ray.cost.pipeline_plan import Device, Job
+from flexgen_ray.cost.planner import Infeasible, Planner, Search, choose, whole
+from flexgen_ray.cost.predict import decoding, visit_seconds
+from flexgen_ray.cost.sizes import stage_bytes, totals
+from flexgen_ray.models.shapes import shape_config
+
+GIB = 2**30
+OPT = shape_config("opt-1.3b")
+LLAMA = shape_config("llama-3-8b")
+JOB = Job.uniform(64, 128, 32)
+# A machine that a model of 1.3B parameters doesn't fit.
+SMALL = Budget(GIB, 2 * GIB, 64 * GIB)
+RATES = replace(t4.MACHINE, device_flops_per_s=2e12, device_decode_flops_per_s=2e12)
+
+
+def device(budget: Budget = SMALL, rates: HardwareSpec = RATES, node: str = "") -> Device:
+    return Device(lambda decode_rows, prefill_rows: rates, budget, node)
+
+
+@st.composite
+def placements(draw) -> Placement:
+    """On whole eighths, so that rounding to tensors and rows stays small."""
+    cuts = sorted(draw(st.tuples(st.integers(0, 8), st.integers(0, 8))))
+    return Placement(cuts[0] / 8, (cuts[1] - cuts[0]) / 8, (8 - cuts[1]) / 8)
+
+
+policies = st.builds(
+    Policy,
+    gpu_batch_size=st.sampled_from([8, 16, 32]),
+    num_gpu_batches=st.integers(2, 4),
+    max_batch_tokens=st.just(512),
+    weights=placements(),
+    cache=placements(),
+    activations=placements(),
+    cpu_attention=st.sampled_from([0.0, 0.5, 1.0]),
+)
+
+
+@pytest.mark.parametrize("config", [OPT, LLAMA], ids=["opt", "llama"])
+@settings(max_examples=12)
+@given(policy=policies)
+def test_corners_foretell_the_bytes_and_seconds_of_any_placement(config, policy):
+    plan = Planner(config, (device(),), JOB, "float16").evaluate((config.num_layers,), [policy])
+    (stage,) = plan.stages
+    corners = Corners(stage, RATES, JOB.middle_position)
+    count, shares = config.num_layers, shares_of(policy, config.num_layers)
+    need = totals(stage_bytes(stage))
+    # Slots for the largest layer are the same however little of it streams.
+    slack = 3 * max(stage_bytes(stage)["gpu"]["weights in flight"], 64 * 2**20)
+    for tier in TIERS:
+        told = corners.value(("bytes", tier), count, shares, count)
+        assert told == pytest.approx(getattr(need, tier), rel=0.05, abs=slack)
+    exact = visit_seconds(stage, RATES, decoding(stage, JOB.middle_position))
+    longest = max(exact.values())
+    for name, seconds in exact.items():
+        told = corners.value(("decode", name), count, shares, count)
+        assert told == pytest.approx(seconds, rel=0.03, abs=0.02 * longest)
+
+
+@given(policy=policies, layers=st.integers(1, 96))
+def test_shares_and_policies_say_the_same(policy, layers):
+    again = policy_of(policy, layers, shares_of(policy, layers))
+    for what in ("weights", "cache", "activations"):
+        assert getattr(again, what).fractions == pytest.approx(
+            getattr(policy, what).fractions, abs=2e-4
+        )
+    if policy.cache.cpu:
+        assert again.cpu_attention == pytest.approx(policy.cpu_attention, abs=2e-3)
+
+
+@settings(max_examples=15)
+@given(policy=policies)
+def test_no_placement_that_fits_is_faster_than_the_programs(policy):
+    """Of the same shape, by the same cost model."""
+    planner = Planner(OPT, (device(),), JOB, "float16")
+    shape = replace(Policy(), gpu_batch_size=policy.gpu_batch_size, max_batch_tokens=512)
+    shape = replace(shape, num_gpu_batches=policy.num_gpu_batches)
+    plan = planner.evaluate((OPT.num_layers,), [policy])
+    need = totals(stage_bytes(plan.stages[0]))
+    if any(getattr(need, tier) > getattr(SMALL, tier) for tier in TIERS):
+        return
+    best = planner.plan(shape)
+    assert best is not None
+    assert best.block_seconds <= plan.block_seconds * 1.03
+
+
+@settings(max_examples=10)
+@given(
+    tier=st.sampled_from(TIERS),
+    rate=st.sampled_from([field.name for field in fields(HardwareSpec)]),
+    factor=st.floats(1.1, 4),
+)
+def test_more_of_anything_never_makes_the_optimum_slower(tier, rate, factor):
+    """Of one shape: memory, a rate, or both."""
+    shape = Policy(16, 4, 512)
+    more = replace(SMALL, **{tier: int(getattr(SMALL, tier) * factor)})
+    faster = replace(RATES, **{rate: getattr(RATES, rate) * factor})
+
+    def seconds(budget: Budget, rates: HardwareSpec) -> float:
+        planner = Planner(OPT, (device(budget, rates),), JOB, "float16")
+        return planner._sketch(shape).seconds_per_sequence
+
+    base = seconds(SMALL, RATES)
+    # The optimum is told to spare other lanes too, at a hundredth of their weight.
+    assert seconds(more, RATES) <= base * 1.05
+    assert seconds(SMALL, faster) <= base * 1.05
+    assert seconds(more, faster) <= base * 1.05
+
+
+@settings(max_examples=8)
+@given(
+    gpu=st.floats(0.3, 8), cpu=st.floats(0.2, 8), requests=st.integers(1, 200),
+    prompt_len=st.integers(1, 700),
+)  # fmt: skip
+def test_no_plan_exceeds_its_budget(gpu, cpu, requests, prompt_len):
+    budget = Budget(int(gpu * GIB), int(cpu * GIB), 64 * GIB)
+    job = Job.uniform(requests, prompt_len, 16)
+    try:
+        plan = choose(Planner(OPT, (device(budget),), job, "float16"))
+    except Infeasible as error:
+        assert "budget" in str(error)
+        return
+    need = totals(stage_bytes(plan.stages[0]))
+    assert all(getattr(need, tier) <= getattr(budget, tier) for tier in TIERS)
+
+
+def test_what_fits_nowhere_is_refused_with_the_budget_that_lacks():
+    budget = Budget(16 * 2**20, 2 * GIB, 64 * GIB)
+    with pytest.raises(
+        Infeasible, match=r"GPU of stage 0 lacks .*MiB beyond its budget of 16.0 MiB"
+    ):
+        choose(Planner(OPT, (device(budget),), JOB, "float16"))
+    nowhere = Budget(GIB, GIB // 4, 0)
+    with pytest.raises(Infeasible, match="lacks"):
+        choose(Planner(OPT, (device(nowhere),), JOB, "float16"))
+    with pytest.raises(Infeasible, match="25 stages are more than the model's 24 layers"):
+        Planner(OPT, (device(),) * 25, JOB, "float16")
+
+
+def test_a_block_answers_within_the_latency_that_is_asked_for():
+    free = choose(Planner(OPT, (device(),), JOB, "float16"))
+    limit = free.block_seconds / 3
+    search = Search(max_seconds=limit)
+    quick = choose(Planner(OPT, (device(),), JOB, "float16", search))
+    assert quick.block_seconds <= limit * 1.01
+    assert quick.tokens_per_s <= free.tokens_per_s
+    with pytest.raises(Infeasible, match="no placement answers a block within 1e-05 s"):
+        choose(Planner(OPT, (device(),), JOB, "float16", Search(max_seconds=1e-5)))
+
+
+def test_the_coarse_grid_misses_little_of_the_whole_one():
+    planner = Planner(OPT, (device(),), JOB, "float16")
+    quick, whole_grid = planner.promising()[0], planner.sketches()[0]
+    assert quick.seconds_per_sequence <= 1.05 * whole_grid.seconds_per_sequence
+
+
+@given(st.lists(st.floats(0.01, 30), min_size=1, max_size=8), st.integers(0, 20))
+def test_whole_layers_sum_to_all_of_them(layers, more):
+    total = len(layers) + more
+    scale = total / sum(layers)
+    counts = whole([it * scale for it in layers], total)
+    assert sum(counts) == total and min(counts) >= 1
+
+
+def test_layers_go_where_they_are_fast():
+    """Within 5 % of the best split of two unequal machines, all splits tried."""
+    fast = replace(RATES, h2d_bytes_per_s=2 * RATES.h2d_bytes_per_s, device_flops_per_s=8e12)
+    devices = device(node="a"), device(Budget(3 * GIB, 4 * GIB, 64 * GIB), fast, "b")
+    search = Search(batch_sizes=(16,), batches=(4,), tiles=(512,), extra_blocks=(0,))
+    chosen = choose(Planner(OPT, devices, JOB, "float16", search))
+
+    def rate(first: int) -> float:
+        layers = (first, OPT.num_layers - first)
+        plan = Planner(OPT, devices, JOB, "float16", replace(search, layers=layers)).plan(
+            Policy(16, 4, 512, blocks_in_flight=2)
+        )
+        return plan.tokens_per_s if plan else 0.0
+
+    rates = {first: rate(first) for first in range(1, OPT.num_layers)}
+    assert chosen.tokens_per_s >= 0.95 * max(rates.values())
+    assert chosen.tokens_per_s > 1.05 * rates[OPT.num_layers // 2]
+
+
+def test_stages_of_one_node_share_its_memory_and_bandwidth():
+    together = tuple(device(node="one") for _ in range(2))
+    apart = tuple(device(node=name) for name in "ab")
+    search = Search(batch_sizes=(16,), batches=(4,), extra_blocks=(0,))
+    near, far = (choose(Planner(OPT, it, JOB, "float16", search)) for it in (together, apart))
+    needs = [totals(stage_bytes(stage)) for stage in near.stages]
+    assert sum(need.cpu for need in needs) <= SMALL.cpu
+    assert near.tokens_per_s <= far.tokens_per_s
+    assert "the node's host_memory" in near.seconds[0]["decode"]
+
+
+def test_without_overlap_lanes_add_up():
+    shape = Policy(16, 4, 512)
+    plans = [
+        Planner(OPT, (device(),), JOB, "float16", Search(overlaps=it)).plan(shape)
+        for it in (True, False)
+    ]
+    assert all(plans)
+    overlapped, serial = plans
+    for phase in PHASES:
+        assert serial.visit_seconds(phase) > overlapped.visit_seconds(phase)
+    assert serial.binding[1] == "all lanes"
