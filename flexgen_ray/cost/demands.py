@@ -1,6 +1,6 @@
-"""What each op of a stage will take, where the rows of its pass are known ahead.
+"""What a stage's ops will take, where the rows of each pass are known ahead.
 
-Knows plans, rates and rows; not when ops run.
+Makes of plans, rates and rows what `simulate` plays; doesn't know when ops run.
 """
 
 from __future__ import annotations
@@ -10,11 +10,26 @@ from dataclasses import dataclass, field
 
 from flexgen_ray.config import HardwareSpec
 from flexgen_ray.cost.cost import CostModel
+from flexgen_ray.cost.moves import Moves
 from flexgen_ray.cost.placed_rows import Composition
 from flexgen_ray.cost.plan import StagePlan
 from flexgen_ray.cost.sharing import Demand, demand_of
+from flexgen_ray.cost.simulate import Stream
 from flexgen_ray.rows import NO_ROWS, Rows
 from flexgen_ray.schedule.ops import Op, OpKind
+from flexgen_ray.schedule.window import window_ops
+from flexgen_ray.schedule.zigzag import zigzag
+
+RowsOf = Callable[[Op], Rows]
+
+
+def stream(plan: StagePlan, hardware: HardwareSpec, rows: RowsOf, num_visits: int) -> Stream:
+    """So many visits of a stage, as an executor would run them. rows: of an op's pass, by its visit
+    and batch."""
+    moves = Moves(plan, is_linked=not plan.stage.is_whole)
+    batches = plan.policy.num_gpu_batches
+    ops = filter(moves, zigzag(plan.stage, batches, range(num_visits), plan.num_blocks))
+    return Stream(ops, Demands(plan, hardware, rows), window_ops(batches))
 
 
 @dataclass(frozen=True)

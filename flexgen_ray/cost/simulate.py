@@ -7,19 +7,18 @@ wait for and what they take; no plan, no rows.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from flexgen_ray.cost.cost import Resource
-from flexgen_ray.cost.sharing import Demand, speed
+from flexgen_ray.cost.sharing import Demand, Machine, Work
 from flexgen_ray.schedule.dependencies import Dependencies
-from flexgen_ray.schedule.ops import LANE, Lane, Op, OpKind
+from flexgen_ray.schedule.messages import Message, heard, told
+from flexgen_ray.schedule.ops import LANE, Lane, Op
 from flexgen_ray.schedule.span import Span
 from flexgen_ray.schedule.window import VISITS_AHEAD
-
-SIMULTANEOUS = 1e-12  # of the time so far; ends that differ by rounding alone
 
 
 @dataclass(frozen=True)
@@ -67,10 +66,9 @@ def simulate_ring(streams: list[Stream], num_blocks: int) -> list[Simulated]:
         # What ends at once may let another stage start.
         while any([stage.start(now) for stage in stages]):
             pass
-        ends = [job.ends for stage in stages for job in stage.running]
-        if not ends:
+        now = min(stage.machine.next_end() for stage in stages)
+        if now == math.inf:
             break
-        now = min(ends)
         for stage in stages:
             stage.end(now)
     if any(stage.is_waiting for stage in stages):
@@ -78,28 +76,21 @@ def simulate_ring(streams: list[Stream], num_blocks: int) -> list[Simulated]:
     return [stage.simulated for stage in stages]
 
 
-class _Job:
-    """An op that was issued: how many ops it still waits for, and who waits for it.
+class _Job(Work):
+    """An op that was issued: how many ops it still waits for, and who waits for it."""
 
-    speed: 1 when it isn't slowed; ends: when it will, at that speed.
-    """
-
-    __slots__ = (
-        "demand", "dependents", "ends", "index", "is_done", "missing", "op", "post", "queue",
-        "speed", "started",
-    )  # fmt: skip
+    __slots__ = ("dependents", "index", "is_done", "missing", "op", "post", "queue", "started")
 
     def __init__(self, index: int, op: Op, post: _Post, demand: Demand) -> None:
+        super().__init__(demand)
         self.index = index
         self.op = op
         self.post = post
         self.queue = post.queues[LANE[op.kind]]
-        self.demand = demand
         self.missing = 0
         self.dependents: list[_Job] = []
         self.is_done = False
-        self.started = self.ends = 0.0
-        self.speed = 1.0
+        self.started = 0.0
 
 
 class _Post:
@@ -121,7 +112,7 @@ class _Stage:
     def __init__(self, number: int, stream: Stream, mail: _Mail) -> None:
         self.number = number
         self.simulated = Simulated()
-        self.running: list[_Job] = []
+        self.machine: Machine[_Job] = Machine()
         self._stream = stream
         self._ops = enumerate(stream.ops)
         self._mail = mail
@@ -130,7 +121,6 @@ class _Stage:
         self._post_of = {lane: posts[lane.worker] for lane in Lane}
         self._device = posts[Lane.DEVICE]
         self._touched: list[_Post] = []
-        self._load = dict.fromkeys(Resource, 0.0)
         self._in_flight = 0
         self._room = stream.window - 1
         self._visit_ends: deque[_Job] = deque()
@@ -180,7 +170,8 @@ class _Stage:
                 continue
             job.started = now
             if job.demand.seconds:
-                self._begin(job, now)
+                job.post.is_busy = True
+                self.machine.begin(job, now)
             else:
                 self._finish(job, now)
                 has_ended = True
@@ -188,10 +179,7 @@ class _Stage:
 
     def end(self, now: float) -> None:
         """Of what is under way, all that is over now."""
-        latest = now + SIMULTANEOUS * now
-        for job in [it for it in self.running if it.ends <= latest]:
-            self.running.remove(job)
-            self._share(job, -1, now)
+        for job in self.machine.take_ended(now):
             job.post.is_busy = False
             self._finish(job, now)
 
@@ -200,27 +188,6 @@ class _Stage:
         job.missing -= 1
         if not job.missing:
             self._touched.append(job.post)
-
-    def _begin(self, job: _Job, now: float) -> None:
-        job.post.is_busy = True
-        self._share(job, 1, now)
-        job.speed = speed(job.demand.shares, self._load)
-        job.ends = now + job.demand.seconds / job.speed
-        self.running.append(job)
-
-    def _share(self, job: _Job, sign: int, now: float) -> None:
-        """The others' progress so far counts at the old speeds."""
-        is_short = False
-        load = self._load
-        for resource, share in job.demand.shares.items():
-            before = load[resource]
-            after = load[resource] = before + sign * share
-            is_short = is_short or before > 1 or after > 1
-        if is_short:
-            for other in self.running:
-                pace = speed(other.demand.shares, load)
-                other.ends = now + (other.ends - now) * other.speed / pace
-                other.speed = pace
 
     def _finish(self, job: _Job, now: float) -> None:
         op = job.op
@@ -241,40 +208,26 @@ class _Stage:
 
 
 class _Mail:
-    """What stages hear from each other; a message is named by what waits for it, and where."""
+    """Messages between stages that were told, and the ops that wait for others."""
 
     def __init__(self, num_blocks: int) -> None:
         self._num_blocks = num_blocks
-        self._told: set[tuple] = set()
-        self._waiting: dict[tuple, tuple[_Stage, _Job]] = {}
+        self._told: set[Message] = set()
+        self._waiting: dict[Message, tuple[_Stage, _Job]] = {}
 
     def expect(self, stage: _Stage, job: _Job) -> None:
         """The op waits for its message, if it is one that does."""
-        op = job.op
-        if op.kind not in _HEARS or (op.kind is OpKind.RECV_TOKENS and op.visit < self._num_blocks):
-            return
-        message = op.kind, stage.number, op.visit, op.batch
-        if message not in self._told:
+        message = heard(stage.number, job.op, self._num_blocks)
+        if message is not None and message not in self._told:
             job.missing += 1
             self._waiting[message] = stage, job
 
     def tell(self, number: int, op: Op) -> None:
         """What the end of an op of stage `number` lets others know."""
-        if op.kind not in _TELLS:
+        message = told(number, op, self._num_blocks)
+        if message is None:
             return
-        message = _TELLS[op.kind], number + 1, op.visit, op.batch
-        if op.kind is OpKind.ACCEPT:
-            message = OpKind.RECV_TOKENS, 0, op.visit + self._num_blocks, op.batch
         self._told.add(message)
         if message in self._waiting:
             stage, job = self._waiting.pop(message)
             stage.release(job)
-
-
-_HEARS = frozenset({OpKind.RECV_TOKENS, OpKind.RECV_ROWS, OpKind.RECV})
-_TELLS = {
-    OpKind.COMPOSE: OpKind.RECV_ROWS,
-    OpKind.RECV_ROWS: OpKind.RECV_ROWS,
-    OpKind.SEND: OpKind.RECV,
-    OpKind.ACCEPT: OpKind.RECV_TOKENS,
-}

@@ -7,13 +7,10 @@ plans, rates and rows.
 from __future__ import annotations
 
 from flexgen_ray.config import HardwareSpec
-from flexgen_ray.cost.demands import Demands
-from flexgen_ray.cost.moves import Moves
+from flexgen_ray.cost.demands import stream
 from flexgen_ray.cost.plan import StagePlan
-from flexgen_ray.cost.simulate import Stream, simulate_ring
+from flexgen_ray.cost.simulate import simulate_ring
 from flexgen_ray.rows import Rows
-from flexgen_ray.schedule.window import window_ops
-from flexgen_ray.schedule.zigzag import zigzag
 
 FIRST_VISITS = 2  # in which lanes and slots fill
 LAST_VISITS = 2
@@ -30,16 +27,8 @@ def simulate_pipeline(plans: list[StagePlan], hardware: list[HardwareSpec], rows
     num_blocks = plans[0].num_blocks
     filling, measured = FIRST_VISITS * num_blocks, LAST_VISITS * num_blocks
     streams = [
-        stream(plan, its, rows, filling + measured)
+        stream(plan, its, lambda op: rows, filling + measured)
         for plan, its in zip(plans, hardware, strict=True)
     ]
     ends = simulate_ring(streams, num_blocks)[-1].visit_ends
     return (ends[-1] - ends[filling - 1]) / measured
-
-
-def stream(plan: StagePlan, hardware: HardwareSpec, rows: Rows, num_visits: int) -> Stream:
-    """So many visits of a stage, all of whose batches bring these rows."""
-    moves = Moves(plan, is_linked=not plan.stage.is_whole)
-    batches = plan.policy.num_gpu_batches
-    ops = filter(moves, zigzag(plan.stage, batches, range(num_visits), plan.num_blocks))
-    return Stream(ops, Demands(plan, hardware, lambda op: rows), window_ops(batches))
