@@ -7,10 +7,11 @@ from typing import Any, Protocol
 
 from flexgen_ray.config import Faults, HardwareSpec
 from flexgen_ray.request import Finished, Progress, Recovery, Request
-from flexgen_ray.runtime.meter import Measured, Span
+from flexgen_ray.runtime.meter import Measured
 from flexgen_ray.runtime.pipeline import LocalPipeline
 from flexgen_ray.runtime.stage import EXECUTORS, StageSpec
 from flexgen_ray.runtime.worker import Machine
+from flexgen_ray.schedule.span import Span
 
 
 class Backend(Protocol):

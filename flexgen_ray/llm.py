@@ -30,8 +30,8 @@ from flexgen_ray.request import (
     several_prompts,
 )
 from flexgen_ray.resources import settle_budgets, settle_dtype
-from flexgen_ray.runtime.meter import Span
 from flexgen_ray.runtime.stage import StageSpec
+from flexgen_ray.schedule.span import Span
 from flexgen_ray.stage_policies import StagePolicies, plan_stages
 from flexgen_ray.tokenizer import Tokenizer
 from flexgen_ray.trace import write_trace

@@ -10,8 +10,8 @@ import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from flexgen_ray.runtime.meter import Span
 from flexgen_ray.schedule.ops import LANE, Lane
+from flexgen_ray.schedule.span import Span
 
 _ROW = {lane: row for row, lane in enumerate(lane for lane in Lane if lane.worker is lane)}
 

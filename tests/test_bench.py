@@ -84,6 +84,15 @@ def test_emulated_lanes_say_so_and_never_beat_their_model():
     assert all(case["ratio"] >= 1 for case in result["cases"].values())
 
 
+def test_a_run_and_its_simulation_are_compared_case_by_case():
+    result = bench("simulate", "--layers", 2, "--batches", 2, "--passes", 2, "--op-ms", 0.2)
+    assert result["emulated"] is True
+    assert len(result["cases"]) == 6
+    for case in result["cases"].values():
+        assert case["ratio"] == pytest.approx(case["measured_s"] / case["simulated_s"], rel=0.01)
+        assert case["wall_ratio"] == pytest.approx(case["wall_s"] / case["simulated_s"], rel=0.01)
+
+
 def test_issuing_is_measured_in_microseconds_an_op():
     result = bench("issue", "--layers", 2, "--batches", 2, "--repeats", 3)
     assert result["median_us_per_op"] in result["us_per_op"]

@@ -26,13 +26,13 @@ MAY_IMPORT = {
     "io": FOUNDATION,
     "paths": set(),
     "runtime": FOUNDATION | {"paths"} | {"schedule", "cost", "models", "store", "tokenizer"},
-    "distributed": FOUNDATION | {"runtime"},
+    "distributed": FOUNDATION | {"schedule", "runtime"},
     "resources": {"config", "runtime", "units"},
     "report": FOUNDATION | {"cost", "runtime"},
     "progress": {"request"},
-    "trace": {"schedule", "runtime"},
+    "trace": {"schedule"},
 }
-WITHOUT_TORCH = {"units", "config", "request", "rows", "schedule", "cost", "io"}
+WITHOUT_TORCH = {"units", "config", "request", "rows", "schedule", "cost", "io", "trace"}
 WITH_RAY = {"distributed", "integrations"}
 
 

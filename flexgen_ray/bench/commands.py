@@ -10,6 +10,7 @@ from flexgen_ray.bench.lanes import lanes
 from flexgen_ray.bench.peers import peers
 from flexgen_ray.bench.ring import ring
 from flexgen_ray.bench.scaling import scaling
+from flexgen_ray.bench.simulate import simulate
 from flexgen_ray.bench.throughput import throughput
 
 app = typer.Typer(name="bench", help="Measure, and end in one JSON line.", no_args_is_help=True)
@@ -20,3 +21,4 @@ app.command()(attention)
 app.command()(issue)
 app.command()(scaling)
 app.command()(ring)
+app.command()(simulate)

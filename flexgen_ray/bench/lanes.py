@@ -77,13 +77,14 @@ def lanes(
     """
     results = {}
     for name, case in CASES.items():
-        results[name] = _run(case, _plan(case, layers, batches, passes), op_ms / 1e3)
+        results[name] = run_case(case, plan_of(case, layers, batches, passes), op_ms / 1e3)
         typer.echo(f"{name:>15}: {results[name]}", err=True)
     settings = {"layers": layers, "batches": batches, "passes": passes, "op_ms": op_ms}
     finish({"emulated": True, "settings": settings, "cases": results}, "emulated", json_file)
 
 
-def _plan(case: Case, layers: int, batches: int, passes: int) -> StagePlan:
+def plan_of(case: Case, layers: int, batches: int, passes: int) -> StagePlan:
+    """A tiny model, one block of requests, and as many decoding passes."""
     config = ModelConfig(
         family="opt", num_layers=layers, hidden_size=32, num_heads=4, num_kv_heads=4, head_dim=8,
         intermediate_size=64, vocab_size=96, max_seq_len=2048, embedding_size=32, dtype="float32",
@@ -101,33 +102,41 @@ def _plan(case: Case, layers: int, batches: int, passes: int) -> StagePlan:
     return StagePlan(config, StageLayers.whole(layers), policy, workload, "float32")
 
 
-def _run(case: Case, plan: StagePlan, op_seconds: float) -> dict:
-    """One emulated run of a block from its prompts to its last tokens."""
+def requests_of(plan: StagePlan) -> list[Request]:
+    """As many as fill the block, all alike."""
     params = SamplingParams(plan.max_seq_len - PROMPT_LEN, 0.0, ignore_eos=True)
     prompt = [4 + i % 90 for i in range(PROMPT_LEN)]
+    return [Request(i, prompt, params) for i in range(plan.workload.num_requests)]
+
+
+def run_case(case: Case, plan: StagePlan, op_seconds: float) -> dict:
+    """One emulated run of a block from its prompts to its last tokens."""
     worker = Worker()
     torch.set_num_threads(1)  # the tiny model's maths must not disturb the clock
     with tempfile.TemporaryDirectory(prefix="flexgen-bench-") as folder:
         budget = Budget(*[2**30] * 3)
         spec = StageSpec(None, plan, budget, "cpu", str(Path(folder)))
-        hardware = _hardware(case, plan, op_seconds)
+        hardware = hardware_of(case, plan, op_seconds)
         worker.load(replace(spec, hardware=hardware, time_scale=1.0, keeps_spans=True))
-        worker.add([Request(i, prompt, params) for i in range(plan.workload.num_requests)])
+        worker.add(requests_of(plan))
         tokens = sum(it.new_tokens for it in worker.run() if isinstance(it, Progress))
-        measured, ops = worker.measured(), len(worker.spans(0, 10**9))
+        measured, spans = worker.measured(), worker.spans(0, 10**9)
         worker.close()
     busiest = max(measured.bound.values())
+    last = len(measured.visits) - 1
+    last_token = max(it.end for it in spans if it.op.ends_visit and it.op.visit == last)
     return {
         "wall_s": round(measured.wall, 4),
+        "last_token_s": round(last_token, 4),
         "busiest_s": round(busiest, 4),
         "ratio": round(measured.wall / busiest, 4),
         "busy_s": {lane: round(it, 4) for lane, it in measured.modelled_lanes.items()},
-        "op_ms": round(1e3 * sum(measured.modelled_lanes.values()) / ops, 3),
+        "op_ms": round(1e3 * sum(measured.modelled_lanes.values()) / len(spans), 3),
         "generated_tokens": tokens,
     }
 
 
-def _hardware(case: Case, plan: StagePlan, op_seconds: float) -> HardwareSpec:
+def hardware_of(case: Case, plan: StagePlan, op_seconds: float) -> HardwareSpec:
     """Rates at which an average op takes so long, and the slowest lane's most."""
     amounts = dict.fromkeys(Resource, 0.0)
     model, pattern = CostModel(plan), _middle_pass(plan)

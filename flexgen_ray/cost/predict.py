@@ -9,6 +9,7 @@ from collections import defaultdict
 
 from flexgen_ray.config import HardwareSpec
 from flexgen_ray.cost.cost import CostModel, seconds_by_resource
+from flexgen_ray.cost.moves import Moves
 from flexgen_ray.cost.placed_rows import Composition
 from flexgen_ray.cost.plan import StagePlan
 from flexgen_ray.rows import Row, Rows
@@ -19,9 +20,13 @@ from flexgen_ray.schedule.zigzag import zigzag
 def visit_seconds(plan: StagePlan, hardware: HardwareSpec, rows: Rows) -> dict[str, float]:
     """{lane or resource: seconds} of one visit of a stage whose batches all bring these rows."""
     model, composition = CostModel(plan), Composition(rows, plan.streamed_rows - 1)
+    moves = Moves(plan, is_linked=not plan.stage.is_whole)
     lanes: dict[str, float] = defaultdict(float)
     resources: dict[str, float] = defaultdict(float)
     for op in zigzag(plan.stage, plan.policy.num_gpu_batches, range(1)):
+        # Weights that are fetched for the next visit count there.
+        if op.visit or not moves(op):
+            continue
         seconds = seconds_by_resource(model.amounts(op, composition), hardware)
         if seconds:
             lanes[LANE[op.kind].worker.value] += max(seconds.values())

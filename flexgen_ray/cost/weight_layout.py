@@ -88,6 +88,11 @@ class WeightLayout:
     places: dict[int, dict[str, Place]]
     streams: dict[int, Stream]
 
+    @property
+    def embeds_on_device(self) -> bool:
+        """Whether embeddings are looked up there; of a model's first stage."""
+        return all(place.tier == "gpu" for place in self.places[0].values())
+
     def largest(self, tier: str, num_parts: int) -> int:
         """Bytes of the largest part of any layer's bytes on this tier."""
         pages = max(stream.nbytes(tier) for stream in self.streams.values()) // PAGE

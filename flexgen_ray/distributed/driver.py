@@ -30,9 +30,10 @@ from flexgen_ray.distributed.cluster import (
 from flexgen_ray.distributed.metrics import count_restarts
 from flexgen_ray.distributed.transport import JOIN_SECONDS, Meeting, MeetingPlace
 from flexgen_ray.request import Finished, Progress, Recovery, Request
-from flexgen_ray.runtime.meter import Measured, Span
+from flexgen_ray.runtime.meter import Measured
 from flexgen_ray.runtime.stage import StageSpec
 from flexgen_ray.runtime.worker import Machine
+from flexgen_ray.schedule.span import Span
 
 REQUESTS_PER_CALL = 256
 START_SECONDS = 120

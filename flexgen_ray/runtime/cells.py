@@ -11,6 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from flexgen_ray.cost.moves import Moves
 from flexgen_ray.cost.placed_rows import Composition, PlacedRows
 from flexgen_ray.cost.plan import StagePlan
 from flexgen_ray.cost.sizes import QUERY_TILE
@@ -72,33 +73,9 @@ class Cells:
             return self.passes.is_empty(op.visit)
         return op.kind not in _WITHOUT_ROWS and not self.rows(op).rows
 
-    def moves(self, op: Op) -> bool:
-        """False if the op can't do anything under this placement; then it isn't dispatched."""
-        kind, layer = op.kind, op.layer
-        if kind is OpKind.LOAD_WEIGHTS:
-            return self.weights.streams(layer)
-        if kind is OpKind.READ_WEIGHTS:
-            return self.plan.stages_disk and self.weights.streams(layer, "disk")
-        if kind is OpKind.RECV_TOKENS:
-            return self.passes.link is not None
-        if kind in (OpKind.GATHER, OpKind.LOAD_EMBEDDING):
-            return not self.plan.stage.is_first or not self.weights.embeds_on_device
-        if kind in (OpKind.READ_HIDDEN, OpKind.WRITE_HIDDEN):
-            return self.plan.policy.activations.disk > 0
-        if kind in (OpKind.LOAD_HIDDEN, OpKind.STORE_HIDDEN):
-            return self.plan.policy.activations.gpu < 1
-        if kind in (OpKind.READ_CACHE, OpKind.WRITE_CACHE):
-            return self.cache.split(op).disk > 0
-        if kind in (OpKind.STORE_CACHE, OpKind.APPEND_CACHE):
-            return self.cache.split(op).off_device > 0
-        if kind is OpKind.LOAD_CACHE:
-            split = self.cache.split(op)
-            return split.off_device > 0 and (
-                self.plan.chunks_prompts or split.attended < split.off_device
-            )
-        if kind in (OpKind.ATTEND_HOST, OpKind.LOAD_ATTENTION):
-            return self.cache.split(op).attended > 0
-        return True
+    def moves(self) -> Moves:
+        """Which ops can do anything under this placement; only they are dispatched."""
+        return Moves(self.plan, self.passes.link is not None)
 
     def rows(self, op: Op) -> Rows:
         """The composition of the op's pass; looked up when the op starts, not when it is issued."""

@@ -12,8 +12,7 @@ from flexgen_ray.runtime.lanes import Crew, Lanes, Run, Ticket, timed
 from flexgen_ray.runtime.meter import Meter
 from flexgen_ray.schedule.dependencies import Dependencies
 from flexgen_ray.schedule.ops import Op
-
-VISITS_AHEAD = 1  # issued beyond the oldest that is not over
+from flexgen_ray.schedule.window import VISITS_AHEAD
 
 
 class SerialExecutor:

@@ -13,17 +13,9 @@ import torch
 
 from flexgen_ray.config import HardwareSpec
 from flexgen_ray.schedule.ops import LANE, Lane, Op
+from flexgen_ray.schedule.span import Span
 
 MAX_SPANS = 1_000_000  # of a trace; about 150 MB as JSON
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """One op as it ran; seconds since the run began."""
-
-    op: Op
-    start: float
-    end: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,8 @@ import threading
 import time
 
 from flexgen_ray.config import HardwareSpec
-from flexgen_ray.cost.cost import Amounts, Resource, seconds_by_resource
+from flexgen_ray.cost.cost import Amounts, Resource
+from flexgen_ray.cost.sharing import demand_of, speed
 
 LONGEST_SLEEP = 0.1  # seconds until a cancelled op notices
 WAKING = 1e-4  # seconds
@@ -35,11 +36,10 @@ class Pacer:
 
     def begin(self, amounts: Amounts, ready_at: float) -> Paced:
         """An op takes these amounts, from `ready_at` (perf_counter) on; from now if that is 0."""
-        taken = seconds_by_resource(amounts, self._hardware)
-        seconds = max(taken.values(), default=0.0)
-        shares = {resource: it / seconds for resource, it in taken.items()} if seconds else {}
+        demand = demand_of(amounts, self._hardware)
         now = time.perf_counter()
-        job = Paced(seconds * self._time_scale, shares, min(ready_at or now, now))
+        seconds = demand.seconds * self._time_scale
+        job = Paced(seconds, demand.shares, min(ready_at or now, now))
         with self._changed:
             self._admit(job, 1)
         return job
@@ -89,7 +89,7 @@ class Pacer:
             job.since = now
 
     def _speed(self, job: Paced) -> float:
-        return min((1 / max(self._load[resource], 1.0) for resource in job.shares), default=1.0)
+        return speed(job.shares, self._load)
 
 
 class Paced:

@@ -11,9 +11,10 @@ from threading import Thread
 from flexgen_ray.config import HardwareSpec
 from flexgen_ray.request import Finished, Progress, Recovery, Request
 from flexgen_ray.runtime.link import LinkClosed, LocalLink
-from flexgen_ray.runtime.meter import Measured, Span
+from flexgen_ray.runtime.meter import Measured
 from flexgen_ray.runtime.stage import StageSpec
 from flexgen_ray.runtime.worker import Machine, Worker
+from flexgen_ray.schedule.span import Span
 
 
 class LocalPipeline:

@@ -26,16 +26,16 @@ from flexgen_ray.runtime.crews import Cores, divide_cores, make_crews
 from flexgen_ray.runtime.executor import AsyncExecutor, SerialExecutor
 from flexgen_ray.runtime.lanes import Run
 from flexgen_ray.runtime.link import Link
-from flexgen_ray.runtime.meter import Measured, Meter, Span, Visit
+from flexgen_ray.runtime.meter import Measured, Meter, Visit
 from flexgen_ray.runtime.modelled import Modelled
 from flexgen_ray.runtime.watch import Pulse, Watch
+from flexgen_ray.schedule.span import Span
+from flexgen_ray.schedule.window import window_ops
 from flexgen_ray.schedule.zigzag import zigzag
 from flexgen_ray.store.tier import DiskTier, MemoryTier, Tiers
 from flexgen_ray.store.weights import WeightSource, WeightStore
 
 EXECUTORS = ("serial", "async")
-CELL_OPS = 16  # of a cell, at most
-CELLS_AHEAD = 4  # issued beyond a layer's, which its weights run ahead
 
 
 @dataclass(frozen=True)
@@ -177,10 +177,10 @@ class Stage:
             run = self._modelled.run
         self._watch = run = Watch(run)
         if spec.executor == "serial":
-            return SerialExecutor(run, cells.moves, self._meter)
+            return SerialExecutor(run, cells.moves(), self._meter)
         crews = make_crews(self.tiers.device, self._cores)
-        window = CELL_OPS * (spec.plan.policy.num_gpu_batches + CELLS_AHEAD)
-        return AsyncExecutor(run, cells.moves, crews, self._meter, self._cancel, window)
+        window = window_ops(spec.plan.policy.num_gpu_batches)
+        return AsyncExecutor(run, cells.moves(), crews, self._meter, self._cancel, window)
 
     def pulse(self) -> Pulse:
         """How far the run is; from any thread."""

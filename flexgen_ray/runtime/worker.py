@@ -21,10 +21,11 @@ from flexgen_ray.paths import find_model
 from flexgen_ray.request import Finished, Progress, Request
 from flexgen_ray.runtime.cells import LogitsHook
 from flexgen_ray.runtime.link import Link
-from flexgen_ray.runtime.meter import Measured, Span
+from flexgen_ray.runtime.meter import Measured
 from flexgen_ray.runtime.rates import measure_rates
 from flexgen_ray.runtime.stage import Stage, StageSpec, cores_for, host_kernel
 from flexgen_ray.runtime.watch import Pulse
+from flexgen_ray.schedule.span import Span
 from flexgen_ray.tokenizer import Tokenizer
 
 _M_MMAP_THRESHOLD = -3

@@ -115,12 +115,7 @@ class WeightStore:
 
     @property
     def embeds_on_device(self) -> bool:
-        return all(place.tier == "gpu" for place in self._layout.places[0].values())
-
-    def streams(self, layer: int, tier: str | None = None) -> bool:
-        """Whether any of a layer's weights cross the link (from this tier)."""
-        extents = self._layout.streams[layer].extents
-        return any(tier in (None, extent.tier) for extent in extents)
+        return self._layout.embeds_on_device
 
     def read_part(self, op: Op) -> None:
         """READ_WEIGHTS: part `op.part` of the layer's bytes on disk, to its staging slot."""

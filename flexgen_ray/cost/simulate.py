@@ -1,0 +1,233 @@
+"""Plays ops in modelled time, by the rule that the executor and the emulation run them by.
+
+An op starts when its lane is free and all that it waits for has ended; one worker serves both of
+the device's lanes, the oldest op that may start first. Running ops share resources. Knows what ops
+wait for and what they take; no plan, no rows.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from flexgen_ray.cost.sharing import Demand, Machine, Work
+from flexgen_ray.schedule.dependencies import Dependencies
+from flexgen_ray.schedule.messages import Message, heard, told
+from flexgen_ray.schedule.ops import LANE, Lane, Op
+from flexgen_ray.schedule.span import Span
+from flexgen_ray.schedule.window import VISITS_AHEAD
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A stage's ops in program order, only those that move something, and what each takes.
+
+    window: as the executor's: how many are issued and not over.
+    """
+
+    ops: Iterable[Op]
+    demand: Callable[[Op], Demand]
+    window: int = sys.maxsize
+
+
+@dataclass(frozen=True)
+class Simulated:
+    """A stage's run. spans: of each op, in the order of their ends; visit_ends: seconds from the
+    begin; busy: {lane: seconds} that each lane's ops would take alone."""
+
+    spans: list[Span] = field(default_factory=list)
+    visit_ends: list[float] = field(default_factory=list)
+    busy: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+
+    @property
+    def seconds(self) -> float:
+        return self.spans[-1].end if self.spans else 0.0
+
+
+def simulate(stream: Stream) -> Simulated:
+    """One stage that is the whole model."""
+    return simulate_ring([stream], 1)[0]
+
+
+def simulate_ring(streams: list[Stream], num_blocks: int) -> list[Simulated]:
+    """Stages joined to a ring, with so many blocks in flight.
+
+    A batch has crossed the network when its SEND ends. RuntimeError if the ring waits for itself.
+    """
+    mail = _Mail(num_blocks)
+    stages = [_Stage(number, stream, mail) for number, stream in enumerate(streams)]
+    now = 0.0
+    for stage in stages:
+        stage.issue()
+    while True:
+        # What ends at once may let another stage start.
+        while any([stage.start(now) for stage in stages]):
+            pass
+        now = min(stage.machine.next_end() for stage in stages)
+        if now == math.inf:
+            break
+        for stage in stages:
+            stage.end(now)
+    if any(stage.is_waiting for stage in stages):
+        raise RuntimeError(f"with {num_blocks} blocks, {len(stages)} stages wait for each other")
+    return [stage.simulated for stage in stages]
+
+
+class _Job(Work):
+    """An op that was issued: how many ops it still waits for, and who waits for it."""
+
+    __slots__ = ("dependents", "index", "is_done", "missing", "op", "post", "queue", "started")
+
+    def __init__(self, index: int, op: Op, post: _Post, demand: Demand) -> None:
+        super().__init__(demand)
+        self.index = index
+        self.op = op
+        self.post = post
+        self.queue = post.queues[LANE[op.kind]]
+        self.missing = 0
+        self.dependents: list[_Job] = []
+        self.is_done = False
+        self.started = 0.0
+
+
+class _Post:
+    """A worker: its lanes' queues, and whether it is at work."""
+
+    def __init__(self, lanes: Iterable[Lane]) -> None:
+        self.queues: dict[Lane, deque[_Job]] = {lane: deque() for lane in lanes}
+        self.is_busy = False
+
+    def next(self) -> _Job | None:
+        """The oldest op that may start."""
+        heads = [q[0] for q in self.queues.values() if q and not q[0].missing]
+        return min(heads, key=lambda job: job.index) if heads else None
+
+
+class _Stage:
+    """One stage's lanes, its resources, and what has been issued of its stream."""
+
+    def __init__(self, number: int, stream: Stream, mail: _Mail) -> None:
+        self.number = number
+        self.simulated = Simulated()
+        self.machine: Machine[_Job] = Machine()
+        self._stream = stream
+        self._ops = enumerate(stream.ops)
+        self._mail = mail
+        self._dependencies: Dependencies[_Job] = Dependencies()
+        posts = {it: _Post(lane for lane in Lane if lane.worker is it) for it in Lane}
+        self._post_of = {lane: posts[lane.worker] for lane in Lane}
+        self._device = posts[Lane.DEVICE]
+        self._touched: list[_Post] = []
+        self._in_flight = 0
+        self._room = stream.window - 1
+        self._visit_ends: deque[_Job] = deque()
+
+    @property
+    def is_waiting(self) -> bool:
+        return self._in_flight > 0
+
+    def issue(self) -> None:
+        """As many ops as the window takes; then none until half of it is over."""
+        window, ends = self._stream.window, self._visit_ends
+        while self._in_flight <= self._room:
+            while len(ends) > VISITS_AHEAD:
+                if not ends[0].is_done:
+                    return
+                ends.popleft()
+            index, op = next(self._ops, (0, None))
+            if op is None:
+                return
+            self._queue(_Job(index, op, self._post_of[LANE[op.kind]], self._stream.demand(op)))
+            self._room = window // 2 if self._in_flight >= window else window - 1
+
+    def _queue(self, job: _Job) -> None:
+        for other in self._dependencies.of(job, job.op):
+            if not other.is_done and other.queue is not job.queue:
+                other.dependents.append(job)
+                job.missing += 1
+        self._mail.expect(self, job)
+        job.queue.append(job)
+        self._in_flight += 1
+        self._touched.append(job.post)
+        if job.op.ends_visit:
+            self._visit_ends.append(job)
+
+    def start(self, now: float) -> bool:
+        """All that may start; whether anything has also ended, for it takes no time."""
+        has_ended = is_device = False
+        while self._touched or is_device:
+            # Only the device has a choice: it comes last, when all that is ready is known.
+            if not self._touched:
+                post, is_device = self._device, False
+            elif (post := self._touched.pop()) is self._device:
+                is_device = True
+                continue
+            job = None if post.is_busy else post.next()
+            if job is None:
+                continue
+            job.started = now
+            if job.demand.seconds:
+                job.post.is_busy = True
+                self.machine.begin(job, now)
+            else:
+                self._finish(job, now)
+                has_ended = True
+        return has_ended
+
+    def end(self, now: float) -> None:
+        """Of what is under way, all that is over now."""
+        for job in self.machine.take_ended(now):
+            job.post.is_busy = False
+            self._finish(job, now)
+
+    def release(self, job: _Job) -> None:
+        """One of those that it waited for has ended."""
+        job.missing -= 1
+        if not job.missing:
+            self._touched.append(job.post)
+
+    def _finish(self, job: _Job, now: float) -> None:
+        op = job.op
+        job.queue.popleft()
+        job.is_done = True
+        self.simulated.spans.append(Span(op, job.started, now))
+        self.simulated.busy[LANE[op.kind].worker.value] += job.demand.seconds
+        if op.ends_visit:
+            self.simulated.visit_ends.append(now)
+        for other in job.dependents:
+            self.release(other)
+        job.dependents.clear()
+        self._touched.append(job.post)
+        self._mail.tell(self.number, op)
+        self._in_flight -= 1
+        if self._in_flight <= self._room:
+            self.issue()
+
+
+class _Mail:
+    """Messages between stages that were told, and the ops that wait for others."""
+
+    def __init__(self, num_blocks: int) -> None:
+        self._num_blocks = num_blocks
+        self._told: set[Message] = set()
+        self._waiting: dict[Message, tuple[_Stage, _Job]] = {}
+
+    def expect(self, stage: _Stage, job: _Job) -> None:
+        """The op waits for its message, if it is one that does."""
+        message = heard(stage.number, job.op, self._num_blocks)
+        if message is not None and message not in self._told:
+            job.missing += 1
+            self._waiting[message] = stage, job
+
+    def tell(self, number: int, op: Op) -> None:
+        """What the end of an op of stage `number` lets others know."""
+        message = told(number, op, self._num_blocks)
+        if message is None:
+            return
+        self._told.add(message)
+        if message in self._waiting:
+            stage, job = self._waiting.pop(message)
+            stage.release(job)

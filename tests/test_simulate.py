@@ -1,0 +1,237 @@
+"""Laws of modelled time: lanes in order, resources never short, no faster than what there is."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import defaultdict
+from dataclasses import fields, replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_exactness import policies
+from test_sizes import REAL, llama, opt
+
+from flexgen_ray.bench.t4 import MACHINE
+from flexgen_ray.config import HardwareSpec, Placement, Policy, Workload
+from flexgen_ray.cost.demands import stream
+from flexgen_ray.cost.plan import StagePlan
+from flexgen_ray.cost.predict import decoding, prefilling, visit_seconds
+from flexgen_ray.cost.sharing import Demand
+from flexgen_ray.cost.simulate import Simulated, Stream, simulate, simulate_ring
+from flexgen_ray.cost.steady import simulate_pipeline, steady_visit
+from flexgen_ray.rows import NO_ROWS, Rows
+from flexgen_ray.schedule.dependencies import Dependencies
+from flexgen_ray.schedule.ops import LANE, Op, OpKind
+from flexgen_ray.schedule.zigzag import StageLayers
+from flexgen_ray.trace import write_trace
+
+ALMOST = 1 + 1e-9
+WORKLOAD = Workload(20, 24, 40)
+MODELS = {"opt": opt(2, 32, 4), "llama": llama(3, 32, 4, 2, 48, 97, tied=True)}
+
+hardware = st.builds(
+    HardwareSpec,
+    **{it.name: st.sampled_from([1e6, 3e6, 1e7, 1e9]) for it in fields(HardwareSpec)},
+)
+windows = st.sampled_from([1, 3, 16, 128, sys.maxsize])
+
+
+@st.composite
+def plans(draw) -> StagePlan:
+    config = MODELS[draw(st.sampled_from(list(MODELS)))]
+    stage = StageLayers.whole(config.num_layers)
+    return StagePlan(config, stage, draw(policies), WORKLOAD, "float32", draw(st.booleans()))
+
+
+@st.composite
+def rings(draw) -> list[StagePlan]:
+    """Two stages at least, each with a policy of its own for the same batches."""
+    counts = draw(st.lists(st.integers(1, 2), min_size=2, max_size=3))
+    shape, num_blocks = draw(policies), len(counts) + draw(st.integers(0, 1))
+    config = replace(MODELS["opt"], num_layers=sum(counts))
+    found = []
+    for stage in StageLayers.split(sum(counts), counts):
+        its = draw(policies)
+        policy = replace(shape, weights=its.weights, cache=its.cache, activations=its.activations)
+        found.append(StagePlan(config, stage, policy, WORKLOAD, "float32", True, num_blocks))
+    return found
+
+
+def rows_of(plan: StagePlan, is_prefill: bool) -> Rows:
+    return prefilling(plan)[0] if is_prefill else decoding(plan, 30)
+
+
+def alike(plan: StagePlan, rates: HardwareSpec, rows: Rows, visits: int) -> Stream:
+    """Visits all of whose batches bring the same rows."""
+    return stream(plan, rates, lambda op: rows, visits)
+
+
+def played(its: Stream) -> tuple[list[Op], dict[Op, Demand], Simulated]:
+    """What was issued, what each op took, and when it ran."""
+    ops = list(its.ops)
+    demands = {op: its.demand(op) for op in ops}
+    return ops, demands, simulate(replace(its, ops=ops))
+
+
+def assert_in_order(ops: list[Op], found: Simulated) -> None:
+    """Each op once, when its lane is free and all that it waits for has ended."""
+    ran = {span.op: span for span in found.spans}
+    assert set(ran) == set(ops) and len(found.spans) == len(ops)
+    dependencies: Dependencies[int] = Dependencies()
+    lane_free: dict = defaultdict(float)
+    for index, op in enumerate(ops):
+        span = ran[op]
+        assert lane_free[op.lane] <= span.start <= span.end
+        assert all(ran[ops[it]].end <= span.start for it in dependencies.of(index, op))
+        lane_free[op.lane] = span.end
+
+
+def assert_one_at_a_time(found: Simulated) -> None:
+    free: dict = defaultdict(float)
+    for span in sorted(found.spans, key=lambda span: (span.start, span.end)):
+        assert free[span.op.lane.worker] <= span.start
+        free[span.op.lane.worker] = span.end
+
+
+@settings(max_examples=60)
+@given(plans(), hardware, windows, st.integers(1, 3), st.booleans())
+def test_lanes_run_in_order_and_no_op_before_what_it_waits_for(plan, rates, window, visits, first):
+    its = replace(alike(plan, rates, rows_of(plan, first), visits), window=window)
+    ops, _, found = played(its)
+    assert_in_order(ops, found)
+    assert_one_at_a_time(found)
+    assert len(found.visit_ends) == visits
+    assert found.visit_ends == sorted(found.visit_ends)
+
+
+@settings(max_examples=60)
+@given(plans(), hardware, st.integers(1, 3), st.booleans())
+def test_time_lies_between_every_bound_and_the_serial_sum(plan, rates, visits, is_prefill):
+    rows = rows_of(plan, is_prefill)
+    _, demands, found = played(alike(plan, rates, rows, visits))
+    for seconds in visit_seconds(plan, rates, rows).values():
+        assert found.seconds * ALMOST >= visits * seconds
+    serial = sum(demand.seconds for demand in demands.values())
+    assert found.seconds <= serial * ALMOST
+    assert sum(found.busy.values()) == pytest.approx(serial)
+    assert max(found.busy.values()) <= found.seconds * ALMOST
+
+
+@settings(max_examples=40)
+@given(plans(), hardware, st.booleans())
+def test_no_resource_gives_more_than_it_has(plan, rates, is_prefill):
+    """In no stretch of time; and no op is faster than alone."""
+    _, demands, found = played(alike(plan, rates, rows_of(plan, is_prefill), 1))
+    taken: dict = defaultdict(list)
+    for span in found.spans:
+        demand = demands[span.op]
+        assert span.end - span.start >= demand.seconds / ALMOST - found.seconds * 1e-9
+        for resource, share in demand.shares.items():
+            taken[resource].append((span.start, span.end, share * demand.seconds))
+    for spans in taken.values():
+        spans.sort(key=lambda it: it[1])
+        for begin in {start for start, _, _ in spans}:
+            within = 0.0
+            for start, end, seconds in spans:
+                if start >= begin:
+                    within += seconds
+                    assert within <= (end - begin) * ALMOST + found.seconds * 1e-9
+
+
+@given(plans(), hardware)
+@settings(max_examples=20)
+def test_a_pass_without_rows_takes_no_time_but_its_weights(plan, rates):
+    ops, demands, _ = played(alike(plan, rates, NO_ROWS, 2))
+    of_weights = (OpKind.READ_WEIGHTS, OpKind.LOAD_WEIGHTS)
+    assert all(not demands[op].seconds for op in ops if op.kind not in of_weights)
+
+
+@settings(max_examples=40)
+@given(rings(), hardware, hardware, st.booleans())
+def test_stages_wait_for_their_neighbours_and_keep_the_laws_of_one(ring, rates, other, is_prefill):
+    rows = rows_of(ring[0], is_prefill)
+    num_blocks, visits = ring[0].num_blocks, 2 * ring[0].num_blocks
+    streams = [
+        alike(plan, other if number else rates, rows, visits) for number, plan in enumerate(ring)
+    ]
+    ops = [list(it.ops) for it in streams]
+    found = simulate_ring(
+        [replace(it, ops=own) for it, own in zip(streams, ops, strict=True)], num_blocks
+    )
+    spans = {
+        (number, it.op.kind, it.op.visit, it.op.batch): it
+        for number, stage in enumerate(found)
+        for it in stage.spans
+    }
+    for number, (plan, own, simulated) in enumerate(zip(ring, ops, found, strict=True)):
+        assert_in_order(own, simulated)
+        bound = visit_seconds(plan, other if number else rates, rows)
+        assert simulated.seconds * ALMOST >= visits * max(bound.values())
+    for (number, kind, visit, batch), span in spans.items():
+        if kind is OpKind.RECV:
+            assert spans[number - 1, OpKind.SEND, visit, batch].end <= span.start
+        elif kind is OpKind.RECV_ROWS:
+            told = OpKind.COMPOSE if number == 1 else kind
+            assert spans[number - 1, told, visit, batch].end <= span.start
+        elif kind is OpKind.RECV_TOKENS and visit >= num_blocks:
+            chosen = spans[len(ring) - 1, OpKind.ACCEPT, visit - num_blocks, batch]
+            assert chosen.end <= span.start
+
+
+def test_a_ring_that_waits_for_itself_is_told():
+    """Fewer blocks than stages, and each stage runs its ops one after the other."""
+    policy = Policy(gpu_batch_size=2, num_gpu_batches=2)
+    ring = [
+        StagePlan(MODELS["opt"], stage, policy, WORKLOAD, "float32")
+        for stage in StageLayers.split(2, [1, 1])
+    ]
+    streams = [alike(plan, MACHINE, decoding(plan, 30), 3) for plan in ring]
+    with pytest.raises(RuntimeError, match="wait for each other"):
+        simulate_ring([replace(it, window=1) for it in streams], 1)
+
+
+def opt_30b(num_gpu_batches: int) -> StagePlan:
+    """The original's policy for a T4, with host attention; streamed weights bind."""
+    policy = Policy(
+        gpu_batch_size=24,
+        num_gpu_batches=num_gpu_batches,
+        weights=Placement(0.2, 0.8, 0.0),
+        cache=Placement(0.0, 1.0, 0.0),
+    )
+    workload = Workload(policy.block_size, 512, 544)
+    return StagePlan(REAL["opt-30b"], StageLayers.whole(48), policy, workload, "float16")
+
+
+def test_opt_30b_on_a_t4_comes_close_to_its_busiest_lane():
+    plan = opt_30b(4)
+    rows = decoding(plan, 528)
+    bound = max(visit_seconds(plan, MACHINE, rows).values())
+    assert steady_visit(plan, MACHINE, rows) <= 1.1 * bound
+
+
+def test_two_stages_on_two_machines_take_half_as_long():
+    """A block a stage, each stage half of the layers: the slower half counts."""
+    whole = opt_30b(4)
+    halves = [
+        replace(whole, stage=it, num_blocks=2) for it in StageLayers.split(48, [24, 24])
+    ]  # fmt: skip
+    rows = decoding(whole, 528)
+    both = simulate_pipeline(halves, [MACHINE] * 2, rows)
+    assert both == pytest.approx(steady_visit(whole, MACHINE, rows) / 2, rel=0.1)
+
+
+def test_a_simulation_is_drawn_as_a_run_is(tmp_path):
+    plan = StagePlan(
+        MODELS["llama"], StageLayers.whole(3), Policy(2, 2), WORKLOAD, "float32"
+    )  # fmt: skip
+    ops, _, found = played(alike(plan, MACHINE, decoding(plan, 30), 2))
+    write_trace(tmp_path / "trace.json", [found.spans])
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    drawn = [event["cat"] for event in events if event["ph"] == "X"]
+    assert sorted(drawn) == sorted(op.kind.value for op in ops)
+    assert max(e["ts"] + e["dur"] for e in events if e["ph"] == "X") == pytest.approx(
+        found.seconds * 1e6, abs=0.01
+    )
+    assert {LANE[op.kind].worker.value for op in ops} == set(found.busy)
