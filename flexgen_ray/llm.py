@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
+from flexgen_ray.auto_policy import Run, plan_run
 from flexgen_ray.backend import execution, start_backend
 from flexgen_ray.config import Faults, HardwareSpec, Policy, Workload
 from flexgen_ray.cost.plan import StagePlan
@@ -45,7 +46,8 @@ class LLM:
 
     model: a Hugging Face folder, or a name in its cache; with load_format="dummy", which makes
     weights up, also a built-in shape (models/shapes.py). policy: a Policy for every stage,
-    StagePolicies, a YAML file of either, or None to fill the tiers from the fastest down. *_memory:
+    StagePolicies, a YAML file of either, or None: planned, or where rates aren't calibrated, the
+    tiers are filled from the fastest down. *_memory:
     bytes or `16GiB`; what is free, less a margin, if None. pipeline_parallel_size: the number of
     stages, or auto, one for every GPU. use_ray: run each in a Ray actor, on the cluster at
     `address` (or RAY_ADDRESS), or on one started for this run; faults: what is borne there.
@@ -174,8 +176,13 @@ class LLM:
         if self._plans is not None and self._plans[0].workload.covers(workload):
             return
         hops_on_device = self.machines[0].device == "cuda" and self._backend.uses_nccl
+        run = Run(self.config, self.dtype, self._stages_disk, hops_on_device, workload.resumes)
+        planned = None
+        if self.policies is None:
+            planned = plan_run(run, self.machines, self.budgets, requests)
+        policies = planned.policies if planned else self.policies
         plans = plan_stages(
-            self.config, self.policies, workload, self.dtype, self.budgets, self._stages_disk,
+            self.config, policies, workload, self.dtype, self.budgets, self._stages_disk,
             hops_on_device,
         )  # fmt: skip
         self._plans = None
@@ -195,9 +202,12 @@ class LLM:
         if self._measures:
             rates = self._backend.rates(specs[0])
             specs = [replace(spec, hardware=rates) for spec in specs]
+        elif planned and self._execution["hardware"] is None:
+            pairs = zip(specs, planned.rates, strict=True)
+            specs = [replace(spec, hardware=rates) for spec, rates in pairs]
         self._backend.load(specs)
         self._plans = plans
-        self.report.load_seconds = time.perf_counter() - started
+        self.report = Report(time.perf_counter() - started, planned and planned.plan)
 
     @property
     def _stages_disk(self) -> bool:
@@ -212,7 +222,7 @@ class LLM:
         `prepare` loads them again.
         """
         self._refuse_while_running()
-        self.report = Report(load_seconds=self.report.load_seconds)
+        self.report = Report(self.report.load_seconds, self.report.planned)
         if not requests:
             return
         assert self._plans is not None, "prepare comes first"

@@ -68,7 +68,9 @@ def plan(
         )
     search = Search(max_seconds=max_latency)
     comparison = compare(config, machines, job, dtype, search)
-    names = [f"{it.hardware.name} x {it.gpus}" if it.gpus > 1 else it.hardware.name for it in machines]
+    names = [
+        f"{it.hardware.name} x {it.gpus}" if it.gpus > 1 else it.hardware.name for it in machines
+    ]
     report = PlanReport(model, names, comparison, price_per_hour)
     result = report.as_dict()
     for line in report.lines():

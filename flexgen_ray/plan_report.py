@@ -73,7 +73,11 @@ class PlanReport:
             "binding_lane": lane,
             "bytes": {tier: sum(getattr(need, tier) for need in needs) for tier in TIERS},
             "stages": [
-                {"layers": _layers(it), "bytes": asdict(need), "policy": asdict(it.policy)}
+                {
+                    "layers": it.num_decoder_layers,
+                    "bytes": asdict(need),
+                    "policy": asdict(it.policy),
+                }
                 for it, need in zip(plan.stages, needs, strict=True)
             ],
             "alternatives": [asdict(it) for it in self.comparison.alternatives],
@@ -90,14 +94,18 @@ class PlanReport:
             return yaml.safe_dump(shape, sort_keys=False)
         shared = {name: value for name, value in shape.items() if name not in own}
         each = [
-            {"layers": _layers(it)} | {name: asdict(it.policy)[name] for name in own}
+            {"layers": it.num_decoder_layers} | {name: asdict(it.policy)[name] for name in own}
             for it in stages
         ]
         return yaml.safe_dump(shared | {"stages": each}, sort_keys=False)
 
     def _stage(self, number: int, stage: StagePlan) -> str:
         policy, need = stage.policy, totals(stage_bytes(stage))
-        name = f"stage {number}, {_layers(stage)} layers: " if not stage.stage.is_whole else ""
+        name = (
+            f"stage {number}, {stage.num_decoder_layers} layers: "
+            if not stage.stage.is_whole
+            else ""
+        )
         parts = [
             f"{what} {_fractions(getattr(policy, what).fractions)}"
             for what in ("weights", "cache", "activations")
@@ -130,12 +138,10 @@ class PlanReport:
             return f"{other.name}: not possible, {other.why_not}"
         ratio = other.tokens_per_s / self.comparison.plan.tokens_per_s
         if ratio >= 1:
-            return f"{other.name}: {other.tokens_per_s:.4g} tokens/s, {ratio:.2f} x: do that instead"
+            return (
+                f"{other.name}: {other.tokens_per_s:.4g} tokens/s, {ratio:.2f} x: do that instead"
+            )
         return f"{other.name}: {other.tokens_per_s:.4g} tokens/s, {ratio:.2f} x of the plan"
-
-
-def _layers(stage: StagePlan) -> int:
-    return len(stage.stage.layers) - stage.stage.is_first - stage.stage.is_last
 
 
 def _fractions(fractions: tuple[float, ...]) -> str:

@@ -16,8 +16,8 @@ import yaml
 
 from flexgen_ray.config import Budget, HardwareSpec, ModelConfig
 from flexgen_ray.cost.corners import ON_DEVICE
-from flexgen_ray.cost.hardware import Hardware
-from flexgen_ray.cost.pipeline_plan import Device, Job, Plan
+from flexgen_ray.cost.hardware import Hardware, ModelRates
+from flexgen_ray.cost.pipeline_plan import Device, Job, Plan, Rates
 from flexgen_ray.cost.planner import Infeasible, Planner, Search, choose
 
 NODE_KEYS = ("hardware", "count", "gpus")
@@ -84,23 +84,10 @@ def read_job(path: str | Path, num_requests: int | None = None) -> Job:
 def devices_of(nodes: Sequence[Node], config: ModelConfig, dtype: str) -> tuple[Device, ...]:
     """One for each GPU of each machine."""
     return tuple(
-        Device(_Rates(node.hardware, config, dtype), node.hardware.budget, f"node {number}")
+        Device(ModelRates.of(node.hardware, config, dtype), node.hardware.budget, f"node {number}")
         for number, node in enumerate(nodes)
         for _ in range(node.gpus)
     )
-
-
-@dataclass(frozen=True)
-class _Rates:
-    """A machine's, for one model."""
-
-    hardware: Hardware
-    config: ModelConfig
-    dtype: str
-
-    def __call__(self, decode_rows: int, prefill_rows: int) -> HardwareSpec:
-        queries = self.config.num_heads // self.config.num_kv_heads
-        return self.hardware.rates(self.dtype, queries, decode_rows, prefill_rows)
 
 
 @dataclass(frozen=True)
@@ -135,7 +122,12 @@ def compare(
 
 
 def _try(
-    name: str, config: ModelConfig, devices: tuple[Device, ...], job: Job, dtype: str, search: Search
+    name: str,
+    config: ModelConfig,
+    devices: tuple[Device, ...],
+    job: Job,
+    dtype: str,
+    search: Search,
 ) -> Alternative:
     try:
         plan = choose(Planner(config, devices, job, dtype, search))
@@ -193,9 +185,9 @@ def _upgrades(
 class _Faster:
     """Rates, some of them doubled."""
 
-    rates: object
+    rates: Rates
     doubled: tuple[str, ...]
 
     def __call__(self, decode_rows: int, prefill_rows: int) -> HardwareSpec:
-        spec = self.rates(decode_rows, prefill_rows)  # type: ignore[operator]
+        spec = self.rates(decode_rows, prefill_rows)
         return replace(spec, **{name: 2 * getattr(spec, name) for name in self.doubled})

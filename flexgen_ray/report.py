@@ -11,12 +11,17 @@ from importlib.metadata import version
 from pathlib import Path
 
 from flexgen_ray.config import TIERS, Budget
+from flexgen_ray.cost.pipeline_plan import Plan
 from flexgen_ray.cost.plan import StagePlan
 from flexgen_ray.cost.sizes import weight_bytes
 from flexgen_ray.request import Progress, Recovery
 from flexgen_ray.runtime.meter import Measured
 from flexgen_ray.runtime.worker import Machine
 from flexgen_ray.units import format_bytes
+
+
+TELLING_SHARE = 0.2  # of a run, from which a lane's rate is judged
+RIGHT_WITHIN = 1.15
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,18 @@ class StageReport:
             if wall
         }
 
+    def wrong_rates(self) -> list[str]:
+        """Of lanes that were busy for long, those whose seconds were foretold badly."""
+        lanes, foretold = self.lanes(), self.measured.modelled_lanes
+        return [
+            f"{lane} took {it['busy_s']:.1f} s, by the calibrated rates {foretold[lane]:.1f} s: run "
+            "`flexgen-ray calibrate` again, with nothing else running"
+            for lane, it in lanes.items()
+            if it["fraction"] > TELLING_SHARE
+            and foretold.get(lane)
+            and not 1 / RIGHT_WITHIN < it["busy_s"] / foretold[lane] < RIGHT_WITHIN
+        ]
+
     def _lanes(self) -> list[str]:
         lanes = self.lanes()
         if not lanes:
@@ -107,12 +124,14 @@ class StageReport:
 
 @dataclass
 class Report:
-    """Tokens, seconds, bytes. A pass that brings prompt tokens counts as prefill."""
+    """Tokens, seconds, bytes. A pass that brings prompt tokens counts as prefill. planned: what was
+    predicted, if the policy was planned."""
 
+    load_seconds: float = 0.0
+    planned: Plan | None = None
     num_requests: int = 0
     prompt_tokens: int = 0
     new_tokens: int = 0
-    load_seconds: float = 0.0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     decode_tokens: int = 0
@@ -158,7 +177,18 @@ class Report:
                 first, last = stage.plan.stage.first, stage.plan.stage.last
                 lines.append(f"stage {number}: layers {first} to {last} on {stage.machine.host}")
             lines += stage.lines()
-        return lines + [recovery.line() for recovery in self.recoveries]
+        return lines + self._foretold() + [recovery.line() for recovery in self.recoveries]
+
+    def _foretold(self) -> list[str]:
+        """How right the plan was, and which of the machine's rates was most wrong."""
+        if self.planned is None or not self.tokens_per_s:
+            return []
+        foretold = self.planned.tokens_per_s
+        lines = [
+            f"predicted {foretold:.4g} generated tokens/s; measured is "
+            f"{self.tokens_per_s / foretold:.2f} x that"
+        ]
+        return lines + [line for stage in self.stages for line in stage.wrong_rates()]
 
     def as_dict(self) -> dict:
         """The same for programs, with the hardware, versions, command and date that made it."""
@@ -171,6 +201,8 @@ class Report:
             "decode_s": round(self.decode_seconds, 3),
             "generated_tokens_per_s": round(self.tokens_per_s, 3),
         }
+        if self.planned is not None:
+            result["predicted_tokens_per_s"] = round(self.planned.tokens_per_s, 3)
         if self.recoveries:
             result["recoveries"] = [asdict(recovery) for recovery in self.recoveries]
         if len(self.stages) == 1:

@@ -1,4 +1,4 @@
-"""The original's planner, as its authors left it: what it says of their own machine and policies."""
+"""The original's planner, as its authors left it: what it says of their own machine."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ ON_30B = Policy(48, 3, 2048, Placement(0.2, 0.8, 0), HOST, HOST)
 
 
 def test_its_sums_are_those_that_its_formulas_give_by_hand():
-    """OPT-30B, prompt 512: the prefill stores its cache, and decode waits for the host's maths."""
+    """OPT-30B, prompt 512: maths bind the prefill, and decode waits for loads, then the host's."""
     config = shape_config("opt-30b")
     said = Original(config, ON_30B, 512, 32)
     width, block, gib = 7168, 144, 2**30
-    store = 4 * 513 * width * block / (0.97 * gib) + 2 * 512 * width * block / (4.82 * gib)
-    assert said.prefill_seconds == pytest.approx(48 * store)
-    weights = 24 * width**2
+    weights, tokens = 24 * width**2, 512 * block
+    maths = tokens * weights / 21.24e12 + 4 * tokens * 512 * width / 9.97e12
+    assert said.prefill_seconds == pytest.approx(48 * maths)
     load = (0.8 * weights + 2 * width * block) / (12.89 * gib)
     host = 12.3e9 * (1 - 0.0328 * 0.41503749927884376)
     maths = block * weights / 4.3e12 + 4 * block * 528 * width / host

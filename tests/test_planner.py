@@ -20,7 +20,8 @@ from flexgen_ray.models.shapes import shape_config
 GIB = 2**30
 OPT = shape_config("opt-1.3b")
 LLAMA = shape_config("llama-3-8b")
-JOB = Job.uniform(64, 128, 32)
+JOB = Job.uniform(1000, 128, 32)
+FEW_SHAPES = Search(batch_sizes=(1, 4, 16), batches=(2, 4), tiles=(512,), extra_blocks=(0,))
 # A machine that a model of 1.3B parameters doesn't fit.
 SMALL = Budget(GIB, 2 * GIB, 64 * GIB)
 RATES = replace(t4.MACHINE, device_flops_per_s=2e12, device_decode_flops_per_s=2e12)
@@ -58,8 +59,9 @@ def test_corners_foretell_the_bytes_and_seconds_of_any_placement(config, policy)
     corners = Corners(stage, RATES, JOB.middle_position)
     count, shares = config.num_layers, shares_of(policy, config.num_layers)
     need = totals(stage_bytes(stage))
-    # Slots for the largest layer are the same however little of it streams.
-    slack = 3 * max(stage_bytes(stage)["gpu"]["weights in flight"], 64 * 2**20)
+    # A table lies somewhere as a whole, and slots for it are there or aren't.
+    table = config.vocab_size * config.hidden_size * 2
+    slack = 3 * max(stage_bytes(stage)["gpu"]["weights in flight"], table)
     for tier in TIERS:
         told = corners.value(("bytes", tier), count, shares, count)
         assert told == pytest.approx(getattr(need, tier), rel=0.05, abs=slack)
@@ -120,7 +122,7 @@ def test_more_of_anything_never_makes_the_optimum_slower(tier, rate, factor):
     assert seconds(more, faster) <= base * 1.05
 
 
-@settings(max_examples=8)
+@settings(max_examples=12)
 @given(
     gpu=st.floats(0.3, 8), cpu=st.floats(0.2, 8), requests=st.integers(1, 200),
     prompt_len=st.integers(1, 700),
@@ -129,7 +131,7 @@ def test_no_plan_exceeds_its_budget(gpu, cpu, requests, prompt_len):
     budget = Budget(int(gpu * GIB), int(cpu * GIB), 64 * GIB)
     job = Job.uniform(requests, prompt_len, 16)
     try:
-        plan = choose(Planner(OPT, (device(budget),), job, "float16"))
+        plan = choose(Planner(OPT, (device(budget),), job, "float16", FEW_SHAPES))
     except Infeasible as error:
         assert "budget" in str(error)
         return
@@ -151,14 +153,14 @@ def test_what_fits_nowhere_is_refused_with_the_budget_that_lacks():
 
 
 def test_a_block_answers_within_the_latency_that_is_asked_for():
-    free = choose(Planner(OPT, (device(),), JOB, "float16"))
+    free = choose(Planner(OPT, (device(),), JOB, "float16", FEW_SHAPES))
     limit = free.block_seconds / 3
-    search = Search(max_seconds=limit)
+    search = replace(FEW_SHAPES, max_seconds=limit)
     quick = choose(Planner(OPT, (device(),), JOB, "float16", search))
     assert quick.block_seconds <= limit * 1.01
     assert quick.tokens_per_s <= free.tokens_per_s
     with pytest.raises(Infeasible, match="no placement answers a block within 1e-05 s"):
-        choose(Planner(OPT, (device(),), JOB, "float16", Search(max_seconds=1e-5)))
+        choose(Planner(OPT, (device(),), JOB, "float16", replace(FEW_SHAPES, max_seconds=1e-5)))
 
 
 def test_the_coarse_grid_misses_little_of_the_whole_one():

@@ -12,6 +12,7 @@ from flexgen_ray.config import Budget, HardwareSpec
 from flexgen_ray.cost.corners import PHASES
 from flexgen_ray.cost.plan import StagePlan
 
+PLAYED = "the schedule"  # among the seconds: what playing the ops gave
 Rates = Callable[[int, int], HardwareSpec]
 
 
@@ -80,13 +81,18 @@ class Plan:
         return {"prefill": self.prefill_visits, "decode": max(self.job.mean_tokens - 1, 0)}
 
     def visit_seconds(self, phase: str) -> float:
-        """Of the slowest stage's busiest lane."""
+        """Of the slowest stage's busiest lane, or as the schedule was played."""
         return max(max(stage[phase].values()) for stage in self.seconds)
 
     @property
     def binding(self) -> tuple[int, str]:
         """The stage that binds, and its busiest lane or resource, over a whole block."""
-        names = ((i, name) for i, stage in enumerate(self.seconds) for name in stage["decode"])
+        names = (
+            (i, name)
+            for i, stage in enumerate(self.seconds)
+            for name in stage["decode"]
+            if name != PLAYED
+        )
         return max(names, key=lambda it: self._block_seconds(*it))
 
     @property

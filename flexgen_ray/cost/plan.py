@@ -39,6 +39,11 @@ class StagePlan:
         return DTYPE_BYTES[self.dtype]
 
     @property
+    def num_decoder_layers(self) -> int:
+        """Its embedding and head left out."""
+        return len(self.stage.layers) - self.stage.is_first - self.stage.is_last
+
+    @property
     def num_batches(self) -> int:
         """Of all blocks in flight."""
         return self.num_blocks * self.policy.num_gpu_batches

@@ -6,23 +6,24 @@ stores can hold, checked against every budget, and judged anew. Knows rates and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from itertools import islice, product
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import chain, islice, product
 
-from flexgen_ray.config import TIERS, Budget, ModelConfig, Policy, Workload
+from flexgen_ray.config import TIERS, Budget, HardwareSpec, ModelConfig, Policy, Workload
 from flexgen_ray.cost.corners import PHASES, SHARES, Corners, Share, policy_of, shares_of
 from flexgen_ray.cost.lp import LANES, SHARED_SECONDS, Aim, Infeasible, StageProblem, solve
-from flexgen_ray.cost.pipeline_plan import Device, Job, Plan
+from flexgen_ray.cost.pipeline_plan import PLAYED, Device, Job, Plan
 from flexgen_ray.cost.plan import StagePlan
-from flexgen_ray.cost.predict import prefilling
+from flexgen_ray.cost.predict import decoding, prefilling
 from flexgen_ray.cost.sizes import stage_bytes, totals
+from flexgen_ray.cost.steady import simulate_pipeline
 from flexgen_ray.schedule.zigzag import StageLayers
 
 BATCH_SIZES = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 # With one batch nothing overlaps.
 BATCHES = (2, 3, 4, 6, 8, 12, 16)
-# A coarse grid of every so many is tried first, then what lies around its best shapes.
+# A coarse grid of every so many is tried first.
 COARSE = 2
 TILES = (512, 2048)
 FINALISTS = 4
@@ -54,26 +55,26 @@ class Sketch:
     shape: Policy
 
 
-def choose(
-    planner: Planner, judge: Callable[[Plan], float] = lambda plan: plan.tokens_per_s
-) -> Plan:
-    """The plan that `judge` likes best of the grid's most promising ones.
+def choose(planner: Planner) -> Plan:
+    """The best of the grid's most promising plans, played if their lanes overlap.
 
     Raises Infeasible with what the smallest block lacks if nothing fits.
     """
     shapes = (sketch.shape for sketch in planner.promising())
-    plans = islice(filter(None, map(planner.plan, shapes)), FINALISTS)
-    best = max(plans, key=judge, default=None)
-    if best is None:
+    plans = list(islice(filter(None, map(planner.plan, shapes)), FINALISTS))
+    if not plans:
         raise planner.refusal()
-    return best
+    if planner.search.overlaps:
+        plans = list(map(planner.played, plans))
+    return max(plans, key=lambda plan: plan.tokens_per_s)
 
 
 @dataclass(frozen=True)
 class Planner:
     """One job of one model on given devices, a stage each.
 
-    stages_disk: as in StagePlan. Raises Infeasible if there are more stages than layers.
+    stages_disk, hops_on_device: as in StagePlan; resumes: as in Workload. Raises Infeasible if
+    there are more stages than layers.
     """
 
     config: ModelConfig
@@ -82,6 +83,8 @@ class Planner:
     dtype: str
     search: Search = Search()
     stages_disk: bool = True
+    hops_on_device: bool = False
+    resumes: bool = False
 
     def __post_init__(self) -> None:
         if len(self.devices) > self.config.num_layers:
@@ -91,14 +94,26 @@ class Planner:
             )
 
     def promising(self) -> list[Sketch]:
-        """The fastest first."""
+        """The fastest first: of a coarse grid, and around its best as long as that finds better."""
         sizes, batches, tiles = self.search.batch_sizes, self.search.batches, self.search.tiles
-        coarse = self._sketched(self._shapes(sizes[::COARSE], batches[::COARSE], tiles[:1]))
-        near: list[Policy] = []
-        for best in coarse[:2]:
-            around = _around(best.shape.gpu_batch_size, sizes)
-            near += self._shapes(around, _around(best.shape.num_gpu_batches, batches), tiles)
-        return self._sketched(dict.fromkeys(near or self._shapes((1, 2), (1,), tiles[:1])))
+        found = self._sketched(self._shapes(sizes[::COARSE], batches[::COARSE], tiles[:1]))
+        tried = {sketch.shape for sketch in found}
+        centres = found[:2]
+        while centres:
+            near = [
+                shape
+                for it in centres
+                for shape in self._shapes(
+                    _around(it.shape.gpu_batch_size, sizes),
+                    _around(it.shape.num_gpu_batches, batches),
+                    tiles,
+                )
+                if shape not in tried
+            ]
+            tried.update(near)
+            best, found = found[0], self._merged(found, self._sketched(near))
+            centres = found[:1] if found[0] is not best else []
+        return found or self._sketched(self._shapes((1, 2), (1,), tiles[:1]))
 
     def sketches(self) -> list[Sketch]:
         """Of the whole grid; slower."""
@@ -145,6 +160,24 @@ class Planner:
             self._add_shared([stage[phase] for stage in seconds])
         return Plan(self.job, stages, seconds, self._prefill_visits(stages[0]))
 
+    def played(self, plan: Plan) -> Plan:
+        """The plan with the seconds that the schedule makes of it, where that is slower."""
+        rates = self.rates(plan.stages[0].policy)
+        seconds = [{phase: dict(stage[phase]) for phase in PHASES} for stage in plan.seconds]
+        rows = {
+            "prefill": prefilling(plan.stages[0])[0],
+            "decode": decoding(plan.stages[0], self.job.middle_position),
+        }
+        for phase in PHASES:
+            visit = simulate_pipeline(plan.stages, rates, rows[phase])
+            seconds[-1][phase][PLAYED] = visit
+        return replace(plan, seconds=seconds)
+
+    def rates(self, shape: Policy) -> list[HardwareSpec]:
+        """Of each stage's device, for products of the shape's sizes."""
+        tokens = min(shape.max_batch_tokens, shape.gpu_batch_size * self.job.prompt_len)
+        return [device.rates(shape.gpu_batch_size, tokens) for device in self.devices]
+
     def refusal(self) -> Infeasible:
         """What the smallest block lacks."""
         smallest = Policy(1, 1, self.search.tiles[0], blocks_in_flight=len(self.devices))
@@ -180,7 +213,10 @@ class Planner:
                 found.append(self._sketch(shape))
             except Infeasible:
                 continue
-        return sorted(found, key=lambda it: it.seconds_per_sequence)
+        return self._merged(found)
+
+    def _merged(self, *sketches: list[Sketch]) -> list[Sketch]:
+        return sorted(chain(*sketches), key=lambda it: it.seconds_per_sequence)
 
     def _sketch(self, shape: Policy) -> Sketch:
         budgets = [device.budget for device in self.devices]
@@ -222,15 +258,22 @@ class Planner:
         """Of the stage's kind: what its ends are is all of its layers that counts there."""
         count, last = self.config.num_layers, len(self.devices) - 1
         ends = 0 if number == 0 else 2, count + 1 if number == last else count - 1
-        tokens = min(shape.max_batch_tokens, shape.gpu_batch_size * self.job.prompt_len)
-        rates = self.devices[number].rates(shape.gpu_batch_size, tokens)
         stage = self._stage(StageLayers(*ends, count), shape)
-        return Corners(stage, rates, self.job.middle_position)
+        return Corners(stage, self.rates(shape)[number], self.job.middle_position)
 
     def _stage(self, stage: StageLayers, policy: Policy) -> StagePlan:
-        workload = Workload(policy.block_size, self.job.prompt_len, self.job.max_seq_len)
-        blocks = policy.blocks_in_flight or 1
-        return StagePlan(self.config, stage, policy, workload, self.dtype, self.stages_disk, blocks)
+        job = self.job
+        workload = Workload(policy.block_size, job.prompt_len, job.max_seq_len, self.resumes)
+        return StagePlan(
+            self.config,
+            stage,
+            policy,
+            workload,
+            self.dtype,
+            self.stages_disk,
+            policy.blocks_in_flight or 1,
+            self.hops_on_device,
+        )
 
     def _mates(self, number: int) -> list[int]:
         """The stages on its node."""

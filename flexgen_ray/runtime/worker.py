@@ -17,6 +17,7 @@ import psutil
 import torch
 
 from flexgen_ray.config import HardwareSpec
+from flexgen_ray.cost.hardware import Hardware
 from flexgen_ray.paths import find_model
 from flexgen_ray.request import Finished, Progress, Request
 from flexgen_ray.runtime.cells import LogitsHook
@@ -34,7 +35,8 @@ MMAP_THRESHOLD = 4 * 2**20
 
 @dataclass(frozen=True)
 class Machine:
-    """What a worker finds where it runs; bytes are those free now."""
+    """What a worker finds where it runs; bytes are those free now. hardware: its rates, if they were
+    calibrated."""
 
     host: str
     device: str
@@ -44,6 +46,7 @@ class Machine:
     disk_bytes: int
     num_threads: int
     is_fast_in_bfloat16: bool
+    hardware: Hardware | None = None
 
 
 class Worker:
@@ -75,6 +78,7 @@ class Worker:
             disk_bytes=_free_disk(Path(offload_dir)),
             num_threads=self._num_threads,
             is_fast_in_bfloat16=_gpu_has_bfloat16() if uses_cuda else _cpu_has_bfloat16(),
+            hardware=_calibrated(uses_cuda),
         )
 
     def rates(self, spec: StageSpec) -> HardwareSpec:
@@ -142,6 +146,12 @@ class Worker:
             self._stage = None
             if torch.cuda.is_initialized():
                 torch.cuda.empty_cache()
+
+
+def _calibrated(uses_cuda: bool) -> Hardware | None:
+    """What was measured of this node, of the device that is used."""
+    found = Hardware.local()
+    return found if found is not None and found.device.is_cpu != uses_cuda else None
 
 
 def _return_freed_memory() -> None:
