@@ -13,6 +13,7 @@ except PackageNotFoundError:  # a checkout that was never installed
     __version__ = "0.0.0"
 
 _HOME = {
+    "Hardware": "flexgen_ray.cost.hardware",
     "HardwareSpec": "flexgen_ray.config",
     "LLM": "flexgen_ray.llm",
     "Placement": "flexgen_ray.config",
@@ -20,7 +21,15 @@ _HOME = {
     "SamplingParams": "flexgen_ray.request",
     "RequestOutput": "flexgen_ray.request",
 }
-__all__ = ["LLM", "HardwareSpec", "Placement", "Policy", "RequestOutput", "SamplingParams"]
+__all__ = [
+    "LLM",
+    "Hardware",
+    "HardwareSpec",
+    "Placement",
+    "Policy",
+    "RequestOutput",
+    "SamplingParams",
+]
 
 
 def __getattr__(name: str):

@@ -182,6 +182,37 @@ def demo(
         _show_report(llm, report, trace)
 
 
+@app.command()
+def calibrate(
+    output: Annotated[
+        Path | None, typer.Option(help="YAML to write; the user's cache if not given.")
+    ] = None,
+    offload_dir: OffloadOption = None,
+    device: DeviceOption = Device.auto,
+    gpu_memory: GpuOption = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Seconds, not minutes; rough.")] = False,
+    no_ray: Annotated[
+        bool, typer.Option("--no-ray", help="Leave out hops between two Ray actors.")
+    ] = False,
+) -> None:
+    """Measure this machine for the planner: links, disk, memory, kernels, hops.
+
+    Example: flexgen-ray calibrate --offload-dir /data/offload
+    """
+    from flexgen_ray import calibrate as machine
+    from flexgen_ray.paths import default_offload_dir, hardware_file
+    from flexgen_ray.units import parse_bytes
+
+    gpu_bytes = None if gpu_memory is None else parse_bytes(gpu_memory)
+    folder = offload_dir or default_offload_dir()
+    hardware = machine.calibrate(device.value, folder, gpu_bytes, quick, not no_ray)
+    path = output or hardware_file()
+    machine.save(hardware, path)
+    for what, figures in machine.summary(hardware):
+        typer.echo(f"{what:16}{figures}")
+    _say(f"written to {path}")
+
+
 def _stages(text: str) -> int | str:
     return int(text) if text.isdecimal() else text
 

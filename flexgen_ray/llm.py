@@ -207,7 +207,8 @@ class LLM:
             specs = [replace(spec, hardware=rates) for spec, rates in pairs]
         self._backend.load(specs)
         self._plans = plans
-        self.report = Report(time.perf_counter() - started, planned and planned.plan)
+        plan_of_run = planned.plan if planned else None
+        self.report = Report(time.perf_counter() - started, plan_of_run)
 
     @property
     def _stages_disk(self) -> bool:

@@ -40,3 +40,8 @@ def default_offload_dir() -> Path:
 def calibration_dir() -> Path:
     """What was measured of this machine, and need not be measured again."""
     return user_cache_dir() / "calibration"
+
+
+def hardware_file() -> Path:
+    """Where `flexgen-ray calibrate` keeps what it measured of this node."""
+    return calibration_dir() / f"hardware-{socket.gethostname()}.yaml"

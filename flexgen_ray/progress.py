@@ -1,4 +1,4 @@
-"""A progress bar on standard error: requests, tokens/s, time left, and stages lost."""
+"""Progress bars on standard error: requests with tokens/s and stages lost, or named steps."""
 
 from __future__ import annotations
 
@@ -51,3 +51,25 @@ def progress_bar(num_requests: int) -> Iterator[Callable[[int, Pass], None]]:
 
         yield advance
         bar.update(task, completed=num_requests)
+
+
+@contextmanager
+def steps_bar(num_steps: int) -> Iterator[Callable[[str], None]]:
+    """Yields a function to call with the name of each step as it begins."""
+    columns = (
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("", total=num_steps)
+        begun = 0
+
+        def begin(name: str) -> None:
+            nonlocal begun
+            bar.update(task, description=name, completed=begun)
+            begun += 1
+
+        yield begin
+        bar.update(task, description="done", completed=num_steps)

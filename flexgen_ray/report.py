@@ -19,7 +19,6 @@ from flexgen_ray.runtime.meter import Measured
 from flexgen_ray.runtime.worker import Machine
 from flexgen_ray.units import format_bytes
 
-
 TELLING_SHARE = 0.2  # of a run, from which a lane's rate is judged
 RIGHT_WITHIN = 1.15
 
@@ -86,8 +85,8 @@ class StageReport:
         """Of lanes that were busy for long, those whose seconds were foretold badly."""
         lanes, foretold = self.lanes(), self.measured.modelled_lanes
         return [
-            f"{lane} took {it['busy_s']:.1f} s, by the calibrated rates {foretold[lane]:.1f} s: run "
-            "`flexgen-ray calibrate` again, with nothing else running"
+            f"{lane} took {it['busy_s']:.1f} s, by the calibrated rates {foretold[lane]:.1f} s: "
+            "run `flexgen-ray calibrate` again, with nothing else running"
             for lane, it in lanes.items()
             if it["fraction"] > TELLING_SHARE
             and foretold.get(lane)

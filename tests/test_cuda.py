@@ -9,6 +9,7 @@ from test_exactness import MAX_TOKENS, assert_same, policies
 from test_executor import generate
 
 from flexgen_ray import LLM, Policy, SamplingParams
+from flexgen_ray.calibrate import calibrate
 from flexgen_ray.resources import CUDA_RESERVE
 from flexgen_ray.schedule.ops import LANE
 from flexgen_ray.store import memory
@@ -133,3 +134,11 @@ def test_refused_memory_is_used_unpinned_with_a_warning(caplog):
     assert "ulimit -l" in caplog.text
     assert int(torch.ones(4, device="cuda").sum()) == 4
     tier.close()
+
+
+def test_a_quick_calibration_measures_the_gpu(tmp_path):
+    hardware = calibrate("cuda", tmp_path, is_quick=True, uses_ray=False)
+    assert not hardware.device.is_cpu and hardware.memory.gpu > 2**30
+    assert hardware.rates("float16", 1, 16, 1024).device_bytes_per_s > 0
+    assert list(tmp_path.iterdir()) == []
+    assert torch.ones(1, device="cuda").item() == 1  # no error was left behind

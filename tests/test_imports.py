@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "request": set(),
     "rows": set(),
     "schedule": set(),
-    "cost": {"config", "units", "rows", "schedule"},
+    "cost": {"config", "units", "rows", "schedule", "paths"},
     "models": FOUNDATION,
     "store": FOUNDATION | {"schedule", "cost", "models"},
     "tokenizer": set(),
@@ -28,11 +28,12 @@ MAY_IMPORT = {
     "runtime": FOUNDATION | {"paths"} | {"schedule", "cost", "models", "store", "tokenizer"},
     "distributed": FOUNDATION | {"schedule", "runtime"},
     "resources": {"config", "runtime", "units"},
+    "calibrate": {"units", "cost", "progress", "models", "runtime", "distributed"},
     "report": FOUNDATION | {"cost", "runtime"},
     "progress": {"request"},
     "trace": {"schedule"},
 }
-WITHOUT_TORCH = {"units", "config", "request", "rows", "schedule", "cost", "io", "trace"}
+WITHOUT_TORCH = {"units", "config", "request", "rows", "schedule", "cost", "io", "trace", "paths"}
 WITH_RAY = {"distributed", "integrations"}
 
 

@@ -10,31 +10,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 
-from flexgen_ray.config import Budget, HardwareSpec, ModelConfig, Placement, Policy, Workload
+from flexgen_ray.config import Budget, ModelConfig, Placement, Policy, Workload
 from flexgen_ray.cost.default_policy import fill
+from flexgen_ray.cost.hardware import Hardware
 from flexgen_ray.cost.plan import StagePlan
 from flexgen_ray.cost.predict import decoding, prefilling, visit_seconds
 from flexgen_ray.cost.sizes import stage_bytes, totals
 from flexgen_ray.schedule.zigzag import StageLayers
 from flexgen_ray.stage_policies import even_layers
 
-GIB = 2**30
 PROMPT_LEN, MAX_TOKENS = 512, 32
-BUDGET = Budget(gpu=15 * GIB, cpu=204 * GIB, disk=1500 * GIB)
+_PAPER = Hardware.preset("t4-paper")
+BUDGET = Budget(_PAPER.memory.gpu, _PAPER.memory.cpu, _PAPER.memory.disk)
 
 # What the original got out of that machine: its own constants, where it has them.
-ORIGINAL = HardwareSpec(
-    h2d_bytes_per_s=12.89 * GIB,
-    d2h_bytes_per_s=0.97 * GIB,
-    disk_read_bytes_per_s=0.473 * GIB,
-    disk_write_bytes_per_s=0.746 * GIB,
-    host_bytes_per_s=80e9,
-    host_attention_bytes_per_s=12.3e9,
-    device_flops_per_s=21.24e12,
-    device_bytes_per_s=320e9,
-    device_decode_flops_per_s=4.3e12,
-    network_bytes_per_s=1.25e9,
-)
+ORIGINAL = _PAPER.rates("float16", 1, decode_rows=64, prefill_rows=2048)
 # What is assumed of the machine: copies from registered memory go both ways at the link's speed,
 # decode's matrix products are bound by memory before they are by flops, host attention reads at
 # half of the memory's speed, and the disk reads 2 GB/s and writes 1 (with the released code's

@@ -94,25 +94,26 @@ class Planner:
             )
 
     def promising(self) -> list[Sketch]:
-        """The fastest first: of a coarse grid, and around its best as long as that finds better."""
+        """The fastest first: of a coarse grid, around its best as long as that finds better, and of
+        the best with every size of tile."""
         sizes, batches, tiles = self.search.batch_sizes, self.search.batches, self.search.tiles
         found = self._sketched(self._shapes(sizes[::COARSE], batches[::COARSE], tiles[:1]))
         tried = {sketch.shape for sketch in found}
-        centres = found[:2]
-        while centres:
-            near = [
-                shape
-                for it in centres
-                for shape in self._shapes(
-                    _around(it.shape.gpu_batch_size, sizes),
-                    _around(it.shape.num_gpu_batches, batches),
-                    tiles,
+        centre = None
+        while found and found[0] is not centre:
+            centre = found[0]
+            near = {
+                *self._shapes(
+                    _around(centre.shape.gpu_batch_size, sizes),
+                    _around(centre.shape.num_gpu_batches, batches),
+                    tiles[:1],
                 )
-                if shape not in tried
-            ]
-            tried.update(near)
-            best, found = found[0], self._merged(found, self._sketched(near))
-            centres = found[:1] if found[0] is not best else []
+            }
+            found = _fastest(found, self._sketched(near - tried))
+            tried |= near
+        best = [sketch.shape for sketch in found[:FINALISTS]]
+        larger = (it for tile in tiles[1:] for shape in best for it in self._tiled(shape, tile))
+        found = _fastest(found, self._sketched(larger))
         return found or self._sketched(self._shapes((1, 2), (1,), tiles[:1]))
 
     def sketches(self) -> list[Sketch]:
@@ -194,16 +195,19 @@ class Planner:
     def _shapes(
         self, sizes: Iterable[int], batches: Iterable[int], tiles: Iterable[int]
     ) -> Iterator[Policy]:
-        """Blocks not twice as large as the job, and larger tiles where prompts fill them."""
+        """Blocks not twice as large as the job."""
         count = len(self.devices)
         extras = self.search.extra_blocks if count > 1 else (0,)
         for size, number, tile, extra in product(sizes, batches, tiles, extras):
-            sequences = size * number * (count + extra)
-            if sequences >= 2 * max(self.job.num_requests, count):
-                continue
-            if tile > self.search.tiles[0] and size * self.job.prompt_len <= self.search.tiles[0]:
-                continue
-            yield Policy(size, number, tile, blocks_in_flight=count + extra)
+            if size * number * (count + extra) < 2 * max(self.job.num_requests, count):
+                shape = Policy(size, number, self.search.tiles[0], blocks_in_flight=count + extra)
+                yield from self._tiled(shape, tile)
+
+    def _tiled(self, shape: Policy, tile: int) -> Iterator[Policy]:
+        """The shape with this tile, unless its prompts fit a smaller one."""
+        smallest = self.search.tiles[0]
+        if tile == smallest or shape.gpu_batch_size * self.job.prompt_len > smallest:
+            yield replace(shape, max_batch_tokens=tile)
 
     def _sketched(self, shapes: Iterable[Policy]) -> list[Sketch]:
         """The fastest first, of those for which there is a placement."""
@@ -213,10 +217,7 @@ class Planner:
                 found.append(self._sketch(shape))
             except Infeasible:
                 continue
-        return self._merged(found)
-
-    def _merged(self, *sketches: list[Sketch]) -> list[Sketch]:
-        return sorted(chain(*sketches), key=lambda it: it.seconds_per_sequence)
+        return _fastest(found)
 
     def _sketch(self, shape: Policy) -> Sketch:
         budgets = [device.budget for device in self.devices]
@@ -316,10 +317,14 @@ def whole(layers: list[float], total: int) -> tuple[int, ...]:
     return tuple(counts)
 
 
+def _fastest(*sketches: list[Sketch]) -> list[Sketch]:
+    return sorted(chain(*sketches), key=lambda it: it.seconds_per_sequence)
+
+
 def _around(value: int, grid: tuple[int, ...]) -> tuple[int, ...]:
-    """The grid's values between the coarse grid's next ones."""
+    """The grid's values as far as the coarse grid's next ones."""
     at = grid.index(value)
-    return grid[max(at - COARSE + 1, 0) : at + COARSE]
+    return grid[max(at - COARSE, 0) : at + COARSE + 1]
 
 
 def _less(budget: Budget, over: dict[str, int]) -> Budget:

@@ -35,8 +35,8 @@ MMAP_THRESHOLD = 4 * 2**20
 
 @dataclass(frozen=True)
 class Machine:
-    """What a worker finds where it runs; bytes are those free now. hardware: its rates, if they were
-    calibrated."""
+    """What a worker finds where it runs; bytes are those free now. hardware: its rates, if they
+    were calibrated."""
 
     host: str
     device: str

@@ -1,0 +1,159 @@
+"""Everything that a planner needs to know of this machine's device, links, disk and host, measured.
+
+Shapes are those of common models, not of one. Knows what to measure; how is measure.py's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+
+import torch
+
+from flexgen_ray.cost.hardware import (
+    AttentionRates,
+    DeviceRates,
+    DiskRates,
+    GemmRates,
+    HostRates,
+    LinkRates,
+)
+from flexgen_ray.models.host_kernel import KERNELS, load
+from flexgen_ray.runtime.crews import Cores
+from flexgen_ray.runtime.measure import Bench, CacheShape
+from flexgen_ray.store.weights import TORCH_DTYPE
+
+Announce = Callable[[str], None]  # called with the name of each measurement as it begins
+
+QUERIES_PER_KV_HEAD = (1, 4, 8)
+GEMM_ROWS = (1, 4, 16, 64, 256, 1024)
+_SLOW_PRODUCT_SECONDS = 0.25
+_HOST = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Effort:
+    """Seconds for each measurement, bytes of each of two buffers, and the shapes that are used;
+    width: of a square weight on a CPU, half that of one on a GPU."""
+
+    seconds: float
+    nbytes: int
+    width: int
+    cache: CacheShape
+
+
+THOROUGH = Effort(0.5, 256 * 2**20, 4096, CacheShape(16, 8, 8, 544, 128))
+QUICK = Effort(0.005, 8 * 2**20, 512, CacheShape(4, 8, 8, 64, 128))
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Of a machine, without what lies beyond it."""
+
+    link: LinkRates
+    disk: DiskRates
+    host: HostRates
+    device: DeviceRates
+
+
+def count_measurements(device: torch.device) -> int:
+    """How often `measure_machine` announces one."""
+    gemms = len(_gemm_dtypes(device)) * len(GEMM_ROWS)
+    return 8 + len(KERNELS) * len(TORCH_DTYPE) * len(QUERIES_PER_KV_HEAD) + gemms
+
+
+def measure_machine(
+    device: torch.device, cores: Cores, folder: Path, effort: Effort, announce: Announce
+) -> Measured:
+    """Takes twice effort.nbytes of memory, and as much of the folder's disk; gives all back.
+
+    Raises OSError, naming the folder, if its disk doesn't do.
+    """
+    num_threads = torch.get_num_threads()
+    try:
+        with torch.inference_mode(), Bench(device, effort.nbytes, effort.seconds) as bench:
+            announce("disk")
+            disk = DiskRates(*map(_rounded, bench.disk_rates(folder)))
+            torch.set_num_threads(1)  # copies have a core each
+            link = _link(bench, announce)
+            host = _host(bench, effort.cache, cores, announce)
+            torch.set_num_threads(cores.device)
+            return Measured(link, disk, host, _device(bench, effort, announce))
+    finally:
+        torch.set_num_threads(num_threads)
+
+
+def _link(bench: Bench, announce: Announce) -> LinkRates:
+    to_device, to_host = bench.copier(to_device=True), bench.copier(to_device=False)
+    announce("link, host to device")
+    h2d = bench.rate(*to_device)
+    announce("link, device to host")
+    d2h = bench.rate(*to_host)
+    announce("link, both directions")
+    both = bench.together(to_device, to_host)
+    return LinkRates(*map(_rounded, (h2d, d2h, *both)))
+
+
+def _host(bench: Bench, cache: CacheShape, cores: Cores, announce: Announce) -> HostRates:
+    """Attention by kernel, dtype and shape. What the best case moves together with the link is
+    what host memory gives to both."""
+    announce("host memory")
+    torch.set_num_threads(cores.total)
+    read = bench.read_rate(_HOST)
+    torch.set_num_threads(cores.host)
+    kernels = {name: load(name, cores.host) for name in KERNELS}
+    copying = bench.copier(to_device=True)
+    entries, joint = [], 0.0
+    for name, dtype, group in product(kernels, TORCH_DTYPE, QUERIES_PER_KV_HEAD):
+        announce(f"host attention, {name}, {dtype}, {group} queries a KV head")
+        shape = replace(cache, num_heads=group * cache.num_kv_heads)
+        attending = bench.attender(kernels[name], TORCH_DTYPE[dtype], shape)
+        alone = bench.rate(*attending)
+        busy, link = bench.together(attending, copying)
+        entries.append(AttentionRates(name, dtype, group, _rounded(alone), _rounded(busy)))
+        joint = max(joint, busy + link)
+    return HostRates(_rounded(read), _rounded(joint), tuple(entries))
+
+
+def _device(bench: Bench, effort: Effort, announce: Announce) -> DeviceRates:
+    device, is_cpu = bench.device, bench.device.type == "cpu"
+    announce("device memory")
+    memory = bench.read_rate(device)
+    announce("device attention")
+    rows = effort.cache.rows * (1 if is_cpu else 4)
+    dtype = torch.float32 if is_cpu else torch.float16
+    attention = bench.device_attention_rate(dtype, replace(effort.cache, rows=rows))
+    announce("launches")
+    launch = bench.launch_seconds()
+    gemm = tuple(
+        GemmRates(name, tuple(_gemm(bench, effort, name, announce)))
+        for name in _gemm_dtypes(device)
+    )
+    return DeviceRates(is_cpu, _rounded(memory), _rounded(attention), _rounded(launch), gemm)
+
+
+def _gemm(
+    bench: Bench, effort: Effort, dtype: str, announce: Announce
+) -> Iterator[tuple[int, float]]:
+    """(rows, flops a second); no more rows once a product is slow, for its rate has settled."""
+    width = effort.width * (1 if bench.device.type == "cpu" else 2)
+    seconds = 0.0
+    for rows in GEMM_ROWS:
+        announce(f"matrix products, {dtype}, {rows} rows")
+        if seconds < _SLOW_PRODUCT_SECONDS:
+            rate = bench.gemm_rate(TORCH_DTYPE[dtype], rows, (width, width))
+            seconds = 2.0 * rows * width**2 / rate
+            yield rows, _rounded(rate)
+
+
+def _gemm_dtypes(device: torch.device) -> list[str]:
+    """Before Ampere a GPU has no fast products in bfloat16."""
+    has_all = device.type == "cpu" or torch.cuda.get_device_capability(device) >= (8, 0)
+    return [dtype for dtype in TORCH_DTYPE if has_all or dtype != "bfloat16"]
+
+
+def _rounded(rate: float) -> float:
+    """To four digits: measurements aren't better, and files are read by people."""
+    return float(f"{rate:.4g}")

@@ -1,0 +1,208 @@
+"""Short measurements of a machine, one resource or several at a time.
+
+`Bench` has the memory that they use and the time that each may take. A rate is that of the fastest
+run, unless several actions share something: then it is each one's mean. Knows kernels, copies and
+disks; not what their rates are for.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from itertools import cycle
+from math import ceil
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from flexgen_ray.cost.placement import PAGE
+from flexgen_ray.models.host_kernel import Kernel
+from flexgen_ray.models.host_kernel import load as load_kernel
+from flexgen_ray.models.layers import product
+from flexgen_ray.store.disk import DiskTier
+from flexgen_ray.store.memory import MemoryTier
+
+Action = Callable[[], object]
+
+PIECE = 32 * 2**20  # bytes of one copy, as in a run; larger ones are hardly faster
+_HOST = torch.device("cpu")
+_LEAST_SECONDS = 2e-3  # of a run that is timed; shorter actions are repeated
+_MOST_REPEATS = 1000
+
+
+@dataclass(frozen=True)
+class CacheShape:
+    """Keys and values of some rows in one layer, and the query heads that attend them."""
+
+    rows: int
+    num_heads: int
+    num_kv_heads: int
+    context: int
+    head_dim: int
+
+    @property
+    def numel(self) -> int:
+        return 2 * self.rows * self.num_kv_heads * self.context * self.head_dim
+
+
+class Bench(AbstractContextManager):
+    """Two buffers of nbytes, one on the host (registered, with CUDA), one on the device.
+
+    seconds: for each measurement.
+    """
+
+    def __init__(self, device: torch.device, nbytes: int, seconds: float) -> None:
+        self.device = device
+        self.seconds = seconds
+        self.nbytes = nbytes
+        self._tier = MemoryTier("cpu", nbytes, _HOST, pinned=device.type == "cuda")
+        self.host = self._tier.allocate("measurements", nbytes).fill_(1)
+        self.on_device = torch.ones(nbytes, dtype=torch.uint8, device=device)
+        _wait(device)  # copies have streams of their own
+
+    def __exit__(self, *_: object) -> None:
+        self._tier.close()
+
+    def rate(self, amount: float, action: Action, device: torch.device = _HOST) -> float:
+        """Amount a second of the fastest run; a first one, which may compile, is left out.
+
+        device: that the action is issued to, and may go on after the call.
+        """
+        action()
+        _wait(device)
+        count, best = 1, float("inf")
+        begin = now = time.perf_counter()
+        while now < begin + self.seconds or best == float("inf"):
+            started = time.perf_counter()
+            for _ in range(count):
+                action()
+            _wait(device)
+            now = time.perf_counter()
+            taken = max(now - started, 1e-9)
+            best = min(best, taken / count)
+            count = min(max(count, ceil(count * _LEAST_SECONDS / taken)), _MOST_REPEATS)
+        return amount / best
+
+    def together(self, *works: tuple[float, Action]) -> list[float]:
+        """Amounts a second of actions that run at the same time: the first in this thread, the
+        others on a core each. An action returns when its work is done."""
+        for _, action in works:
+            action()
+        num_threads = torch.get_num_threads()
+        deadline = time.perf_counter() + self.seconds
+        try:
+            with ThreadPoolExecutor(len(works), initializer=_take_one_core) as pool:
+                others = [pool.submit(_mean_rate, *work, deadline) for work in works[1:]]
+                first = _mean_rate(*works[0], deadline)
+                return [first, *(other.result() for other in others)]
+        finally:
+            torch.set_num_threads(num_threads)
+
+    def copier(self, to_device: bool) -> tuple[int, Action]:
+        """Bytes of a piece, and what copies the next one over the link and waits for it."""
+        ends = (self.host, self.on_device) if to_device else (self.on_device, self.host)
+        size = min(PIECE, self.nbytes)
+        sources, targets = (end[: self.nbytes // size * size].split(size) for end in ends)
+        pieces = cycle(zip(sources, targets, strict=True))
+        stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+
+        def copy() -> None:
+            source, target = next(pieces)
+            if stream is None:
+                target.copy_(source)
+                return
+            with torch.cuda.stream(stream):
+                target.copy_(source, non_blocking=True)
+            stream.synchronize()
+
+        return size, copy
+
+    def read_rate(self, device: torch.device) -> float:
+        """Bytes a second of a plain read of the host's or the device's memory."""
+        memory = self.host if device.type == "cpu" else self.on_device
+        return self.rate(memory.nbytes, memory.view(torch.float32).sum, device)
+
+    def disk_rates(self, folder: Path) -> tuple[float, float]:
+        """Bytes a second read and written, all of the buffer at a time; OSError names the folder.
+
+        The file has no name: it goes however this ends.
+        """
+        tier = DiskTier(self.nbytes, folder)
+        try:
+            region = tier.allocate("measurements", self.nbytes)
+            write = self.rate(self.nbytes, lambda: region.write(self.host))
+            return self.rate(self.nbytes, lambda: region.read_into(self.host)), write
+        finally:
+            tier.close()
+
+    def gemm_rate(self, dtype: torch.dtype, rows: int, shape: tuple[int, int]) -> float:
+        """Flops a second of a product of so many rows; shape: of its weight, [out, in], of which
+        there are as many as the buffer holds, so that it is read from memory each time."""
+        size = shape[0] * shape[1]
+        weights = cycle(_room(self.on_device, dtype, size).view(-1, *shape))
+        x = torch.full((rows, shape[1]), 0.5, dtype=dtype, device=self.device)
+        return self.rate(2.0 * rows * size, lambda: product(x, next(weights)), self.device)
+
+    def attender(self, kernel: Kernel, dtype: torch.dtype, shape: CacheShape) -> tuple[int, Action]:
+        """Bytes of K and V of some rows, and what attends the next ones on the host."""
+        return _attender(kernel, _room(self.host, dtype, shape.numel), shape)
+
+    def device_attention_rate(self, dtype: torch.dtype, shape: CacheShape) -> float:
+        """Bytes of K and V a second that the device attends in decoding."""
+        memory = _room(self.on_device, dtype, shape.numel)
+        return self.rate(*_attender(load_kernel("sdpa", 1), memory, shape), self.device)
+
+    def launch_seconds(self) -> float:
+        """To issue an op that does next to nothing."""
+        x = torch.zeros(16, device=self.device)
+        return 1 / self.rate(1, lambda: x.add_(1), self.device)
+
+
+def _attender(kernel: Kernel, memory: Tensor, shape: CacheShape) -> tuple[int, Action]:
+    caches = memory.view(-1, 2, shape.rows, shape.num_kv_heads, shape.context, shape.head_dim)
+    q = caches.new_full((shape.rows, shape.num_heads, shape.head_dim), 0.5)
+    lens, out = [shape.context] * shape.rows, torch.empty_like(q)
+    coming = cycle(caches)
+
+    def attend() -> None:
+        k, v = next(coming)
+        kernel(q, k, v, lens, out)
+
+    return caches[0].nbytes, attend
+
+
+def _room(memory: Tensor, dtype: torch.dtype, size: int) -> Tensor:
+    """As many times `size` elements as fit the memory, or else other memory for one; filled with
+    numbers from -1 to 1."""
+    typed = memory.view(dtype)
+    count = len(typed) // size * size
+    room = typed[:count] if count else torch.empty(size, dtype=dtype, device=memory.device)
+    pattern = torch.linspace(-1, 1, PAGE, device=memory.device)
+    whole = len(room) // PAGE * PAGE
+    room[:whole].view(-1, PAGE).copy_(pattern)
+    room[whole:].fill_(0.5)
+    return room
+
+
+@torch.inference_mode()
+def _mean_rate(amount: float, action: Action, deadline: float) -> float:
+    begin, count = time.perf_counter(), 0
+    while not count or time.perf_counter() < deadline:
+        action()
+        count += 1
+    return amount * count / (time.perf_counter() - begin)
+
+
+def _take_one_core() -> None:
+    # A thread's own number holds only after torch has given it the process's, on first use.
+    torch.get_num_threads()
+    torch.set_num_threads(1)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,125 @@
+"""A calibration measures everything, writes what the planner reads, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import dataclasses
+from math import isfinite
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from flexgen_ray import calibrate
+from flexgen_ray.cli import app
+from flexgen_ray.config import HardwareSpec
+from flexgen_ray.cost.hardware import Hardware
+from flexgen_ray.paths import hardware_file
+from flexgen_ray.runtime import calibration
+from flexgen_ray.runtime.crews import Cores
+from flexgen_ray.runtime.measure import Bench
+from flexgen_ray.runtime.worker import Machine
+
+CPU = torch.device("cpu")
+ONE = Cores(1, 1, 1)
+
+
+def all_numbers(value):
+    if dataclasses.is_dataclass(value):
+        value = dataclasses.astuple(value)
+    if isinstance(value, tuple):
+        return [number for it in value for number in all_numbers(it)]
+    return [value] if isinstance(value, int | float) and not isinstance(value, bool) else []
+
+
+def test_a_quick_calibration_writes_a_file_that_the_planner_can_load(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    offload = tmp_path / "offload"
+    command = ["calibrate", "--quick", "--no-ray", "--device", "cpu", "--offload-dir", str(offload)]
+    done = CliRunner().invoke(app, [*command, "--gpu-memory", "64MiB"], catch_exceptions=False)
+    assert done.exit_code == 0
+    assert list(offload.iterdir()) == []
+    hardware = Hardware.load("local")
+    assert hardware == Hardware.from_yaml(hardware_file())
+    numbers = all_numbers(hardware)
+    assert numbers and all(isfinite(number) and number > 0 for number in numbers)
+    assert hardware.device.is_cpu and hardware.memory.gpu == 64 * 2**20
+    assert hardware.network is None and "--no-ray" in hardware.notes
+    for dtype in ("float32", "float16", "bfloat16"):
+        for group in calibration.QUERIES_PER_KV_HEAD:
+            assert isinstance(hardware.rates(dtype, group, 8, 512), HardwareSpec)
+    kernels = {it.kernel for it in hardware.host.attention}
+    assert kernels == {"sdpa", "numba"} and len(hardware.host.attention) == 18
+
+
+def test_the_output_goes_where_it_is_asked_to(tmp_path, monkeypatch):
+    known = Hardware.preset("cpu")
+    monkeypatch.setattr(calibrate, "calibrate", lambda *_: known)
+    path = tmp_path / "machines" / "mine.yaml"
+    done = CliRunner().invoke(app, ["calibrate", "--output", str(path)], catch_exceptions=False)
+    assert done.exit_code == 0 and Hardware.load(path) == known
+    assert "matrix products" in done.stdout and "numba" in done.stdout
+
+
+def test_each_measurement_is_announced_once(tmp_path):
+    announced: list[str] = []
+    calibration.measure_machine(CPU, ONE, tmp_path, calibration.QUICK, announced.append)
+    assert len(announced) == len(set(announced)) == calibration.count_measurements(CPU)
+
+
+def test_a_calibration_that_fails_leaves_no_file_and_torch_as_it_was(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError("the disk has gone")
+
+    threads = torch.get_num_threads()
+    monkeypatch.setattr("flexgen_ray.store.disk.Region.read_into", fail)
+    with pytest.raises(OSError, match="gone"):
+        calibration.measure_machine(CPU, ONE, tmp_path, calibration.QUICK, lambda _: None)
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.undo()
+    monkeypatch.setattr(calibration, "_host", fail)
+    with pytest.raises(OSError, match="gone"):
+        calibration.measure_machine(CPU, ONE, tmp_path, calibration.QUICK, lambda _: None)
+    assert list(tmp_path.iterdir()) == []
+    assert torch.get_num_threads() == threads
+
+
+def test_what_runs_together_is_counted_each_for_itself():
+    counts = [0, 0]
+
+    def count(index):
+        counts[index] += 1
+
+    with Bench(CPU, 2**20, 0.01) as bench:
+        rates = bench.together((1, lambda: count(0)), (10, lambda: count(1)))
+        assert all(rate > 0 for rate in rates) and min(counts) >= 2
+        with pytest.raises(ZeroDivisionError):
+            bench.together((1, lambda: count(0)), (1, lambda: 1 // 0))
+
+
+def test_a_copy_moves_every_piece_of_the_buffer():
+    with Bench(CPU, 3 * 2**20, 0.001) as bench:
+        bench.host.copy_(torch.arange(bench.nbytes) % 251)
+        nbytes, copy = bench.copier(to_device=True)
+        for _ in range(-(-bench.nbytes // nbytes)):
+            copy()
+        assert torch.equal(bench.on_device, bench.host)
+
+
+def test_memory_sizes_are_what_is_free_or_what_is_asked_for():
+    def machine(device, gpu):
+        return Machine("here", device, "X", gpu * 2**30, 64 * 2**30, 2**40, 4, True)
+
+    on_gpu = calibrate.memory_sizes(machine("cuda", 16), None)
+    assert (on_gpu.gpu, on_gpu.cpu) == (16 * 2**30, 64 * 2**30)
+    on_cpu = calibrate.memory_sizes(machine("cpu", 64), 24 * 2**30)
+    assert (on_cpu.gpu, on_cpu.cpu) == (24 * 2**30, 40 * 2**30)
+    with pytest.raises(ValueError, match="more than the 16.0 GiB free on here"):
+        calibrate.memory_sizes(machine("cuda", 16), 17 * 2**30)
+
+
+def test_hops_are_measured_between_two_actors(local_ray, monkeypatch):
+    trips = {calibrate._SMALL_HOP: 3, calibrate._LARGE_HOP: 1}
+    monkeypatch.setattr(calibrate, "_TRIPS", trips)
+    announced: list[str] = []
+    network = calibrate._network(announced.append)
+    assert network.hop_seconds > 0 and network.bytes_per_s > 0 and len(announced) == 1
