@@ -23,8 +23,8 @@ ROOT = Path(__file__).parents[1]
 MAX_TOKENS = 6
 START_SECONDS = 60
 PROMPTS = ["Hello there", "Once upon a time", "2, 4, 6"]
-# `ray start --head` would take fixed ports, and the address of the machine's network. Its agent's port
-# is fixed in `ray.init` too, and another Ray on this machine may have it.
+# `ray start --head` would take fixed ports, and the address of the machine's network. `ray.init`
+# takes a fixed port for its agent, which another Ray on this machine may have.
 HEAD = """
 import signal, ray
 from ray._private.parameter import RayParams

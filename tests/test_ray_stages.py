@@ -145,6 +145,34 @@ def test_a_stage_that_raises_is_replaced_and_its_reason_told(tiny_models, local_
     assert recovery.stages == [1] and "No space left on device" in recovery.reason
 
 
+def test_a_partition_is_noticed_and_costs_no_token(tiny_models, local_ray):
+    """What a stage tells the next is lost from some pass on, and no socket says so."""
+    folder, references = tiny_models["llama"]
+    params = SamplingParams(max_tokens=12, temperature=0.0)
+
+    def cut_off(worker) -> None:
+        """Of this process; another in its place is none the worse."""
+        link_class = type(worker).join.__globals__["GlooLink"]
+        post, count = link_class.post, itertools.count()
+
+        def post_or_lose(link, message):
+            if next(count) < 8:
+                post(link, message)
+
+        link_class.post = post_or_lose
+
+    options = {"pipeline_parallel_size": 3, "faults": Faults(stall_seconds=2)}
+    with LLM(folder, policy=POLICY, dtype="float32", **options) as llm:
+        made = [llm.request(i, reference.prompt, params) for i, reference in enumerate(references)]
+        llm.prepare(made)
+        ray.get(llm._backend._actors[1].__ray_call__.remote(cut_off))
+        outputs = sorted(llm.stream(made), key=lambda output: output.index)
+        assert_same([output.outputs[0] for output in outputs], references)
+        (recovery,) = llm._backend.recoveries
+    # Every stage waits for a neighbour: which of them is cut off nobody can tell.
+    assert recovery.stages == [0, 1, 2] and "stood still" in recovery.reason
+
+
 def test_a_stage_lost_while_nothing_runs_costs_no_more_than_a_new_one(tiny_models, local_ray):
     """Before its weights are there that is an error, after which all is as new; later it heals."""
     folder, references = tiny_models["opt"]

@@ -18,7 +18,8 @@ from pathlib import Path
 
 from flexgen_ray.bench.cgroup import MemoryCgroup
 from flexgen_ray.bench.work import OURS, Run, Work
-from flexgen_ray.runtime.worker import MMAP_THRESHOLD
+
+MMAP_THRESHOLD = 256 * 2**10  # bytes from which a peer's malloc maps what it gives
 
 # Every contestant, and the packages it needs that this project doesn't.
 PACKAGES: dict[str, tuple[str, ...]] = {
@@ -130,8 +131,8 @@ def _launch(
 def _environment(threads: int) -> dict[str, str]:
     """Ours, with one number of threads for everyone and nothing from the network.
 
-    Freed memory goes back to the system at once, as in our own worker: else peers that allocate
-    every layer anew keep ever more of it, and are killed in a small cgroup.
+    Freed memory goes back to the system at once: else peers that allocate every layer and every
+    longer cache anew keep ever more of it, and are killed in a small cgroup.
     """
     counts = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
     quiet = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
