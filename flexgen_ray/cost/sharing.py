@@ -34,7 +34,11 @@ def demand_of(amounts: Amounts, hardware: HardwareSpec) -> Demand:
 
 def speed(shares: Mapping[Resource, float], load: Mapping[Resource, float]) -> float:
     """Of an op, 1 when alone; load: the sum of the shares of all that run, its own included."""
-    return min((1 / max(load[resource], 1.0) for resource in shares), default=1.0)
+    most = 1.0
+    for resource in shares:
+        if load[resource] > most:
+            most = load[resource]
+    return 1 / most
 
 
 class Work:

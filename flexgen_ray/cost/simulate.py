@@ -11,7 +11,7 @@ import math
 import sys
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from flexgen_ray.cost.sharing import Demand, Machine, Work
 from flexgen_ray.schedule.dependencies import Dependencies
@@ -25,26 +25,26 @@ from flexgen_ray.schedule.window import VISITS_AHEAD
 class Stream:
     """A stage's ops in program order, only those that move something, and what each takes.
 
-    window: as the executor's: how many are issued and not over.
+    window: as the executor's: how many are issued and not over. keeps_spans: they take memory.
     """
 
     ops: Iterable[Op]
     demand: Callable[[Op], Demand]
     window: int = sys.maxsize
+    keeps_spans: bool = True
 
 
 @dataclass(frozen=True)
 class Simulated:
-    """A stage's run. spans: of each op, in the order of their ends; visit_ends: seconds from the
-    begin; busy: {lane: seconds} that each lane's ops would take alone."""
+    """A stage's run. seconds: until its last op ended; visit_ends: until each visit had; busy:
+    {lane: seconds} that each lane's ops would take alone; spans: of each op, in the order of their
+    ends, if they are kept.
+    """
 
-    spans: list[Span] = field(default_factory=list)
-    visit_ends: list[float] = field(default_factory=list)
-    busy: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-
-    @property
-    def seconds(self) -> float:
-        return self.spans[-1].end if self.spans else 0.0
+    seconds: float
+    visit_ends: list[float]
+    busy: dict[str, float]
+    spans: list[Span]
 
 
 def simulate(stream: Stream) -> Simulated:
@@ -73,7 +73,7 @@ def simulate_ring(streams: list[Stream], num_blocks: int) -> list[Simulated]:
             stage.end(now)
     if any(stage.is_waiting for stage in stages):
         raise RuntimeError(f"with {num_blocks} blocks, {len(stages)} stages wait for each other")
-    return [stage.simulated for stage in stages]
+    return [stage.simulated() for stage in stages]
 
 
 class _Job(Work):
@@ -111,7 +111,6 @@ class _Stage:
 
     def __init__(self, number: int, stream: Stream, mail: _Mail) -> None:
         self.number = number
-        self.simulated = Simulated()
         self.machine: Machine[_Job] = Machine()
         self._stream = stream
         self._ops = enumerate(stream.ops)
@@ -123,20 +122,28 @@ class _Stage:
         self._touched: list[_Post] = []
         self._in_flight = 0
         self._room = stream.window - 1
-        self._visit_ends: deque[_Job] = deque()
+        self._last_ops: deque[_Job] = deque()  # of the visits that aren't known to be over
+        self._seconds = 0.0
+        self._visit_ends: list[float] = []
+        self._busy: dict[str, float] = defaultdict(float)
+        self._spans: list[Span] = []
 
     @property
     def is_waiting(self) -> bool:
         return self._in_flight > 0
 
+    def simulated(self) -> Simulated:
+        """What has been played so far."""
+        return Simulated(self._seconds, self._visit_ends, dict(self._busy), self._spans)
+
     def issue(self) -> None:
         """As many ops as the window takes; then none until half of it is over."""
-        window, ends = self._stream.window, self._visit_ends
+        window, last_ops = self._stream.window, self._last_ops
         while self._in_flight <= self._room:
-            while len(ends) > VISITS_AHEAD:
-                if not ends[0].is_done:
+            while len(last_ops) > VISITS_AHEAD:
+                if not last_ops[0].is_done:
                     return
-                ends.popleft()
+                last_ops.popleft()
             index, op = next(self._ops, (0, None))
             if op is None:
                 return
@@ -153,7 +160,7 @@ class _Stage:
         self._in_flight += 1
         self._touched.append(job.post)
         if job.op.ends_visit:
-            self._visit_ends.append(job)
+            self._last_ops.append(job)
 
     def start(self, now: float) -> bool:
         """All that may start; whether anything has also ended, for it takes no time."""
@@ -193,10 +200,12 @@ class _Stage:
         op = job.op
         job.queue.popleft()
         job.is_done = True
-        self.simulated.spans.append(Span(op, job.started, now))
-        self.simulated.busy[LANE[op.kind].worker.value] += job.demand.seconds
+        self._seconds = now
+        self._busy[LANE[op.kind].worker.value] += job.demand.seconds
         if op.ends_visit:
-            self.simulated.visit_ends.append(now)
+            self._visit_ends.append(now)
+        if self._stream.keeps_spans:
+            self._spans.append(Span(op, job.started, now))
         for other in job.dependents:
             self.release(other)
         job.dependents.clear()

@@ -6,6 +6,8 @@ plans, rates and rows.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from flexgen_ray.config import HardwareSpec
 from flexgen_ray.cost.demands import stream
 from flexgen_ray.cost.plan import StagePlan
@@ -27,7 +29,7 @@ def simulate_pipeline(plans: list[StagePlan], hardware: list[HardwareSpec], rows
     num_blocks = plans[0].num_blocks
     filling, measured = FIRST_VISITS * num_blocks, LAST_VISITS * num_blocks
     streams = [
-        stream(plan, its, lambda op: rows, filling + measured)
+        replace(stream(plan, its, lambda op: rows, filling + measured), keeps_spans=False)
         for plan, its in zip(plans, hardware, strict=True)
     ]
     ends = simulate_ring(streams, num_blocks)[-1].visit_ends
