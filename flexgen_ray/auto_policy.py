@@ -7,78 +7,84 @@ job's requests need; no Ray.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import fmean
 
-from flexgen_ray.config import Budget, HardwareSpec, ModelConfig
-from flexgen_ray.cost.hardware import ModelRates
-from flexgen_ray.cost.pipeline_plan import Device, Job, Plan
+from flexgen_ray.config import Budget, HardwareSpec, ModelConfig, Workload
+from flexgen_ray.cost.pipeline_plan import Device, Job, ModelRates, Plan
+from flexgen_ray.cost.plan import StagePlan
 from flexgen_ray.cost.planner import Planner, choose
 from flexgen_ray.request import Request
 from flexgen_ray.runtime.crews import divide_cores
 from flexgen_ray.runtime.worker import Machine
 from flexgen_ray.schedule.ops import Lane
-from flexgen_ray.stage_policies import StagePolicies
+from flexgen_ray.stage_policies import StagePolicies, plan_stages
 
 _WITHOUT_CORES = (Lane.DISK_READ, Lane.DISK_WRITE, Lane.RECV, Lane.SEND, Lane.DEVICE_AHEAD)
 
 
 @dataclass(frozen=True)
+class Settled:
+    """Each stage's plan; if it was predicted, the prediction and the rates that it rests on."""
+
+    stages: list[StagePlan]
+    predicted: Plan | None = None
+    rates: list[HardwareSpec] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
 class Run:
-    """What of a run a plan depends on, beside machines and requests; as in Planner."""
+    """What of a run its plan depends on, beside machines and requests; as in StagePlan."""
 
     config: ModelConfig
     dtype: str
     stages_disk: bool
     hops_on_device: bool
-    resumes: bool
+    workload: Workload
 
+    def plan(
+        self,
+        policies: StagePolicies | None,
+        machines: Sequence[Machine],
+        budgets: list[Budget],
+        requests: Sequence[Request],
+    ) -> Settled:
+        """By the given policies; without any, planned where every machine's rates are known for
+        this dtype, and elsewhere the tiers are filled, fastest first.
 
-@dataclass(frozen=True)
-class Planned:
-    """A plan, and the rates of each stage's machine for its shapes."""
+        Raises ValueError, with what lacks, if nothing fits.
+        """
+        are_known = all(it.hardware and it.hardware.knows(self.dtype) for it in machines)
+        if policies is not None or not are_known:
+            return Settled(self._stages(policies, budgets))
+        devices = tuple(map(self._device, range(len(machines)), machines, budgets))
+        planner = Planner(
+            self.config,
+            devices,
+            job_of(requests),
+            self.dtype,
+            stages_disk=self.stages_disk,
+            hops_on_device=self.hops_on_device,
+            resumes=self.workload.resumes,
+        )
+        plan = choose(planner)
+        chosen = StagePolicies(
+            tuple(stage.policy for stage in plan.stages),
+            tuple(stage.num_decoder_layers for stage in plan.stages),
+        )
+        return Settled(self._stages(chosen, budgets), plan, planner.rates(plan.stages[0].policy))
 
-    plan: Plan
-    rates: list[HardwareSpec]
+    def _stages(self, policies: StagePolicies | None, budgets: list[Budget]) -> list[StagePlan]:
+        return plan_stages(
+            self.config, policies, self.workload, self.dtype, budgets, self.stages_disk,
+            self.hops_on_device,
+        )  # fmt: skip
 
-    @property
-    def policies(self) -> StagePolicies:
-        stages = self.plan.stages
-        layers = tuple(stage.num_decoder_layers for stage in stages)
-        return StagePolicies(tuple(stage.policy for stage in stages), layers)
-
-
-def plan_run(
-    run: Run, machines: Sequence[Machine], budgets: Sequence[Budget], requests: Sequence[Request]
-) -> Planned | None:
-    """None if a machine's rates aren't known for this dtype.
-
-    Raises Infeasible, with what lacks, if nothing fits.
-    """
-    if any(it.hardware is None or not it.hardware.knows(run.dtype) for it in machines):
-        return None
-    devices = tuple(
-        _device(run, number, *pair)
-        for number, pair in enumerate(zip(machines, budgets, strict=True))
-    )
-    planner = Planner(
-        run.config,
-        devices,
-        job_of(requests),
-        run.dtype,
-        stages_disk=run.stages_disk,
-        hops_on_device=run.hops_on_device,
-        resumes=run.resumes,
-    )
-    plan = choose(planner)
-    return Planned(plan, planner.rates(plan.stages[0].policy))
-
-
-def _device(run: Run, number: int, machine: Machine, budget: Budget) -> Device:
-    """Its budget is its share of its host's memory already."""
-    assert machine.hardware is not None
-    rates = ModelRates.of(machine.hardware, run.config, run.dtype)
-    return Device(rates, budget, f"stage {number}", _core_shares(machine))
+    def _device(self, number: int, machine: Machine, budget: Budget) -> Device:
+        """Its budget is its share of its host's memory already."""
+        assert machine.hardware is not None
+        rates = ModelRates.of(machine.hardware, self.config, self.dtype)
+        return Device(rates, budget, f"stage {number}", _core_shares(machine))
 
 
 def job_of(requests: Sequence[Request]) -> Job:

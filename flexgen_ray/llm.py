@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
-from flexgen_ray.auto_policy import Run, plan_run
+from flexgen_ray.auto_policy import Run
 from flexgen_ray.backend import execution, start_backend
 from flexgen_ray.config import Faults, HardwareSpec, Policy, Workload
 from flexgen_ray.cost.plan import StagePlan
@@ -33,7 +33,7 @@ from flexgen_ray.request import (
 from flexgen_ray.resources import settle_budgets, settle_dtype
 from flexgen_ray.runtime.stage import StageSpec
 from flexgen_ray.schedule.span import Span
-from flexgen_ray.stage_policies import StagePolicies, plan_stages
+from flexgen_ray.stage_policies import StagePolicies
 from flexgen_ray.tokenizer import Tokenizer
 from flexgen_ray.trace import write_trace
 from flexgen_ray.units import parse_bytes
@@ -176,15 +176,8 @@ class LLM:
         if self._plans is not None and self._plans[0].workload.covers(workload):
             return
         hops_on_device = self.machines[0].device == "cuda" and self._backend.uses_nccl
-        run = Run(self.config, self.dtype, self._stages_disk, hops_on_device, workload.resumes)
-        planned = None
-        if self.policies is None:
-            planned = plan_run(run, self.machines, self.budgets, requests)
-        policies = planned.policies if planned else self.policies
-        plans = plan_stages(
-            self.config, policies, workload, self.dtype, self.budgets, self._stages_disk,
-            hops_on_device,
-        )  # fmt: skip
+        run = Run(self.config, self.dtype, self._stages_disk, hops_on_device, workload)
+        found = run.plan(self.policies, self.machines, self.budgets, requests)
         self._plans = None
         started = time.perf_counter()
         specs = [
@@ -197,18 +190,17 @@ class LLM:
                 seed=self.seed,
                 **self._execution,
             )
-            for plan, budget, machine in zip(plans, self.budgets, self.machines, strict=True)
+            for plan, budget, machine in zip(found.stages, self.budgets, self.machines, strict=True)
         ]
         if self._measures:
             rates = self._backend.rates(specs[0])
             specs = [replace(spec, hardware=rates) for spec in specs]
-        elif planned and self._execution["hardware"] is None:
-            pairs = zip(specs, planned.rates, strict=True)
+        elif found.rates and self._execution["hardware"] is None:
+            pairs = zip(specs, found.rates, strict=True)
             specs = [replace(spec, hardware=rates) for spec, rates in pairs]
         self._backend.load(specs)
-        self._plans = plans
-        plan_of_run = planned.plan if planned else None
-        self.report = Report(time.perf_counter() - started, plan_of_run)
+        self._plans = found.stages
+        self.report = Report(time.perf_counter() - started, found.predicted)
 
     @property
     def _stages_disk(self) -> bool:

@@ -46,7 +46,8 @@ def plan(
 
     Example: flexgen-ray plan --model opt-30b --hardware t4 --stages 4 --num-requests 1000000
     """
-    from flexgen_ray.cost.planner import Planner, Search
+    from flexgen_ray.cost.grid import Search
+    from flexgen_ray.cost.planner import Planner
     from flexgen_ray.plan_report import PlanReport
     from flexgen_ray.planning import Job, compare, devices_of, read_job, read_nodes
 

@@ -16,9 +16,10 @@ import yaml
 
 from flexgen_ray.config import Budget, HardwareSpec, ModelConfig
 from flexgen_ray.cost.corners import ON_DEVICE
-from flexgen_ray.cost.hardware import Hardware, ModelRates
-from flexgen_ray.cost.pipeline_plan import Device, Job, Plan, Rates
-from flexgen_ray.cost.planner import Infeasible, Planner, Search, choose
+from flexgen_ray.cost.grid import Search
+from flexgen_ray.cost.hardware import Hardware
+from flexgen_ray.cost.pipeline_plan import Device, Job, ModelRates, Plan, Rates
+from flexgen_ray.cost.planner import Infeasible, Planner, choose
 
 NODE_KEYS = ("hardware", "count", "gpus")
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated
@@ -18,15 +19,23 @@ import typer
 from flexgen_ray.bench import t4
 from flexgen_ray.bench.result import finish
 from flexgen_ray.config import Budget, Faults, HardwareSpec, ModelConfig, Placement
+from flexgen_ray.cost.demands import Demands
+from flexgen_ray.cost.grid import BATCH_SIZES, BATCHES, TILES, Search
+from flexgen_ray.cost.pipeline_plan import Job
 from flexgen_ray.cost.plan import StagePlan
+from flexgen_ray.cost.planner import Planner, choose
 from flexgen_ray.cost.predict import decoding, visit_seconds
 from flexgen_ray.models.shapes import shape_config
 from flexgen_ray.options import JsonOption
 from flexgen_ray.plot import draw_scaling
 from flexgen_ray.request import Request, SamplingParams
+from flexgen_ray.rows import Rows
 from flexgen_ray.runtime.meter import Measured, Visit
 from flexgen_ray.runtime.stage import StageSpec
+from flexgen_ray.schedule.ops import Op
+from flexgen_ray.schedule.zigzag import zigzag
 
+MIDDLE = t4.PROMPT_LEN + t4.MAX_TOKENS // 2
 CELL_SECONDS = 6e-3  # wall time of a cell that the time scale aims at
 # Four T4 machines: FlexGen's decode and generation throughput (table 4), for 1 and 4 GPUs.
 PAPER = {
@@ -71,7 +80,12 @@ def scaling(
             _say(f"{model} x {count}: {best}")
         result["models"][model] = {"stages": runs, "paper": PAPER.get(model)} | _ratios(runs)
     result["machine"] = {"rates": asdict(t4.MACHINE), "budget": asdict(t4.BUDGET)}
-    result["grid"] = t4.GRID
+    result["grid"] = {
+        "gpu_batch_size": BATCH_SIZES,
+        "num_gpu_batches": BATCHES,
+        "max_batch_tokens": TILES,
+        "placement": "by linear programming",
+    }
     if plot is not None:
         draw_scaling(result, plot)
     finish(result, "emulated T4 machines", json_file)
@@ -88,13 +102,26 @@ class Likeness:
     @property
     def time_scale(self) -> float:
         """So that a cell of a decoding pass takes CELL_SECONDS of wall time."""
-        position = t4.PROMPT_LEN + t4.MAX_TOKENS // 2
         slowest = max(
-            max(visit_seconds(plan, self.hardware, decoding(plan, position)).values())
+            max(visit_seconds(plan, self.hardware, decoding(plan, MIDDLE)).values())
             / (len(plan.stage.in_schedule) * plan.policy.num_gpu_batches)
             for plan in self.plans
         )
         return CELL_SECONDS / slowest
+
+    def op_times(self) -> dict:
+        """How long the ops of a decoding visit are in wall time, those of all stages."""
+        seconds: list[float] = []
+        for plan in self.plans:
+            demands = Demands(plan, self.hardware, _always(decoding(plan, MIDDLE)))
+            ops = zigzag(plan.stage, plan.policy.num_gpu_batches, range(1))
+            seconds += [self.time_scale * demands(op).seconds for op in ops]
+        taken = [it for it in seconds if it]
+        long = sum(it for it in taken if it >= 1e-3)
+        return {
+            "mean_op_ms": round(1e3 * sum(taken) / len(taken), 3),
+            "share_of_time_in_ops_of_1_ms_or_more": round(long / sum(taken), 4),
+        }
 
     def specs(self, folder: str) -> list[StageSpec]:
         return [
@@ -111,6 +138,10 @@ class Likeness:
             )
             for plan in self.plans
         ]
+
+
+def _always(rows: Rows) -> Callable[[Op], Rows]:
+    return lambda op: rows
 
 
 def _small(plan: StagePlan) -> StagePlan:
@@ -185,20 +216,21 @@ def _steady_share(measured: Measured, num_blocks: int) -> tuple[str, float]:
 
 
 def _best_run(config: ModelConfig, num_stages: int, num_blocks: int, most: int) -> dict:
-    """The grid's best by the cost model, decode and generation weighing alike, run."""
-    found = list(t4.candidates(config, num_stages, num_blocks, most))
-    best = max(found, key=lambda it: it.decode_tokens_per_s * it.generation_tokens_per_s)
+    """The planner's choice for so many blocks, run."""
+    job = Job.uniform(most, t4.PROMPT_LEN, t4.MAX_TOKENS)
+    search = Search(extra_blocks=(num_blocks - num_stages,))
+    best = choose(Planner(config, t4.machines(num_stages), job, "float16", search))
+    likeness = Likeness(best.stages, t4.MACHINE)
     predicted = {
         "predicted_decode_tokens_per_s": round(best.decode_tokens_per_s, 3),
-        "predicted_generation_tokens_per_s": round(best.generation_tokens_per_s, 3),
+        "predicted_generation_tokens_per_s": round(best.tokens_per_s, 3),
     }
-    return run(Likeness(best.plans, t4.MACHINE)) | predicted | {"candidates": len(found)}
+    return run(likeness) | predicted | likeness.op_times()
 
 
 def _as_the_original() -> dict:
     """One stage with the original's policy and constants, one op after the other."""
-    plans = t4.plan_stages(shape_config("opt-30b"), 1, t4.ORIGINAL_POLICY)
-    found = run(Likeness(plans, t4.ORIGINAL, "serial"))
+    found = run(Likeness([t4.original_plan(shape_config("opt-30b"))], t4.ORIGINAL, "serial"))
     measured, published = found["decode_tokens_per_s"], PAPER["opt-30b"]["decode"][0]
     _say(f"the original's policy, constants and serial sums: {measured} against {published}")
     return found | {"published": published, "ratio": round(measured / published, 4)}

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from math import log
 from pathlib import Path
 
-from flexgen_ray.config import DTYPE_BYTES, Budget, HardwareSpec, ModelConfig
+from flexgen_ray.config import DTYPE_BYTES, Budget, HardwareSpec
 from flexgen_ray.cost.yaml_fields import Table, check_rates, check_table, read_yaml, to_yaml
 from flexgen_ray.paths import hardware_file
 
@@ -264,23 +264,6 @@ class Hardware:
     def to_yaml(self) -> str:
         """Text that `from_yaml` reads as an equal machine."""
         return to_yaml(self)
-
-
-@dataclass(frozen=True)
-class ModelRates:
-    """A machine's rates for one model, by the rows of its products in decode and in prefill."""
-
-    hardware: Hardware
-    dtype: str
-    queries_per_kv_head: int
-
-    @staticmethod
-    def of(hardware: Hardware, config: ModelConfig, dtype: str) -> ModelRates:
-        return ModelRates(hardware, dtype, config.num_heads // config.num_kv_heads)
-
-    def __call__(self, decode_rows: int, prefill_rows: int) -> HardwareSpec:
-        shape = self.dtype, self.queries_per_kv_head
-        return self.hardware.rates(*shape, decode_rows, prefill_rows)
 
 
 def interpolate(table: Iterable[tuple[int, float]], number: float) -> float:

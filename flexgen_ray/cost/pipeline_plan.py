@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from flexgen_ray.config import Budget, HardwareSpec
+from flexgen_ray.config import Budget, HardwareSpec, ModelConfig
 from flexgen_ray.cost.corners import PHASES
+from flexgen_ray.cost.hardware import Hardware
 from flexgen_ray.cost.plan import StagePlan
 
 PLAYED = "the schedule"  # among the seconds: what playing the ops gave
@@ -53,6 +54,23 @@ class Device:
     budget: Budget
     node: str = ""
     core_shares: tuple[tuple[str, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class ModelRates:
+    """A machine's rates for one model, by the rows of its products in decode and in prefill."""
+
+    hardware: Hardware
+    dtype: str
+    queries_per_kv_head: int
+
+    @staticmethod
+    def of(hardware: Hardware, config: ModelConfig, dtype: str) -> ModelRates:
+        return ModelRates(hardware, dtype, config.num_heads // config.num_kv_heads)
+
+    def __call__(self, decode_rows: int, prefill_rows: int) -> HardwareSpec:
+        shape = self.dtype, self.queries_per_kv_head
+        return self.hardware.rates(*shape, decode_rows, prefill_rows)
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,13 @@ stores can hold, checked against every budget, and judged anew. Knows rates and 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from itertools import chain, islice, product
+from itertools import chain, islice
 
 from flexgen_ray.config import TIERS, Budget, HardwareSpec, ModelConfig, Policy, Workload
-from flexgen_ray.cost.corners import PHASES, SHARES, Corners, Share, policy_of, shares_of
+from flexgen_ray.cost.corners import PHASES, Corners, policy_of, shares_of
+from flexgen_ray.cost.grid import Grid, Search
 from flexgen_ray.cost.lp import LANES, SHARED_SECONDS, Aim, Infeasible, StageProblem, solve
 from flexgen_ray.cost.pipeline_plan import PLAYED, Device, Job, Plan
 from flexgen_ray.cost.plan import StagePlan
@@ -20,29 +21,8 @@ from flexgen_ray.cost.sizes import stage_bytes, totals
 from flexgen_ray.cost.steady import simulate_pipeline
 from flexgen_ray.schedule.zigzag import StageLayers
 
-BATCH_SIZES = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
-# With one batch nothing overlaps.
-BATCHES = (2, 3, 4, 6, 8, 12, 16)
-# A coarse grid of every so many is tried first.
-COARSE = 2
-TILES = (512, 2048)
 FINALISTS = 4
 ROUNDS = 6  # of tightening budgets until whole tensors and rows fit them
-
-
-@dataclass(frozen=True)
-class Search:
-    """What may be chosen. layers: of each stage, if they are settled; max_seconds: that a block may
-    take; shares, overlaps: as in lp.Aim; extra_blocks: in flight beyond the number of stages."""
-
-    batch_sizes: tuple[int, ...] = BATCH_SIZES
-    batches: tuple[int, ...] = BATCHES
-    tiles: tuple[int, ...] = TILES
-    extra_blocks: tuple[int, ...] = (0, 1)
-    layers: tuple[int, ...] | None = None
-    max_seconds: float | None = None
-    shares: tuple[Share, ...] = SHARES
-    overlaps: bool = True
 
 
 @dataclass(frozen=True)
@@ -96,30 +76,22 @@ class Planner:
     def promising(self) -> list[Sketch]:
         """The fastest first: of a coarse grid, around its best as long as that finds better, and of
         the best with every size of tile."""
-        sizes, batches, tiles = self.search.batch_sizes, self.search.batches, self.search.tiles
-        found = self._sketched(self._shapes(sizes[::COARSE], batches[::COARSE], tiles[:1]))
+        grid = self._grid
+        found = self._sketched(grid.coarse())
         tried = {sketch.shape for sketch in found}
         centre = None
         while found and found[0] is not centre:
             centre = found[0]
-            near = {
-                *self._shapes(
-                    _around(centre.shape.gpu_batch_size, sizes),
-                    _around(centre.shape.num_gpu_batches, batches),
-                    tiles[:1],
-                )
-            }
-            found = _fastest(found, self._sketched(near - tried))
+            near = set(grid.around(centre.shape)) - tried
+            found = _fastest(found, self._sketched(near))
             tried |= near
         best = [sketch.shape for sketch in found[:FINALISTS]]
-        larger = (it for tile in tiles[1:] for shape in best for it in self._tiled(shape, tile))
-        found = _fastest(found, self._sketched(larger))
-        return found or self._sketched(self._shapes((1, 2), (1,), tiles[:1]))
+        found = _fastest(found, self._sketched(grid.with_larger_tiles(best)))
+        return found or self._sketched(grid.smallest())
 
     def sketches(self) -> list[Sketch]:
         """Of the whole grid; slower."""
-        search = self.search
-        return self._sketched(self._shapes(search.batch_sizes, search.batches, search.tiles))
+        return self._sketched(self._grid.all())
 
     def plan(self, shape: Policy) -> Plan | None:
         """The shape's best placement in whole layers, tensors and rows; None if there is none."""
@@ -192,22 +164,9 @@ class Planner:
     def _settled_layers(self) -> tuple[int, ...] | None:
         return (self.config.num_layers,) if len(self.devices) == 1 else self.search.layers
 
-    def _shapes(
-        self, sizes: Iterable[int], batches: Iterable[int], tiles: Iterable[int]
-    ) -> Iterator[Policy]:
-        """Blocks not twice as large as the job."""
-        count = len(self.devices)
-        extras = self.search.extra_blocks if count > 1 else (0,)
-        for size, number, tile, extra in product(sizes, batches, tiles, extras):
-            if size * number * (count + extra) < 2 * max(self.job.num_requests, count):
-                shape = Policy(size, number, self.search.tiles[0], blocks_in_flight=count + extra)
-                yield from self._tiled(shape, tile)
-
-    def _tiled(self, shape: Policy, tile: int) -> Iterator[Policy]:
-        """The shape with this tile, unless its prompts fit a smaller one."""
-        smallest = self.search.tiles[0]
-        if tile == smallest or shape.gpu_batch_size * self.job.prompt_len > smallest:
-            yield replace(shape, max_batch_tokens=tile)
+    @property
+    def _grid(self) -> Grid:
+        return Grid(self.search, self.job, len(self.devices))
 
     def _sketched(self, shapes: Iterable[Policy]) -> list[Sketch]:
         """The fastest first, of those for which there is a placement."""
@@ -319,12 +278,6 @@ def whole(layers: list[float], total: int) -> tuple[int, ...]:
 
 def _fastest(*sketches: list[Sketch]) -> list[Sketch]:
     return sorted(chain(*sketches), key=lambda it: it.seconds_per_sequence)
-
-
-def _around(value: int, grid: tuple[int, ...]) -> tuple[int, ...]:
-    """The grid's values as far as the coarse grid's next ones."""
-    at = grid.index(value)
-    return grid[max(at - COARSE, 0) : at + COARSE + 1]
 
 
 def _less(budget: Budget, over: dict[str, int]) -> Budget:
