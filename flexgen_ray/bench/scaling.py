@@ -111,11 +111,11 @@ class Likeness:
 
     def op_times(self) -> dict:
         """How long the ops of a decoding visit are in wall time, those of all stages."""
-        seconds: list[float] = []
+        scale, seconds = self.time_scale, list[float]()
         for plan in self.plans:
             demands = Demands(plan, self.hardware, _always(decoding(plan, MIDDLE)))
             ops = zigzag(plan.stage, plan.policy.num_gpu_batches, range(1))
-            seconds += [self.time_scale * demands(op).seconds for op in ops]
+            seconds += [scale * demands(op).seconds for op in ops]
         taken = [it for it in seconds if it]
         long = sum(it for it in taken if it >= 1e-3)
         return {

@@ -11,9 +11,17 @@ from dataclasses import dataclass, replace
 from itertools import chain, islice
 
 from flexgen_ray.config import TIERS, Budget, HardwareSpec, ModelConfig, Policy, Workload
-from flexgen_ray.cost.corners import PHASES, Corners, policy_of, shares_of
+from flexgen_ray.cost.corners import ON_DEVICE, PHASES, Corners, policy_of, shares_of
 from flexgen_ray.cost.grid import Grid, Search
-from flexgen_ray.cost.lp import LANES, SHARED_SECONDS, Aim, Infeasible, StageProblem, solve
+from flexgen_ray.cost.lp import (
+    LANES,
+    SHARED_SECONDS,
+    Aim,
+    Infeasible,
+    Solution,
+    StageProblem,
+    solve,
+)
 from flexgen_ray.cost.pipeline_plan import PLAYED, Device, Job, Plan
 from flexgen_ray.cost.plan import StagePlan
 from flexgen_ray.cost.predict import decoding, prefilling
@@ -21,7 +29,7 @@ from flexgen_ray.cost.sizes import stage_bytes, totals
 from flexgen_ray.cost.steady import simulate_pipeline
 from flexgen_ray.schedule.zigzag import StageLayers
 
-FINALISTS = 4
+FINALISTS = 2
 ROUNDS = 6  # of tightening budgets until whole tensors and rows fit them
 
 
@@ -99,11 +107,7 @@ class Planner:
         layers = self._settled_layers
         for _ in range(ROUNDS):
             try:
-                solution = solve(
-                    self._problems(shape, budgets, layers),
-                    self.config.num_layers,
-                    self._aim(shape),
-                )
+                solution = self._solve(shape, budgets, layers)
             except Infeasible:
                 return None
             if layers is None:
@@ -180,10 +184,21 @@ class Planner:
 
     def _sketch(self, shape: Policy) -> Sketch:
         budgets = [device.budget for device in self.devices]
-        problems, aim = self._problems(shape, budgets, self._settled_layers), self._aim(shape)
-        solution = solve(problems, self.config.num_layers, aim)
+        solution, aim = self._solve(shape, budgets, self._settled_layers), self._aim(shape)
         seconds = sum(aim.visits(it) * solution.seconds[it] for it in PHASES)
         return Sketch(seconds / shape.block_size, seconds * (shape.blocks_in_flight or 1), shape)
+
+    def _solve(
+        self, shape: Policy, budgets: list[Budget], layers: tuple[int, ...] | None
+    ) -> Solution:
+        """With hidden states on the device if that fits: their trips take little of any lane, but
+        every layer would wait for them, which the program doesn't see."""
+        problems, aim = self._problems(shape, budgets, layers), self._aim(shape)
+        near = tuple(it for it in aim.shares if it.what != "activations" or it in ON_DEVICE)
+        try:
+            return solve(problems, self.config.num_layers, replace(aim, shares=near))
+        except Infeasible:
+            return solve(problems, self.config.num_layers, aim)
 
     def _aim(self, shape: Policy) -> Aim:
         whole_model = StageLayers.whole(self.config.num_layers)
@@ -281,5 +296,7 @@ def _fastest(*sketches: list[Sketch]) -> list[Sketch]:
 
 
 def _less(budget: Budget, over: dict[str, int]) -> Budget:
-    left = {tier: getattr(budget, tier) - int(1.05 * over.get(tier, 0)) for tier in TIERS}
+    """By what was too much, and a little more, for a row or a tensor is a step."""
+    cuts = {tier: nbytes + getattr(budget, tier) // 256 for tier, nbytes in over.items()}
+    left = {tier: getattr(budget, tier) - cuts.get(tier, 0) for tier in TIERS}
     return Budget(**{tier: max(nbytes, 0) for tier, nbytes in left.items()})

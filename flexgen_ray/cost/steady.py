@@ -14,8 +14,8 @@ from flexgen_ray.cost.plan import StagePlan
 from flexgen_ray.cost.simulate import simulate_ring
 from flexgen_ray.rows import Rows
 
-FIRST_VISITS = 2  # in which lanes and slots fill
-LAST_VISITS = 2
+FIRST_VISITS = 1  # in which lanes and slots fill
+LAST_VISITS = 1
 
 
 def steady_visit(plan: StagePlan, hardware: HardwareSpec, rows: Rows) -> float:
