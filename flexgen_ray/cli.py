@@ -35,6 +35,7 @@ from flexgen_ray.options import (
     TraceOption,
     TransportOption,
 )
+from flexgen_ray.plan_command import plan
 
 if TYPE_CHECKING:
     from flexgen_ray.llm import LLM
@@ -48,6 +49,7 @@ app = typer.Typer(
 
 
 app.add_typer(bench)
+app.command()(plan)
 
 
 def _version(wanted: bool) -> None:

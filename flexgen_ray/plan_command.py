@@ -13,7 +13,7 @@ from flexgen_ray.options import JsonOption
 
 HardwareOption = Annotated[
     list[str] | None,
-    typer.Option(help="A preset, a file, or local; again for each further machine."),
+    typer.Option(help="auto (this machine, calibrated), a preset or a file; again for each more."),
 ]
 
 
@@ -53,7 +53,7 @@ def plan(
 
     if dtype not in DTYPE_BYTES:
         raise ValueError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPE_BYTES)}")
-    machines = read_nodes(nodes) if nodes else _machines(hardware or ["local"], stages)
+    machines = read_nodes(nodes) if nodes else _machines(hardware or ["auto"], stages)
     if nodes and (hardware or stages):
         raise ValueError("--nodes says all about the machines; leave --hardware and --stages out")
     job = (
@@ -86,10 +86,10 @@ def plan(
 
 
 def _machines(names: list[str], stages: int | None) -> list:
-    from flexgen_ray.cost.hardware import Hardware
+    from flexgen_ray.cost.hardware import LOCAL, Hardware
     from flexgen_ray.planning import Node
 
-    machines = [Node(Hardware.load(name)) for name in names]
+    machines = [Node(Hardware.load(LOCAL if name == "auto" else name)) for name in names]
     if stages is None:
         return machines
     if len(machines) not in (1, stages):

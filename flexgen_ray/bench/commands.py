@@ -7,6 +7,7 @@ import typer
 from flexgen_ray.bench.attention import attention
 from flexgen_ray.bench.issue import issue
 from flexgen_ray.bench.lanes import lanes
+from flexgen_ray.bench.paper import paper
 from flexgen_ray.bench.peers import peers
 from flexgen_ray.bench.ring import ring
 from flexgen_ray.bench.scaling import scaling
@@ -22,3 +23,4 @@ app.command()(issue)
 app.command()(scaling)
 app.command()(ring)
 app.command()(simulate)
+app.command()(paper)

@@ -7,9 +7,13 @@ stages of a node share, with every tier within its budget. Knows corners; choose
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 
+import highspy
 import pulp
 
 from flexgen_ray.config import Budget
@@ -199,7 +203,22 @@ class _Program:
 
 
 def _is_solved(problem: pulp.LpProblem) -> bool:
-    return pulp.LpStatus[problem.solve(pulp.HiGHS(msg=False))] == "Optimal"
+    return pulp.LpStatus[problem.solve(_solver())] == "Optimal"
+
+
+@cache
+def _solver() -> pulp.HiGHS:
+    """HiGHS says its name on standard output, which is for results, when it is first made."""
+    sys.stdout.flush()
+    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 1)
+        highspy.Highs()
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)
+    return pulp.HiGHS(msg=False)
 
 
 def _value(variable: pulp.LpVariable | float) -> float:

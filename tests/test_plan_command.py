@@ -1,0 +1,141 @@
+"""`flexgen-ray plan` and runs without a policy: plans that say what they rest on, and fit."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+from test_exactness import assert_same
+
+from flexgen_ray import LLM, Hardware, SamplingParams
+from flexgen_ray.cost.grid import Search
+from flexgen_ray.cost.pipeline_plan import Job
+from flexgen_ray.models.shapes import shape_config
+from flexgen_ray.paths import hardware_file
+from flexgen_ray.plan_report import PlanReport
+from flexgen_ray.planning import Node, compare, read_job, read_nodes
+from flexgen_ray.stage_policies import StagePolicies
+
+FEW = Search(batch_sizes=(4, 16), batches=(2, 4), tiles=(512,), extra_blocks=(0,))
+
+
+def plan(*options: object) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "flexgen_ray", "plan", *map(str, options)],
+        capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
+
+
+def test_a_plan_for_a_machine_one_does_not_own(tmp_path):
+    """Printed, as JSON, and as a policy that a run would take."""
+    policy, result = tmp_path / "policy.yaml", tmp_path / "plan.json"
+    done = plan(
+        "--model", "opt-6.7b", "--hardware", "t4", "--num-requests", 100, "--prompt-len", 128,
+        "--max-tokens", 16, "--price-per-hour", 0.5, "--policy-out", policy, "--json", result,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "predicted" in done.stdout and "$ per million tokens" in done.stdout
+    assert "HiGHS" not in done.stdout
+    found = json.loads(result.read_text())
+    assert found["fits"] and found["predicted"]
+    machine = Hardware.preset("t4").budget
+    for tier, nbytes in found["bytes"].items():
+        assert nbytes <= getattr(machine, tier)
+    (stage,) = found["stages"]
+    given = StagePolicies.from_yaml(policy).policies[0]
+    assert given.weights.fractions == tuple(stage["policy"]["weights"].values())
+    assert given.gpu_batch_size == stage["policy"]["gpu_batch_size"]
+    assert {it["name"] for it in found["alternatives"]} == {"everything on the GPUs"}
+    assert found["tokens_per_s"] > 0 and found["binding_lane"] in done.stdout
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--hardware", "t5"], "presets are a100-80"),
+        (["--hardware", "t4", "--dtype", "float8"], "dtype is 'float8'"),
+        (["--hardware", "t4", "--prompt-len", "4000"], "the model's context is 2048"),
+        (["--hardware", "t4", "--hardware", "h100", "--stages", "3"], "--stages 3, but 2 machines"),
+        (["--workload", "/nowhere.csv", "--hardware", "t4"], "/nowhere.csv"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused_in_a_line(options, message):
+    done = plan("--model", "opt-6.7b", *options)
+    assert done.returncode == 1
+    assert message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_two_machines_are_better_than_one_and_replicas_are_compared():
+    config, job = shape_config("opt-30b"), Job.uniform(1000, 128, 16)
+    machine = Node(Hardware.preset("t4"))
+    one = compare(config, [machine], job, "float16", FEW)
+    two = compare(config, [machine, machine], job, "float16", FEW)
+    assert two.plan.tokens_per_s > one.plan.tokens_per_s
+    by_name = {it.name: it for it in two.alternatives}
+    replicas = by_name["2 independent replicas"]
+    assert replicas.tokens_per_s == pytest.approx(2 * one.plan.tokens_per_s, rel=0.02)
+    assert by_name["everything on the GPUs"].tokens_per_s is None
+    lines = PlanReport("opt-30b", ["t4", "t4"], two).lines()
+    assert any("everything on the GPUs: not possible" in line for line in lines)
+    upgrade = {it.name: it.tokens_per_s for it in one.upgrades}["one more such machine"]
+    assert upgrade == pytest.approx(two.plan.tokens_per_s, rel=0.02)
+
+
+def test_lengths_and_machines_are_read_from_files(tmp_path):
+    lengths = tmp_path / "lengths.csv"
+    lengths.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n2023,100,10\n2023,300,20\n")
+    job = read_job(lengths)
+    assert (job.num_requests, job.prompt_len, job.max_seq_len) == (2, 300, 320)
+    assert (job.mean_prompt_len, job.mean_tokens) == (200, 15)
+    assert read_job(lengths, 7).num_requests == 7
+    lengths.write_text("10,5\n10,zero\n")
+    with pytest.raises(ValueError, match="lengths.csv, line 2"):
+        read_job(lengths)
+    nodes = tmp_path / "nodes.yaml"
+    nodes.write_text("- {hardware: t4, count: 2}\n- {hardware: a100-80, gpus: 4}\n")
+    assert [(it.hardware.name, it.gpus) for it in read_nodes(nodes)] == [
+        ("t4", 1), ("t4", 1), ("a100-80", 4),
+    ]  # fmt: skip
+    for text in ("hardware: t4", "- {count: 2}", "- {hardware: t4, gpus: 0}", "- {hardwar: t4}"):
+        nodes.write_text(text)
+        with pytest.raises(ValueError, match="nodes.yaml: "):
+            read_nodes(nodes)
+
+
+@pytest.fixture
+def calibrated():
+    """This node, as if it had been measured."""
+    path = hardware_file()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(Hardware.preset("cpu").to_yaml())
+    yield
+    path.unlink()
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_a_calibrated_machine_plans_its_runs_and_says_how_right_it_was(
+    tiny_models, calibrated, stages
+):
+    folder, references = tiny_models["llama"]
+    budget = {"gpu_memory": "1MiB", "cpu_memory": "2MiB", "disk_memory": "64MiB"}
+    options = budget | {"use_ray": False, "pipeline_parallel_size": stages}
+    with LLM(folder, dtype="float32", device="cpu", **options) as llm:
+        params = SamplingParams(max_tokens=12, temperature=0.0)
+        outputs = llm.generate([reference.prompt for reference in references], params)
+        report = llm.report
+    assert_same([output.outputs[0] for output in outputs], references)
+    assert report.planned is not None
+    assert any("predicted" in line for line in report.lines())
+    assert report.as_dict()["predicted_tokens_per_s"] > 0
+    for stage in report.stages:
+        for tier, parts in stage.used.items():
+            assert sum(parts.values()) <= getattr(stage.budget, tier)
+
+
+def test_without_rates_nothing_is_predicted(tiny_models):
+    folder, references = tiny_models["opt"]
+    with LLM(folder, dtype="float32", device="cpu", use_ray=False) as llm:
+        llm.generate([references[0].prompt], SamplingParams(max_tokens=2))
+        assert llm.report.planned is None
