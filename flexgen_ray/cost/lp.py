@@ -193,7 +193,9 @@ class _Program:
         stage, near = self._stages[number], self._num_layers / len(self._stages)
         if stage.layers is not None:
             near = stage.layers
-        return stage.corners.value(quantity, self._layers[number], self._shares[number], near)
+        # An expression even where nothing of it may vary.
+        value = stage.corners.value(quantity, self._layers[number], self._shares[number], near)
+        return pulp.lpSum([value])
 
     def _nodes(self) -> dict[str, list[int]]:
         nodes: dict[str, list[int]] = {}
