@@ -33,7 +33,11 @@ DtypeOption = Annotated[
 ]
 DeviceOption = Annotated[Device, typer.Option(help="auto: a CUDA GPU if there is one.")]
 PolicyOption = Annotated[
-    Path | None, typer.Option(help="YAML policy; without one the tiers are filled, fastest first.")
+    Path | None,
+    typer.Option(
+        help="YAML policy, or auto: planned if the machines were calibrated, else the tiers are "
+        "filled, fastest first."
+    ),
 ]
 GpuOption = Annotated[
     str | None, typer.Option(help="GPU memory to use, such as 16GiB; what is free.")

@@ -17,6 +17,7 @@ from flexgen_ray.cost.plan import StagePlan
 from flexgen_ray.cost.sizes import check_budgets
 from flexgen_ray.schedule.zigzag import StageLayers
 
+AUTO = "auto"  # in place of a file: as if no policy were given
 # What every stage must agree on, for all of them follow the first one's rows.
 SHAPE = ("gpu_batch_size", "num_gpu_batches", "max_batch_tokens", "blocks_in_flight")
 
@@ -59,7 +60,9 @@ class StagePolicies:
 
     @staticmethod
     def given(policy: Policy | StagePolicies | str | Path | None) -> StagePolicies | None:
-        """What a user may give: one policy for every stage, several, or a file of either."""
+        """What a user may give: one policy for every stage, several, a file of either, or auto."""
+        if str(policy) == AUTO:
+            return None
         if isinstance(policy, Policy):
             return StagePolicies((policy,))
         if isinstance(policy, StagePolicies | None):

@@ -137,8 +137,9 @@ def test_a_calibrated_machine_plans_its_runs_and_says_how_right_it_was(
             assert sum(parts.values()) <= getattr(stage.budget, tier)
 
 
-def test_without_rates_nothing_is_predicted(tiny_models):
+@pytest.mark.parametrize("policy", [None, "auto"])
+def test_without_rates_nothing_is_predicted(tiny_models, policy):
     folder, references = tiny_models["opt"]
-    with LLM(folder, dtype="float32", device="cpu", use_ray=False) as llm:
+    with LLM(folder, policy=policy, dtype="float32", device="cpu", use_ray=False) as llm:
         llm.generate([references[0].prompt], SamplingParams(max_tokens=2))
         assert llm.report.planned is None
