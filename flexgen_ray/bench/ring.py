@@ -11,7 +11,7 @@ import signal
 import tempfile
 import threading
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -81,10 +81,11 @@ def _hidden() -> dict:
         ]
         flops = sum(it[Resource.DECODE_FLOPS] for it in cell)
         sent = model.amounts(Op(OpKind.SEND, 0, 7, 0, 0, 0), rows)[Resource.NETWORK]
-        free = HardwareSpec(*[FREE] * 8, device_decode_flops_per_s=flops, network_bytes_per_s=FREE)
+        rates = dict.fromkeys((field.name for field in fields(HardwareSpec)), FREE)
+        free = HardwareSpec(**rates | {"device_decode_flops_per_s": flops})
         slow = replace(free, network_bytes_per_s=sent / HOP_SHARE)
-        rates = [run(Likeness(plans, it))["decode_tokens_per_s"] for it in (free, slow)]
-        found[f"{each} blocks a stage"] = round(rates[1] / rates[0], 4)
+        found_rates = [run(Likeness(plans, it))["decode_tokens_per_s"] for it in (free, slow)]
+        found[f"{each} blocks a stage"] = round(found_rates[1] / found_rates[0], 4)
     return found
 
 
