@@ -12,8 +12,9 @@ from flexgen_ray.bench import t4
 from flexgen_ray.config import TIERS, Budget, HardwareSpec, Placement, Policy
 from flexgen_ray.cost.corners import PHASES, Corners, policy_of, shares_of
 from flexgen_ray.cost.grid import Search
+from flexgen_ray.cost.lp import whole
 from flexgen_ray.cost.pipeline_plan import Device, Job
-from flexgen_ray.cost.planner import Infeasible, Planner, choose, whole
+from flexgen_ray.cost.planner import Infeasible, Planner, choose
 from flexgen_ray.cost.predict import decoding, visit_seconds
 from flexgen_ray.cost.sizes import stage_bytes, totals
 from flexgen_ray.models.shapes import shape_config

@@ -150,16 +150,17 @@ def test_a_partition_is_noticed_and_costs_no_token(tiny_models, local_ray):
     folder, references = tiny_models["llama"]
     params = SamplingParams(max_tokens=12, temperature=0.0)
 
-    def cut_off(worker) -> None:
+    def cut_off(_) -> None:
         """Of this process; another in its place is none the worse."""
-        link_class = type(worker).join.__globals__["GlooLink"]
-        post, count = link_class.post, itertools.count()
+        from flexgen_ray.distributed.transport import GlooLink
+
+        post, count = GlooLink.post, itertools.count()
 
         def post_or_lose(link, message):
             if next(count) < 8:
                 post(link, message)
 
-        link_class.post = post_or_lose
+        GlooLink.post = post_or_lose
 
     options = {"pipeline_parallel_size": 3, "faults": Faults(stall_seconds=2)}
     with LLM(folder, policy=POLICY, dtype="float32", **options) as llm:

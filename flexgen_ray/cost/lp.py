@@ -84,6 +84,16 @@ def solve(stages: list[StageProblem], num_layers: int, aim: Aim) -> Solution:
     return solution
 
 
+def whole(layers: list[float], total: int) -> tuple[int, ...]:
+    """Whole numbers of layers, one at least, that sum to the total; the largest remainders up."""
+    counts = [max(int(it + 1e-6), 1) for it in layers]
+    while sum(counts) != total:
+        step = 1 if sum(counts) < total else -1
+        free = [it for it, count in enumerate(counts) if count + step >= 1]
+        counts[max(free, key=lambda it: step * (layers[it] - counts[it]))] += step
+    return tuple(counts)
+
+
 class _Program:
     """Its variables and constraints."""
 

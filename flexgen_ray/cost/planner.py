@@ -21,6 +21,7 @@ from flexgen_ray.cost.lp import (
     Solution,
     StageProblem,
     solve,
+    whole,
 )
 from flexgen_ray.cost.pipeline_plan import PLAYED, Device, Job, Plan
 from flexgen_ray.cost.plan import StagePlan
@@ -279,16 +280,6 @@ class Planner:
                 own["cores"] = sum(share * own.get(lane, 0) for lane, share in device.core_shares)
             if not self.search.overlaps:
                 own["all lanes"] = sum(it for lane, it in own.items() if lane in LANES)
-
-
-def whole(layers: list[float], total: int) -> tuple[int, ...]:
-    """Whole numbers of layers, one at least, that sum to the total; the largest remainders up."""
-    counts = [max(int(it + 1e-6), 1) for it in layers]
-    while sum(counts) != total:
-        step = 1 if sum(counts) < total else -1
-        free = [it for it, count in enumerate(counts) if count + step >= 1]
-        counts[max(free, key=lambda it: step * (layers[it] - counts[it]))] += step
-    return tuple(counts)
 
 
 def _fastest(*sketches: list[Sketch]) -> list[Sketch]:
