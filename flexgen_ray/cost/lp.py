@@ -153,7 +153,7 @@ class _Program:
             return f"no placement answers a block within {limit:g} s; raise --max-latency"
         return (
             f"{where} lacks {format_bytes(int(most))} beyond its budget of {format_bytes(budget)}; "
-            "raise that, or use more stages"
+            "raise that (in a run --gpu-memory, --cpu-memory or --disk-memory), or use more stages"
         )
 
     def _total(self):
