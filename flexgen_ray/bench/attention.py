@@ -2,9 +2,9 @@
 
 Decode attention does a few operations on each byte of the cache, so the most it can reach is the
 speed at which the same threads read the same memory and do nothing else. Both are measured in
-turn, since other work on the machine changes them. Where many query heads share a KV head, the
-bound is the CPU's float32 arithmetic instead: one multiply-add for each element and query head,
-at the rate of a loop that does nothing else. Measures; decides nothing.
+turns of milliseconds, since other work on the machine changes them. Where many query heads share
+a KV head, the bound is the CPU's float32 arithmetic instead: one multiply-add for each element and
+query head, at the rate of a loop that does nothing else. Measures; decides nothing.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from statistics import median
+from statistics import median, quantiles
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -32,14 +32,16 @@ DTYPES = ("float16", "bfloat16", "float32")
 HEAD_DIMS = (128, 64)
 GROUPS = (1, 4, 8)
 NUM_KV_HEADS = 8
-ROUNDS = 5
+LEAST_TURNS = 5
+FMA_SECONDS = 5e-3
+SPIN_SECONDS = 20e-3  # torch's threads wait for more work on their cores that long, and longer
 
 
 def attention(
     threads: Annotated[int | None, typer.Option(help="All cores if not given.")] = None,
     context: Annotated[int, typer.Option(help="Tokens each sequence attends to.")] = 544,
     megabytes: Annotated[int, typer.Option(help="Size of the cache; beyond any CPU's own.")] = 512,
-    seconds: Annotated[float, typer.Option(help="Time for each of the measurements.")] = 0.5,
+    seconds: Annotated[float, typer.Option(help="Time for each of the rows.")] = 4.0,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Also write the result to this file.")
     ] = None,
@@ -51,11 +53,12 @@ def attention(
     import torch
 
     from flexgen_ray.models.host_kernel import KERNELS, load
+    from flexgen_ray.store.memory import page_aligned
 
     threads = threads or len(os.sched_getaffinity(0))
     torch.set_num_threads(threads)
     kernels = {name: load(name, threads) for name in KERNELS}
-    memory = torch.empty(megabytes << 20, dtype=torch.uint8)
+    memory = page_aligned(megabytes << 20)
     _say(f"{'dtype':9}{'head_dim':>9}{'queries/KV':>11}{'read GB/s':>10}", *kernels, "of bound")
     results: list[dict] = []
     for dtype in DTYPES:
@@ -93,43 +96,52 @@ def _case(
 
 def _measure(
     case: tuple[Tensor, ...], kernels: dict[str, Kernel], seconds: float, threads: int
-) -> dict[str, float]:
-    """Bytes per second of the best plain read and of each kernel, and their fractions of it.
+) -> dict:
+    """Bytes per second of a plain read and of each kernel, and the kernels' fractions of it.
 
-    bound_bytes_per_s is the read's or, if that is less, what the arithmetic allows. A fraction is
-    the median over rounds: a shared machine's memory may change its speed between.
+    They take turns, a run each: a shared machine's memory changes its speed within seconds, and a
+    fraction is to compare what met the same moment. All are medians over turns, and a fraction
+    that of the turn's own read; of_bound: of the read or, where that is slower, of the arithmetic.
     """
     from flexgen_ray.bench.fma import fma_per_s
-    from flexgen_ray.models.host_kernel import best_seconds
 
     q, k, v, out = case
     fmas = (k.numel() + v.numel()) * q.shape[1] // k.shape[1]
     lens = [k.shape[2]] * k.shape[0]
-    nbytes = k.nbytes + v.nbytes
     runs: dict[str, Callable[[], object]] = {
         name: partial(kernel, q, k, v, lens, out) for name, kernel in kernels.items()
     }
     for run in runs.values():
         run()
-    rounds = []
-    for _ in range(ROUNDS):
-        taken = {name: best_seconds(run, seconds / ROUNDS) for name, run in runs.items()}
-        reads = [best_seconds(read, seconds / ROUNDS / 2) for read in _plain_reads(k, v)]
-        peak = fma_per_s(threads, seconds / ROUNDS / 4)
-        rounds.append(taken | {"read": min(reads), "arithmetic": fmas / peak})
-    rates: dict[str, float] = {
-        f"{name}_bytes_per_s": round(nbytes / min(taken[name] for taken in rounds))
-        for name in ("read", *runs)
-    }
-    arithmetic = min(taken["arithmetic"] for taken in rounds)
-    rates["fma_per_s"] = round(fmas / arithmetic)
-    rates["bound_bytes_per_s"] = min(rates["read_bytes_per_s"], round(nbytes / arithmetic))
+    turns, until = list[dict[str, float]](), time.perf_counter() + seconds
+    while len(turns) < LEAST_TURNS or time.perf_counter() < until:
+        taken = {name: _seconds(run) for name, run in reversed(runs.items())}
+        read = min(map(_seconds, _plain_reads(k, v)))
+        turns.append(taken | {"read": read, "arithmetic": fmas / fma_per_s(threads, FMA_SECONDS)})
+        time.sleep(SPIN_SECONDS)
+    middle = {name: median(turn[name] for turn in turns) for name in turns[0]}
+    nbytes = k.nbytes + v.nbytes
+    rates: dict = {f"{name}_bytes_per_s": round(nbytes / middle[name]) for name in ("read", *runs)}
+    rates["turns"] = len(turns)
+    rates["fma_per_s"] = round(fmas / middle["arithmetic"])
+    rates["bound_bytes_per_s"] = round(nbytes / max(middle["read"], middle["arithmetic"]))
     for name in runs:
-        of_read = [taken["read"] / taken[name] for taken in rounds]
-        of_bound = [max(taken["read"], taken["arithmetic"]) / taken[name] for taken in rounds]
+        of_read = [turn["read"] / turn[name] for turn in turns]
+        of_bound = [max(turn["read"], turn["arithmetic"]) / turn[name] for turn in turns]
         rates |= {f"{name}_of_read": round(median(of_read), 3),
+                  f"{name}_of_read_quartiles": _quartiles(of_read),
                   f"{name}_of_bound": round(median(of_bound), 3)}  # fmt: skip
     return rates
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started
+
+
+def _quartiles(values: list[float]) -> list[float]:
+    return [round(it, 3) for it in quantiles(values, n=4)[::2]]
 
 
 def _plain_reads(k: Tensor, v: Tensor) -> list[Callable[[], object]]:
