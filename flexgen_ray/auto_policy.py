@@ -20,7 +20,7 @@ from flexgen_ray.runtime.worker import Machine
 from flexgen_ray.schedule.ops import Lane
 from flexgen_ray.stage_policies import StagePolicies, plan_stages
 
-_WITHOUT_CORES = (Lane.DISK_READ, Lane.DISK_WRITE, Lane.RECV, Lane.SEND, Lane.DEVICE_AHEAD)
+_WITHOUT_CORES = (Lane.DISK_READ, Lane.DISK_WRITE, Lane.RECV, Lane.SEND)
 
 
 @dataclass(frozen=True)
@@ -107,5 +107,7 @@ def _core_shares(machine: Machine) -> tuple[tuple[str, float], ...]:
     cores = divide_cores(machine.num_threads, on_cuda=False, attends_on_host=True)
     kept = {Lane.DEVICE: cores.device, Lane.HOST: cores.host}
     return tuple(
-        (lane.value, kept.get(lane, 1) / cores.total) for lane in Lane if lane not in _WITHOUT_CORES
+        (lane.value, kept.get(lane, 1) / cores.total)
+        for lane in Lane
+        if lane.worker is lane and lane not in _WITHOUT_CORES
     )

@@ -64,6 +64,8 @@ class CostModel:
         tokens = composition.rows.num_tokens
         if op.kind in _HIDDEN:
             return self._hidden(op.kind, tokens)
+        if op.kind is OpKind.EMBED:
+            return self._copied(tokens)
         if op.kind is OpKind.FINISH:
             return self._finish(op.layer, tokens, len(composition.rows.sampled))
         if op.kind is OpKind.SAMPLE:
@@ -122,12 +124,15 @@ class CostModel:
 
     def _finish(self, layer: int, tokens: int, sampled: int) -> Amounts:
         config = self.plan.config
-        if self.plan.stage.kind(layer) in ("embedding", "entry", "exit"):
-            return {_R.DEVICE_MEMORY: 2 * tokens * self._hidden_token}
+        if self.plan.stage.kind(layer) == "exit":
+            return self._copied(tokens)
         if layer == config.head_layer:
             return self._linear(sampled, config.vocab_size * config.embedding_size)
         mlp = config.hidden_size * config.intermediate_size * (3 if config.gated_mlp else 2)
         return self._linear(tokens, config.q_size * config.hidden_size + mlp)
+
+    def _copied(self, tokens: int) -> Amounts:
+        return {_R.DEVICE_MEMORY: 2 * tokens * self._hidden_token}
 
     def _read_cache(self, placed: PlacedRows) -> Amounts:
         blocks = sum(row.position // CACHE_BLOCK_TOKENS for row, _ in placed.on_disk)

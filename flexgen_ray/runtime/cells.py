@@ -11,7 +11,6 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from flexgen_ray.cost.moves import Moves
 from flexgen_ray.cost.placed_rows import Composition, PlacedRows
 from flexgen_ray.cost.plan import StagePlan
 from flexgen_ray.cost.sizes import QUERY_TILE
@@ -73,10 +72,6 @@ class Cells:
             return self.passes.is_empty(op.visit)
         return op.kind not in _WITHOUT_ROWS and not self.rows(op).rows
 
-    def moves(self) -> Moves:
-        """Which ops can do anything under this placement; only they are dispatched."""
-        return Moves(self.plan, self.passes.link is not None)
-
     def rows(self, op: Op) -> Rows:
         """The composition of the op's pass; looked up when the op starts, not when it is issued."""
         return self._pass(op).rows
@@ -126,6 +121,17 @@ class Cells:
 
     def _read_cache(self, op: Op) -> None:
         self.cache.read(op, self.placed(op))
+
+    def _embed(self, op: Op) -> None:
+        rows, work = self.rows(op), self._work(op)
+        if self.plan.stage.is_first and self.weights.embeds_on_device:
+            ids, positions = self._pass(op).token_ids, self._pass(op).positions
+            for tile in self.plan.tiles(rows.num_tokens):
+                found = self.family.embed(
+                    self.config, self.weights.lookup, ids[tile], positions[tile]
+                )
+                work.hidden[tile].copy_(found)
+        self.hidden.keep_resident(op, rows.num_tokens)
 
     def _load_cache(self, op: Op) -> None:
         self.cache.load(op, self.placed(op))
@@ -200,17 +206,6 @@ class Cells:
         kind = self.plan.stage.kind(op.layer)
         _FINISH[kind](self, op)
 
-    def _embed(self, op: Op) -> None:
-        rows, work = self.rows(op), self._work(op)
-        if self.weights.embeds_on_device:
-            ids, positions = self._pass(op).token_ids, self._pass(op).positions
-            for tile in self.plan.tiles(rows.num_tokens):
-                found = self.family.embed(
-                    self.config, self.weights.lookup, ids[tile], positions[tile]
-                )
-                work.hidden[tile].copy_(found)
-        self.hidden.keep_resident(op, rows.num_tokens)
-
     def _finish_decoder(self, op: Op) -> None:
         rows, work, tensors = self.rows(op), self._work(op), self.weights.tensors(op)
         for tile in self.plan.tiles(rows.num_tokens):
@@ -266,8 +261,6 @@ _HANDLERS: dict[OpKind, Handler] = _DELEGATED | {
     kind: getattr(Cells, f"_{kind.value}") for kind in OpKind if kind not in _DELEGATED
 }
 _FINISH: dict[str, Handler] = {
-    "embedding": Cells._embed,
-    "entry": lambda cells, op: cells.hidden.keep_resident(op, cells.rows(op).num_tokens),
     "decoder": Cells._finish_decoder,
     "head": Cells._head,
     "exit": lambda cells, op: cells.hidden.fetch_resident(op, cells.rows(op).num_tokens),

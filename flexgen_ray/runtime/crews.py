@@ -9,8 +9,9 @@ import torch
 from flexgen_ray.runtime.lanes import Crew
 from flexgen_ray.schedule.ops import Lane
 
-COMPUTE = (Lane.DEVICE, Lane.DEVICE_AHEAD)
-STREAMED = (*COMPUTE, Lane.LOAD_WEIGHTS, Lane.LOAD_CACHE, Lane.LOAD_SMALL, Lane.STORE)
+ON_STREAMS = frozenset(
+    {Lane.DEVICE, Lane.LOAD_WEIGHTS, Lane.LOAD_CACHE, Lane.LOAD_SMALL, Lane.STORE}
+)
 
 
 @dataclass(frozen=True)
@@ -45,12 +46,15 @@ def divide_cores(num_threads: int, on_cuda: bool, attends_on_host: bool) -> Core
 
 
 def make_crews(device: torch.device, cores: Cores) -> list[Crew]:
-    """A thread a lane, one for both of the device's; with CUDA one thread for all streams."""
+    """A thread a worker; with CUDA one thread for all streams, one of which a worker has."""
+    served = {it: tuple(lane for lane in Lane if lane.worker is it) for it in Lane}
+    served = {worker: lanes for worker, lanes in served.items() if lanes}
     if device.type != "cuda":
-        others = [Crew((lane,)) for lane in Lane if lane not in COMPUTE]
-        return [Crew(COMPUTE, cores.device), *others]
+        threads = {Lane.DEVICE: cores.device}
+        return [Crew(lanes, threads.get(worker, 1)) for worker, lanes in served.items()]
     # What was written on another stream, weights above all, must be there.
     torch.cuda.synchronize(device)
-    streams = {lane: torch.cuda.Stream(device) for lane in STREAMED}
-    streams[Lane.DEVICE_AHEAD] = streams[Lane.DEVICE]
-    return [Crew(STREAMED, 1, streams), *(Crew((lane,)) for lane in Lane if lane not in STREAMED)]
+    stream_of = {worker: torch.cuda.Stream(device) for worker in ON_STREAMS}
+    streams = {lane: stream for it, stream in stream_of.items() for lane in served[it]}
+    others = [Crew(lanes) for worker, lanes in served.items() if worker not in ON_STREAMS]
+    return [Crew(tuple(streams), 1, streams), *others]

@@ -249,7 +249,7 @@ def timed(run: Run, op: Op, ready_at: float) -> Timing:
     started = time.perf_counter()
     timing = run(op, ready_at)
     ended = time.perf_counter()
-    busy = 0.0 if LANE[op.kind] in EXCHANGE else ended - started
+    busy = 0.0 if op.kind in EXCHANGE else ended - started
     return timing or Timing(started, ended, busy)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from flexgen_ray.config import Budget, HardwareSpec
+from flexgen_ray.cost.moves import Moves
 from flexgen_ray.cost.plan import StagePlan
 from flexgen_ray.cost.sizes import check_budget, host_workspace_bytes, workspace_bytes
 from flexgen_ray.models.checkpoint import Checkpoint
@@ -44,7 +45,8 @@ class StageSpec:
 
     model: a folder; None makes weights up.
     hardware: whose cost model is summed beside the run; with a time_scale (wall seconds a modelled
-    second) the run is paced by it, as if the model were that of the plan `stands_for`, if given.
+    second) the run is paced by it, as if the model were that of the plan `stands_for`, if given:
+    a plan like this one but for the model's size and where weights lie, here all on the device.
     keeps_spans: when every op ran.
     """
 
@@ -176,11 +178,13 @@ class Stage:
             self._modelled = Modelled(cells, plan, spec.hardware, spec.time_scale)
             run = self._modelled.run
         self._watch = run = Watch(run)
+        # What the model it stands for would dispatch takes its turn here too.
+        moves = Moves(spec.stands_for or spec.plan, is_linked=cells.passes.link is not None)
         if spec.executor == "serial":
-            return SerialExecutor(run, cells.moves(), self._meter)
+            return SerialExecutor(run, moves, self._meter)
         crews = make_crews(self.tiers.device, self._cores)
         window = window_ops(spec.plan.policy.num_gpu_batches)
-        return AsyncExecutor(run, cells.moves(), crews, self._meter, self._cancel, window)
+        return AsyncExecutor(run, moves, crews, self._meter, self._cancel, window)
 
     def pulse(self) -> Pulse:
         """How far the run is; from any thread."""

@@ -39,7 +39,7 @@ class Watch:
 
     def pulse(self) -> Pulse:
         # Who waits for a neighbour is not to blame.
-        own = [it for lane, it in list(self._under_way.items()) if lane not in EXCHANGE]
+        own = [it for it in list(self._under_way.values()) if it[1].kind not in EXCHANGE]
         if not own:
             return Pulse(self._num_ops)
         began, op = min(own, key=lambda it: it[0])

@@ -29,7 +29,8 @@ class OpKind(StrEnum):
     RECV_ROWS = auto()  # the same, from the stage before; passed on at once
     RECV = auto()  # hidden states from the stage before, into a host slot
     GATHER = auto()  # embedding rows looked up on the host
-    LOAD_EMBEDDING = auto()  # the gathered rows, to the device
+    LOAD_EMBEDDING = auto()  # the gathered rows, or those received, to the device
+    EMBED = auto()  # those, or rows looked up on the device, become the hidden states
     READ_WEIGHTS = auto()  # part of a coming layer's disk weights, into a host slot
     LOAD_WEIGHTS = auto()  # part of the next layer's streamed weights, to the device
     READ_HIDDEN = auto()  # hidden states on disk, into a host slot
@@ -43,7 +44,7 @@ class OpKind(StrEnum):
     ATTEND_DEVICE = auto()  # rows on, or streamed to, the device
     ATTEND_HOST = auto()  # rows attended where their cache lies
     LOAD_ATTENTION = auto()  # results of ATTEND_HOST, to the device
-    FINISH = auto()  # output projection and MLP; the embedding; the logits
+    FINISH = auto()  # output projection and MLP; the logits
     STORE_HIDDEN = auto()  # hidden states that live off the device
     WRITE_HIDDEN = auto()  # hidden states that live on disk
     STORE_SENT = auto()  # hidden states for the next stage, to host memory
@@ -53,44 +54,57 @@ class OpKind(StrEnum):
 
 
 class Lane(StrEnum):
-    """A first-in-first-out queue; lanes only order, resources are scarce."""
+    """A first-in-first-out queue; lanes only order, resources are scarce.
+
+    What is begun ahead has lanes of its own: it may wait without holding up what is to be finished.
+    """
 
     DEVICE = auto()
-    DEVICE_AHEAD = auto()  # the device too: what is begun ahead may wait without holding it up
+    DEVICE_AHEAD = auto()
     HOST = auto()
     LOAD_WEIGHTS = auto()
     LOAD_CACHE = auto()
     LOAD_SMALL = auto()
+    LOAD_AHEAD = auto()
     STORE = auto()
+    STORE_AHEAD = auto()
     DISK_READ = auto()
+    DISK_READ_AHEAD = auto()
     DISK_WRITE = auto()
     RECV = auto()
     SEND = auto()
 
     @property
     def worker(self) -> Lane:
-        """The lane that stands for both of the device's: one thread or stream serves them."""
-        return Lane.DEVICE if self is Lane.DEVICE_AHEAD else self
+        """The lane that stands for both where one thread or stream serves two."""
+        return _SERVED_BY.get(self, self)
 
 
-# Their ops may wait for a neighbour, however little there is to do.
-EXCHANGE = frozenset({Lane.RECV, Lane.SEND})
+_SERVED_BY = {
+    Lane.DEVICE_AHEAD: Lane.DEVICE,
+    Lane.LOAD_AHEAD: Lane.LOAD_SMALL,
+    Lane.STORE_AHEAD: Lane.STORE,
+    Lane.DISK_READ_AHEAD: Lane.DISK_READ,
+}
+# Those that may wait for a neighbour, however little there is to do.
+EXCHANGE = frozenset({OpKind.RECV_TOKENS, OpKind.RECV_ROWS, OpKind.RECV, OpKind.SEND})
 
 LANE: dict[OpKind, Lane] = {
     OpKind.RECV_TOKENS: Lane.RECV,
-    OpKind.COMPOSE: Lane.HOST,
+    OpKind.COMPOSE: Lane.RECV,
     OpKind.RECV_ROWS: Lane.RECV,
     OpKind.RECV: Lane.RECV,
-    OpKind.GATHER: Lane.HOST,
-    OpKind.LOAD_EMBEDDING: Lane.LOAD_SMALL,
-    OpKind.READ_WEIGHTS: Lane.DISK_READ,
+    OpKind.GATHER: Lane.RECV,
+    OpKind.LOAD_EMBEDDING: Lane.LOAD_AHEAD,
+    OpKind.EMBED: Lane.DEVICE_AHEAD,
+    OpKind.READ_WEIGHTS: Lane.DISK_READ_AHEAD,
     OpKind.LOAD_WEIGHTS: Lane.LOAD_WEIGHTS,
     OpKind.READ_HIDDEN: Lane.DISK_READ,
-    OpKind.LOAD_HIDDEN: Lane.LOAD_SMALL,
+    OpKind.LOAD_HIDDEN: Lane.LOAD_AHEAD,
     OpKind.READ_CACHE: Lane.DISK_READ,
     OpKind.LOAD_CACHE: Lane.LOAD_CACHE,
     OpKind.PROJECT: Lane.DEVICE_AHEAD,
-    OpKind.STORE_CACHE: Lane.STORE,
+    OpKind.STORE_CACHE: Lane.STORE_AHEAD,
     OpKind.APPEND_CACHE: Lane.HOST,
     OpKind.WRITE_CACHE: Lane.DISK_WRITE,
     OpKind.ATTEND_DEVICE: Lane.DEVICE_AHEAD,
@@ -102,7 +116,7 @@ LANE: dict[OpKind, Lane] = {
     OpKind.STORE_SENT: Lane.STORE,
     OpKind.SEND: Lane.SEND,
     OpKind.SAMPLE: Lane.DEVICE,
-    OpKind.ACCEPT: Lane.HOST,
+    OpKind.ACCEPT: Lane.SEND,
 }
 
 
@@ -146,6 +160,7 @@ READS: dict[OpKind, tuple[Buffer, ...]] = {
     OpKind.RECV: (_B.ROWS,),
     OpKind.GATHER: (_B.ROWS,),
     OpKind.LOAD_EMBEDDING: (_B.ROWS, _B.ARRIVED),
+    OpKind.EMBED: (_B.ROWS, _B.WORK),
     OpKind.READ_WEIGHTS: (),
     OpKind.LOAD_WEIGHTS: (_B.HOST_WEIGHTS,),
     OpKind.READ_HIDDEN: (_B.ROWS, _B.HIDDEN_DISK),
@@ -174,6 +189,7 @@ WRITES: dict[OpKind, tuple[Buffer, ...]] = {
     OpKind.RECV: (_B.ARRIVED,),
     OpKind.GATHER: (_B.ARRIVED,),
     OpKind.LOAD_EMBEDDING: (_B.WORK,),
+    OpKind.EMBED: (_B.WORK, _B.HIDDEN_GPU),
     OpKind.READ_WEIGHTS: (_B.HOST_WEIGHTS,),
     OpKind.LOAD_WEIGHTS: (_B.DEVICE_WEIGHTS,),
     OpKind.READ_HIDDEN: (_B.HIDDEN_IN,),

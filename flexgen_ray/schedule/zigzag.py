@@ -6,6 +6,9 @@ and from disk by a few parts more, one part per batch so that the link's work is
 the next cell's loads, projection and attention, issued before this cell is finished, so that the
 device works on one batch while the host attends another.
 
+A cell is a decoder layer's. A batch's first brings it into the stage, and its last takes it out, so
+that the next visit begins while this one's last batch is attended.
+
 Knows layers, batches and their order; no rows, bytes or placement.
 """
 
@@ -30,19 +33,28 @@ _ATTENTION = (
     OpKind.LOAD_ATTENTION,
 )
 _HIDDEN_HOME = (OpKind.STORE_HIDDEN, OpKind.WRITE_HIDDEN)
-BEGIN = {
-    "embedding": (OpKind.RECV_TOKENS, OpKind.COMPOSE, OpKind.GATHER, OpKind.LOAD_EMBEDDING),
-    "entry": (OpKind.RECV_ROWS, OpKind.RECV, OpKind.LOAD_EMBEDDING),
-    "decoder": _LOADS + _ATTENTION,
-    "head": _LOADS,
-    "exit": _LOADS,
+_BEGIN = _LOADS + _ATTENTION
+_FINISH = (OpKind.FINISH, *_HIDDEN_HOME)
+_ENTER = {
+    "embedding": (
+        OpKind.RECV_TOKENS,
+        OpKind.COMPOSE,
+        OpKind.GATHER,
+        OpKind.LOAD_EMBEDDING,
+        OpKind.EMBED,
+        *_HIDDEN_HOME,
+    ),
+    "entry": (
+        OpKind.RECV_ROWS,
+        OpKind.RECV,
+        OpKind.LOAD_EMBEDDING,
+        OpKind.EMBED,
+        *_HIDDEN_HOME,
+    ),
 }
-FINISH = {
-    "embedding": (OpKind.FINISH, *_HIDDEN_HOME),
-    "entry": (OpKind.FINISH, *_HIDDEN_HOME),
-    "decoder": (OpKind.FINISH, *_HIDDEN_HOME),
-    "head": (OpKind.FINISH, OpKind.SAMPLE, OpKind.ACCEPT),
-    "exit": (OpKind.FINISH, OpKind.STORE_SENT, OpKind.SEND),
+_LEAVE = {
+    "head": (*_LOADS, OpKind.FINISH, OpKind.SAMPLE, OpKind.ACCEPT),
+    "exit": (*_LOADS, OpKind.FINISH, OpKind.STORE_SENT, OpKind.SEND),
 }
 
 
@@ -97,9 +109,8 @@ class StageLayers:
         return self.is_first and self.is_last
 
     @property
-    def in_schedule(self) -> range:
-        """Its layers, entry and exit included."""
-        return range(self.first - (not self.is_first), self.last + 1 + (not self.is_last))
+    def decoders(self) -> range:
+        return range(max(self.first, 1), min(self.last, self.num_layers) + 1)
 
     @property
     def with_weights(self) -> range:
@@ -110,8 +121,7 @@ class StageLayers:
         """Where a layer's streamed weights lie on the device; the embedding has none."""
         if self.kind(layer) != "decoder":
             return HEAD_SLOT
-        decoders = range(max(self.first, 1), min(self.last, self.num_layers) + 1)
-        return (visit * len(decoders) + layer - decoders.start) % LAYER_SLOTS
+        return (visit * len(self.decoders) + layer - self.decoders.start) % LAYER_SLOTS
 
     def kind(self, layer: int) -> str:
         if layer not in self.layers:
@@ -135,19 +145,19 @@ def zigzag(
     cell: Op | None = None
     for following in _cells(stage, num_batches, visits, num_blocks):
         if cell is None:
-            yield from _ops(following, BEGIN, stage)
+            yield from _begin(following, stage)
         else:
             yield from weights.prefetch(cell)
             # With one batch the next cell needs what this one finishes.
             if num_batches > 1:
-                yield from _ops(following, BEGIN, stage)
-            yield from _ops(cell, FINISH, stage)
+                yield from _begin(following, stage)
+            yield from _finish(cell, stage)
             if num_batches == 1:
-                yield from _ops(following, BEGIN, stage)
+                yield from _begin(following, stage)
         cell = following
     if cell is not None:
         yield from weights.prefetch(cell)
-        yield from _ops(cell, FINISH, stage)
+        yield from _finish(cell, stage)
 
 
 def _cells(
@@ -159,7 +169,7 @@ def _cells(
         turn, block = divmod(visit, num_blocks)
         # Of the blocks that come after it, one at most is met on the way.
         hidden_block = visit % min(num_blocks, 2)
-        for layer in stage.in_schedule:
+        for layer in stage.decoders:
             weights_slot = stage.weights_slot(visit, layer)
             for index in range(num_batches):
                 yield Op(
@@ -169,19 +179,32 @@ def _cells(
                     hidden_slot=hidden_block * num_batches + index,
                     turn=turn % 2,
                     part=index,
-                    ends_visit=layer == stage.in_schedule[-1] and index == num_batches - 1,
+                    ends_visit=layer == stage.decoders[-1] and index == num_batches - 1,
                 )  # fmt: skip
                 number += 1
 
 
-def _ops(cell: Op, half: dict, stage: StageLayers) -> Iterator[Op]:
-    """The last op of the last cell ends the visit."""
-    kinds = half[stage.kind(cell.layer)]
-    ends_visit = cell.ends_visit and half is FINISH
+def _begin(cell: Op, stage: StageLayers) -> Iterator[Op]:
+    if cell.layer == stage.decoders[0]:
+        yield from _ops(cell, _ENTER[stage.kind(cell.layer - 1)], cell.layer - 1)
+    yield from _ops(cell, _BEGIN, cell.layer)
+
+
+def _finish(cell: Op, stage: StageLayers) -> Iterator[Op]:
+    yield from _ops(cell, _FINISH, cell.layer)
+    if cell.layer == stage.decoders[-1]:
+        yield from _ops(cell, _LEAVE[stage.kind(cell.layer + 1)], cell.layer + 1)
+
+
+def _ops(cell: Op, kinds: Sequence[OpKind], layer: int) -> Iterator[Op]:
+    """Those of a cell's batch in a layer: the cell's own, or beside it. The last of the last cell's
+    ends the visit."""
+    weights_slot = cell.weights_slot if layer == cell.layer else HEAD_SLOT
     for kind in kinds:
         yield Op(
-            kind, cell.visit, cell.layer, cell.batch, cell.cell_slot, cell.weights_slot,
-            cell.hidden_slot, cell.turn, cell.part, ends_visit=ends_visit and kind is kinds[-1],
+            kind, cell.visit, layer, cell.batch, cell.cell_slot, weights_slot,
+            cell.hidden_slot, cell.turn, cell.part,
+            ends_visit=cell.ends_visit and layer > cell.layer and kind is kinds[-1],
         )  # fmt: skip
 
 
@@ -189,7 +212,7 @@ class _WeightStream:
     """The endless walk over the parts of the stage's weights: visit after visit, layer after layer.
 
     A part is loaded one layer ahead of its use, and read from disk as many parts ahead of that as
-    host memory has slots for.
+    host memory has slots for. The head's come with its last decoder layer's first cell.
     """
 
     def __init__(self, stage: StageLayers, num_batches: int) -> None:
@@ -206,10 +229,14 @@ class _WeightStream:
             yield from self._move(number)
 
     def prefetch(self, cell: Op) -> Iterator[Op]:
-        """One part of the next layer's weights."""
-        if cell.layer in self.layers:
-            layers_before = cell.visit * len(self.layers) + cell.layer - self.layers.start
-            yield from self._move((layers_before + 1) * self.num_batches + cell.part)
+        """One part of the next layer's weights, and before those the whole head's."""
+        ordinal = cell.visit * len(self.layers) + cell.layer - self.layers.start + 1
+        if self.layers[-1] == cell.layer + 1 and self.stage.kind(cell.layer + 1) == "head":
+            if not cell.part:
+                for part in range(self.num_batches):
+                    yield from self._move(ordinal * self.num_batches + part)
+            ordinal += 1
+        yield from self._move(ordinal * self.num_batches + cell.part)
 
     def _move(self, number: int) -> Iterator[Op]:
         """Loads a part, and reads another into the staging slot that this frees."""
