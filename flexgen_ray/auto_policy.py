@@ -84,7 +84,7 @@ class Run:
         """Its budget is its share of its host's memory already."""
         assert machine.hardware is not None
         rates = ModelRates.of(machine.hardware, self.config, self.dtype)
-        return Device(rates, budget, f"stage {number}", _core_shares(machine))
+        return Device(rates, budget, f"stage {number}", core_shares(machine))
 
 
 def job_of(requests: Sequence[Request]) -> Job:
@@ -100,7 +100,7 @@ def job_of(requests: Sequence[Request]) -> Job:
     )
 
 
-def _core_shares(machine: Machine) -> tuple[tuple[str, float], ...]:
+def core_shares(machine: Machine) -> tuple[tuple[str, float], ...]:
     """Without a GPU every lane but the disk's keeps cores busy."""
     if machine.device == "cuda":
         return ()

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flexgen_ray import __version__
-from flexgen_ray.bench.commands import app as bench
+from flexgen_ray.bench.group import Benchmarks
 from flexgen_ray.options import (
     AddressOption,
     CpuOption,
@@ -48,7 +48,8 @@ app = typer.Typer(
 )
 
 
-app.add_typer(bench)
+bench = typer.Typer(name="bench", cls=Benchmarks, no_args_is_help=True)
+app.add_typer(bench, help="Measure, and end in one JSON line.")
 app.command()(plan)
 
 

@@ -117,9 +117,34 @@ def compare(
     plan = choose(Planner(config, devices, job, dtype, search))
     on_device = replace(search, shares=ON_DEVICE)
     alternatives = [_try("everything on the GPUs", config, devices, job, dtype, on_device)]
+    if all(node.hardware.host.flops_per_s for node in nodes):
+        cores = tuple(_cores_of(node.hardware, number) for number, node in enumerate(nodes))
+        name = "the CPU alone" if len(nodes) == 1 else "the CPUs alone"
+        alternatives.append(_try(name, config, cores, job, dtype, on_device))
     if len(devices) > 1:
         alternatives.append(_replicas(config, devices, job, dtype, search))
     return Comparison(plan, alternatives, _upgrades(config, devices, job, dtype, search))
+
+
+def _cores_of(hardware: Hardware, number: int) -> Device:
+    """A machine's cores as the device, with the host's memory for all that there is."""
+    host = hardware.host
+    assert host.flops_per_s is not None
+    link = disk = host.read_bytes_per_s  # nothing leaves that memory
+    rates = HardwareSpec(
+        h2d_bytes_per_s=link,
+        d2h_bytes_per_s=link,
+        disk_read_bytes_per_s=disk,
+        disk_write_bytes_per_s=disk,
+        host_bytes_per_s=host.read_bytes_per_s,
+        host_attention_bytes_per_s=host.read_bytes_per_s,
+        device_flops_per_s=host.flops_per_s,
+        device_bytes_per_s=host.read_bytes_per_s,
+    )
+    # The host tier holds little beside, such as what stages send each other.
+    memory = hardware.budget.cpu
+    budget = Budget(gpu=memory * 15 // 16, cpu=memory // 16, disk=0)
+    return Device(lambda *rows: rates, budget, f"node {number}")
 
 
 def _try(

@@ -7,7 +7,7 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from flexgen_ray.bench import t4
+from flexgen_ray.bench import choice, t4
 from flexgen_ray.cli import app
 from flexgen_ray.config import Policy
 
@@ -96,6 +96,38 @@ def test_a_run_and_its_simulation_are_compared_case_by_case():
 def test_issuing_is_measured_in_microseconds_an_op():
     result = bench("issue", "--layers", 2, "--batches", 2, "--repeats", 3)
     assert result["median_us_per_op"] in result["us_per_op"]
+
+
+def test_the_planners_choice_is_run_beside_every_policy_of_the_grid_that_fits(monkeypatch):
+    monkeypatch.setattr(choice, "LAYERS", 2)
+    monkeypatch.setattr(choice, "REQUESTS", 16)
+    monkeypatch.setattr(choice, "WORKLOADS", {"short": (8, 6)})
+    monkeypatch.setattr(choice, "SHAPES", ((2, 2), (10**6, 2)))
+    result = bench("choice", "--workloads", "short", "--cell-ms", 3)
+    found = result["workloads"]["short"]
+    runs = found["grid"]
+    assert len(runs) == len(choice.WEIGHTS) * len(choice.CACHES)
+    assert {it["policy"]["gpu_batch_size"] for it in runs} == {2}
+    rates = [it["measured_tokens_per_s"] for it in runs]
+    assert found["best_to_worst_of_grid"] == pytest.approx(max(rates) / min(rates), abs=1e-3)
+    chosen = found["chosen"]["measured_tokens_per_s"]
+    assert found["chosen_to_best_of_grid"] == pytest.approx(chosen / max(rates), abs=1e-3)
+
+
+@pytest.mark.slow
+def test_unlike_gpus_are_split_and_run(monkeypatch):
+    monkeypatch.setattr(t4, "PROMPT_LEN", 8)
+    monkeypatch.setattr(t4, "MAX_TOKENS", 12)
+    result = bench(
+        "unequal", "--clusters", "t4,rtx4090", "--model", "opt-125m", "--requests", 16,
+        "--step", 4,
+    )  # fmt: skip
+    found = result["clusters"]["t4,rtx4090"]
+    assert found["best_of_enumeration"]["splits"] == 2
+    for which in ("chosen", "equal"):
+        assert sum(found[which]["layers"]) == 12
+        assert 0 < found[which]["decode_tokens_per_s"]
+    assert found["equal"]["layers"] == [6, 6]
 
 
 @pytest.mark.slow

@@ -322,6 +322,20 @@ def test_a_killed_run_leaves_whole_lines_and_no_offload_files(files, text_model,
     assert [path.name for path in offload.iterdir()] == ["someone-elses"]
 
 
+@pytest.mark.parametrize("arguments", [["--help"], ["generate", "--help"], ["plan", "--help"]])
+def test_help_comes_at_once(arguments):
+    """What takes seconds to import is none of its business."""
+    code = "import sys; from flexgen_ray.cli import main\n"
+    code += f"sys.argv[1:] = {arguments}\n"
+    code += "try: main()\nexcept SystemExit: pass\n"
+    code += "print({'torch', 'ray', 'numpy', 'pulp'} & set(sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert "Usage:" in done.stdout
+    assert done.stdout.splitlines()[-1] == "set()"
+
+
 def test_help_teaches():
     done = run("generate", "--help")
     assert done.returncode == 0

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from test_exactness import assert_same
 
 from flexgen_ray import LLM, Hardware, SamplingParams
 from flexgen_ray.cost.grid import Search
+from flexgen_ray.cost.hardware import LinkRates
 from flexgen_ray.cost.pipeline_plan import Job
 from flexgen_ray.models.shapes import shape_config
 from flexgen_ray.paths import hardware_file
@@ -50,7 +52,8 @@ def test_a_plan_for_a_machine_one_does_not_own(tmp_path):
     given = StagePolicies.from_yaml(policy).policies[0]
     assert given.weights.fractions == tuple(stage["policy"]["weights"].values())
     assert given.gpu_batch_size == stage["policy"]["gpu_batch_size"]
-    assert {it["name"] for it in found["alternatives"]} == {"everything on the GPUs"}
+    names = {it["name"] for it in found["alternatives"]}
+    assert names == {"everything on the GPUs", "the CPU alone"}
     assert found["tokens_per_s"] > 0 and found["binding_lane"] in done.stdout
 
 
@@ -84,6 +87,23 @@ def test_two_machines_are_better_than_one_and_replicas_are_compared():
     assert any("everything on the GPUs: not possible" in line for line in lines)
     upgrade = {it.name: it.tokens_per_s for it in one.upgrades}["one more such machine"]
     assert upgrade == pytest.approx(two.plan.tokens_per_s, rel=0.02)
+
+
+def test_the_cpu_alone_is_compared_where_its_speed_is_known_and_wins_over_a_slow_link():
+    config, job = shape_config("opt-30b"), Job.uniform(1000, 128, 16)
+    fast = Hardware.preset("t4")
+    slow = replace(fast, link=LinkRates(1e8, 1e8, 1e8, 1e8))
+    told = {}
+    for name, machine in {"fast": fast, "slow": slow}.items():
+        found = compare(config, [Node(machine)], job, "float16", FEW)
+        told[name] = {it.name: it.tokens_per_s for it in found.alternatives}["the CPU alone"]
+        lines = PlanReport("opt-30b", [name], found).lines()
+        (line,) = (it for it in lines if it.startswith("the CPU alone"))
+        assert line.endswith("do that instead") == (name == "slow")
+    assert told["fast"] == told["slow"]
+    unknown = replace(fast, host=replace(fast.host, flops_per_s=None))
+    others = compare(config, [Node(unknown)], job, "float16", FEW).alternatives
+    assert "the CPU alone" not in {it.name for it in others}
 
 
 def test_lengths_and_machines_are_read_from_files(tmp_path):

@@ -5,16 +5,19 @@ from __future__ import annotations
 import typer
 
 from flexgen_ray.bench.attention import attention
+from flexgen_ray.bench.choice import choice
 from flexgen_ray.bench.issue import issue
 from flexgen_ray.bench.lanes import lanes
 from flexgen_ray.bench.paper import paper
 from flexgen_ray.bench.peers import peers
+from flexgen_ray.bench.prediction import prediction
 from flexgen_ray.bench.ring import ring
 from flexgen_ray.bench.scaling import scaling
 from flexgen_ray.bench.simulate import simulate
 from flexgen_ray.bench.throughput import throughput
+from flexgen_ray.bench.unequal import unequal
 
-app = typer.Typer(name="bench", help="Measure, and end in one JSON line.", no_args_is_help=True)
+app = typer.Typer()
 app.command()(throughput)
 app.command()(peers)
 app.command()(lanes)
@@ -23,4 +26,7 @@ app.command()(issue)
 app.command()(scaling)
 app.command()(ring)
 app.command()(simulate)
+app.command()(choice)
+app.command()(unequal)
+app.command()(prediction)
 app.command()(paper)

@@ -1,7 +1,8 @@
 """What the ring between stages costs, and what a lost stage does: hops and recoveries, measured.
 
-Two actors pass a tensor to and fro over the transport that stages use; then a stage of a small
-model's pipeline is killed, and the parts of its recovery are timed. Measures; decides nothing.
+Two actors pass a tensor to and fro over the transport that stages use; emulated stages show how
+much of a slow network two blocks a stage hide; then a stage of a small model's pipeline is killed,
+and the parts of its recovery are timed. Measures; decides nothing.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Annotated, Any
 
 import typer
 
+from flexgen_ray.bench.hidden_hops import hidden_hops
 from flexgen_ray.bench.result import finish
 from flexgen_ray.bench.shapes import make_checkpoint
 from flexgen_ray.llm import LLM
@@ -42,12 +44,15 @@ def ring(
     trips = {size: max(3, min(rounds, (200 << 20) // size)) for size in SIZES}
     milliseconds = hops(trips)
     typer.echo(f"ms a hop: {milliseconds}", err=True)
+    hidden = hidden_hops()
+    typer.echo(f"hidden hops: {hidden}", err=True)
     with tempfile.TemporaryDirectory(prefix="flexgen-bench-") as folder:
         model = make_checkpoint(shape, Path(folder, "model"))
         found = [_recovery(model, kill % STAGES) for kill in range(kills)]
     typer.echo(f"recoveries: {found}", err=True)
     settings = {"rounds": rounds, "shape": shape, "stages": STAGES}
-    finish({"settings": settings, "hop_ms": milliseconds, "recoveries": found}, "CPU", json_file)
+    result = {"hop_ms": milliseconds, "hidden_hops": hidden, "recoveries": found}
+    finish({"settings": settings} | result, "CPU", json_file)
 
 
 def _recovery(model: Path, stage: int) -> dict:

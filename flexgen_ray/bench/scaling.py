@@ -7,34 +7,25 @@ What is measured is the schedule, the executor, the ring and the driver, not a d
 
 from __future__ import annotations
 
-import os
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from flexgen_ray.bench import t4
+from flexgen_ray.bench.likeness import Likeness, memory_folder, requests_of
 from flexgen_ray.bench.result import finish
-from flexgen_ray.config import Budget, Faults, HardwareSpec, ModelConfig, Placement
-from flexgen_ray.cost.demands import Demands
+from flexgen_ray.config import Faults, ModelConfig
 from flexgen_ray.cost.grid import BATCHES, Search
 from flexgen_ray.cost.pipeline_plan import Job
-from flexgen_ray.cost.plan import StagePlan
 from flexgen_ray.cost.planner import Planner, choose
-from flexgen_ray.cost.predict import decoding, visit_seconds
 from flexgen_ray.models.shapes import shape_config
 from flexgen_ray.options import JsonOption
 from flexgen_ray.plot import draw_scaling
-from flexgen_ray.request import Request, SamplingParams
-from flexgen_ray.rows import Rows
 from flexgen_ray.runtime.meter import Measured, Visit
-from flexgen_ray.runtime.stage import StageSpec
-from flexgen_ray.schedule.ops import Op
-from flexgen_ray.schedule.zigzag import zigzag
 
 # More batches would be shorter ops than can be emulated.
 GRID = Search(batches=tuple(number for number in BATCHES if number <= 8))
@@ -94,83 +85,18 @@ def scaling(
     finish(result, "emulated T4 machines", json_file)
 
 
-@dataclass(frozen=True)
-class Likeness:
-    """What runs, what it stands for, and at what pace."""
-
-    plans: list[StagePlan]
-    hardware: HardwareSpec
-    executor: str = "async"
-
-    @property
-    def time_scale(self) -> float:
-        """So that a cell of a decoding pass takes CELL_SECONDS of wall time."""
-        slowest = max(
-            max(visit_seconds(plan, self.hardware, decoding(plan, MIDDLE)).values())
-            / (len(plan.stage.decoders) * plan.policy.num_gpu_batches)
-            for plan in self.plans
-        )
-        return CELL_SECONDS / slowest
-
-    def op_times(self) -> dict:
-        """How long the ops of a decoding visit are in wall time, those of all stages."""
-        scale, seconds = self.time_scale, list[float]()
-        for plan in self.plans:
-            demands = Demands(plan, self.hardware, _always(decoding(plan, MIDDLE)))
-            ops = zigzag(plan.stage, plan.policy.num_gpu_batches, range(1))
-            seconds += [scale * demands(op).seconds for op in ops]
-        taken = [it for it in seconds if it]
-        long = sum(it for it in taken if it >= 1e-3)
-        return {
-            "mean_op_ms": round(1e3 * sum(taken) / len(taken), 3),
-            "share_of_time_in_ops_of_1_ms_or_more": round(long / sum(taken), 4),
-        }
-
-    def specs(self, folder: str) -> list[StageSpec]:
-        return [
-            StageSpec(
-                model=None,
-                plan=_small(plan),
-                stands_for=plan,
-                budget=Budget(*[2**34] * 3),
-                device="cpu",
-                offload_dir=folder,
-                executor=self.executor,
-                hardware=self.hardware,
-                time_scale=self.time_scale,
-            )
-            for plan in self.plans
-        ]
-
-
-def _always(rows: Rows) -> Callable[[Op], Rows]:
-    return lambda op: rows
-
-
-def _small(plan: StagePlan) -> StagePlan:
-    """As many layers, of almost nothing, so that their weights need no place but the device."""
-    config = replace(
-        plan.config, hidden_size=8, num_heads=1, num_kv_heads=1, head_dim=8, intermediate_size=8,
-        vocab_size=96, embedding_size=8,
-    )  # fmt: skip
-    policy = replace(plan.policy, weights=Placement(1, 0, 0))
-    return replace(plan, config=config, policy=policy, dtype="float32")
-
-
 def run(likeness: Likeness) -> dict:
     """One emulated run, from the prompts of all blocks to their last tokens."""
     from flexgen_ray.distributed.driver import Driver
 
     plans, scale = likeness.plans, likeness.time_scale
     policy = plans[0].policy
-    params = SamplingParams(t4.MAX_TOKENS, 0.0, ignore_eos=True)
-    prompt = [4 + i % 90 for i in range(t4.PROMPT_LEN)]
     count = policy.block_size * plans[0].num_blocks
     driver = Driver(None, "cpu", len(plans), Faults(max_restarts=0))
     try:
-        with tempfile.TemporaryDirectory(prefix="flexgen-bench-", dir=_memory()) as folder:
+        with tempfile.TemporaryDirectory(prefix="flexgen-bench-", dir=memory_folder()) as folder:
             driver.load(likeness.specs(folder))
-            driver.add([Request(index, prompt, params) for index in range(count)])
+            driver.add(requests_of(count, t4.PROMPT_LEN, t4.MAX_TOKENS))
             started, cpu = time.perf_counter(), time.process_time()
             for _ in driver.run():
                 pass
@@ -197,12 +123,6 @@ def run(likeness: Likeness) -> dict:
     }
 
 
-def _memory() -> str | None:
-    """A folder whose files take no time beyond what the model says, if there is one."""
-    folder = "/dev/shm"
-    return folder if os.access(folder, os.W_OK) else None
-
-
 def _steady(measured: Measured, num_blocks: int) -> list[Visit]:
     """A stage's visits while every block decodes, the first and the last of each left out."""
     decoding = [it for it in measured.visits if it.new_tokens and not it.prefill_tokens]
@@ -227,7 +147,7 @@ def _best_run(config: ModelConfig, num_stages: int, num_blocks: int, most: int) 
     job = Job.uniform(most, t4.PROMPT_LEN, t4.MAX_TOKENS)
     search = replace(GRID, extra_blocks=(num_blocks - num_stages,))
     best = choose(Planner(config, t4.machines(num_stages), job, "float16", search))
-    likeness = Likeness(best.stages, t4.MACHINE)
+    likeness = Likeness(best.stages, [t4.MACHINE] * num_stages, MIDDLE, CELL_SECONDS)
     predicted = {
         "predicted_decode_tokens_per_s": round(best.decode_tokens_per_s, 3),
         "predicted_generation_tokens_per_s": round(best.tokens_per_s, 3),
@@ -237,7 +157,8 @@ def _best_run(config: ModelConfig, num_stages: int, num_blocks: int, most: int) 
 
 def _as_the_original() -> dict:
     """One stage with the original's policy and constants, one op after the other."""
-    found = run(Likeness([t4.original_plan(shape_config("opt-30b"))], t4.ORIGINAL, "serial"))
+    plans = [t4.original_plan(shape_config("opt-30b"))]
+    found = run(Likeness(plans, [t4.ORIGINAL], MIDDLE, CELL_SECONDS, "serial"))
     measured, published = found["decode_tokens_per_s"], PAPER["opt-30b"]["decode"][0]
     _say(f"the original's policy, constants and serial sums: {measured} against {published}")
     return found | {"published": published, "ratio": round(measured / published, 4)}

@@ -80,11 +80,12 @@ class AttentionRates:
 @dataclass(frozen=True)
 class HostRates:
     """read: of host memory by the cores alone; joint: that the link and host attention move of it
-    together."""
+    together. flops: of the cores' matrix products of many rows in float32, None if unknown."""
 
     read_bytes_per_s: float
     joint_bytes_per_s: float
     attention: tuple[AttentionRates, ...]
+    flops_per_s: float | None = None
 
     def __post_init__(self) -> None:
         check_rates(self)

@@ -29,6 +29,7 @@ Announce = Callable[[str], None]  # called with the name of each measurement as 
 
 QUERIES_PER_KV_HEAD = (1, 4, 8)
 GEMM_ROWS = (1, 4, 16, 64, 256, 1024)
+_HOST_WIDTH = 1024
 _SLOW_PRODUCT_SECONDS = 0.25
 _HOST = torch.device("cpu")
 
@@ -61,7 +62,7 @@ class Measured:
 def count_measurements(device: torch.device) -> int:
     """How often `measure_machine` announces one."""
     gemms = len(_gemm_dtypes(device)) * len(GEMM_ROWS)
-    return 8 + len(KERNELS) * len(TORCH_DTYPE) * len(QUERIES_PER_KV_HEAD) + gemms
+    return 9 + len(KERNELS) * len(TORCH_DTYPE) * len(QUERIES_PER_KV_HEAD) + gemms
 
 
 def measure_machine(
@@ -114,7 +115,10 @@ def _host(bench: Bench, cache: CacheShape, cores: Cores, announce: Announce) -> 
         busy, link = bench.together(attending, copying)
         entries.append(AttentionRates(name, dtype, group, _rounded(alone), _rounded(busy)))
         joint = max(joint, busy + link)
-    return HostRates(_rounded(read), _rounded(joint), tuple(entries))
+    announce("matrix products of the host")
+    torch.set_num_threads(cores.total)
+    flops = bench.gemm_rate(torch.float32, GEMM_ROWS[-1], (_HOST_WIDTH,) * 2, on_host=True)
+    return HostRates(_rounded(read), _rounded(joint), tuple(entries), _rounded(flops))
 
 
 def _device(bench: Bench, effort: Effort, announce: Announce) -> DeviceRates:

@@ -139,13 +139,15 @@ class Bench(AbstractContextManager):
         finally:
             tier.close()
 
-    def gemm_rate(self, dtype: torch.dtype, rows: int, shape: tuple[int, int]) -> float:
+    def gemm_rate(
+        self, dtype: torch.dtype, rows: int, shape: tuple[int, int], on_host: bool = False
+    ) -> float:
         """Flops a second of a product of so many rows; shape: of its weight, [out, in], of which
         there are as many as the buffer holds, so that it is read from memory each time."""
-        size = shape[0] * shape[1]
-        weights = cycle(_room(self.on_device, dtype, size).view(-1, *shape))
-        x = torch.full((rows, shape[1]), 0.5, dtype=dtype, device=self.device)
-        return self.rate(2.0 * rows * size, lambda: product(x, next(weights)), self.device)
+        memory, size = self.host if on_host else self.on_device, shape[0] * shape[1]
+        weights = cycle(_room(memory, dtype, size).view(-1, *shape))
+        x = torch.full((rows, shape[1]), 0.5, dtype=dtype, device=memory.device)
+        return self.rate(2.0 * rows * size, lambda: product(x, next(weights)), memory.device)
 
     def attender(self, kernel: Kernel, dtype: torch.dtype, shape: CacheShape) -> tuple[int, Action]:
         """Bytes of K and V of some rows, and what attends the next ones on the host."""

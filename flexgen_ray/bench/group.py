@@ -1,0 +1,25 @@
+"""`flexgen-ray bench`, whose commands are imported when one is asked for: they bring torch."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import click
+import typer
+from typer.core import TyperGroup
+
+
+class Benchmarks(TyperGroup):
+    """Knows that there are benchmarks; which, and how they run, commands.py does."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return self._group.list_commands(ctx)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        return self._group.get_command(ctx, cmd_name)
+
+    @cached_property
+    def _group(self) -> click.Group:
+        from flexgen_ray.bench.commands import app
+
+        return typer.main.get_group(app)
