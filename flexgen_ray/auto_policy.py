@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 
-from flexgen_ray.config import Budget, HardwareSpec, ModelConfig, Workload
+from flexgen_ray.config import Budget, HardwareSpec, Workload
 from flexgen_ray.cost.pipeline_plan import Device, Job, ModelRates, Plan
 from flexgen_ray.cost.plan import StagePlan
 from flexgen_ray.cost.planner import Planner, choose
+from flexgen_ray.model_config import ModelConfig
 from flexgen_ray.request import Request
 from flexgen_ray.runtime.crews import divide_cores
 from flexgen_ray.runtime.worker import Machine

@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from flexgen_ray.config import DTYPE_BYTES, ModelConfig
+from flexgen_ray.config import DTYPE_BYTES
+from flexgen_ray.model_config import ModelConfig
 from flexgen_ray.options import JsonOption
 
 HardwareOption = Annotated[

@@ -14,12 +14,13 @@ from statistics import fmean
 
 import yaml
 
-from flexgen_ray.config import Budget, HardwareSpec, ModelConfig
+from flexgen_ray.config import Budget, HardwareSpec
 from flexgen_ray.cost.corners import ON_DEVICE
 from flexgen_ray.cost.grid import Search
 from flexgen_ray.cost.hardware import Hardware
 from flexgen_ray.cost.pipeline_plan import Device, Job, ModelRates, Plan, Rates
 from flexgen_ray.cost.planner import Infeasible, Planner, choose
+from flexgen_ray.model_config import ModelConfig
 
 NODE_KEYS = ("hardware", "count", "gpus")
 

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import yaml
 
-from flexgen_ray.config import Budget, ModelConfig, Policy, Workload
+from flexgen_ray.config import Budget, Policy, Workload
 from flexgen_ray.cost.default_policy import default_policies
 from flexgen_ray.cost.plan import StagePlan
 from flexgen_ray.cost.sizes import check_budgets
+from flexgen_ray.model_config import ModelConfig
 from flexgen_ray.schedule.zigzag import StageLayers
 
 AUTO = "auto"  # in place of a file: as if no policy were given

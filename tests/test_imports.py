@@ -12,14 +12,15 @@ import pytest
 import flexgen_ray
 
 ROOT = Path(flexgen_ray.__file__).parent
-FOUNDATION = {"units", "config", "request", "rows"}
+FOUNDATION = {"units", "config", "model_config", "request", "rows"}
 MAY_IMPORT = {
     "units": set(),
     "config": set(),
+    "model_config": set(),
     "request": set(),
     "rows": set(),
     "schedule": set(),
-    "cost": {"config", "units", "rows", "schedule", "paths"},
+    "cost": {"config", "model_config", "units", "rows", "schedule", "paths"},
     "models": FOUNDATION,
     "store": FOUNDATION | {"schedule", "cost", "models"},
     "tokenizer": set(),
@@ -33,7 +34,7 @@ MAY_IMPORT = {
     "progress": {"request"},
     "trace": {"schedule"},
 }
-WITHOUT_TORCH = {"units", "config", "request", "rows", "schedule", "cost", "io", "trace", "paths"}
+WITHOUT_TORCH = FOUNDATION | {"schedule", "cost", "io", "trace", "paths"}
 WITH_RAY = {"distributed", "integrations"}
 
 

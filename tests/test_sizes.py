@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from test_exactness import placements, policies
 
 from flexgen_ray import LLM, Placement, Policy, SamplingParams
-from flexgen_ray.config import TIERS, Budget, ModelConfig, Workload
+from flexgen_ray.config import TIERS, Budget, Workload
 from flexgen_ray.cost.default_policy import default_policies
 from flexgen_ray.cost.placement import (
     place_weights,
@@ -19,6 +19,7 @@ from flexgen_ray.cost.placement import (
 )
 from flexgen_ray.cost.plan import StagePlan
 from flexgen_ray.cost.sizes import check_budget, stage_bytes, totals, weight_bytes
+from flexgen_ray.model_config import ModelConfig
 from flexgen_ray.resources import settle_budget, settle_dtype
 from flexgen_ray.runtime.worker import Machine
 from flexgen_ray.schedule.zigzag import StageLayers
@@ -28,7 +29,8 @@ from flexgen_ray.units import format_bytes, parse_bytes
 def opt(layers: int, hidden: int, heads: int) -> ModelConfig:
     return ModelConfig(
         "opt", layers, hidden, heads, heads, hidden // heads, 4 * hidden, 50272, 2048, hidden,
-        "float16", True, "relu", 1e-5, norm_bias=True, attention_bias=True, mlp_bias=True,
+        "float16", True, "relu", 1e-5, norm_bias=True, attention_bias=True,
+        output_bias=True, mlp_bias=True,
         position_table=2050,
     )  # fmt: skip
 

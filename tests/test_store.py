@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_exactness import placements
 
-from flexgen_ray.config import ModelConfig, Placement, Policy, Workload
+from flexgen_ray.config import Placement, Policy, Workload
 from flexgen_ray.cost.placement import PAGE, stored_tensors
 from flexgen_ray.cost.plan import StagePlan
 from flexgen_ray.cost.sizes import stage_bytes
+from flexgen_ray.model_config import ModelConfig
 from flexgen_ray.schedule.ops import Op, OpKind
 from flexgen_ray.schedule.zigzag import StageLayers, zigzag
 from flexgen_ray.store import disk
@@ -34,7 +35,7 @@ FOLDERS = st.sampled_from([tempfile.gettempdir(), "/dev/shm"])
 def model(tied: bool, mlp: int) -> ModelConfig:
     return ModelConfig(
         "opt", 3, 48, 4, 4, 12, mlp, 301, 64, 32, "float32", tied, "relu", 1e-5,
-        norm_bias=True, attention_bias=True, mlp_bias=True, position_table=66,
+        norm_bias=True, attention_bias=True, output_bias=True, mlp_bias=True, position_table=66,
     )  # fmt: skip
 
 

@@ -11,7 +11,15 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.decoders import Fuse
 from tokenizers.models import BPE
-from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    OPTConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 VOCABULARY = 97
 CONTEXT = 160
@@ -44,6 +52,21 @@ CONFIGS = {
         num_key_value_heads=4, intermediate_size=48, max_position_embeddings=CONTEXT,
         tie_word_embeddings=False,
         rope_parameters={"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0},
+    ),
+    "mistral": MistralConfig(
+        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, intermediate_size=48, max_position_embeddings=1000,
+        sliding_window=CONTEXT, tie_word_embeddings=False,
+    ),
+    "qwen2": Qwen2Config(
+        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, intermediate_size=48, max_position_embeddings=CONTEXT,
+        tie_word_embeddings=True,
+    ),
+    "qwen3": Qwen3Config(
+        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, intermediate_size=48, max_position_embeddings=CONTEXT,
+        tie_word_embeddings=False,
     ),
 }  # fmt: skip
 

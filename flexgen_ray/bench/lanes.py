@@ -15,10 +15,11 @@ import torch
 import typer
 
 from flexgen_ray.bench.result import finish
-from flexgen_ray.config import Budget, HardwareSpec, ModelConfig, Placement, Policy, Workload
+from flexgen_ray.config import Budget, HardwareSpec, Placement, Policy, Workload
 from flexgen_ray.cost.cost import CostModel, Resource
 from flexgen_ray.cost.placed_rows import Composition
 from flexgen_ray.cost.plan import StagePlan
+from flexgen_ray.model_config import ModelConfig
 from flexgen_ray.options import JsonOption
 from flexgen_ray.request import Progress, Request, SamplingParams
 from flexgen_ray.rows import Row, Rows
@@ -89,7 +90,7 @@ def plan_of(case: Case, layers: int, batches: int, passes: int) -> StagePlan:
         family="opt", num_layers=layers, hidden_size=32, num_heads=4, num_kv_heads=4, head_dim=8,
         intermediate_size=64, vocab_size=96, max_seq_len=2048, embedding_size=32, dtype="float32",
         tie_word_embeddings=False, activation="relu", norm_eps=1e-5, norm_bias=True,
-        attention_bias=True, mlp_bias=True, position_table=2050,
+        attention_bias=True, output_bias=True, mlp_bias=True, position_table=2050,
     )  # fmt: skip
     policy = Policy(
         gpu_batch_size=BATCH_SIZE,

@@ -18,10 +18,11 @@ import typer
 from flexgen_ray.bench import t4
 from flexgen_ray.bench.likeness import Likeness, memory_folder, requests_of
 from flexgen_ray.bench.result import finish
-from flexgen_ray.config import Faults, ModelConfig
+from flexgen_ray.config import Faults
 from flexgen_ray.cost.grid import BATCHES, Search
 from flexgen_ray.cost.pipeline_plan import Job
 from flexgen_ray.cost.planner import Planner, choose
+from flexgen_ray.model_config import ModelConfig
 from flexgen_ray.models.shapes import shape_config
 from flexgen_ray.options import JsonOption
 from flexgen_ray.plot import draw_scaling

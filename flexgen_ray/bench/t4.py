@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from flexgen_ray.config import Budget, ModelConfig, Placement, Policy, Workload
+from flexgen_ray.config import Budget, Placement, Policy, Workload
 from flexgen_ray.cost.hardware import Hardware
 from flexgen_ray.cost.pipeline_plan import Device
 from flexgen_ray.cost.plan import StagePlan
+from flexgen_ray.model_config import ModelConfig
 from flexgen_ray.schedule.zigzag import StageLayers
 
 PROMPT_LEN, MAX_TOKENS = 512, 32

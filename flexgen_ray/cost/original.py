@@ -11,7 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import log2
 
-from flexgen_ray.config import ModelConfig, Policy
+from flexgen_ray.config import Policy
+from flexgen_ray.model_config import ModelConfig
 
 _GIB = 2**30
 _T = 1e12

@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from flexgen_ray.config import Budget, HardwareSpec, ModelConfig
+from flexgen_ray.config import Budget, HardwareSpec
 from flexgen_ray.cost.corners import PHASES
 from flexgen_ray.cost.hardware import Hardware
 from flexgen_ray.cost.plan import StagePlan
+from flexgen_ray.model_config import ModelConfig
 
 PLAYED = "the schedule"  # among the seconds: what playing the ops gave
 Rates = Callable[[int, int], HardwareSpec]

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from math import floor
 
-from flexgen_ray.config import DTYPE_BYTES, ModelConfig, Placement, Policy
+from flexgen_ray.config import DTYPE_BYTES, Placement, Policy
+from flexgen_ray.model_config import ModelConfig
 from flexgen_ray.schedule.zigzag import StageLayers
 
 ALIGNMENT = 64  # bytes; where a tensor may start inside a flat buffer

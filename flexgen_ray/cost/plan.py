@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from flexgen_ray.config import DTYPE_BYTES, ModelConfig, Policy, Workload
+from flexgen_ray.config import DTYPE_BYTES, Policy, Workload
 from flexgen_ray.cost.placement import PAGE, RowSplit, aligned, split_rows, split_tokens
 from flexgen_ray.cost.weight_layout import WeightLayout, lay_out_weights
+from flexgen_ray.model_config import ModelConfig
 from flexgen_ray.schedule.zigzag import StageLayers
 
 PREFILL_TILES = 8  # a batch takes at most this many tiles of max_batch_tokens in a pass

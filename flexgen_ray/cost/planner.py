@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 
-from flexgen_ray.config import TIERS, Budget, HardwareSpec, ModelConfig, Policy, Workload
+from flexgen_ray.config import TIERS, Budget, HardwareSpec, Policy, Workload
 from flexgen_ray.cost.corners import ON_DEVICE, PHASES, Corners, policy_of, shares_of
 from flexgen_ray.cost.grid import Grid, Search
 from flexgen_ray.cost.lp import (
@@ -28,6 +28,7 @@ from flexgen_ray.cost.plan import StagePlan
 from flexgen_ray.cost.predict import decoding, prefilling
 from flexgen_ray.cost.sizes import stage_bytes, totals
 from flexgen_ray.cost.steady import simulate_pipeline
+from flexgen_ray.model_config import ModelConfig
 from flexgen_ray.schedule.zigzag import StageLayers
 
 FINALISTS = 2

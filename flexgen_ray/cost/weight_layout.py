@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
-from flexgen_ray.config import TIERS, ModelConfig, Placement
+from flexgen_ray.config import TIERS, Placement
 from flexgen_ray.cost.placement import (
     PAGE,
     aligned,
@@ -18,6 +18,7 @@ from flexgen_ray.cost.placement import (
     stored_tensors,
     tensor_bytes,
 )
+from flexgen_ray.model_config import ModelConfig
 from flexgen_ray.schedule.zigzag import StageLayers
 
 

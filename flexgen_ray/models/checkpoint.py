@@ -11,7 +11,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from flexgen_ray.config import ModelConfig
+from flexgen_ray.model_config import ModelConfig
 from flexgen_ray.models.registry import FAMILIES
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flexgen_ray.config import ModelConfig, Rope
+from flexgen_ray.model_config import ModelConfig, Rope
 
 Weights = Mapping[str, Tensor]
 Lookup = Callable[[str, Tensor | None], Tensor]
@@ -50,7 +50,7 @@ def layer_norm(config: ModelConfig, weights: Weights, name: str, x: Tensor) -> T
 
 
 def rms_norm(config: ModelConfig, weights: Weights, name: str, x: Tensor) -> Tensor:
-    """x: [tokens, hidden]; the mean square is taken in float32, as transformers does."""
+    """x: [..., size of the weight]; the mean square is taken in float32, as transformers does."""
     wide = x.float()
     wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + config.norm_eps)
     return weights[f"{name}.weight"] * wide.to(x.dtype)

@@ -1,10 +1,12 @@
-"""Llama 2 and 3, SmolLM2 and their like: rotary positions, RMSNorm, gated MLP, grouped queries."""
+"""Llama 2 and 3, Mistral, Qwen 2 and 3, and their like: rotary positions, RMSNorm, gated MLP,
+grouped queries. What tells them apart is in their config.json, and read here.
+"""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from flexgen_ray.config import ModelConfig, Rope
+from flexgen_ray.model_config import ModelConfig, Rope
 from flexgen_ray.models.layers import (
     ACTIVATIONS,
     ROPE_TYPES,
@@ -24,6 +26,8 @@ WEIGHT_NAMES = {
     "q_proj": "model.layers.{}.self_attn.q_proj",
     "k_proj": "model.layers.{}.self_attn.k_proj",
     "v_proj": "model.layers.{}.self_attn.v_proj",
+    "q_norm": "model.layers.{}.self_attn.q_norm",
+    "k_norm": "model.layers.{}.self_attn.k_norm",
     "o_proj": "model.layers.{}.self_attn.o_proj",
     "mlp_norm": "model.layers.{}.post_attention_layernorm",
     "gate_proj": "model.layers.{}.mlp.gate_proj",
@@ -33,7 +37,12 @@ WEIGHT_NAMES = {
 
 
 def parse_config(hf: dict) -> ModelConfig:
-    """From the keys of Hugging Face's LlamaConfig; ValueError names an unknown rope type."""
+    """From the keys of Hugging Face's LlamaConfig, MistralConfig, Qwen2Config or Qwen3Config.
+
+    ValueError names an unknown rope type.
+    """
+    kind = hf.get("model_type", "llama")
+    bias = kind == "qwen2" or hf.get("attention_bias", False)
     hidden, heads = hf["hidden_size"], hf["num_attention_heads"]
     return ModelConfig(
         family="llama",
@@ -44,18 +53,29 @@ def parse_config(hf: dict) -> ModelConfig:
         head_dim=hf.get("head_dim") or hidden // heads,
         intermediate_size=hf["intermediate_size"],
         vocab_size=hf["vocab_size"],
-        max_seq_len=hf["max_position_embeddings"],
+        max_seq_len=_context(hf),
         embedding_size=hidden,
         dtype=hf["dtype"],
         tie_word_embeddings=hf.get("tie_word_embeddings", False),
         activation=hf.get("hidden_act", "silu"),
         norm_eps=hf["rms_norm_eps"],
         gated_mlp=True,
-        attention_bias=hf.get("attention_bias", False),
+        attention_bias=bias,
+        output_bias=bias and kind != "qwen2",
+        qk_norm=kind == "qwen3",
         mlp_bias=hf.get("mlp_bias", False),
         rope=_parse_rope(hf),
         eos_token_ids=hf["eos_token_ids"],
     )
+
+
+def _context(hf: dict) -> int:
+    """Where layers attend within a window only, no longer than that: up to there it is the same."""
+    context, window = hf["max_position_embeddings"], hf.get("sliding_window")
+    kinds = hf.get("layer_types") or ["sliding_attention"]
+    if window and hf.get("use_sliding_window", True) and "sliding_attention" in kinds:
+        return min(context, window)
+    return context
 
 
 def _parse_rope(hf: dict) -> Rope:
@@ -87,6 +107,8 @@ def project(
     """x: [tokens, hidden]; returns q, k, v, each [tokens, heads or kv_heads, head_dim]."""
     assert config.rope is not None
     q, k, v = project_heads(config, weights, rms_norm(config, weights, "attention_norm", x))
+    if config.qk_norm:
+        q, k = rms_norm(config, weights, "q_norm", q), rms_norm(config, weights, "k_norm", k)
     q, k = rotate(config.rope, positions, q, k)
     return q, k, v
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from flexgen_ray.config import ModelConfig
+from flexgen_ray.model_config import ModelConfig
 from flexgen_ray.models.layers import (
     ACTIVATIONS,
     Lookup,
@@ -60,6 +60,7 @@ def parse_config(hf: dict) -> ModelConfig:
         pre_norm=pre_norm,
         final_norm=pre_norm and not hf.get("_remove_final_layer_norm", False),
         attention_bias=bias,
+        output_bias=bias,
         mlp_bias=bias,
         position_table=hf["max_position_embeddings"] + POSITION_OFFSET,
         eos_token_ids=hf["eos_token_ids"],

@@ -6,11 +6,18 @@ import json
 from pathlib import Path
 from types import ModuleType
 
-from flexgen_ray.config import DTYPE_BYTES, ModelConfig
+from flexgen_ray.config import DTYPE_BYTES
+from flexgen_ray.model_config import ModelConfig
 from flexgen_ray.models import llama, opt
 from flexgen_ray.models.layers import ACTIVATIONS
 
-ARCHITECTURES: dict[str, ModuleType] = {"OPTForCausalLM": opt, "LlamaForCausalLM": llama}
+ARCHITECTURES: dict[str, ModuleType] = {
+    "OPTForCausalLM": opt,
+    "LlamaForCausalLM": llama,
+    "MistralForCausalLM": llama,
+    "Qwen2ForCausalLM": llama,
+    "Qwen3ForCausalLM": llama,
+}
 FAMILIES: dict[str, ModuleType] = {"opt": opt, "llama": llama}
 
 

@@ -1,0 +1,122 @@
+"""What a model is: sizes, and the order of its maths, with no torch behind them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary position embedding; `type` is one of default, linear, llama3."""
+
+    theta: float = 10000.0
+    type: str = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_seq_len: int = 8192
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A decoder-only transformer, as far as sizes and the order of its maths are concerned.
+
+    attention_bias: of queries, keys and values; output_bias: of what follows attention; qk_norm:
+    each head's queries and keys are normed before they are rotated.
+    """
+
+    family: str
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int
+    max_seq_len: int
+    embedding_size: int
+    dtype: str
+    tie_word_embeddings: bool
+    activation: str
+    norm_eps: float
+    norm_weight: bool = True
+    norm_bias: bool = False
+    pre_norm: bool = True
+    final_norm: bool = True
+    gated_mlp: bool = False
+    attention_bias: bool = False
+    output_bias: bool = False
+    qk_norm: bool = False
+    mlp_bias: bool = False
+    position_table: int = 0
+    rope: Rope | None = None
+    eos_token_ids: tuple[int, ...] = ()
+
+    @property
+    def embedding_layer(self) -> int:
+        return 0
+
+    @property
+    def head_layer(self) -> int:
+        return self.num_layers + 1
+
+    @property
+    def q_size(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        return self.num_kv_heads * self.head_dim
+
+    def tensors(self, layer: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of one layer's weights by our names; layer 0 embeds, the last is the head.
+
+        A tied head shares "embed_tokens.weight" with the embedding.
+        """
+        if layer == self.embedding_layer:
+            return self._embedding_tensors()
+        return self._head_tensors() if layer == self.head_layer else self._decoder_tensors()
+
+    def _embedding_tensors(self) -> dict[str, tuple[int, ...]]:
+        shapes: dict[str, tuple[int, ...]] = {
+            "embed_tokens.weight": (self.vocab_size, self.embedding_size)
+        }
+        if self.position_table:
+            shapes["embed_positions.weight"] = (self.position_table, self.hidden_size)
+        if self.embedding_size != self.hidden_size:
+            shapes["project_in.weight"] = (self.hidden_size, self.embedding_size)
+        return shapes
+
+    def _decoder_tensors(self) -> dict[str, tuple[int, ...]]:
+        hidden, mlp = self.hidden_size, self.intermediate_size
+        shapes = self._norm("attention_norm")
+        for name, rows in (("q", self.q_size), ("k", self.kv_size), ("v", self.kv_size)):
+            shapes |= _linear(f"{name}_proj", rows, hidden, self.attention_bias)
+        if self.qk_norm:
+            shapes |= {"q_norm.weight": (self.head_dim,), "k_norm.weight": (self.head_dim,)}
+        shapes |= _linear("o_proj", hidden, self.q_size, self.output_bias)
+        shapes |= self._norm("mlp_norm")
+        if self.gated_mlp:
+            shapes |= _linear("gate_proj", mlp, hidden, self.mlp_bias)
+        shapes |= _linear("up_proj", mlp, hidden, self.mlp_bias)
+        return shapes | _linear("down_proj", hidden, mlp, self.mlp_bias)
+
+    def _head_tensors(self) -> dict[str, tuple[int, ...]]:
+        shapes = self._norm("final_norm") if self.final_norm else {}
+        if self.embedding_size != self.hidden_size:
+            shapes["project_out.weight"] = (self.embedding_size, self.hidden_size)
+        name = "embed_tokens.weight" if self.tie_word_embeddings else "lm_head.weight"
+        return shapes | {name: (self.vocab_size, self.embedding_size)}
+
+    def _norm(self, name: str) -> dict[str, tuple[int, ...]]:
+        shapes: dict[str, tuple[int, ...]] = {}
+        if self.norm_weight:
+            shapes[f"{name}.weight"] = (self.hidden_size,)
+        if self.norm_bias:
+            shapes[f"{name}.bias"] = (self.hidden_size,)
+        return shapes
+
+
+def _linear(name: str, rows: int, columns: int, bias: bool) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {f"{name}.weight": (rows, columns)}
+    return shapes | {f"{name}.bias": (rows,)} if bias else shapes
