@@ -10,6 +10,7 @@ from collections import defaultdict
 
 from flexgen_ray.config import HardwareSpec
 from flexgen_ray.cost.cost import Amounts, CostModel, Resource, seconds_by_resource
+from flexgen_ray.cost.moves import Moves
 from flexgen_ray.cost.plan import StagePlan
 from flexgen_ray.runtime.cells import Cells
 from flexgen_ray.runtime.meter import Timing
@@ -29,6 +30,8 @@ class Modelled:
         self, cells: Cells, plan: StagePlan, hardware: HardwareSpec, time_scale: float | None
     ) -> None:
         self._cells = cells
+        # Of what the model it stands for dispatches, some may be nothing to do here.
+        self._acts = Moves(cells.plan, cells.passes.link is not None)
         self._hardware = hardware
         self._cost = CostModel(plan)
         self._pacer = None if time_scale is None else Pacer(hardware, time_scale)
@@ -50,22 +53,26 @@ class Modelled:
             for resource, seconds in taken.items():
                 sums[resource] += seconds
         if self._pacer is None:
-            self._cells.run(op, ready_at)
+            self._act(op, ready_at)
             return None
         return self._run_paced(self._pacer, op, amounts, ready_at)
 
     def _run_paced(self, pacer: Pacer, op: Op, amounts: Amounts, ready_at: float) -> Timing:
         """What arrives does so when it does; what is sent has crossed the network before that."""
         if op.kind in _ARRIVALS:
-            self._cells.run(op, ready_at)
+            self._act(op, ready_at)
             ready_at = time.perf_counter()
         job = pacer.begin(amounts, ready_at)
         if op.kind not in _ARRIVALS and op.kind is not OpKind.SEND:
-            self._cells.run(op, ready_at)
+            self._act(op, ready_at)
         pacer.end(job)
         if op.kind is OpKind.SEND:
-            self._cells.run(op, ready_at)
+            self._act(op, ready_at)
         return Timing(job.started, job.ended, job.seconds)
+
+    def _act(self, op: Op, ready_at: float) -> None:
+        if self._acts(op):
+            self._cells.run(op, ready_at)
 
     def end_visit(self, visit: int) -> dict[str, float]:
         """Modelled seconds of each lane and resource in a visit.
