@@ -216,6 +216,19 @@ def calibrate(
     _say(f"written to {path}")
 
 
+@app.command()
+def info(device: DeviceOption = Device.auto, offload_dir: OffloadOption = None) -> None:
+    """Show this node's device and memory, what a run would use of them, and versions.
+
+    Example: flexgen-ray info
+    """
+    from flexgen_ray.info import lines
+    from flexgen_ray.paths import default_offload_dir
+
+    for what, figures in lines(device.value, offload_dir or default_offload_dir()):
+        typer.echo(f"{what:18}{figures}")
+
+
 def _stages(text: str) -> int | str:
     return int(text) if text.isdecimal() else text
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,9 +15,11 @@ from pathlib import Path
 import psutil
 import pytest
 import tiny
+import torch
 import yaml
 
 from flexgen_ray.cli import main
+from flexgen_ray.units import parse_bytes
 
 POLICY = {
     "gpu_batch_size": 2,
@@ -334,6 +337,18 @@ def test_help_comes_at_once(arguments):
     )
     assert "Usage:" in done.stdout
     assert done.stdout.splitlines()[-1] == "set()"
+
+
+def test_info_tells_what_a_run_would_use(tmp_path):
+    done = run("info", "--offload-dir", tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = dict(re.split(r"  +", line, maxsplit=1) for line in done.stdout.splitlines())
+    assert found["offload folder"] == str(tmp_path)
+    assert f"torch {torch.__version__}" in found["versions"]
+    assert "calibrate" in found["calibrated"]
+    sizes = re.findall(r"[\d.]+ [KMGT]iB", found["host memory"])
+    free, used = (parse_bytes(size.replace(" ", "")) for size in sizes)
+    assert 0 < used < free <= psutil.virtual_memory().total
 
 
 def test_help_teaches():
