@@ -180,6 +180,15 @@ def test_the_next_batch_is_attended_before_this_one_finishes(num_batches, num_la
             assert attend < place[OpKind.FINISH, layer, batch]
 
 
+@given(st.integers(2, 4), st.integers(1, 5))
+def test_the_next_pass_is_attended_before_this_one_ends(num_batches, num_layers):
+    """So that host attention doesn't pause while the last batch is sampled."""
+    ops = list(zigzag(StageLayers.whole(num_layers), num_batches, range(2)))
+    place = {(op.kind, op.visit, op.layer, op.batch): index for index, op in enumerate(ops)}
+    last = place[OpKind.FINISH, 0, num_layers, num_batches - 1]
+    assert place[OpKind.ATTEND_HOST, 1, 1, 0] < last
+
+
 @pytest.mark.parametrize("num_batches", [1, 3])
 def test_the_stream_is_lazy(num_batches):
     """An endless job yields its first ops at once."""

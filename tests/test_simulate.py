@@ -222,6 +222,39 @@ def test_two_stages_on_two_machines_take_half_as_long():
     assert both == pytest.approx(steady_visit(whole, MACHINE, rows) / 2, rel=0.1)
 
 
+def ring_of_t4s(shape: str, policy: Policy) -> list[StagePlan]:
+    """Four stages with a block each."""
+    config = REAL[shape]
+    workload = Workload(policy.block_size, 512, 544)
+    stages = StageLayers.split(config.num_layers, [config.num_layers // 4] * 4)
+    return [StagePlan(config, it, policy, workload, "float16", num_blocks=4) for it in stages]
+
+
+@pytest.mark.parametrize(
+    "shape, policy",
+    [
+        # Host attention binds; the next pass has to begin before this one ends.
+        (
+            "opt-6.7b",
+            Policy(32, 2, 512, Placement(1, 0, 0), Placement(0.65, 0.35, 0), blocks_in_flight=4),
+        ),
+        # The disk and the link; some layers only read weights from disk.
+        (
+            "opt-175b",
+            Policy(
+                24, 3, 512, Placement(0.07, 0.914, 0.016), Placement(0, 0.727, 0.273),
+                blocks_in_flight=4,
+            ),
+        ),
+    ],
+)  # fmt: skip
+def test_the_busiest_lane_of_a_ring_hardly_waits(shape, policy):
+    ring = ring_of_t4s(shape, policy)
+    rows = decoding(ring[0], 528)
+    bound = max(max(visit_seconds(plan, MACHINE, rows).values()) for plan in ring)
+    assert simulate_pipeline(ring, [MACHINE] * 4, rows) <= bound / 0.92
+
+
 def test_a_simulation_is_drawn_as_a_run_is(tmp_path):
     plan = StagePlan(
         MODELS["llama"], StageLayers.whole(3), Policy(2, 2), WORKLOAD, "float32"
