@@ -102,7 +102,7 @@ def test_the_planners_choice_is_run_beside_every_policy_of_the_grid_that_fits(mo
     monkeypatch.setattr(choice, "LAYERS", 2)
     monkeypatch.setattr(choice, "REQUESTS", 16)
     monkeypatch.setattr(choice, "WORKLOADS", {"short": (8, 6)})
-    monkeypatch.setattr(choice, "SHAPES", ((2, 2), (10**6, 2)))
+    monkeypatch.setattr(choice, "SHAPES", ((2, 2), (8192, 16)))
     result = bench("choice", "--workloads", "short", "--cell-ms", 3)
     found = result["workloads"]["short"]
     runs = found["grid"]
