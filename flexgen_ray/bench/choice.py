@@ -39,7 +39,7 @@ RATES = HardwareSpec(
     device_decode_flops_per_s=3e12,
 )
 BUDGET = Budget(gpu=768 << 20, cpu=4 << 30, disk=32 << 30)
-WORKLOADS = {"paper": (512, 32), "long prompts": (1024, 16), "long outputs": (128, 128)}
+WORKLOADS = {"paper": (512, 32), "long prompts": (1024, 16), "long outputs": (128, 64)}
 SHAPES = ((8, 2), (12, 3), (16, 4), (32, 2))
 WEIGHTS = (Placement(0.2, 0.8, 0.0), Placement(0.0, 1.0, 0.0), Placement(0.0, 0.5, 0.5))
 CACHES = (  # and the share of the host's that is attended there
@@ -53,7 +53,7 @@ NEAR = 0.15  # how far a prediction may be off
 
 def choice(
     workloads: Annotated[str, typer.Option(help="Of these.")] = ",".join(WORKLOADS),
-    cell_ms: Annotated[float, typer.Option(help="Wall time of a decoding pass's cell.")] = 6.0,
+    cell_ms: Annotated[float, typer.Option(help="Wall time of a decoding pass's cell.")] = 5.0,
     json_file: JsonOption = None,
 ) -> None:
     """Emulated policies of a grid, and the planner's choice against the best of them.
