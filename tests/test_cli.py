@@ -293,10 +293,10 @@ def offloaded(folder: Path) -> set[str]:
     ("how", "where"),
     [
         (signal.SIGKILL, ["--no-ray"]),
-        (signal.SIGTERM, ["--no-ray"]),
         (signal.SIGINT, ["--no-ray"]),
         (signal.SIGTERM, ["--stages", "2"]),
-        (signal.SIGINT, []),
+        pytest.param(signal.SIGTERM, ["--no-ray"], marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, [], marks=pytest.mark.slow),
     ],
 )
 def test_a_killed_run_leaves_whole_lines_and_no_offload_files(files, text_model, how, where):
