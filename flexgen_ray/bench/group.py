@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from functools import cached_property
+from typing import Any
 
-import click
 import typer
 from typer.core import TyperGroup
 
@@ -12,14 +12,14 @@ from typer.core import TyperGroup
 class Benchmarks(TyperGroup):
     """Knows that there are benchmarks; which, and how they run, commands.py does."""
 
-    def list_commands(self, ctx: click.Context) -> list[str]:
+    def list_commands(self, ctx: Any) -> list[str]:
         return self._group.list_commands(ctx)
 
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
         return self._group.get_command(ctx, cmd_name)
 
     @cached_property
-    def _group(self) -> click.Group:
+    def _group(self) -> TyperGroup:
         from flexgen_ray.bench.commands import app
 
         return typer.main.get_group(app)

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from itertools import product
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -78,7 +78,12 @@ def _predicted(model: str, dtype: str, job: Job, policy: Policy) -> Plan:
 
 def _compared(plan: Plan, model: str, dtype: str) -> dict:
     policy, job = plan.stages[0].policy, plan.job
-    options = {"device": "cpu", "dtype": dtype, "load_format": "dummy", "use_ray": False}
+    options: dict[str, Any] = {
+        "device": "cpu",
+        "dtype": dtype,
+        "load_format": "dummy",
+        "use_ray": False,
+    }
     with LLM(model, policy=replace(policy, blocks_in_flight=None), **options) as llm:
         rng, vocabulary = random.Random(0), llm.config.vocab_size
         prompts = [
