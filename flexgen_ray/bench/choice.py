@@ -16,8 +16,8 @@ from typing import Annotated
 import torch
 import typer
 
-from flexgen_ray.bench.likeness import Likeness, memory_folder, requests_of
-from flexgen_ray.bench.result import finish
+from flexgen_ray.bench.likeness import Likeness, alike_requests, memory_folder
+from flexgen_ray.bench.result import finish, off_by
 from flexgen_ray.config import Budget, HardwareSpec, Placement, Policy
 from flexgen_ray.cost.pipeline_plan import Device, Job, Plan
 from flexgen_ray.cost.planner import Planner, choose
@@ -48,7 +48,6 @@ CACHES = (  # and the share of the host's that is attended there
     (Placement(0.0, 1.0, 0.0), 0.0),
     (Placement(0.0, 0.25, 0.75), 1.0),
 )
-NEAR = 0.15  # how far a prediction may be off
 
 
 def choice(
@@ -113,7 +112,7 @@ def _run(plan: Plan, cell_seconds: float) -> float:
     worker = Worker()
     with tempfile.TemporaryDirectory(prefix="flexgen-bench-", dir=memory_folder()) as folder:
         worker.load(likeness.specs(folder)[0])
-        worker.add(requests_of(plan.block_size, job.prompt_len, job.max_tokens))
+        worker.add(alike_requests(plan.block_size, job.prompt_len, job.max_tokens))
         for _ in worker.run():
             pass
         wall = worker.measured().wall
@@ -123,11 +122,7 @@ def _run(plan: Plan, cell_seconds: float) -> float:
 
 def _summary(runs: list[dict], chosen: dict) -> dict:
     measured = [run["measured_tokens_per_s"] for run in runs]
-    off = [abs(run["measured_to_predicted"] - 1) for run in [*runs, chosen]]
     return {
         "chosen_to_best_of_grid": round(chosen["measured_tokens_per_s"] / max(measured), 4),
         "best_to_worst_of_grid": round(max(measured) / min(measured), 3),
-        "policies": len(off),
-        f"predicted_within_{NEAR:.0%}": sum(it <= NEAR for it in off),
-        "largest_error": round(max(off), 4),
-    }
+    } | off_by([*runs, chosen])

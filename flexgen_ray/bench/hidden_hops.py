@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import fields, replace
 
 from flexgen_ray.bench import t4
+from flexgen_ray.bench.lanes import FREE
 from flexgen_ray.bench.likeness import Likeness
 from flexgen_ray.bench.scaling import CELL_SECONDS, run
 from flexgen_ray.config import HardwareSpec, Policy, Workload
@@ -23,7 +24,6 @@ from flexgen_ray.schedule.zigzag import StageLayers
 
 SHAPE, STAGES, LAYERS_EACH = "opt-125m", 2, 6
 HOP_LAYERS = 4  # that a batch's hop takes as long as
-_FREE = 1e18  # a rate at which nothing takes time
 
 
 def hidden_hops() -> dict:
@@ -34,7 +34,7 @@ def hidden_hops() -> dict:
     for each in (1, 2):
         plans = _plans(each * STAGES)
         slow = _hardware(plans[0])
-        free = replace(slow, network_bytes_per_s=_FREE)
+        free = replace(slow, network_bytes_per_s=FREE)
         shares[str(each)] = round(_rate(plans, slow) / _rate(plans, free), 4)
     return found | {"throughput_of_blocks_a_stage": shares}
 
@@ -62,7 +62,7 @@ def _hardware(plan: StagePlan) -> HardwareSpec:
         return cost.amounts(Op(kind, 0, 1, 0, 0, 0), rows)[resource]
 
     flops = sum(amount(it, Resource.DECODE_FLOPS) for it in (OpKind.PROJECT, OpKind.FINISH))
-    free = HardwareSpec(**{field.name: _FREE for field in fields(HardwareSpec)})
+    free = HardwareSpec(**{field.name: FREE for field in fields(HardwareSpec)})
     return replace(
         free,
         device_decode_flops_per_s=flops,

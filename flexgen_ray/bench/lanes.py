@@ -14,6 +14,7 @@ from typing import Annotated
 import torch
 import typer
 
+from flexgen_ray.bench.likeness import alike_requests
 from flexgen_ray.bench.result import finish
 from flexgen_ray.config import Budget, HardwareSpec, Placement, Policy, Workload
 from flexgen_ray.cost.cost import CostModel, Resource
@@ -21,7 +22,7 @@ from flexgen_ray.cost.placed_rows import Composition
 from flexgen_ray.cost.plan import StagePlan
 from flexgen_ray.model_config import ModelConfig
 from flexgen_ray.options import JsonOption
-from flexgen_ray.request import Progress, Request, SamplingParams
+from flexgen_ray.request import Progress, Request
 from flexgen_ray.rows import Row, Rows
 from flexgen_ray.runtime.stage import StageSpec
 from flexgen_ray.runtime.worker import Worker
@@ -105,9 +106,7 @@ def plan_of(case: Case, layers: int, batches: int, passes: int) -> StagePlan:
 
 def requests_of(plan: StagePlan) -> list[Request]:
     """As many as fill the block, all alike."""
-    params = SamplingParams(plan.max_seq_len - PROMPT_LEN, 0.0, ignore_eos=True)
-    prompt = [4 + i % 90 for i in range(PROMPT_LEN)]
-    return [Request(i, prompt, params) for i in range(plan.workload.num_requests)]
+    return alike_requests(plan.workload.num_requests, PROMPT_LEN, plan.max_seq_len - PROMPT_LEN)
 
 
 def run_case(case: Case, plan: StagePlan, op_seconds: float) -> dict:

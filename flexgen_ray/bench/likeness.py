@@ -79,7 +79,7 @@ class Likeness:
         return list(zip(self.plans, self.hardware, strict=True))
 
 
-def requests_of(count: int, prompt_len: int, max_tokens: int) -> list[Request]:
+def alike_requests(count: int, prompt_len: int, max_tokens: int) -> list[Request]:
     """So many, all alike."""
     params = SamplingParams(max_tokens, 0.0, ignore_eos=True)
     prompt = [4 + i % 90 for i in range(prompt_len)]

@@ -6,7 +6,6 @@ Measures; decides nothing.
 
 from __future__ import annotations
 
-import random
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -16,20 +15,19 @@ from typing import Annotated, Any
 import typer
 
 from flexgen_ray.auto_policy import core_shares
-from flexgen_ray.bench.result import finish
+from flexgen_ray.bench.result import finish, off_by
+from flexgen_ray.bench.throughput import random_requests
 from flexgen_ray.config import Budget, Placement, Policy
 from flexgen_ray.cost.pipeline_plan import Device, Job, ModelRates, Plan
 from flexgen_ray.cost.planner import Planner
 from flexgen_ray.llm import LLM
 from flexgen_ray.models.shapes import shape_config
 from flexgen_ray.options import JsonOption
-from flexgen_ray.request import SamplingParams
 from flexgen_ray.runtime.worker import Worker
 
 SHAPES = ((8, 2), (16, 2))
 WEIGHTS = (Placement(1, 0, 0), Placement(0, 1, 0), Placement(0, 0, 1))
 CACHES = (Placement(1, 0, 0), Placement(0, 1, 0))
-NEAR = 0.15  # how far a prediction may be off
 
 
 def prediction(
@@ -47,14 +45,8 @@ def prediction(
     for policy in policies():
         job = Job.uniform(policy.block_size, prompt_len, max_tokens)
         runs.append(_compared(_predicted(model, dtype, job, policy), model, dtype))
-    off = [abs(run["measured_to_predicted"] - 1) for run in runs]
-    summary = {
-        "policies": len(off),
-        f"predicted_within_{NEAR:.0%}": sum(it <= NEAR for it in off),
-        "largest_error": round(max(off), 4),
-    }
     settings = {"model": model, "dtype": dtype, "prompt_len": prompt_len, "max_tokens": max_tokens}
-    finish({"settings": settings} | summary | {"runs": runs}, "CPU", json_file)
+    finish({"settings": settings} | off_by(runs) | {"runs": runs}, "CPU", json_file)
 
 
 def policies() -> Iterator[Policy]:
@@ -85,13 +77,7 @@ def _compared(plan: Plan, model: str, dtype: str) -> dict:
         "use_ray": False,
     }
     with LLM(model, policy=replace(policy, blocks_in_flight=None), **options) as llm:
-        rng, vocabulary = random.Random(0), llm.config.vocab_size
-        prompts = [
-            [rng.randrange(vocabulary) for _ in range(job.prompt_len)]
-            for _ in range(job.num_requests)
-        ]
-        params = SamplingParams(job.max_tokens, 0.0, ignore_eos=True)
-        requests = [llm.request(index, prompt, params) for index, prompt in enumerate(prompts)]
+        requests = random_requests(llm, job.num_requests, job.prompt_len, job.max_tokens)
         llm.prepare(requests)
         for _ in llm.stream(requests):
             pass

@@ -9,6 +9,18 @@ import typer
 
 from flexgen_ray.report import environment
 
+NEAR = 0.15  # how far a prediction may be off
+
+
+def off_by(runs: list[dict]) -> dict:
+    """How far predictions were off; each run has its measured_to_predicted."""
+    off = [abs(run["measured_to_predicted"] - 1) for run in runs]
+    return {
+        "policies": len(off),
+        f"predicted_within_{NEAR:.0%}": sum(it <= NEAR for it in off),
+        "largest_error": round(max(off), 4),
+    }
+
 
 def finish(result: dict, device: str, path: Path | None) -> None:
     """Emits the result with hardware, versions, command and date."""

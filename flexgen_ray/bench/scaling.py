@@ -16,7 +16,7 @@ from typing import Annotated
 import typer
 
 from flexgen_ray.bench import t4
-from flexgen_ray.bench.likeness import Likeness, memory_folder, requests_of
+from flexgen_ray.bench.likeness import Likeness, alike_requests, memory_folder
 from flexgen_ray.bench.result import finish
 from flexgen_ray.config import Faults
 from flexgen_ray.cost.grid import BATCHES, Search
@@ -97,7 +97,7 @@ def run(likeness: Likeness) -> dict:
     try:
         with tempfile.TemporaryDirectory(prefix="flexgen-bench-", dir=memory_folder()) as folder:
             driver.load(likeness.specs(folder))
-            driver.add(requests_of(count, t4.PROMPT_LEN, t4.MAX_TOKENS))
+            driver.add(alike_requests(count, t4.PROMPT_LEN, t4.MAX_TOKENS))
             started, cpu = time.perf_counter(), time.process_time()
             for _ in driver.run():
                 pass

@@ -29,7 +29,7 @@ from flexgen_ray.options import (
     TraceOption,
 )
 from flexgen_ray.report import Report
-from flexgen_ray.request import SamplingParams
+from flexgen_ray.request import Request, SamplingParams
 
 
 def throughput(
@@ -65,10 +65,7 @@ def throughput(
     }  # fmt: skip
     with LLM(model, **options) as llm:
         count = num_prompts or (llm.policies.policies[0].block_size if llm.policies else 32)
-        rng, vocabulary = random.Random(0), llm.config.vocab_size
-        prompts = [[rng.randrange(vocabulary) for _ in range(prompt_len)] for _ in range(count)]
-        params = SamplingParams(max_tokens, 0.0, ignore_eos=True)
-        requests = [llm.request(index, prompt, params) for index, prompt in enumerate(prompts)]
+        requests = random_requests(llm, count, prompt_len, max_tokens)
         llm.prepare(requests)
         for _ in llm.stream(requests):
             pass
@@ -79,6 +76,14 @@ def throughput(
         settings = {"model": model, "prompt_len": prompt_len, "max_tokens": max_tokens}
         result = settings | {"num_prompts": count} | _result(llm.report)
     finish(result, llm.report.device, json_file)
+
+
+def random_requests(llm: LLM, count: int, prompt_len: int, max_tokens: int) -> list[Request]:
+    """As many, of as many random tokens each, that are answered greedily to the last token."""
+    rng, vocabulary = random.Random(0), llm.config.vocab_size
+    prompts = [[rng.randrange(vocabulary) for _ in range(prompt_len)] for _ in range(count)]
+    params = SamplingParams(max_tokens, 0.0, ignore_eos=True)
+    return [llm.request(index, prompt, params) for index, prompt in enumerate(prompts)]
 
 
 def _result(report: Report) -> dict:

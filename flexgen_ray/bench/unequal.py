@@ -75,10 +75,10 @@ def _cluster(names: list[str], model: str, requests: int, step: int) -> dict:
         )
     )
     return {
-        "chosen": _told(planner, chosen) | _run(planner, chosen),
-        "best_of_enumeration": _told(planner, best) | {"splits": len(tried)},
+        "chosen": _told(chosen) | _run(planner, chosen),
+        "best_of_enumeration": _told(best) | {"splits": len(tried)},
         "chosen_to_best": round(chosen.tokens_per_s / best.tokens_per_s, 4),
-        "equal": _told(planner, equal) | _run(planner, equal),
+        "equal": _told(equal) | _run(planner, equal),
         "gain_over_equal": round(chosen.tokens_per_s / equal.tokens_per_s, 3),
     }
 
@@ -96,10 +96,10 @@ def _of_split(planner: Planner, chosen: Plan, layers: tuple[int, ...]) -> Plan |
     return settled.plan(chosen.stages[0].policy)
 
 
-def _told(planner: Planner, plan: Plan) -> dict:
+def _told(plan: Plan) -> dict:
     policy = plan.stages[0].policy
     return {
-        "layers": [len(stage.stage.decoders) for stage in plan.stages],
+        "layers": [stage.num_decoder_layers for stage in plan.stages],
         "gpu_batch_size": policy.gpu_batch_size,
         "num_gpu_batches": policy.num_gpu_batches,
         "blocks_in_flight": policy.blocks_in_flight,

@@ -42,7 +42,7 @@ class StagePlan:
     @property
     def num_decoder_layers(self) -> int:
         """Its embedding and head left out."""
-        return len(self.stage.layers) - self.stage.is_first - self.stage.is_last
+        return len(self.stage.decoders)
 
     @property
     def num_batches(self) -> int:
