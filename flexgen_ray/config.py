@@ -140,9 +140,9 @@ class HardwareSpec:
     """Rates of a device and its host, per second; what shares a resource shares its rate.
 
     host_bytes_per_s is host memory, which both links, the disk and host attention draw on;
-    host_attention_bytes_per_s is what the host's cores attend of a cache by themselves. Matrix
-    products of few tokens are slower than those of many: device_decode_flops_per_s, if given. The
-    network carries hidden states to the next stage.
+    *_attention_bytes_per_s is what the host's cores, and the device, attend of a cache by
+    themselves. Matrix products of few tokens are slower than those of many:
+    device_decode_flops_per_s, if given. The network carries hidden states to the next stage.
     """
 
     h2d_bytes_per_s: float
@@ -154,11 +154,14 @@ class HardwareSpec:
     device_flops_per_s: float
     device_bytes_per_s: float
     device_decode_flops_per_s: float = 0.0
+    device_attention_bytes_per_s: float = 0.0
     network_bytes_per_s: float = 1.25e9
 
     def __post_init__(self) -> None:
         if not self.device_decode_flops_per_s:
             object.__setattr__(self, "device_decode_flops_per_s", self.device_flops_per_s)
+        if not self.device_attention_bytes_per_s:
+            object.__setattr__(self, "device_attention_bytes_per_s", self.device_bytes_per_s)
         for name, value in vars(self).items():
             if not isinstance(value, int | float) or not value > 0:
                 raise ValueError(f"{name} is {value!r}; a rate must be a number above 0")

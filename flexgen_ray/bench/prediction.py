@@ -9,7 +9,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, replace
-from itertools import product
+from itertools import chain, product
 from typing import Annotated, Any
 
 import typer
@@ -39,6 +39,7 @@ def prediction(
 ) -> None:
     """Policies run on the CPU, in real time, as multiples of what was predicted.
 
+    Each once before it is measured, for one token, so that nothing is compiled or touched first.
     Needs `flexgen-ray calibrate` first. Example: flexgen-ray bench prediction --model opt-350m
     """
     runs = []
@@ -79,7 +80,8 @@ def _compared(plan: Plan, model: str, dtype: str) -> dict:
     with LLM(model, policy=replace(policy, blocks_in_flight=None), **options) as llm:
         requests = random_requests(llm, job.num_requests, job.prompt_len, job.max_tokens)
         llm.prepare(requests)
-        for _ in llm.stream(requests):
+        first = random_requests(llm, job.num_requests, job.prompt_len, 1)
+        for _ in chain(llm.stream(first), llm.stream(requests)):
             pass
         report = llm.report
     (stage,) = report.stages

@@ -22,10 +22,10 @@ BUDGET = Budget(_PAPER.memory.gpu, _PAPER.memory.cpu, _PAPER.memory.disk)
 # What the original got out of that machine: its own constants, where it has them.
 ORIGINAL = _PAPER.rates("float16", 1, decode_rows=64, prefill_rows=2048)
 # What is assumed of the machine: copies from registered memory go both ways at the link's speed,
-# decode's matrix products are bound by memory before they are by flops, host attention reads at
-# half of the memory's speed, and the disk reads 2 GB/s and writes 1 (with the released code's
-# constants the original's own 0.83 tokens/s on OPT-175B would be out of reach). The network is
-# 10 Gbit/s.
+# decode's matrix products and attention are bound by memory before they are by flops, host
+# attention reads at half of the memory's speed, and the disk reads 2 GB/s and writes 1 (with the
+# released code's constants the original's own 0.83 tokens/s on OPT-175B would be out of reach). The
+# network is 10 Gbit/s.
 MACHINE = replace(
     ORIGINAL,
     d2h_bytes_per_s=12e9,
@@ -34,6 +34,7 @@ MACHINE = replace(
     host_attention_bytes_per_s=40e9,
     device_bytes_per_s=0.8 * 320e9,
     device_decode_flops_per_s=21.24e12,
+    device_attention_bytes_per_s=0.8 * 320e9,
 )
 # Its policy for OPT-30B (its table of policies), where "20 % on the GPU" was taken at its word.
 ORIGINAL_POLICY = Policy(

@@ -29,6 +29,7 @@ class Resource(StrEnum):
     HOST_ATTENTION = "host_attention_bytes_per_s"
     FLOPS = "device_flops_per_s"
     DECODE_FLOPS = "device_decode_flops_per_s"  # of batches no larger than a decoding one
+    DEVICE_ATTENTION = "device_attention_bytes_per_s"
     DEVICE_MEMORY = "device_bytes_per_s"
     NETWORK = "network_bytes_per_s"  # to the next stage
 
@@ -161,7 +162,7 @@ class CostModel:
         rows = [*placed.resident, *(row for row, _ in placed.streamed)]
         flops = 4 * self.plan.config.q_size * sum(map(_attended_pairs, rows))
         read = sum(row.seq_len for row in rows) * self._kv_token
-        return {_R.FLOPS: flops, _R.DEVICE_MEMORY: read}
+        return {_R.FLOPS: flops, _R.DEVICE_ATTENTION: read}
 
     def _attend_host(self, placed: PlacedRows) -> Amounts:
         read = sum(row.seq_len for row in placed.attended) * self._kv_token

@@ -179,6 +179,7 @@ class Hardware:
             device_flops_per_s=self.gemm_flops_per_s(dtype, prefill_rows),
             device_bytes_per_s=self.device.memory_bytes_per_s,
             device_decode_flops_per_s=self.gemm_flops_per_s(dtype, decode_rows),
+            device_attention_bytes_per_s=self.device.attention_bytes_per_s,
             network_bytes_per_s=network,
         )
 

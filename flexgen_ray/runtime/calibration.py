@@ -1,6 +1,6 @@
 """Everything that a planner needs to know of this machine's device, links, disk and host, measured.
 
-Shapes are those of common models, not of one. Knows what to measure; how is measure.py's.
+Each rate is the median of what a resource alone gave, for predictions are of what happens; shapes are those of common models, not of one. Knows what to measure; how is measure.py's.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
+from statistics import median
 
 import torch
 
@@ -37,7 +38,7 @@ _HOST = torch.device("cpu")
 @dataclass(frozen=True)
 class Effort:
     """Seconds for each measurement, bytes of each of two buffers, and the shapes that are used;
-    width: of a square weight on a CPU, half that of one on a GPU."""
+    width: a model's hidden size on a CPU, half of that on a GPU."""
 
     seconds: float
     nbytes: int
@@ -45,8 +46,8 @@ class Effort:
     cache: CacheShape
 
 
-THOROUGH = Effort(0.5, 256 * 2**20, 4096, CacheShape(16, 8, 8, 544, 128))
-QUICK = Effort(0.005, 8 * 2**20, 512, CacheShape(4, 8, 8, 64, 128))
+THOROUGH = Effort(0.5, 256 * 2**20, 2048, CacheShape(16, 8, 8, 544, 128))
+QUICK = Effort(0.005, 8 * 2**20, 256, CacheShape(4, 8, 8, 64, 128))
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def measure_machine(
     """
     num_threads = torch.get_num_threads()
     try:
-        with torch.inference_mode(), Bench(device, effort.nbytes, effort.seconds) as bench:
+        with torch.inference_mode(), Bench(device, effort.nbytes, effort.seconds, median) as bench:
             announce("disk")
             disk = DiskRates(*map(_rounded, bench.disk_rates(folder)))
             torch.set_num_threads(1)  # copies have a core each
@@ -141,14 +142,17 @@ def _device(bench: Bench, effort: Effort, announce: Announce) -> DeviceRates:
 def _gemm(
     bench: Bench, effort: Effort, dtype: str, announce: Announce
 ) -> Iterator[tuple[int, float]]:
-    """(rows, flops a second); no more rows once a product is slow, for its rate has settled."""
+    """(rows, flops a second) of an MLP's products, of which models mostly consist; no more rows once
+    one is slow, for its rate has settled."""
     width = effort.width * (1 if bench.device.type == "cpu" else 2)
+    up, down = (4 * width, width), (width, 4 * width)
     seconds = 0.0
     for rows in GEMM_ROWS:
         announce(f"matrix products, {dtype}, {rows} rows")
         if seconds < _SLOW_PRODUCT_SECONDS:
-            rate = bench.gemm_rate(TORCH_DTYPE[dtype], rows, (width, width))
-            seconds = 2.0 * rows * width**2 / rate
+            rates = [bench.gemm_rate(TORCH_DTYPE[dtype], rows, shape) for shape in (up, down)]
+            rate = 2 / sum(1 / each for each in rates)
+            seconds = 8.0 * rows * width**2 / rate
             yield rows, _rounded(rate)
 
 

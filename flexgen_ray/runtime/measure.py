@@ -1,8 +1,8 @@
 """Short measurements of a machine, one resource or several at a time.
 
 `Bench` has the memory that they use and the time that each may take. A rate is that of the fastest
-run, unless several actions share something: then it is each one's mean. Knows kernels, copies and
-disks; not what their rates are for.
+run, or of a usual one; where several actions share something, it is each one's mean. Knows kernels,
+copies and disks; not what their rates are for.
 """
 
 from __future__ import annotations
@@ -52,12 +52,20 @@ class CacheShape:
 class Bench(AbstractContextManager):
     """Two buffers of nbytes, one on the host (registered, with CUDA), one on the device.
 
-    seconds: for each measurement.
+    seconds: for each measurement. of_runs: which of its runs' times counts, min for a bound that
+    nothing beats, median for what may be expected.
     """
 
-    def __init__(self, device: torch.device, nbytes: int, seconds: float) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        nbytes: int,
+        seconds: float,
+        of_runs: Callable[[list[float]], float] = min,
+    ) -> None:
         self.device = device
         self.seconds = seconds
+        self._of_runs = of_runs
         self.nbytes = nbytes
         self._tier = MemoryTier("cpu", nbytes, _HOST, pinned=device.type == "cuda")
         self.host = self._tier.allocate("measurements", nbytes).fill_(1)
@@ -68,24 +76,24 @@ class Bench(AbstractContextManager):
         self._tier.close()
 
     def rate(self, amount: float, action: Action, device: torch.device = _HOST) -> float:
-        """Amount a second of the fastest run; a first one, which may compile, is left out.
+        """Amount a second; a first run, which may compile, is left out.
 
         device: that the action is issued to, and may go on after the call.
         """
         action()
         _wait(device)
-        count, best = 1, float("inf")
+        count, runs = 1, list[float]()
         begin = now = time.perf_counter()
-        while now < begin + self.seconds or best == float("inf"):
+        while now < begin + self.seconds or not runs:
             started = time.perf_counter()
             for _ in range(count):
                 action()
             _wait(device)
             now = time.perf_counter()
             taken = max(now - started, 1e-9)
-            best = min(best, taken / count)
+            runs.append(taken / count)
             count = min(max(count, ceil(count * _LEAST_SECONDS / taken)), _MOST_REPEATS)
-        return amount / best
+        return amount / self._of_runs(runs)
 
     def together(self, *works: tuple[float, Action]) -> list[float]:
         """Amounts a second of actions that run at the same time: the first in this thread, the

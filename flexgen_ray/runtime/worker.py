@@ -29,8 +29,13 @@ from flexgen_ray.runtime.watch import Pulse
 from flexgen_ray.schedule.span import Span
 from flexgen_ray.tokenizer import Tokenizer
 
-_M_MMAP_THRESHOLD = -3
-MMAP_THRESHOLD = 4 * 2**20
+# Parameters of mallopt(3), by which freed temporaries are kept for the next op, once for all lanes:
+# pages that are given back cost more, when they are touched anew, than a small model's products.
+_MALLOC = {
+    "M_ARENA_MAX": (-8, 1),
+    "M_MMAP_THRESHOLD": (-3, 32 * 2**20),
+    "M_TRIM_THRESHOLD": (-1, 64 * 2**20),
+}
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,7 @@ class Worker:
         wanted = int(os.environ.get("OMP_NUM_THREADS") or 0)
         self._num_threads = wanted or len(os.sched_getaffinity(0))
         torch.set_num_threads(self._num_threads)
-        _return_freed_memory()
+        _settle_malloc()
 
     def probe(self, device: str, offload_dir: str) -> Machine:
         """device: auto, cuda or cpu; ValueError if cuda is asked for and not there."""
@@ -154,14 +159,12 @@ def _calibrated(uses_cuda: bool) -> Hardware | None:
     return found if found is not None and found.device.is_cpu != uses_cuda else None
 
 
-def _return_freed_memory() -> None:
-    """Large temporaries go back to the system when freed, or each lane's heap would keep its own.
-
-    glibc otherwise raises the size from which it maps them (mallopt(3), M_MMAP_THRESHOLD).
-    """
+def _settle_malloc() -> None:
+    """glibc's, if that is what there is."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, MMAP_THRESHOLD)
+        for parameter, value in _MALLOC.values():
+            mallopt(parameter, value)
 
 
 def _free_memory() -> int:

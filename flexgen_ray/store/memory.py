@@ -57,6 +57,8 @@ class MemoryTier(Ledger):
             torch.cuda.synchronize(self.device)
             return memory
         memory = page_aligned(nbytes)
+        # Now, on all cores, and not in the midst of a run; what there isn't is missed now, too.
+        memory[::PAGE].zero_()
         if self.pinned and nbytes and _register(memory):
             self._registered.append(memory)
         return memory
@@ -70,8 +72,6 @@ class MemoryTier(Ledger):
 
 def _register(memory: Tensor) -> bool:
     """Pins host memory for CUDA; False, and a warning, if CUDA refuses."""
-    # Registering alone would touch the pages one after the other; this does it on all cores.
-    memory[::PAGE].zero_()
     error = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)
     if int(error) == 0:
         return True
