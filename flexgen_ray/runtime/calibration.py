@@ -1,6 +1,7 @@
 """Everything that a planner needs to know of this machine's device, links, disk and host, measured.
 
-Each rate is the median of what a resource alone gave, for predictions are of what happens; shapes are those of common models, not of one. Knows what to measure; how is measure.py's.
+Each rate is the median of what a resource alone gave, for predictions are of what happens; shapes
+are those of common models, not of one. Knows what to measure; how is measure.py's.
 """
 
 from __future__ import annotations
@@ -142,8 +143,8 @@ def _device(bench: Bench, effort: Effort, announce: Announce) -> DeviceRates:
 def _gemm(
     bench: Bench, effort: Effort, dtype: str, announce: Announce
 ) -> Iterator[tuple[int, float]]:
-    """(rows, flops a second) of an MLP's products, of which models mostly consist; no more rows once
-    one is slow, for its rate has settled."""
+    """(rows, flops a second) of an MLP's products, of which models mostly consist; no more rows
+    once one is slow, for its rate has settled."""
     width = effort.width * (1 if bench.device.type == "cpu" else 2)
     up, down = (4 * width, width), (width, 4 * width)
     seconds = 0.0
