@@ -12,6 +12,8 @@ import yaml
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 TIERS = ("gpu", "cpu", "disk")
+BITS = (4, 8)
+_BITS = ("weight_bits", "embedding_bits", "cache_bits")
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,9 @@ class Policy:
     `max_batch_tokens` tokens at a time; `cpu_attention` is the share of the host-resident rows
     that are attended on the host, the others stream to the device. `blocks_in_flight`: blocks that
     circulate through a pipeline's stages, each with its own cache; as many as stages if None.
+
+    Lossy, and off unless asked for: `weight_bits`, `embedding_bits` (of the table and the head) and
+    `cache_bits`, 4 or 8, keep matrices and cache quantized in groups of 64 (quant/packing.py).
     """
 
     gpu_batch_size: int = 8
@@ -52,8 +57,18 @@ class Policy:
     activations: Placement = field(default_factory=Placement)
     cpu_attention: float = 1.0
     blocks_in_flight: int | None = None
+    weight_bits: int | None = None
+    embedding_bits: int | None = None
+    cache_bits: int | None = None
 
     def __post_init__(self) -> None:
+        for name in _BITS:
+            if getattr(self, name) not in (None, *BITS):
+                known = ", ".join(map(str, BITS))
+                raise ValueError(
+                    f"policy: {name} is {getattr(self, name)!r}; it must be one of {known}, or "
+                    "left out for values as the dtype has them"
+                )
         for name in ("gpu_batch_size", "num_gpu_batches", "max_batch_tokens", "blocks_in_flight"):
             value = getattr(self, name)
             if name == "blocks_in_flight" and value is None:
@@ -142,7 +157,8 @@ class HardwareSpec:
     host_bytes_per_s is host memory, which both links, the disk and host attention draw on;
     *_attention_bytes_per_s is what the host's cores, and the device, attend of a cache by
     themselves. Matrix products of few tokens are slower than those of many:
-    device_decode_flops_per_s, if given. The network carries hidden states to the next stage.
+    device_decode_flops_per_s, if given. dequantize: of packed values, counted as 16 bits each. The
+    network carries hidden states to the next stage.
     """
 
     h2d_bytes_per_s: float
@@ -155,13 +171,16 @@ class HardwareSpec:
     device_bytes_per_s: float
     device_decode_flops_per_s: float = 0.0
     device_attention_bytes_per_s: float = 0.0
+    dequantize_bytes_per_s: float = 0.0
     network_bytes_per_s: float = 1.25e9
 
     def __post_init__(self) -> None:
-        if not self.device_decode_flops_per_s:
-            object.__setattr__(self, "device_decode_flops_per_s", self.device_flops_per_s)
-        if not self.device_attention_bytes_per_s:
-            object.__setattr__(self, "device_attention_bytes_per_s", self.device_bytes_per_s)
+        for name, usual in (
+            ("device_decode_flops_per_s", self.device_flops_per_s),
+            ("device_attention_bytes_per_s", self.device_bytes_per_s),
+            ("dequantize_bytes_per_s", self.device_bytes_per_s / 2),
+        ):
+            object.__setattr__(self, name, getattr(self, name) or usual)
         for name, value in vars(self).items():
             if not isinstance(value, int | float) or not value > 0:
                 raise ValueError(f"{name} is {value!r}; a rate must be a number above 0")

@@ -10,6 +10,7 @@ from test_exactness import placements, policies
 from flexgen_ray import LLM, Placement, Policy, SamplingParams
 from flexgen_ray.config import TIERS, Budget, Workload
 from flexgen_ray.cost.default_policy import default_policies
+from flexgen_ray.cost.formats import WeightFormat
 from flexgen_ray.cost.placement import (
     place_weights,
     split_rows,
@@ -67,15 +68,16 @@ def test_parameter_counts_are_those_of_the_real_models():
 
 @pytest.mark.parametrize("name", REAL)
 @settings(max_examples=40)
-@given(placement=placements())
-def test_weight_fractions_hold_within_one_percent_or_one_tensor(name, placement):
+@given(placement=placements(), bits=st.sampled_from([None, 4, 8]))
+def test_weight_fractions_hold_within_one_percent_or_one_tensor(name, placement, bits):
     config = REAL[name]
     stage = StageLayers.whole(config.num_layers)
-    tiers = place_weights(config, stage, placement, "float16")
+    kept = WeightFormat("float16", bits)
+    tiers = place_weights(config, stage, placement, kept)
     given_bytes, largest = dict.fromkeys(TIERS, 0), 0
     for layer, names in tiers.items():
         shapes = stored_tensors(config, stage, layer)
-        sizes = {tensor: tensor_bytes(shapes[tensor], "float16") for tensor in names}
+        sizes = {tensor: tensor_bytes(tensor, shapes[tensor], kept) for tensor in names}
         largest = max(largest, *sizes.values())
         for tensor, tier in names.items():
             given_bytes[tier] += sizes[tensor]

@@ -79,10 +79,11 @@ class Reference:
     tokens: list[int]
     logits: torch.Tensor
 
-    def certain_len(self) -> int:
-        """Tokens before the first whose two best logits are too close to call (docs/design.md)."""
+    def certain_len(self, close_by: float = 1e-4) -> int:
+        """Tokens before the first whose two best logits are too close to call (docs/design.md): by
+        this much of their standard deviation."""
         best = self.logits.topk(2, dim=-1).values
-        close = (best[:, 0] - best[:, 1]) < 1e-4 * self.logits.std(dim=-1)
+        close = (best[:, 0] - best[:, 1]) < close_by * self.logits.std(dim=-1)
         return int(close.float().argmax()) if close.any() else len(self.tokens)
 
 
@@ -129,14 +130,15 @@ def prompts(count: int, longest: int, seed: int = 0) -> list[list[int]]:
 def references(folder: Path, some_prompts: list[list[int]], max_tokens: int) -> list[Reference]:
     """transformers' greedy generate, one prompt at a time, without end tokens."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    return [_generate(model, prompt, max_tokens) for prompt in some_prompts]
+    return [generate(model, prompt, max_tokens) for prompt in some_prompts]
 
 
-def _generate(model, prompt: list[int], max_tokens: int) -> Reference:
+def generate(model, prompt: list[int], max_tokens: int, **options) -> Reference:
+    """One prompt's greedy continuation."""
     out = model.generate(
         torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
         max_new_tokens=max_tokens, do_sample=False, output_logits=True, eos_token_id=None,
-        pad_token_id=0, return_dict_in_generate=True,
+        pad_token_id=0, return_dict_in_generate=True, **options,
     )  # fmt: skip
     tokens = out.sequences[0, len(prompt) :].tolist()
     return Reference(prompt, tokens, torch.cat(out.logits).float())

@@ -10,10 +10,11 @@ from enum import StrEnum
 from functools import cache
 
 from flexgen_ray.config import HardwareSpec
+from flexgen_ray.cost.formats import part_of_op
 from flexgen_ray.cost.placed_rows import Composition, PlacedRows
 from flexgen_ray.cost.placement import PAGE, aligned, split_tokens
 from flexgen_ray.cost.plan import CACHE_BLOCK_TOKENS, StagePlan
-from flexgen_ray.cost.sizes import streamed_bytes
+from flexgen_ray.cost.sizes import packed_values, streamed_bytes
 from flexgen_ray.rows import Row
 from flexgen_ray.schedule.ops import Op, OpKind
 
@@ -31,6 +32,7 @@ class Resource(StrEnum):
     DECODE_FLOPS = "device_decode_flops_per_s"  # of batches no larger than a decoding one
     DEVICE_ATTENTION = "device_attention_bytes_per_s"
     DEVICE_MEMORY = "device_bytes_per_s"
+    DEQUANTIZE = "dequantize_bytes_per_s"
     NETWORK = "network_bytes_per_s"  # to the next stage
 
 
@@ -44,15 +46,25 @@ def seconds_by_resource(amounts: Amounts, hardware: HardwareSpec) -> dict[Resour
     return {resource: amount / getattr(hardware, resource) for resource, amount in amounts.items()}
 
 
+def seconds_alone(taken: dict[Resource, float]) -> float:
+    """Of an op that has the machine to itself, by its `seconds_by_resource`: what it takes of them
+    it takes at the same time, but packed values are unpacked first."""
+    first = taken.get(Resource.DEQUANTIZE, 0.0)
+    if not first:
+        return max(taken.values(), default=0.0)
+    return first + max(it for resource, it in taken.items() if resource is not Resource.DEQUANTIZE)
+
+
 class CostModel:
     """Of one stage's ops."""
 
     def __init__(self, plan: StagePlan) -> None:
         self.plan = plan
         self._element = plan.element_bytes
-        self._kv_token = 2 * plan.config.kv_size * plan.element_bytes
+        self._kv_token = plan.kv_bytes
         self._hidden_token = plan.config.hidden_size * plan.element_bytes
         self._streamed = cache(lambda layer: streamed_bytes(plan, layer))
+        self._packed_values = cache(lambda *part: packed_values(plan, *part))
 
     def amounts(self, op: Op, composition: Composition | None) -> Amounts:
         """Bytes and flops of an op; composition: of its pass, None for moves of weights."""
@@ -68,13 +80,15 @@ class CostModel:
         if op.kind is OpKind.EMBED:
             return self._copied(tokens)
         if op.kind is OpKind.FINISH:
-            return self._finish(op.layer, tokens, len(composition.rows.sampled))
+            finished = self._finish(op.layer, tokens, len(composition.rows.sampled))
+            return finished | self._unpacked(op)
         if op.kind is OpKind.SAMPLE:
             logits = 4 * self.plan.config.vocab_size * len(composition.rows.sampled)
             return {_R.DEVICE_MEMORY: 2 * logits}
         if op.kind in _OF_CACHE:
             placed = composition.placed(self.plan.splits[op.layer, op.batch])
-            return _OF_CACHE[op.kind](self, placed)
+            amounts = _OF_CACHE[op.kind](self, placed)
+            return amounts | self._unpacked(op) if op.kind is OpKind.PROJECT else amounts
         return _NONE
 
     @property
@@ -117,6 +131,14 @@ class CostModel:
         moved = parameters * tiles + 4 * tokens * config.hidden_size
         flops = _R.DECODE_FLOPS if tokens <= self.plan.policy.gpu_batch_size else _R.FLOPS
         return {flops: 2 * tokens * parameters, _R.DEVICE_MEMORY: moved * self._element}
+
+    def _unpacked(self, op: Op) -> Amounts:
+        """Weights that are unpacked for all batches, in the first one's op."""
+        if op.batch % self._num_parts:
+            return _NONE
+        part = part_of_op(op.kind, op.layer == self.plan.config.head_layer)
+        values = self._packed_values(op.layer, part)
+        return {_R.DEQUANTIZE: 2 * values} if values else _NONE
 
     def _project(self, placed: PlacedRows) -> Amounts:
         config = self.plan.config
@@ -162,7 +184,12 @@ class CostModel:
         rows = [*placed.resident, *(row for row, _ in placed.streamed)]
         flops = 4 * self.plan.config.q_size * sum(map(_attended_pairs, rows))
         read = sum(row.seq_len for row in rows) * self._kv_token
-        return {_R.FLOPS: flops, _R.DEVICE_ATTENTION: read}
+        amounts = {_R.FLOPS: flops, _R.DEVICE_ATTENTION: read}
+        if self.plan.policy.cache_bits:
+            values = sum(row.seq_len for row in rows) * 2 * self.plan.config.kv_size
+            amounts[_R.DEVICE_ATTENTION] = values * self._element
+            amounts[_R.DEQUANTIZE] = 2 * values
+        return amounts
 
     def _attend_host(self, placed: PlacedRows) -> Amounts:
         read = sum(row.seq_len for row in placed.attended) * self._kv_token

@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from functools import lru_cache
 from math import floor
 
-from flexgen_ray.config import DTYPE_BYTES, Placement, Policy
+from flexgen_ray.config import Placement, Policy
+from flexgen_ray.cost.formats import Shape, WeightFormat
 from flexgen_ray.model_config import ModelConfig
 from flexgen_ray.schedule.zigzag import StageLayers
 
 ALIGNMENT = 64  # bytes; where a tensor may start inside a flat buffer
 PAGE = 4096  # bytes; what direct disk requests are made of
-Tensors = dict[str, tuple[int, ...]]
+Tensors = dict[str, Shape]
 
 
 class Balance:
@@ -74,12 +75,9 @@ def aligned(nbytes: int, alignment: int = ALIGNMENT) -> int:
     return -(-nbytes // alignment) * alignment
 
 
-def tensor_bytes(shape: tuple[int, ...], dtype: str) -> int:
+def tensor_bytes(name: str, shape: Shape, kept: WeightFormat) -> int:
     """Bytes of one weight in a flat buffer, its padding included."""
-    count = 1
-    for length in shape:
-        count *= length
-    return aligned(count * DTYPE_BYTES[dtype])
+    return aligned(kept.stored_bytes(name, shape))
 
 
 def stored_tensors(config: ModelConfig, stage: StageLayers, layer: int) -> Tensors:
@@ -92,7 +90,7 @@ def stored_tensors(config: ModelConfig, stage: StageLayers, layer: int) -> Tenso
 
 @lru_cache(maxsize=256)
 def place_weights(
-    config: ModelConfig, stage: StageLayers, placement: Placement, dtype: str
+    config: ModelConfig, stage: StageLayers, placement: Placement, kept: WeightFormat
 ) -> dict[int, dict[str, str]]:
     """The tier of every weight a stage stores: {layer: {name: tier}}.
 
@@ -102,12 +100,12 @@ def place_weights(
     embedding's tables are one piece: they are looked up together.
     """
     pieces = Apportionment(placement)
-    whole = _stage_bytes(config, stage, dtype)
+    whole = _stage_bytes(config, stage, kept)
     tiers: dict[int, dict[str, str]] = {}
     ends = [layer for layer in stage.layers if layer in (config.embedding_layer, config.head_layer)]
     for layer in ends + [layer for layer in stage.layers if layer not in ends]:
         tensors = stored_tensors(config, stage, layer)
-        sizes = {name: tensor_bytes(shape, dtype) for name, shape in tensors.items()}
+        sizes = {name: tensor_bytes(name, shape, kept) for name, shape in tensors.items()}
         if layer == config.embedding_layer:
             tiers[layer] = dict.fromkeys(sizes, pieces.give(sum(sizes.values()), whole))
         else:
@@ -117,9 +115,9 @@ def place_weights(
     return tiers
 
 
-def _stage_bytes(config: ModelConfig, stage: StageLayers, dtype: str) -> int:
-    shapes = (stored_tensors(config, stage, layer).values() for layer in stage.layers)
-    return sum(tensor_bytes(shape, dtype) for layer in shapes for shape in layer)
+def _stage_bytes(config: ModelConfig, stage: StageLayers, kept: WeightFormat) -> int:
+    layers = (stored_tensors(config, stage, layer) for layer in stage.layers)
+    return sum(tensor_bytes(*each, kept) for layer in layers for each in layer.items())
 
 
 @dataclass(frozen=True)

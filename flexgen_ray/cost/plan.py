@@ -8,12 +8,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from flexgen_ray.config import DTYPE_BYTES, Policy, Workload
+from flexgen_ray.cost.formats import WeightFormat
 from flexgen_ray.cost.placement import PAGE, RowSplit, aligned, split_rows, split_tokens
 from flexgen_ray.cost.weight_layout import WeightLayout, lay_out_weights
 from flexgen_ray.model_config import ModelConfig
+from flexgen_ray.quant.packing import packed_bytes
 from flexgen_ray.schedule.zigzag import StageLayers
 
 PREFILL_TILES = 8  # a batch takes at most this many tiles of max_batch_tokens in a pass
+UNPACKED = 64 * 2**20  # bytes of a packed cache's rows that are unpacked at a time
 CACHE_BLOCK_TOKENS = 16  # tokens of one row that go to disk together
 
 
@@ -96,14 +99,35 @@ class StagePlan:
         return split_rows(self.policy, self.stage, self.num_blocks)
 
     @property
+    def vector_bytes(self) -> int:
+        """A key, or a value, of one token and KV head as the cache keeps it."""
+        bits, head_dim = self.policy.cache_bits, self.config.head_dim
+        return packed_bytes(head_dim, bits) if bits else head_dim * self.element_bytes
+
+    @property
+    def kv_bytes(self) -> int:
+        """Keys and values of one token in one layer."""
+        return 2 * self.config.num_kv_heads * self.vector_bytes
+
+    @property
     def row_bytes(self) -> int:
         """Keys and values of one slot in one layer."""
-        return 2 * self.config.kv_size * self.max_seq_len * self.element_bytes
+        return self.max_seq_len * self.kv_bytes
+
+    @property
+    def unpacked_row_bytes(self) -> int:
+        """The same as attention on the device takes them."""
+        return self.max_seq_len * 2 * self.config.kv_size * self.element_bytes
+
+    @property
+    def unpacked_rows(self) -> int:
+        """Rows of a packed cache that are unpacked at a time, to be attended on the device."""
+        return max(1, min(self.policy.gpu_batch_size, UNPACKED // self.unpacked_row_bytes))
 
     @property
     def cache_block_bytes(self) -> int:
         """CACHE_BLOCK_TOKENS keys and values of one row and layer, in whole pages."""
-        return aligned(2 * self.config.kv_size * CACHE_BLOCK_TOKENS * self.element_bytes, PAGE)
+        return aligned(CACHE_BLOCK_TOKENS * self.kv_bytes, PAGE)
 
     @property
     def cache_blocks(self) -> int:
@@ -141,4 +165,8 @@ class StagePlan:
 
     @property
     def weights(self) -> WeightLayout:
-        return lay_out_weights(self.config, self.stage, self.policy.weights, self.dtype)
+        return lay_out_weights(self.config, self.stage, self.policy.weights, self.weight_format)
+
+    @property
+    def weight_format(self) -> WeightFormat:
+        return WeightFormat(self.dtype, self.policy.weight_bits, self.policy.embedding_bits)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import defaultdict
 
 from flexgen_ray.config import HardwareSpec
-from flexgen_ray.cost.cost import CostModel, seconds_by_resource
+from flexgen_ray.cost.cost import CostModel, seconds_alone, seconds_by_resource
 from flexgen_ray.cost.moves import Moves
 from flexgen_ray.cost.placed_rows import Composition
 from flexgen_ray.cost.plan import StagePlan
@@ -29,7 +29,7 @@ def visit_seconds(plan: StagePlan, hardware: HardwareSpec, rows: Rows) -> dict[s
             continue
         seconds = seconds_by_resource(model.amounts(op, composition), hardware)
         if seconds:
-            lanes[LANE[op.kind].worker.value] += max(seconds.values())
+            lanes[LANE[op.kind].worker.value] += seconds_alone(seconds)
         for resource, each in seconds.items():
             resources[resource.name.lower()] += each
     # The disk is a resource and a lane of the same name.

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from flexgen_ray.config import HardwareSpec
-from flexgen_ray.cost.cost import Amounts, Resource, seconds_by_resource
+from flexgen_ray.cost.cost import Amounts, Resource, seconds_alone, seconds_by_resource
 
 SIMULTANEOUS = 1e-12  # of the time so far; ends that differ by rounding alone
 
@@ -28,7 +28,7 @@ class Demand:
 def demand_of(amounts: Amounts, hardware: HardwareSpec) -> Demand:
     """Of an op that takes these amounts."""
     taken = seconds_by_resource(amounts, hardware)
-    seconds = max(taken.values(), default=0.0)
+    seconds = seconds_alone(taken)
     return Demand(seconds, {resource: it / seconds for resource, it in taken.items() if it})
 
 

@@ -6,8 +6,10 @@ The stores allocate exactly these; a test holds them to it. Knows no torch.
 from __future__ import annotations
 
 from functools import reduce
+from math import prod
 
 from flexgen_ray.config import TIERS, Budget, Policy
+from flexgen_ray.cost.formats import PARTS
 from flexgen_ray.cost.placement import PAGE, aligned
 from flexgen_ray.cost.plan import StagePlan
 from flexgen_ray.schedule.ops import CELL_SLOTS, LAYER_SLOTS, staging_slots
@@ -43,6 +45,23 @@ def staging_slot_bytes(plan: StagePlan) -> int:
     return plan.weights.largest("disk", plan.policy.num_gpu_batches)
 
 
+def packed_values(plan: StagePlan, layer: int, part: str) -> int:
+    """How many values of a layer's weights are unpacked for a part."""
+    shapes = plan.weight_format.unpacked(plan.config.tensors(layer), part)
+    return sum(map(prod, shapes.values()))
+
+
+def unpacked_bytes(plan: StagePlan) -> dict[str, int]:
+    """{part: bytes} of the device memory in which a layer's packed weights are unpacked."""
+    kept, found = plan.weight_format, dict.fromkeys(PARTS, 0)
+    for layer in plan.stage.with_weights:
+        for part in PARTS:
+            shapes = kept.unpacked(plan.config.tensors(layer), part).values()
+            nbytes = sum(aligned(prod(shape) * plan.element_bytes) for shape in shapes)
+            found[part] = max(found[part], nbytes)
+    return found
+
+
 def stage_bytes(plan: StagePlan) -> dict[str, dict[str, int]]:
     """{tier: {what: bytes}} of everything the stage will allocate."""
     weights = weight_bytes(plan)
@@ -53,6 +72,7 @@ def stage_bytes(plan: StagePlan) -> dict[str, dict[str, int]]:
         "gpu": {
             "weights": weights["gpu"],
             "weights in flight": sum(weights_slot_bytes(plan)),
+            "weights unpacked": sum(unpacked_bytes(plan).values()),
             **cache["gpu"],
             **hidden["gpu"],
             "workspace": workspace_bytes(plan),
@@ -72,7 +92,7 @@ def _cache_bytes(plan: StagePlan) -> dict[str, dict[str, int]]:
     row, block = plan.row_bytes, plan.cache_block_bytes
     disk_row = plan.cache_blocks * block
     disk_rows = sum(split.disk for split in splits)
-    new_kv = 2 * plan.stored_tokens * plan.config.kv_size * plan.element_bytes
+    new_kv = plan.stored_tokens * plan.kv_bytes
     vectors = plan.attended_rows * plan.config.q_size * plan.element_bytes
     return {
         "gpu": {
@@ -105,6 +125,7 @@ def _hidden_bytes(plan: StagePlan) -> dict[str, dict[str, int]]:
     slots = plan.hidden_slots
     sent = 0 if plan.stage.is_last else slots * plan.cell_tokens * token
     work = plan.cell_tokens * (config.hidden_size + config.q_size + 2 * config.kv_size)
+    packed = plan.cell_tokens * plan.kv_bytes if plan.policy.cache_bits else 0
     hops: dict[str, dict[str, int]] = {"gpu": {}, "cpu": {}}
     arrived = CELL_SLOTS * plan.cell_tokens * token * _arrives(plan)
     hops[plan.arrival_tier]["hidden states arrived"] = arrived
@@ -113,7 +134,7 @@ def _hidden_bytes(plan: StagePlan) -> dict[str, dict[str, int]]:
         "gpu": {
             **hops["gpu"],
             "hidden states": slots * gpu * token,
-            "cell": CELL_SLOTS * work * plan.element_bytes,
+            "cell": CELL_SLOTS * (work * plan.element_bytes + packed),
         },
         "cpu": {
             "hidden states": slots * cpu * token,
@@ -146,6 +167,8 @@ def workspace_bytes(plan: StagePlan) -> int:
     attention += chunk * config.q_size * (2 * element + 4)
     attention += min(QUERY_TILE, chunk) * plan.max_seq_len * (1 + 4)
     attention += rows * plan.max_seq_len * 4 * (1 + config.num_heads)
+    if plan.policy.cache_bits:
+        attention += plan.unpacked_rows * plan.unpacked_row_bytes
     # All rows' logits in two precisions, one row's distribution sorted and summed in float64.
     logits = config.vocab_size * (8 * rows + 48)
     # Masks are made once a pass, for each way in which a layer's slots are split.

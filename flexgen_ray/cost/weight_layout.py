@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from flexgen_ray.config import TIERS, Placement
+from flexgen_ray.cost.formats import WeightFormat
 from flexgen_ray.cost.placement import (
     PAGE,
     aligned,
@@ -102,16 +103,16 @@ class WeightLayout:
 
 @lru_cache(maxsize=256)
 def lay_out_weights(
-    config: ModelConfig, stage: StageLayers, placement: Placement, dtype: str
+    config: ModelConfig, stage: StageLayers, placement: Placement, kept: WeightFormat
 ) -> WeightLayout:
     """The place of every weight of a stage, layer after layer on each tier."""
     used = dict.fromkeys(TIERS, 0)
     places: dict[int, dict[str, Place]] = {}
-    for layer, tiers in place_weights(config, stage, placement, dtype).items():
+    for layer, tiers in place_weights(config, stage, placement, kept).items():
         shapes = stored_tensors(config, stage, layer)
         places[layer] = {}
         for name, tier in tiers.items():
-            nbytes = tensor_bytes(shapes[name], dtype)
+            nbytes = tensor_bytes(name, shapes[name], kept)
             place = Place(tier, used[tier], nbytes if tier == "gpu" else aligned(nbytes, PAGE))
             places[layer][name] = place
             used[tier] += place.nbytes

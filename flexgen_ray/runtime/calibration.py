@@ -25,7 +25,7 @@ from flexgen_ray.cost.hardware import (
 from flexgen_ray.models.host_kernel import KERNELS, load
 from flexgen_ray.runtime.crews import Cores
 from flexgen_ray.runtime.measure import Bench, CacheShape
-from flexgen_ray.store.weights import TORCH_DTYPE
+from flexgen_ray.store.tier import TORCH_DTYPE
 
 Announce = Callable[[str], None]  # called with the name of each measurement as it begins
 

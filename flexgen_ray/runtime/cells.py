@@ -6,20 +6,18 @@ Knows one op at a time; not their order (schedule) nor when they run (executor).
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from flexgen_ray.cost.placed_rows import Composition, PlacedRows
 from flexgen_ray.cost.plan import StagePlan
-from flexgen_ray.cost.sizes import QUERY_TILE
-from flexgen_ray.models import attention
 from flexgen_ray.models.host_kernel import Kernel
 from flexgen_ray.models.registry import FAMILIES
-from flexgen_ray.rows import Row, Rows
+from flexgen_ray.rows import Rows
 from flexgen_ray.runtime.batcher import Batcher
-from flexgen_ray.runtime.passes import DecodeRun, Pass, Passes, decode_runs
+from flexgen_ray.runtime.device_attention import DeviceAttention
+from flexgen_ray.runtime.passes import Pass, Passes
 from flexgen_ray.runtime.sampler import sample
 from flexgen_ray.schedule.ops import CELL_SLOTS, Op, OpKind
 from flexgen_ray.store.activations import HiddenStore, Work
@@ -49,6 +47,7 @@ class Cells:
         self._attend_on_host = attend_on_host
         self.cache = KVCache(plan, tiers)
         self.hidden = HiddenStore(plan, tiers)
+        self._attention = DeviceAttention(plan, self.cache, tiers.device)
         self.on_logits: LogitsHook | None = None
         self.passes = Passes(plan, batcher, tiers.device)
         self._logits: dict[int, Tensor] = {}
@@ -145,6 +144,7 @@ class Cells:
             parts = self.family.project(self.config, tensors, work.hidden[tile], positions[tile])
             for target, part in zip((work.q, work.k, work.v), parts, strict=True):
                 target[tile].copy_(part.flatten(1))
+        self._attention.pack(work, rows.num_tokens)
         self.cache.append_resident(op, self.placed(op), work)
 
     def _store_cache(self, op: Op) -> None:
@@ -157,34 +157,7 @@ class Cells:
         self.cache.write(op, self.placed(op))
 
     def _attend_device(self, op: Op) -> None:
-        placed, work, cache = self.placed(op), self._work(op), self.cache
-        cache.append_streamed(op, placed, work)
-        resident = [(row, row.slot) for row in placed.resident]
-        for name, rows, view in (
-            ("resident runs", resident, cache.device_view),
-            ("streamed runs", placed.streamed, cache.streamed_view),
-        ):
-            for run in placed.once(name, partial(decode_runs, rows, self.device)):
-                self._decode(work, run, view(op, run.first, run.first + run.count))
-            for row, index in rows:
-                if row.num_new_tokens > 1:
-                    self._prefill_row(work, row, view(op, index, index + 1))
-
-    def _decode(self, work: Work, run: DecodeRun, cached: Tensor) -> None:
-        query = work.q[run.tokens].view(run.count, self.config.num_heads, self.config.head_dim)
-        out = attention.decode(query, cached[0], cached[1], run.lens, run.mask)
-        work.q[run.tokens].copy_(out.flatten(1))
-
-    def _prefill_row(self, work: Work, row: Row, cached: Tensor) -> None:
-        """A prompt's first chunk needs no cache: all its keys are new."""
-        config, tokens = self.config, row.tokens
-        shape = (row.num_new_tokens, config.num_kv_heads, config.head_dim)
-        if row.position:
-            k, v = cached[0, 0, :, : row.seq_len], cached[1, 0, :, : row.seq_len]
-        else:
-            k, v = (x[tokens].view(shape).transpose(0, 1) for x in (work.k, work.v))
-        query = work.q[tokens].view(row.num_new_tokens, config.num_heads, config.head_dim)
-        work.q[tokens].copy_(attention.prefill(query, k, v, row.position, QUERY_TILE).flatten(1))
+        self._attention.attend(op, self.placed(op), self._work(op))
 
     def _attend_host(self, op: Op) -> None:
         for run in self.placed(op).attended_runs:

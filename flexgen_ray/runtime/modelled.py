@@ -9,7 +9,13 @@ import time
 from collections import defaultdict
 
 from flexgen_ray.config import HardwareSpec
-from flexgen_ray.cost.cost import Amounts, CostModel, Resource, seconds_by_resource
+from flexgen_ray.cost.cost import (
+    Amounts,
+    CostModel,
+    Resource,
+    seconds_alone,
+    seconds_by_resource,
+)
 from flexgen_ray.cost.moves import Moves
 from flexgen_ray.cost.plan import StagePlan
 from flexgen_ray.runtime.cells import Cells
@@ -49,7 +55,7 @@ class Modelled:
             if of_visit is None:
                 of_visit = self._of_visit.setdefault(op.visit, _no_seconds())
             sums = of_visit[LANE[op.kind].worker]
-            sums[None] += max(taken.values())
+            sums[None] += seconds_alone(taken)
             for resource, seconds in taken.items():
                 sums[resource] += seconds
         if self._pacer is None:

@@ -15,7 +15,7 @@ from flexgen_ray.cost.placement import PAGE, aligned
 from flexgen_ray.cost.plan import StagePlan
 from flexgen_ray.models.host_kernel import Kernel
 from flexgen_ray.runtime.measure import Bench, CacheShape
-from flexgen_ray.store.weights import TORCH_DTYPE
+from flexgen_ray.store.tier import TORCH_DTYPE
 
 FREE = 1e18  # of a resource that the run doesn't use
 SECONDS = 0.3  # for each measurement

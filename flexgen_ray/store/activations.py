@@ -7,6 +7,7 @@ stay there, the next go to host memory, the last to disk.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor
@@ -15,18 +16,27 @@ from flexgen_ray.cost.placement import PAGE, aligned, split_tokens
 from flexgen_ray.cost.plan import StagePlan
 from flexgen_ray.cost.sizes import stage_bytes
 from flexgen_ray.schedule.ops import CELL_SLOTS, Op
-from flexgen_ray.store.tier import Tiers
-from flexgen_ray.store.weights import TORCH_DTYPE
+from flexgen_ray.store.tier import TORCH_DTYPE, Tiers
 
 
 @dataclass(frozen=True)
 class Work:
-    """One cell's tensors on the device, [cell_tokens, …]; attention replaces q in its place."""
+    """One cell's tensors on the device, [cell_tokens, …]; attention replaces q in its place.
+
+    packed: [2, cell_tokens, bytes], keys and values as a quantized cache keeps them; None if the
+    cache keeps them as they are.
+    """
 
     hidden: Tensor
     q: Tensor
     k: Tensor
     v: Tensor
+    packed: Tensor | None = None
+
+    @property
+    def cached(self) -> tuple[Tensor, Tensor]:
+        """Keys and values as the cache keeps them."""
+        return (self.k, self.v) if self.packed is None else (self.packed[0], self.packed[1])
 
 
 class HiddenStore:
@@ -114,13 +124,21 @@ class HiddenStore:
         config, tokens = self.plan.config, self.plan.cell_tokens
         widths = (config.hidden_size, config.q_size, config.kv_size, config.kv_size)
         memory = self._allocate(tiers.gpu, "cell", (CELL_SLOTS, tokens * sum(widths)))
+        packed = self._allocate_packed(tiers)
         slots = []
-        for flat in memory:
+        for flat, beside in zip(memory, packed, strict=True):
             parts = flat.split([tokens * width for width in widths])
-            slots.append(
-                Work(*(part.view(tokens, width) for part, width in zip(parts, widths, strict=True)))
-            )
+            pairs = zip(parts, widths, strict=True)
+            hidden, q, k, v = (part.view(tokens, width) for part, width in pairs)
+            slots.append(Work(hidden, q, k, v, beside))
         return slots
+
+    def _allocate_packed(self, tiers: Tiers) -> list[Tensor | None]:
+        """Of each cell; None if nothing is packed."""
+        if not self.plan.policy.cache_bits:
+            return [None] * CELL_SLOTS
+        shape = CELL_SLOTS, 2, self.plan.cell_tokens, self.plan.kv_bytes // 2
+        return list(tiers.gpu.allocate("cell", prod(shape)).view(shape))
 
     def _allocate(self, tier, what: str, shape: tuple[int, ...]) -> Tensor:
         nbytes = torch.Size(shape).numel() * self.plan.element_bytes

@@ -1,9 +1,10 @@
 """Keys and values of a block on three tiers, and what moves them.
 
 Of each (layer, batch) the first slots live on the device, the next in host memory, the last on disk
-(cost/placement.RowSplit). Memory holds [key or value, slot, kv_head, seq, head_dim]. On disk a row
-is a sequence of blocks [key or value, kv_head, token, head_dim]; its newest tokens wait in a tail
-in host memory until they fill a block. Knows rows and bytes; not how attention is computed.
+(cost/placement.RowSplit). Memory holds [key or value, slot, kv_head, seq, width]. On disk a row is
+a sequence of blocks [key or value, kv_head, token, width]; its newest tokens wait in a tail in host
+memory until they fill a block. A vector of width elements is a head's key or value of one token, as
+it is computed or packed (quant/packing.py). Knows rows and bytes; not how attention is computed.
 """
 
 from __future__ import annotations
@@ -20,8 +21,7 @@ from flexgen_ray.rows import Row
 from flexgen_ray.schedule.ops import CELL_SLOTS, Op
 from flexgen_ray.store.activations import Work
 from flexgen_ray.store.disk import Region
-from flexgen_ray.store.tier import Tiers
-from flexgen_ray.store.weights import TORCH_DTYPE
+from flexgen_ray.store.tier import TORCH_DTYPE, Tiers
 
 
 class KVCache:
@@ -29,7 +29,8 @@ class KVCache:
 
     def __init__(self, plan: StagePlan, tiers: Tiers) -> None:
         self.plan = plan
-        self._dtype = TORCH_DTYPE[plan.dtype]
+        self._dtype = torch.uint8 if plan.policy.cache_bits else TORCH_DTYPE[plan.dtype]
+        self._width = plan.vector_bytes // self._dtype.itemsize
         self._splits = plan.splits
         self._gpu = self._homes(tiers.gpu, "gpu")
         self._cpu = self._homes(tiers.cpu, "cpu")
@@ -38,17 +39,20 @@ class KVCache:
         flight = (2, CELL_SLOTS, plan.disk_rows, plan.cache_blocks, plan.cache_block_bytes)
         nbytes = torch.Size(flight).numel()
         self._in, self._out = tiers.cpu.allocate("cache in flight", nbytes).view(flight)
-        new = (CELL_SLOTS, 2, plan.stored_tokens, plan.config.kv_size)
+        new = (CELL_SLOTS, 2, plan.stored_tokens, plan.config.num_kv_heads * self._width)
         self._new = self._typed(tiers.cpu, "cache in flight", new)
         vectors = (CELL_SLOTS, plan.attended_rows, plan.config.num_heads, plan.config.head_dim)
-        self.host_query = self._typed(tiers.cpu, "host attention", vectors)
-        self.host_attention = self._typed(tiers.cpu, "host attention", vectors)
+        nbytes = torch.Size(vectors).numel() * plan.element_bytes
+        self.host_query, self.host_attention = (
+            tiers.cpu.allocate("host attention", nbytes).view(TORCH_DTYPE[plan.dtype]).view(vectors)
+            for _ in range(2)
+        )
 
     def split(self, op: Op) -> RowSplit:
         return self._splits[op.layer, op.batch]
 
     def device_view(self, op: Op, first: int, last: int) -> Tensor:
-        """[2, rows, kv_heads, seq, head_dim] of slots first..last, resident on the device."""
+        """[2, rows, kv_heads, seq, width] of slots first..last, resident on the device."""
         return self._gpu[op.layer, op.batch][:, first:last]
 
     def host_view(self, op: Op, first: int, last: int) -> Tensor:
@@ -64,13 +68,13 @@ class KVCache:
         """New keys and values of the rows that live on the device."""
         home = self._gpu[op.layer, op.batch]
         rows = [(row, row.slot) for row in placed.resident]
-        _append(home, placed.once("resident", partial(NewTokens, rows, home)), (work.k, work.v))
+        _append(home, placed.once("resident", partial(NewTokens, rows, home)), work.cached)
 
     def append_streamed(self, op: Op, placed: PlacedRows, work: Work) -> None:
         """New keys and values of the streamed rows, next to what LOAD_CACHE brought."""
         home = self._streamed[op.cell_slot]
         rows = [it for it in placed.streamed if it[0].num_new_tokens == 1 or it[0].position]
-        _append(home, placed.once("streamed", partial(NewTokens, rows, home)), (work.k, work.v))
+        _append(home, placed.once("streamed", partial(NewTokens, rows, home)), work.cached)
 
     def read(self, op: Op, placed: PlacedRows) -> None:
         """READ_CACHE: whole blocks of the rows on disk, into the cell's host slot."""
@@ -96,7 +100,7 @@ class KVCache:
         first, last = placed.first_off_device, placed.rows.num_tokens
         if first == last:
             return
-        for target, source in zip(self._new[op.cell_slot], (work.k, work.v), strict=True):
+        for target, source in zip(self._new[op.cell_slot], work.cached, strict=True):
             target[: last - first].copy_(source[first:last], non_blocking=True)
         for run in placed.attended_runs:
             places, tokens = self.vector_places(op, run)
@@ -112,7 +116,7 @@ class KVCache:
         _append(home, placed.once("in memory", make), (k, v))
         for row, index in placed.on_disk:
             tokens = slice(row.offset - first, row.tokens.stop - first)
-            heads = [_heads(x[tokens], self.plan.config.head_dim) for x in (k, v)]
+            heads = [_heads(x[tokens], self._width) for x in (k, v)]
             self._append_blocks(op, row, index, torch.stack(heads))
 
     def vector_places(self, op: Op, run: list[Row]) -> tuple[slice, slice]:
@@ -152,9 +156,8 @@ class KVCache:
         target[:, :, whole:past].copy_(tail[:, :, :rest])
 
     def _tokens_of(self, blocks: Tensor) -> Tensor:
-        """uint8 blocks [..., block_bytes] as [..., 2, kv_heads, tokens, head_dim]."""
-        config = self.plan.config
-        shape = (2, config.num_kv_heads, CACHE_BLOCK_TOKENS, config.head_dim)
+        """uint8 blocks [..., block_bytes] as [..., 2, kv_heads, tokens, width]."""
+        shape = (2, self.plan.config.num_kv_heads, CACHE_BLOCK_TOKENS, self._width)
         used = torch.Size(shape).numel()
         return blocks.view(self._dtype)[..., :used].unflatten(-1, shape)
 
@@ -189,16 +192,15 @@ class KVCache:
         return self._typed(tier, what, (slots, *self._shape(rows)))
 
     def _shape(self, rows: int) -> tuple[int, ...]:
-        config = self.plan.config
-        return 2, rows, config.num_kv_heads, self.plan.max_seq_len, config.head_dim
+        return 2, rows, self.plan.config.num_kv_heads, self.plan.max_seq_len, self._width
 
     def _typed(self, tier, what: str, shape: tuple[int, ...]) -> Tensor:
-        nbytes = torch.Size(shape).numel() * self.plan.element_bytes
+        nbytes = torch.Size(shape).numel() * self._dtype.itemsize
         return tier.allocate(what, nbytes).view(self._dtype).view(shape)
 
 
 def _copy_rows(target: Tensor, source: Tensor, past: int) -> None:
-    """[2, rows, kv_heads, seq, head_dim], of which the first `past` tokens count.
+    """[2, rows, kv_heads, seq, width], of which the first `past` tokens count.
 
     Between host and device whole rows go, in two contiguous copies: in pieces they would be staged.
     """
@@ -218,7 +220,7 @@ def place_indices(values: list, device: torch.device) -> Tensor:
 class NewTokens:
     """Where the new tokens of (row, index into a home) lie and belong, for every layer alike.
 
-    home: [2, rows, kv_heads, seq, head_dim]; first: the packed token that keys and values begin
+    home: [2, rows, kv_heads, seq, width]; first: the packed token that keys and values begin
     with. Rows of one new token that are neighbours among the packed ones go together, by index.
     """
 
@@ -244,15 +246,15 @@ class NewTokens:
 
 
 def _append(home: Tensor, new: NewTokens, kv: tuple[Tensor, Tensor]) -> None:
-    """Packed keys and values, [tokens, kv_heads * head_dim] each, into their home."""
-    head_dim = home.shape[-1]
+    """Keys and values, [tokens, kv_heads * width] each, into their home."""
+    width = home.shape[-1]
     for part, values in zip(home, kv, strict=True):
         for tokens, places in new.runs:
-            part.view(-1, head_dim).index_copy_(0, places, values[tokens].view(-1, head_dim))
+            part.view(-1, width).index_copy_(0, places, values[tokens].view(-1, width))
         for tokens, index, start, stop in new.chunks:
-            part[index, :, start:stop].copy_(_heads(values[tokens], head_dim))
+            part[index, :, start:stop].copy_(_heads(values[tokens], width))
 
 
-def _heads(values: Tensor, head_dim: int) -> Tensor:
-    """[tokens, kv_heads * head_dim] as [kv_heads, tokens, head_dim]."""
-    return values.unflatten(-1, (-1, head_dim)).transpose(0, 1)
+def _heads(values: Tensor, width: int) -> Tensor:
+    """[tokens, kv_heads * width] as [kv_heads, tokens, width]."""
+    return values.unflatten(-1, (-1, width)).transpose(0, 1)

@@ -9,6 +9,8 @@ import torch
 from flexgen_ray.store.disk import DiskTier
 from flexgen_ray.store.memory import MemoryTier
 
+TORCH_DTYPE = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
 
 @dataclass
 class Tiers:

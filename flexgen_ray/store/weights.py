@@ -14,17 +14,17 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding
 
 from flexgen_ray.cost.placement import stored_tensors
 from flexgen_ray.cost.plan import StagePlan
 from flexgen_ray.cost.sizes import staging_slot_bytes, weights_slot_bytes
 from flexgen_ray.cost.weight_layout import Place
+from flexgen_ray.quant.quantize import pack, unpack
 from flexgen_ray.schedule.ops import LAYER_SLOTS, Op, staging_slots
 from flexgen_ray.store.memory import page_aligned
-from flexgen_ray.store.tier import Tiers
-
-TORCH_DTYPE = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
+from flexgen_ray.store.tier import TORCH_DTYPE, Tiers
+from flexgen_ray.store.workspace import Workspace
 
 OnProgress = Callable[[int, int], None]
 
@@ -69,6 +69,7 @@ class WeightStore:
         self.plan = plan
         self.dtype = TORCH_DTYPE[plan.dtype]
         self._layout = plan.weights
+        self._kept = plan.weight_format
         for layer in plan.stage.layers:
             source.check(layer, stored_tensors(plan.config, plan.stage, layer))
         self._parts = plan.policy.num_gpu_batches
@@ -87,11 +88,12 @@ class WeightStore:
             for layer in plan.stage.with_weights
             for slot in {plan.stage.weights_slot(visit, layer) for visit in range(LAYER_SLOTS)}
         }
+        self._workspace = Workspace(plan, tiers.gpu)
         self._fill(source, on_progress)
 
     def tensors(self, op: Op) -> dict[str, Tensor]:
-        """The weights of the op's layer on the device, resident and streamed, by name."""
-        return self._views[op.layer, op.weights_slot]
+        """The weights that the op takes, resident, streamed and unpacked, by name; maybe more."""
+        return self._workspace.tensors(op, self._views[op.layer, op.weights_slot])
 
     def lookup(self, name: str, ids: Tensor | None) -> Tensor:
         """Rows of an embedding table (all if ids is None), in the memory where the table lies.
@@ -100,18 +102,18 @@ class WeightStore:
         """
         place, shape = self._layout.places[0][name], self.plan.config.tensors(0)[name]
         if place.tier != "disk":
-            table = self._typed(self._memory[place.tier], place.start, shape)
-            return table if ids is None else torch.nn.functional.embedding(ids, table)
+            table = self._typed(self._memory[place.tier], place.start, name, shape)
+            return self._plain(name, table if ids is None else embedding(ids, table))
         region = self._disk.part(place.start, place.nbytes)
         if ids is None:
-            table = torch.empty(shape, dtype=self.dtype)
+            table = self._made(name, shape)
             region.read_into(table)
-            return table
+            return self._plain(name, table)
         distinct, places = ids.unique(return_inverse=True)
-        rows = torch.empty(len(distinct), shape[1], dtype=self.dtype)
+        rows = self._made(name, (len(distinct), shape[1]))
         for row, index in zip(rows, distinct.tolist(), strict=True):
-            region.read_into(row, index * shape[1] * self.dtype.itemsize)
-        return rows[places]
+            region.read_into(row, index * row.nbytes)
+        return self._plain(name, rows)[places]
 
     @property
     def embeds_on_device(self) -> bool:
@@ -144,22 +146,22 @@ class WeightStore:
         views, shapes = {}, self.plan.config.tensors(layer)
         for name, place in self._layout.places[layer].items():
             if place.tier == "gpu":
-                views[name] = self._typed(self._memory["gpu"], place.start, shapes[name])
+                views[name] = self._typed(self._memory["gpu"], place.start, name, shapes[name])
             else:
                 start = self._layout.streams[layer].target(place)
-                views[name] = self._typed(self._device_slots[slot], start, shapes[name])
+                views[name] = self._typed(self._device_slots[slot], start, name, shapes[name])
         return views
 
     def _fill(self, source: WeightSource, on_progress: OnProgress | None) -> None:
-        """What goes to disk takes host memory for the largest such weight of each reader."""
+        """What goes to disk, or is packed, takes host memory for the largest such weight of each
+        reader."""
         plan, places = self.plan, self._layout.places
         weights = [
             _Weight(layer, name, shape, places[layer][name])
             for layer in plan.stage.layers
             for name, shape in stored_tensors(plan.config, plan.stage, layer).items()
         ]
-        on_disk = (weight.place.nbytes for weight in weights if weight.place.tier == "disk")
-        largest = max(on_disk, default=0)
+        largest = max(map(self._fill_bytes, weights), default=0)
         buffers = [page_aligned(largest) for _ in range(source.num_readers)]
         done, total = 0, sum(weight.place.nbytes for weight in weights)
         with ThreadPoolExecutor(source.num_readers) as readers:
@@ -172,20 +174,51 @@ class WeightStore:
             torch.cuda.synchronize(self._memory["gpu"].device)
 
     def _fill_one(self, source: WeightSource, buffers: list[Tensor], weight: _Weight) -> int:
-        """Its bytes; buffers: free host memory for weights on their way to disk."""
-        place = weight.place
-        if place.tier != "disk":
-            target = self._typed(self._memory[place.tier], place.start, weight.shape)
-            source.read_into(weight.layer, weight.name, target)
-            return place.nbytes
+        """Its bytes; buffers: free host memory for weights that aren't read to where they lie."""
+        name, shape, place = weight.name, weight.shape, weight.place
         buffer = buffers.pop()
         try:
-            source.read_into(weight.layer, weight.name, self._typed(buffer, 0, weight.shape))
-            self._disk.write(buffer[: place.nbytes], place.start)
+            on_disk, bits = place.tier == "disk", self._kept.bits_of(name, shape)
+            home = buffer if on_disk else self._memory[place.tier][place.start :]
+            target = self._typed(home, 0, name, shape)
+            if bits is None:
+                source.read_into(weight.layer, name, target)
+            else:
+                values = buffer[place.nbytes :][: prod(shape) * self.dtype.itemsize]
+                values = values.view(self.dtype).view(shape)
+                source.read_into(weight.layer, name, values)
+                packed = pack(values, bits, self._typed(buffer, 0, name, shape))
+                if not on_disk:
+                    target.copy_(packed)
+            if on_disk:
+                self._disk.write(buffer[: place.nbytes], place.start)
         finally:
             buffers.append(buffer)
         return place.nbytes
 
-    def _typed(self, memory: Tensor, start: int, shape: tuple[int, ...]) -> Tensor:
-        nbytes = prod(shape) * self.dtype.itemsize
-        return memory[start : start + nbytes].view(self.dtype).view(shape)
+    def _fill_bytes(self, weight: _Weight) -> int:
+        """Of the memory that it takes on its way."""
+        is_packed = self._kept.bits_of(weight.name, weight.shape) is not None
+        own = weight.place.nbytes if is_packed or weight.place.tier == "disk" else 0
+        return own + is_packed * prod(weight.shape) * self.dtype.itemsize
+
+    def _plain(self, name: str, rows: Tensor) -> Tensor:
+        """Rows of a table, unpacked if they are packed."""
+        shape = self.plan.config.tensors(0)[name]
+        bits = self._kept.bits_of(name, shape)
+        if bits is None:
+            return rows
+        values = torch.empty(*rows.shape[:-1], shape[-1], dtype=self.dtype, device=rows.device)
+        unpack(rows, bits, values)
+        return values
+
+    def _made(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """New host memory for so many rows of a weight, as it is stored."""
+        return self._typed(page_aligned(self._kept.stored_bytes(name, shape)), 0, name, shape)
+
+    def _typed(self, memory: Tensor, start: int, name: str, shape: tuple[int, ...]) -> Tensor:
+        """A weight as it is stored: uint8 where it is packed."""
+        nbytes = self._kept.stored_bytes(name, shape)
+        dtype = self.dtype if self._kept.bits_of(name, shape) is None else torch.uint8
+        stored = memory[start : start + nbytes].view(dtype)
+        return stored.view(self._kept.stored_shape(name, shape))

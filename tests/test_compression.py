@@ -1,0 +1,153 @@
+"""Packed weights and caches give what the same rounding gives in transformers, under every policy."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache as memoized
+
+import pytest
+import tiny
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_exactness import greedy, policies
+from test_executor import generate
+from transformers import AutoModelForCausalLM, DynamicCache
+
+from flexgen_ray import Policy
+from flexgen_ray.cost.formats import TABLES, WeightFormat
+from flexgen_ray.models.registry import FAMILIES, load_config
+from flexgen_ray.quant.packing import packed_bytes
+from flexgen_ray.quant.quantize import pack, unpack
+from flexgen_ray.stage_policies import StagePolicies
+
+MODELS = ("opt", "llama", "qwen3", "opt-350m-like")
+FORMATS = ((4, None, None), (8, 4, None), (None, 8, None), (None, None, 4), (4, None, 4), (8, 8, 8))
+# Of a key or value to where its code turns: float32 sums differ by so much. With 8 bits most
+# sequences have some, but a code more or less moves logits little.
+TOO_CLOSE = 3e-6
+MOVED = {None: 1e-4, 4: 1e-4, 8: 0.02}
+MAX_TOKENS = 12
+
+
+def with_formats(policy: Policy, formats) -> Policy:
+    weight_bits, embedding_bits, cache_bits = formats
+    return replace(
+        policy, weight_bits=weight_bits, embedding_bits=embedding_bits, cache_bits=cache_bits
+    )
+
+
+def rounded(x: torch.Tensor, bits: int) -> torch.Tensor:
+    out = torch.empty_like(x)
+    unpack(pack(x.contiguous(), bits), bits, out)
+    return out
+
+
+class RoundedCache(DynamicCache):
+    """Keeps keys and values as a packed cache does; certain: how many tokens came before the first
+    with a value too close to where its code turns."""
+
+    def __init__(self, bits: int) -> None:
+        super().__init__()
+        self.bits = bits
+        self.certain = 10**9
+
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        seen = self.get_seq_length(layer_idx)
+        for x in (key_states, value_states):
+            low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
+            step = (high - low) / (2**self.bits - 1)
+            off = ((x - low) / step.clamp(min=1e-9)).frac().sub(0.5).abs() * step
+            if self.bits == 4 and (off < TOO_CLOSE).any():
+                self.certain = min(self.certain, seen)
+        both = (rounded(x, self.bits) for x in (key_states, value_states))
+        return super().update(*both, layer_idx, *args, **kwargs)
+
+
+@memoized
+def round_weights(folder, formats):
+    """transformers' model with its matrices rounded."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    config = load_config(folder)
+    kept = WeightFormat("float32", formats[0], formats[1])
+    names = FAMILIES[config.family].WEIGHT_NAMES
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for layer in range(config.num_layers + 2):
+            for name, shape in config.tensors(layer).items():
+                bits = kept.bits_of(name, shape)
+                module, _, kind = name.rpartition(".")
+                key = f"{names[module].format(layer - 1)}.{kind}"
+                # A tied head is the embedding, which has been rounded.
+                if bits and key in parameters and not (layer and name == TABLES[0]):
+                    parameters[key].copy_(rounded(parameters[key], bits))
+    return model
+
+
+@memoized
+def references(folder, formats):
+    model, found = round_weights(folder, formats), []
+    for prompt in tiny.prompts(7, 40):
+        kept = RoundedCache(formats[2]) if formats[2] else DynamicCache()
+        reference = tiny.generate(model, prompt, MAX_TOKENS, past_key_values=kept)
+        certain = getattr(kept, "certain", 10**9)
+        # A token depends on all before it.
+        decided = reference.certain_len(MOVED[formats[2]])
+        found.append((reference, min(decided, max(certain - len(prompt) + 1, 0))))
+    return found
+
+
+@pytest.mark.parametrize("formats", FORMATS, ids=str)
+@pytest.mark.parametrize("name", MODELS)
+@settings(max_examples=5)
+@given(policy=policies.map(lambda it: replace(it, cpu_attention=0.0)))
+def test_every_policy_generates_what_the_rounded_model_does(tiny_models, name, formats, policy):
+    folder, _ = tiny_models[name]
+    wanted = references(folder, formats)
+    assert sum(certain for _, certain in wanted) >= 2 * MAX_TOKENS
+    prompts = [reference.prompt for reference, _ in wanted]
+    outputs = greedy(folder, prompts, with_formats(policy, formats), use_ray=False)
+    for output, (reference, certain) in zip(outputs, wanted, strict=True):
+        assert output.token_ids[:certain] == reference.tokens[:certain]
+        assert len(output.token_ids) == MAX_TOKENS
+
+
+@pytest.mark.parametrize("name", ["opt", "llama"])
+@settings(max_examples=12)
+@given(
+    policy=policies.map(lambda it: replace(it, cpu_attention=0.0)), formats=st.sampled_from(FORMATS)
+)
+def test_async_equals_serial_bit_for_bit(tiny_models, name, policy, formats, monkeypatch):
+    folder, known = tiny_models[name]
+    prompts = [reference.prompt for reference in known]
+    policy = with_formats(policy, formats)
+    tokens, logits = generate(folder, prompts, policy, "serial", monkeypatch)
+    async_tokens, async_logits = generate(folder, prompts, policy, "async", monkeypatch)
+    assert async_tokens == tokens
+    assert all(torch.equal(a, b) for a, b in zip(async_logits, logits, strict=True))
+
+
+@pytest.mark.parametrize("name", ["opt", "llama"])
+@settings(max_examples=8)
+@given(
+    policy=policies.map(lambda it: replace(it, cpu_attention=0.0)), formats=st.sampled_from(FORMATS)
+)
+def test_two_stages_generate_what_one_does(tiny_models, name, policy, formats):
+    folder, known = tiny_models[name]
+    prompts = [reference.prompt for reference in known]
+    policy = with_formats(policy, formats)
+    two = StagePolicies((replace(policy, blocks_in_flight=2),))
+    one = greedy(folder, prompts, policy, use_ray=False)
+    split = greedy(folder, prompts, two, use_ray=False, pipeline_parallel_size=2)
+    assert [it.token_ids for it in split] == [it.token_ids for it in one]
+
+
+def test_four_bit_groups_are_3_55_times_smaller_than_float16():
+    for size in (64, 128, 4096):
+        assert 2 * size / packed_bytes(size, 4) == pytest.approx(3.555, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["weight_bits", "embedding_bits", "cache_bits"])
+def test_other_bits_are_refused_by_name(name):
+    with pytest.raises(ValueError, match=f"{name} is 3; it must be one of 4, 8"):
+        Policy(**{name: 3})
