@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 
-from flexgen_ray.config import Budget, HardwareSpec, Workload
+from flexgen_ray.config import Budget, HardwareSpec, Policy, Workload
+from flexgen_ray.cost.grid import Search
 from flexgen_ray.cost.pipeline_plan import Device, Job, ModelRates, Plan
 from flexgen_ray.cost.plan import StagePlan
 from flexgen_ray.cost.planner import Planner, choose
@@ -35,13 +36,15 @@ class Settled:
 
 @dataclass(frozen=True)
 class Run:
-    """What of a run its plan depends on, beside machines and requests; as in StagePlan."""
+    """What of a run its plan depends on, beside machines and requests; as in StagePlan. base: has
+    what of a policy is never chosen: its lossy options."""
 
     config: ModelConfig
     dtype: str
     stages_disk: bool
     hops_on_device: bool
     workload: Workload
+    base: Policy = Policy()
 
     def plan(
         self,
@@ -64,6 +67,7 @@ class Run:
             devices,
             job_of(requests),
             self.dtype,
+            Search(base=self.base),
             stages_disk=self.stages_disk,
             hops_on_device=self.hops_on_device,
             resumes=self.workload.resumes,
@@ -78,13 +82,14 @@ class Run:
     def _stages(self, policies: StagePolicies | None, budgets: list[Budget]) -> list[StagePlan]:
         return plan_stages(
             self.config, policies, self.workload, self.dtype, budgets, self.stages_disk,
-            self.hops_on_device,
+            self.hops_on_device, self.base,
         )  # fmt: skip
 
     def _device(self, number: int, machine: Machine, budget: Budget) -> Device:
         """Its budget is its share of its host's memory already."""
         assert machine.hardware is not None
-        rates = ModelRates.of(machine.hardware, self.config, self.dtype)
+        hardware, bits = machine.hardware, self.base.cache_bits
+        rates = ModelRates.of(hardware, self.config, self.dtype, bits)
         return Device(rates, budget, f"stage {number}", core_shares(machine))
 
 

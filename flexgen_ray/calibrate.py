@@ -12,7 +12,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flexgen_ray.cost.hardware import DeviceRates, Hardware, MemorySizes, NetworkRates
+from flexgen_ray.cost.hardware import Hardware
+from flexgen_ray.cost.machine_rates import DeviceRates, MemorySizes, NetworkRates
 from flexgen_ray.units import format_bytes
 
 if TYPE_CHECKING:

@@ -17,12 +17,14 @@ from flexgen_ray import __version__
 from flexgen_ray.bench.group import Benchmarks
 from flexgen_ray.options import (
     AddressOption,
+    CacheBitsOption,
     CpuOption,
     Device,
     DeviceOption,
     DiskOption,
     Dtype,
     DtypeOption,
+    EmbeddingBitsOption,
     GpuOption,
     ModelOption,
     NoRayOption,
@@ -34,6 +36,7 @@ from flexgen_ray.options import (
     StallOption,
     TraceOption,
     TransportOption,
+    WeightBitsOption,
 )
 from flexgen_ray.plan_command import plan
 
@@ -78,6 +81,9 @@ def generate(
     dtype: DtypeOption = Dtype.auto,
     device: DeviceOption = Device.auto,
     policy: PolicyOption = None,
+    weight_bits: WeightBitsOption = None,
+    cache_bits: CacheBitsOption = None,
+    embedding_bits: EmbeddingBitsOption = None,
     gpu_memory: GpuOption = None,
     cpu_memory: CpuOption = None,
     disk_memory: DiskOption = None,
@@ -113,6 +119,9 @@ def generate(
     with LLM(
         model,
         policy=policy,
+        weight_bits=weight_bits,
+        cache_bits=cache_bits,
+        embedding_bits=embedding_bits,
         dtype=dtype.value,
         device=device.value,
         gpu_memory=gpu_memory,

@@ -5,7 +5,7 @@ Knows names, shapes and fractions. Does not know bytes per tier (cost/sizes.py) 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import yaml
@@ -83,6 +83,10 @@ class Policy:
     @property
     def block_size(self) -> int:
         return self.gpu_batch_size * self.num_gpu_batches
+
+    def compressed(self, **lossy: int | float | None) -> Policy:
+        """With what is given of the lossy options, None for what isn't."""
+        return replace(self, **{name: it for name, it in lossy.items() if it is not None})  # type: ignore[arg-type]
 
     @staticmethod
     def from_dict(values: dict) -> Policy:

@@ -28,6 +28,7 @@ from flexgen_ray.request import (
     Request,
     RequestOutput,
     SamplingParams,
+    check_prompt,
     several_prompts,
 )
 from flexgen_ray.resources import settle_budgets, settle_dtype
@@ -54,7 +55,8 @@ class LLM:
     executor: async runs loads, stores, disk and host attention beside the device's work; serial,
     its oracle, gives the same bits. pace: emulate this hardware, each modelled second taking
     time_scale seconds. hardware: sum beside the run what its ops should take there; "measured"
-    measures this machine's rates first. trace: keep every op's times, for `write_trace`.
+    measures this machine's rates first. trace: keep every op's times, for `write_trace`. lossy:
+    weight_bits, embedding_bits, cache_bits as in Policy, over what the policy says.
 
     Raises ValueError or OSError, with the numbers, for what can't work. Use it as a context manager
     or call `close`.
@@ -83,6 +85,7 @@ class LLM:
         hardware: HardwareSpec | str | None = None,
         trace: bool = False,
         load_format: str = "auto",
+        **lossy: int | float | None,
     ) -> None:
         self._measures = hardware == "measured" and pace is None
         self._execution = execution(executor, pace, time_scale, hardware, trace)
@@ -95,7 +98,9 @@ class LLM:
         self._name = str(self.model if Path(model).is_dir() else model)
         self.config = shape_config(str(model)) if is_shape else load_config(self.model)
         self.tokenizer = Tokenizer(self.model)
-        self.policies = StagePolicies.given(policy)
+        self._base = Policy().compressed(**lossy)
+        given = StagePolicies.given(policy)
+        self.policies = given and given.compressed(**lossy)
         self.seed = seed
         self.offload_dir = Path(offload_dir or default_offload_dir()).resolve()
         memory = {"gpu": gpu_memory, "cpu": cpu_memory, "disk": disk_memory}
@@ -143,22 +148,10 @@ class LLM:
         An answer that would outgrow the context ends there, with finish_reason "length".
         """
         token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        limit = self.config.max_seq_len
-        if not token_ids:
-            raise ValueError("the prompt is empty; give at least one token")
-        if len(token_ids) >= limit:
-            raise ValueError(
-                f"the prompt has {len(token_ids)} tokens, but the model's context is {limit} "
-                "tokens, and one must be left for the answer; shorten the prompt"
-            )
-        wrong = [token for token in token_ids if not 0 <= token < self.config.vocab_size]
-        if wrong:
-            raise ValueError(
-                f"token id {wrong[0]} is outside the vocabulary of {self.config.vocab_size}"
-            )
+        check_prompt(token_ids, self.config.max_seq_len, self.config.vocab_size)
         if params.stop and not self.tokenizer.exists:
             raise ValueError(f"stop strings need a tokenizer, which {self.model} lacks")
-        room = limit - len(token_ids)
+        room = self.config.max_seq_len - len(token_ids)
         return Request(index, token_ids, replace(params, max_tokens=min(params.max_tokens, room)))
 
     def prepare(self, requests: list[Request]) -> None:
@@ -176,7 +169,7 @@ class LLM:
         if self._plans is not None and self._plans[0].workload.covers(workload):
             return
         hops_on_device = self.machines[0].device == "cuda" and self._backend.uses_nccl
-        run = Run(self.config, self.dtype, self._stages_disk, hops_on_device, workload)
+        run = Run(self.config, self.dtype, self._stages_disk, hops_on_device, workload, self._base)
         found = run.plan(self.policies, self.machines, self.budgets, requests)
         self._plans = None
         started = time.perf_counter()

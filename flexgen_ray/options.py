@@ -39,6 +39,13 @@ PolicyOption = Annotated[
         "filled, fastest first."
     ),
 ]
+WeightBitsOption = Annotated[
+    int | None, typer.Option(help="4 or 8: keep weights quantized in groups of 64. Lossy.")
+]
+EmbeddingBitsOption = Annotated[
+    int | None, typer.Option(help="The same of the embedding and the head.")
+]
+CacheBitsOption = Annotated[int | None, typer.Option(help="The same of keys and values.")]
 GpuOption = Annotated[
     str | None, typer.Option(help="GPU memory to use, such as 16GiB; what is free.")
 ]

@@ -10,7 +10,12 @@ import typer
 
 from flexgen_ray.config import DTYPE_BYTES
 from flexgen_ray.model_config import ModelConfig
-from flexgen_ray.options import JsonOption
+from flexgen_ray.options import (
+    CacheBitsOption,
+    EmbeddingBitsOption,
+    JsonOption,
+    WeightBitsOption,
+)
 
 HardwareOption = Annotated[
     list[str] | None,
@@ -36,6 +41,9 @@ def plan(
     ] = None,
     max_latency: Annotated[float | None, typer.Option(help="Seconds a block may take.")] = None,
     dtype: Annotated[str, typer.Option(help=f"{', '.join(DTYPE_BYTES)}.")] = "float16",
+    weight_bits: WeightBitsOption = None,
+    cache_bits: CacheBitsOption = None,
+    embedding_bits: EmbeddingBitsOption = None,
     price_per_hour: Annotated[float | None, typer.Option(help="$ for all machines.")] = None,
     frontier: Annotated[
         Path | None, typer.Option(help="Draw throughput over latency, as .png or .svg.")
@@ -47,6 +55,7 @@ def plan(
 
     Example: flexgen-ray plan --model opt-30b --hardware t4 --stages 4 --num-requests 1000000
     """
+    from flexgen_ray.config import Policy
     from flexgen_ray.cost.grid import Search
     from flexgen_ray.cost.planner import Planner
     from flexgen_ray.plan_report import PlanReport
@@ -68,7 +77,10 @@ def plan(
             f"the longest request has {job.max_seq_len} tokens, but the model's context is "
             f"{config.max_seq_len}; shorten --prompt-len or --max-tokens"
         )
-    search = Search(max_seconds=max_latency)
+    base = Policy().compressed(
+        weight_bits=weight_bits, cache_bits=cache_bits, embedding_bits=embedding_bits
+    )
+    search = Search(base, max_seconds=max_latency)
     comparison = compare(config, machines, job, dtype, search)
     names = [
         f"{it.hardware.name} x {it.gpus}" if it.gpus > 1 else it.hardware.name for it in machines
@@ -78,7 +90,9 @@ def plan(
     for line in report.lines():
         typer.echo(line)
     if frontier:
-        planner = Planner(config, devices_of(machines, config, dtype), job, dtype, search)
+        planner = Planner(
+            config, devices_of(machines, config, dtype, cache_bits), job, dtype, search
+        )
         result["frontier"] = _draw(planner, f"{model} on {', '.join(names)}", frontier)
     if policy_out:
         policy_out.write_text(report.policy_yaml(), encoding="utf-8")

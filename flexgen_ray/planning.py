@@ -83,10 +83,13 @@ def read_job(path: str | Path, num_requests: int | None = None) -> Job:
     )
 
 
-def devices_of(nodes: Sequence[Node], config: ModelConfig, dtype: str) -> tuple[Device, ...]:
+def devices_of(
+    nodes: Sequence[Node], config: ModelConfig, dtype: str, cache_bits: int | None = None
+) -> tuple[Device, ...]:
     """One for each GPU of each machine."""
+    rates = [ModelRates.of(node.hardware, config, dtype, cache_bits) for node in nodes]
     return tuple(
-        Device(ModelRates.of(node.hardware, config, dtype), node.hardware.budget, f"node {number}")
+        Device(rates[number], node.hardware.budget, f"node {number}")
         for number, node in enumerate(nodes)
         for _ in range(node.gpus)
     )
@@ -114,7 +117,7 @@ def compare(
     config: ModelConfig, nodes: Sequence[Node], job: Job, dtype: str, search: Search
 ) -> Comparison:
     """Raises Infeasible if the job can't be done on these machines at all."""
-    devices = devices_of(nodes, config, dtype)
+    devices = devices_of(nodes, config, dtype, search.base.cache_bits)
     plan = choose(Planner(config, devices, job, dtype, search))
     on_device = replace(search, shares=ON_DEVICE)
     alternatives = [_try("everything on the GPUs", config, devices, job, dtype, on_device)]

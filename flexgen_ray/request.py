@@ -151,3 +151,17 @@ def several_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if prompts and all(isinstance(token, int) for token in prompts):
         return [cast(Sequence[int], prompts)]
     return cast(list[Prompt], list(prompts))
+
+
+def check_prompt(token_ids: list[int], max_seq_len: int, vocab_size: int) -> None:
+    """ValueError says why a model of this context and vocabulary can't answer it."""
+    if not token_ids:
+        raise ValueError("the prompt is empty; give at least one token")
+    if len(token_ids) >= max_seq_len:
+        raise ValueError(
+            f"the prompt has {len(token_ids)} tokens, but the model's context is {max_seq_len} "
+            "tokens, and one must be left for the answer; shorten the prompt"
+        )
+    wrong = [token for token in token_ids if not 0 <= token < vocab_size]
+    if wrong:
+        raise ValueError(f"token id {wrong[0]} is outside the vocabulary of {vocab_size}")

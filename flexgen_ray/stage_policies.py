@@ -43,6 +43,11 @@ class StagePolicies:
                 f"policy: {len(self.policies)} stages have policies, {len(self.layers)} have layers"
             )
 
+    def compressed(self, **lossy: int | float | None) -> StagePolicies:
+        """Each policy with what is given of the lossy options (Policy.compressed)."""
+        policies = tuple(policy.compressed(**lossy) for policy in self.policies)
+        return replace(self, policies=policies)
+
     def of(self, num_stages: int) -> list[Policy]:
         """A policy a stage; ValueError if the file is for another number of stages."""
         if len(self.policies) not in (1, num_stages):
@@ -109,8 +114,10 @@ def plan_stages(
     budgets: list[Budget],
     stages_disk: bool,
     hops_on_device: bool = False,
+    base: Policy = Policy(),  # noqa: B008 - frozen
 ) -> list[StagePlan]:
-    """A plan a stage, as many as there are budgets; without policies the tiers are filled.
+    """A plan a stage, as many as there are budgets; without policies the tiers are filled, the rest
+    as in the base.
 
     Raises ValueError, naming the stage, for what doesn't fit.
     """
@@ -119,7 +126,7 @@ def plan_stages(
     stages = StageLayers.split(config.num_layers, counts)
     if len(stages) != count:
         raise ValueError(f"the policy's layers are for {len(stages)} stages, but there are {count}")
-    given = policies.of(count) if policies else [Policy(blocks_in_flight=count)] * count
+    given = policies.of(count) if policies else [replace(base, blocks_in_flight=count)] * count
     plans = [
         StagePlan(
             config,

@@ -1,4 +1,4 @@
-"""Packed weights and caches give what the same rounding gives in transformers, under every policy."""
+"""Packed weights and caches give what the same rounding gives in transformers, however placed."""
 
 from __future__ import annotations
 

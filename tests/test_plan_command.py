@@ -14,7 +14,7 @@ from test_exactness import assert_same
 
 from flexgen_ray import LLM, Hardware, SamplingParams
 from flexgen_ray.cost.grid import Search
-from flexgen_ray.cost.hardware import LinkRates
+from flexgen_ray.cost.machine_rates import LinkRates
 from flexgen_ray.cost.pipeline_plan import Job
 from flexgen_ray.models.shapes import shape_config
 from flexgen_ray.paths import hardware_file

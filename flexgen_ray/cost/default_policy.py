@@ -21,17 +21,16 @@ def default_policies(plans: list[StagePlan], budgets: list[Budget]) -> list[Poli
     """Of a pipeline's stages: the largest block that leaves little on disk, the same for all; of
     the others the one that leaves least.
 
-    plans: all of the stages but their policies, which are ignored.
+    plans: all of the stages; of their policies, what isn't chosen here is kept.
     Raises ValueError with what the smallest block lacks if nothing fits.
     """
     best: list[StagePlan] | None = None
     requests = -(-plans[0].workload.num_requests // plans[0].num_blocks)
     for block in _halves(min(requests, MAX_BLOCK)):
         batches = -(-block // MAX_GPU_BATCH)
-        shape = Policy(gpu_batch_size=-(-block // batches), num_gpu_batches=batches)
         for tile in TILES:
-            policy = replace(shape, max_batch_tokens=tile)
-            filled = _fill([replace(plan, policy=policy) for plan in plans], budgets)
+            sized = [_sized(plan, -(-block // batches), batches, tile) for plan in plans]
+            filled = _fill(sized, budgets)
             if best is None or _worst_merits(filled, budgets) > _worst_merits(best, budgets):
                 best = filled
             if all(_worst_merits(best, budgets)):
@@ -40,6 +39,13 @@ def default_policies(plans: list[StagePlan], budgets: list[Budget]) -> list[Poli
     pairs = zip(best, filled, budgets, strict=True)
     check_budgets([a if _fits(a, budget) else b for a, b, budget in pairs], budgets)
     return [plan.policy for plan in best]
+
+
+def _sized(plan: StagePlan, size: int, batches: int, tile: int) -> StagePlan:
+    policy = replace(
+        plan.policy, gpu_batch_size=size, num_gpu_batches=batches, max_batch_tokens=tile
+    )
+    return replace(plan, policy=policy)
 
 
 def _halves(size: int) -> Iterator[int]:

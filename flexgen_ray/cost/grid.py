@@ -20,9 +20,11 @@ TILES = (512, 2048)
 
 @dataclass(frozen=True)
 class Search:
-    """What may be chosen. layers: of each stage, if they are settled; max_seconds: that a block may
-    take; shares, overlaps: as in lp.Aim; extra_blocks: in flight beyond the number of stages."""
+    """What may be chosen. base: has what may not, such as the bits of weights and cache; layers:
+    of each stage, if they are settled; max_seconds: that a block may take; shares, overlaps: as in
+    lp.Aim; extra_blocks: in flight beyond the number of stages."""
 
+    base: Policy = Policy()
     batch_sizes: tuple[int, ...] = BATCH_SIZES
     batches: tuple[int, ...] = BATCHES
     tiles: tuple[int, ...] = TILES
@@ -71,7 +73,13 @@ class Grid:
         for size, number, extra in product(sizes, batches, extras):
             blocks = self.num_stages + extra
             if size * number * blocks < 2 * max(self.job.num_requests, self.num_stages):
-                yield Policy(size, number, self.search.tiles[0], blocks_in_flight=blocks)
+                yield replace(
+                    self.search.base,
+                    gpu_batch_size=size,
+                    num_gpu_batches=number,
+                    max_batch_tokens=self.search.tiles[0],
+                    blocks_in_flight=blocks,
+                )
 
 
 def _near(value: int, grid: tuple[int, ...]) -> tuple[int, ...]:

@@ -6,135 +6,28 @@ one that a person wrote. Rates are per second. Knows machines; no model and no p
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from math import log
 from pathlib import Path
 
 from flexgen_ray.config import DTYPE_BYTES, Budget, HardwareSpec
-from flexgen_ray.cost.yaml_fields import Table, check_rates, check_table, read_yaml, to_yaml
+from flexgen_ray.cost.machine_rates import (
+    AttentionRates,
+    DeviceRates,
+    DiskRates,
+    HostRates,
+    LinkRates,
+    MemorySizes,
+    NetworkRates,
+    interpolate,
+)
+from flexgen_ray.cost.yaml_fields import read_yaml, to_yaml
 from flexgen_ray.paths import hardware_file
+from flexgen_ray.quant.packing import GROUP, packed_bytes
 
 LOCAL = "local"
 _PRESETS = Path(__file__).parent.parent / "presets"
 _NETWORK_BYTES_PER_S = HardwareSpec.network_bytes_per_s
-
-
-@dataclass(frozen=True)
-class MemorySizes:
-    """Bytes of each tier. share: of them that a plan may use, the rest is for all others; with a
-    CPU as the device gpu and cpu are parts of the same memory."""
-
-    gpu: int
-    cpu: int
-    disk: int
-    share: float = 0.9
-
-    def __post_init__(self) -> None:
-        check_rates(self)
-        if self.share > 1:
-            raise ValueError(f"share is {self.share}; it must be a fraction, at most 1")
-
-
-@dataclass(frozen=True)
-class LinkRates:
-    """Of copies between registered host memory and the device: each direction alone, and each
-    while the other is busy too."""
-
-    h2d_bytes_per_s: float
-    d2h_bytes_per_s: float
-    h2d_busy_bytes_per_s: float
-    d2h_busy_bytes_per_s: float
-
-    def __post_init__(self) -> None:
-        check_rates(self)
-
-
-@dataclass(frozen=True)
-class DiskRates:
-    """Of the offload folder, past the page cache where that can be had."""
-
-    read_bytes_per_s: float
-    write_bytes_per_s: float
-
-    def __post_init__(self) -> None:
-        check_rates(self)
-
-
-@dataclass(frozen=True)
-class AttentionRates:
-    """Bytes of K and V that a kernel of the host attends: alone, and while the link is busy."""
-
-    kernel: str
-    dtype: str
-    queries_per_kv_head: int
-    bytes_per_s: float
-    busy_bytes_per_s: float
-
-    def __post_init__(self) -> None:
-        check_rates(self)
-        _check_dtype(self.dtype)
-
-
-@dataclass(frozen=True)
-class HostRates:
-    """read: of host memory by the cores alone; joint: that the link and host attention move of it
-    together. flops: of the cores' matrix products of many rows in float32, None if unknown."""
-
-    read_bytes_per_s: float
-    joint_bytes_per_s: float
-    attention: tuple[AttentionRates, ...]
-    flops_per_s: float | None = None
-
-    def __post_init__(self) -> None:
-        check_rates(self)
-        if not self.attention:
-            raise ValueError("attention is empty; it needs an entry at least")
-        shapes = [(it.kernel, it.dtype, it.queries_per_kv_head) for it in self.attention]
-        if twice := [shape for shape in shapes if shapes.count(shape) > 1]:
-            raise ValueError(f"attention has {twice[0]} twice; keep one of them")
-
-
-@dataclass(frozen=True)
-class GemmRates:
-    """Flops of matrix products by their rows, the weights read from device memory each time."""
-
-    dtype: str
-    flops_per_s: Table
-
-    def __post_init__(self) -> None:
-        _check_dtype(self.dtype)
-        check_table("flops_per_s", self.flops_per_s)
-
-
-@dataclass(frozen=True)
-class DeviceRates:
-    """launch_seconds: to issue one op. attention: bytes of K and V in decoding. dequantize: bytes
-    of 16-bit values that come of packed ones, None where nothing dequantizes."""
-
-    is_cpu: bool
-    memory_bytes_per_s: float
-    attention_bytes_per_s: float
-    launch_seconds: float
-    gemm: tuple[GemmRates, ...]
-    dequantize_bytes_per_s: float | None = None
-
-    def __post_init__(self) -> None:
-        check_rates(self)
-        if not self.gemm:
-            raise ValueError("gemm is empty; it needs an entry at least")
-
-
-@dataclass(frozen=True)
-class NetworkRates:
-    """Between two stages' actors. hop_seconds: of a small tensor and the word that it came."""
-
-    hop_seconds: float
-    bytes_per_s: float
-
-    def __post_init__(self) -> None:
-        check_rates(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,10 +54,16 @@ class Hardware:
         return Budget(*(int(size * sizes.share) for size in (sizes.gpu, sizes.cpu, sizes.disk)))
 
     def rates(
-        self, dtype: str, queries_per_kv_head: int, decode_rows: int, prefill_rows: int
+        self,
+        dtype: str,
+        queries_per_kv_head: int,
+        decode_rows: int,
+        prefill_rows: int,
+        cache_bits: int | None = None,
     ) -> HardwareSpec:
         """For cost models: the best host kernel for this shape, and matrix products of so many
-        rows. What the host's memory gives is what it gives to all who draw on it together.
+        rows. What the host's memory gives is what it gives to all who draw on it together. Where
+        nobody measured how packed caches are attended, their values take as long as others.
 
         Raises ValueError for a dtype without figures.
         """
@@ -175,11 +74,12 @@ class Hardware:
             disk_read_bytes_per_s=self.disk.read_bytes_per_s,
             disk_write_bytes_per_s=self.disk.write_bytes_per_s,
             host_bytes_per_s=self.host.joint_bytes_per_s,
-            host_attention_bytes_per_s=self.attention(dtype, queries_per_kv_head).bytes_per_s,
+            host_attention_bytes_per_s=self._attended(dtype, queries_per_kv_head, cache_bits),
             device_flops_per_s=self.gemm_flops_per_s(dtype, prefill_rows),
             device_bytes_per_s=self.device.memory_bytes_per_s,
             device_decode_flops_per_s=self.gemm_flops_per_s(dtype, decode_rows),
             device_attention_bytes_per_s=self.device.attention_bytes_per_s,
+            dequantize_bytes_per_s=self.device.dequantize_bytes_per_s or 0.0,
             network_bytes_per_s=network,
         )
 
@@ -187,6 +87,16 @@ class Hardware:
         """Whether there are figures for a dtype."""
         attention = {it.dtype for it in self.host.attention}
         return dtype in attention & {it.dtype for it in self.device.gemm}
+
+    def _attended(self, dtype: str, queries_per_kv_head: int, cache_bits: int | None) -> float:
+        """Bytes a second, of a cache as it is kept."""
+        packed = f"int{cache_bits}"
+        if any(it.dtype == packed for it in self.host.attention):
+            return self.attention(packed, queries_per_kv_head).bytes_per_s
+        rate = self.attention(dtype, queries_per_kv_head).bytes_per_s
+        if cache_bits is None:
+            return rate
+        return rate * packed_bytes(GROUP, cache_bits) / (GROUP * DTYPE_BYTES[dtype])
 
     def attention(self, dtype: str, queries_per_kv_head: int) -> AttentionRates:
         """Of the kernel that is fastest alone, between the measured shapes if need be.
@@ -266,23 +176,3 @@ class Hardware:
     def to_yaml(self) -> str:
         """Text that `from_yaml` reads as an equal machine."""
         return to_yaml(self)
-
-
-def interpolate(table: Iterable[tuple[int, float]], number: float) -> float:
-    """A rate between measured ones: straight between logarithms, as a power law is; beyond the ends
-    the end's.
-
-    table: (number, rate), numbers rising.
-    """
-    points = list(table)
-    above = bisect_left(points, number, key=lambda point: point[0])
-    if above == 0 or above == len(points):
-        return points[min(above, len(points) - 1)][1]
-    (low, first), (high, last) = points[above - 1 : above + 1]
-    rate = first * (last / first) ** (log(number / low) / log(high / low))
-    return min(max(rate, min(first, last)), max(first, last))
-
-
-def _check_dtype(dtype: str) -> None:
-    if dtype not in DTYPE_BYTES:
-        raise ValueError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPE_BYTES)}")

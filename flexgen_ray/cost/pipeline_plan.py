@@ -64,14 +64,17 @@ class ModelRates:
     hardware: Hardware
     dtype: str
     queries_per_kv_head: int
+    cache_bits: int | None = None
 
     @staticmethod
-    def of(hardware: Hardware, config: ModelConfig, dtype: str) -> ModelRates:
-        return ModelRates(hardware, dtype, config.num_heads // config.num_kv_heads)
+    def of(
+        hardware: Hardware, config: ModelConfig, dtype: str, cache_bits: int | None = None
+    ) -> ModelRates:
+        return ModelRates(hardware, dtype, config.num_heads // config.num_kv_heads, cache_bits)
 
     def __call__(self, decode_rows: int, prefill_rows: int) -> HardwareSpec:
         shape = self.dtype, self.queries_per_kv_head
-        return self.hardware.rates(*shape, decode_rows, prefill_rows)
+        return self.hardware.rates(*shape, decode_rows, prefill_rows, self.cache_bits)
 
 
 @dataclass(frozen=True)

@@ -159,7 +159,13 @@ class Planner:
 
     def refusal(self) -> Infeasible:
         """What the smallest block lacks."""
-        smallest = Policy(1, 1, self.search.tiles[0], blocks_in_flight=len(self.devices))
+        smallest = replace(
+            self.search.base,
+            gpu_batch_size=1,
+            num_gpu_batches=1,
+            max_batch_tokens=self.search.tiles[0],
+            blocks_in_flight=len(self.devices),
+        )
         try:
             self._sketch(smallest)
         except Infeasible as error:

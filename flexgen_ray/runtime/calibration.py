@@ -14,7 +14,7 @@ from statistics import median
 
 import torch
 
-from flexgen_ray.cost.hardware import (
+from flexgen_ray.cost.machine_rates import (
     AttentionRates,
     DeviceRates,
     DiskRates,
