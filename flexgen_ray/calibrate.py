@@ -127,6 +127,8 @@ def _best_kernels(hardware: Hardware, dtype: str) -> Iterator[str]:
 def _device_summary(device: DeviceRates) -> Iterator[tuple[str, str]]:
     rates = f"{_gb(device.memory_bytes_per_s)} GB/s read, {_gb(device.attention_bytes_per_s)}"
     yield "device", f"{rates} attended; {device.launch_seconds * 1e6:.2g} µs to launch an op"
+    if device.dequantize_bytes_per_s is not None:
+        yield "unpacking", f"{_gb(device.dequantize_bytes_per_s)} GB/s of 4-bit values, as 16 bits"
     yield "matrix products", "TFLOP/s by rows"
     for gemm in device.gemm:
         by_rows = (f"{rows}: {rate / 1e12:.3g}" for rows, rate in gemm.flops_per_s)

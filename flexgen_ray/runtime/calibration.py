@@ -64,7 +64,7 @@ class Measured:
 def count_measurements(device: torch.device) -> int:
     """How often `measure_machine` announces one."""
     gemms = len(_gemm_dtypes(device)) * len(GEMM_ROWS)
-    return 9 + len(KERNELS) * len(TORCH_DTYPE) * len(QUERIES_PER_KV_HEAD) + gemms
+    return 10 + len(KERNELS) * len(TORCH_DTYPE) * len(QUERIES_PER_KV_HEAD) + gemms
 
 
 def measure_machine(
@@ -131,13 +131,17 @@ def _device(bench: Bench, effort: Effort, announce: Announce) -> DeviceRates:
     rows = effort.cache.rows * (1 if is_cpu else 4)
     dtype = torch.float32 if is_cpu else torch.float16
     attention = bench.device_attention_rate(dtype, replace(effort.cache, rows=rows))
+    announce("unpacking")
+    unpacked = bench.dequantize_rate(dtype, 4, (effort.width, 4 * effort.width))
     announce("launches")
     launch = bench.launch_seconds()
     gemm = tuple(
         GemmRates(name, tuple(_gemm(bench, effort, name, announce)))
         for name in _gemm_dtypes(device)
     )
-    return DeviceRates(is_cpu, _rounded(memory), _rounded(attention), _rounded(launch), gemm)
+    return DeviceRates(
+        is_cpu, _rounded(memory), _rounded(attention), _rounded(launch), gemm, _rounded(unpacked)
+    )
 
 
 def _gemm(

@@ -23,6 +23,8 @@ from flexgen_ray.cost.placement import PAGE
 from flexgen_ray.models.host_kernel import Kernel
 from flexgen_ray.models.host_kernel import load as load_kernel
 from flexgen_ray.models.layers import product
+from flexgen_ray.quant.packing import packed_bytes
+from flexgen_ray.quant.quantize import unpack
 from flexgen_ray.store.disk import DiskTier
 from flexgen_ray.store.memory import MemoryTier
 
@@ -156,6 +158,15 @@ class Bench(AbstractContextManager):
         weights = cycle(_room(memory, dtype, size).view(-1, *shape))
         x = torch.full((rows, shape[1]), 0.5, dtype=dtype, device=memory.device)
         return self.rate(2.0 * rows * size, lambda: product(x, next(weights)), memory.device)
+
+    def dequantize_rate(self, dtype: torch.dtype, bits: int, shape: tuple[int, int]) -> float:
+        """Values a second, as 16 bits each, that the device unpacks of one matrix after another."""
+        packed_shape = shape[0], packed_bytes(shape[1], bits)
+        size = packed_shape[0] * packed_shape[1]
+        memory = self.on_device[: len(self.on_device) // size * size]
+        matrices = cycle(memory.view(-1, *packed_shape))
+        out = torch.empty(shape, dtype=dtype, device=self.device)
+        return self.rate(2.0 * out.numel(), lambda: unpack(next(matrices), bits, out), self.device)
 
     def attender(self, kernel: Kernel, dtype: torch.dtype, shape: CacheShape) -> tuple[int, Action]:
         """Bytes of K and V of some rows, and what attends the next ones on the host."""
