@@ -39,6 +39,7 @@ from flexgen_ray.options import (
     WeightBitsOption,
 )
 from flexgen_ray.plan_command import plan
+from flexgen_ray.quantize_command import quantize
 
 if TYPE_CHECKING:
     from flexgen_ray.llm import LLM
@@ -54,6 +55,7 @@ app = typer.Typer(
 bench = typer.Typer(name="bench", cls=Benchmarks, no_args_is_help=True)
 app.add_typer(bench, help="Measure, and end in one JSON line.")
 app.command()(plan)
+app.command()(quantize)
 
 
 def _version(wanted: bool) -> None:

@@ -98,9 +98,10 @@ class LLM:
         self._name = str(self.model if Path(model).is_dir() else model)
         self.config = shape_config(str(model)) if is_shape else load_config(self.model)
         self.tokenizer = Tokenizer(self.model)
-        self._base = Policy().compressed(**lossy)
+        packed = {it: getattr(self.config, it) for it in ("weight_bits", "embedding_bits")}
+        self._base = Policy(**packed).compressed(**lossy)
         given = StagePolicies.given(policy)
-        self.policies = given and given.compressed(**lossy)
+        self.policies = given and given.compressed(**lossy).completed(**packed)
         self.seed = seed
         self.offload_dir = Path(offload_dir or default_offload_dir()).resolve()
         memory = {"gpu": gpu_memory, "cpu": cpu_memory, "disk": disk_memory}

@@ -22,7 +22,8 @@ class ModelConfig:
     """A decoder-only transformer, as far as sizes and the order of its maths are concerned.
 
     attention_bias: of queries, keys and values; output_bias: of what follows attention; qk_norm:
-    each head's queries and keys are normed before they are rotated.
+    each head's queries and keys are normed before they are rotated. weight_bits, embedding_bits: of
+    a checkpoint that holds packed weights (quant/packing.py), of the layers' and of both ends'.
     """
 
     family: str
@@ -51,6 +52,8 @@ class ModelConfig:
     position_table: int = 0
     rope: Rope | None = None
     eos_token_ids: tuple[int, ...] = ()
+    weight_bits: int | None = None
+    embedding_bits: int | None = None
 
     @property
     def embedding_layer(self) -> int:

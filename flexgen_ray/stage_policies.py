@@ -48,6 +48,15 @@ class StagePolicies:
         policies = tuple(policy.compressed(**lossy) for policy in self.policies)
         return replace(self, policies=policies)
 
+    def completed(self, **bits: int | None) -> StagePolicies:
+        """Each policy with these for the bits that it doesn't give."""
+
+        def complete(policy: Policy) -> Policy:
+            missing = {name: it for name, it in bits.items() if getattr(policy, name) is None}
+            return policy.compressed(**missing)
+
+        return replace(self, policies=tuple(map(complete, self.policies)))
+
     def of(self, num_stages: int) -> list[Policy]:
         """A policy a stage; ValueError if the file is for another number of stages."""
         if len(self.policies) not in (1, num_stages):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import replace
 from functools import cache as memoized
 
@@ -14,7 +16,8 @@ from test_exactness import greedy, policies
 from test_executor import generate
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from flexgen_ray import Policy
+from flexgen_ray import Placement, Policy
+from flexgen_ray.cli import app
 from flexgen_ray.cost.formats import TABLES, WeightFormat
 from flexgen_ray.models.registry import FAMILIES, load_config
 from flexgen_ray.quant.packing import packed_bytes
@@ -151,3 +154,51 @@ def test_four_bit_groups_are_3_55_times_smaller_than_float16():
 def test_other_bits_are_refused_by_name(name):
     with pytest.raises(ValueError, match=f"{name} is 3; it must be one of 4, 8"):
         Policy(**{name: 3})
+
+
+@pytest.mark.parametrize("formats", [(4, None, None), (8, 4, None)], ids=str)
+@pytest.mark.parametrize("name", ["opt", "llama", "opt-350m-like"])
+def test_a_packed_checkpoint_generates_what_packing_while_loading_does(
+    tiny_models, name, formats, tmp_path
+):
+    folder, known = tiny_models[name]
+    packed, (weight_bits, embedding_bits, _) = tmp_path / "packed", formats
+    command = ["quantize", "--model", folder, "--output", packed, "--weight-bits", weight_bits]
+    if embedding_bits:
+        command += ["--embedding-bits", embedding_bits]
+    app(list(map(str, command)), standalone_mode=False)
+    prompts = [reference.prompt for reference in known]
+    third = Placement(0.3, 0.3, 0.4)
+    policy = Policy(3, 2, 8, weights=third)
+    wanted = greedy(folder, prompts, with_formats(policy, formats), use_ray=False)
+    found = greedy(packed, prompts, policy, use_ray=False)
+    assert [it.token_ids for it in found] == [it.token_ids for it in wanted]
+    with pytest.raises(ValueError, match="packed into other bits"):
+        greedy(packed, prompts, Policy(weight_bits=12 - weight_bits), use_ray=False)
+    with pytest.raises(ValueError, match="packed already"):
+        app(
+            list(map(str, [*command[:2], packed, "--output", tmp_path / "b"])),
+            standalone_mode=False,
+        )
+
+
+def test_what_packed_wrongly_leaves_nothing_behind(tiny_models, tmp_path):
+    folder, _ = tiny_models["opt"]
+    broken = tmp_path / "broken"
+    shutil.copytree(folder, broken)
+    (broken / "model.safetensors").write_bytes(b"\0" * 40)
+    with pytest.raises(ValueError, match="truncated or damaged"):
+        app(
+            ["quantize", "--model", str(broken), "--output", str(tmp_path / "out")],
+            standalone_mode=False,
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_others_quantized_are_refused_by_name(tiny_models, tmp_path):
+    folder, _ = tiny_models["opt"]
+    path = tmp_path / "config.json"
+    config = json.loads((folder / "config.json").read_text())
+    path.write_text(json.dumps(config | {"quantization_config": {"quant_method": "gptq"}}))
+    with pytest.raises(ValueError, match="'gptq' are not supported.*--weight-bits 4"):
+        load_config(tmp_path)

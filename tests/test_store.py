@@ -47,7 +47,10 @@ class RandomWeights:
     def __init__(self) -> None:
         self.tensors: dict[tuple[int, str], torch.Tensor] = {}
 
-    def check(self, layer: int, tensors: dict[str, tuple[int, ...]]) -> None:
+    def is_packed(self, layer: int, name: str) -> bool:
+        return False
+
+    def check(self, layer: int, tensors: dict[str, tuple[int, ...]], kept: object) -> None:
         for name, shape in tensors.items():
             self.tensors[layer, name] = torch.randn(shape)
 

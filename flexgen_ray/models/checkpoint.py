@@ -1,18 +1,27 @@
 """Reads a Hugging Face checkpoint tensor by tensor. Safetensors only; pickle is refused.
 
-Each read maps the file, copies one tensor and lets go, so memory peaks at one tensor.
+Each read maps the file, copies one tensor and lets go, so memory peaks at one tensor. In a packed
+checkpoint (packed_checkpoint.py) matrices are uint8 as stores keep them.
 """
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Protocol
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from flexgen_ray.model_config import ModelConfig
 from flexgen_ray.models.registry import FAMILIES
+from flexgen_ray.quant.packing import packed_bytes
+
+
+class Kept(Protocol):
+    """How weights are to be kept; bits of a packed one, None for another."""
+
+    def bits_of(self, name: str, shape: tuple[int, ...]) -> int | None: ...
 
 
 class Checkpoint:
@@ -23,25 +32,39 @@ class Checkpoint:
     def __init__(self, folder: str | Path, config: ModelConfig) -> None:
         self.folder = Path(folder)
         self._names = FAMILIES[config.family].WEIGHT_NAMES
+        self._packed: set[str] = set()
         self._files, self._shapes = self._index()
 
-    def check(self, layer: int, tensors: dict[str, tuple[int, ...]]) -> None:
-        """ValueError if a tensor of the layer is missing or has another shape."""
+    def check(self, layer: int, tensors: dict[str, tuple[int, ...]], kept: Kept) -> None:
+        """ValueError if a tensor of the layer is missing, has another shape, or is packed already
+        and not as it is to be kept."""
         for name, shape in tensors.items():
-            found = self._shapes[self._locate(layer, name)]
-            if found != shape:
+            found = self._shapes[self.key(layer, name)]
+            if self.is_packed(layer, name):
+                bits = kept.bits_of(name, shape)
+                if bits is None or found != (*shape[:-1], packed_bytes(shape[-1], bits)):
+                    raise ValueError(
+                        f"{self.folder}: {self.key(layer, name)} is packed into other bits "
+                        f"than {bits}; leave the bits to the checkpoint, or take the original one"
+                    )
+            elif found != shape:
                 raise ValueError(
-                    f"{self.folder}: {self._locate(layer, name)} has shape {list(found)}, "
+                    f"{self.folder}: {self.key(layer, name)} has shape {list(found)}, "
                     f"but config.json makes it {list(shape)}"
                 )
 
+    def is_packed(self, layer: int, name: str) -> bool:
+        """Whether a tensor is packed already."""
+        return self.key(layer, name) in self._packed
+
     def read_into(self, layer: int, name: str, destination: Tensor) -> None:
         """Copies one tensor, converting it to the destination's dtype."""
-        key = self._locate(layer, name)
+        key = self.key(layer, name)
         with _open(self._files[key]) as file:
             destination.copy_(file.get_tensor(key))
 
-    def _locate(self, layer: int, name: str) -> str:
+    def key(self, layer: int, name: str) -> str:
+        """The name of a tensor in the checkpoint; ValueError if it has none."""
         module, _, kind = name.rpartition(".")
         key = f"{self._names[module].format(layer - 1)}.{kind}"
         # Checkpoints of the bare model, as OPT was first published, lack the prefix.
@@ -58,6 +81,8 @@ class Checkpoint:
                 for key in file.keys():  # noqa: SIM118 - not a dict
                     files[key] = path
                     shapes[key] = tuple(file.get_slice(key).get_shape())
+                    if file.get_slice(key).get_dtype() == "U8":
+                        self._packed.add(key)
         return files, shapes
 
     def _shards(self) -> list[Path]:

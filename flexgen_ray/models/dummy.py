@@ -24,8 +24,11 @@ class DummyWeights:
         self._normal = torch.randn(BLOCK, generator=generator)
         self._scaled: dict[tuple[int, torch.dtype], Tensor] = {}
 
-    def check(self, layer: int, tensors: dict[str, tuple[int, ...]]) -> None:
+    def check(self, layer: int, tensors: dict[str, tuple[int, ...]], kept: object) -> None:
         """Any shape will do."""
+
+    def is_packed(self, layer: int, name: str) -> bool:
+        return False
 
     def read_into(self, layer: int, name: str, destination: Tensor) -> None:
         """Norms are one, biases zero, matrices [out, in] normal with variance 1 / in."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -18,6 +19,7 @@ ARCHITECTURES: dict[str, ModuleType] = {
     "Qwen2ForCausalLM": llama,
     "Qwen3ForCausalLM": llama,
 }
+QUANT_METHOD = "flexgen_ray"  # of the quantization_config in a packed checkpoint's config.json
 FAMILIES: dict[str, ModuleType] = {"opt": opt, "llama": llama}
 
 
@@ -48,7 +50,21 @@ def load_config(folder: str | Path) -> ModelConfig:
     if config.activation not in ACTIVATIONS:
         known = ", ".join(ACTIVATIONS)
         raise ValueError(f"{path}: activation {config.activation!r} is not one of {known}")
-    return config
+    return replace(config, **_packed_bits(path, hf))
+
+
+def _packed_bits(path: Path, hf: dict) -> dict[str, int | None]:
+    """Of a checkpoint that `flexgen-ray quantize` wrote; ValueError for one quantized otherwise."""
+    found = hf.get("quantization_config")
+    if found is None:
+        return {}
+    method = found.get("quant_method")
+    if method != QUANT_METHOD:
+        raise ValueError(
+            f"{path}: weights quantized by {method!r} are not supported; take the original "
+            "checkpoint, and --weight-bits 4"
+        )
+    return {name: found.get(name) for name in ("weight_bits", "embedding_bits")}
 
 
 def _read_json(path: Path) -> dict:

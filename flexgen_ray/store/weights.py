@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
+from flexgen_ray.cost.formats import WeightFormat
 from flexgen_ray.cost.placement import stored_tensors
 from flexgen_ray.cost.plan import StagePlan
 from flexgen_ray.cost.sizes import staging_slot_bytes, weights_slot_bytes
@@ -38,11 +39,15 @@ class WeightSource(Protocol):
     @property
     def num_readers(self) -> int: ...
 
-    def check(self, layer: int, tensors: dict[str, tuple[int, ...]]) -> None:
-        """ValueError if a tensor of the layer is missing or has another shape."""
+    def check(self, layer: int, tensors: dict[str, tuple[int, ...]], kept: WeightFormat) -> None:
+        """ValueError if a tensor of the layer is missing, has another shape, or is packed already
+        and not as it is to be kept."""
+
+    def is_packed(self, layer: int, name: str) -> bool:
+        """Whether a tensor is packed already."""
 
     def read_into(self, layer: int, name: str, destination: Tensor) -> None:
-        """Copies one tensor, converting it to the destination's dtype."""
+        """Copies one tensor, converting it to the destination's dtype unless it is packed."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,8 @@ class WeightStore:
         self._layout = plan.weights
         self._kept = plan.weight_format
         for layer in plan.stage.layers:
-            source.check(layer, stored_tensors(plan.config, plan.stage, layer))
+            tensors = stored_tensors(plan.config, plan.stage, layer)
+            source.check(layer, tensors, plan.weight_format)
         self._parts = plan.policy.num_gpu_batches
         need = self._layout.nbytes
         self._memory = {
@@ -181,7 +187,7 @@ class WeightStore:
             on_disk, bits = place.tier == "disk", self._kept.bits_of(name, shape)
             home = buffer if on_disk else self._memory[place.tier][place.start :]
             target = self._typed(home, 0, name, shape)
-            if bits is None:
+            if bits is None or source.is_packed(weight.layer, name):
                 source.read_into(weight.layer, name, target)
             else:
                 values = buffer[place.nbytes :][: prod(shape) * self.dtype.itemsize]

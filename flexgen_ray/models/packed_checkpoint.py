@@ -1,0 +1,96 @@
+"""Writes a checkpoint whose matrices are packed already: `flexgen-ray quantize`.
+
+A Hugging Face folder like another, with safetensors under the same names; a packed matrix [out, in]
+is uint8 [out, packed_bytes(in, bits)] (quant/packing.py), everything else as it was, and
+config.json says so in `quantization_config`. One file a layer, so memory peaks at a layer.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from flexgen_ray.config import DTYPE_BYTES
+from flexgen_ray.model_config import ModelConfig
+from flexgen_ray.models.checkpoint import Checkpoint, Kept
+from flexgen_ray.models.registry import QUANT_METHOD
+from flexgen_ray.quant.quantize import pack
+
+_BESIDE = ("*.json", "*.model", "*.txt", "*.jinja")  # tokenizer, generation_config, templates
+_INDEX = "model.safetensors.index.json"
+
+
+def write_packed(
+    source: Path,
+    config: ModelConfig,
+    kept: Kept,
+    bits: dict[str, int | None],
+    output: Path,
+    announce: Callable[[str], None],
+) -> tuple[int, int]:
+    """Bytes of the tensors before and after. bits: as config.json is to say; announce is called
+    with each layer as it begins.
+
+    Raises FileExistsError if the output folder is there, ValueError for what can't be packed.
+    """
+    if config.weight_bits or config.embedding_bits:
+        raise ValueError(f"{source} is packed already; take the original checkpoint")
+    checkpoint = Checkpoint(source, config)
+    output.mkdir(parents=True)
+    try:
+        sizes, files = [0, 0], {}
+        count = config.num_layers + 2
+        for layer in range(count):
+            announce(f"layer {layer + 1} of {count}")
+            tensors = _packed(checkpoint, config, layer, kept, sizes)
+            name = f"model-{layer + 1:05}-of-{count:05}.safetensors"
+            if tensors:
+                save_file(tensors, output / name, {"format": "pt"})
+                files.update(dict.fromkeys(tensors, name))
+        _write_beside(source, output, bits, files, sizes[1])
+        return sizes[0], sizes[1]
+    except BaseException:
+        shutil.rmtree(output, ignore_errors=True)
+        raise
+
+
+def _packed(
+    checkpoint: Checkpoint, config: ModelConfig, layer: int, kept: Kept, sizes: list[int]
+) -> dict[str, Tensor]:
+    """A layer's tensors by their names in the checkpoint; their bytes are added to the sizes."""
+    found = {}
+    for name, shape in config.tensors(layer).items():
+        if layer == config.head_layer and config.tie_word_embeddings and name in config.tensors(0):
+            continue
+        values = torch.empty(shape, dtype=getattr(torch, config.dtype))
+        checkpoint.read_into(layer, name, values)
+        bits = kept.bits_of(name, shape)
+        written = values if bits is None else pack(values, bits)
+        sizes[0] += values.numel() * DTYPE_BYTES[config.dtype]
+        sizes[1] += written.nbytes
+        found[checkpoint.key(layer, name)] = written
+    return found
+
+
+def _write_beside(
+    source: Path, output: Path, bits: dict[str, int | None], files: dict[str, str], nbytes: int
+) -> None:
+    """What a model folder has beside its tensors; the index last, so that it is whole or none."""
+    for pattern in _BESIDE:
+        for path in source.glob(pattern):
+            if path.name not in (_INDEX, "config.json"):
+                shutil.copy(path, output / path.name)
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    config["quantization_config"] = {"quant_method": QUANT_METHOD} | bits
+    _write_json(output / "config.json", config)
+    _write_json(output / _INDEX, {"metadata": {"total_size": nbytes}, "weight_map": files})
+
+
+def _write_json(path: Path, value: dict) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,47 @@
+"""`flexgen-ray quantize`: a model's weights packed once, for later runs to load as they are."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flexgen_ray.options import EmbeddingBitsOption, ModelOption
+
+
+def quantize(
+    model: ModelOption,
+    output: Annotated[Path, typer.Option(help="Model folder to write.")],
+    weight_bits: Annotated[int, typer.Option(help="4 or 8, in groups of 64.")] = 4,
+    embedding_bits: EmbeddingBitsOption = None,
+) -> None:
+    """Write a model folder with quantized weights, which runs then read as they are.
+
+    Example: flexgen-ray quantize --model ./opt-30b --output ./opt-30b-int4
+    """
+    from flexgen_ray.config import Policy
+    from flexgen_ray.cost.formats import WeightFormat
+    from flexgen_ray.models.packed_checkpoint import write_packed
+    from flexgen_ray.models.registry import load_config
+    from flexgen_ray.paths import find_model
+    from flexgen_ray.progress import steps_bar
+    from flexgen_ray.units import format_bytes
+
+    bits = {"weight_bits": weight_bits, "embedding_bits": embedding_bits}
+    Policy(**bits)  # type: ignore[arg-type]
+    if output.exists():
+        raise FileExistsError(f"{output} exists; give a folder that doesn't")
+    folder = find_model(model)
+    config = load_config(folder)
+    kept = WeightFormat(config.dtype, weight_bits, embedding_bits)
+    started = time.perf_counter()
+    with steps_bar(config.num_layers + 2) as announce:
+        before, after = write_packed(folder, config, kept, bits, output, announce)
+    seconds = time.perf_counter() - started
+    typer.echo(
+        f"{output}: {format_bytes(before)} of {config.dtype} became {format_bytes(after)}, "
+        f"{before / after:.2f} x smaller, in {seconds:.1f} s",
+        err=True,
+    )
