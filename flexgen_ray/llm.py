@@ -16,12 +16,13 @@ from flexgen_ray.auto_policy import Run
 from flexgen_ray.backend import execution, start_backend
 from flexgen_ray.config import Faults, HardwareSpec, Policy, Workload
 from flexgen_ray.cost.plan import StagePlan
+from flexgen_ray.fitting import generation, scoring
 from flexgen_ray.models.registry import load_config
 from flexgen_ray.models.shapes import shape_config
+from flexgen_ray.outputs import request_output
 from flexgen_ray.paths import default_offload_dir, find_model
 from flexgen_ray.report import Report, StageReport
 from flexgen_ray.request import (
-    CompletionOutput,
     Finished,
     Progress,
     Prompt,
@@ -143,23 +144,19 @@ class LLM:
         An answer that would outgrow the context ends there, with finish_reason "length".
         """
         token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        limit = self.config.max_seq_len
-        if not token_ids:
-            raise ValueError("the prompt is empty; give at least one token")
-        if len(token_ids) >= limit:
-            raise ValueError(
-                f"the prompt has {len(token_ids)} tokens, but the model's context is {limit} "
-                "tokens, and one must be left for the answer; shorten the prompt"
-            )
-        wrong = [token for token in token_ids if not 0 <= token < self.config.vocab_size]
-        if wrong:
-            raise ValueError(
-                f"token id {wrong[0]} is outside the vocabulary of {self.config.vocab_size}"
-            )
         if params.stop and not self.tokenizer.exists:
             raise ValueError(f"stop strings need a tokenizer, which {self.model} lacks")
-        room = limit - len(token_ids)
-        return Request(index, token_ids, replace(params, max_tokens=min(params.max_tokens, room)))
+        return generation(index, token_ids, params, self.config)
+
+    def score_request(
+        self, index: int, token_ids: Sequence[int], first: int, in_decode: bool = False
+    ) -> Request:
+        """A request that doesn't generate: its output has the `scores` of tokens from `first` on.
+
+        in_decode: these are fed one by one, and show what decoding does; else they are prefilled.
+        ValueError says why it doesn't fit the model.
+        """
+        return scoring(index, list(token_ids), first, in_decode, self.config)
 
     def prepare(self, requests: list[Request]) -> None:
         """Settles the policy, checks the budget, loads the weights unless what is loaded serves."""
@@ -267,7 +264,7 @@ class LLM:
                     on_progress(event)
             else:
                 self.report.num_requests += 1
-                yield self._output(missing.pop(event.index), event)
+                yield request_output(missing.pop(event.index), event, self.tokenizer)
         if missing:
             raise RuntimeError(f"the LLM was closed with {len(missing)} requests unanswered")
 
@@ -288,10 +285,3 @@ class LLM:
             self._run.close()
             self._run = None
             self._plans = None
-
-    def _output(self, request: Request, finished: Finished) -> RequestOutput:
-        text = self.tokenizer.decode(finished.token_ids) if self.tokenizer.exists else ""
-        cuts = [text.find(stop) for stop in request.params.stop if stop in text]
-        text = text[: min(cuts)] if cuts else text
-        answer = CompletionOutput(text, finished.token_ids, finished.finish_reason)
-        return RequestOutput(request.index, None, list(request.prompt_token_ids), [answer])
