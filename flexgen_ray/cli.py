@@ -9,34 +9,25 @@ import json
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from flexgen_ray import __version__
 from flexgen_ray.bench.group import Benchmarks
+from flexgen_ray.evaluation.commands import app as evaluation
 from flexgen_ray.options import (
     AddressOption,
-    CacheBitsOption,
-    CpuOption,
     Device,
     DeviceOption,
-    DiskOption,
-    Dtype,
-    DtypeOption,
-    EmbeddingBitsOption,
     GpuOption,
-    ModelOption,
     NoRayOption,
     OffloadOption,
-    PolicyOption,
     ReportOption,
-    RestartsOption,
     StagesOption,
-    StallOption,
     TraceOption,
-    TransportOption,
-    WeightBitsOption,
+    num_stages,
+    with_engine,
 )
 from flexgen_ray.plan_command import plan
 from flexgen_ray.quantize_command import quantize
@@ -54,6 +45,7 @@ app = typer.Typer(
 
 bench = typer.Typer(name="bench", cls=Benchmarks, no_args_is_help=True)
 app.add_typer(bench, help="Measure, and end in one JSON line.")
+app.add_typer(evaluation, name="eval", help="Score a model, as it is offloaded, on given text.")
 app.command()(plan)
 app.command()(quantize)
 
@@ -74,39 +66,23 @@ def _main(
 
 
 @app.command()
+@with_engine
 def generate(
-    model: ModelOption,
+    engine: dict[str, Any],
     input: Annotated[Path, typer.Option(help='JSONL: OpenAI Batch lines, or {"prompt": ...}.')],
     output: Annotated[Path, typer.Option(help="JSONL of responses, one line a request.")],
     max_tokens: Annotated[int, typer.Option(help="For lines that don't say.")] = 16,
     temperature: Annotated[float, typer.Option(help="Likewise; 0 is greedy.")] = 1.0,
-    dtype: DtypeOption = Dtype.auto,
-    device: DeviceOption = Device.auto,
-    policy: PolicyOption = None,
-    weight_bits: WeightBitsOption = None,
-    cache_bits: CacheBitsOption = None,
-    embedding_bits: EmbeddingBitsOption = None,
-    gpu_memory: GpuOption = None,
-    cpu_memory: CpuOption = None,
-    disk_memory: DiskOption = None,
-    offload_dir: OffloadOption = None,
     seed: Annotated[int, typer.Option(help="For requests without a seed of their own.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output.")] = False,
     report: ReportOption = None,
     trace: TraceOption = None,
-    stages: StagesOption = "1",
-    transport: TransportOption = "auto",
-    max_restarts: RestartsOption = 3,
-    stall_timeout: StallOption = 300.0,
-    no_ray: NoRayOption = False,
-    address: AddressOption = None,
 ) -> None:
     """Answer a file of requests.
 
     Example: flexgen-ray generate --model ./opt-30b --input in.jsonl --output out.jsonl
     --gpu-memory 16GiB --cpu-memory 64GiB --offload-dir /data/offload
     """
-    from flexgen_ray.config import Faults
     from flexgen_ray.job import read_job, run_job
     from flexgen_ray.llm import LLM
     from flexgen_ray.progress import progress_bar
@@ -118,26 +94,7 @@ def generate(
     for path in filter(None, (output, report, trace)):
         if not path.parent.is_dir():
             raise FileNotFoundError(f"{path.parent} does not exist; make it first")
-    with LLM(
-        model,
-        policy=policy,
-        weight_bits=weight_bits,
-        cache_bits=cache_bits,
-        embedding_bits=embedding_bits,
-        dtype=dtype.value,
-        device=device.value,
-        gpu_memory=gpu_memory,
-        cpu_memory=cpu_memory,
-        disk_memory=disk_memory,
-        offload_dir=offload_dir,
-        pipeline_parallel_size=_stages(stages),
-        use_ray=not no_ray,
-        address=address,
-        transport=transport,
-        faults=Faults(max_restarts, stall_timeout),
-        seed=seed,
-        trace=trace is not None,
-    ) as llm:
+    with LLM(**engine, seed=seed, trace=trace is not None) as llm:
         job = read_job(llm, input, defaults)
         with progress_bar(len(job.requests)) as on_progress:
             run_job(llm, job, output, overwrite, on_progress)
@@ -178,7 +135,7 @@ def demo(
         folder,
         policy=smollm.POLICY,
         offload_dir=offload_dir,
-        pipeline_parallel_size=_stages(stages),
+        pipeline_parallel_size=num_stages(stages),
         use_ray=not no_ray,
         address=address,
         trace=trace is not None,
@@ -238,10 +195,6 @@ def info(device: DeviceOption = Device.auto, offload_dir: OffloadOption = None) 
 
     for what, figures in lines(device.value, offload_dir or default_offload_dir()):
         typer.echo(f"{what:18}{figures}")
-
-
-def _stages(text: str) -> int | str:
-    return int(text) if text.isdecimal() else text
 
 
 def _show_report(llm: LLM, path: Path | None, trace: Path | None) -> None:

@@ -16,19 +16,19 @@ from flexgen_ray.auto_policy import Run
 from flexgen_ray.backend import execution, start_backend
 from flexgen_ray.config import Faults, HardwareSpec, Policy, Workload
 from flexgen_ray.cost.plan import StagePlan
+from flexgen_ray.fitting import generation, scoring
 from flexgen_ray.models.registry import load_config
 from flexgen_ray.models.shapes import shape_config
+from flexgen_ray.outputs import request_output
 from flexgen_ray.paths import default_offload_dir, find_model
 from flexgen_ray.report import Report, StageReport
 from flexgen_ray.request import (
-    CompletionOutput,
     Finished,
     Progress,
     Prompt,
     Request,
     RequestOutput,
     SamplingParams,
-    check_prompt,
     several_prompts,
 )
 from flexgen_ray.resources import settle_budgets, settle_dtype
@@ -149,11 +149,19 @@ class LLM:
         An answer that would outgrow the context ends there, with finish_reason "length".
         """
         token_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        check_prompt(token_ids, self.config.max_seq_len, self.config.vocab_size)
         if params.stop and not self.tokenizer.exists:
             raise ValueError(f"stop strings need a tokenizer, which {self.model} lacks")
-        room = self.config.max_seq_len - len(token_ids)
-        return Request(index, token_ids, replace(params, max_tokens=min(params.max_tokens, room)))
+        return generation(index, token_ids, params, self.config)
+
+    def score_request(
+        self, index: int, token_ids: Sequence[int], first: int, in_decode: bool = False
+    ) -> Request:
+        """A request that doesn't generate: its output has the `scores` of tokens from `first` on.
+
+        in_decode: these are fed one by one, and show what decoding does; else they are prefilled.
+        ValueError says why it doesn't fit the model.
+        """
+        return scoring(index, list(token_ids), first, in_decode, self.config)
 
     def prepare(self, requests: list[Request]) -> None:
         """Settles the policy, checks the budget, loads the weights unless what is loaded serves."""
@@ -261,7 +269,7 @@ class LLM:
                     on_progress(event)
             else:
                 self.report.num_requests += 1
-                yield self._output(missing.pop(event.index), event)
+                yield request_output(missing.pop(event.index), event, self.tokenizer)
         if missing:
             raise RuntimeError(f"the LLM was closed with {len(missing)} requests unanswered")
 
@@ -282,10 +290,3 @@ class LLM:
             self._run.close()
             self._run = None
             self._plans = None
-
-    def _output(self, request: Request, finished: Finished) -> RequestOutput:
-        text = self.tokenizer.decode(finished.token_ids) if self.tokenizer.exists else ""
-        cuts = [text.find(stop) for stop in request.params.stop if stop in text]
-        text = text[: min(cuts)] if cuts else text
-        answer = CompletionOutput(text, finished.token_ids, finished.finish_reason)
-        return RequestOutput(request.index, None, list(request.prompt_token_ids), [answer])

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import StrEnum
+from functools import wraps
+from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -82,3 +85,60 @@ AddressOption = Annotated[
 JsonOption = Annotated[
     Path | None, typer.Option("--json", help="Also write the result to this file.")
 ]
+
+
+def _engine(
+    model: ModelOption,
+    dtype: DtypeOption = Dtype.auto,
+    device: DeviceOption = Device.auto,
+    policy: PolicyOption = None,
+    weight_bits: WeightBitsOption = None,
+    cache_bits: CacheBitsOption = None,
+    embedding_bits: EmbeddingBitsOption = None,
+    gpu_memory: GpuOption = None,
+    cpu_memory: CpuOption = None,
+    disk_memory: DiskOption = None,
+    offload_dir: OffloadOption = None,
+    stages: StagesOption = "1",
+    transport: TransportOption = "auto",
+    max_restarts: RestartsOption = 3,
+    stall_timeout: StallOption = 300.0,
+    no_ray: NoRayOption = False,
+    address: AddressOption = None,
+) -> dict[str, Any]:
+    """An LLM's keyword arguments."""
+    from flexgen_ray.config import Faults
+
+    return {
+        "model": model, "dtype": dtype.value, "device": device.value, "policy": policy,
+        "weight_bits": weight_bits, "cache_bits": cache_bits, "embedding_bits": embedding_bits,
+        "gpu_memory": gpu_memory, "cpu_memory": cpu_memory, "disk_memory": disk_memory,
+        "offload_dir": offload_dir, "pipeline_parallel_size": num_stages(stages),
+        "use_ray": not no_ray, "address": address, "transport": transport,
+        "faults": Faults(max_restarts, stall_timeout),
+    }  # fmt: skip
+
+
+def num_stages(text: str) -> int | str:
+    """A number, or what else was said."""
+    return int(text) if text.isdecimal() else text
+
+
+def with_engine(command: Callable[..., None]) -> Callable[..., None]:
+    """A command that has an LLM's options beside its own; it gets them as `engine`, the LLM's
+    keyword arguments."""
+    engine = list(signature(_engine, eval_str=True).parameters.values())
+    own = dict(signature(command, eval_str=True).parameters)
+    del own["engine"]
+
+    @wraps(command)
+    def run(**values: Any) -> None:
+        options = {it.name: values.pop(it.name) for it in engine}
+        command(engine=_engine(**options), **values)
+
+    parameters = [
+        it.replace(kind=Parameter.KEYWORD_ONLY) for it in (engine[0], *own.values(), *engine[1:])
+    ]
+    run.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {it.name: it.annotation for it in parameters}
+    return run

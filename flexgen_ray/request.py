@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import cast
+from typing import NamedTuple, cast
 
 Prompt = str | Sequence[int]
+MAX_LOGPROBS = 20
 
 
 @dataclass(frozen=True)
@@ -15,7 +16,9 @@ class SamplingParams:
     """How to choose tokens, and when to stop.
 
     temperature 0 is greedy. With a `seed` the same prompt gives the same answer wherever it stands;
-    without one the run's seed and the request's index decide.
+    without one the run's seed and the request's index decide. logprobs, prompt_logprobs: of each
+    token of the answer and the prompt, its logarithm of the probability before temperature, and
+    those of as many likeliest ones; None asks for nothing.
     """
 
     max_tokens: int = 16
@@ -24,6 +27,8 @@ class SamplingParams:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
         stop: object = self.stop
@@ -40,6 +45,10 @@ class SamplingParams:
             raise ValueError(f"seed is {self.seed!r}; it must be an integer")
         if not isinstance(self.ignore_eos, bool):
             raise ValueError(f"ignore_eos is {self.ignore_eos!r}; it must be true or false")
+        for name in ("logprobs", "prompt_logprobs"):
+            top = getattr(self, name)
+            if top is not None and (not _is_number(top, int) or not 0 <= top <= MAX_LOGPROBS):
+                raise ValueError(f"{name} is {top!r}; it must be an integer, 0 to {MAX_LOGPROBS}")
         if any(not isinstance(text, str) or not text for text in self.stop):
             raise ValueError(f"stop is {self.stop!r}; it must be non-empty strings")
 
@@ -48,21 +57,61 @@ def _is_number(value: object, kind) -> bool:
     return isinstance(value, kind) and not isinstance(value, bool)
 
 
+class Score(NamedTuple):
+    """How likely a token was, before temperature: the logarithm of its probability, its place
+    among all, from 1, and the likeliest (token, logprob), as many as were asked for."""
+
+    logprob: float
+    rank: int
+    top: tuple[tuple[int, float], ...] = ()
+
+    @staticmethod
+    def of(values: Sequence) -> Score:
+        """From the lists that JSON makes of one."""
+        logprob, rank, top = values
+        return Score(logprob, rank, tuple(map(tuple, top)))
+
+
+SlotScores = list[tuple[int, list[Score]]]  # by slot, in the order of each row's tokens
+
+
 @dataclass(frozen=True)
 class Request:
     """One prompt on its way through the engine; `index` is its place in the input.
 
-    generated: tokens of its answer that are there already; it goes on from them.
+    given: tokens that its answer begins with, whatever is likely. scored_from: the first token, of
+    prompt and answer together, that is scored, with all after it; the very first never is, for
+    nothing precedes it. top: the likeliest tokens told with each score. generated, scores: of its
+    answer, and of tokens from scored_from on, what is there already; it goes on from them.
     """
 
     index: int
     prompt_token_ids: list[int]
     params: SamplingParams
+    given: list[int] = field(default_factory=list)
+    scored_from: int | None = None
+    top: int = 0
     generated: list[int] = field(default_factory=list)
+    scores: list[Score] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        assert self.scored_from is None or self.scored_from > 0
 
     @property
     def max_seq_len(self) -> int:
         return len(self.prompt_token_ids) + self.params.max_tokens
+
+
+@dataclass(frozen=True)
+class Logprob:
+    """A token's score, as vLLM names it."""
+
+    logprob: float
+    rank: int
+    decoded_token: str | None = None
+
+
+Logprobs = dict[int, Logprob]  # by token id, the token that stands there first
 
 
 @dataclass(frozen=True)
@@ -72,16 +121,28 @@ class CompletionOutput:
     text: str
     token_ids: list[int]
     finish_reason: str
+    logprobs: list[Logprobs | None] | None = None
+
+    @property
+    def cumulative_logprob(self) -> float | None:
+        """Of the whole answer, if its log-probabilities were asked for."""
+        if self.logprobs is None:
+            return None
+        pairs = zip(self.token_ids, self.logprobs, strict=True)
+        return sum(found[token].logprob for token, found in pairs if found)
 
 
 @dataclass(frozen=True)
 class RequestOutput:
-    """A request's prompt and answer, as vLLM names them."""
+    """A request's prompt and answer, as vLLM names them. scores: of tokens from the first that
+    was to be scored on."""
 
     index: int
     prompt: str | None
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput] = field(default_factory=list)
+    prompt_logprobs: list[Logprobs | None] | None = None
+    scores: list[Score] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -91,13 +152,15 @@ class Finished:
     index: int
     token_ids: list[int]
     finish_reason: str
+    scores: list[Score] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Progress:
     """What a stage says after each pass: how far it is, and how long that pass took.
 
-    tokens: (request, token) of each new one. note: no pass, but something that people want to know.
+    tokens: (request, token) of each new one; scores: likewise, of tokens that are told now or were
+    before. note: no pass, but something that people want to know.
     """
 
     new_tokens: int = 0
@@ -106,6 +169,7 @@ class Progress:
     is_prefill: bool = False
     tokens: tuple[tuple[int, int], ...] = ()
     note: str = ""
+    scores: tuple[tuple[int, list[Score]], ...] = ()
 
 
 @dataclass
@@ -151,17 +215,3 @@ def several_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if prompts and all(isinstance(token, int) for token in prompts):
         return [cast(Sequence[int], prompts)]
     return cast(list[Prompt], list(prompts))
-
-
-def check_prompt(token_ids: list[int], max_seq_len: int, vocab_size: int) -> None:
-    """ValueError says why a model of this context and vocabulary can't answer it."""
-    if not token_ids:
-        raise ValueError("the prompt is empty; give at least one token")
-    if len(token_ids) >= max_seq_len:
-        raise ValueError(
-            f"the prompt has {len(token_ids)} tokens, but the model's context is {max_seq_len} "
-            "tokens, and one must be left for the answer; shorten the prompt"
-        )
-    wrong = [token for token in token_ids if not 0 <= token < vocab_size]
-    if wrong:
-        raise ValueError(f"token id {wrong[0]} is outside the vocabulary of {vocab_size}")

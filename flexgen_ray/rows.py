@@ -36,6 +36,19 @@ class Row:
         return self.position + self.num_new_tokens
 
 
+@dataclass(frozen=True, slots=True)
+class ScoredRow:
+    """Tokens that follow a row's new ones and are known already, but how likely they are.
+
+    first: the packed token that the first of them follows; top: likeliest tokens to be told beside.
+    """
+
+    slot: int
+    first: int
+    token_ids: tuple[int, ...]
+    top: int
+
+
 @dataclass(frozen=True)
 class Rows:
     """All rows of a pass, in slot order, and their packed tokens; without these after stage 0."""
@@ -43,6 +56,7 @@ class Rows:
     rows: tuple[Row, ...]
     token_ids: tuple[int, ...]
     prefill_tokens: int = 0
+    scored: tuple[ScoredRow, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -56,6 +70,11 @@ class Rows:
     @cached_property
     def sampled(self) -> list[Row]:
         return [row for row in self.rows if row.is_sampled]
+
+    @cached_property
+    def num_logits(self) -> int:
+        """Tokens that the head sees; none if the pass has no outcome that is to be told."""
+        return len(self.sampled) + sum(len(row.token_ids) for row in self.scored)
 
 
 NO_ROWS = Rows((), ())

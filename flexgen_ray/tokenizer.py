@@ -31,6 +31,10 @@ class Tokenizer:
         """Without special tokens."""
         return self.hf.decode(list(token_ids), skip_special_tokens=True)
 
+    def token(self, token_id: int) -> str:
+        """The text of one token, special or not; of part of a character, a replacement for it."""
+        return self.hf.decode([token_id])
+
     @cached_property
     def hf(self):
         """The transformers tokenizer; ValueError if the folder has none."""

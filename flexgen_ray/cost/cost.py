@@ -80,7 +80,7 @@ class CostModel:
         if op.kind is OpKind.EMBED:
             return self._copied(tokens)
         if op.kind is OpKind.FINISH:
-            finished = self._finish(op.layer, tokens, len(composition.rows.sampled))
+            finished = self._finish(op.layer, tokens, composition.rows.num_logits)
             return finished | self._unpacked(op)
         if op.kind is OpKind.SAMPLE:
             logits = 4 * self.plan.config.vocab_size * len(composition.rows.sampled)
@@ -145,12 +145,12 @@ class CostModel:
         parameters = config.hidden_size * (config.q_size + 2 * config.kv_size)
         return self._linear(placed.rows.num_tokens, parameters)
 
-    def _finish(self, layer: int, tokens: int, sampled: int) -> Amounts:
+    def _finish(self, layer: int, tokens: int, num_logits: int) -> Amounts:
         config = self.plan.config
         if self.plan.stage.kind(layer) == "exit":
             return self._copied(tokens)
         if layer == config.head_layer:
-            return self._linear(sampled, config.vocab_size * config.embedding_size)
+            return self._linear(num_logits, config.vocab_size * config.embedding_size)
         mlp = config.hidden_size * config.intermediate_size * (3 if config.gated_mlp else 2)
         return self._linear(tokens, config.q_size * config.hidden_size + mlp)
 

@@ -157,6 +157,22 @@ def _gathers(plan: StagePlan) -> bool:
 
 def workspace_bytes(plan: StagePlan) -> int:
     """Most bytes of temporaries on the device: a tile's MLP or projection, attention, logits."""
+    # Masks are made once a pass, for each way in which a layer's slots are split.
+    passes = 2 * plan.num_batches * len(set(plan.splits.values()))
+    masks = passes * plan.policy.gpu_batch_size * plan.max_seq_len
+    return int(FRAGMENTATION * (_op_bytes(plan) + masks))
+
+
+def scored_tokens_at_a_time(plan: StagePlan, top: int) -> int:
+    """Tokens whose logits, in two precisions, fit the workspace beside the scores of a whole pass,
+    each with `top` likeliest tokens."""
+    scores = plan.cell_tokens * (16 + 12 * top)
+    room = _op_bytes(plan) - 48 * plan.config.vocab_size - scores
+    return max(1, room // (8 * plan.config.vocab_size))
+
+
+def _op_bytes(plan: StagePlan) -> int:
+    """Most bytes that one op needs beside the stores."""
     config, element = plan.config, plan.element_bytes
     wide = max(config.intermediate_size * (3 if config.gated_mlp else 2), 3 * config.q_size)
     tile = plan.tile_tokens * (wide * element + config.hidden_size * (2 * element + 3 * 4))
@@ -171,10 +187,7 @@ def workspace_bytes(plan: StagePlan) -> int:
         attention += plan.unpacked_rows * plan.unpacked_row_bytes
     # All rows' logits in two precisions, one row's distribution sorted and summed in float64.
     logits = config.vocab_size * (8 * rows + 48)
-    # Masks are made once a pass, for each way in which a layer's slots are split.
-    passes = 2 * plan.num_batches * len(set(plan.splits.values()))
-    masks = passes * rows * plan.max_seq_len
-    return int(FRAGMENTATION * (max(tile, attention, logits) + masks))
+    return max(tile, attention, logits)
 
 
 def totals(sizes: dict[str, dict[str, int]]) -> Budget:

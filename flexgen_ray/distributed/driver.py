@@ -130,7 +130,8 @@ class Driver:
     def add(self, requests: list[Request]) -> None:
         """Queues requests for the next run."""
         for request in requests:
-            self._unfinished[request.index] = replace(request, generated=[*request.generated])
+            tokens, scores = [*request.generated], [*request.scores]
+            self._unfinished[request.index] = replace(request, generated=tokens, scores=scores)
 
     def run(self) -> Generator[Finished | Progress]:
         """What the first stage yields, over all attempts.
@@ -197,7 +198,7 @@ class Driver:
         return Attempt(self._actors, self._faults.stall_seconds)
 
     def _note(self, event: Finished | Progress) -> None:
-        """Keeps each unfinished request's tokens."""
+        """Keeps each unfinished request's tokens and scores."""
         if isinstance(event, Finished):
             del self._unfinished[event.index]
             return
@@ -206,6 +207,9 @@ class Driver:
         for index, token in event.tokens:
             if index in self._unfinished:
                 self._unfinished[index].generated.append(token)
+        for index, scores in event.scores:
+            if index in self._unfinished:
+                self._unfinished[index].scores.extend(scores)
 
     def _recover(self, lost: StageLost) -> None:
         """Replaces the lost stages; the others keep their weights."""

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 
-from flexgen_ray.request import Finished, Request
-from flexgen_ray.rows import Row, Rows
+from flexgen_ray.request import Finished, Request, Score, SlotScores
+from flexgen_ray.rows import Row, Rows, ScoredRow
 from flexgen_ray.runtime.sampler import Draw, uniform
 
 Decode = Callable[[list[int]], str]
@@ -25,11 +25,22 @@ class _Sequence:
 
     request: Request
     token_ids: list[int]
+    scores: list[Score]
     cached: int = 0
 
     @property
     def generated(self) -> list[int]:
         return self.token_ids[len(self.request.prompt_token_ids) :]
+
+    def scored(self, row: Row) -> ScoredRow | None:
+        """What is known to follow the row's tokens and has no score yet."""
+        request = self.request
+        if request.scored_from is None:
+            return None
+        position = max(row.position + 1, request.scored_from + len(request.scores))
+        token_ids = self.token_ids[position : row.seq_len + 1]
+        first = row.offset + position - row.position - 1
+        return ScoredRow(row.slot, first, tuple(token_ids), request.top) if token_ids else None
 
 
 @dataclass
@@ -49,13 +60,14 @@ class Batcher:
     _waiting: deque[Request] = field(default_factory=deque)
     _finished: deque[Finished] = field(default_factory=deque)
     _accepted: deque[tuple[int, int]] = field(default_factory=deque)
+    _scored: deque[tuple[int, list[Score]]] = field(default_factory=deque)
 
     def __post_init__(self) -> None:
         self._slots: list[dict[int, _Sequence]] = [{} for _ in range(self.num_batches)]
 
     def clear(self) -> None:
         """Forgets what a run that was cut short left behind."""
-        for queue in (self._waiting, self._finished, self._accepted):
+        for queue in (self._waiting, self._finished, self._accepted, self._scored):
             queue.clear()
         for slots in self._slots:
             slots.clear()
@@ -96,8 +108,13 @@ class Batcher:
     def indices(self, batch: int, slots: list[int]) -> list[int]:
         return [self._slots[batch][slot].request.index for slot in slots]
 
-    def accept(self, batch: int, slots: list[int], token_ids: list[int]) -> None:
-        """Appends the chosen tokens; finished requests leave their slots."""
+    def accept(
+        self, batch: int, slots: list[int], token_ids: list[int], scores: SlotScores | None = None
+    ) -> None:
+        """Appends the chosen tokens, and scores; finished requests leave their slots."""
+        told = [(self._slots[batch][slot], found) for slot, found in scores or ()]
+        for sequence, found in told:
+            sequence.scores += found
         for slot, token in zip(slots, token_ids, strict=True):
             sequence = self._slots[batch][slot]
             sequence.token_ids.append(token)
@@ -105,8 +122,10 @@ class Batcher:
             reason = self._finish_reason(sequence, token)
             if reason:
                 index = sequence.request.index
-                self._finished.append(Finished(index, sequence.generated, reason))
+                done = Finished(index, sequence.generated, reason, sequence.scores)
+                self._finished.append(done)
                 del self._slots[batch][slot]
+        self._scored.extend((sequence.request.index, found) for sequence, found in told)
 
     def take_finished(self) -> Iterator[Finished]:
         """What finished since the last call; from another thread than `accept`'s, if one likes."""
@@ -118,6 +137,12 @@ class Batcher:
         while self._accepted:
             yield self._accepted.popleft()
 
+    def take_scored(self) -> Iterator[tuple[int, list[Score]]]:
+        """(request, its next scores) since the last call; called before `take_accepted`, it tells
+        of none that isn't told there."""
+        while self._scored:
+            yield self._scored.popleft()
+
     def _fill(self, slots: dict[int, _Sequence]) -> None:
         """Waiting requests into free slots; when few are left, each batch gets its share."""
         left = len(self._waiting) + sum(map(len, self._slots))
@@ -125,42 +150,52 @@ class Batcher:
         free = (slot for slot in range(self.gpu_batch_size) if slot not in slots)
         for slot in list(islice(free, max(0, min(room, len(self._waiting))))):
             request = self._waiting[0]
-            slots[slot] = _Sequence(request, request.prompt_token_ids + request.generated)
+            tokens = request.prompt_token_ids + request.generated
+            slots[slot] = _Sequence(request, tokens, [*request.scores])
             # Only now, or `is_done` would be true in between.
             self._waiting.popleft()
 
     def _pack(self, slots: dict[int, _Sequence], counts: dict[int, int]) -> Rows:
         rows: list[Row] = []
         token_ids: list[int] = []
+        scored: list[ScoredRow] = []
         prefill_tokens = 0
         for slot in sorted(counts):
             sequence, count = slots[slot], counts[slot]
             start, stop = sequence.cached, sequence.cached + count
             is_last = stop == len(sequence.token_ids)
-            rows.append(Row(slot, start, count, len(token_ids), is_last))
+            row = Row(slot, start, count, len(token_ids), is_last)
+            rows.append(row)
+            scored += filter(None, [sequence.scored(row)])
             token_ids += sequence.token_ids[start:stop]
             if start < len(sequence.request.prompt_token_ids):
                 prefill_tokens += count
             sequence.cached = stop
-        return Rows(tuple(rows), tuple(token_ids), prefill_tokens)
+        return Rows(tuple(rows), tuple(token_ids), prefill_tokens, tuple(scored))
 
     def _draw(self, sequence: _Sequence) -> Draw:
-        params, position = sequence.request.params, len(sequence.generated)
+        request, params = sequence.request, sequence.request.params
+        position = len(sequence.generated)
         if params.temperature == 0:
             number = 0.0
         elif params.seed is not None:
             number = uniform(params.seed, -1, position)
         else:
-            number = uniform(self.seed, sequence.request.index, position)
-        return Draw(params.temperature, params.top_p, number)
+            number = uniform(self.seed, request.index, position)
+        given = request.given[position] if position < len(request.given) else None
+        first = request.scored_from
+        top = None if first is None or len(sequence.token_ids) < first else request.top
+        return Draw(params.temperature, params.top_p, number, given, top)
 
     def _finish_reason(self, sequence: _Sequence, token: int) -> str | None:
-        params = sequence.request.params
+        params, count = sequence.request.params, len(sequence.generated)
+        if count <= len(sequence.request.given):
+            return "length" if count >= params.max_tokens else None
         if token in self.eos_token_ids and not params.ignore_eos:
             return "stop"
         if params.stop and self._ends_with_stop(sequence):
             return "stop"
-        return "length" if len(sequence.generated) >= params.max_tokens else None
+        return "length" if count >= params.max_tokens else None
 
     def _ends_with_stop(self, sequence: _Sequence) -> bool:
         """Looks at as many last tokens as a stop string can span (four a character at most)."""

@@ -6,12 +6,14 @@ Knows one op at a time; not their order (schedule) nor when they run (executor).
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import chain
 
 import torch
 from torch import Tensor
 
 from flexgen_ray.cost.placed_rows import Composition, PlacedRows
 from flexgen_ray.cost.plan import StagePlan
+from flexgen_ray.cost.sizes import scored_tokens_at_a_time
 from flexgen_ray.models.host_kernel import Kernel
 from flexgen_ray.models.registry import FAMILIES
 from flexgen_ray.rows import Rows
@@ -19,6 +21,7 @@ from flexgen_ray.runtime.batcher import Batcher
 from flexgen_ray.runtime.device_attention import DeviceAttention
 from flexgen_ray.runtime.passes import Pass, Passes
 from flexgen_ray.runtime.sampler import sample
+from flexgen_ray.runtime.scorer import Scores, score
 from flexgen_ray.schedule.ops import CELL_SLOTS, Op, OpKind
 from flexgen_ray.store.activations import HiddenStore, Work
 from flexgen_ray.store.kv_cache import KVCache
@@ -51,6 +54,8 @@ class Cells:
         self.on_logits: LogitsHook | None = None
         self.passes = Passes(plan, batcher, tiers.device)
         self._logits: dict[int, Tensor] = {}
+        self._prompt_scores: dict[int, list[Scores]] = {}
+        self._scores: dict[int, list[Scores]] = {}
         shape = (CELL_SLOTS, plan.policy.gpu_batch_size)
         pinned = self.device.type == "cuda"
         self._chosen = torch.empty(shape, dtype=torch.int64, pin_memory=pinned)
@@ -187,12 +192,25 @@ class Cells:
         self.hidden.keep_resident(op, rows.num_tokens)
 
     def _head(self, op: Op) -> None:
-        """Logits of the last token of each row that is to be followed by another."""
+        """Logits of the last token of each row that is to be followed by another; of those before
+        tokens that are only scored, their scores."""
         rows = self.rows(op)
         self.hidden.fetch_resident(op, rows.num_tokens)
+        if rows.scored:
+            self._prompt_scores[op.cell_slot] = self._score_prompts(op)
         if rows.sampled:
             x = self._work(op).hidden[self._pass(op).last_tokens]
             self._logits[op.cell_slot] = self.family.head(self.config, self.weights.tensors(op), x)
+
+    def _score_prompts(self, op: Op) -> list[Scores]:
+        """As many tokens at a time as there is room for logits of."""
+        its, tensors, hidden = self._pass(op), self.weights.tensors(op), self._work(op).hidden
+        step = scored_tokens_at_a_time(self.plan, its.top)
+        tiles = zip(its.scored_tokens.split(step), its.scored_ids.split(step), strict=True)
+        return [
+            score(self.family.head(self.config, tensors, hidden[tokens]), ids, its.top)
+            for tokens, ids in tiles
+        ]
 
     def _store_hidden(self, op: Op) -> None:
         self.hidden.store(op, self.rows(op).num_tokens)
@@ -201,20 +219,24 @@ class Cells:
         self.hidden.write(op, self.rows(op).num_tokens)
 
     def _sample(self, op: Op) -> None:
-        sampled = self.rows(op).sampled
-        if not sampled:
+        its, slot = self._pass(op), op.cell_slot
+        self._scores[slot] = self._prompt_scores.pop(slot) if its.rows.scored else []
+        if not its.rows.sampled:
             return
-        logits = self._logits.pop(op.cell_slot)
-        header = self._pass(op).header
+        logits = self._logits.pop(slot)
         if self.on_logits is not None:
-            self.on_logits(header.indices, logits)
-        chosen = self._chosen[op.cell_slot, : len(sampled)]
-        chosen.copy_(sample(logits, header.draws), non_blocking=True)
+            self.on_logits(its.header.indices, logits)
+        tokens = sample(logits, its.header.draws)
+        self._chosen[slot, : len(tokens)].copy_(tokens, non_blocking=True)
+        if its.scores_sampled:
+            self._scores[slot].append(score(logits, tokens, its.top))
 
     def _accept(self, op: Op) -> None:
-        count = len(self.rows(op).sampled)
-        if count:
-            self.passes.accept(op, self._chosen[op.cell_slot, :count].tolist())
+        rows, slot = self.rows(op), op.cell_slot
+        if rows.num_logits:
+            tokens = self._chosen[slot, : len(rows.sampled)].tolist()
+            scores = chain.from_iterable(it.tolist() for it in self._scores.pop(slot))
+            self.passes.accept(op, tokens, scores)
 
     def _work(self, op: Op) -> Work:
         return self.hidden.work[op.cell_slot]

@@ -9,14 +9,15 @@ waiting can't become a deadlock. Knows messages; not how they are carried.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, field
 from queue import SimpleQueue
 from threading import Event
 from typing import Protocol
 
 from torch import Tensor
 
-from flexgen_ray.rows import Row, Rows
+from flexgen_ray.request import Score, SlotScores
+from flexgen_ray.rows import Row, Rows, ScoredRow
 from flexgen_ray.runtime.sampler import Draw
 
 
@@ -41,35 +42,57 @@ class Header:
 
     def encode(self) -> bytes:
         rows = [(r.slot, r.position, r.num_new_tokens, r.is_sampled) for r in self.rows.rows]
-        draws = [(draw.temperature, draw.top_p, draw.uniform) for draw in self.draws]
+        draws = [_brief(draw) for draw in self.draws]
         told = [rows, self.rows.prefill_tokens, draws, self.indices, self.is_last]
+        if self.rows.scored:
+            scored = [(r.slot, r.first, r.token_ids, r.top) for r in self.rows.scored]
+            told.append(scored)
         return json.dumps([self.visit, self.batch, *told]).encode()
 
     @staticmethod
     def decode(message: bytes) -> Header:
-        visit, batch, numbers, prefill, draws, indices, is_last = json.loads(message)
+        visit, batch, numbers, prefill, draws, indices, is_last, *more = json.loads(message)
         rows, offset = [], 0
         for slot, position, count, is_sampled in numbers:
             rows.append(Row(slot, position, count, offset, is_sampled))
             offset += count
         found = [Draw(*draw) for draw in draws]
-        return Header(visit, batch, Rows(tuple(rows), (), prefill), found, indices, is_last)
+        scored = tuple(
+            ScoredRow(slot, first, tuple(token_ids), top)
+            for told in more
+            for slot, first, token_ids, top in told
+        )
+        packed = Rows(tuple(rows), (), prefill, scored)
+        return Header(visit, batch, packed, found, indices, is_last)
+
+
+def _brief(draw: Draw) -> tuple:
+    """Without what few draws have."""
+    values = astuple(draw)
+    return values if (draw.given, draw.top) != (None, None) else values[:3]
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """The tokens that the last stage chose in a pass, in the order of its sampled rows."""
+    """The tokens that the last stage chose in a pass, in the order of its sampled rows, and the
+    scores that were asked for."""
 
     visit: int
     batch: int
     token_ids: list[int]
+    scores: SlotScores = field(default_factory=list)
 
     def encode(self) -> bytes:
-        return json.dumps([self.visit, self.batch, self.token_ids]).encode()
+        told: list = [self.visit, self.batch, self.token_ids]
+        if self.scores:
+            told.append(self.scores)
+        return json.dumps(told).encode()
 
     @staticmethod
     def decode(message: bytes) -> Chosen:
-        return Chosen(*json.loads(message))
+        visit, batch, token_ids, *more = json.loads(message)
+        scores = [(slot, list(map(Score.of, found))) for told in more for slot, found in told]
+        return Chosen(visit, batch, token_ids, scores)
 
 
 class Link(Protocol):

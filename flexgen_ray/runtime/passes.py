@@ -5,8 +5,10 @@ Tensors here are made by the lane that uses them, and not before.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -14,7 +16,8 @@ from torch import Tensor
 from flexgen_ray.cost.placed_rows import Composition
 from flexgen_ray.cost.plan import StagePlan
 from flexgen_ray.models.attention import length_mask
-from flexgen_ray.rows import NO_ROWS, Row, runs
+from flexgen_ray.request import Score, SlotScores
+from flexgen_ray.rows import NO_ROWS, Row, Rows, runs
 from flexgen_ray.runtime.batcher import Batcher
 from flexgen_ray.runtime.link import Chosen, Header, Link
 from flexgen_ray.schedule.ops import Op
@@ -43,6 +46,36 @@ class Pass(Composition):
         """[sampled rows] the packed token that each is to be followed after."""
         return self._indices([row.tokens.stop - 1 for row in self.rows.sampled])
 
+    @cached_property
+    def scored_tokens(self) -> Tensor:
+        """[scored tokens] the packed token that each follows."""
+        scored = self.rows.scored
+        return self._indices([row.first + i for row in scored for i in range(len(row.token_ids))])
+
+    @cached_property
+    def scored_ids(self) -> Tensor:
+        """[scored tokens] which each is."""
+        return self._indices([token for row in self.rows.scored for token in row.token_ids])
+
+    @cached_property
+    def scores_sampled(self) -> bool:
+        """Whether any sampled row's token is to be scored."""
+        return any(draw.top is not None for draw in self.header.draws)
+
+    @cached_property
+    def top(self) -> int:
+        """Most likeliest tokens that any score is to be told with."""
+        tops = [row.top for row in self.rows.scored]
+        return max(tops + [draw.top or 0 for draw in self.header.draws], default=0)
+
+    def slot_scores(self, scores: Iterable[Score]) -> SlotScores:
+        """Whose they are: those of scored tokens come first, then one of each sampled row, if any
+        of these is to be scored."""
+        rest = iter(scores)
+        told = [(row.slot, list(islice(rest, len(row.token_ids)))) for row in self.rows.scored]
+        sampled = zip(self.rows.sampled, self.header.draws, rest, strict=False)
+        return told + [(row.slot, [it]) for row, draw, it in sampled if draw.top is not None]
+
     def _indices(self, values: list[int]) -> Tensor:
         return place_indices(values, self._device)
 
@@ -62,7 +95,7 @@ class Passes:
         self._batcher = batcher
         self._device = device
         self._under_way: dict[tuple[int, int], Pass] = {}
-        self._expected: dict[int, list[int]] = {}
+        self._expected: dict[int, Rows] = {}
         self._counts: dict[int, list[int]] = {}
         self._num_empty: dict[int, int] = {}
         self._last_visit = 0
@@ -110,7 +143,7 @@ class Passes:
         draws, indices = batcher.draws(op.batch, slots), batcher.indices(op.batch, slots)
         header = Header(op.visit, op.batch, rows, draws, indices, op.visit == self.ended)
         if link is not None and not self._has_ended(op.visit):
-            self._expected[op.batch] = slots
+            self._expected[op.batch] = rows
             link.post(header.encode())
         self._begin_pass(op, header)
 
@@ -130,21 +163,26 @@ class Passes:
 
     def recv_tokens(self, op: Op) -> None:
         """The first stage takes note of what its batch's last visit brought, if it had any rows."""
-        slots = self._expected.pop(op.batch, None)
-        if slots:
+        rows = self._expected.pop(op.batch, NO_ROWS)
+        if rows.num_logits:
             chosen = Chosen.decode(self.joined.next())
             if chosen.batch != op.batch:
                 raise RuntimeError(f"tokens of batch {chosen.batch} came for {op}")
-            self._batcher.accept(op.batch, slots, chosen.token_ids)
+            self._accept(op, rows, chosen.token_ids, chosen.scores)
 
-    def accept(self, op: Op, token_ids: list[int]) -> None:
-        """What was chosen for the pass's sampled rows: noted, or told to the first stage."""
+    def accept(self, op: Op, token_ids: list[int], scores: Iterable[Score]) -> None:
+        """What was chosen for the pass's sampled rows, and all scores: noted, or told to the first
+        stage."""
         self._last_visit = op.visit
+        found = self.of(op).slot_scores(scores)
         if self.link is not None:
-            self.link.post(Chosen(op.visit, op.batch, token_ids).encode())
+            self.link.post(Chosen(op.visit, op.batch, token_ids, found).encode())
         else:
-            slots = [row.slot for row in self.of(op).rows.sampled]
-            self._batcher.accept(op.batch, slots, token_ids)
+            self._accept(op, self.of(op).rows, token_ids, found)
+
+    def _accept(self, op: Op, rows: Rows, token_ids: list[int], scores: SlotScores) -> None:
+        slots = [row.slot for row in rows.sampled]
+        self._batcher.accept(op.batch, slots, token_ids, scores)
 
     def _has_ended(self, visit: int) -> bool:
         """Whether the run ended before this visit."""

@@ -15,11 +15,17 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Draw:
-    """How one row's next token is chosen; temperature 0 is greedy, uniform is in [0, 1)."""
+    """How one row's next token is chosen; temperature 0 is greedy, uniform is in [0, 1).
+
+    given: the token that it is, whatever is likely. top: how many of the likeliest are told with
+    the token's score; None asks for no score.
+    """
 
     temperature: float
     top_p: float
     uniform: float
+    given: int | None = None
+    top: int | None = None
 
 
 def uniform(seed: int, stream: int, position: int) -> float:
@@ -33,7 +39,9 @@ def sample(logits: Tensor, draws: list[Draw]) -> Tensor:
     """logits: [rows, vocabulary], float32; returns [rows] token ids, still on its device."""
     tokens = logits.argmax(dim=-1)
     for row, draw in enumerate(draws):
-        if draw.temperature > 0:
+        if draw.given is not None:
+            tokens[row] = draw.given
+        elif draw.temperature > 0:
             tokens[row] = _invert(logits[row], draw)
     return tokens
 

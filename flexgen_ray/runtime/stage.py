@@ -164,8 +164,9 @@ class Stage:
         modelled = self._modelled.end_visit(visit) if self._modelled else {}
         new, prefill = self._cells.passes.progress(visit)
         self._visits.append(Visit(time.perf_counter(), new, prefill, modelled))
+        scores = tuple(self.batcher.take_scored())
         tokens = tuple(self.batcher.take_accepted())
-        return Progress(new, prefill, seconds, prefill > 0, tokens)
+        return Progress(new, prefill, seconds, prefill > 0, tokens, scores=scores)
 
     def _start(self) -> SerialExecutor | AsyncExecutor:
         """A fresh executor with its meter."""

@@ -1,0 +1,51 @@
+"""How every evaluation runs: an LLM, a file, a progress bar, and one JSON line at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from flexgen_ray.bench.result import finish
+from flexgen_ray.llm import LLM
+from flexgen_ray.progress import progress_bar
+from flexgen_ray.request import Request, RequestOutput
+
+Measure = Callable[..., dict[str, Any]]
+
+
+def evaluate(
+    measure: Measure,
+    engine: dict[str, Any],
+    data: Path,
+    settings: dict[str, Any],
+    json_file: Path | None,
+) -> None:
+    """measure(llm, the file's text, **settings) finds the figures; what was set is told with them.
+
+    OSError or ValueError if the file can't be read as text, or the result not be written.
+    """
+    text = data.read_text(encoding="utf-8")
+    if json_file is not None and not json_file.parent.is_dir():
+        raise FileNotFoundError(f"{json_file.parent} does not exist; make it first")
+    with LLM(**engine) as llm:
+        figures = measure(llm, text, **settings)
+        for line in llm.report.lines():
+            typer.echo(line, err=True)
+        seconds = {"seconds": round(llm.report.seconds, 3)}
+        stages = [stage.as_dict() for stage in llm.report.stages]
+        device = llm.report.device
+    told = {"model": engine["model"], "data": data.name, "dtype": llm.dtype}
+    finish(figures | seconds | told | settings | {"stages": stages}, device, json_file)
+
+
+def scored(llm: LLM, requests: list[Request]) -> list[RequestOutput]:
+    """Each request's output, in their order."""
+    outputs: dict[int, RequestOutput] = {}
+    with progress_bar(len(requests)) as on_progress:
+        llm.prepare(requests)
+        for output in llm.stream(requests, lambda event: on_progress(len(outputs), event)):
+            outputs[output.index] = output
+    return [outputs[request.index] for request in requests]

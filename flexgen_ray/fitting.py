@@ -1,0 +1,56 @@
+"""Requests that fit a model, or an error that says why not. Knows tokens and limits; no text."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from flexgen_ray.model_config import ModelConfig
+from flexgen_ray.request import Request, SamplingParams
+
+
+def generation(
+    index: int, token_ids: list[int], params: SamplingParams, config: ModelConfig
+) -> Request:
+    """An answer that would outgrow the context ends there."""
+    limit = config.max_seq_len
+    if not token_ids:
+        raise ValueError("the prompt is empty; give at least one token")
+    if len(token_ids) >= limit:
+        raise ValueError(
+            f"the prompt has {len(token_ids)} tokens, but the model's context is {limit} "
+            "tokens, and one must be left for the answer; shorten the prompt"
+        )
+    _check_vocabulary(token_ids, config)
+    first = 1 if params.prompt_logprobs is not None else len(token_ids)
+    tops = [top for top in (params.logprobs, params.prompt_logprobs) if top is not None]
+    params = replace(params, max_tokens=min(params.max_tokens, limit - len(token_ids)))
+    if not tops:
+        return Request(index, token_ids, params)
+    return Request(index, token_ids, params, scored_from=first, top=max(tops))
+
+
+def scoring(
+    index: int, token_ids: list[int], first: int, in_decode: bool, config: ModelConfig
+) -> Request:
+    """The last token, at least, is given rather than prefilled: it needs no pass of its own."""
+    count, limit = len(token_ids), config.max_seq_len
+    if count > limit:
+        raise ValueError(
+            f"{count} tokens are to be scored with what precedes them, but the model's context is "
+            f"{limit} tokens; give it in windows"
+        )
+    if not 0 < first < count:
+        raise ValueError(
+            f"tokens from {first} on are to be scored, of {count}; the first is 1 or more, for "
+            "nothing precedes token 0, and one must be left"
+        )
+    _check_vocabulary(token_ids, config)
+    cut = first if in_decode else count - 1
+    params = SamplingParams(max_tokens=count - cut, temperature=0.0)
+    return Request(index, token_ids[:cut], params, token_ids[cut:], first)
+
+
+def _check_vocabulary(token_ids: list[int], config: ModelConfig) -> None:
+    wrong = [token for token in token_ids if not 0 <= token < config.vocab_size]
+    if wrong:
+        raise ValueError(f"token id {wrong[0]} is outside the vocabulary of {config.vocab_size}")

@@ -1,0 +1,53 @@
+"""What users get of a finished request: text up to its stop strings, and scores in vLLM's words.
+
+Knows text and tokens; not how either came about.
+"""
+
+from __future__ import annotations
+
+from flexgen_ray.request import (
+    CompletionOutput,
+    Finished,
+    Logprob,
+    Logprobs,
+    Request,
+    RequestOutput,
+    Score,
+)
+from flexgen_ray.tokenizer import Tokenizer
+
+
+def request_output(request: Request, finished: Finished, tokenizer: Tokenizer) -> RequestOutput:
+    """Tokens that were given count as the prompt's, and only what came after them as the answer."""
+    params, prompt = request.params, request.prompt_token_ids + request.given
+    answer = finished.token_ids[len(request.given) :]
+    text = tokenizer.decode(answer) if tokenizer.exists else ""
+    cuts = [text.find(stop) for stop in params.stop if stop in text]
+    text = text[: min(cuts)] if cuts else text
+    # Whatever precedes the first score has none.
+    unscored = len(prompt + answer) - len(finished.scores)
+    scores = [None] * unscored + finished.scores
+    told = _logprobs(answer, scores[len(prompt) :], params.logprobs, tokenizer)
+    output = CompletionOutput(text, answer, finished.finish_reason, told)
+    of_prompt = _logprobs(prompt, scores[: len(prompt)], params.prompt_logprobs, tokenizer)
+    return RequestOutput(request.index, None, prompt, [output], of_prompt, finished.scores)
+
+
+def _logprobs(
+    token_ids: list[int], scores: list[Score | None], top: int | None, tokenizer: Tokenizer
+) -> list[Logprobs | None] | None:
+    """Of each token: itself first, then the `top` likeliest; None if nobody asked."""
+    if top is None:
+        return None
+    pairs = zip(token_ids, scores, strict=True)
+    return [None if it is None else _described(token, it, top, tokenizer) for token, it in pairs]
+
+
+def _described(token: int, score: Score, top: int, tokenizer: Tokenizer) -> Logprobs:
+    found = {token: (score.logprob, score.rank)}
+    for rank, (other, logprob) in enumerate(score.top[:top], start=1):
+        found.setdefault(other, (logprob, rank))
+    return {
+        token: Logprob(logprob, rank, tokenizer.token(token) if tokenizer.exists else None)
+        for token, (logprob, rank) in found.items()
+    }

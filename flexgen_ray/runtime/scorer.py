@@ -1,0 +1,43 @@
+"""How likely tokens are, from logits that need not last. Knows logits; not whose they are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flexgen_ray.request import Score
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Of several tokens, on the logits' device: a float and an int each, and [tokens, top]."""
+
+    logprobs: Tensor
+    ranks: Tensor
+    top_ids: Tensor
+    top_logprobs: Tensor
+
+    def tolist(self) -> list[Score]:
+        """Waits for the device."""
+        ids, logprobs = self.top_ids.tolist(), self.top_logprobs.tolist()
+        tops = [tuple(zip(*pair, strict=True)) for pair in zip(ids, logprobs, strict=True)]
+        return [*map(Score, self.logprobs.tolist(), self.ranks.tolist(), tops)]
+
+
+def score(logits: Tensor, token_ids: Tensor, top: int) -> Scores:
+    """logits: [tokens, vocabulary], float32; token_ids: [tokens] the token that each is about.
+
+    The softmax's logarithm, where it is asked for only: of the tokens and the `top` likeliest. Of
+    equal logits the first ranks first, as greedy decoding has it.
+    """
+    normaliser = logits.logsumexp(dim=-1, keepdim=True)
+    tokens = token_ids[:, None]
+    own = logits.gather(-1, tokens)
+    places = torch.arange(logits.shape[-1], device=logits.device)
+    ranks = 1 + (logits > own).sum(dim=-1)
+    ranks += ((logits == own) & (places < tokens)).sum(dim=-1)
+    best = logits.topk(min(top, logits.shape[-1]), dim=-1)
+    logprobs = (own - normaliser).squeeze(-1)
+    return Scores(logprobs, ranks, best.indices.int(), best.values - normaliser)
