@@ -7,6 +7,7 @@ other ways to run the same job, and with better machines. Knows no tensors; runs
 from __future__ import annotations
 
 import csv
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from statistics import fmean
 
 import yaml
 
-from flexgen_ray.config import Budget, HardwareSpec
+from flexgen_ray.config import Budget, HardwareSpec, Policy
 from flexgen_ray.cost.corners import ON_DEVICE
 from flexgen_ray.cost.grid import Search
 from flexgen_ray.cost.hardware import Hardware
@@ -127,7 +128,13 @@ def compare(
         alternatives.append(_try(name, config, cores, job, dtype, on_device))
     if len(devices) > 1:
         alternatives.append(_replicas(config, devices, job, dtype, search))
-    return Comparison(plan, alternatives, _upgrades(config, devices, job, dtype, search))
+    near = replace(search, layers=None).near(plan.stages[0].policy)
+    upgrades = _upgrades(config, devices, job, dtype, near)
+    if search.base == Policy():
+        in_four = replace(near, base=Policy(weight_bits=4, cache_bits=4))
+        packed = devices_of(nodes, config, dtype, cache_bits=4)
+        upgrades.append(_try("weights and cache in 4 bits", config, packed, job, dtype, in_four))
+    return Comparison(plan, alternatives, upgrades)
 
 
 def _cores_of(hardware: Hardware, number: int) -> Device:
@@ -173,22 +180,28 @@ def _replicas(
     name, rates = f"{len(devices)} independent replicas", []
     share = replace(job, num_requests=-(-job.num_requests // len(devices)))
     alone = replace(search, layers=None)
-    for device in dict.fromkeys(devices):
-        mates = sum(other.node == device.node for other in devices)
-        count = devices.count(device)
-        budget = device.budget
-        part = Budget(budget.gpu, budget.cpu // mates, budget.disk // mates)
-        found = _try(name, config, (replace(device, budget=part),), share, dtype, alone)
+    for device, count in Counter(_alone(device, devices) for device in devices).items():
+        found = _try(name, config, (device,), share, dtype, alone)
         if found.tokens_per_s is None:
             return found
         rates.append(count * found.tokens_per_s)
     return Alternative(name, sum(rates))
 
 
+def _alone(device: Device, devices: tuple[Device, ...]) -> Device:
+    """With its share of its node's memory and disk."""
+    mates, its = sum(other.node == device.node for other in devices), device.budget
+    part = Budget(its.gpu, its.cpu // mates, its.disk // mates)
+    return replace(device, budget=part, node="")
+
+
 def _upgrades(
     config: ModelConfig, devices: tuple[Device, ...], job: Job, dtype: str, search: Search
 ) -> list[Alternative]:
-    """Every machine with twice as much of one thing, or one more machine like the last."""
+    """Every machine with twice as much of one thing, or one more machine like the last.
+
+    search: of blocks like the plan's, for there are several to plan.
+    """
 
     def richer(tier: str) -> tuple[Device, ...]:
         return tuple(
@@ -200,7 +213,6 @@ def _upgrades(
         return tuple(replace(it, rates=_Faster(it.rates, rates)) for it in devices)
 
     one_more = (*devices, replace(devices[-1], node="one more"))
-    anew = replace(search, layers=None)
     tries = {
         "twice the host memory": richer("cpu"),
         "twice the GPU memory": richer("gpu"),
@@ -208,7 +220,7 @@ def _upgrades(
         "a disk twice as fast": faster("disk_read_bytes_per_s", "disk_write_bytes_per_s"),
         "one more such machine": one_more,
     }
-    return [_try(name, config, it, job, dtype, anew) for name, it in tries.items()]
+    return [_try(name, config, it, job, dtype, search) for name, it in tries.items()]
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,14 @@ class Search:
     shares: tuple[Share, ...] = SHARES
     overlaps: bool = True
 
+    def near(self, shape: Policy) -> Search:
+        """The same with blocks about as large."""
+        return replace(
+            self,
+            batch_sizes=_near(shape.gpu_batch_size, self.batch_sizes, 1),
+            batches=_near(shape.num_gpu_batches, self.batches, 1),
+        )
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -82,6 +90,9 @@ class Grid:
                 )
 
 
-def _near(value: int, grid: tuple[int, ...]) -> tuple[int, ...]:
+def _near(value: int, grid: tuple[int, ...], steps: int = COARSE) -> tuple[int, ...]:
+    """It and as many on each side; all, if it isn't one of them."""
+    if value not in grid:
+        return grid
     at = grid.index(value)
-    return grid[max(at - COARSE, 0) : at + COARSE + 1]
+    return grid[max(at - steps, 0) : at + steps + 1]
