@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,8 +14,9 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from flexgen_ray.quant.packing import GROUP, num_groups, packed_bytes
-from flexgen_ray.quant.quantize import LARGEST, pack, unpack
+from flexgen_ray.quant import host, plain
+from flexgen_ray.quant.packing import GROUP, LARGEST, num_groups, packed_bytes
+from flexgen_ray.quant.quantize import pack, unpack
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HALF = torch.finfo(torch.float16)
@@ -126,6 +129,68 @@ def test_a_dtype_only_rounds_what_float32_holds(x, bits, dtype):
     assert torch.equal(unpacked(packed, bits, x.shape[1], dtype), exact.to(dtype))
 
 
+@given(x=values, bits=bits, dtype=st.sampled_from(DTYPES))
+def test_the_cpus_vectors_equal_plain_torch_bit_for_bit(x, bits, dtype):
+    packed = pack(x, bits)
+    by_torch = torch.full_like(packed, 7)
+    plain.pack(x, bits, by_torch)
+    assert torch.equal(packed, by_torch)
+    values = torch.empty(x.shape, dtype=dtype)
+    plain.unpack(packed, bits, values)
+    assert torch.equal(unpacked(packed, bits, x.shape[1], dtype), values)
+
+
+@given(x=values, bits=bits, number=st.sampled_from([math.nan, math.inf, -65504.0]), data=st.data())
+def test_a_group_beyond_float16_becomes_nan_and_no_other(x, bits, number, data):
+    """As CUDA has it, which can't wait to refuse it."""
+    x = x.float()
+    good = pack(x, bits)
+    row, place = (data.draw(st.integers(0, n - 1)) for n in x.shape)
+    x[row, place] = number
+    packed, by_torch = torch.empty_like(good), torch.empty_like(good)
+    assert not host.pack(x, bits, packed)
+    plain.pack(x, bits, by_torch)
+    expected = unpacked(good, bits, x.shape[1])
+    expected[row, place // GROUP * GROUP :][:GROUP] = math.nan
+    for dtype in DTYPES:
+        for tried in (packed, by_torch):
+            found = unpacked(tried, bits, x.shape[1], dtype)
+            assert torch.equal(found.nan_to_num(-1), expected.to(dtype).nan_to_num(-1))
+
+
+@given(signs=st.lists(st.booleans(), min_size=1, max_size=70), bits=bits)
+def test_a_zeros_sign_changes_no_byte(signs, bits):
+    """Which of them is the least depends on the order of a reduction."""
+    x = torch.zeros(len(signs)).where(torch.tensor(signs), -0.0)
+    assert torch.equal(pack(x, bits), pack(torch.zeros(len(signs)), bits))
+
+
+def test_the_number_of_threads_changes_no_bit(monkeypatch):
+    x = torch.randn(37, 100, generator=torch.Generator().manual_seed(0))
+    packed = pack(x, 4)
+    alone = unpacked(packed, 4, 100)
+    before = torch.get_num_threads()
+    monkeypatch.setattr(host, "_VALUES_PER_THREAD", 100)
+    try:
+        for threads in (2, 3):
+            torch.set_num_threads(threads)
+            assert torch.equal(pack(x, 4), packed)
+            assert torch.equal(unpacked(packed, 4, 100), alone)
+            x[36, 99], kept = math.nan, x[36, 99].clone()
+            with pytest.raises(ValueError, match="65376"):
+                pack(x, 4)
+            x[36, 99] = kept
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_compiled_kernels_are_kept_no_longer_than_their_source():
+    folder = Path(host.__file__).parent
+    parts = (folder / f"{name}.py" for name in ("host_groups", "packing"))
+    digest = hashlib.sha256(b"".join(part.read_bytes() for part in parts)).hexdigest()[:8]
+    assert host._PARTS == digest, f"write {digest} there, so that they are compiled anew"
+
+
 @given(x=values, bits=bits)
 def test_what_was_unpacked_packs_to_the_same_bytes_in_groups_around_zero(x, bits):
     """There the extremes are kept: their codes occur, if scales aren't subnormal."""
@@ -152,7 +217,7 @@ def test_vectors_lie_anywhere_and_are_packed_by_themselves(x, bits, seed):
     large = torch.full((rows, 3, nbytes + 3), 7, dtype=torch.uint8)
     place = large[:, 1, 1 : nbytes + 1]
     given = torch.stack((x, -x), 1)[order, 0]
-    assert pack(given, bits, out=place) is place
+    assert pack(given.mT.contiguous().mT, bits, out=place) is place
     assert torch.equal(place, whole[order])
     assert large.sum() == place.sum() + 7 * (large.numel() - place.numel())
     out = torch.zeros(rows, 2, size + 1)
@@ -185,5 +250,7 @@ def test_what_does_not_fit_together_is_refused():
         pack(torch.ones(2, 64), 4, out=torch.empty(2, 68, dtype=torch.uint8))
     with pytest.raises(ValueError, match=r"\[2, 42\]"):
         unpack(packed, 4, torch.empty(2, 65))
+    with pytest.raises(ValueError, match="dense"):
+        unpack(packed, 4, torch.empty(64, 2).T)
     with pytest.raises(ValueError, match="float64"):
         unpack(packed, 4, torch.empty(2, 64, dtype=torch.float64))

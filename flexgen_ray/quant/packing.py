@@ -5,13 +5,15 @@ itself: the codes of all groups, one after the other, filled up to an even numbe
 for each group its (minimum, scale) as two float16. The last group may be shorter. A group of n
 values has n bytes of codes with 8 bits, and with 4 bits half as many, rounded up: byte i holds
 value i in its low nibble and value i + ceil(n / 2) in its high one, so that vector units unpack
-without shuffling. Knows bytes, neither tensors nor values.
+without shuffling. Knows no tensors.
 """
 
 from __future__ import annotations
 
 GROUP = 64
 PARAMETER_BYTES = 4
+# A scale that is rounded up reaches less than 128 further, and float16 ends at 65504.
+LARGEST = 65376.0
 
 
 def packed_bytes(size: int, bits: int) -> int:
