@@ -226,6 +226,36 @@ def test_vectors_lie_anywhere_and_are_packed_by_themselves(x, bits, seed):
     assert not out[:, 0].any() and not out[:, 1, 0].any()
 
 
+def squared_errors(x: Tensor, packed: Tensor, bits: int) -> Tensor:
+    """Of each whole group."""
+    found = unpacked(packed, bits, x.shape[-1]).double() - x.double()
+    whole = x.shape[-1] // GROUP * GROUP
+    return found[..., :whole].unflatten(-1, (-1, GROUP)).square().sum(-1)
+
+
+@given(x=values, bits=bits)
+def test_least_squares_make_no_group_worse_and_no_value_infinite(x, bits):
+    plainly, searched = pack(x, bits), pack(x, bits, least_squares=True)
+    if x.shape[1] >= GROUP:
+        before, after = (squared_errors(x, it, bits) for it in (plainly, searched))
+        float32 = GROUP * (2.0**-22 * x.double().abs().max()) ** 2
+        assert (after <= before * (1 + 1e-4) + float32).all()
+    assert unpacked(searched, bits, x.shape[1], torch.float16).isfinite().all()
+    rest = x.shape[1] // GROUP * GROUP
+    ends = (unpacked(it, bits, x.shape[1])[:, rest:] for it in (plainly, searched))
+    assert torch.equal(*ends)
+
+
+@pytest.mark.parametrize("bits, gain", [(4, 0.14), (8, 0.08)])
+@pytest.mark.parametrize("magnitude", [-7, 0, 13])
+def test_least_squares_leave_gaussian_weights_less_error(bits, gain, magnitude):
+    x = make_values(50, 640, torch.float32, magnitude, 0.0, False, seed=0)
+    before, after = (
+        squared_errors(x, pack(x, bits, least_squares=it), bits).sum() for it in (False, True)
+    )
+    assert after <= (1 - gain) * before
+
+
 @pytest.mark.parametrize("number", [math.inf, -math.inf, math.nan, 65504.0, -1e30])
 @pytest.mark.parametrize("place", [0, 70, 129])
 def test_what_float16_cannot_hold_is_refused(number, place):
