@@ -184,6 +184,48 @@ def test_the_number_of_threads_changes_no_bit(monkeypatch):
         torch.set_num_threads(before)
 
 
+ON_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.mark.gpu
+@ON_CUDA
+@given(x=values, bits=bits, dtype=st.sampled_from(DTYPES), far=st.integers(0, 3))
+def test_cuda_equals_the_cpu_bit_for_bit(x, bits, dtype, far):
+    """At any address, in rows and between them, with one dimension before a vector's or five."""
+    rows, size = x.shape
+    x = torch.stack((x, x.flip(0)), 1)
+    packed = pack(x, bits)
+    large = torch.full((rows, 2, packed.shape[-1] + 3), 7, dtype=torch.uint8, device="cuda")
+    place = large[..., far : far + packed.shape[-1]]
+    assert pack(x.cuda(), bits, out=place) is place
+    assert torch.equal(place.cpu(), packed)
+    assert large.sum() == place.sum() + 7 * (large.numel() - place.numel())
+    expected = unpacked(packed, bits, size, dtype)
+    out = torch.zeros((rows, 2, size + 1), dtype=dtype, device="cuda")
+    unpack(place, bits, out[..., 1:])
+    assert torch.equal(out[..., 1:].cpu(), expected) and not out[..., 0].any()
+    for shape in ((1, 1, rows, 1, 2), (2 * rows,)):
+        out = torch.zeros((*shape, size), dtype=dtype, device="cuda")
+        unpack(place.contiguous().view(*shape, -1), bits, out)
+        assert torch.equal(out.view(rows, 2, size).cpu(), expected)
+
+
+@pytest.mark.gpu
+@ON_CUDA
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("number", [math.nan, math.inf, -65504.0])
+def test_on_cuda_a_group_beyond_float16_becomes_nan_and_no_other(bits, number):
+    x = torch.randn(3, 200, generator=torch.Generator().manual_seed(0))
+    expected = unpacked(pack(x, bits), bits, 200)
+    x[1, 70], expected[1, 64:128] = number, math.nan
+    for dtype in DTYPES:
+        out = torch.zeros((3, 200), dtype=dtype, device="cuda")
+        unpack(pack(x.cuda(), bits), bits, out)
+        assert torch.equal(out.cpu().nan_to_num(-1), expected.to(dtype).nan_to_num(-1))
+    with pytest.raises(ValueError, match="pack there"):
+        pack(torch.ones(1, 64, device="cuda"), bits, least_squares=True)
+
+
 def test_compiled_kernels_are_kept_no_longer_than_their_source():
     folder = Path(host.__file__).parent
     parts = (folder / f"{name}.py" for name in ("host_groups", "packing"))
@@ -224,6 +266,36 @@ def test_vectors_lie_anywhere_and_are_packed_by_themselves(x, bits, seed):
     unpack(place, bits, out[:, 1, 1:])
     assert torch.equal(out[:, 1, 1:], unpacked(whole[order], bits, size))
     assert not out[:, 0].any() and not out[:, 1, 0].any()
+
+
+def squared_errors(x: Tensor, packed: Tensor, bits: int) -> Tensor:
+    """Of each whole group."""
+    found = unpacked(packed, bits, x.shape[-1]).double() - x.double()
+    whole = x.shape[-1] // GROUP * GROUP
+    return found[..., :whole].unflatten(-1, (-1, GROUP)).square().sum(-1)
+
+
+@given(x=values, bits=bits)
+def test_least_squares_make_no_group_worse_and_no_value_infinite(x, bits):
+    plainly, searched = pack(x, bits), pack(x, bits, least_squares=True)
+    if x.shape[1] >= GROUP:
+        before, after = (squared_errors(x, it, bits) for it in (plainly, searched))
+        float32 = GROUP * (2.0**-22 * x.double().abs().max()) ** 2
+        assert (after <= before * (1 + 1e-4) + float32).all()
+    assert unpacked(searched, bits, x.shape[1], torch.float16).isfinite().all()
+    rest = x.shape[1] // GROUP * GROUP
+    ends = (unpacked(it, bits, x.shape[1])[:, rest:] for it in (plainly, searched))
+    assert torch.equal(*ends)
+
+
+@pytest.mark.parametrize("bits, gain", [(4, 0.14), (8, 0.08)])
+@pytest.mark.parametrize("magnitude", [-7, 0, 13])
+def test_least_squares_leave_gaussian_weights_less_error(bits, gain, magnitude):
+    x = make_values(50, 640, torch.float32, magnitude, 0.0, False, seed=0)
+    before, after = (
+        squared_errors(x, pack(x, bits, least_squares=it), bits).sum() for it in (False, True)
+    )
+    assert after <= (1 - gain) * before
 
 
 @pytest.mark.parametrize("number", [math.inf, -math.inf, math.nan, 65504.0, -1e30])

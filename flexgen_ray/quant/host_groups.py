@@ -109,13 +109,18 @@ def _code(b: ir.IRBuilder, values: ir.Value, grid: ir.Value) -> ir.Value:
     """uint8 codes of a vector of float32; grid: (minimum, scale or 1, levels)."""
     count = values.type.count
     minimum, scale, levels = (splat(b, b.extract_value(grid, i), count) for i in range(3))
-    steps = b.fdiv(b.fsub(values, minimum), scale)
+    steps = _steps(b, b.fdiv(b.fsub(values, minimum), scale), levels)
+    return b.trunc(b.bitcast(steps, vector(I32, count)), vector(I8, count))
+
+
+def _steps(b: ir.IRBuilder, steps: ir.Value, levels: ir.Value) -> ir.Value:
+    """_ROUNDER + code of each, so that the codes are the lowest bits too."""
+    count = steps.type.count
     # Unordered, so that what is not a number has the highest code.
     steps = b.select(b.fcmp_unordered(">", steps, levels), levels, steps)
     zeros = constant(F32, 0.0, count)
     steps = b.select(b.fcmp_ordered("<", steps, zeros), zeros, steps)
-    bits = b.bitcast(b.fadd(steps, constant(F32, _ROUNDER, count)), vector(I32, count))
-    return b.trunc(bits, vector(I8, count))
+    return b.fadd(steps, constant(F32, _ROUNDER, count))
 
 
 def _squeeze(count: int) -> Any:
@@ -168,6 +173,31 @@ def extremes(context, kind, values):
         return context.make_tuple(b, signature.return_type, ends)
 
     return types.UniTuple(types.float32, 2)(kind, types.int64), generate
+
+
+@emitted
+def sums_on_grid(context, kind, values, base, grid):
+    """Sums over a whole group's y = value - base, and its codes c on a grid.
+
+    grid: (minimum - base, scale, levels). Returns those of squared errors, y, c, c * c and c * y.
+    """
+
+    def generate(context, b, signature, args):
+        _, values, base, grid = args
+        shift, scale, levels = (splat(b, b.extract_value(grid, i), GROUP) for i in range(3))
+        y = b.fsub(widen(b, kind, values, GROUP), splat(b, base, GROUP))
+        # Cheaper than to divide them all, and as good for a search.
+        inverse = splat(b, b.fdiv(F32(1.0), b.extract_value(grid, 1)), GROUP)
+        steps = _steps(b, b.fmul(b.fsub(y, shift), inverse), levels)
+        code = b.fsub(steps, constant(F32, _ROUNDER, GROUP))
+        reached = b.fadd(b.fmul(code, scale), shift)
+        error = b.fsub(y, reached)
+        terms = b.fmul(error, error), y, code, b.fmul(code, code), b.fmul(code, y)
+        sums = [_folded(b, term, b.fadd) for term in terms]
+        return context.make_tuple(b, signature.return_type, sums)
+
+    number = types.float32
+    return types.UniTuple(number, 5)(kind, types.int64, number, types.UniTuple(number, 3)), generate
 
 
 @emitted

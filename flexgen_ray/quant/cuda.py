@@ -1,0 +1,167 @@
+"""Packing and unpacking on CUDA in one pass over memory; bit for bit as plain.py, NaN aside.
+
+A program has some groups, one after the other, of all vectors' groups. Numbers of 16 bits are
+read and written byte by byte, for vectors may lie at odd addresses. Needs Triton.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from flexgen_ray.quant.packing import GROUP, LARGEST, code_bytes, num_groups
+
+_DIMS = 4
+_GROUPS_PER_PROGRAM = 32
+
+
+def pack(x: Tensor, bits: int, out: Tensor) -> None:
+    _launch(_pack, x, out, bits)
+
+
+def unpack(packed: Tensor, bits: int, out: Tensor) -> None:
+    _launch(_unpack, out, packed, bits)
+
+
+def _launch(kernel: triton.JITFunction, values: Tensor, packed: Tensor, bits: int) -> None:
+    if values.dim() - 1 > _DIMS:
+        for pair in zip(values, packed, strict=True):
+            _launch(kernel, *pair, bits)
+        return
+    size, missing = values.shape[-1], _DIMS + 1 - values.dim()
+    values, packed = (x[(None,) * missing] for x in (values, packed))
+    total = values[..., 0].numel() * num_groups(size)
+    if not total:
+        return
+    middle = code_bytes(size, bits)
+    with torch.cuda.device_of(values):
+        kernel[(triton.cdiv(total, _GROUPS_PER_PROGRAM),)](
+            values, packed, total, size, middle, *values.shape[1:-1],
+            *values.stride()[:-1], *packed.stride()[:-1],
+            LARGEST=LARGEST, BITS=bits, GROUP=GROUP, UNITS=_GROUPS_PER_PROGRAM,
+        )  # fmt: skip
+
+
+@triton.jit
+def _place(
+    unit, size, n1, n2, n3, v0, v1, v2, v3, p0, p1, p2, p3, BITS: tl.constexpr, GROUP: tl.constexpr
+):
+    """Of groups: number in the vector, values, bytes of codes, offsets of values and of vector."""
+    groups = tl.cdiv(size, GROUP)
+    group, vector = unit % groups, unit // groups
+    i3, rest = vector % n3, vector // n3
+    i2, rest = rest % n2, rest // n2
+    i1, i0 = rest % n1, rest // n1
+    # Division of 32 bits is far cheaper; offsets may need more.
+    i0, i1, i2, i3 = i0.to(tl.int64), i1.to(tl.int64), i2.to(tl.int64), i3.to(tl.int64)
+    n = tl.minimum(size - group * GROUP, GROUP)
+    nbytes = n if BITS == 8 else (n + 1) // 2
+    values = i0 * v0 + i1 * v1 + i2 * v2 + i3 * v3 + group * GROUP
+    return group, n, nbytes, values, i0 * p0 + i1 * p1 + i2 * p2 + i3 * p3
+
+
+@triton.jit
+def _load_half(address, live):
+    low = tl.load(address, mask=live, other=0).to(tl.uint16)
+    high = tl.load(address + 1, mask=live, other=0).to(tl.uint16)
+    return (low | (high << 8)).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def _store_half(address, value, live):
+    """A float32 that is a float16."""
+    bits = value.to(tl.float16).to(tl.uint16, bitcast=True)
+    tl.store(address, (bits & 255).to(tl.uint8), mask=live)
+    tl.store(address + 1, (bits >> 8).to(tl.uint8), mask=live)
+
+
+@triton.jit
+def _unpack(
+    values, packed, total, size, middle, n1, n2, n3, v0, v1, v2, v3, p0, p1, p2, p3,
+    LARGEST: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, UNITS: tl.constexpr,
+):  # fmt: skip
+    unit = tl.program_id(0) * UNITS + tl.arange(0, UNITS)
+    live = unit < total
+    group, n, nbytes, place, start = _place(
+        unit, size, n1, n2, n3, v0, v1, v2, v3, p0, p1, p2, p3, BITS, GROUP
+    )
+    parameters = packed + start + middle + group * 4
+    minimum = _load_half(parameters, live)[:, None]
+    scale = _load_half(parameters + 2, live)[:, None]
+    i = tl.arange(0, GROUP * BITS // 8)[None, :]
+    within = live[:, None] & (i < nbytes[:, None])
+    codes = packed + (start + group * (GROUP * BITS // 8))[:, None] + i
+    code = tl.load(codes, mask=within, other=0)
+    out = values + place[:, None] + i
+    kind = values.dtype.element_ty
+    if BITS == 8:
+        tl.store(out, (minimum + code.to(tl.float32) * scale).to(kind), mask=within)
+    else:
+        low, high = code & 15, code >> 4
+        tl.store(out, (minimum + low.to(tl.float32) * scale).to(kind), mask=within)
+        within = live[:, None] & (i < (n - nbytes)[:, None])
+        out += nbytes[:, None]
+        tl.store(out, (minimum + high.to(tl.float32) * scale).to(kind), mask=within)
+
+
+@triton.jit
+def _ends(x, within, LARGEST: tl.constexpr):
+    """Least, largest, and how many are beyond LARGEST of [groups, values]."""
+    low = tl.min(tl.where(within, x, float("inf")), axis=1)
+    high = tl.max(tl.where(within, x, float("-inf")), axis=1)
+    beyond = tl.sum((within & ~(tl.abs(x) <= LARGEST)).to(tl.int32), axis=1)
+    return low, high, beyond
+
+
+@triton.jit
+def _code(x, minimum, scale, levels):
+    steps = tl.div_rn(x - minimum[:, None], scale[:, None])
+    steps = tl.minimum(tl.maximum(steps, 0.0), levels)
+    # A number this large ends in whole numbers, ties to even.
+    return ((steps + 12582912.0).to(tl.int32, bitcast=True) & 255).to(tl.uint8)
+
+
+@triton.jit
+def _pack(
+    values, packed, total, size, middle, n1, n2, n3, v0, v1, v2, v3, p0, p1, p2, p3,
+    LARGEST: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, UNITS: tl.constexpr,
+):  # fmt: skip
+    unit = tl.program_id(0) * UNITS + tl.arange(0, UNITS)
+    live = unit < total
+    group, n, nbytes, place, start = _place(
+        unit, size, n1, n2, n3, v0, v1, v2, v3, p0, p1, p2, p3, BITS, GROUP
+    )
+    levels: tl.constexpr = 2.0**BITS - 1
+    i = tl.arange(0, GROUP * BITS // 8)[None, :]
+    within = live[:, None] & (i < nbytes[:, None])
+    also = live[:, None] & (i < (n - nbytes)[:, None])
+    source = values + place[:, None] + i
+    x = tl.load(source, mask=within, other=0.0).to(tl.float32)
+    low, high, beyond = _ends(x, within, LARGEST)
+    y = x
+    if BITS == 4:
+        y = tl.load(source + nbytes[:, None], mask=also, other=0.0).to(tl.float32)
+        others = _ends(y, also, LARGEST)
+        low, high = tl.minimum(low, others[0]), tl.maximum(high, others[1])
+        beyond += others[2]
+    # Added to zero, since -0.0 would be packed as another byte than 0.0.
+    minimum = low.to(tl.float16).to(tl.float32) + 0.0
+    span = tl.where(high > minimum, high - minimum, 0.0)
+    scale = (span * (1 / levels)).to(tl.float16)
+    short = (scale.to(tl.float32) * levels < span).to(tl.uint16)
+    scale = (scale.to(tl.uint16, bitcast=True) + short).to(tl.float16, bitcast=True).to(tl.float32)
+    valid = beyond == 0
+    parameters = packed + start + middle + group * 4
+    _store_half(parameters, tl.where(valid, minimum, float("nan")), live)
+    _store_half(parameters + 2, tl.where(valid, scale, 0.0), live)
+    divisor = tl.where(scale > 0, scale, 1.0)
+    code = _code(x, minimum, divisor, levels)
+    if BITS == 4:
+        code |= tl.where(also, _code(y, minimum, divisor, levels) << 4, 0).to(tl.uint8)
+    codes = packed + (start + group * (GROUP * BITS // 8))[:, None] + i
+    tl.store(codes, tl.where(valid[:, None], code, 0).to(tl.uint8), mask=within)
+    last = group * (GROUP * BITS // 8) + nbytes
+    filled = live & (group == tl.cdiv(size, GROUP) - 1) & (last < middle)
+    tl.store(packed + start + last, tl.zeros_like(last).to(tl.uint8), mask=filled)
