@@ -21,8 +21,9 @@ MAY_IMPORT = {
     "rows": set(),
     "schedule": set(),
     "cost": {"config", "model_config", "units", "rows", "schedule", "paths"},
-    "models": FOUNDATION,
-    "store": FOUNDATION | {"schedule", "cost", "models"},
+    "quant": FOUNDATION,
+    "models": FOUNDATION | {"quant"},
+    "store": FOUNDATION | {"schedule", "cost", "models", "quant"},
     "tokenizer": set(),
     "io": FOUNDATION,
     "paths": set(),
@@ -67,9 +68,10 @@ def test_a_module_imports_only_what_lies_below_it(path):
             assert below == part or below in MAY_IMPORT[part], f"{path} imports {name}"
 
 
-def test_cost_and_schedule_load_neither_torch_nor_ray():
+def test_cost_schedule_and_packings_sizes_load_neither_torch_nor_ray():
     modules = [f"flexgen_ray.{path.parent.name}.{path.stem}" for path in MODULES
                if path.parent.name in ("cost", "schedule") and path.stem != "__init__"]  # fmt: skip
+    modules.append("flexgen_ray.quant.packing")
     script = "import sys\n" + "".join(f"import {name}\n" for name in modules)
     script += "assert not {'torch', 'ray'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", script], check=True)

@@ -1,0 +1,189 @@
+"""Packed vectors (quant/): the layout byte by byte, the error of every value, equal bits."""
+
+from __future__ import annotations
+
+import math
+import struct
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, example, given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from flexgen_ray.quant.packing import GROUP, num_groups, packed_bytes
+from flexgen_ray.quant.quantize import LARGEST, pack, unpack
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+HALF = torch.finfo(torch.float16)
+ROUNDING = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+
+
+def make_values(rows, size, dtype, magnitude, offset, constant, seed) -> Tensor:
+    """Gaussian, in units of the magnitude, around an offset; or each group all alike."""
+    random = torch.Generator().manual_seed(seed)
+    values = (torch.randn(rows, size, generator=random) + offset) * 2.0**magnitude
+    if constant:
+        values = values[:, ::GROUP].repeat_interleave(GROUP, 1)[:, :size]
+    return values.clamp(-LARGEST, LARGEST).to(dtype).clamp(-LARGEST + 512, LARGEST - 512)
+
+
+values = st.builds(
+    make_values,
+    rows=st.integers(1, 3),
+    size=st.one_of(st.integers(1, 200), st.sampled_from([64, 128, 192, 576])),
+    dtype=st.sampled_from([torch.float64, *DTYPES]),
+    magnitude=st.integers(-30, 16),
+    offset=st.sampled_from([0.0, 0.0, 3.0, -1000.0]),
+    constant=st.booleans(),
+    seed=st.integers(0, 2**20),
+)
+bits = st.sampled_from([4, 8])
+
+
+def unpacked(packed: Tensor, bits: int, size: int, dtype=torch.float32) -> Tensor:
+    out = torch.full((*packed.shape[:-1], size), math.nan, dtype=dtype)
+    unpack(packed, bits, out)
+    return out
+
+
+def read(packed: bytes, bits: int, size: int) -> list[float]:
+    """One vector as the format says, byte by byte."""
+    lengths = [min(GROUP, size - first) for first in range(0, size, GROUP)]
+    codes, place = [], 0
+    for n in lengths:
+        half = (n + 1) // 2
+        taken = packed[place : place + (n if bits == 8 else half)]
+        place += len(taken)
+        codes.append(taken if bits == 8 else [c & 15 for c in taken] + [c >> 4 for c in taken])
+    place += place % 2
+    numbers = struct.iter_unpack("<2e", packed[place:])
+    return [
+        float(np.float32(minimum + code * scale))
+        for n, group, (minimum, scale) in zip(lengths, codes, numbers, strict=True)
+        for code in group[:n]
+    ]
+
+
+def parameters(packed: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Each value's minimum and scale, float64 [..., size]."""
+    numbers = packed[..., -4 * num_groups(size) :].contiguous().view(torch.float16).double()
+    of_values = numbers.unflatten(-1, (-1, 2)).repeat_interleave(GROUP, -2)[..., :size, :]
+    return of_values[..., 0], of_values[..., 1]
+
+
+def spans(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The least and the largest value of each value's group, float64."""
+    filled = num_groups(x.shape[-1]) * GROUP - x.shape[-1]
+    last = x[..., -1:].double()
+    if filled:  # with a value of the last group
+        x = torch.cat((x.double(), last.expand(*x.shape[:-1], filled)), -1)
+    groups = x.double().unflatten(-1, (-1, GROUP))
+    size = x.shape[-1] - filled
+    return tuple(
+        end.repeat_interleave(GROUP, -1)[..., :size] for end in (groups.amin(-1), groups.amax(-1))
+    )
+
+
+@pytest.mark.parametrize(
+    "size, bits, nbytes", [(64, 4, 36), (128, 4, 72), (64, 8, 68), (1, 4, 6), (67, 8, 76)]
+)
+def test_a_packed_vector_has_the_formats_size(size, bits, nbytes):
+    assert packed_bytes(size, bits) == nbytes
+
+
+@given(x=values, bits=bits)
+def test_a_packed_vector_is_read_as_the_format_says(x, bits):
+    packed = pack(x, bits)
+    expected = [read(bytes(row.tolist()), bits, x.shape[1]) for row in packed]
+    assert unpacked(packed, bits, x.shape[1]).tolist() == expected
+
+
+@given(x=values, bits=bits, dtype=st.sampled_from(DTYPES))
+def test_no_value_is_off_by_more_than_half_a_scale_and_what_rounding_adds(x, bits, dtype):
+    size, levels = x.shape[1], 2**bits - 1
+    packed = pack(x, bits)
+    (low, high), (minimum, scale) = spans(x), parameters(packed, size)
+    minimum_off = (low.abs() * 2.0**-11).clamp(min=HALF.smallest_normal * 2.0**-11)
+    assert ((minimum - low).abs() <= minimum_off).all()
+    exact = ((high - low + minimum_off) / levels).clamp(min=0)
+    step = (exact * HALF.eps).clamp(min=HALF.smallest_normal * HALF.eps)
+    assert (scale <= exact * (1 + 2.0**-22) + step).all()
+    # Values below a minimum that was rounded up have its code; others the nearest.
+    float32 = 2.0**-22 * torch.maximum(low.abs(), high.abs())
+    bound = torch.maximum(scale / 2, minimum_off) + float32
+    found = unpacked(packed, bits, size, dtype).double()
+    tiny = torch.finfo(dtype).smallest_normal
+    target = ROUNDING[dtype] * (x.double().abs() + bound).clamp(min=tiny)
+    assert ((found - x.double()).abs() <= bound + target).all()
+
+
+@given(x=values, bits=bits, dtype=st.sampled_from(DTYPES))
+def test_a_dtype_only_rounds_what_float32_holds(x, bits, dtype):
+    packed = pack(x, bits)
+    exact = unpacked(packed, bits, x.shape[1])
+    assert torch.equal(unpacked(packed, bits, x.shape[1], dtype), exact.to(dtype))
+
+
+@given(x=values, bits=bits)
+def test_what_was_unpacked_packs_to_the_same_bytes_in_groups_around_zero(x, bits):
+    """There the extremes are kept: their codes occur, if scales aren't subnormal."""
+    packed = pack(x, bits)
+    low, high = spans(x)
+    _, scale = parameters(packed, x.shape[1])
+    assume(((low <= 0) & (high >= 0) & (scale >= HALF.smallest_normal)).all())
+    assert torch.equal(pack(unpacked(packed, bits, x.shape[1]), bits), packed)
+
+
+@given(number=st.floats(-LARGEST, LARGEST, width=16), bits=bits, size=st.integers(1, 130))
+@example(number=-0.0, bits=4, size=65)
+def test_float16_groups_of_one_value_come_back_exactly(number, bits, size):
+    x = torch.full((size,), number)
+    assert torch.equal(unpacked(pack(x, bits), bits, size), x)
+
+
+@given(x=values, bits=bits, seed=st.integers(0, 99))
+def test_vectors_lie_anywhere_and_are_packed_by_themselves(x, bits, seed):
+    """Into and out of rows of a larger array, in another order, at odd addresses."""
+    rows, size = x.shape
+    nbytes, whole = packed_bytes(size, bits), pack(x, bits)
+    order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed))
+    large = torch.full((rows, 3, nbytes + 3), 7, dtype=torch.uint8)
+    place = large[:, 1, 1 : nbytes + 1]
+    given = torch.stack((x, -x), 1)[order, 0]
+    assert pack(given, bits, out=place) is place
+    assert torch.equal(place, whole[order])
+    assert large.sum() == place.sum() + 7 * (large.numel() - place.numel())
+    out = torch.zeros(rows, 2, size + 1)
+    unpack(place, bits, out[:, 1, 1:])
+    assert torch.equal(out[:, 1, 1:], unpacked(whole[order], bits, size))
+    assert not out[:, 0].any() and not out[:, 1, 0].any()
+
+
+@pytest.mark.parametrize("number", [math.inf, -math.inf, math.nan, 65504.0, -1e30])
+@pytest.mark.parametrize("place", [0, 70, 129])
+def test_what_float16_cannot_hold_is_refused(number, place):
+    x = torch.ones(2, 130, dtype=torch.float64)
+    x[1, place] = number
+    with pytest.raises(ValueError, match="65376"):
+        pack(x, 4)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_largest_values_stay_finite_in_every_dtype(bits):
+    x = torch.tensor([[-LARGEST, LARGEST, 0.0], [LARGEST - 9, LARGEST, LARGEST]])
+    for dtype in DTYPES:
+        assert unpacked(pack(x, bits), bits, 3, dtype).isfinite().all()
+
+
+def test_what_does_not_fit_together_is_refused():
+    packed = pack(torch.ones(2, 64), 4)
+    with pytest.raises(ValueError, match="4 or 8 bits, not 3"):
+        packed_bytes(64, 3)
+    with pytest.raises(ValueError, match=r"\[2, 36\]"):
+        pack(torch.ones(2, 64), 4, out=torch.empty(2, 68, dtype=torch.uint8))
+    with pytest.raises(ValueError, match=r"\[2, 42\]"):
+        unpack(packed, 4, torch.empty(2, 65))
+    with pytest.raises(ValueError, match="float64"):
+        unpack(packed, 4, torch.empty(2, 64, dtype=torch.float64))
