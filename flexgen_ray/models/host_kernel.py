@@ -22,6 +22,8 @@ import torch
 from torch import Tensor
 
 from flexgen_ray.models import attention
+from flexgen_ray.quant.packing import packed_bytes
+from flexgen_ray.quant.quantize import unpack
 
 Kernel = Callable[[Tensor, Tensor, Tensor, list[int], Tensor], None]
 
@@ -35,12 +37,22 @@ _LEAST_HEAD_DIM = 16
 
 @dataclass(frozen=True)
 class Shape:
-    """What a kernel's speed depends on, beside the machine; dtype by its torch name"""
+    """What a kernel's speed depends on, beside the machine; dtype by its torch name.
+
+    bits: 4 or 8 if the cache is packed.
+    """
 
     dtype: str
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    bits: int | None = None
+
+    def vector_bytes(self) -> int:
+        """Of one token's keys or values of one KV head."""
+        if self.bits is not None:
+            return packed_bytes(self.head_dim, self.bits)
+        return self.head_dim * getattr(torch, self.dtype).itemsize
 
 
 def load(name: str, threads: int) -> Kernel:
@@ -80,10 +92,13 @@ def measure(shape: Shape, threads: int, nbytes: int = MEASURED_BYTES) -> dict[st
     """Seconds each kernel takes for one pass over a cache of so many bytes, by default far more
     than a CPU's caches hold."""
     dtype = getattr(torch, shape.dtype)
-    row_bytes = 2 * shape.num_kv_heads * _CONTEXT * shape.head_dim * dtype.itemsize
+    row_bytes = 2 * shape.num_kv_heads * _CONTEXT * shape.vector_bytes()
     rows = max(1, nbytes // row_bytes)
-    cache = torch.empty((2, rows, shape.num_kv_heads, _CONTEXT, shape.head_dim), dtype=dtype)
-    cache.fill_(0.5)
+    size = (2, rows, shape.num_kv_heads, _CONTEXT, shape.vector_bytes())
+    # Bytes that are small numbers in every dtype, and as minimums and scales.
+    cache = torch.full(size, 0x38, dtype=torch.uint8)
+    if shape.bits is None:
+        cache = cache.view(dtype)
     q = torch.ones((rows, shape.num_heads, shape.head_dim), dtype=dtype)
     out = torch.empty_like(q)
     seconds = {}
@@ -106,11 +121,22 @@ def best_seconds(run: Callable[[], object], budget: float) -> float:
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, lens: list[int], out: Tensor) -> None:
+    bits = attention.cache_bits(k, q.shape[-1])
+    if bits is not None:
+        k, v = (_unpacked(x[:, :, : max(lens)], bits, q) for x in (k, v))
     out.copy_(attention.decode(q, k, v, lens))
+
+
+def _unpacked(packed: Tensor, bits: int, like: Tensor) -> Tensor:
+    values = like.new_empty((*packed.shape[:-1], like.shape[-1]))
+    unpack(packed, bits, values)
+    return values
 
 
 def _key(shape: Shape, threads: int) -> str:
     heads = f"{shape.num_heads}/{shape.num_kv_heads}x{shape.head_dim}"
+    if shape.bits is not None:
+        heads += f" in {shape.bits} bits"
     versions = " ".join(f"{name} {version(name)}" for name in ("torch", "numba", "flexgen-ray"))
     return f"{cpu_name()}, {shape.dtype}, {heads}, {threads} threads, {versions}"
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from llvmlite import ir
 from numba.core import types
 
+from flexgen_ray.models.host_rows import emit_vectors, parameters, read
 from flexgen_ray.models.host_tiles import LINE, TILES, part_of_row, vectors_of_queries
 from flexgen_ray.models.host_vectors import (
     I64,
@@ -25,11 +26,12 @@ from flexgen_ray.models.host_vectors import (
     plus,
     prefetch,
     row_at,
-    size_in_bytes,
     smaller,
     store,
     sums_of_neighbours,
+    vector_bytes,
 )
+from flexgen_ray.quant.packing import GROUP
 
 # Lengths of a row for which one head has a loop of its own.
 _COMMON_DIMS = (64, 128)
@@ -37,7 +39,7 @@ _COMMON_DIMS = (64, 128)
 
 @emitted
 def score(context, kind, heads, shape, queries, rows, scores, ahead):
-    """scores[j, h] = rows[j] . queries[h], for two or more heads; shape: (rows, dim).
+    """scores[j, h] = rows[j] . queries[h], for two or more heads; shape: (rows, bytes of one).
 
     A part of a row is repeated in a vector, for each head in a vector of queries, and multiplied
     with several of these. ahead: a matrix of the rows that are read soon; heads compute for so
@@ -46,8 +48,8 @@ def score(context, kind, heads, shape, queries, rows, scores, ahead):
 
     def generate(context, b, signature, args):
         _, heads, shape, queries, rows, scores, ahead = args
-        count, dim = (b.extract_value(shape, i) for i in range(2))
-        last, last_row = b.sub(dim, I64(LANES)), b.sub(count, I64(1))
+        count, nbytes = (b.extract_value(shape, i) for i in range(2))
+        last_row = b.sub(count, I64(1))
 
         def emit(heads):
             part, several = part_of_row(heads), vectors_of_queries(heads)
@@ -57,13 +59,13 @@ def score(context, kind, heads, shape, queries, rows, scores, ahead):
                 index = [smaller(b, b.add(first, I64(j)), last_row) for j in range(at_once)]
                 taken = [row_at(b, rows, i) for i in index]
 
-                def step(d, sums):
+                def step(d, at, groups, sums):
                     _prefetch_some(b, kind, ahead, first, at_once, d)
-                    at = b.mul(smaller(b, d, last), I64(size_in_bytes(kind)))
                     place = plus(b, queries, d, 4 * heads)
-                    return _multiply(b, kind, heads, place, [b.add(row, at) for row in taken], sums)
+                    vectors = [b.add(row, at) for row in taken]
+                    return _multiply(b, kind, heads, place, (vectors, groups), sums)
 
-                sums = emit_loop(b, dim, LANES, [ZEROS] * LANES, step)
+                sums = emit_vectors(b, kind, taken, nbytes, part, [ZEROS] * LANES, step)
                 place = plus(b, scores, first, 4 * heads)
                 for i in range(0, LANES, part):
                     found = sums_of_neighbours(b, sums[i : i + part])
@@ -84,16 +86,19 @@ def _multiply(
     kind: types.Type,
     heads: int,
     queries: ir.Value,
-    rows: Values,
+    rows: tuple[Values, list[Values]],
     sums: Values,
 ) -> Values:
-    """sums[row, vector of queries], with the products of LANES elements added."""
+    """sums[row, vector of queries], with the products of LANES elements added.
+
+    rows: the address of each one's vector, and its parameters.
+    """
     part, several, sums = part_of_row(heads), vectors_of_queries(heads), list(sums)
     for i in range(LANES // part):
         places = [b.add(queries, I64((i * several + n) * VECTOR_BYTES)) for n in range(several)]
         q = [load(b, types.float32, place) for place in places]
-        for j, row in enumerate(rows):
-            k = load(b, kind, b.add(row, I64(i * part * size_in_bytes(kind))), part)
+        for j, (vector, group) in enumerate(zip(*rows, strict=True)):
+            k = read(b, kind, vector, group, part, i)
             for n in range(several):
                 sums[j * several + n] = fma(b, q[n], k, sums[j * several + n])
     return sums
@@ -103,7 +108,7 @@ def _prefetch_some(
     b: ir.IRBuilder, kind: types.Type, rows: ir.Value, first: ir.Value, count: int, d: ir.Value
 ) -> None:
     """Of count rows as many lines as hold LANES elements of each; for all d, all lines."""
-    lines = max(1, count * LANES * size_in_bytes(kind) // LINE)
+    lines = max(1, count * vector_bytes(kind) // LINE)
     before = b.mul(b.udiv(d, I64(LANES)), I64(lines))
     for line in range(lines):
         nth = b.add(before, I64(line))
@@ -112,25 +117,27 @@ def _prefetch_some(
 
 
 @emitted
-def score_alone(context, kind, count, dim, queries, rows, partial, scores):
-    """scores[j] = rows[j] . queries, for one head and at most LANES rows.
+def score_alone(context, kind, count, nbytes, queries, rows, partial, scores):
+    """scores[j] = rows[j] . queries, for one head and at most LANES rows of so many bytes.
 
     partial: scratch of [LANES, LANES]. Rows are read in order: memory follows one stream well and
     several poorly.
     """
 
     def generate(context, b, signature, args):
-        _, count, dim, queries, rows, partial, scores = args
-        last, size = b.sub(dim, I64(LANES)), size_in_bytes(kind)
+        _, count, nbytes, queries, rows, partial, scores = args
+        width = vector_bytes(kind)
 
-        def emit(dim):
-            offsets = range(0, dim, LANES)
+        def emit(nbytes):
+            offsets = range(0, nbytes // width * LANES, LANES)
             q = [load(b, types.float32, b.add(queries, I64(4 * x))) for x in offsets]
 
             def one(j, _):
                 row, sums = row_at(b, rows, j), [ZEROS] * 4
                 for i, x in enumerate(q):
-                    k = load(b, kind, b.add(row, I64(i * LANES * size)))
+                    if i * LANES % GROUP == 0:
+                        group = parameters(b, kind, row, I64(nbytes), I64(i * LANES), LANES)
+                    k = read(b, kind, b.add(row, I64(i * width)), group)
                     sums[i % 4] = fma(b, k, x, sums[i % 4])
                 total = b.fadd(b.fadd(sums[0], sums[1]), b.fadd(sums[2], sums[3]))
                 store(b, total, plus(b, partial, j, VECTOR_BYTES))
@@ -142,17 +149,17 @@ def score_alone(context, kind, count, dim, queries, rows, partial, scores):
             def one(j, _):
                 row = row_at(b, rows, j)
 
-                def step(d, sums):
-                    k = load(b, kind, plus(b, row, smaller(b, d, last), size))
+                def step(d, at, groups, sums):
+                    k = read(b, kind, b.add(row, at), groups[0])
                     return [fma(b, k, load(b, types.float32, plus(b, queries, d, 4)), sums[0])]
 
-                (total,) = emit_loop(b, dim, LANES, [ZEROS], step)
+                (total,) = emit_vectors(b, kind, [row], nbytes, LANES, [ZEROS], step)
                 store(b, total, plus(b, partial, j, VECTOR_BYTES))
                 return []
 
             emit_loop(b, count, 1, [], one)
 
-        emit_switch(b, dim, _COMMON_DIMS, emit, emit_any)
+        emit_switch(b, nbytes, [dim // LANES * width for dim in _COMMON_DIMS], emit, emit_any)
         places = [b.add(partial, I64(j * VECTOR_BYTES)) for j in range(LANES)]
         sums = [load(b, types.float32, place) for place in places]
         store(b, sums_of_neighbours(b, sums), scores)

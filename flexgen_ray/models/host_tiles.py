@@ -20,6 +20,7 @@ import math
 from llvmlite import ir
 from numba.core import types
 
+from flexgen_ray.models.host_rows import lanes_in, offset, parameters, read
 from flexgen_ray.models.host_vectors import (
     F32,
     I64,
@@ -45,7 +46,9 @@ from flexgen_ray.models.host_vectors import (
     smaller,
     splat,
     store,
+    vector_bytes,
 )
+from flexgen_ray.quant.packing import GROUP
 
 # A block's keys and values stay in the caches nearest to a core while further heads read them.
 BLOCK = 64
@@ -176,22 +179,28 @@ def _across(b, heads, vectors, combine):
 
 @emitted
 def mix(context, kind, heads, shape, weights, values, sums, ahead):
-    """sums[h, :] += weights[:, h] @ values; shape: (tokens, dim); ahead: as for score."""
+    """sums[h, :] += weights[:, h] @ values; shape: (tokens, bytes of one).
+
+    ahead: as for score.
+    """
 
     def generate(context, b, signature, args):
         _, heads, shape, weights, values, sums, ahead = args
-        tokens, dim = (b.extract_value(shape, i) for i in range(2))
-        last, size = b.sub(dim, I64(LANES)), size_in_bytes(kind)
+        tokens, nbytes = (b.extract_value(shape, i) for i in range(2))
+        lanes, vector = lanes_in(b, kind, nbytes), vector_bytes(kind)
 
         def strip(heads, columns, d):
-            at = b.mul(smaller(b, d, last), I64(size))
-            width = columns * LANES * size
+            at, width = offset(b, kind, nbytes, d), columns * vector
 
             def step(j, carried):
-                row, later = (b.add(row_at(b, x, j), at) for x in (values, ahead))
-                v = [load(b, kind, b.add(row, I64(x))) for x in range(0, width, LANES * size)]
+                row, later = (row_at(b, x, j) for x in (values, ahead))
+                v = []
+                for c in range(columns):
+                    if c * LANES % GROUP == 0:
+                        group = parameters(b, kind, row, nbytes, b.add(d, I64(c * LANES)), LANES)
+                    v.append(read(b, kind, b.add(row, b.add(at, I64(c * vector))), group))
                 for line in range(0, width if heads > 1 else 0, LINE):
-                    prefetch(b, b.add(later, I64(line)))
+                    prefetch(b, b.add(later, b.add(at, I64(line))))
                 place = plus(b, weights, j, 4 * heads)
                 w = [
                     load(b, types.float32, b.add(place, I64(4 * h)), count=1) for h in range(heads)
@@ -208,9 +217,10 @@ def mix(context, kind, heads, shape, weights, values, sums, ahead):
         def emit(heads):
             start = I64(0)
             for columns in _COLUMNS[heads]:
-                left, width = b.sub(dim, start), I64(columns * LANES)
+                left, width = b.sub(lanes, start), I64(columns * LANES)
                 if columns > 1:
-                    left = b.mul(b.udiv(left, width), width)
+                    whole = b.mul(b.udiv(nbytes, I64(vector)), I64(LANES))
+                    left = b.mul(b.udiv(b.sub(whole, start), width), width)
 
                 def step(d, _, columns=columns, start=start):
                     strip(heads, columns, b.add(start, d))

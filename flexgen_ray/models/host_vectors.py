@@ -1,7 +1,8 @@
 """LLVM code of vectors of float32: loads that widen, sums, loops. Knows neither keys nor values.
 
 A matrix is the pair (address, bytes from row to row). A dummy scalar names the type its elements
-are stored in: float32, uint16 (IEEE half) or int16 (bfloat16), since numba has no 16-bit floats.
+are stored in: float32, uint16 (IEEE half) or int16 (bfloat16), since numba has no 16-bit floats;
+uint8 or int8, if they are packed into 8 or 4 bits.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ from numba.core import types
 from numba.extending import intrinsic
 
 KINDS = {"float32": np.float32(0), "float16": np.uint16(0), "bfloat16": np.int16(0)}
+PACKED_KINDS = {8: np.uint8(0), 4: np.int8(0)}
 
 # 32 registers of 16 floats with AVX-512; else tiles fit 16 registers of 8.
 WIDE = bool(binding.get_host_cpu_features().get("avx512f"))
 LANES = 16 if WIDE else 8
 
-F32, I16, I32, I64 = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
+F32, I8, I16, I32, I64 = ir.FloatType(), *(ir.IntType(bits) for bits in (8, 16, 32, 64))
 VECTOR, I32_VECTOR = ir.VectorType(F32, LANES), ir.VectorType(I32, LANES)
 VECTOR_BYTES = 4 * LANES
 MATRIX = types.UniTuple(types.int64, 2)
@@ -37,6 +39,13 @@ _ROUNDER = 1.5 * 2**23
 
 def size_in_bytes(kind: types.Type) -> int:
     return 4 if kind == types.float32 else 2
+
+
+def vector_bytes(kind: types.Type) -> int:
+    """Of LANES stored elements, or of their codes."""
+    if kind in (types.uint8, types.int8):
+        return LANES if kind == types.uint8 else LANES // 2
+    return LANES * size_in_bytes(kind)
 
 
 def constant(value: float, element: ir.Type = F32) -> ir.Constant:
@@ -64,6 +73,12 @@ def load(b: ir.IRBuilder, kind: types.Type, address: ir.Value, count: int = LANE
 def store(b: ir.IRBuilder, value: ir.Value, address: ir.Value) -> None:
     """A vector of any type."""
     b.store(value, b.inttoptr(address, value.type.as_pointer())).align = 2
+
+
+def store_first(b: ir.IRBuilder, value: ir.Value, address: ir.Value) -> None:
+    """A vector's first element."""
+    element = b.extract_element(value, I32(0))
+    b.store(element, b.inttoptr(address, element.type.as_pointer())).align = 2
 
 
 def narrow(b: ir.IRBuilder, kind: types.Type, value: ir.Value) -> ir.Value:
