@@ -11,10 +11,14 @@ from flexgen_ray.request import Request, SamplingParams
 def generation(
     index: int, token_ids: list[int], params: SamplingParams, config: ModelConfig
 ) -> Request:
-    """An answer that would outgrow the context ends there."""
+    """An answer that would outgrow the context ends there. Without one, the prompt is scored."""
     limit = config.max_seq_len
     if not token_ids:
         raise ValueError("the prompt is empty; give at least one token")
+    if not params.max_tokens:
+        scored = scoring(index, token_ids, 1, False, config)
+        asked = replace(params, max_tokens=1, temperature=0.0)
+        return replace(scored, params=asked, top=params.prompt_logprobs or 0)
     if len(token_ids) >= limit:
         raise ValueError(
             f"the prompt has {len(token_ids)} tokens, but the model's context is {limit} "

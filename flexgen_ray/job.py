@@ -8,6 +8,7 @@ from pathlib import Path
 
 from flexgen_ray.io.journal import Journal
 from flexgen_ray.io.openai_batch import error_row, read_lines, response_row
+from flexgen_ray.io.openai_logprobs import Echo
 from flexgen_ray.llm import LLM
 from flexgen_ray.request import Progress, Request, SamplingParams
 
@@ -20,6 +21,7 @@ class JobInput:
 
     requests: list[Request]
     custom_ids: list[str]
+    echoes: list[Echo | None]
     errors: list[tuple[str, str]]
 
 
@@ -27,6 +29,7 @@ def read_job(llm: LLM, path: Path, defaults: SamplingParams) -> JobInput:
     """OSError if the file can't be read; a bad line is only its own fault."""
     requests: list[Request] = []
     custom_ids: list[str] = []
+    echoes: list[Echo | None] = []
     errors: list[tuple[str, str]] = []
     with path.open("rb") as lines:
         for line in read_lines(lines, defaults):
@@ -34,11 +37,18 @@ def read_job(llm: LLM, path: Path, defaults: SamplingParams) -> JobInput:
                 if line.error is not None:
                     raise ValueError(line.error)
                 assert line.prompt is not None and line.params is not None
-                requests.append(llm.request(len(requests), line.prompt, line.params))
+                request = llm.request(len(requests), line.prompt, line.params)
+                echoes.append(_echo(llm, request, line.prompt) if line.echo else None)
+                requests.append(request)
                 custom_ids.append(line.custom_id)
             except ValueError as error:
                 errors.append((line.custom_id, str(error)))
-    return JobInput(requests, custom_ids, errors)
+    return JobInput(requests, custom_ids, echoes, errors)
+
+
+def _echo(llm: LLM, request: Request, prompt: str | list[int]) -> Echo:
+    text = prompt if isinstance(prompt, str) else llm.tokenizer.decode(prompt)
+    return Echo(text, llm.tokenizer.token(request.prompt_token_ids[0]))
 
 
 def run_job(
@@ -61,6 +71,6 @@ def run_job(
         for custom_id, message in job.errors:
             journal.append(error_row(custom_id, message))
         for answer in llm.stream(job.requests, report):
-            custom_id = job.custom_ids[answer.index]
-            journal.append(response_row(custom_id, str(llm.model), answer))
+            custom_id, echo = job.custom_ids[answer.index], job.echoes[answer.index]
+            journal.append(response_row(custom_id, str(llm.model), answer, echo))
             done += 1

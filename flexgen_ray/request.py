@@ -18,7 +18,8 @@ class SamplingParams:
     temperature 0 is greedy. With a `seed` the same prompt gives the same answer wherever it stands;
     without one the run's seed and the request's index decide. logprobs, prompt_logprobs: of each
     token of the answer and the prompt, its logarithm of the probability before temperature, and
-    those of as many likeliest ones; None asks for nothing.
+    those of as many likeliest ones; None asks for nothing. max_tokens may be 0 if the prompt's are
+    asked for.
     """
 
     max_tokens: int = 16
@@ -35,8 +36,12 @@ class SamplingParams:
         if stop is None or isinstance(stop, str | list):
             strings = (stop,) if isinstance(stop, str) else tuple(stop or ())
             object.__setattr__(self, "stop", strings)
-        if not _is_number(self.max_tokens, int) or self.max_tokens < 1:
-            raise ValueError(f"max_tokens is {self.max_tokens!r}; it must be an integer from 1 up")
+        least = 1 if self.prompt_logprobs is None else 0
+        if not _is_number(self.max_tokens, int) or self.max_tokens < least:
+            raise ValueError(
+                f"max_tokens is {self.max_tokens!r}; it must be an integer from 1 up, or 0 if the "
+                "prompt's log-probabilities are asked for"
+            )
         if not _is_number(self.temperature, int | float) or not 0 <= self.temperature <= 2:
             raise ValueError(f"temperature is {self.temperature!r}; it must be 0 (greedy) to 2")
         if not _is_number(self.top_p, int | float) or not 0 < self.top_p <= 1:

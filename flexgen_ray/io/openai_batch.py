@@ -11,22 +11,25 @@ import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from flexgen_ray.io.openai_logprobs import Echo, logprobs_object
 from flexgen_ray.request import RequestOutput, SamplingParams
 
 URL = "/v1/completions"
 _LINE_KEYS = {"custom_id", "method", "url", "body"}
-_PARAMS = ("max_tokens", "temperature", "top_p", "seed", "stop", "ignore_eos")
-_BODY_KEYS = {"model", "prompt", "user", *_PARAMS}
+_PARAMS = ("max_tokens", "temperature", "top_p", "seed", "stop", "ignore_eos", "logprobs")
+_BODY_KEYS = {"model", "prompt", "user", "echo", *_PARAMS}
 
 
 @dataclass(frozen=True)
 class BatchLine:
-    """One input line: what is asked, or what is wrong with it."""
+    """One input line: what is asked, or what is wrong with it. echo: the prompt comes with the
+    answer."""
 
     custom_id: str
     prompt: str | list[int] | None = None
     params: SamplingParams | None = None
     error: str | None = None
+    echo: bool = False
 
 
 def read_lines(lines: Iterable[bytes], defaults: SamplingParams) -> Iterator[BatchLine]:
@@ -42,11 +45,11 @@ def read_lines(lines: Iterable[bytes], defaults: SamplingParams) -> Iterator[Bat
             if custom_id in seen:
                 raise ValueError(f"custom_id {custom_id!r} was used by an earlier line")
             seen.add(custom_id)
-            prompt, params = _parse_request(value, defaults)
+            prompt, params, echo = _parse_request(value, defaults)
         except ValueError as error:
             yield BatchLine(custom_id, error=f"line {number}: {error}")
         else:
-            yield BatchLine(custom_id, prompt, params)
+            yield BatchLine(custom_id, prompt, params, echo=echo)
 
 
 def _parse_object(raw: bytes) -> dict:
@@ -72,7 +75,9 @@ def _custom_id(value: dict, default: str) -> str:
     return custom_id
 
 
-def _parse_request(value: dict, defaults: SamplingParams) -> tuple[str | list[int], SamplingParams]:
+def _parse_request(
+    value: dict, defaults: SamplingParams
+) -> tuple[str | list[int], SamplingParams, bool]:
     body = value
     if "body" in value:
         _refuse_unknown("field", value, _LINE_KEYS)
@@ -88,7 +93,12 @@ def _parse_request(value: dict, defaults: SamplingParams) -> tuple[str | list[in
     if not isinstance(given.get("stop", []), str | list):
         raise ValueError(f"stop is {given['stop']!r}; it must be a string or a list of strings")
     fields = {name: getattr(defaults, name) for name in _PARAMS} | given
-    return _parse_prompt(body), SamplingParams(**fields)
+    echo = body.get("echo") or False
+    if not isinstance(echo, bool):
+        raise ValueError(f"echo is {echo!r}; it must be true or false")
+    if echo:
+        fields["prompt_logprobs"] = fields["logprobs"]
+    return _parse_prompt(body), SamplingParams(**fields), echo
 
 
 def _parse_prompt(body: dict) -> str | list[int]:
@@ -110,9 +120,15 @@ def _refuse_unknown(what: str, values: dict, known: set[str]) -> None:
         )
 
 
-def response_row(custom_id: str, model: str, output: RequestOutput) -> dict:
-    """The response line of one answered request (usage counts the end token as generated)."""
+def response_row(
+    custom_id: str, model: str, output: RequestOutput, echo: Echo | None = None
+) -> dict:
+    """The response line of one answered request (usage counts the end token as generated).
+
+    echo: the prompt, if its text is to come before the answer's.
+    """
     answer = output.outputs[0]
+    text = (echo.text if echo else "") + answer.text
     prompt_tokens, new_tokens = len(output.prompt_token_ids), len(answer.token_ids)
     body = {
         "id": f"cmpl-{uuid.uuid4().hex}",
@@ -122,8 +138,8 @@ def response_row(custom_id: str, model: str, output: RequestOutput) -> dict:
         "choices": [
             {
                 "index": 0,
-                "text": answer.text,
-                "logprobs": None,
+                "text": text,
+                "logprobs": logprobs_object(output, text, echo),
                 "finish_reason": answer.finish_reason,
             }
         ],
