@@ -124,3 +124,49 @@ def test_what_cannot_be_measured_is_refused_with_the_numbers(
     path.write_bytes(text)
     said = run_eval("perplexity", "--data", path, *options)
     assert re.search(complaint, said), said
+
+
+@pytest.mark.parametrize("scored_in", ["prefill", "decode"])
+def test_a_last_word_counts_if_all_its_tokens_are_the_greedy_ones(
+    run_eval, text_model, tmp_path, scored_in
+):
+    """Words of one letter after a space, two tokens here: both must be what the model would say."""
+    model = AutoModelForCausalLM.from_pretrained(text_model, dtype=torch.float32).eval()
+    space = AutoTokenizer.from_pretrained(text_model).encode(" ")[0]
+    contexts = torch.randint(35, 97, (3000, 6), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        says_space = model(contexts).logits[:, -1].argmax(-1) == space
+        spaced = torch.cat([contexts, torch.full((3000, 1), space)], dim=1)
+        letters = model(spaced).logits[:, -1].argmax(-1)
+    texts, right = [], 0
+    for ids, is_right, letter in zip(
+        spaced[::20].tolist() + spaced[says_space].tolist(),
+        says_space[::20].tolist() + [True] * int(says_space.sum()),
+        letters[::20].tolist() + letters[says_space].tolist(),
+        strict=True,
+    ):
+        for last in (letter, 40 if letter != 40 else 41):
+            if last > space:  # else it is no word
+                texts.append("".join(chr(token + 30) for token in [*ids, last]))
+                right += is_right and last == letter
+    assert 2 < right < len(texts) // 2
+    path = tmp_path / "cloze.jsonl"
+    path.write_text("\n\n".join(json.dumps({"text": text + " \n", "id": 3}) for text in texts))
+    result = run_eval("cloze", "--data", path, "--scored-in", scored_in)
+    assert result["texts"] == len(texts) and result["tokens"] == 2 * len(texts)
+    assert result["accuracy"] == pytest.approx(right / len(texts))
+
+
+@pytest.mark.parametrize(
+    "line, complaint",
+    [
+        ("{", "line 2: not valid JSON"),
+        ("[1]", 'line 2: no {"text": ...}'),
+        ('{"text": 5}', 'line 2: no {"text": ...}'),
+        ('{"text": "one"}', "line 2: the text is 'one'; a last word needs another"),
+    ],
+)
+def test_a_bad_line_is_named(run_eval, tmp_path, line, complaint):
+    path = tmp_path / "cloze.jsonl"
+    path.write_text('{"text": "two words"}\n' + line)
+    assert complaint in run_eval("cloze", "--data", path)

@@ -56,3 +56,23 @@ def perplexity(
         "scored_in": scored_in.value,
     }  # fmt: skip
     evaluate(measure, engine, data, settings, json_file)
+
+
+@app.command()
+@with_engine
+def cloze(
+    engine: dict[str, Any],
+    data: Annotated[Path, typer.Option(help='JSONL of {"text": ...}, such as LAMBADA.')],
+    max_texts: Annotated[int | None, typer.Option(help="Only so many of the first lines.")] = None,
+    scored_in: ScoredInOption = Phase.prefill,
+    json_file: JsonOption = None,
+) -> None:
+    """Accuracy of texts' last words: how often all their tokens are the greedy ones.
+
+    Example: flexgen-ray eval cloze --model ./opt-30b --data lambada.jsonl --gpu-memory 16GiB
+    """
+    from flexgen_ray.evaluation.cloze import measure
+    from flexgen_ray.evaluation.run import evaluate
+
+    settings = {"max_texts": max_texts, "scored_in": scored_in.value}
+    evaluate(measure, engine, data, settings, json_file)

@@ -1,0 +1,55 @@
+"""Whether a model's greedy choice is a text's last word, as LAMBADA asks (Paperno et al. 2016).
+
+Knows lines of JSON, words and tokens; not how tokens are scored.
+"""
+
+from __future__ import annotations
+
+import json
+
+from flexgen_ray.evaluation.run import scored
+from flexgen_ray.llm import LLM
+from flexgen_ray.request import Request
+
+
+def measure(llm: LLM, text: str, scored_in: str, max_texts: int | None) -> dict[str, float]:
+    """{"accuracy": the share of texts whose last word's tokens are all the likeliest ones, "texts",
+    "tokens": of last words}.
+
+    text: lines of {"text": ...}. ValueError names the line that has no text of two words.
+    """
+    lines = [pair for pair in enumerate(text.splitlines(), start=1) if pair[1].strip()]
+    requests: list[Request] = []
+    for number, line in lines[:max_texts]:
+        try:
+            requests.append(_request(llm, len(requests), _text(line), scored_in == "decode"))
+        except ValueError as error:
+            raise ValueError(f"line {number}: {error}") from error
+    if not requests:
+        raise ValueError('there is no text; give lines of {"text": ...}')
+    outputs = scored(llm, requests)
+    right = sum(all(it.rank == 1 for it in output.scores) for output in outputs)
+    tokens = sum(len(output.scores) for output in outputs)
+    return {"accuracy": right / len(outputs), "texts": len(outputs), "tokens": tokens}
+
+
+def _text(line: str) -> str:
+    try:
+        value = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not valid JSON ({error})") from error
+    text = value.get("text") if isinstance(value, dict) else None
+    if not isinstance(text, str):
+        raise ValueError('no {"text": ...} with a string')
+    return text.strip()
+
+
+def _request(llm: LLM, index: int, text: str, in_decode: bool) -> Request:
+    """The space before the last word is the word's; of a long text the end is kept."""
+    context, _, word = text.rpartition(" ")
+    if not context or not word:
+        raise ValueError(f"the text is {text!r}; a last word needs another one before it")
+    token_ids = llm.tokenizer.encode(text)
+    first = len(llm.tokenizer.encode(context.rstrip()))
+    cut = max(len(token_ids) - llm.config.max_seq_len, 0)
+    return llm.score_request(index, token_ids[cut:], first - cut, in_decode)
