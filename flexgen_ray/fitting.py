@@ -38,10 +38,10 @@ def scoring(
 ) -> Request:
     """The last token, at least, is given rather than prefilled: it needs no pass of its own."""
     count, limit = len(token_ids), config.max_seq_len
-    if count > limit:
+    if count > limit + 1:
         raise ValueError(
             f"{count} tokens are to be scored with what precedes them, but the model's context is "
-            f"{limit} tokens; give it in windows"
+            f"{limit} tokens, in which the last needs no place; give them in windows"
         )
     if not 0 < first < count:
         raise ValueError(

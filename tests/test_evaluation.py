@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flexgen_ray.cli import main
 from flexgen_ray.evaluation.perplexity import windows
+from flexgen_ray.integrations.lm_eval_command import main as harness
 
 TEXT = "The quick brown fox jumps over the lazy dog; then, 12 days later, it sleeps. " * 5
 
@@ -112,7 +113,7 @@ def test_the_first_tokens_only(run_eval, text_model, text_file):
         (b"", [], "the text has 0 tokens"),
         (b"xyz", ["--stride", 0], "stride 0"),
         (b"xyz", ["--context", 1], "context is 1"),
-        (b"xyz" * 100, ["--context", 161, "--stride", 99], "161 tokens .* context is 160"),
+        (b"xyz" * 100, ["--context", 162, "--stride", 99], "162 tokens .* context is 160"),
         (b"xyz", ["--json", "no/such/folder.json"], "no/such does not exist"),
         (b"\xff\xfe", [], "codec can't decode"),
     ],
@@ -170,3 +171,9 @@ def test_a_bad_line_is_named(run_eval, tmp_path, line, complaint):
     path = tmp_path / "cloze.jsonl"
     path.write_text('{"text": "two words"}\n' + line)
     assert complaint in run_eval("cloze", "--data", path)
+
+
+def test_without_the_harness_its_command_says_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval.__main__", None)
+    with pytest.raises(SystemExit, match=r"pip install 'flexgen-ray\[lm-eval\]'"):
+        harness()

@@ -236,7 +236,7 @@ def test_counts_of_likeliest_tokens_have_a_limit(name, value):
 def test_what_cannot_be_scored_is_refused_with_the_numbers(tiny_models):
     with LLM(tiny_models["opt"][0], use_ray=False) as llm:
         for text, first, complaint in [
-            ([5] * 161, 1, "161 tokens .* context is 160 tokens"),
+            ([5] * 162, 1, "162 tokens .* context is 160 tokens"),
             ([5, 6], 0, "from 0 on .* of 2"),
             ([5, 6], 2, "from 2 on .* of 2"),
             ([5], 1, "from 1 on .* of 1"),
@@ -244,4 +244,8 @@ def test_what_cannot_be_scored_is_refused_with_the_numbers(tiny_models):
         ]:
             with pytest.raises(ValueError, match=complaint):
                 llm.score_request(0, text, first)
-        assert llm.score_request(0, [5] * 160, 1).max_seq_len == 160
+        for in_decode in (False, True):
+            longest = [llm.score_request(0, [5] * 161, 1, in_decode)]
+            llm.prepare(longest)
+            (output,) = llm.stream(longest)
+            assert len(output.scores) == 160

@@ -41,7 +41,7 @@ def evaluate(
     finish(figures | seconds | told | settings | {"stages": stages}, device, json_file)
 
 
-def scored(llm: LLM, requests: list[Request]) -> list[RequestOutput]:
+def answers(llm: LLM, requests: list[Request]) -> list[RequestOutput]:
     """Each request's output, in their order."""
     outputs: dict[int, RequestOutput] = {}
     with progress_bar(len(requests)) as on_progress:
