@@ -13,6 +13,8 @@ from flexgen_ray.runtime.stage import EXECUTORS, StageSpec
 from flexgen_ray.runtime.worker import Machine
 from flexgen_ray.schedule.span import Span
 
+SPANS_PER_CALL = 50_000
+
 
 class Backend(Protocol):
     """What a pipeline in this process and a Driver of Ray actors have in common."""
@@ -60,6 +62,14 @@ def start_backend(
         address, device, None if num_stages == "auto" else int(num_stages), faults, transport
     )
     return driver, driver.reserved_cpu_bytes
+
+
+def spans(backend: Backend, stage: int) -> Iterator[Span]:
+    """The last run's ops, if they were kept, in pieces that a small object store can hold."""
+    first = 0
+    while piece := backend.spans(stage, first, SPANS_PER_CALL):
+        yield from piece
+        first += len(piece)
 
 
 def execution(

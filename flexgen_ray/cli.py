@@ -1,6 +1,7 @@
 """The `flexgen-ray` command. Parses, shows, and sets the exit status; the work is elsewhere.
 
-Exit status: 0 if every line was answered, 2 if some got an error row, 1 if the job could not run.
+Exit status: 0 if every line was answered, 2 if some got an error row, 1 if the job could not run,
+130 if it was stopped.
 """
 
 from __future__ import annotations
@@ -16,13 +17,18 @@ import typer
 from flexgen_ray import __version__
 from flexgen_ray.bench.group import Benchmarks
 from flexgen_ray.evaluation.commands import app as evaluation
+from flexgen_ray.exits import EXIT_STOPPED, exit_status, told_how_to_resume
 from flexgen_ray.options import (
     AddressOption,
     Device,
     DeviceOption,
     GpuOption,
+    InputOption,
+    KeepOrderOption,
     NoRayOption,
     OffloadOption,
+    OutputOption,
+    OverwriteOption,
     ReportOption,
     StagesOption,
     TraceOption,
@@ -69,40 +75,49 @@ def _main(
 @with_engine
 def generate(
     engine: dict[str, Any],
-    input: Annotated[Path, typer.Option(help='JSONL: OpenAI Batch lines, or {"prompt": ...}.')],
-    output: Annotated[Path, typer.Option(help="JSONL of responses, one line a request.")],
+    input: InputOption,
+    output: OutputOption,
     max_tokens: Annotated[int, typer.Option(help="For lines that don't say.")] = 16,
     temperature: Annotated[float, typer.Option(help="Likewise; 0 is greedy.")] = 1.0,
     seed: Annotated[int, typer.Option(help="For requests without a seed of their own.")] = 0,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output.")] = False,
+    overwrite: OverwriteOption = False,
+    keep_order: KeepOrderOption = False,
     report: ReportOption = None,
     trace: TraceOption = None,
 ) -> None:
-    """Answer a file of requests.
+    """Answer a file of requests; after a stop or a kill the same command goes on.
 
     Example: flexgen-ray generate --model ./opt-30b --input in.jsonl --output out.jsonl
     --gpu-memory 16GiB --cpu-memory 64GiB --offload-dir /data/offload
+
+    Exit status: 0 all answered, 2 some lines got an error row, 1 could not run, 130 stopped.
     """
-    from flexgen_ray.job import read_job, run_job
+    from flexgen_ray.io.journal import Journal
+    from flexgen_ray.job import lossy_facts, read_job, run_job
     from flexgen_ray.llm import LLM
+    from flexgen_ray.paths import find_model
     from flexgen_ray.progress import progress_bar
     from flexgen_ray.request import SamplingParams
 
     defaults = SamplingParams(max_tokens=max_tokens, temperature=temperature)
-    if not input.is_file():
-        raise FileNotFoundError(f"{input} does not exist; --input takes a JSONL file")
     for path in filter(None, (output, report, trace)):
         if not path.parent.is_dir():
             raise FileNotFoundError(f"{path.parent} does not exist; make it first")
-    with LLM(**engine, seed=seed, trace=trace is not None) as llm:
-        job = read_job(llm, input, defaults)
-        with progress_bar(len(job.requests)) as on_progress:
-            run_job(llm, job, output, overwrite, on_progress)
-        _show_report(llm, report, trace)
-    if job.errors:
-        custom_id, message = job.errors[0]
-        _say(f"{len(job.errors)} lines got an error row, the first {custom_id}: {message}")
-        raise typer.Exit(2)
+    # Where data lies changes no answer; a resumed run may have other memory, and another policy.
+    lossy = {name: engine[name] for name in ("weight_bits", "cache_bits", "embedding_bits")}
+    facts = lossy_facts(engine["policy"], **lossy) | {"keep_order": keep_order, "seed": seed}
+    facts |= {"model": str(find_model(engine["model"])), "dtype": engine["dtype"]}
+    with Journal(output, overwrite, keep_order) as journal, told_how_to_resume(journal):
+        lines = read_job(input, journal, defaults, facts)
+        if not lines:
+            journal.begin()
+            _say(f"{output} answers all of {input} already; --overwrite would do it anew")
+            return exit_status(journal)
+        with LLM(**engine, seed=seed, trace=trace is not None) as llm:
+            with progress_bar(len(lines)) as on_progress:
+                run_job(llm, journal, lines, on_progress)
+            _show_report(llm, report, trace)
+        exit_status(journal)
 
 
 @app.command()
@@ -211,17 +226,20 @@ def _say(text: str) -> None:
 
 
 def _terminate(*_: object) -> None:
+    """The next signal ends the process at once."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
     raise KeyboardInterrupt
 
 
 def main() -> None:
     """Runs a command; faults end it with one line, not a traceback."""
-    signal.signal(signal.SIGTERM, _terminate)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _terminate)
     try:
         app()
     except (ValueError, OSError, RuntimeError) as error:
         _say(f"flexgen-ray: error: {error}")
         sys.exit(1)
     except KeyboardInterrupt:
-        _say("flexgen-ray: stopped; what was answered is in the output file")
-        sys.exit(130)
+        sys.exit(EXIT_STOPPED)

@@ -3,74 +3,111 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
 
+from flexgen_ray.config import Policy
 from flexgen_ray.io.journal import Journal
-from flexgen_ray.io.openai_batch import error_row, read_lines, response_row
+from flexgen_ray.io.lines import STANDARD, open_input
+from flexgen_ray.io.openai_batch import (
+    BatchLine,
+    error_row,
+    line_error,
+    read_lines,
+    response_row,
+)
 from flexgen_ray.io.openai_logprobs import Echo
 from flexgen_ray.llm import LLM
-from flexgen_ray.request import Progress, Request, SamplingParams
+from flexgen_ray.request import Progress, Request, RequestOutput, SamplingParams
+from flexgen_ray.stage_policies import StagePolicies
 
 OnProgress = Callable[[int, Progress], None]
 
 
-@dataclass(frozen=True)
-class JobInput:
-    """The requests that can be answered, and what to say of the others."""
+def read_job(
+    input: Path, journal: Journal, defaults: SamplingParams, facts: dict
+) -> list[BatchLine]:
+    """The lines that the journal's file doesn't answer yet; a bad line is only its own fault.
 
-    requests: list[Request]
-    custom_ids: list[str]
-    echoes: list[Echo | None]
-    errors: list[tuple[str, str]]
-
-
-def read_job(llm: LLM, path: Path, defaults: SamplingParams) -> JobInput:
-    """OSError if the file can't be read; a bad line is only its own fault."""
-    requests: list[Request] = []
+    facts: what answers depend on besides, by name. Raises OSError or ValueError if the input can't
+    be read, or is not that of the output.
+    """
+    if STANDARD not in (input, journal.path) and input.exists() and input.samefile(journal.path):
+        raise ValueError(f"{input} is both --input and --output; choose another --output")
     custom_ids: list[str] = []
-    echoes: list[Echo | None] = []
-    errors: list[tuple[str, str]] = []
-    with path.open("rb") as lines:
+    missing: list[BatchLine] = []
+    with open_input(input) as lines:
         for line in read_lines(lines, defaults):
-            try:
-                if line.error is not None:
-                    raise ValueError(line.error)
-                assert line.prompt is not None and line.params is not None
-                request = llm.request(len(requests), line.prompt, line.params)
-                echoes.append(_echo(llm, request, line.prompt) if line.echo else None)
-                requests.append(request)
-                custom_ids.append(line.custom_id)
-            except ValueError as error:
-                errors.append((line.custom_id, str(error)))
-    return JobInput(requests, custom_ids, echoes, errors)
+            custom_ids.append(line.custom_id)
+            if line.custom_id not in journal.answered:
+                missing.append(line)
+        facts = {"input_sha256": lines.sha256(), **asdict(defaults), **facts}
+    journal.check(facts, custom_ids)
+    return missing
 
 
-def _echo(llm: LLM, request: Request, prompt: str | list[int]) -> Echo:
-    text = prompt if isinstance(prompt, str) else llm.tokenizer.decode(prompt)
-    return Echo(text, llm.tokenizer.token(request.prompt_token_ids[0]))
+def lossy_facts(policy: Path | None, **lossy: int | None) -> dict:
+    """What of a policy, with what is given over it, changes answers; each kind of stage once.
+
+    Raises OSError or ValueError for a policy that can't be read.
+    """
+    given = (StagePolicies.given(policy) or StagePolicies((Policy(),))).compressed(**lossy)
+    kinds = {name: [getattr(it, name) for it in given.policies] for name in lossy}
+    return {name: list(dict.fromkeys(bits)) for name, bits in kinds.items()}
 
 
 def run_job(
-    llm: LLM, job: JobInput, output: Path, overwrite: bool, on_progress: OnProgress | None = None
+    llm: LLM, journal: Journal, lines: list[BatchLine], on_progress: OnProgress | None = None
 ) -> None:
-    """Appends rows to `output`: errors at once, answers as they finish.
+    """Appends a row for every line: errors at once, answers as they finish.
 
-    What can't work (policy, budget, an output file with content) is said before the file is made.
+    What can't work (policy, budget) is said before the output is changed.
     on_progress(requests done, Progress) is called after each pass.
     """
-    Journal.check(output, overwrite)
-    llm.prepare(job.requests)
+    requests, errors = _requests(llm, lines)
+    llm.prepare(requests)
     done = 0
 
     def report(progress: Progress) -> None:
         if on_progress:
             on_progress(done, progress)
 
-    with Journal(output, overwrite) as journal:
-        for custom_id, message in job.errors:
-            journal.append(error_row(custom_id, message))
-        for answer in llm.stream(job.requests, report):
-            custom_id, echo = job.custom_ids[answer.index], job.echoes[answer.index]
-            journal.append(response_row(custom_id, str(llm.model), answer, echo))
-            done += 1
+    journal.begin()
+    for custom_id, message in errors.items():
+        journal.append(error_row(custom_id, message))
+    by_number = {line.number: line for line in lines}
+    for answer in llm.stream(requests, report):
+        line = by_number[answer.index]
+        is_chat, echo = line.messages is not None, _echo(llm, line, answer)
+        journal.append(response_row(line.custom_id, str(llm.model), answer, is_chat, echo))
+        done += 1
+
+
+def _requests(llm: LLM, lines: list[BatchLine]) -> tuple[list[Request], dict[str, str]]:
+    """Requests that can be answered, known by their lines' numbers, as a resumed run draws the
+    same tokens; and what to say to the others, by custom_id."""
+    requests: list[Request] = []
+    errors: dict[str, str] = {}
+    for line in lines:
+        try:
+            requests.append(_request(llm, line))
+        except ValueError as error:
+            errors[line.custom_id] = line.error or line_error(line.number, error)
+    return requests, errors
+
+
+def _request(llm: LLM, line: BatchLine) -> Request:
+    if line.params is None:
+        raise ValueError(line.error)
+    prompt = llm.tokenizer.chat(line.messages) if line.messages is not None else line.prompt
+    assert prompt is not None
+    return llm.request(line.number, prompt, line.params)
+
+
+def _echo(llm: LLM, line: BatchLine, answer: RequestOutput) -> Echo | None:
+    """The prompt, if the line asks for it."""
+    if not line.echo:
+        return None
+    text = line.prompt if isinstance(line.prompt, str) else None
+    ids = answer.prompt_token_ids
+    return Echo(llm.tokenizer.decode(ids) if text is None else text, llm.tokenizer.token(ids[0]))

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import cast
 
 from flexgen_ray.auto_policy import Run
-from flexgen_ray.backend import execution, start_backend
+from flexgen_ray.backend import execution, spans, start_backend
 from flexgen_ray.config import Faults, HardwareSpec, Policy, Workload
 from flexgen_ray.cost.plan import StagePlan
 from flexgen_ray.fitting import generation, scoring
+from flexgen_ray.messages import several_chats
 from flexgen_ray.models.registry import load_config
 from flexgen_ray.models.shapes import shape_config
 from flexgen_ray.outputs import request_output
@@ -33,13 +34,10 @@ from flexgen_ray.request import (
 )
 from flexgen_ray.resources import settle_budgets, settle_dtype
 from flexgen_ray.runtime.stage import StageSpec
-from flexgen_ray.schedule.span import Span
 from flexgen_ray.stage_policies import StagePolicies
 from flexgen_ray.tokenizer import Tokenizer
 from flexgen_ray.trace import write_trace
 from flexgen_ray.units import parse_bytes
-
-SPANS_PER_CALL = 50_000
 
 
 class LLM:
@@ -143,6 +141,15 @@ class LLM:
         texts = [prompt if isinstance(prompt, str) else None for prompt in several]
         return [replace(outputs[index], prompt=text) for index, text in enumerate(texts)]
 
+    def chat(
+        self,
+        messages: Sequence,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[RequestOutput]:
+        """The same for chats, lists of {"role": ..., "content": ...}, worded as the model's are."""
+        chats = [self.tokenizer.chat(chat) for chat in several_chats(messages)]
+        return self.generate(chats, sampling_params)
+
     def request(self, index: int, prompt: Prompt, params: SamplingParams) -> Request:
         """A request that will fit the model; ValueError says why it can't.
 
@@ -241,7 +248,7 @@ class LLM:
         """The last run's ops as a Chrome trace, if the LLM was made with trace=True."""
         if not self._execution["keeps_spans"]:
             raise ValueError("no trace was kept; make the LLM with trace=True")
-        stages = [self._spans(stage) for stage in range(len(self.report.stages))]
+        stages = [spans(self._backend, stage) for stage in range(len(self.report.stages))]
         write_trace(Path(path), stages, self._execution["time_scale"] is not None)
 
     def close(self) -> None:
@@ -272,13 +279,6 @@ class LLM:
                 yield request_output(missing.pop(event.index), event, self.tokenizer)
         if missing:
             raise RuntimeError(f"the LLM was closed with {len(missing)} requests unanswered")
-
-    def _spans(self, stage: int) -> Iterator[Span]:
-        """In pieces that a small object store can hold."""
-        first = 0
-        while spans := self._backend.spans(stage, first, SPANS_PER_CALL):
-            yield from spans
-            first += len(spans)
 
     def _refuse_while_running(self) -> None:
         if self._run is not None:

@@ -28,6 +28,23 @@ class Device(StrEnum):
 ModelOption = Annotated[
     str, typer.Option(help="Hugging Face model folder (safetensors), or a name in its cache.")
 ]
+InputOption = Annotated[
+    Path,
+    typer.Option(
+        help='JSONL: OpenAI Batch lines, {"prompt": ...} or {"messages": ...}; .gz; - is standard '
+        "input."
+    ),
+]
+OutputOption = Annotated[
+    Path, typer.Option(help="JSONL of responses, one line a request; .gz; - is standard output.")
+]
+OverwriteOption = Annotated[
+    bool,
+    typer.Option("--overwrite/--resume", help="Answer all anew, or what the output lacks yet."),
+]
+KeepOrderOption = Annotated[
+    bool, typer.Option("--keep-order", help="In the input's order, not as answers are finished.")
+]
 DtypeOption = Annotated[
     Dtype,
     typer.Option(

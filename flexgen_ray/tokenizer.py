@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
+from flexgen_ray.messages import Messages
+
 _FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
 
 
@@ -26,6 +28,24 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """With the special tokens that the tokenizer puts around a text by itself."""
         return self.hf.encode(text, verbose=False)
+
+    def chat(self, messages: Messages) -> list[int]:
+        """A chat up to where the model's answer begins, as its template words it.
+
+        Raises ValueError if there is no template, or if it refuses these messages.
+        """
+        if not self.hf.chat_template:
+            raise ValueError(
+                f"{self.folder} has no chat template; give a prompt instead of messages, or add "
+                "the model's chat_template.jinja"
+            )
+        try:
+            return self.hf.apply_chat_template(
+                messages, add_generation_prompt=True, return_dict=False
+            )
+        except Exception as error:
+            # A template is a program: what it raises of messages it doesn't expect is anything.
+            raise ValueError(f"the model's chat template refuses the messages: {error}") from error
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Without special tokens."""

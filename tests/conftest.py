@@ -63,6 +63,16 @@ def text_model(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def chat_model(text_model, tmp_path_factory):
+    """The same with a chat template."""
+    folder = shutil.copytree(text_model, tmp_path_factory.mktemp("chat") / "model")
+    turn = "<{{ message.role }}>{{ message.content }}\n"
+    template = f"{{% for message in messages %}}{turn}{{% endfor %}}<assistant>"
+    (folder / "chat_template.jinja").write_text(template)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def local_ray(private_folders):
     """One small cluster for the whole session."""
     import ray

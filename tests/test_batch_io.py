@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from openai.types import Completion
+from openai.types.chat import ChatCompletion
+from openai.types.shared import ErrorObject
 
-from flexgen_ray.io.journal import Journal
-from flexgen_ray.io.openai_batch import error_row, read_lines, response_row
+from flexgen_ray.io.lines import MAX_LINE_BYTES, InputLines
+from flexgen_ray.io.openai_batch import error_row, read_lines, refusal, response_row
 from flexgen_ray.request import CompletionOutput, RequestOutput, SamplingParams
 
 DEFAULTS = SamplingParams(max_tokens=7, temperature=0.0)
@@ -57,7 +61,26 @@ def test_plain_lines_and_defaults():
         (b'{"prompt": 5}', "prompt must be"),
         (b'{"prompt": [1, "x"]}', "prompt must be"),
         (b'{"prompt": [true]}', "prompt must be"),
-        (b'{"prompt": "x", "n": 2}', "'n' is not supported"),
+        (b'{"prompt": "x", "m": 2}', "'m' is not supported"),
+        (b'{"prompt": "x", "n": 2}', "n is 2; only 1 is supported"),
+        (b'{"prompt": "x", "stream": true}', "stream is True; only False is supported"),
+        (b'{"prompt": "x", "max_tokens": 1, "max_completion_tokens": 1}', "give one of them"),
+        (b'{"prompt": "x", "max_tokens": "5"}', "max_tokens is '5'"),
+        (b'{"prompt": "x", "seed": ' + b"9" * 5000 + b"}", "limit (4300 digits)"),
+        (b"x" * (MAX_LINE_BYTES + 1), f"longer than {MAX_LINE_BYTES} bytes"),
+        (b'{"prompt": "x", "messages": [{"role": "user", "content": "x"}]}', "give one of them"),
+        (b'{"messages": []}', "one at least"),
+        (b'{"messages": "x"}', "messages must be"),
+        (b'{"messages": ["x"]}', "messages[0] is 'x'"),
+        (b'{"messages": [{"role": "user"}]}', "the content None"),
+        (b'{"messages": [{"role": "user", "content": 5}]}', "the content 5"),
+        (b'{"messages": [{"role": 5, "content": "x"}]}', "the role 5"),
+        (b'{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}', "type text"),
+        (b'{"messages": [{"role": "user", "content": "x", "tool_calls": [1]}]}', "'tool_calls'"),
+        (b'{"url": "/v1/completions", "body": {"messages": [{}]}}', "prompt is missing"),
+        (b'{"url": "/v1/chat/completions", "body": {"prompt": "x"}}', "messages is missing"),
+        (b'{"body": "{"}', "body must be a JSON object, or a string that holds one"),
+        (b'{"body": 5}', "body must be"),
         (b'{"prompt": "x", "max_tokens": 0}', "max_tokens is 0"),
         (b'{"prompt": "x", "max_tokens": 1.5}', "max_tokens is 1.5"),
         (b'{"prompt": "x", "max_tokens": true}', "max_tokens is True"),
@@ -86,15 +109,83 @@ def test_a_bad_line_says_what_is_wrong_and_costs_only_itself(line, complaint):
 def test_a_custom_id_answers_one_line_only():
     first, second = parse(batch("a", prompt="x"), batch("a", prompt="y"))
     assert first.error is None
-    assert second.error is not None and "'a'" in second.error
+    assert second.error is not None and "'a' is that of line 1" in second.error
+    assert second.custom_id == "line-2"
+
+
+@given(st.lists(st.sampled_from(["a", "line-1", "line-2", "line-3", "line-3+", None]), max_size=8))
+def test_every_row_has_an_id_of_its_own_whatever_lines_are_called(ids):
+    parsed = parse(*(json.dumps({"custom_id": it, "prompt": "x"}).encode() for it in ids))
+    assert len({line.custom_id for line in parsed}) == len(ids)
+    for name, line in zip(ids, parsed, strict=True):
+        assert line.error is not None or name in (None, line.custom_id)
+
+
+def test_chats_by_url_or_as_they_are():
+    messages = [{"role": "user", "content": "Hi"}]
+    url = {"url": "/v1/chat/completions", "body": {"messages": messages, "max_tokens": 4}}
+    parts = [{"type": "text", "text": "Hi"}, {"type": "text", "text": "you"}]
+    by_url, plain, long = parse(
+        json.dumps(url).encode(),
+        json.dumps({"messages": messages, "max_completion_tokens": 4}).encode(),
+        json.dumps({"messages": [{"role": "user", "content": parts, "name": "Bo"}]}).encode(),
+    )
+    assert by_url.messages == plain.messages == messages
+    assert by_url.params == plain.params == SamplingParams(4, 0.0)
+    assert long.messages == [{"role": "user", "content": "Hi\nyou", "name": "Bo"}]
+    assert by_url.prompt is None and by_url.error is None
+
+
+def test_fields_that_ask_for_nothing_and_bodies_in_strings():
+    body = {"prompt": "Hi", "n": 1, "stream": False, "presence_penalty": 0.0, "stop": None,
+            "tools": None, "response_format": {"type": "text"}}  # fmt: skip
+    as_object, as_string = parse(
+        json.dumps({"body": body}).encode(), json.dumps({"body": json.dumps(body)}).encode()
+    )
+    assert as_object.error is None and as_object.params == DEFAULTS
+    assert (as_string.prompt, as_string.params) == (as_object.prompt, as_object.params)
+
+
+class Endless:
+    """A stream of one line that is longer than memory; it counts what is asked for."""
+
+    def __init__(self, num_bytes: int) -> None:
+        self.left, self.largest = num_bytes, 0
+
+    def readline(self, size: int) -> bytes:
+        self.largest = max(self.largest, size)
+        count = min(size, self.left)
+        self.left -= count
+        return b"x" * count
+
+
+def test_an_endless_line_is_read_in_bounded_memory():
+    stream = Endless(10 * MAX_LINE_BYTES)
+    (line,) = read_lines(InputLines(stream), DEFAULTS)
+    assert line.error is not None and str(MAX_LINE_BYTES) in line.error and len(line.error) < 200
+    assert stream.left == 0 and stream.largest <= MAX_LINE_BYTES + 1
+
+
+def test_a_long_line_costs_only_itself():
+    lines = b"x" * (2 * MAX_LINE_BYTES) + b"\n" + batch("after", prompt="y") + b"\n"
+    long, after = read_lines(InputLines(io.BytesIO(lines)), DEFAULTS)
+    assert long.error is not None and "line 1" in long.error
+    assert (after.custom_id, after.prompt, after.number) == ("after", "y", 2)
+
+
+def test_what_is_said_of_a_line_does_not_quote_a_book():
+    (line,) = parse(json.dumps({"prompt": "x", "temperature": "y" * 10**6}).encode())
+    assert line.error is not None and len(line.error) < 2000
 
 
 @given(st.lists(st.binary(max_size=60)))
 @settings(max_examples=200)
 def test_no_bytes_crash_the_reader(lines):
     good = batch("good", prompt="x")
-    parsed = parse(*[line.replace(b"\n", b"") for line in lines], good)
+    bad = [line.replace(b"\n", b"") for line in lines]
+    parsed = parse(*bad, good)
     assert parsed[-1].prompt == "x"
+    assert len(parsed) == sum(bool(line.strip()) for line in bad) + 1
 
 
 _JSON = st.recursive(
@@ -106,7 +197,20 @@ _JSON = st.recursive(
 @given(
     st.dictionaries(
         st.sampled_from(
-            ["prompt", "stop", "seed", "max_tokens", "temperature", "body", "custom_id"]
+            [
+                "prompt",
+                "stop",
+                "seed",
+                "max_tokens",
+                "temperature",
+                "body",
+                "custom_id",
+                "url",
+                "method",
+                "messages",
+                "n",
+                "max_completion_tokens",
+            ]
         ),
         _JSON,
     )
@@ -114,31 +218,58 @@ _JSON = st.recursive(
 @settings(max_examples=200)
 def test_no_json_crashes_the_reader(value):
     (line,) = parse(json.dumps(value).encode())
-    assert (line.error is None) == (line.prompt is not None and line.params is not None)
+    asks = [line.prompt, line.messages]
+    assert (line.error is None) == (line.params is not None)
+    assert asks.count(None) == (1 if line.error is None else 2)
 
 
-def test_response_rows_have_the_fields_of_openai():
-    answer = CompletionOutput(" Paris", [5, 6], "stop")
-    row = response_row("a", "m", RequestOutput(0, None, [1, 2, 3], [answer]))
-    assert row["custom_id"] == "a" and row["error"] is None and row["id"].startswith("batch_req_")
-    assert row["response"]["status_code"] == 200 and row["response"]["request_id"]
-    body = row["response"]["body"]
-    assert body["object"] == "text_completion" and body["model"] == "m"
-    (choice,) = body["choices"]
-    assert (choice["text"], choice["finish_reason"], choice["index"]) == (" Paris", "stop", 0)
-    assert body["usage"] == {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
-    refused = error_row("b", "too long")
-    assert refused["response"]["status_code"] == 400
-    assert refused["response"]["body"]["error"]["message"] == "too long"
+_MESSAGE = st.fixed_dictionaries(
+    {"role": _JSON | st.just("user"), "content": _JSON | st.text()},
+    optional={"name": _JSON, "tool_calls": _JSON},
+)
 
 
-def test_the_journal_appends_whole_lines_and_spares_what_is_there(tmp_path):
-    path = tmp_path / "out.jsonl"
-    with Journal(path) as journal:
-        journal.append({"text": "ü\n"})
-        assert json.loads(path.read_text(encoding="utf-8")) == {"text": "ü\n"}
-    with pytest.raises(FileExistsError, match="--overwrite"):
-        Journal(path)
-    with Journal(path, overwrite=True) as journal:
-        journal.append({"text": "new"})
-    assert path.read_text() == '{"text": "new"}\n'
+@given(st.lists(_MESSAGE | _JSON, max_size=3))
+@settings(max_examples=200)
+def test_messages_are_text_or_refused(messages):
+    (line,) = parse(json.dumps({"messages": messages}).encode())
+    if line.error is None:
+        assert line.messages
+        assert all(isinstance(it, str) for message in line.messages for it in message.values())
+
+
+def answered(text: str, reason: str = "stop") -> RequestOutput:
+    return RequestOutput(0, None, [1, 2, 3], [CompletionOutput(text, [5, 6], reason)])
+
+
+@given(st.text(), st.sampled_from(["stop", "length"]), st.text(min_size=1))
+def test_openai_s_own_types_read_every_answer(text, reason, custom_id):
+    plain = response_row(custom_id, "m", answered(text, reason))
+    chat = response_row(custom_id, "m", answered(text, reason), is_chat=True)
+    for row in (plain, chat):
+        assert row["custom_id"] == custom_id and row["error"] is None and refusal(row) is None
+        assert row["id"].startswith("batch_req_")
+        assert row["response"]["status_code"] == 200 and row["response"]["request_id"]
+    completion = Completion.model_validate(plain["response"]["body"], strict=True)
+    assert completion.choices[0].text == text and completion.choices[0].finish_reason == reason
+    of_chat = ChatCompletion.model_validate(chat["response"]["body"], strict=True)
+    message = of_chat.choices[0].message
+    assert (message.role, message.content, message.refusal) == ("assistant", text, None)
+    for usage in (completion.usage, of_chat.usage):
+        assert usage is not None and completion.model == of_chat.model == "m"
+        counts = usage.prompt_tokens, usage.completion_tokens, usage.total_tokens
+        assert counts == (3, 2, 5)
+
+
+@given(st.text())
+def test_openai_s_own_types_read_every_refusal(message):
+    row = error_row("b", message)
+    error = ErrorObject.model_validate(row["response"]["body"]["error"], strict=True)
+    assert row["response"]["status_code"] == 400
+    assert error.message == message == refusal(row) and error.type == "invalid_request_error"
+
+
+def test_refusals_of_other_servers_are_understood():
+    body = {"error": {"message": "too long"}}
+    assert refusal({"response": {"status_code": 400, "body": json.dumps(body)}}) == "too long"
+    assert refusal({"response": None, "error": {"code": "x", "message": "expired"}}) == "expired"

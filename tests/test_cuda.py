@@ -9,6 +9,7 @@ from test_exactness import MAX_TOKENS, assert_same, policies
 from test_executor import generate
 
 from flexgen_ray import LLM, Policy, SamplingParams
+from flexgen_ray.backend import spans as all_spans
 from flexgen_ray.calibrate import calibrate
 from flexgen_ray.resources import CUDA_RESERVE
 from flexgen_ray.schedule.ops import LANE
@@ -53,7 +54,7 @@ def test_every_lane_of_a_cuda_run_is_timed_on_its_stream(tiny_models, policy_of_
     options = {"dtype": "float32", "device": "cuda", "use_ray": False, "trace": True}
     with LLM(folder, policy=policy_of_all, **options) as llm:
         llm.generate([reference.prompt for reference in references], GREEDY)
-        spans = list(llm._spans())
+        spans = list(all_spans(llm._backend, 0))
         measured = llm.report.stages[0].measured
     lanes = {LANE[span.op.kind].worker.value for span in spans}
     assert {"device", "load_weights", "load_cache", "store", "host", "disk_read"} <= lanes

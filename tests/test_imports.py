@@ -12,19 +12,20 @@ import pytest
 import flexgen_ray
 
 ROOT = Path(flexgen_ray.__file__).parent
-FOUNDATION = {"units", "config", "model_config", "request", "rows"}
+FOUNDATION = {"units", "config", "model_config", "request", "messages", "rows"}
 MAY_IMPORT = {
     "units": set(),
     "config": set(),
     "model_config": set(),
     "request": set(),
+    "messages": set(),
     "rows": set(),
     "schedule": set(),
     "cost": {"config", "model_config", "units", "rows", "schedule", "paths", "quant"},
     "quant": FOUNDATION,
     "models": FOUNDATION | {"quant"},
     "store": FOUNDATION | {"schedule", "cost", "models", "quant"},
-    "tokenizer": set(),
+    "tokenizer": {"messages"},
     "io": FOUNDATION,
     "paths": set(),
     "runtime": FOUNDATION | {"paths", "quant", "schedule", "cost", "models", "store", "tokenizer"},

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from flexgen_ray import LLM, SamplingParams
+from flexgen_ray.io.journal import Journal
 from flexgen_ray.io.openai_batch import read_lines
 from flexgen_ray.io.openai_logprobs import Echo, logprobs_object
 from flexgen_ray.job import read_job, run_job
@@ -40,8 +41,9 @@ def choices(text_model, tmp_path_factory) -> dict[str, dict]:
     ]
     (folder / "in.jsonl").write_text("\n".join(lines))
     with LLM(text_model, dtype="float32", device="cpu", use_ray=False) as llm:
-        job = read_job(llm, folder / "in.jsonl", SamplingParams())
-        run_job(llm, job, folder / "out.jsonl", overwrite=False)
+        with Journal(folder / "out.jsonl") as journal:
+            lines = read_job(folder / "in.jsonl", journal, SamplingParams(), {})
+            run_job(llm, journal, lines)
     found = map(json.loads, (folder / "out.jsonl").read_text().splitlines())
     bodies = {row["custom_id"]: row["response"]["body"] for row in found}
     assert set(bodies) == set(BODIES)

@@ -1,4 +1,5 @@
-"""OpenAI Batch lines: requests in, responses out. Also takes plain `{"prompt": ...}` lines.
+"""OpenAI Batch lines: requests in, responses out. Also takes plain `{"prompt": ...}` lines, and
+`{"messages": ...}`.
 
 Knows JSON; nothing of models. Every fault of a line becomes that line's error row.
 """
@@ -9,102 +10,185 @@ import json
 import time
 import uuid
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from flexgen_ray.io.lines import MAX_LINE_BYTES
 from flexgen_ray.io.openai_logprobs import Echo, logprobs_object
+from flexgen_ray.messages import Messages, parse_messages
 from flexgen_ray.request import RequestOutput, SamplingParams
 
-URL = "/v1/completions"
+# Where requests go, and what a request there asks with.
+_URLS = {"/v1/completions": "prompt", "/v1/chat/completions": "messages"}
 _LINE_KEYS = {"custom_id", "method", "url", "body"}
 _PARAMS = ("max_tokens", "temperature", "top_p", "seed", "stop", "ignore_eos", "logprobs")
-_BODY_KEYS = {"model", "prompt", "user", "echo", *_PARAMS}
+_BODY_KEYS = {"model", "user", "echo", "max_completion_tokens", *_URLS.values(), *_PARAMS}
+# Fields with which only the usual can be asked for.
+_ONLY = {
+    "n": 1,
+    "best_of": 1,
+    "stream": False,
+    "presence_penalty": 0,
+    "frequency_penalty": 0,
+    "response_format": {"type": "text"},
+}
+_MAX_MESSAGE = 1000
+
+Prompt = str | list[int]
 
 
 @dataclass(frozen=True)
 class BatchLine:
-    """One input line: what is asked, or what is wrong with it. echo: the prompt comes with the
-    answer."""
+    """One input line: what is asked, a prompt or a chat's messages, or what is wrong with it.
+
+    echo: the prompt comes with the answer.
+    """
 
     custom_id: str
-    prompt: str | list[int] | None = None
+    number: int
+    prompt: Prompt | None = None
+    messages: Messages | None = None
     params: SamplingParams | None = None
     error: str | None = None
     echo: bool = False
 
 
 def read_lines(lines: Iterable[bytes], defaults: SamplingParams) -> Iterator[BatchLine]:
-    """One BatchLine for every line that isn't blank; a bad line never stops the others."""
-    seen: set[str] = set()
+    """One BatchLine for every line that isn't blank; a bad line never stops the others.
+
+    Every one has a custom_id of its own: `line-7` where line 7 has none, or none that can be used.
+    """
+    taken: dict[str, int] = {}
     for number, raw in enumerate(lines, start=1):
-        if not raw.strip():
-            continue
-        custom_id = f"line-{number}"
-        try:
-            value = _parse_object(raw)
-            custom_id = _custom_id(value, custom_id)
-            if custom_id in seen:
-                raise ValueError(f"custom_id {custom_id!r} was used by an earlier line")
-            seen.add(custom_id)
-            prompt, params, echo = _parse_request(value, defaults)
-        except ValueError as error:
-            yield BatchLine(custom_id, error=f"line {number}: {error}")
-        else:
-            yield BatchLine(custom_id, prompt, params, echo=echo)
+        if raw.strip():
+            line = _read_line(number, raw, taken, defaults)
+            taken[line.custom_id] = number
+            yield line
+
+
+def _read_line(
+    number: int, raw: bytes, taken: dict[str, int], defaults: SamplingParams
+) -> BatchLine:
+    custom_id = f"line-{number}"
+    while custom_id in taken:
+        custom_id += "+"
+    try:
+        value = _parse_object(raw)
+        custom_id = _custom_id(value, custom_id, taken)
+        body = _body(value)
+        prompt, messages = body.get("prompt"), body.get("messages")
+        params = _params(body, defaults)
+        if messages is not None:
+            _refuse_scores(body)
+            return BatchLine(custom_id, number, messages=parse_messages(messages), params=params)
+        prompt = _parse_prompt(prompt)
+        return BatchLine(custom_id, number, prompt, params=params, echo=_echo(body))
+    except ValueError as error:
+        return BatchLine(custom_id, number, error=line_error(number, error))
+
+
+def line_error(number: int, error: ValueError) -> str:
+    """What is said of a line; not all of it if it quotes a whole book."""
+    message = f"line {number}: {error}"
+    return message if len(message) <= _MAX_MESSAGE else f"{message[:_MAX_MESSAGE]}..."
 
 
 def _parse_object(raw: bytes) -> dict:
+    if len(raw) > MAX_LINE_BYTES:
+        raise ValueError(
+            f"longer than {MAX_LINE_BYTES} bytes, the most a line may have; shorten its prompt"
+        )
     try:
         value = json.loads(raw.decode("utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError("must be a JSON object")
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 (byte {error.start})") from error
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"not valid JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise ValueError("must be a JSON object")
-    try:
-        json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError as error:
         raise ValueError("holds half of a surrogate pair, which is no character") from error
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"not valid JSON ({error})") from error
     return value
 
 
-def _custom_id(value: dict, default: str) -> str:
+def _custom_id(value: dict, default: str, taken: dict[str, int]) -> str:
     custom_id = value.get("custom_id", default)
     if not isinstance(custom_id, str) or not custom_id:
         raise ValueError(f"custom_id is {custom_id!r}; it must be a non-empty string")
+    if custom_id in taken:
+        raise ValueError(f"custom_id {custom_id!r} is that of line {taken[custom_id]} already")
     return custom_id
 
 
-def _parse_request(
-    value: dict, defaults: SamplingParams
-) -> tuple[str | list[int], SamplingParams, bool]:
-    body = value
-    if "body" in value:
-        _refuse_unknown("field", value, _LINE_KEYS)
-        if value.get("method", "POST") != "POST" or value.get("url", URL) != URL:
-            raise ValueError(f"method and url must be POST and {URL}")
-        body = value["body"]
-        if not isinstance(body, dict):
-            raise ValueError("body must be a JSON object")
-    else:
-        body = {key: field for key, field in value.items() if key != "custom_id"}
-    _refuse_unknown("body field", body, _BODY_KEYS)
-    given = {name: body[name] for name in _PARAMS if body.get(name) is not None}
+def _body(value: dict) -> dict:
+    """A line's fields but for those that are null, which say nothing."""
+    if "body" not in value:
+        return _known_fields({key: it for key, it in value.items() if key != "custom_id"})
+    _refuse_unknown("field", value, _LINE_KEYS)
+    body, url = value["body"], value.get("url")
+    if isinstance(body, str):
+        body = _body_in_a_string(body)
+    if not isinstance(body, dict):
+        raise ValueError("body must be a JSON object")
+    if value.get("method", "POST") != "POST" or (url is not None and url not in list(_URLS)):
+        raise ValueError(f"method and url must be POST and {' or '.join(_URLS)}")
+    if url is not None and body.get(_URLS[url]) is None:
+        raise ValueError(f"{_URLS[url]} is missing, which {url} asks with")
+    return _known_fields(body)
+
+
+def _body_in_a_string(body: str) -> dict:
+    """As some servers' tools write it."""
+    try:
+        return _parse_object(body.encode())
+    except ValueError as error:
+        raise ValueError(
+            f"body must be a JSON object, or a string that holds one: {error}"
+        ) from error
+
+
+def _known_fields(body: dict) -> dict:
+    """ValueError for what would be asked for in vain."""
+    body = {key: field for key, field in body.items() if field is not None}
+    if body.get("logprobs") is False:  # as chats say that nobody wants them
+        del body["logprobs"]
+    _refuse_unknown("body field", body, _BODY_KEYS | set(_ONLY))
+    for key, only in _ONLY.items():
+        if body.get(key, only) != only:
+            raise ValueError(f"{key} is {body[key]!r}; only {only!r} is supported")
+    for pair in (("prompt", "messages"), ("max_tokens", "max_completion_tokens")):
+        if set(pair) <= set(body):
+            raise ValueError(f"{' and '.join(pair)} are both there; give one of them")
+    return body
+
+
+def _params(body: dict, defaults: SamplingParams) -> SamplingParams:
+    given = {name: body[name] for name in _PARAMS if name in body}
+    if "max_completion_tokens" in body:
+        given["max_tokens"] = body["max_completion_tokens"]
     if not isinstance(given.get("stop", []), str | list):
         raise ValueError(f"stop is {given['stop']!r}; it must be a string or a list of strings")
-    fields = {name: getattr(defaults, name) for name in _PARAMS} | given
-    echo = body.get("echo") or False
+    if _echo(body):
+        given["prompt_logprobs"] = given.get("logprobs", defaults.logprobs)
+    return replace(defaults, **given)
+
+
+def _echo(body: dict) -> bool:
+    echo = body.get("echo", False)
     if not isinstance(echo, bool):
         raise ValueError(f"echo is {echo!r}; it must be true or false")
-    if echo:
-        fields["prompt_logprobs"] = fields["logprobs"]
-    return _parse_prompt(body), SamplingParams(**fields), echo
+    return echo
 
 
-def _parse_prompt(body: dict) -> str | list[int]:
-    if "prompt" not in body:
-        raise ValueError("prompt is missing")
-    prompt = body["prompt"]
+def _refuse_scores(body: dict) -> None:
+    for key in ("echo", "logprobs"):
+        if body.get(key):
+            raise ValueError(f"{key} is {body[key]!r}; it is supported for prompts, not for chats")
+
+
+def _parse_prompt(prompt: object) -> Prompt:
+    if prompt is None:
+        raise ValueError("prompt is missing, and so are messages")
     if isinstance(prompt, str):
         return prompt
     if isinstance(prompt, list) and prompt and all(type(token) is int for token in prompt):
@@ -121,7 +205,11 @@ def _refuse_unknown(what: str, values: dict, known: set[str]) -> None:
 
 
 def response_row(
-    custom_id: str, model: str, output: RequestOutput, echo: Echo | None = None
+    custom_id: str,
+    model: str,
+    output: RequestOutput,
+    is_chat: bool = False,
+    echo: Echo | None = None,
 ) -> dict:
     """The response line of one answered request (usage counts the end token as generated).
 
@@ -130,15 +218,16 @@ def response_row(
     answer = output.outputs[0]
     text = (echo.text if echo else "") + answer.text
     prompt_tokens, new_tokens = len(output.prompt_token_ids), len(answer.token_ids)
+    message = {"role": "assistant", "content": answer.text, "refusal": None}
     body = {
-        "id": f"cmpl-{uuid.uuid4().hex}",
-        "object": "text_completion",
+        "id": f"{'chatcmpl' if is_chat else 'cmpl'}-{uuid.uuid4().hex}",
+        "object": "chat.completion" if is_chat else "text_completion",
         "created": int(time.time()),
         "model": model,
         "choices": [
             {
                 "index": 0,
-                "text": text,
+                **({"message": message} if is_chat else {"text": text}),
                 "logprobs": logprobs_object(output, text, echo),
                 "finish_reason": answer.finish_reason,
             }
@@ -166,3 +255,18 @@ def _row(custom_id: str, status_code: int, body: dict) -> dict:
         "response": response,
         "error": None,
     }
+
+
+def refusal(row: dict) -> str | None:
+    """What an output line says instead of an answer, if it does.
+
+    A body may be an object, or, as some servers write it, a string that holds one.
+    """
+    response, error = row.get("response") or {}, row.get("error")
+    if error is None and response.get("status_code") == 200:
+        return None
+    body = response.get("body")
+    if isinstance(body, str):
+        body = _parse_object(body.encode())
+    error = error or (body or {}).get("error") or {}
+    return str(error.get("message", "no reason is given"))

@@ -1,0 +1,175 @@
+"""A file of JSON lines that only grows: each line whole or not at all, one process at a time.
+
+Knows bytes, locks and signals; not what a line says. A path that ends in `.gz` gets a gzip member a
+line, so that whatever was finished can be read after a kill. `-` is standard output.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import gzip
+import json
+import os
+import signal
+import stat
+import threading
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from flexgen_ray.io.lines import STANDARD
+
+# Small, as what follows a member's end is copied for each member that a piece holds.
+_PIECE_BYTES = 8192
+
+
+class LineFile:
+    """Opened and locked, its content as it was. num_bytes: where the next line goes."""
+
+    def __init__(self, path: Path) -> None:
+        """OSError if it can't be written; RuntimeError if another process is writing it."""
+        self.path = path
+        self._is_gzip = path.suffix == ".gz"
+        self.is_new = False
+        if path == STANDARD:
+            self._fd = os.dup(1)
+            # Whatever else is printed in this process must not end up among the lines.
+            os.dup2(2, 1)
+        else:
+            self._fd, self.is_new = _open_locked(path)
+        self.is_file = path != STANDARD and stat.S_ISREG(os.fstat(self._fd).st_mode)
+        self.num_bytes = 0
+
+    def rows(self) -> Iterator[tuple[int, int, dict]]:
+        """(start, end, row) of every whole line, in bytes of the file; a torn end is left out.
+
+        Raises ValueError if the file holds anything else.
+        """
+        start = 0
+        with self.path.open("rb") as file:
+            for end, text in _members(file) if self._is_gzip else _lines(file):
+                for line in filter(None, text.split(b"\n")):
+                    yield start, end, self._parse(line, start)
+                start = end
+
+    def read(self, start: int, end: int) -> dict:
+        """A line that `append` wrote there."""
+        with self.path.open("rb") as file:
+            file.seek(start)
+            content = file.read(end - start)
+        return json.loads(gzip.decompress(content) if self._is_gzip else content)
+
+    def truncate(self, num_bytes: int) -> None:
+        """The next line goes there."""
+        if self.is_file:
+            os.ftruncate(self._fd, num_bytes)
+        self.num_bytes = num_bytes
+
+    def append(self, row: dict) -> None:
+        """Ctrl-C and SIGTERM wait until the line is written; OSError names the file, which then
+        ends with the line before."""
+        line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
+        if self._is_gzip:
+            line = gzip.compress(line, mtime=0)
+        rest = memoryview(line)
+        with _signals_wait():
+            try:
+                while rest:
+                    rest = rest[os.write(self._fd, rest) :]
+            except OSError as error:
+                self.truncate(self.num_bytes)
+                raise OSError(error.errno, os.strerror(error.errno or 0), str(self.path)) from error
+            self.num_bytes += len(line)
+
+    def close(self) -> None:
+        """What was written to a file is on disk when this returns."""
+        try:
+            if self.is_file:
+                os.fsync(self._fd)
+        finally:
+            if self.path == STANDARD:
+                os.dup2(self._fd, 1)
+            os.close(self._fd)
+
+    def _parse(self, line: bytes, start: int) -> dict:
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ValueError(
+                f"{self.path} has no line of JSON at byte {start} ({error})"
+            ) from error
+        if not isinstance(row, dict) or not isinstance(row.get("custom_id"), str):
+            raise ValueError(f"{self.path} has a line without custom_id at byte {start}")
+        return row
+
+
+def _open_locked(path: Path) -> tuple[int, bool]:
+    """A descriptor, and whether the file was made. The lock goes with the process."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+    while True:
+        try:
+            fd, is_new = os.open(path, flags | os.O_EXCL, 0o644), True
+        except FileExistsError:
+            fd, is_new = os.open(path, flags, 0o644), False
+        try:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                return fd, False
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Another run may have removed it between the two.
+            if path.exists() and os.path.samestat(os.fstat(fd), path.stat()):
+                return fd, is_new
+        except BlockingIOError as error:
+            os.close(fd)
+            raise RuntimeError(
+                f"another run is writing {path}; wait for its end, or choose another --output"
+            ) from error
+        os.close(fd)
+
+
+def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    """(end, line) of every line that has its end."""
+    end = 0
+    for line in file:
+        end += len(line)
+        if line.endswith(b"\n"):
+            yield end, line
+
+
+def _members(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    """(end, content) of every gzip member that has its end."""
+    end, piece = 0, b""
+    while True:
+        unzip = zlib.decompressobj(wbits=31)
+        content = b""
+        while not unzip.eof:
+            piece = piece or file.read(_PIECE_BYTES)
+            if not piece:
+                return
+            try:
+                content += unzip.decompress(piece)
+            except zlib.error as error:
+                raise ValueError(f"{file.name} is not gzip after byte {end} ({error})") from error
+            end += len(piece) - len(unzip.unused_data)
+            piece = unzip.unused_data
+        yield end, content
+
+
+@contextmanager
+def _signals_wait() -> Iterator[None]:
+    """SIGINT and SIGTERM are answered when the block has ended."""
+    came: list[int] = []
+    before = {}
+    try:
+        # Handlers belong to the main thread; no other is interrupted by them.
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                before[number] = signal.getsignal(number)
+                signal.signal(number, lambda number, _: came.append(number))
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for late in came:
+            signal.raise_signal(late)
