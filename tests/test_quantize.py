@@ -322,6 +322,12 @@ def test_what_does_not_fit_together_is_refused():
         pack(torch.ones(2, 64), 4, out=torch.empty(2, 68, dtype=torch.uint8))
     with pytest.raises(ValueError, match=r"\[2, 42\]"):
         unpack(packed, 4, torch.empty(2, 65))
+    with pytest.raises(ValueError, match="on meta"):
+        pack(torch.ones(2, 64), 4, out=torch.empty(2, 36, dtype=torch.uint8, device="meta"))
+    with pytest.raises(ValueError, match="on meta"):
+        unpack(packed, 4, torch.empty(2, 64, device="meta"))
+    with pytest.raises(ValueError, match="dense"):
+        unpack(packed.T.contiguous().T, 4, torch.empty(2, 64))
     with pytest.raises(ValueError, match="dense"):
         unpack(packed, 4, torch.empty(64, 2).T)
     with pytest.raises(ValueError, match="float64"):

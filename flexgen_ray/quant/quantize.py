@@ -32,7 +32,7 @@ def pack(x: Tensor, bits: int, out: Tensor | None = None, least_squares: bool = 
     shape = (*x.shape[:-1], packed_bytes(x.shape[-1], bits))
     if out is None:
         out = torch.empty(shape, dtype=torch.uint8, device=x.device)
-    _check(out, shape)
+    _check(out, shape, x.device)
     values = x if x.dtype in _DTYPES else x.float()
     values = values if _is_dense(values) else values.contiguous()
     if x.device.type != "cpu":
@@ -57,7 +57,7 @@ def unpack(packed: Tensor, bits: int, out: Tensor) -> None:
     on the same device; both dense in their last dimension.
     Raises ValueError if they don't fit together.
     """
-    _check(packed, (*out.shape[:-1], packed_bytes(out.shape[-1], bits)))
+    _check(packed, (*out.shape[:-1], packed_bytes(out.shape[-1], bits)), out.device)
     if out.dtype not in _DTYPES:
         raise ValueError(f"packed values become one of {_DTYPES}, not {out.dtype}")
     if not _is_dense(out):
@@ -75,10 +75,13 @@ def _on_device() -> ModuleType:
     return import_module(f"flexgen_ray.quant.{'cuda' if find_spec('triton') else 'plain'}")
 
 
-def _check(packed: Tensor, shape: tuple[int, ...]) -> None:
-    if packed.dtype != torch.uint8 or packed.shape != shape or not _is_dense(packed):
-        found = f"{packed.dtype} {list(packed.shape)}, strided {packed.stride()}"
-        raise ValueError(f"packed vectors must be torch.uint8 {list(shape)}, dense, not {found}")
+def _check(packed: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+    found = packed.dtype, tuple(packed.shape), packed.device
+    if found != (torch.uint8, shape, device) or not _is_dense(packed):
+        raise ValueError(
+            f"packed vectors must be torch.uint8 {list(shape)} on {device}, dense in their last"
+            f" dimension, not {found[0]} {list(found[1])} on {found[2]}, strided {packed.stride()}"
+        )
 
 
 def _is_dense(x: Tensor) -> bool:
