@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,9 +34,11 @@ def write_packed(
     bits: dict[str, int | None],
     output: Path,
     announce: Callable[[str], None],
+    least_squares: bool = True,
 ) -> tuple[int, int]:
     """Bytes of the tensors before and after. bits: as config.json is to say; announce is called
-    with each layer as it begins.
+    with each layer as it begins; least_squares: as in `pack`, else as weights are packed that a run
+    loads.
 
     Raises FileExistsError if the output folder is there, ValueError for what can't be packed.
     """
@@ -48,7 +51,8 @@ def write_packed(
         count = config.num_layers + 2
         for layer in range(count):
             announce(f"layer {layer + 1} of {count}")
-            tensors = _packed(checkpoint, config, layer, kept, sizes)
+            packer = partial(pack, least_squares=least_squares)
+            tensors = _packed(checkpoint, config, layer, kept, packer, sizes)
             name = f"model-{layer + 1:05}-of-{count:05}.safetensors"
             if tensors:
                 save_file(tensors, output / name, {"format": "pt"})
@@ -61,7 +65,12 @@ def write_packed(
 
 
 def _packed(
-    checkpoint: Checkpoint, config: ModelConfig, layer: int, kept: Kept, sizes: list[int]
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    layer: int,
+    kept: Kept,
+    packer: Callable[[Tensor, int], Tensor],
+    sizes: list[int],
 ) -> dict[str, Tensor]:
     """A layer's tensors by their names in the checkpoint; their bytes are added to the sizes."""
     found = {}
@@ -71,7 +80,7 @@ def _packed(
         values = torch.empty(shape, dtype=getattr(torch, config.dtype))
         checkpoint.read_into(layer, name, values)
         bits = kept.bits_of(name, shape)
-        written = values if bits is None else pack(values, bits)
+        written = values if bits is None else packer(values, bits)
         sizes[0] += values.numel() * DTYPE_BYTES[config.dtype]
         sizes[1] += written.nbytes
         found[checkpoint.key(layer, name)] = written

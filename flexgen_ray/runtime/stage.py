@@ -224,7 +224,8 @@ def host_kernel(plan: StagePlan, threads: int, nbytes: int) -> Kernel:
     if not plan.attended_rows:
         return load_kernel("sdpa", threads)
     config = plan.config
-    shape = Shape(plan.dtype, config.num_heads, config.num_kv_heads, config.head_dim)
+    heads = config.num_heads, config.num_kv_heads, config.head_dim
+    shape = Shape(plan.dtype, *heads, plan.policy.cache_bits)
     return load_kernel(choose(shape, threads, calibration_dir(), nbytes), threads)
 
 
