@@ -92,6 +92,7 @@ def generate(
 
     Exit status: 0 all answered, 2 some lines got an error row, 1 could not run, 130 stopped.
     """
+    from flexgen_ray.config import LOSSY
     from flexgen_ray.io.journal import Journal
     from flexgen_ray.job import lossy_facts, read_job, run_job
     from flexgen_ray.llm import LLM
@@ -104,7 +105,7 @@ def generate(
         if not path.parent.is_dir():
             raise FileNotFoundError(f"{path.parent} does not exist; make it first")
     # Where data lies changes no answer; a resumed run may have other memory, and another policy.
-    lossy = {name: engine[name] for name in ("weight_bits", "cache_bits", "embedding_bits")}
+    lossy = {name: engine[name] for name in LOSSY}
     facts = lossy_facts(engine["policy"], **lossy) | {"keep_order": keep_order, "seed": seed}
     facts |= {"model": str(find_model(engine["model"])), "dtype": engine["dtype"]}
     with Journal(output, overwrite, keep_order) as journal, told_how_to_resume(journal):

@@ -14,6 +14,7 @@ DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 TIERS = ("gpu", "cpu", "disk")
 BITS = (4, 8)
 _BITS = ("weight_bits", "embedding_bits", "cache_bits")
+LOSSY = (*_BITS, "attention_sparsity")  # what of a policy changes answers
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,8 @@ class Policy:
     circulate through a pipeline's stages, each with its own cache; as many as stages if None.
 
     Lossy, and off unless asked for: `weight_bits`, `embedding_bits` (of the table and the head) and
-    `cache_bits`, 4 or 8, keep matrices and cache quantized in groups of 64 (quant/packing.py).
+    `cache_bits`, 4 or 8, keep matrices and cache quantized in groups of 64 (quant/packing.py);
+    `attention_sparsity` is the share of a row's tokens that decoding attends, those of most weight.
     """
 
     gpu_batch_size: int = 8
@@ -60,6 +62,7 @@ class Policy:
     weight_bits: int | None = None
     embedding_bits: int | None = None
     cache_bits: int | None = None
+    attention_sparsity: float = 1.0
 
     def __post_init__(self) -> None:
         for name in _BITS:
@@ -75,6 +78,13 @@ class Policy:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"policy: {name} is {value!r}; it must be an integer from 1 up")
+        if not isinstance(self.attention_sparsity, int | float) or not (
+            0 < self.attention_sparsity <= 1
+        ):
+            raise ValueError(
+                f"policy: attention_sparsity is {self.attention_sparsity!r}; it is the share of "
+                "tokens that are attended, above 0 and at most 1"
+            )
         if not isinstance(self.cpu_attention, int | float) or not 0 <= self.cpu_attention <= 1:
             raise ValueError(
                 f"policy: cpu_attention is {self.cpu_attention!r}; it is a share (0-1)"

@@ -46,7 +46,7 @@ def read_job(
     return missing
 
 
-def lossy_facts(policy: Path | None, **lossy: int | None) -> dict:
+def lossy_facts(policy: Path | None, **lossy: int | float | None) -> dict:
     """What of a policy, with what is given over it, changes answers; each kind of stage once.
 
     Raises OSError or ValueError for a policy that can't be read.

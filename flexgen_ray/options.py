@@ -66,6 +66,12 @@ EmbeddingBitsOption = Annotated[
     int | None, typer.Option(help="The same of the embedding and the head.")
 ]
 CacheBitsOption = Annotated[int | None, typer.Option(help="The same of keys and values.")]
+SparsityOption = Annotated[
+    float | None,
+    typer.Option(
+        "--sparsity", help="Share of its tokens that decoding attends, such as 0.1. Lossy."
+    ),
+]
 GpuOption = Annotated[
     str | None, typer.Option(help="GPU memory to use, such as 16GiB; what is free.")
 ]
@@ -112,6 +118,7 @@ def _engine(
     weight_bits: WeightBitsOption = None,
     cache_bits: CacheBitsOption = None,
     embedding_bits: EmbeddingBitsOption = None,
+    sparsity: SparsityOption = None,
     gpu_memory: GpuOption = None,
     cpu_memory: CpuOption = None,
     disk_memory: DiskOption = None,
@@ -129,6 +136,7 @@ def _engine(
     return {
         "model": model, "dtype": dtype.value, "device": device.value, "policy": policy,
         "weight_bits": weight_bits, "cache_bits": cache_bits, "embedding_bits": embedding_bits,
+        "attention_sparsity": sparsity,
         "gpu_memory": gpu_memory, "cpu_memory": cpu_memory, "disk_memory": disk_memory,
         "offload_dir": offload_dir, "pipeline_parallel_size": num_stages(stages),
         "use_ray": not no_ray, "address": address, "transport": transport,

@@ -14,6 +14,7 @@ from flexgen_ray.options import (
     CacheBitsOption,
     EmbeddingBitsOption,
     JsonOption,
+    SparsityOption,
     WeightBitsOption,
 )
 
@@ -44,6 +45,7 @@ def plan(
     weight_bits: WeightBitsOption = None,
     cache_bits: CacheBitsOption = None,
     embedding_bits: EmbeddingBitsOption = None,
+    sparsity: SparsityOption = None,
     price_per_hour: Annotated[float | None, typer.Option(help="$ for all machines.")] = None,
     frontier: Annotated[
         Path | None, typer.Option(help="Draw throughput over latency, as .png or .svg.")
@@ -78,7 +80,10 @@ def plan(
             f"{config.max_seq_len}; shorten --prompt-len or --max-tokens"
         )
     base = Policy().compressed(
-        weight_bits=weight_bits, cache_bits=cache_bits, embedding_bits=embedding_bits
+        weight_bits=weight_bits,
+        cache_bits=cache_bits,
+        embedding_bits=embedding_bits,
+        attention_sparsity=sparsity,
     )
     search = Search(base, max_seconds=max_latency)
     comparison = compare(config, machines, job, dtype, search)

@@ -62,6 +62,8 @@ class CostModel:
         self.plan = plan
         self._element = plan.element_bytes
         self._kv_token = plan.kv_bytes
+        # All keys, and the values of what is kept.
+        self._share_read = (1 + plan.policy.attention_sparsity) / 2
         self._hidden_token = plan.config.hidden_size * plan.element_bytes
         self._streamed = cache(lambda layer: streamed_bytes(plan, layer))
         self._packed_values = cache(lambda *part: packed_values(plan, *part))
@@ -183,7 +185,10 @@ class CostModel:
     def _attend_device(self, placed: PlacedRows) -> Amounts:
         rows = [*placed.resident, *(row for row, _ in placed.streamed)]
         flops = 4 * self.plan.config.q_size * sum(map(_attended_pairs, rows))
-        read = sum(row.seq_len for row in rows) * self._kv_token
+        read = sum(
+            row.seq_len * (self._share_read if row.num_new_tokens == 1 else 1) for row in rows
+        )
+        read *= self._kv_token
         amounts = {_R.FLOPS: flops, _R.DEVICE_ATTENTION: read}
         if self.plan.policy.cache_bits:
             values = sum(row.seq_len for row in rows) * 2 * self.plan.config.kv_size
@@ -192,7 +197,7 @@ class CostModel:
         return amounts
 
     def _attend_host(self, placed: PlacedRows) -> Amounts:
-        read = sum(row.seq_len for row in placed.attended) * self._kv_token
+        read = sum(row.seq_len for row in placed.attended) * self._kv_token * self._share_read
         return {_R.HOST_ATTENTION: read, _R.HOST_MEMORY: read}
 
     def _load_attention(self, placed: PlacedRows) -> Amounts:

@@ -68,7 +68,15 @@ class DeviceAttention:
             lens = run.lens[rows]
             k, v = self._values(cached[:, rows, :, : max(lens)])
             mask = None if run.mask is None else run.mask[rows, ..., : max(lens)]
-            query[rows] = attention.decode(query[rows], k, v, lens, mask)
+            query[rows] = self._attended(query[rows], k, v, lens, mask)
+
+    def _attended(
+        self, q: Tensor, k: Tensor, v: Tensor, lens: list[int], mask: Tensor | None
+    ) -> Tensor:
+        sparsity = self._plan.policy.attention_sparsity
+        if sparsity == 1:
+            return attention.decode(q, k, v, lens, mask)
+        return attention.decode_sparse(q, k, v, lens, sparsity, mask)
 
     def _prefill(self, work: Work, row: Row, cached: Tensor) -> None:
         """A prompt's first chunk needs no cache: all its keys are new."""
