@@ -122,7 +122,9 @@ def test_memory_beyond_what_is_valid_is_not_even_touched():
 
 def test_the_compiled_kernel_is_kept_no_longer_than_its_source():
     folder = Path(host_attention.__file__).parent
-    parts = (folder / f"host_{name}.py" for name in ("rows", "scores", "tiles", "vectors"))
+    parts = (
+        folder / f"host_{name}.py" for name in ("rows", "scores", "sparse", "tiles", "vectors")
+    )
     digest = hashlib.sha256(b"".join(part.read_bytes() for part in parts)).hexdigest()[:8]
     assert host_attention._PARTS == digest, f"write {digest} there, so that it is compiled anew"
 

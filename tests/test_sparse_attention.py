@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from test_host_attention import Case, make_case
+from test_host_attention import ATTEND, Case, make_case
+from test_packed_attention import packed
 
-from flexgen_ray.models import attention
+from flexgen_ray.models import attention, host_kernel
 from flexgen_ray.models.attention import decode, decode_sparse, kept_tokens
+from flexgen_ray.models.host_attention import HostAttention
+from flexgen_ray.models.host_sparse import keep
+from flexgen_ray.models.host_tiles import AHEAD, BLOCK
 
 cases = st.builds(
     make_case,
@@ -28,7 +34,11 @@ shares = st.sampled_from([0.01, 0.1, 0.25, 0.5, 0.9, 1.0])
 
 
 def one_by_one(case: Case, sparsity: float) -> torch.Tensor:
-    """In float64, a row and KV head at a time, by sorting."""
+    """In float64, a row and KV head at a time, by sorting.
+
+    Not for cases in which float32 might order the last one kept and the first one that is not
+    in the other way.
+    """
     out = torch.empty_like(case.q, dtype=torch.float64)
     for row, end in enumerate(case.lens):
         group = case.q.shape[1] // case.k.shape[1]
@@ -37,7 +47,9 @@ def one_by_one(case: Case, sparsity: float) -> torch.Tensor:
             scores = case.q[row, heads].double() @ k[:end].T / k.shape[1] ** 0.5
             weights = scores.softmax(-1).sum(0).tolist()
             by_weight = sorted(range(end), key=lambda token: (-weights[token], token))
-            kept = by_weight[: max(1, math.ceil(Fraction(str(sparsity)) * end))]
+            count = max(1, math.ceil(Fraction(str(sparsity)) * end))
+            kept, others = by_weight[:count], by_weight[count:]
+            assume(not others or weights[others[0]] < weights[kept[-1]] * (1 - 1e-5))
             out[row, heads] = scores[:, kept].softmax(-1) @ v[kept]
     return out
 
@@ -74,3 +86,89 @@ def test_a_share_of_tokens_is_rounded_up_but_not_because_floats_are_inexact(hund
 def test_a_share_beyond_its_range_is_refused(sparsity):
     with pytest.raises(ValueError, match="sparsity"):
         attention.kept_tokens(5, sparsity)
+
+
+def sparsely(case: Case, sparsity: float, attend=ATTEND) -> torch.Tensor:
+    out = torch.empty_like(case.q)
+    attend(case.q, case.k, case.v, case.lens, out, sparsity)
+    return out
+
+
+@given(case=cases, sparsity=shares, bits=st.sampled_from([None, 4, 8]))
+@settings(max_examples=60, deadline=None)
+def test_on_the_host_the_same_tokens_are_kept(case, sparsity, bits):
+    cached = case
+    if bits is not None:
+        cached, case = packed(case, bits)
+    expected = one_by_one(case, sparsity)
+    torch.testing.assert_close(sparsely(cached, sparsity).double(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize("group", [1, 9])
+def test_on_the_host_to_keep_every_token_changes_no_bit(group, bits):
+    case = make_case(torch.float32, 2, group, head_dim=80, lens=[700, 1, 63, 64, 65])
+    cached = case if bits is None else packed(case, bits)[0]
+    assert torch.equal(sparsely(cached, 0.9999), cached.run())
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_on_the_host_values_that_are_not_kept_are_not_read(bits):
+    case = make_case(torch.float32, 2, group=3, head_dim=64, lens=[150])
+    cached = case if bits is None else packed(case, bits)[0]
+    before = sparsely(cached, 0.1)
+    unkept = cached.v.clone()
+    for head in range(2):
+        for token in range(150):
+            saved = unkept[0, head, token].clone()
+            unkept[0, head, token] = 255 if bits else math.nan
+            if not torch.equal(sparsely(replace(cached, v=unkept), 0.1), before):
+                unkept[0, head, token] = saved
+    assert torch.equal(sparsely(replace(cached, v=unkept), 0.1), before)
+    poisoned = (unkept != cached.v).any(-1) | (unkept != unkept).any(-1)
+    assert (poisoned[0, :, :150].sum(-1) == 150 - 15).all()
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_threads_and_company_change_no_bit_of_sparse_attention(bits):
+    case = make_case(torch.float16, 3, group=5, head_dim=80, lens=[700, 1, 63, 64, 65, 1024])
+    cached = case if bits is None else packed(case, bits)[0]
+    alone = sparsely(cached, 0.1)
+    assert torch.equal(sparsely(cached, 0.1, HostAttention(3)), alone)
+    for row, end in enumerate(case.lens):
+        part = slice(row, row + 1)
+        single = Case(cached.q[part], cached.k[part], cached.v[part], [end])
+        assert torch.equal(sparsely(single, 0.1), alone[part])
+
+
+@given(
+    weights=st.lists(st.sampled_from([0.0, 1e-40, 0.25, 0.5, 1.0, 8.0]), min_size=1, max_size=200),
+    share=st.floats(0.01, 1),
+)
+def test_of_equal_weights_the_first_are_kept(weights, share):
+    tokens, count = len(weights), math.ceil(share * len(weights))
+    room = np.zeros(-(-tokens // BLOCK) * BLOCK, np.float32)
+    room[:tokens] = weights
+    kept = np.zeros(len(room) + AHEAD, np.int64)
+    assert keep(room, tokens, count, kept) == count
+    by_weight = sorted(range(tokens), key=lambda token: (-room[token], token))
+    assert kept[:count].tolist() == sorted(by_weight[:count])
+
+
+@pytest.mark.parametrize("name", host_kernel.KERNELS)
+@pytest.mark.parametrize("bits", [None, 8])
+def test_both_kernels_attend_sparsely(name, bits):
+    case = make_case(torch.float32, 2, group=3, head_dim=64, lens=[33, 33])
+    cached, case = (case, case) if bits is None else packed(case, bits)
+    out = sparsely(cached, 0.2, host_kernel.load(name, threads=2))
+    torch.testing.assert_close(out.double(), one_by_one(case, 0.2), rtol=1e-4, atol=1e-4)
+
+
+def test_a_choice_for_sparse_attention_is_one_of_its_own(tmp_path):
+    shape = host_kernel.Shape("float32", 4, 2, 64, sparsity=0.1)
+    times = host_kernel.measure(shape, threads=1, nbytes=1 << 20)
+    assert set(times) == set(host_kernel.KERNELS) and all(it > 0 for it in times.values())
+    host_kernel.choose(shape, 1, tmp_path, nbytes=1 << 20)
+    host_kernel.choose(replace(shape, sparsity=1.0), 1, tmp_path, nbytes=1 << 20)
+    (kept,) = tmp_path.iterdir()
+    assert len(kept.read_text().splitlines()) == 4

@@ -14,18 +14,18 @@ from concurrent.futures import ThreadPoolExecutor
 import numba
 import numpy as np
 import torch
-from numba.core import types
 from torch import Tensor
 
-from flexgen_ray.models.attention import cache_bits
+from flexgen_ray.models.attention import cache_bits, kept_tokens
 from flexgen_ray.models.host_rows import DTYPES, collect, order, spread
 from flexgen_ray.models.host_scores import score, score_alone
-from flexgen_ray.models.host_tiles import BLOCK, TILES, begin, give, mix, soften
-from flexgen_ray.models.host_vectors import I64, KINDS, LANES, PACKED_KINDS, emitted
+from flexgen_ray.models.host_sparse import gather, keep, move, weigh
+from flexgen_ray.models.host_tiles import AHEAD, BLOCK, TILES, begin, give, mix, soften
+from flexgen_ray.models.host_vectors import KINDS, LANES, PACKED_KINDS, take_next
 from flexgen_ray.quant.packing import code_bytes
 
-# numba's cache heeds changes of this file only, so it names the state of those four (a test says).
-_PARTS = "484f3000"
+# numba's cache heeds changes of this file only, so it names the state of those five (a test says).
+_PARTS = "f1bdd64e"
 
 _ALONE_BYTES = 256 * 1024
 _LOG2_E = 1.4426950408889634
@@ -38,7 +38,15 @@ class HostAttention:
         self.threads = threads
         self._pool = ThreadPoolExecutor(max(threads - 1, 1), "host-attention")
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, lens: list[int], out: Tensor) -> None:
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        lens: list[int],
+        out: Tensor,
+        sparsity: float = 1.0,
+    ) -> None:
         """Attend one new token per row to its cache, into out.
 
         q, out: [rows, heads, head_dim], float32, float16 or bfloat16.
@@ -46,29 +54,29 @@ class HostAttention:
         [rows, kv_heads, seq, packed_bytes(head_dim, bits)]. All in host memory, with any strides
         but a dense last dimension.
         lens: valid tokens of each row, the new one included; nothing beyond them is read.
+        sparsity: the share of tokens that are attended, those of attention.decode_sparse; of the
+        others no value is read.
         Raises ValueError if the tensors don't fit together.
         """
         bits = _check(q, k, v, lens, out)
-        (rows, heads, head_dim), kv_heads = q.shape, k.shape[1]
-        dtype = str(q.dtype).removeprefix("torch.")
-        kind, lanes, nbytes = KINDS[dtype], None, k[0, 0, 0].nbytes
-        if bits:
-            kind, lanes = PACKED_KINDS[bits], order(head_dim, bits)
-            nbytes = code_bytes(head_dim, bits)
-        shape = (rows, kv_heads, heads // kv_heads, head_dim, nbytes)
+        counts = None
+        if sparsity != 1:
+            counts = np.array([kept_tokens(end, sparsity) for end in lens], np.int64)
+        kind, dtype, lanes, shape = _form(q, k, bits)
         places = tuple(
             (x.data_ptr(), *(x.element_size() * stride for stride in x.stride()[:-1]))
             for x in (q, out, k, v)
         )
-        padded = -(-head_dim // LANES) * LANES if lanes is None else len(lanes)
         counter, ends = np.zeros(1, np.int64), np.array(lens, np.int64)
-        task = (kind, counter, ends, shape, DTYPES[dtype], lanes, places[:2], places[2:])
+        task = (kind, dtype, lanes, shape, counter, ends, counts, places[:2], places[2:])
+        rows, kv_heads, heads, _, nbytes, padded = shape
         small = 2 * int(ends.sum()) * kv_heads * nbytes < _ALONE_BYTES
         helpers = 0 if small else min(self.threads, rows * kv_heads) - 1
-        own, *others = (_scratch(shape[2], padded) for _ in range(helpers + 1))
-        running = [self._pool.submit(_attend, *task, other.ctypes.data) for other in others]
+        room = None if counts is None else max(lens)
+        own, *others = (_scratch(heads, padded, room) for _ in range(helpers + 1))
+        running = [self._pool.submit(_attend, *task, *other) for other in others]
         try:
-            _attend(*task, own.ctypes.data)
+            _attend(*task, *own)
         finally:
             for future in running:
                 future.result()
@@ -94,6 +102,19 @@ def _check(q: Tensor, k: Tensor, v: Tensor, lens: list[int], out: Tensor) -> int
     if any(x.stride(-1) != 1 for x in (q, k, v, out)):
         raise ValueError("q, k, v and out must have a dense last dimension")
     return bits
+
+
+def _form(q: Tensor, k: Tensor, bits: int | None) -> tuple:
+    """How the kernel sees a cache: kind, dtype, lanes and shape, as for _attend."""
+    (rows, heads, head_dim), kv_heads = q.shape, k.shape[1]
+    dtype = str(q.dtype).removeprefix("torch.")
+    shape = (rows, kv_heads, heads // kv_heads, head_dim)
+    if bits is None:
+        padded = -(-head_dim // LANES) * LANES
+        nbytes = head_dim * q.element_size()
+        return KINDS[dtype], DTYPES[dtype], None, (*shape, nbytes, padded)
+    lanes, nbytes = order(head_dim, bits), code_bytes(head_dim, bits)
+    return PACKED_KINDS[bits], DTYPES[dtype], lanes, (*shape, nbytes, len(lanes))
 
 
 @numba.njit(nogil=True)
@@ -150,7 +171,40 @@ def _attend_one(kind, end, caches, shape, memory):
         while h < heads:
             n, _, scores, sums, state = _tile(h, heads, padded, memory)
             soften(n, tokens, padded, scores, sums, state)
-            mix(kind, n, (tokens, nbytes), scores, values, sums, _at(keys, BLOCK))
+            mix(kind, n, (tokens, nbytes), scores, values, None, sums, _at(keys, BLOCK))
+            h += n
+
+
+@numba.njit(nogil=True)
+def _attend_kept(kind, end, count, caches, shape, memory, spare):
+    """As _attend_one, but no more tokens than the count; spare: as for _attend."""
+    heads, nbytes, padded = shape
+    scores, weights, kept = spare
+    room = len(weights)
+    for first in range(0, end, BLOCK):
+        keys = _at(caches[0], first)
+        tokens = min(BLOCK, end - first)
+        _score(kind, (heads, tokens, nbytes, padded), memory, keys, _at(keys, BLOCK))
+        h = 0
+        while h < heads:
+            n, _, block, _, _ = _tile(h, heads, padded, memory)
+            move(block, BLOCK * n // LANES, scores[h * room + first * n :].ctypes.data)
+            h += n
+    weights[:] = 0
+    h = 0
+    while h < heads:
+        n = _tile(h, heads, padded, memory)[0]
+        weigh(n, end, scores[h * room :].ctypes.data, weights.ctypes.data)
+        h += n
+    found = keep(weights, end, count, kept)
+    for first in range(0, found, BLOCK):
+        picks = kept[first : min(first + BLOCK, found)]
+        h = 0
+        while h < heads:
+            n, _, block, sums, state = _tile(h, heads, padded, memory)
+            gather(scores[h * room :], n, picks, block)
+            soften(n, len(picks), padded, block, sums, state)
+            mix(kind, n, (len(picks), nbytes), block, caches[1], picks.ctypes.data, sums, caches[1])
             h += n
 
 
@@ -160,17 +214,6 @@ def _compiled(function: Callable) -> Callable:
         return numba.njit(nogil=True, cache=True)(function)
     except RuntimeError:  # no folder that can be written to
         return numba.njit(nogil=True)(function)
-
-
-@emitted
-def _take_next(context, address):
-    """Atomically adds one to the int64 at the address; returns what was there."""
-
-    def generate(context, b, signature, args):
-        pointer = b.inttoptr(args[0], I64.as_pointer())
-        return b.atomic_rmw("add", pointer, I64(1), "monotonic")
-
-    return types.int64(types.int64), generate
 
 
 @numba.njit(nogil=True)
@@ -196,17 +239,19 @@ def _give(kind, n, dim, sums, state, lanes, dtype, rows):
 
 
 @_compiled
-def _attend(kind, counter, ends, shape, dtype, lanes, vectors, caches, memory):
-    """Takes (row, KV head) after (row, KV head) until none is left; memory: _scratch's address.
+def _attend(kind, dtype, lanes, shape, counter, ends, counts, vectors, caches, memory, spare):
+    """Takes (row, KV head) after (row, KV head) until none is left.
 
-    lanes: the order of a packed row's elements, or else None; dtype: of queries and results.
+    dtype: of queries and results. lanes: the order of a packed row's elements, or else None.
+    shape: rows, KV heads, heads of each, head_dim, bytes of a row, its vectors' lanes.
+    counts: how many tokens of each row are kept, or None; memory, spare: _scratch's.
     """
-    rows, kv_heads, heads, dim, nbytes = shape
-    padded = -(-dim // LANES) * LANES if lanes is None else len(lanes)
+    rows, kv_heads, heads, dim, nbytes, padded = shape
+    memory = memory.ctypes.data
     scale = np.float32(_LOG2_E / np.sqrt(dim))
     (q, q_row, q_head), (out, out_row, out_head) = vectors
     (k, k_row, k_head, k_token), (v, v_row, v_head, v_token) = caches
-    item = _take_next(counter.ctypes.data)
+    item = take_next(counter.ctypes.data)
     while item < rows * kv_heads:
         row, head = item // kv_heads, item % kv_heads
         queries = (q + row * q_row + head * heads * q_head, q_head)
@@ -218,18 +263,30 @@ def _attend(kind, counter, ends, shape, dtype, lanes, vectors, caches, memory):
             n, place, _, sums, state = _tile(h, heads, padded, memory)
             _begin(kind, n, dim, scale, _at(queries, h), lanes, dtype, place, sums, state)
             h += n
-        _attend_one(kind, ends[row], (keys, values), (heads, nbytes, padded), memory)
+        if counts is None:
+            _attend_one(kind, ends[row], (keys, values), (heads, nbytes, padded), memory)
+        else:
+            sizes = (heads, nbytes, padded)
+            _attend_kept(kind, ends[row], counts[row], (keys, values), sizes, memory, spare)
         h = 0
         while h < heads:
             n, _, _, sums, state = _tile(h, heads, padded, memory)
             _give(kind, n, dim, sums, state, lanes, dtype, _at(results, h))
             h += n
-        item = _take_next(counter.ctypes.data)
+        item = take_next(counter.ctypes.data)
 
 
-def _scratch(heads: int, padded: int) -> np.ndarray:
-    """Zeros for one thread, from a line of the cache on, so that no vector lies in two lines."""
+def _scratch(heads: int, padded: int, tokens: int | None) -> tuple:
+    """Zeros for one thread, from a line of the cache on, so that no vector lies in two lines.
+
+    And, if sparse, room for so many tokens' scores, weights and positions.
+    """
     floats = heads * _floats_per_head.py_func(padded) + LANES * LANES
     memory = np.zeros(floats + 16, np.float32)
     start = -(memory.ctypes.data // 4) % 16
-    return memory[start : start + floats]
+    memory = memory[start : start + floats]
+    if tokens is None:
+        return memory, None
+    room = -(-tokens // BLOCK) * BLOCK
+    scores, weights = np.zeros(heads * room, np.float32), np.zeros(room, np.float32)
+    return memory, (scores, weights, np.zeros(room + AHEAD, np.int64))

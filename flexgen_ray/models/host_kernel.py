@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -25,7 +26,14 @@ from flexgen_ray.models import attention
 from flexgen_ray.quant.packing import packed_bytes
 from flexgen_ray.quant.quantize import unpack
 
-Kernel = Callable[[Tensor, Tensor, Tensor, list[int], Tensor], None]
+
+class Kernel(Protocol):
+    """HostAttention's arguments."""
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, lens: list[int], out: Tensor, sparsity: float = 1.0
+    ) -> None: ...
+
 
 KERNELS = ("sdpa", "numba")
 _FILE = "host-attention.json"
@@ -39,7 +47,7 @@ _LEAST_HEAD_DIM = 16
 class Shape:
     """What a kernel's speed depends on, beside the machine; dtype by its torch name.
 
-    bits: 4 or 8 if the cache is packed.
+    bits: 4 or 8 if the cache is packed; sparsity: the share of tokens that are attended.
     """
 
     dtype: str
@@ -47,6 +55,7 @@ class Shape:
     num_kv_heads: int
     head_dim: int
     bits: int | None = None
+    sparsity: float = 1.0
 
     def vector_bytes(self) -> int:
         """Of one token's keys or values of one KV head."""
@@ -56,7 +65,7 @@ class Shape:
 
 
 def load(name: str, threads: int) -> Kernel:
-    """kernel(q, k, v, lens, out): HostAttention's arguments; one of KERNELS by its name.
+    """One of KERNELS by its name; each takes plain and packed caches, and any sparsity.
 
     sdpa takes as many threads as torch is set to. Raises ValueError for another name.
     """
@@ -104,8 +113,8 @@ def measure(shape: Shape, threads: int, nbytes: int = MEASURED_BYTES) -> dict[st
     seconds = {}
     for name in KERNELS:
         kernel = load(name, threads)
-        kernel(q[:1], cache[0, :1], cache[1, :1], [_CONTEXT], out[:1])
-        run = partial(kernel, q, cache[0], cache[1], [_CONTEXT] * rows, out)
+        kernel(q[:1], cache[0, :1], cache[1, :1], [_CONTEXT], out[:1], shape.sparsity)
+        run = partial(kernel, q, cache[0], cache[1], [_CONTEXT] * rows, out, shape.sparsity)
         seconds[name] = best_seconds(run, _SECONDS_EACH)
     return seconds
 
@@ -120,11 +129,16 @@ def best_seconds(run: Callable[[], object], budget: float) -> float:
     return best
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, lens: list[int], out: Tensor) -> None:
+def _sdpa(
+    q: Tensor, k: Tensor, v: Tensor, lens: list[int], out: Tensor, sparsity: float = 1.0
+) -> None:
     bits = attention.cache_bits(k, q.shape[-1])
     if bits is not None:
         k, v = (_unpacked(x[:, :, : max(lens)], bits, q) for x in (k, v))
-    out.copy_(attention.decode(q, k, v, lens))
+    if sparsity == 1:
+        out.copy_(attention.decode(q, k, v, lens))
+    else:
+        out.copy_(attention.decode_sparse(q, k, v, lens, sparsity))
 
 
 def _unpacked(packed: Tensor, bits: int, like: Tensor) -> Tensor:
@@ -137,6 +151,8 @@ def _key(shape: Shape, threads: int) -> str:
     heads = f"{shape.num_heads}/{shape.num_kv_heads}x{shape.head_dim}"
     if shape.bits is not None:
         heads += f" in {shape.bits} bits"
+    if shape.sparsity != 1:
+        heads += f" of {shape.sparsity:g} of the tokens"
     versions = " ".join(f"{name} {version(name)}" for name in ("torch", "numba", "flexgen-ray"))
     return f"{cpu_name()}, {shape.dtype}, {heads}, {threads} threads, {versions}"
 

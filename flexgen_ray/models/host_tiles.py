@@ -56,6 +56,8 @@ TILES = (8, 4, 2, 1)
 LINE = 64
 # Vectors of values at once, widest first: with all heads' sums of them they fit the registers.
 _COLUMNS = {8: (2, 1) if WIDE else (1,), 4: (4, 1) if WIDE else (2, 1), 2: (4, 1), 1: (8, 4, 1)}
+# Picked rows that are prefetched before they are read; there are so many more picks.
+AHEAD = 8
 _UNROLLED = 4
 
 
@@ -139,7 +141,7 @@ def soften(context, heads, tokens, dim, scores, sums, state):
 
             emit_loop(b, b.sub(end, valid), 1, [], clear)
             found = emit_loop(b, end, _UNROLLED * LANES, [largest] * _UNROLLED, look)
-            new = _across(b, heads, found, maximum)
+            new = across(b, heads, found, maximum)
             shrunk = exp2(b, b.fsub(largest, new))
             added = emit_loop(b, end, _UNROLLED * LANES, [ZEROS] * _UNROLLED, weigh)
             store(b, new, state)
@@ -168,7 +170,7 @@ def _pairwise(b, vectors, combine):
     return vectors[0]
 
 
-def _across(b, heads, vectors, combine):
+def across(b, heads, vectors, combine):
     """Vectors combined, and then all lanes of each head, which get the same result."""
     vector, turn = _pairwise(b, vectors, combine), heads
     while turn < LANES:
@@ -178,28 +180,35 @@ def _across(b, heads, vectors, combine):
 
 
 @emitted
-def mix(context, kind, heads, shape, weights, values, sums, ahead):
+def mix(context, kind, heads, shape, weights, values, picks, sums, ahead):
     """sums[h, :] += weights[:, h] @ values; shape: (tokens, bytes of one).
 
-    ahead: as for score.
+    picks: None, or the address of each token's index in values; ahead: as for score, if None.
     """
 
     def generate(context, b, signature, args):
-        _, heads, shape, weights, values, sums, ahead = args
+        _, heads, shape, weights, values, picked, sums, ahead = args
         tokens, nbytes = (b.extract_value(shape, i) for i in range(2))
         lanes, vector = lanes_in(b, kind, nbytes), vector_bytes(kind)
+
+        def rows_of(j):
+            if not picking:
+                return row_at(b, values, j), row_at(b, ahead, j)
+            places = (plus(b, picked, i, 8) for i in (j, b.add(j, I64(AHEAD))))
+            indices = (b.load(b.inttoptr(place, I64.as_pointer())) for place in places)
+            return [row_at(b, values, index) for index in indices]
 
         def strip(heads, columns, d):
             at, width = offset(b, kind, nbytes, d), columns * vector
 
             def step(j, carried):
-                row, later = (row_at(b, x, j) for x in (values, ahead))
+                row, later = rows_of(j)
                 v = []
                 for c in range(columns):
                     if c * LANES % GROUP == 0:
                         group = parameters(b, kind, row, nbytes, b.add(d, I64(c * LANES)), LANES)
                     v.append(read(b, kind, b.add(row, b.add(at, I64(c * vector))), group))
-                for line in range(0, width if heads > 1 else 0, LINE):
+                for line in range(0, width if heads > 1 or picking else 0, LINE):
                     prefetch(b, b.add(later, b.add(at, I64(line))))
                 place = plus(b, weights, j, 4 * heads)
                 w = [
@@ -232,8 +241,9 @@ def mix(context, kind, heads, shape, weights, values, sums, ahead):
         emit_switch(b, heads, TILES, emit)
         return context.get_dummy_value()
 
-    result = types.void(kind, types.int64, MATRIX, types.int64, *[MATRIX] * 3)
-    return result, generate
+    picking, integer = picks != types.none, types.int64
+    picks = integer if picking else types.none
+    return types.void(kind, integer, MATRIX, integer, MATRIX, picks, MATRIX, MATRIX), generate
 
 
 @emitted
@@ -246,7 +256,7 @@ def give(context, kind, heads, dim, sums, state, rows):
         terms = load(b, types.float32, b.add(state, I64(VECTOR_BYTES)))
 
         def emit(heads):
-            total = _across(b, heads, [terms], ir.IRBuilder.fadd)
+            total = across(b, heads, [terms], ir.IRBuilder.fadd)
 
             def step(d, _):
                 at = b.mul(smaller(b, d, last), I64(size_in_bytes(kind)))

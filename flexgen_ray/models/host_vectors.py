@@ -212,3 +212,14 @@ def emit_loop(
         phi.add_incoming(first, before)
         phi.add_incoming(later, last)
     return merged
+
+
+@emitted
+def take_next(context, address):
+    """Atomically adds one to the int64 at the address; returns what was there."""
+
+    def generate(context, b, signature, args):
+        pointer = b.inttoptr(args[0], I64.as_pointer())
+        return b.atomic_rmw("add", pointer, I64(1), "monotonic")
+
+    return types.int64(types.int64), generate
