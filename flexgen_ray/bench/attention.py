@@ -4,7 +4,9 @@ Decode attention does a few operations on each byte of the cache, so the most it
 speed at which the same threads read the same memory and do nothing else. Both are measured in
 turns of milliseconds, since other work on the machine changes them. Where many query heads share
 a KV head, the bound is the CPU's float32 arithmetic instead: one multiply-add for each element and
-query head, at the rate of a loop that does nothing else. Measures; decides nothing.
+query head, at the rate of a loop that does nothing else. Packed caches and sparse attention take
+part in the same turns, over as many tokens: what counts for them is how many rows are attended a
+second, against the plain cache and all of its tokens. Measures; decides nothing.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ DTYPES = ("float16", "bfloat16", "float32")
 HEAD_DIMS = (128, 64)
 GROUPS = (1, 4, 8)
 NUM_KV_HEADS = 8
+PATTERN = 8191
 LEAST_TURNS = 5
 FMA_SECONDS = 5e-3
 SPIN_SECONDS = 20e-3  # torch's threads wait for more work on their cores that long, and longer
@@ -42,6 +45,12 @@ def attention(
     context: Annotated[int, typer.Option(help="Tokens each sequence attends to.")] = 544,
     megabytes: Annotated[int, typer.Option(help="Size of the cache; beyond any CPU's own.")] = 512,
     seconds: Annotated[float, typer.Option(help="Time for each of the rows.")] = 4.0,
+    bits: Annotated[
+        list[int] | None, typer.Option(help="Also a cache packed into 4 or 8 bits; repeatable.")
+    ] = None,
+    sparsity: Annotated[
+        float | None, typer.Option(help="Also attend this share of the tokens only.")
+    ] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Also write the result to this file.")
     ] = None,
@@ -59,14 +68,19 @@ def attention(
     torch.set_num_threads(threads)
     kernels = {name: load(name, threads) for name in KERNELS}
     memory = page_aligned(megabytes << 20)
-    _say(f"{'dtype':9}{'head_dim':>9}{'queries/KV':>11}{'read GB/s':>10}", *kernels, "of bound")
+    forms = _forms(bits or [], sparsity)
+    headings = [*kernels, "of bound", *forms]
+    _say(f"{'dtype':9}{'head_dim':>9}{'queries/KV':>11}{'read GB/s':>10}", *headings)
     results: list[dict] = []
     for dtype in DTYPES:
         for head_dim in HEAD_DIMS:
             for group in GROUPS:
                 shape = (NUM_KV_HEADS, context, head_dim)
                 case = _case(memory, getattr(torch, dtype), shape, group)
-                rates = _measure(case, kernels, seconds, threads)
+                others = {
+                    name: _attending(case, kernels["numba"], *form) for name, form in forms.items()
+                }
+                rates = _measure(case, kernels, others, seconds, threads)
                 row = {"dtype": dtype, "head_dim": head_dim, "queries_per_kv_head": group}
                 results.append(row | rates)
                 _say_row(results[-1])
@@ -83,7 +97,7 @@ def _case(
 
     kv_heads, seq, head_dim = shape
     typed = memory.view(dtype)
-    typed.fill_(0.5)
+    _repeat(_pattern(head_dim).to(dtype), typed)
     per_row = 2 * kv_heads * seq * head_dim
     rows = typed.numel() // per_row
     if rows == 0:
@@ -94,8 +108,56 @@ def _case(
     return q, k, v, torch.empty_like(q)
 
 
+def _pattern(head_dim: int) -> Tensor:
+    """Vectors of so many values; more than a sequence's tokens, so that none weighs the same."""
+    import torch
+
+    return torch.randn(PATTERN, head_dim, generator=torch.Generator().manual_seed(0))
+
+
+def _repeat(pattern: Tensor, into: Tensor) -> None:
+    """Over all of a flat tensor."""
+    pattern = pattern.flatten()
+    for piece in into.split(len(pattern)):
+        piece.copy_(pattern[: len(piece)])
+
+
+def _forms(bits: list[int], sparsity: float | None) -> dict[str, tuple[int | None, float]]:
+    """Bits and share of tokens, by name, of what is compared with the plain cache."""
+    forms: dict[str, tuple[int | None, float]] = {f"int{it}": (it, 1.0) for it in bits}
+    if sparsity is not None:
+        forms |= {"sparse": (None, sparsity)}
+        forms |= {f"int{it}_sparse": (it, sparsity) for it in bits}
+    return forms
+
+
+def _attending(
+    case: tuple[Tensor, ...], kernel: Kernel, bits: int | None, share: float
+) -> tuple[int, Callable[[], object]]:
+    """Bytes that attending the case's rows reads if they are packed, and by share; what does it."""
+    import torch
+
+    from flexgen_ray.models.attention import kept_tokens
+    from flexgen_ray.quant.packing import packed_bytes
+    from flexgen_ray.quant.quantize import pack
+
+    q, k, v, out = case
+    context, head_dim = k.shape[2:]
+    if bits is not None:
+        shape = (2, *k.shape[:3], packed_bytes(head_dim, bits))
+        cache = torch.empty(shape, dtype=torch.uint8)
+        _repeat(pack(_pattern(head_dim), bits), cache.flatten())
+        k, v = cache
+    nbytes = k.nbytes + v.nbytes // context * kept_tokens(context, share)
+    return nbytes, partial(kernel, q, k, v, [context] * len(k), out, share)
+
+
 def _measure(
-    case: tuple[Tensor, ...], kernels: dict[str, Kernel], seconds: float, threads: int
+    case: tuple[Tensor, ...],
+    kernels: dict[str, Kernel],
+    others: dict[str, tuple[int, Callable[[], object]]],
+    seconds: float,
+    threads: int,
 ) -> dict:
     """Bytes per second of a plain read and of each kernel, and the kernels' fractions of it.
 
@@ -103,22 +165,14 @@ def _measure(
     fraction is to compare what met the same moment. All are medians over turns, and a fraction
     that of the turn's own read; of_bound: of the read or, where that is slower, of the arithmetic.
     """
-    from flexgen_ray.bench.fma import fma_per_s
-
     q, k, v, out = case
     fmas = (k.numel() + v.numel()) * q.shape[1] // k.shape[1]
     lens = [k.shape[2]] * k.shape[0]
     runs: dict[str, Callable[[], object]] = {
         name: partial(kernel, q, k, v, lens, out) for name, kernel in kernels.items()
     }
-    for run in runs.values():
-        run()
-    turns, until = list[dict[str, float]](), time.perf_counter() + seconds
-    while len(turns) < LEAST_TURNS or time.perf_counter() < until:
-        taken = {name: _seconds(run) for name, run in reversed(runs.items())}
-        read = min(map(_seconds, _plain_reads(k, v)))
-        turns.append(taken | {"read": read, "arithmetic": fmas / fma_per_s(threads, FMA_SECONDS)})
-        time.sleep(SPIN_SECONDS)
+    every = runs | {name: run for name, (_, run) in others.items()}
+    turns = _take_turns(every, _plain_reads(k, v), fmas, seconds, threads)
     middle = {name: median(turn[name] for turn in turns) for name in turns[0]}
     nbytes = k.nbytes + v.nbytes
     rates: dict = {f"{name}_bytes_per_s": round(nbytes / middle[name]) for name in ("read", *runs)}
@@ -131,7 +185,36 @@ def _measure(
         rates |= {f"{name}_of_read": round(median(of_read), 3),
                   f"{name}_of_read_quartiles": _quartiles(of_read),
                   f"{name}_of_bound": round(median(of_bound), 3)}  # fmt: skip
+    rates["numba_rows_per_s"] = round(len(q) / middle["numba"])
+    for name, (read, _) in others.items():
+        of_plain = [turn["numba"] / turn[name] for turn in turns]
+        rates |= {f"{name}_rows_per_s": round(len(q) / middle[name]),
+                  f"{name}_bytes_per_s": round(read / middle[name]),
+                  f"{name}_of_plain_bytes": round(read / nbytes, 3),
+                  f"{name}_of_plain_rows": round(median(of_plain), 3),
+                  f"{name}_of_plain_rows_quartiles": _quartiles(of_plain)}  # fmt: skip
     return rates
+
+
+def _take_turns(
+    runs: dict[str, Callable[[], object]],
+    reads: list[Callable[[], object]],
+    fmas: int,
+    seconds: float,
+    threads: int,
+) -> list[dict[str, float]]:
+    """Seconds of each run, of the faster read and of so many multiply-adds, turn by turn."""
+    from flexgen_ray.bench.fma import fma_per_s
+
+    for run in runs.values():
+        run()
+    turns, until = list[dict[str, float]](), time.perf_counter() + seconds
+    while len(turns) < LEAST_TURNS or time.perf_counter() < until:
+        taken = {name: _seconds(run) for name, run in reversed(runs.items())}
+        read = min(map(_seconds, reads))
+        turns.append(taken | {"read": read, "arithmetic": fmas / fma_per_s(threads, FMA_SECONDS)})
+        time.sleep(SPIN_SECONDS)
+    return turns
 
 
 def _seconds(run: Callable[[], object]) -> float:
@@ -157,7 +240,8 @@ def _say_row(row: dict) -> None:
     cells += f"{row['read_bytes_per_s'] / 1e9:10.1f}"
     names = [key.removesuffix("_of_read") for key in row if key.endswith("_of_read")]
     shown = [f"{row[f'{n}_bytes_per_s'] / 1e9:.1f} ({row[f'{n}_of_read']:.0%})" for n in names]
-    _say(cells, *shown, f"{row['numba_of_bound']:.0%}")
+    others = [f"{value:.2f} x" for key, value in row.items() if key.endswith("_of_plain_rows")]
+    _say(cells, *shown, f"{row['numba_of_bound']:.0%}", *others)
 
 
 def _say(first: str, *others: str) -> None:
