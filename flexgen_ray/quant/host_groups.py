@@ -116,8 +116,7 @@ def _code(b: ir.IRBuilder, values: ir.Value, grid: ir.Value) -> ir.Value:
 def _steps(b: ir.IRBuilder, steps: ir.Value, levels: ir.Value) -> ir.Value:
     """_ROUNDER + code of each, so that the codes are the lowest bits too."""
     count = steps.type.count
-    # Unordered, so that what is not a number has the highest code.
-    steps = b.select(b.fcmp_unordered(">", steps, levels), levels, steps)
+    steps = b.select(b.fcmp_ordered(">", steps, levels), levels, steps)
     zeros = constant(F32, 0.0, count)
     steps = b.select(b.fcmp_ordered("<", steps, zeros), zeros, steps)
     return b.fadd(steps, constant(F32, _ROUNDER, count))
