@@ -159,6 +159,7 @@ def test_a_group_beyond_float16_becomes_nan_and_no_other(x, bits, number, data):
 
 
 @given(signs=st.lists(st.booleans(), min_size=1, max_size=70), bits=bits)
+@example(signs=[False] * 70, bits=4)
 def test_a_zeros_sign_changes_no_byte(signs, bits):
     """Which of them is the least depends on the order of a reduction."""
     x = torch.zeros(len(signs)).where(torch.tensor(signs), -0.0)
