@@ -58,3 +58,26 @@ def draw_frontier(title: str, frontiers: dict[str, list], path: Path) -> None:
     axes.legend()
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def draw_accuracy(result: dict, path: Path) -> None:
+    """Perplexity against the checkpoint's, a bar a variant; result: of bench accuracy.
+
+    The format follows the path's ending. Raises ImportError without matplotlib.
+    """
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    runs = result["runs"][::-1]
+    losses = [100 * (run["against the checkpoint"] - 1) for run in runs]
+    colours = ["grey" if run["scored_in"] == "transformers" else "tab:blue" for run in runs]
+    figure, axes = plt.subplots(figsize=(7.2, 0.28 * len(runs) + 1), layout="constrained")
+    bars = axes.barh([run["name"] for run in runs], losses, color=colours)
+    axes.bar_label(bars, [f"{run['perplexity']:.2f}" for run in runs], padding=3)
+    axes.set(title=f"{result['model']}, {result['data']}: perplexity; grey: in transformers")
+    axes.set(xlabel="% above the checkpoint", xscale="symlog")
+    axes.margins(x=0.15)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

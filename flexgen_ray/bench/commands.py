@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from flexgen_ray.bench.accuracy import accuracy
 from flexgen_ray.bench.attention import attention
 from flexgen_ray.bench.choice import choice
 from flexgen_ray.bench.issue import issue
@@ -30,3 +31,4 @@ app.command()(choice)
 app.command()(unequal)
 app.command()(prediction)
 app.command()(paper)
+app.command()(accuracy)

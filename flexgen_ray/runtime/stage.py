@@ -225,7 +225,7 @@ def host_kernel(plan: StagePlan, threads: int, nbytes: int) -> Kernel:
         return load_kernel("sdpa", threads)
     config = plan.config
     heads = config.num_heads, config.num_kv_heads, config.head_dim
-    shape = Shape(plan.dtype, *heads, plan.policy.cache_bits)
+    shape = Shape(plan.dtype, *heads, plan.policy.cache_bits, plan.policy.attention_sparsity)
     return load_kernel(choose(shape, threads, calibration_dir(), nbytes), threads)
 
 

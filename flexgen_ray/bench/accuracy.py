@@ -1,0 +1,129 @@
+"""What compression and sparse attention cost in perplexity, beside that rounding in plain torch.
+
+Every variant is scored by the engine on the same windows of a text; peers are transformers' model
+with rounded weights and a rounding cache. Measures; decides nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from flexgen_ray.bench.result import finish
+from flexgen_ray.bench.rounding import PEERS, peer_perplexity
+from flexgen_ray.config import Policy
+from flexgen_ray.cost.formats import WeightFormat
+from flexgen_ray.evaluation.perplexity import measure
+from flexgen_ray.llm import LLM
+from flexgen_ray.models.packed_checkpoint import write_packed
+from flexgen_ray.options import JsonOption
+from flexgen_ray.paths import find_model
+
+CHECKPOINT = "the checkpoint"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """lossy: as in LLM; searched: weights are packed with ranges of least squared error."""
+
+    name: str
+    lossy: dict[str, Any] = field(default_factory=dict)
+    searched: bool = False
+
+    @property
+    def scored_in(self) -> str:
+        """Prefill sees the cache as it is kept, but only decode is sparse."""
+        return "decode" if "attention_sparsity" in self.lossy else "prefill"
+
+
+W4, C4, SPARSE = {"weight_bits": 4}, {"cache_bits": 4}, {"attention_sparsity": 0.1}
+VARIANTS = (
+    Variant(CHECKPOINT),
+    Variant("8-bit weights", {"weight_bits": 8}),
+    Variant("4-bit weights", W4),
+    Variant("4-bit weights, least squares", W4, searched=True),
+    Variant("8-bit cache", {"cache_bits": 8}),
+    Variant("4-bit cache", C4),
+    Variant("8-bit weights and cache", {"weight_bits": 8, "cache_bits": 8}),
+    Variant("4-bit weights and cache", W4 | C4),
+    Variant("4-bit weights and cache, least squares", W4 | C4, searched=True),
+    Variant("sparse 0.1", SPARSE),
+    Variant("4-bit weights and cache, least squares, sparse 0.1", W4 | C4 | SPARSE, searched=True),
+    Variant("8-bit embedding and head", {"embedding_bits": 8}),
+    Variant("4-bit embedding and head", {"embedding_bits": 4}),
+)
+
+
+def accuracy(
+    model: Annotated[str, typer.Option(help="Model folder.")],
+    data: Annotated[Path, typer.Option(help="A text, or .jsonl of questions and answers.")],
+    context: Annotated[int, typer.Option(help="Tokens of a window.")] = 1024,
+    stride: Annotated[int, typer.Option(help="Between windows' starts.")] = 512,
+    max_tokens: Annotated[int, typer.Option(help="Of the text.")] = 21_000,
+    plot: Annotated[Path | None, typer.Option(help="Also draw, as .png or .svg.")] = None,
+    json_file: JsonOption = None,
+) -> None:
+    """Perplexity of a model in every format, and with the same rounding in plain torch.
+
+    Example: flexgen-ray bench accuracy --model ./smollm2 --data wiki.txt
+    """
+    text, folder = read_text(data), find_model(model)
+    windows = {"context": context, "stride": stride, "max_tokens": max_tokens}
+    runs = list(_scored(folder, text, windows)) + list(_peers(folder, text, windows))
+    plain = runs[0]["perplexity"]
+    for run in runs:
+        run["against the checkpoint"] = round(run["perplexity"] / plain, 5)
+    result = {"model": folder.name, "data": data.name, "settings": windows, "runs": runs}
+    finish(result, "CPU", json_file)
+    if plot is not None:
+        from flexgen_ray.plot import draw_accuracy
+
+        draw_accuracy(result, plot)
+
+
+def read_text(path: Path) -> str:
+    """A text file, or questions and answers from JSON lines, without GSM8K's sums in brackets."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix != ".jsonl":
+        return text
+    rows = map(json.loads, text.splitlines())
+    pairs = (f"Question: {row['question']}\nAnswer: {row['answer']}\n\n" for row in rows)
+    return re.sub(r"<<.*?>>", "", "".join(pairs))
+
+
+def _scored(folder: Path, text: str, windows: dict[str, int]) -> Iterator[dict]:
+    with tempfile.TemporaryDirectory() as scratch:
+        packed = Path(scratch) / "packed"
+        for variant in VARIANTS:
+            if variant.searched and not packed.exists():
+                _write_packed(folder, packed)
+            options: dict[str, Any] = {"dtype": "float32", "device": "cpu", "use_ray": False}
+            with LLM(packed if variant.searched else folder, **options, **variant.lossy) as llm:
+                figures = measure(llm, text, **windows, scored_in=variant.scored_in)
+            found = {"name": variant.name, "scored_in": variant.scored_in} | figures
+            typer.echo(str(found), err=True)
+            yield found
+
+
+def _write_packed(folder: Path, output: Path) -> None:
+    from flexgen_ray.models.registry import load_config
+
+    config, bits = load_config(folder), {"weight_bits": 4, "embedding_bits": None}
+    kept = WeightFormat(config.dtype, bits=Policy(weight_bits=4).weight_bits)
+    write_packed(folder, config, kept, bits, output, lambda name: None)
+
+
+def _peers(folder: Path, text: str, windows: dict[str, int]) -> Iterator[dict]:
+    for name, peer in PEERS.items():
+        figures = peer_perplexity(folder, text, peer, **windows)
+        if figures is not None:
+            found = {"name": name, "scored_in": "transformers"} | figures
+            typer.echo(str(found), err=True)
+            yield found

@@ -1,0 +1,131 @@
+"""Rounding in plain torch, ours and others', inside transformers' own model: what ours is held to.
+
+Knows nothing of tiers or of the engine.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+
+from flexgen_ray.cost.formats import WeightFormat
+from flexgen_ray.evaluation.perplexity import windows
+from flexgen_ray.models.registry import FAMILIES, load_config
+from flexgen_ray.quant import plain
+from flexgen_ray.quant.packing import GROUP, packed_bytes
+
+Round = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Peer:
+    """weights: rounds a matrix of a decoder layer; cache_bits: of keys and values; package: that it
+    needs."""
+
+    weights: Round | None = None
+    cache_bits: int | None = None
+    package: str = "torch"
+
+
+class RoundingCache(DynamicCache):
+    """Keeps keys and values as a packed cache does."""
+
+    def __init__(self, bits: int) -> None:
+        super().__init__()
+        self._bits = bits
+
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        keys, values = (rounded(x, self._bits) for x in (key_states, value_states))
+        return super().update(keys, values, layer_idx, *args, **kwargs)
+
+
+def rounded(x: Tensor, bits: int) -> Tensor:
+    """As packing and unpacking in plain torch leaves it."""
+    packed = x.new_empty((*x.shape[:-1], packed_bytes(x.shape[-1], bits)), dtype=torch.uint8)
+    plain.pack(x.float(), bits, packed)
+    out = torch.empty_like(x)
+    plain.unpack(packed, bits, out)
+    return out
+
+
+def peer_perplexity(
+    folder: Path, text: str, peer: Peer, context: int, stride: int, max_tokens: int
+) -> dict | None:
+    """{"perplexity", "nll", "tokens"} by transformers on the same windows; None if the peer's
+    package isn't there."""
+    if find_spec(peer.package) is None:
+        return None
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    if peer.weights is not None:
+        round_weights(model, folder, peer.weights)
+    tokens = AutoTokenizer.from_pretrained(folder)(text)["input_ids"][:max_tokens]
+    scores: list[float] = []
+    with torch.inference_mode():
+        for it in windows(len(tokens), context, stride):
+            cache = RoundingCache(peer.cache_bits) if peer.cache_bits else DynamicCache()
+            ids = torch.tensor([tokens[it.start : it.stop]])
+            logits = model(ids, past_key_values=cache).logits[0, it.first - it.start - 1 : -1]
+            wanted = ids[0, it.first - it.start :, None]
+            scores += logits.float().log_softmax(-1).gather(1, wanted)[:, 0].tolist()
+    nll = -math.fsum(scores) / len(scores)
+    return {"perplexity": math.exp(nll), "nll": nll, "tokens": len(scores)}
+
+
+def round_weights(model: torch.nn.Module, folder: Path, rounding: Round) -> None:
+    """The matrices that `weight_bits` packs."""
+    config, kept = load_config(folder), WeightFormat("float32", bits=4)
+    names = FAMILIES[config.family].WEIGHT_NAMES
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for layer in range(1, config.num_layers + 1):
+            for name, shape in config.tensors(layer).items():
+                if kept.bits_of(name, shape):
+                    module, _, kind = name.rpartition(".")
+                    parameter = parameters[f"{names[module].format(layer - 1)}.{kind}"]
+                    parameter.copy_(rounding(parameter.data))
+
+
+def _torchao(weight: Tensor) -> Tensor:
+    """torchao's asymmetric round to nearest, float16 scales and whole zero points."""
+    from torchao.quantization import quant_primitives as torchao
+
+    block, codes = (1, GROUP), (torch.uint8, 0, 15)
+    scale, zero = torchao.choose_qparams_affine(
+        weight, torchao.MappingType.ASYMMETRIC, block, *codes, eps=1e-6,
+        scale_dtype=torch.float16, zero_point_dtype=torch.int32,
+    )  # fmt: skip
+    scale = scale.float()
+    packed = torchao.quantize_affine(weight, block, scale, zero, *codes)
+    return torchao.dequantize_affine(packed, block, scale, zero, *codes, output_dtype=torch.float32)
+
+
+def _hqq(optimize: bool) -> Round:
+    """hqq's, with or without its optimizer; float zero points."""
+
+    def rounding(weight: Tensor) -> Tensor:
+        from hqq.core.quantize import Quantizer
+
+        packed, meta = Quantizer.quantize(
+            weight, nbits=4, group_size=GROUP, axis=1, optimize=optimize, bitpack=False,
+            device="cpu", compute_dtype=torch.float32,
+        )  # fmt: skip
+        return Quantizer.dequantize(packed, meta | {"compute_dtype": torch.float32}).float()
+
+    return rounding
+
+
+PEERS = {
+    "transformers": Peer(),
+    "4-bit weights in plain torch": Peer(lambda x: rounded(x, 4)),
+    "4-bit weights and cache in plain torch": Peer(lambda x: rounded(x, 4), 4),
+    "torchao's int4, groups of 64": Peer(_torchao, package="torchao"),
+    "hqq's int4, round to nearest": Peer(_hqq(False), package="hqq"),
+    "hqq's int4, optimized": Peer(_hqq(True), package="hqq"),
+}
