@@ -48,7 +48,7 @@ def test_a_quick_calibration_writes_a_file_that_the_planner_can_load(tmp_path, m
         for group in calibration.QUERIES_PER_KV_HEAD:
             assert isinstance(hardware.rates(dtype, group, 8, 512), HardwareSpec)
     kernels = {it.kernel for it in hardware.host.attention}
-    assert kernels == {"sdpa", "numba"} and len(hardware.host.attention) == 18
+    assert kernels == {"sdpa", "numba"} and len(hardware.host.attention) == 30
 
 
 def test_the_output_goes_where_it_is_asked_to(tmp_path, monkeypatch):

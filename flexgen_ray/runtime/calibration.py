@@ -15,6 +15,7 @@ from statistics import median
 import torch
 
 from flexgen_ray.cost.machine_rates import (
+    CACHE_DTYPES,
     AttentionRates,
     DeviceRates,
     DiskRates,
@@ -64,7 +65,7 @@ class Measured:
 def count_measurements(device: torch.device) -> int:
     """How often `measure_machine` announces one."""
     gemms = len(_gemm_dtypes(device)) * len(GEMM_ROWS)
-    return 10 + len(KERNELS) * len(TORCH_DTYPE) * len(QUERIES_PER_KV_HEAD) + gemms
+    return 10 + len(KERNELS) * len(CACHE_DTYPES) * len(QUERIES_PER_KV_HEAD) + gemms
 
 
 def measure_machine(
@@ -109,10 +110,13 @@ def _host(bench: Bench, cache: CacheShape, cores: Cores, announce: Announce) -> 
     kernels = {name: load(name, cores.host) for name in KERNELS}
     copying = bench.copier(to_device=True)
     entries, joint = [], 0.0
-    for name, dtype, group in product(kernels, TORCH_DTYPE, QUERIES_PER_KV_HEAD):
+    for name, dtype, group in product(kernels, CACHE_DTYPES, QUERIES_PER_KV_HEAD):
         announce(f"host attention, {name}, {dtype}, {group} queries a KV head")
-        shape = replace(cache, num_heads=group * cache.num_kv_heads)
-        attending = bench.attender(kernels[name], TORCH_DTYPE[dtype], shape)
+        bits = None if dtype in TORCH_DTYPE else int(dtype.removeprefix("int"))
+        shape = replace(cache, num_heads=group * cache.num_kv_heads, bits=bits)
+        # Whatever dtype queries have, packed values become float32.
+        of_queries = TORCH_DTYPE.get(dtype, torch.float16)
+        attending = bench.attender(kernels[name], of_queries, shape)
         alone = bench.rate(*attending)
         busy, link = bench.together(attending, copying)
         entries.append(AttentionRates(name, dtype, group, _rounded(alone), _rounded(busy)))

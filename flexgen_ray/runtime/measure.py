@@ -38,17 +38,24 @@ _MOST_REPEATS = 1000
 
 @dataclass(frozen=True)
 class CacheShape:
-    """Keys and values of some rows in one layer, and the query heads that attend them."""
+    """Keys and values of some rows in one layer, and the query heads that attend them; bits: of a
+    packed cache."""
 
     rows: int
     num_heads: int
     num_kv_heads: int
     context: int
     head_dim: int
+    bits: int | None = None
+
+    @property
+    def width(self) -> int:
+        """Of a token's keys or values of one KV head: elements, or bytes where they are packed."""
+        return packed_bytes(self.head_dim, self.bits) if self.bits else self.head_dim
 
     @property
     def numel(self) -> int:
-        return 2 * self.rows * self.num_kv_heads * self.context * self.head_dim
+        return 2 * self.rows * self.num_kv_heads * self.context * self.width
 
 
 class Bench(AbstractContextManager):
@@ -169,13 +176,15 @@ class Bench(AbstractContextManager):
         return self.rate(2.0 * out.numel(), lambda: unpack(next(matrices), bits, out), self.device)
 
     def attender(self, kernel: Kernel, dtype: torch.dtype, shape: CacheShape) -> tuple[int, Action]:
-        """Bytes of K and V of some rows, and what attends the next ones on the host."""
-        return _attender(kernel, _room(self.host, dtype, shape.numel), shape)
+        """Bytes of K and V of some rows, and what attends the next ones on the host; dtype: of the
+        queries, and of a cache that isn't packed."""
+        memory = _room(self.host, torch.uint8 if shape.bits else dtype, shape.numel)
+        return _attender(kernel, memory, shape, dtype)
 
     def device_attention_rate(self, dtype: torch.dtype, shape: CacheShape) -> float:
         """Bytes of K and V a second that the device attends in decoding."""
         memory = _room(self.on_device, dtype, shape.numel)
-        return self.rate(*_attender(load_kernel("sdpa", 1), memory, shape), self.device)
+        return self.rate(*_attender(load_kernel("sdpa", 1), memory, shape, dtype), self.device)
 
     def launch_seconds(self) -> float:
         """To issue an op that does next to nothing."""
@@ -183,9 +192,12 @@ class Bench(AbstractContextManager):
         return 1 / self.rate(1, lambda: x.add_(1), self.device)
 
 
-def _attender(kernel: Kernel, memory: Tensor, shape: CacheShape) -> tuple[int, Action]:
-    caches = memory.view(-1, 2, shape.rows, shape.num_kv_heads, shape.context, shape.head_dim)
-    q = caches.new_full((shape.rows, shape.num_heads, shape.head_dim), 0.5)
+def _attender(
+    kernel: Kernel, memory: Tensor, shape: CacheShape, dtype: torch.dtype
+) -> tuple[int, Action]:
+    caches = memory.view(-1, 2, shape.rows, shape.num_kv_heads, shape.context, shape.width)
+    size = shape.rows, shape.num_heads, shape.head_dim
+    q = torch.full(size, 0.5, dtype=dtype, device=memory.device)
     lens, out = [shape.context] * shape.rows, torch.empty_like(q)
     coming = cycle(caches)
 
@@ -198,10 +210,12 @@ def _attender(kernel: Kernel, memory: Tensor, shape: CacheShape) -> tuple[int, A
 
 def _room(memory: Tensor, dtype: torch.dtype, size: int) -> Tensor:
     """As many times `size` elements as fit the memory, or else other memory for one; filled with
-    numbers from -1 to 1."""
+    numbers from -1 to 1, bytes so that they are small numbers as minimums and scales too."""
     typed = memory.view(dtype)
     count = len(typed) // size * size
     room = typed[:count] if count else torch.empty(size, dtype=dtype, device=memory.device)
+    if dtype == torch.uint8:
+        return room.fill_(0x38)
     pattern = torch.linspace(-1, 1, PAGE, device=memory.device)
     whole = len(room) // PAGE * PAGE
     room[:whole].view(-1, PAGE).copy_(pattern)

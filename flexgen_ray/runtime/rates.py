@@ -38,6 +38,7 @@ def measure_rates(
         config.num_kv_heads,
         plan.max_seq_len,
         config.head_dim,
+        plan.policy.cache_bits,
     )
     with Bench(device, nbytes, SECONDS) as bench:
         uses_disk = budget.disk >= nbytes
