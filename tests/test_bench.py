@@ -7,6 +7,7 @@ import json
 import pytest
 from typer.testing import CliRunner
 
+from flexgen_ray.bench import attention as bench_attention
 from flexgen_ray.bench import choice, t4
 from flexgen_ray.cli import app
 from flexgen_ray.config import Policy
@@ -146,3 +147,17 @@ def test_scaling_runs_what_it_says_and_draws_it(monkeypatch, tmp_path):
         assert 0 < run["decode_tokens_per_s"] <= 1.02 * run["predicted_decode_tokens_per_s"]
     assert result["emulated"] and result["believable"]["published"] == 11.52
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_attention_compares_packed_and_sparse_caches_with_the_plain_one(monkeypatch):
+    for name, only in (("DTYPES", "float16"), ("HEAD_DIMS", 64), ("GROUPS", 2)):
+        monkeypatch.setattr(bench_attention, name, (only,))
+    result = bench("attention", "--megabytes", 2, "--context", 64, "--seconds", 0, "--threads", 1,
+                   "--bits", 4, "--bits", 8, "--sparsity", 0.25)  # fmt: skip
+    (row,) = result["results"]
+    assert row["int4_of_plain_bytes"] == round(36 / 128, 3)
+    assert row["int8_of_plain_bytes"] == round(68 / 128, 3)
+    assert row["sparse_of_plain_bytes"] == (1 + 0.25) / 2
+    assert row["int4_sparse_of_plain_bytes"] == round(36 / 128 * (1 + 0.25) / 2, 3)
+    for name in ("int4", "int8", "sparse", "int4_sparse", "int8_sparse"):
+        assert 0 < row[f"{name}_rows_per_s"] and 0 < row[f"{name}_of_plain_rows"]

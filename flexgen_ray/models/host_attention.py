@@ -25,7 +25,7 @@ from flexgen_ray.models.host_vectors import KINDS, LANES, PACKED_KINDS, take_nex
 from flexgen_ray.quant.packing import code_bytes
 
 # numba's cache heeds changes of this file only, so it names the state of those five (a test says).
-_PARTS = "f1bdd64e"
+_PARTS = "b38b0fb3"
 
 _ALONE_BYTES = 256 * 1024
 _LOG2_E = 1.4426950408889634
@@ -224,7 +224,7 @@ def _begin(kind, n, dim, scale, rows, lanes, dtype, place, sums, state):
     else:
         for i in range(n):
             spread(dtype, _at(rows, i)[0], lanes.ctypes.data, len(lanes), _at(sums, i)[0])
-        begin(np.float32(0), n, len(lanes), scale, sums, place, sums, state)
+        begin(kind, n, len(lanes), scale, sums, place, sums, state)
 
 
 @numba.njit(nogil=True)

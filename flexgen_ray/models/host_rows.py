@@ -28,6 +28,7 @@ from flexgen_ray.models.host_vectors import (
     emit_switch,
     emitted,
     fma,
+    is_packed,
     load,
     narrow,
     plus,
@@ -90,10 +91,10 @@ def offset(b: ir.IRBuilder, kind: types.Type, nbytes: ir.Value, lane: ir.Value) 
 
 
 def parameters(
-    b: ir.IRBuilder, kind: types.Type, row: ir.Value, nbytes: ir.Value, lane: ir.Value, part: int
+    b: ir.IRBuilder, kind: types.Type, row: ir.Value, nbytes: ir.Value, lane: ir.Value
 ) -> Values:
-    """What read needs for parts of the vector that begins at a lane, and of its whole group."""
-    if kind not in (types.uint8, types.int8):
+    """What read needs for the vector that begins at a lane, and for its whole group."""
+    if not is_packed(kind):
         return []
     place = plus(b, b.add(row, nbytes), b.udiv(lane, I64(GROUP)), PARAMETER_BYTES)
     raw = b.load(b.inttoptr(place, ir.VectorType(I16, 2).as_pointer()))
@@ -101,7 +102,7 @@ def parameters(
     halves = b.bitcast(raw, ir.VectorType(ir.HalfType(), 2))
     pair = b.fpext(halves, ir.VectorType(ir.FloatType(), 2))
     minimum, scale = (shuffle(b, pair, pair, [i] * LANES) for i in range(2))
-    if kind == types.int8 and part == LANES:
+    if kind == types.int8:
         scale = b.fmul(scale, ir.Constant(VECTOR, [1.0] * _HALF + [1 / 16] * _HALF))
     return [minimum, scale]
 
@@ -114,31 +115,28 @@ def read(
     part: int = LANES,
     i: int = 0,
 ) -> ir.Value:
-    """Of the vector at an address the i-th part, again and again until LANES are full."""
+    """Of the vector at an address the i-th part, again and again until LANES are full.
+
+    4-bit codes come as a whole only.
+    """
     if not parameters:
         return load(b, kind, b.add(vector, I64(i * part * size_in_bytes(kind))), part)
     if kind == types.uint8:
-        codes = _bytes(b, b.add(vector, I64(i * part)), part, list(range(part)))
-        codes = b.zext(codes, I32_VECTOR)
-    elif part == LANES:
-        # High nibbles stay where they are, 16 times too large; so their scale is smaller.
-        codes = _bytes(b, vector, _HALF, list(range(_HALF)))
-        mask = [0x0F] * _HALF + [0xF0] * _HALF
-        codes = b.zext(b.and_(codes, ir.Constant(codes.type, mask)), I32_VECTOR)
+        codes = _bytes(b, b.add(vector, I64(i * part)), part)
     else:
-        first, high = i * part % _HALF, i * part >= _HALF
-        codes = b.zext(_bytes(b, vector, _HALF, list(range(first, first + part))), I32_VECTOR)
-        constant = ir.Constant(I32_VECTOR, [4 if high else 0x0F] * LANES)
-        codes = b.lshr(codes, constant) if high else b.and_(codes, constant)
+        # High nibbles stay where they are, 16 times too large; so their scale is smaller.
+        mask = [0x0F] * _HALF + [0xF0] * _HALF
+        codes = _bytes(b, vector, _HALF)
+        codes = b.and_(codes, ir.Constant(codes.type, mask))
     minimum, scale = parameters
-    return fma(b, b.sitofp(codes, VECTOR), scale, minimum)
+    return fma(b, b.sitofp(b.zext(codes, I32_VECTOR), VECTOR), scale, minimum)
 
 
-def _bytes(b: ir.IRBuilder, address: ir.Value, count: int, chosen: list[int]) -> ir.Value:
-    """LANES bytes: the chosen ones of count, again and again."""
+def _bytes(b: ir.IRBuilder, address: ir.Value, count: int) -> ir.Value:
+    """Count bytes, again and again until LANES are full."""
     raw = b.load(b.inttoptr(address, ir.VectorType(I8, count).as_pointer()))
     raw.align = 1
-    return shuffle(b, raw, raw, [chosen[lane % len(chosen)] for lane in range(LANES)])
+    return shuffle(b, raw, raw, [lane % count for lane in range(LANES)])
 
 
 def emit_vectors(
@@ -146,7 +144,6 @@ def emit_vectors(
     kind: types.Type,
     rows: Values,
     nbytes: ir.Value,
-    part: int,
     start: Values,
     body: Callable[[ir.Value, ir.Value, list[Values], Values], Values],
 ) -> Values:
@@ -154,7 +151,7 @@ def emit_vectors(
     lanes = lanes_in(b, kind, nbytes)
 
     def in_group(first: ir.Value, carried: Values) -> Values:
-        found = [parameters(b, kind, row, nbytes, first, part) for row in rows]
+        found = [parameters(b, kind, row, nbytes, first) for row in rows]
 
         def step(i: ir.Value, carried: Values) -> Values:
             lane = b.add(first, i)
@@ -164,7 +161,7 @@ def emit_vectors(
             return step(I64(0), carried)
         return emit_loop(b, smaller(b, b.sub(lanes, first), I64(GROUP)), LANES, carried, step)
 
-    together = GROUP if kind in (types.uint8, types.int8) else LANES
+    together = GROUP if is_packed(kind) else LANES
     return emit_loop(b, lanes, together, start, in_group)
 
 

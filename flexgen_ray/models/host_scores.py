@@ -52,7 +52,7 @@ def score(context, kind, heads, shape, queries, rows, scores, ahead):
         last_row = b.sub(count, I64(1))
 
         def emit(heads):
-            part, several = part_of_row(heads), vectors_of_queries(heads)
+            part, several = part_of_row(kind, heads), vectors_of_queries(kind, heads)
             at_once = LANES // several
 
             def some_rows(first, _):
@@ -65,7 +65,7 @@ def score(context, kind, heads, shape, queries, rows, scores, ahead):
                     vectors = [b.add(row, at) for row in taken]
                     return _multiply(b, kind, heads, place, (vectors, groups), sums)
 
-                sums = emit_vectors(b, kind, taken, nbytes, part, [ZEROS] * LANES, step)
+                sums = emit_vectors(b, kind, taken, nbytes, [ZEROS] * LANES, step)
                 place = plus(b, scores, first, 4 * heads)
                 for i in range(0, LANES, part):
                     found = sums_of_neighbours(b, sums[i : i + part])
@@ -93,7 +93,7 @@ def _multiply(
 
     rows: the address of each one's vector, and its parameters.
     """
-    part, several, sums = part_of_row(heads), vectors_of_queries(heads), list(sums)
+    part, several, sums = part_of_row(kind, heads), vectors_of_queries(kind, heads), list(sums)
     for i in range(LANES // part):
         places = [b.add(queries, I64((i * several + n) * VECTOR_BYTES)) for n in range(several)]
         q = [load(b, types.float32, place) for place in places]
@@ -136,7 +136,7 @@ def score_alone(context, kind, count, nbytes, queries, rows, partial, scores):
                 row, sums = row_at(b, rows, j), [ZEROS] * 4
                 for i, x in enumerate(q):
                     if i * LANES % GROUP == 0:
-                        group = parameters(b, kind, row, I64(nbytes), I64(i * LANES), LANES)
+                        group = parameters(b, kind, row, I64(nbytes), I64(i * LANES))
                     k = read(b, kind, b.add(row, I64(i * width)), group)
                     sums[i % 4] = fma(b, k, x, sums[i % 4])
                 total = b.fadd(b.fadd(sums[0], sums[1]), b.fadd(sums[2], sums[3]))
@@ -153,7 +153,7 @@ def score_alone(context, kind, count, nbytes, queries, rows, partial, scores):
                     k = read(b, kind, b.add(row, at), groups[0])
                     return [fma(b, k, load(b, types.float32, plus(b, queries, d, 4)), sums[0])]
 
-                (total,) = emit_vectors(b, kind, [row], nbytes, LANES, [ZEROS], step)
+                (total,) = emit_vectors(b, kind, [row], nbytes, [ZEROS], step)
                 store(b, total, plus(b, partial, j, VECTOR_BYTES))
                 return []
 

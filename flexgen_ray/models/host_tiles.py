@@ -35,6 +35,7 @@ from flexgen_ray.models.host_vectors import (
     emitted,
     exp2,
     fma,
+    is_packed,
     load,
     maximum,
     narrow,
@@ -61,35 +62,40 @@ AHEAD = 8
 _UNROLLED = 4
 
 
-def vectors_of_queries(heads: int) -> int:
+def vectors_of_queries(kind: types.Type, heads: int) -> int:
     """How many hold a part of every head's query; each is multiplied with the same keys."""
-    return min(heads, 4 if WIDE else 2)
+    # A vector of 4-bit codes is read whole, since what makes numbers of them costs most.
+    return heads if kind == types.int8 else min(heads, 4 if WIDE else 2)
 
 
-def part_of_row(heads: int) -> int:
+def part_of_row(kind: types.Type, heads: int) -> int:
     """Elements of a row that a vector holds for each of its heads."""
-    return LANES * vectors_of_queries(heads) // heads
+    return LANES * vectors_of_queries(kind, heads) // heads
 
 
 @emitted
 def begin(context, kind, heads, dim, scale, rows, queries, sums, state):
-    """queries = rows * scale; sums and state as before any token. rows: matrix of the heads."""
+    """queries = rows * scale; sums and state as before any token. rows: matrix of the heads.
+
+    For packed keys the rows are float32, in the order of the codes, and may be the sums.
+    """
 
     def generate(context, b, signature, args):
         _, heads, dim, scale, rows, queries, sums, state = args
+        stored = types.float32 if is_packed(kind) else kind
         last = b.sub(dim, I64(LANES))
         lanes = ir.Constant(ir.VectorType(I64, LANES), list(range(LANES)))
 
         def emit(heads):
-            part = part_of_row(heads)
+            part = part_of_row(kind, heads)
 
             def step(d, _):
                 at = smaller(b, d, last)
                 new = b.icmp_signed(">=", lanes, splat(b, b.sub(d, at)))
                 place = plus(b, queries, d, 4 * heads)
                 for head in range(heads):
-                    row = plus(b, row_at(b, rows, I64(head)), at, size_in_bytes(kind))
-                    q = b.select(new, b.fmul(load(b, kind, row), splat(b, scale)), ZEROS)
+                    row = plus(b, row_at(b, rows, I64(head)), at, size_in_bytes(stored))
+                    q = b.select(new, b.fmul(load(b, stored, row), splat(b, scale)), ZEROS)
                     for i in range(LANES // part):
                         piece = shuffle(b, q, q, list(range(i * part, (i + 1) * part)))
                         store(b, piece, b.add(place, I64(4 * (i * heads + head) * part)))
@@ -206,7 +212,7 @@ def mix(context, kind, heads, shape, weights, values, picks, sums, ahead):
                 v = []
                 for c in range(columns):
                     if c * LANES % GROUP == 0:
-                        group = parameters(b, kind, row, nbytes, b.add(d, I64(c * LANES)), LANES)
+                        group = parameters(b, kind, row, nbytes, b.add(d, I64(c * LANES)))
                     v.append(read(b, kind, b.add(row, b.add(at, I64(c * vector))), group))
                 for line in range(0, width if heads > 1 or picking else 0, LINE):
                     prefetch(b, b.add(later, b.add(at, I64(line))))

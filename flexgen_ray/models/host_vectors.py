@@ -41,9 +41,13 @@ def size_in_bytes(kind: types.Type) -> int:
     return 4 if kind == types.float32 else 2
 
 
+def is_packed(kind: types.Type) -> bool:
+    return kind in (types.uint8, types.int8)
+
+
 def vector_bytes(kind: types.Type) -> int:
     """Of LANES stored elements, or of their codes."""
-    if kind in (types.uint8, types.int8):
+    if is_packed(kind):
         return LANES if kind == types.uint8 else LANES // 2
     return LANES * size_in_bytes(kind)
 
