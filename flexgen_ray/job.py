@@ -101,6 +101,8 @@ def _request(llm: LLM, line: BatchLine) -> Request:
         raise ValueError(line.error)
     prompt = llm.tokenizer.chat(line.messages) if line.messages is not None else line.prompt
     assert prompt is not None
+    if line.echo:
+        llm.tokenizer.load()
     return llm.request(line.number, prompt, line.params)
 
 

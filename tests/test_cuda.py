@@ -49,6 +49,23 @@ def test_async_equals_serial_bit_for_bit(tiny_models, name, policy, monkeypatch)
     assert all(torch.equal(a, b) for a, b in zip(runs[0][1], runs[1][1], strict=True))
 
 
+@pytest.mark.parametrize("in_decode", [False, True])
+def test_given_tokens_score_as_on_the_cpu(tiny_models, policy_of_all, in_decode):
+    folder, references = tiny_models["llama"]
+    found = {}
+    for device in ("cpu", "cuda"):
+        options = {"policy": policy_of_all, "dtype": "float32", "use_ray": False}
+        with LLM(folder, device=device, **options) as llm:
+            requests = [
+                llm.score_request(index, it.prompt + it.tokens, 1, in_decode)
+                for index, it in enumerate(references)
+            ]
+            llm.prepare(requests)
+            outputs = sorted(llm.stream(requests), key=lambda output: output.index)
+        found[device] = [it.logprob for output in outputs for it in output.scores]
+    assert found["cuda"] == pytest.approx(found["cpu"], abs=1e-4)
+
+
 def test_every_lane_of_a_cuda_run_is_timed_on_its_stream(tiny_models, policy_of_all, tmp_path):
     folder, references = tiny_models["llama"]
     options = {"dtype": "float32", "device": "cuda", "use_ray": False, "trace": True}

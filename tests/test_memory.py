@@ -22,7 +22,8 @@ def peak():
     return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 folder, prompts, options = sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3])
-params = SamplingParams(max_tokens=4, temperature=0.0)
+asked = options.pop("asked", {})
+params = SamplingParams(max_tokens=4, temperature=0.0, **asked)
 with LLM(folder, use_ray=False, dtype="float32", device="cpu", **options) as llm:
     import torch, transformers.models.auto  # what a run imports, before the baseline
     torch.nn.functional.linear(torch.zeros(64, 64), torch.zeros(64, 64))
@@ -94,3 +95,14 @@ def test_a_long_prompt_needs_no_more_than_a_few_tiles_at_once(large_model, tmp_p
     fewer = held(results[4096]) - held(results[64])
     assert fewer > 90 * MIB
     assert results[4096]["grown"] - results[64]["grown"] >= 0.75 * fewer
+
+
+def test_scoring_a_long_prompt_needs_no_more_than_not_scoring_it(large_model, tmp_path):
+    """Its logits, all at once, would take 49 MB, and their softmax as much again."""
+    policy = tmp_path / "policy.yaml"
+    policy.write_text("gpu_batch_size: 1\nmax_batch_tokens: 64\n")
+    prompt = [(7 * i * i + 3 * i) % 4000 for i in range(3000)]
+    result = run(large_model, [prompt], policy=str(policy), asked={"prompt_logprobs": 1})
+    assert result["grown"] <= held(result) + NOISE
+    plain = run(large_model, [prompt], policy=str(policy))
+    assert result["used"] == plain["used"] and result["tokens"] == plain["tokens"]

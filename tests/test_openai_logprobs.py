@@ -103,6 +103,17 @@ def test_what_has_nothing_to_tell_is_an_error(choices):
     assert "logprobs is 21" in line.error
 
 
+def test_an_echo_without_a_tokenizer_costs_only_itself(tiny_models, tmp_path):
+    lines = [{"custom_id": str(echo), "prompt": [5, 6], "echo": echo} for echo in (True, False)]
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    with LLM(tiny_models["opt"][0], use_ray=False) as llm, Journal(tmp_path / "out") as journal:
+        run_job(llm, journal, read_job(tmp_path / "in.jsonl", journal, SamplingParams(), {}))
+    rows = map(json.loads, (tmp_path / "out").read_text().splitlines())
+    found = {row["custom_id"]: row["response"] for row in rows}
+    assert found["False"]["status_code"] == 200
+    assert "has no tokenizer" in found["True"]["body"]["error"]["message"]
+
+
 @given(st.lists(st.sampled_from([" a", "b", "\ufffd", "<s>", "", "é"]), min_size=1))
 def test_offsets_never_fall_and_point_at_the_token(tokens):
     """Special tokens and pieces of characters aren't in the text."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_exactness import assert_same, greedy, policies
+from test_ray_stages import SLOW, Killer
 from test_stages import pipelines
 from transformers import AutoModelForCausalLM
 
@@ -165,6 +167,31 @@ def test_a_replayed_request_keeps_its_scores_and_gets_the_others(
     assert request.generated == [*given_tokens, 6, 6]
     (done,) = batcher.take_finished()
     assert [it.logprob for it in done.scores] == list(range(first, prompt_len + 6))
+
+
+@pytest.mark.parametrize("moment", [0.1, 0.4])
+def test_killed_stages_cost_no_score(tiny_models, logprobs, local_ray, moment):
+    """In prefill or in decode: what was told is kept, the rest is scored when it is replayed."""
+    options = {"policy": Policy(2, 2, 4), "pipeline_parallel_size": 2, "pace": SLOW}
+    with LLM(tiny_models["opt"][0], dtype="float32", **options) as llm:
+        cuts = [len(text) // 2 if index % 2 else len(text) - 1 for index, text in enumerate(TEXTS)]
+        requests = [
+            Request(i, text[:cut], SamplingParams(len(text) - cut, 0.0), text[cut:], 1)
+            for i, (text, cut) in enumerate(zip(TEXTS, cuts, strict=True))
+            if cut
+        ]
+        llm.prepare(requests)
+        killer = Killer(llm, [(moment, 1)], signal.SIGKILL)
+        killer.start()
+        try:
+            outputs = {output.index: output for output in llm.stream(requests)}
+        finally:
+            killer.is_over.set()
+            killer.join()
+        assert [it.stages for it in llm.report.recoveries] == [[1]]
+    for request in requests:
+        text, wanted = TEXTS[request.index], logprobs["opt"][request.index]
+        assert_scores(outputs[request.index].scores, wanted, text, 1)
 
 
 def test_who_asks_for_nothing_pays_nothing(tiny_models, monkeypatch):

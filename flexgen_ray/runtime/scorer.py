@@ -35,9 +35,10 @@ def score(logits: Tensor, token_ids: Tensor, top: int) -> Scores:
     normaliser = logits.logsumexp(dim=-1, keepdim=True)
     tokens = token_ids[:, None]
     own = logits.gather(-1, tokens)
-    places = torch.arange(logits.shape[-1], device=logits.device)
-    ranks = 1 + (logits > own).sum(dim=-1)
-    ranks += ((logits == own) & (places < tokens)).sum(dim=-1)
+    ahead = logits > own
+    ahead |= (logits == own).logical_and_(torch.arange(len(logits[0]), device=own.device) < tokens)
+    # As a sum of 64-bit numbers it would be taken from a copy twice as large as the logits.
+    ranks = 1 + ahead.sum(dim=-1, dtype=torch.int32)
     best = logits.topk(min(top, logits.shape[-1]), dim=-1)
     logprobs = (own - normaliser).squeeze(-1)
     return Scores(logprobs, ranks, best.indices.int(), best.values - normaliser)
