@@ -195,6 +195,20 @@ def test_overwriting_changes_nothing_before_it_begins(tmp_path):
     assert before == {it: it.read_bytes() for it in tmp_path.iterdir()}
 
 
+@pytest.mark.parametrize("keep_order", [False, True])
+def test_overwriting_leaves_nothing_of_the_job_before(tmp_path, keep_order):
+    path = tmp_path / "out.jsonl"
+    write_until_killed(path, IDS[::-1], True, 1000)
+    assert (tmp_path / "out.jsonl.waiting").stat().st_size
+    facts = FACTS | {"seed": 1}
+    with Journal(path, True, keep_order) as journal:
+        journal.check(facts, IDS)
+        journal.begin()
+        assert sum(it.stat().st_size for it in (path, *tmp_path.glob("*.waiting"))) == 0
+    assert write(path, IDS, keep_order, facts=facts) == IDS
+    assert names(tmp_path) == {"out.jsonl", "out.jsonl.job.json"}
+
+
 def test_two_runs_on_one_file_are_refused_until_the_first_is_gone(tmp_path):
     path = tmp_path / "out.jsonl"
     script = f"""
