@@ -175,7 +175,16 @@ def test_damage_before_the_end_is_named(tmp_path, damage):
     path = tmp_path / "out.jsonl"
     write(path, IDS[:2])
     path.write_text(damage + path.read_text())
-    with pytest.raises(ValueError, match="out.jsonl has .* at byte 0"):
+    with pytest.raises(ValueError, match="out.jsonl has .* at byte 0.* --overwrite"):
+        Journal(path)
+
+
+def test_damage_in_a_packed_file_is_named(tmp_path):
+    path = tmp_path / "out.jsonl.gz"
+    write(path, IDS[:2])
+    size = path.stat().st_size
+    path.write_bytes(path.read_bytes() + b"no gzip")
+    with pytest.raises(ValueError, match=f"out.jsonl.gz is not gzip after byte {size} .*overwrite"):
         Journal(path)
 
 
