@@ -255,7 +255,7 @@ def test_a_full_disk_leaves_whole_rows_and_is_named(tmp_path):
             write(path, IDS)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert 0 < len(read(path)) < len(IDS)
+    assert 0 < len(read(path)) < len(IDS) and path.read_bytes().endswith(b"}\n")
     write(path, IDS)
     assert [it["custom_id"] for it in read(path)] == IDS
 
