@@ -48,12 +48,14 @@ def run_here(monkeypatch, capsys):
 
     def call(*arguments: object) -> subprocess.CompletedProcess:
         monkeypatch.setattr(sys, "argv", ["flexgen-ray", *map(str, arguments)])
-        terminate = signal.getsignal(signal.SIGTERM)
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        before = [*zip(numbers, map(signal.getsignal, numbers), strict=True)]
         try:
             with pytest.raises(SystemExit) as ended:
                 main()
         finally:
-            signal.signal(signal.SIGTERM, terminate)
+            for number, handler in before:
+                signal.signal(number, handler)
         shown = capsys.readouterr()
         return subprocess.CompletedProcess([], ended.value.code or 0, shown.out, shown.err)
 
@@ -354,6 +356,6 @@ def test_info_tells_what_a_run_would_use(tmp_path):
 def test_help_teaches():
     done = run("generate", "--help")
     assert done.returncode == 0
-    for word in ("--policy", "--gpu-memory", "Example", "OpenAI"):
+    for word in ("--policy", "--gpu-memory", "Example", "OpenAI", "--resume", "--keep-order"):
         assert word in done.stdout
     assert run("--version").stdout.strip()

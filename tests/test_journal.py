@@ -175,7 +175,16 @@ def test_damage_before_the_end_is_named(tmp_path, damage):
     path = tmp_path / "out.jsonl"
     write(path, IDS[:2])
     path.write_text(damage + path.read_text())
-    with pytest.raises(ValueError, match="out.jsonl has .* at byte 0"):
+    with pytest.raises(ValueError, match="out.jsonl has .* at byte 0.* --overwrite"):
+        Journal(path)
+
+
+def test_damage_in_a_packed_file_is_named(tmp_path):
+    path = tmp_path / "out.jsonl.gz"
+    write(path, IDS[:2])
+    size = path.stat().st_size
+    path.write_bytes(path.read_bytes() + b"no gzip")
+    with pytest.raises(ValueError, match=f"out.jsonl.gz is not gzip after byte {size} .*overwrite"):
         Journal(path)
 
 
@@ -193,6 +202,20 @@ def test_overwriting_changes_nothing_before_it_begins(tmp_path):
         journal.check(FACTS, IDS)
         raise RuntimeError("no model")
     assert before == {it: it.read_bytes() for it in tmp_path.iterdir()}
+
+
+@pytest.mark.parametrize("keep_order", [False, True])
+def test_overwriting_leaves_nothing_of_the_job_before(tmp_path, keep_order):
+    path = tmp_path / "out.jsonl"
+    write_until_killed(path, IDS[::-1], True, 1000)
+    assert (tmp_path / "out.jsonl.waiting").stat().st_size
+    facts = FACTS | {"seed": 1}
+    with Journal(path, True, keep_order) as journal:
+        journal.check(facts, IDS)
+        journal.begin()
+        assert sum(it.stat().st_size for it in (path, *tmp_path.glob("*.waiting"))) == 0
+    assert write(path, IDS, keep_order, facts=facts) == IDS
+    assert names(tmp_path) == {"out.jsonl", "out.jsonl.job.json"}
 
 
 def test_two_runs_on_one_file_are_refused_until_the_first_is_gone(tmp_path):
@@ -232,7 +255,7 @@ def test_a_full_disk_leaves_whole_rows_and_is_named(tmp_path):
             write(path, IDS)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert 0 < len(read(path)) < len(IDS)
+    assert 0 < len(read(path)) < len(IDS) and path.read_bytes().endswith(b"}\n")
     write(path, IDS)
     assert [it["custom_id"] for it in read(path)] == IDS
 

@@ -97,13 +97,15 @@ class Journal:
     def begin(self) -> None:
         """From now on the file is this job's."""
         self._file.truncate(self._num_bytes)
+        if self._order:
+            self._order.begin(self._custom_ids[self._num_written :])
         if self._file.is_file and not self._resumes:
-            # As a whole, or not at all.
+            if not self._order:
+                self._waiting_path.unlink(missing_ok=True)
+            # Once nothing of another job is left; as a whole, or not at all.
             draft = self.path.with_name(f"{self.path.name}.job.tmp")
             draft.write_text(json.dumps(self._facts, indent=2) + "\n", encoding="utf-8")
             draft.replace(self._sidecar)
-        if self._order:
-            self._order.begin(self._custom_ids[self._num_written :])
 
     def append(self, row: dict) -> None:
         """One line in one piece; OSError names the file."""

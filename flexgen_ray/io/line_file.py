@@ -96,12 +96,13 @@ class LineFile:
     def _parse(self, line: bytes, start: int) -> dict:
         try:
             row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(
-                f"{self.path} has no line of JSON at byte {start} ({error})"
-            ) from error
+        except ValueError:
+            row = None
         if not isinstance(row, dict) or not isinstance(row.get("custom_id"), str):
-            raise ValueError(f"{self.path} has a line without custom_id at byte {start}")
+            raise ValueError(
+                f"{self.path} has something else than a response at byte {start}; take it out, "
+                "choose another --output, or give --overwrite"
+            )
         return row
 
 
@@ -150,7 +151,10 @@ def _members(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
             try:
                 content += unzip.decompress(piece)
             except zlib.error as error:
-                raise ValueError(f"{file.name} is not gzip after byte {end} ({error})") from error
+                raise ValueError(
+                    f"{file.name} is not gzip after byte {end} ({error}); choose another --output, "
+                    "or give --overwrite"
+                ) from error
             end += len(piece) - len(unzip.unused_data)
             piece = unzip.unused_data
         yield end, content
@@ -165,8 +169,10 @@ def _signals_wait() -> Iterator[None]:
         # Handlers belong to the main thread; no other is interrupted by them.
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
-                before[number] = signal.getsignal(number)
-                signal.signal(number, lambda number, _: came.append(number))
+                # None is an answer that isn't Python's, which can't be put back.
+                if (handler := signal.getsignal(number)) is not None:
+                    before[number] = handler
+                    signal.signal(number, lambda number, _: came.append(number))
         yield
     finally:
         for number, handler in before.items():
