@@ -14,9 +14,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from flexgen_ray.cost.formats import WeightFormat
 from flexgen_ray.evaluation.perplexity import windows
+from flexgen_ray.models.attention import kept_tokens
 from flexgen_ray.models.registry import FAMILIES, load_config
 from flexgen_ray.quant import plain
 from flexgen_ray.quant.packing import GROUP, packed_bytes
@@ -26,11 +28,13 @@ Round = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Peer:
-    """weights: rounds a matrix of a decoder layer; cache_bits: of keys and values; package: that it
+    """weights: rounds a matrix of a decoder layer; cache_bits: of keys and values; sparsity: share
+    of tokens that each query head attends, whatever its KV head's others do; package: that it
     needs."""
 
     weights: Round | None = None
     cache_bits: int | None = None
+    sparsity: float = 1.0
     package: str = "torch"
 
 
@@ -62,7 +66,10 @@ def peer_perplexity(
     package isn't there."""
     if find_spec(peer.package) is None:
         return None
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    sparse = SparseAttention(peer.sparsity)
+    ALL_ATTENTION_FUNCTIONS.register("sparse", sparse)
+    attends = {"attn_implementation": "sparse"} if peer.sparsity < 1 else {}
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **attends).eval()
     if peer.weights is not None:
         round_weights(model, folder, peer.weights)
     tokens = AutoTokenizer.from_pretrained(folder)(text)["input_ids"][:max_tokens]
@@ -71,11 +78,35 @@ def peer_perplexity(
         for it in windows(len(tokens), context, stride):
             cache = RoundingCache(peer.cache_bits) if peer.cache_bits else DynamicCache()
             ids = torch.tensor([tokens[it.start : it.stop]])
+            sparse.first = it.first - it.start
             logits = model(ids, past_key_values=cache).logits[0, it.first - it.start - 1 : -1]
             wanted = ids[0, it.first - it.start :, None]
             scores += logits.float().log_softmax(-1).gather(1, wanted)[:, 0].tolist()
     nll = -math.fsum(scores) / len(scores)
     return {"perplexity": math.exp(nll), "nll": nll, "tokens": len(scores)}
+
+
+class SparseAttention:
+    """transformers' attention of one whole sequence, in which queries from `first` on, as if they
+    were decoded, attend only the tokens of most weight, each head its own."""
+
+    def __init__(self, sparsity: float) -> None:
+        self._sparsity = sparsity
+        self.first = 0
+
+    def __call__(self, module, query, key, value, attention_mask, scaling=None, **kwargs):
+        groups = query.shape[1] // key.shape[1]
+        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+        scores = query @ key.transpose(-1, -2) * scaling
+        length = scores.shape[-1]
+        future = torch.ones(length, length, dtype=torch.bool).triu(1)
+        weights = scores.masked_fill_(future, -torch.inf).softmax(-1)
+        for position in range(self.first, length):
+            row = weights[0, :, position]
+            least = row.topk(kept_tokens(position + 1, self._sparsity)).values[:, -1:]
+            row.masked_fill_(row < least, 0.0)
+            row /= row.sum(-1, keepdim=True)
+        return (weights @ value).transpose(1, 2).contiguous(), None
 
 
 def round_weights(model: torch.nn.Module, folder: Path, rounding: Round) -> None:
@@ -125,6 +156,7 @@ PEERS = {
     "transformers": Peer(),
     "4-bit weights in plain torch": Peer(lambda x: rounded(x, 4)),
     "4-bit weights and cache in plain torch": Peer(lambda x: rounded(x, 4), 4),
+    "sparse 0.1, by query head, in plain torch": Peer(sparsity=0.1),
     "torchao's int4, groups of 64": Peer(_torchao, package="torchao"),
     "hqq's int4, round to nearest": Peer(_hqq(False), package="hqq"),
     "hqq's int4, optimized": Peer(_hqq(True), package="hqq"),
