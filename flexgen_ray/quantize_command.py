@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from flexgen_ray.options import EmbeddingBitsOption, ModelOption
+from flexgen_ray.options import EmbeddingBitsOption, JsonOption, ModelOption
 
 
 def quantize(
@@ -19,12 +19,14 @@ def quantize(
     fast: Annotated[
         bool, typer.Option("--fast", help="Nearest codes, as a run rounds what it loads.")
     ] = False,
+    json_file: JsonOption = None,
 ) -> None:
     """Write a model folder with quantized weights, which runs then read as they are.
 
     Ranges are searched for the least squared error, about 13 million weights a second and core.
     Example: flexgen-ray quantize --model ./opt-30b --output ./opt-30b-int4
     """
+    from flexgen_ray.bench.result import finish
     from flexgen_ray.config import Policy
     from flexgen_ray.cost.formats import WeightFormat
     from flexgen_ray.models.packed_checkpoint import write_packed
@@ -49,3 +51,6 @@ def quantize(
         f"{before / after:.2f} x smaller, in {seconds:.1f} s",
         err=True,
     )
+    sizes = {"dtype": config.dtype, "bytes_before": before, "bytes_after": after}
+    result = {"model": folder.name, "fast": fast} | bits | sizes | {"seconds": round(seconds, 2)}
+    finish(result, "CPU", json_file)

@@ -21,6 +21,7 @@ from flexgen_ray.models.host_kernel import Kernel, Shape, choose
 from flexgen_ray.models.host_kernel import load as load_kernel
 from flexgen_ray.paths import calibration_dir
 from flexgen_ray.request import Finished, Progress, Request
+from flexgen_ray.runtime import malloc
 from flexgen_ray.runtime.batcher import Batcher, Decode
 from flexgen_ray.runtime.cells import Cells, LogitsHook
 from flexgen_ray.runtime.crews import Cores, divide_cores, make_crews
@@ -81,7 +82,9 @@ class Stage:
         try:
             self.tiers.gpu.book("workspace", workspace_bytes(plan))
             self.tiers.cpu.book("workspace", host_workspace_bytes(plan))
+            malloc.for_loading()
             weights = WeightStore(plan, _weight_source(spec), self.tiers)
+            malloc.for_ops()
             self.batcher = Batcher(
                 plan.policy.gpu_batch_size,
                 plan.num_batches,

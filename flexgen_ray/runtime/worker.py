@@ -5,7 +5,6 @@ In-process it is used as it is; `distributed.actor` makes it a Ray actor. Knows 
 
 from __future__ import annotations
 
-import ctypes
 import os
 import shutil
 import socket
@@ -28,14 +27,6 @@ from flexgen_ray.runtime.stage import Stage, StageSpec, cores_for, host_kernel
 from flexgen_ray.runtime.watch import Pulse
 from flexgen_ray.schedule.span import Span
 from flexgen_ray.tokenizer import Tokenizer
-
-# Parameters of mallopt(3), by which freed temporaries are kept for the next op, once for all lanes:
-# pages that are given back cost more, when they are touched anew, than a small model's products.
-_MALLOC = {
-    "M_ARENA_MAX": (-8, 1),
-    "M_MMAP_THRESHOLD": (-3, 32 * 2**20),
-    "M_TRIM_THRESHOLD": (-1, 64 * 2**20),
-}
 
 
 @dataclass(frozen=True)
@@ -63,7 +54,6 @@ class Worker:
         wanted = int(os.environ.get("OMP_NUM_THREADS") or 0)
         self._num_threads = wanted or len(os.sched_getaffinity(0))
         torch.set_num_threads(self._num_threads)
-        _settle_malloc()
 
     def probe(self, device: str, offload_dir: str) -> Machine:
         """device: auto, cuda or cpu; ValueError if cuda is asked for and not there."""
@@ -157,14 +147,6 @@ def _calibrated(uses_cuda: bool) -> Hardware | None:
     """What was measured of this node, of the device that is used."""
     found = Hardware.local()
     return found if found is not None and found.device.is_cpu != uses_cuda else None
-
-
-def _settle_malloc() -> None:
-    """glibc's, if that is what there is."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        for parameter, value in _MALLOC.values():
-            mallopt(parameter, value)
 
 
 def _free_memory() -> int:
