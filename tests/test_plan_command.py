@@ -39,6 +39,7 @@ def test_a_plan_for_a_machine_one_does_not_own(tmp_path):
     done = plan(
         "--model", "opt-6.7b", "--hardware", "t4", "--num-requests", 100, "--prompt-len", 128,
         "--max-tokens", 16, "--price-per-hour", 0.5, "--policy-out", policy, "--json", result,
+        "--weight-bits", 4, "--cache-bits", 8, "--sparsity", 0.5,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "predicted" in done.stdout and "$ per million tokens" in done.stdout
@@ -52,6 +53,7 @@ def test_a_plan_for_a_machine_one_does_not_own(tmp_path):
     given = StagePolicies.from_yaml(policy).policies[0]
     assert given.weights.fractions == tuple(stage["policy"]["weights"].values())
     assert given.gpu_batch_size == stage["policy"]["gpu_batch_size"]
+    assert (given.weight_bits, given.cache_bits, given.attention_sparsity) == (4, 8, 0.5)
     names = {it["name"] for it in found["alternatives"]}
     assert names == {"everything on the GPUs", "the CPU alone"}
     assert found["tokens_per_s"] > 0 and found["binding_lane"] in done.stdout

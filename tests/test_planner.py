@@ -49,7 +49,11 @@ policies = st.builds(
     cache=placements(),
     activations=placements(),
     cpu_attention=st.sampled_from([0.0, 0.5, 1.0]),
-)
+    weight_bits=st.sampled_from([None, 4, 8]),
+    cache_bits=st.sampled_from([None, 4, 8]),
+    attention_sparsity=st.sampled_from([1.0, 0.1]),
+    # Tables lie somewhere as a whole: beside packed layers plain ones would be too large a piece.
+).map(lambda it: replace(it, embedding_bits=it.weight_bits))
 
 
 @pytest.mark.parametrize("config", [OPT, LLAMA], ids=["opt", "llama"])
@@ -90,8 +94,8 @@ def test_shares_and_policies_say_the_same(policy, layers):
 def test_no_placement_that_fits_is_faster_than_the_programs(policy):
     """Of the same shape, by the same cost model."""
     planner = Planner(OPT, (device(),), JOB, "float16")
-    shape = replace(Policy(), gpu_batch_size=policy.gpu_batch_size, max_batch_tokens=512)
-    shape = replace(shape, num_gpu_batches=policy.num_gpu_batches)
+    anywhere = Placement(1, 0, 0)
+    shape = replace(policy, weights=anywhere, cache=anywhere, activations=anywhere)
     plan = planner.evaluate((OPT.num_layers,), [policy])
     need = totals(stage_bytes(plan.stages[0]))
     if any(getattr(need, tier) > getattr(SMALL, tier) for tier in TIERS):
@@ -127,13 +131,15 @@ def test_more_of_anything_never_makes_the_optimum_slower(tier, rate, factor):
 @settings(max_examples=12)
 @given(
     gpu=st.floats(0.3, 8), cpu=st.floats(0.2, 8), requests=st.integers(1, 200),
-    prompt_len=st.integers(1, 700),
+    prompt_len=st.integers(1, 700), bits=st.sampled_from([None, 4]),
 )  # fmt: skip
-def test_no_plan_exceeds_its_budget(gpu, cpu, requests, prompt_len):
+def test_no_plan_exceeds_its_budget(gpu, cpu, requests, prompt_len, bits):
     budget = Budget(int(gpu * GIB), int(cpu * GIB), 64 * GIB)
     job = Job.uniform(requests, prompt_len, 16)
     try:
-        plan = choose(Planner(OPT, (device(budget),), job, "float16", FEW_SHAPES))
+        search = replace(FEW_SHAPES, base=Policy(weight_bits=bits, cache_bits=bits))
+        plan = choose(Planner(OPT, (device(budget),), job, "float16", search))
+        assert plan.stages[0].policy.weight_bits == bits
     except Infeasible as error:
         assert "budget" in str(error)
         return

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -43,6 +45,8 @@ def llama(layers, hidden, heads, kv_heads, intermediate, vocab, tied=False) -> M
     )  # fmt: skip
 
 
+BITS = st.sampled_from([None, 4, 8])
+compressed = st.builds(replace, policies, weight_bits=BITS, embedding_bits=BITS, cache_bits=BITS)
 REAL = {
     "smollm2-135m": llama(30, 576, 9, 3, 1536, 49152, tied=True),
     "llama-3-8b": llama(32, 4096, 32, 8, 14336, 128256),
@@ -113,7 +117,7 @@ def test_hidden_fractions_hold(placement, num_tokens):
         assert fraction > 0 or count == 0
 
 
-@given(policy=policies)
+@given(policy=compressed)
 @settings(max_examples=15)
 def test_the_stores_take_exactly_what_was_computed(tiny_models, policy):
     for name in ("opt-350m-like", "llama"):
