@@ -54,7 +54,7 @@ class LLM:
     its oracle, gives the same bits. pace: emulate this hardware, each modelled second taking
     time_scale seconds. hardware: sum beside the run what its ops should take there; "measured"
     measures this machine's rates first. trace: keep every op's times, for `write_trace`. lossy:
-    weight_bits, embedding_bits, cache_bits as in Policy, over what the policy says.
+    weight_bits, embedding_bits, cache_bits, attention_sparsity as in Policy, over what it says.
 
     Raises ValueError or OSError, with the numbers, for what can't work. Use it as a context manager
     or call `close`.

@@ -23,7 +23,7 @@ def quantize(
 ) -> None:
     """Write a model folder with quantized weights, which runs then read as they are.
 
-    Ranges are searched for the least squared error, about 13 million weights a second and core.
+    Ranges are searched for the least squared error, which takes far longer than --fast.
     Example: flexgen-ray quantize --model ./opt-30b --output ./opt-30b-int4
     """
     from flexgen_ray.bench.result import finish

@@ -18,11 +18,11 @@ from test_executor import generate
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from flexgen_ray import LLM, Placement, Policy, SamplingParams
+from flexgen_ray.bench.rounding import RoundingCache, round_weights, rounded
 from flexgen_ray.cli import app
-from flexgen_ray.cost.formats import TABLES, WeightFormat
-from flexgen_ray.models.registry import FAMILIES, load_config
+from flexgen_ray.cost.formats import WeightFormat
+from flexgen_ray.models.registry import load_config
 from flexgen_ray.quant.packing import packed_bytes
-from flexgen_ray.quant.quantize import pack, unpack
 from flexgen_ray.runtime.cells import Cells
 from flexgen_ray.schedule.ops import Op, OpKind
 from flexgen_ray.stage_policies import StagePolicies
@@ -43,56 +43,30 @@ def with_formats(policy: Policy, formats) -> Policy:
     )
 
 
-def rounded(x: torch.Tensor, bits: int) -> torch.Tensor:
-    out = torch.empty_like(x)
-    unpack(pack(x.contiguous(), bits), bits, out)
-    return out
-
-
-class RoundedCache(DynamicCache):
-    """Keeps keys and values as a packed cache does; certain: how many tokens came before the first
-    with a value too close to where its code turns."""
+class RoundedCache(RoundingCache):
+    """certain: how many tokens came before the first with a value too close to where its code
+    turns."""
 
     def __init__(self, bits: int) -> None:
-        super().__init__()
-        self.bits = bits
+        super().__init__(bits)
         self.certain = 10**9
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
         seen = self.get_seq_length(layer_idx)
         for x in (key_states, value_states):
             low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
-            step = (high - low) / (2**self.bits - 1)
+            step = (high - low) / (2**self._bits - 1)
             off = ((x - low) / step.clamp(min=1e-9)).frac().sub(0.5).abs() * step
-            if self.bits == 4 and (off < TOO_CLOSE).any():
+            if self._bits == 4 and (off < TOO_CLOSE).any():
                 self.certain = min(self.certain, seen)
-        both = (rounded(x, self.bits) for x in (key_states, value_states))
-        return super().update(*both, layer_idx, *args, **kwargs)
-
-
-@memoized
-def round_weights(folder, formats):
-    """transformers' model with its matrices rounded."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    config = load_config(folder)
-    kept = WeightFormat("float32", formats[0], formats[1])
-    names = FAMILIES[config.family].WEIGHT_NAMES
-    parameters = dict(model.named_parameters())
-    with torch.no_grad():
-        for layer in range(config.num_layers + 2):
-            for name, shape in config.tensors(layer).items():
-                bits = kept.bits_of(name, shape)
-                module, _, kind = name.rpartition(".")
-                key = f"{names[module].format(layer - 1)}.{kind}"
-                # A tied head is the embedding, which has been rounded.
-                if bits and key in parameters and not (layer and name == TABLES[0]):
-                    parameters[key].copy_(rounded(parameters[key], bits))
-    return model
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
 
 @memoized
 def references(folder, formats):
-    model, found = round_weights(folder, formats), []
+    """What transformers says with matrices and caches rounded, and how much of it is certain."""
+    model, found = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), []
+    round_weights(model, folder, WeightFormat("float32", *formats[:2]), rounded)
     for prompt in tiny.prompts(7, 40):
         kept = RoundedCache(formats[2]) if formats[2] else DynamicCache()
         reference = tiny.generate(model, prompt, MAX_TOKENS, past_key_values=kept)

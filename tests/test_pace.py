@@ -38,23 +38,23 @@ def test_an_emulated_run_has_the_same_tokens_and_takes_its_time(tiny_models, nam
         assert measured.busy[lane] >= seconds * (1 - 1e-9)
 
 
-def hold(pacer: Pacer, jobs: list[dict[Resource, float]]) -> list[float]:
-    """Seconds that each job took, all begun at once."""
-    taken = [0.0] * len(jobs)
+def hold(pacer: Pacer, jobs: list[dict[Resource, float]]) -> list[tuple[float, float]]:
+    """When each job began and ended, all let go at once (though the system may hold one back)."""
+    spans = [(0.0, 0.0)] * len(jobs)
     start = threading.Barrier(len(jobs))
 
     def work(index: int) -> None:
         start.wait()
         began = time.perf_counter()
         pacer.end(pacer.begin(jobs[index], 0.0))
-        taken[index] = time.perf_counter() - began
+        spans[index] = began, time.perf_counter()
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(len(jobs))]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    return taken
+    return spans
 
 
 @given(st.lists(st.floats(0.001, 0.02), min_size=1, max_size=5), st.floats(0.5, 2.0))
@@ -62,9 +62,14 @@ def hold(pacer: Pacer, jobs: list[dict[Resource, float]]) -> list[float]:
 def test_ops_that_share_a_resource_take_the_sum_of_their_times(seconds, scale):
     pacer = Pacer(HardwareSpec(**FAST), scale)
     jobs = [{Resource.H2D: 1e12 * it, Resource.HOST_MEMORY: 1e11 * it} for it in seconds]
-    taken = hold(pacer, jobs)
-    assert max(taken) >= 0.99 * scale * sum(seconds) - 0.002
-    assert all(t >= scale * it for t, it in zip(taken, seconds, strict=True))
+    spans = hold(pacer, jobs)
+    assert max(end for _, end in spans) - min(began for began, _ in spans) >= (
+        scale * sum(seconds) * (1 - 1e-9)
+    )
+    assert all(
+        end - began >= scale * it * (1 - 1e-9)
+        for (began, end), it in zip(spans, seconds, strict=True)
+    )
 
 
 def test_an_error_ends_a_paced_run_at_once(tiny_models, monkeypatch):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import os
 import random
@@ -16,6 +15,7 @@ import psutil
 import pytest
 import yaml
 from test_cli import POLICY, command, run, run_here  # noqa: F401 (a fixture)
+from test_job import rows
 
 from flexgen_ray.cli import main
 
@@ -42,18 +42,6 @@ def job(chat_model, tmp_path_factory):
         "--policy", folder / "policy.yaml", "--offload-dir", folder / "offload",
         "--device", "cpu", "--dtype", "float32", "--temperature", 0.9, "--no-ray",
     ]  # fmt: skip
-
-
-def rows(path: Path) -> list[dict]:
-    """Without what no two runs have alike."""
-    content = path.read_bytes()
-    text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8")
-    found = [json.loads(line) for line in text.split("\n")[:-1]]
-    for row in found:
-        del row["id"], row["response"]["request_id"]
-        for name in ("id", "created"):
-            row["response"]["body"].pop(name, None)
-    return found
 
 
 @pytest.fixture(scope="module")

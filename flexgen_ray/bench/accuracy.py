@@ -18,7 +18,6 @@ import typer
 
 from flexgen_ray.bench.result import finish
 from flexgen_ray.bench.rounding import PEERS, peer_perplexity
-from flexgen_ray.config import Policy
 from flexgen_ray.cost.formats import WeightFormat
 from flexgen_ray.evaluation.perplexity import measure
 from flexgen_ray.llm import LLM
@@ -116,7 +115,7 @@ def _write_packed(folder: Path, output: Path) -> None:
     from flexgen_ray.models.registry import load_config
 
     config, bits = load_config(folder), {"weight_bits": 4, "embedding_bits": None}
-    kept = WeightFormat(config.dtype, bits=Policy(weight_bits=4).weight_bits)
+    kept = WeightFormat(config.dtype, bits=4)
     write_packed(folder, config, kept, bits, output, lambda name: None)
 
 

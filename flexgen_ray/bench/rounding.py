@@ -16,14 +16,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from flexgen_ray.cost.formats import WeightFormat
+from flexgen_ray.cost.formats import TABLES, WeightFormat
 from flexgen_ray.evaluation.perplexity import windows
 from flexgen_ray.models.attention import kept_tokens
 from flexgen_ray.models.registry import FAMILIES, load_config
 from flexgen_ray.quant import plain
 from flexgen_ray.quant.packing import GROUP, packed_bytes
 
-Round = Callable[[Tensor], Tensor]
+Round = Callable[[Tensor, int], Tensor]  # of a matrix, to so many bits
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def peer_perplexity(
     attends = {"attn_implementation": "sparse"} if peer.sparsity < 1 else {}
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **attends).eval()
     if peer.weights is not None:
-        round_weights(model, folder, peer.weights)
+        round_weights(model, folder, WeightFormat("float32", bits=4), peer.weights)
     tokens = AutoTokenizer.from_pretrained(folder)(text)["input_ids"][:max_tokens]
     scores: list[float] = []
     with torch.inference_mode():
@@ -109,25 +109,29 @@ class SparseAttention:
         return (weights @ value).transpose(1, 2).contiguous(), None
 
 
-def round_weights(model: torch.nn.Module, folder: Path, rounding: Round) -> None:
-    """The matrices that `weight_bits` packs."""
-    config, kept = load_config(folder), WeightFormat("float32", bits=4)
+def round_weights(
+    model: torch.nn.Module, folder: Path, kept: WeightFormat, rounding: Round
+) -> None:
+    """The matrices that this format packs."""
+    config = load_config(folder)
     names = FAMILIES[config.family].WEIGHT_NAMES
     parameters = dict(model.named_parameters())
     with torch.no_grad():
-        for layer in range(1, config.num_layers + 1):
+        for layer in range(config.num_layers + 2):
             for name, shape in config.tensors(layer).items():
-                if kept.bits_of(name, shape):
-                    module, _, kind = name.rpartition(".")
-                    parameter = parameters[f"{names[module].format(layer - 1)}.{kind}"]
-                    parameter.copy_(rounding(parameter.data))
+                bits = kept.bits_of(name, shape)
+                module, _, kind = name.rpartition(".")
+                key = f"{names[module].format(layer - 1)}.{kind}"
+                # A tied head is the embedding, which has been rounded.
+                if bits and key in parameters and not (layer and name == TABLES[0]):
+                    parameters[key].copy_(rounding(parameters[key], bits))
 
 
-def _torchao(weight: Tensor) -> Tensor:
+def _torchao(weight: Tensor, bits: int) -> Tensor:
     """torchao's asymmetric round to nearest, float16 scales and whole zero points."""
     from torchao.quantization import quant_primitives as torchao
 
-    block, codes = (1, GROUP), (torch.uint8, 0, 15)
+    block, codes = (1, GROUP), (torch.uint8, 0, 2**bits - 1)
     scale, zero = torchao.choose_qparams_affine(
         weight, torchao.MappingType.ASYMMETRIC, block, *codes, eps=1e-6,
         scale_dtype=torch.float16, zero_point_dtype=torch.int32,
@@ -140,11 +144,11 @@ def _torchao(weight: Tensor) -> Tensor:
 def _hqq(optimize: bool) -> Round:
     """hqq's, with or without its optimizer; float zero points."""
 
-    def rounding(weight: Tensor) -> Tensor:
+    def rounding(weight: Tensor, bits: int) -> Tensor:
         from hqq.core.quantize import Quantizer
 
         packed, meta = Quantizer.quantize(
-            weight, nbits=4, group_size=GROUP, axis=1, optimize=optimize, bitpack=False,
+            weight, nbits=bits, group_size=GROUP, axis=1, optimize=optimize, bitpack=False,
             device="cpu", compute_dtype=torch.float32,
         )  # fmt: skip
         return Quantizer.dequantize(packed, meta | {"compute_dtype": torch.float32}).float()
@@ -154,8 +158,8 @@ def _hqq(optimize: bool) -> Round:
 
 PEERS = {
     "transformers": Peer(),
-    "4-bit weights in plain torch": Peer(lambda x: rounded(x, 4)),
-    "4-bit weights and cache in plain torch": Peer(lambda x: rounded(x, 4), 4),
+    "4-bit weights in plain torch": Peer(rounded),
+    "4-bit weights and cache in plain torch": Peer(rounded, 4),
     "sparse 0.1, by query head, in plain torch": Peer(sparsity=0.1),
     "torchao's int4, groups of 64": Peer(_torchao, package="torchao"),
     "hqq's int4, round to nearest": Peer(_hqq(False), package="hqq"),

@@ -183,17 +183,18 @@ class CostModel:
         return self._link(_R.DISK_WRITE, filled * self.plan.cache_block_bytes)
 
     def _attend_device(self, placed: PlacedRows) -> Amounts:
-        rows = [*placed.resident, *(row for row, _ in placed.streamed)]
-        flops = 4 * self.plan.config.q_size * sum(map(_attended_pairs, rows))
+        """Of a packed cache all is unpacked, and then attended like another."""
+        config, rows = self.plan.config, [*placed.resident, *(row for row, _ in placed.streamed)]
+        flops = 4 * config.q_size * sum(map(_attended_pairs, rows))
         read = sum(
             row.seq_len * (self._share_read if row.num_new_tokens == 1 else 1) for row in rows
         )
-        read *= self._kv_token
-        amounts = {_R.FLOPS: flops, _R.DEVICE_ATTENTION: read}
+        amounts = {
+            _R.FLOPS: flops,
+            _R.DEVICE_ATTENTION: read * 2 * config.kv_size * self._element,
+        }
         if self.plan.policy.cache_bits:
-            values = sum(row.seq_len for row in rows) * 2 * self.plan.config.kv_size
-            amounts[_R.DEVICE_ATTENTION] = values * self._element
-            amounts[_R.DEQUANTIZE] = 2 * values
+            amounts[_R.DEQUANTIZE] = 2 * sum(row.seq_len for row in rows) * 2 * config.kv_size
         return amounts
 
     def _attend_host(self, placed: PlacedRows) -> Amounts:

@@ -8,7 +8,6 @@ threads, nor on which rows are attended together. Knows no tiers.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import numba
@@ -22,6 +21,7 @@ from flexgen_ray.models.host_scores import score, score_alone
 from flexgen_ray.models.host_sparse import gather, keep, move, weigh
 from flexgen_ray.models.host_tiles import AHEAD, BLOCK, TILES, begin, give, mix, soften
 from flexgen_ray.models.host_vectors import KINDS, LANES, PACKED_KINDS, take_next
+from flexgen_ray.quant.compiled import compiled
 from flexgen_ray.quant.packing import code_bytes
 
 # numba's cache heeds changes of this file only, so it names the state of those five (a test says).
@@ -208,14 +208,6 @@ def _attend_kept(kind, end, count, caches, shape, memory, spare):
             h += n
 
 
-def _compiled(function: Callable) -> Callable:
-    """Compiled at its first call without the GIL, and kept for later runs where that can be."""
-    try:
-        return numba.njit(nogil=True, cache=True)(function)
-    except RuntimeError:  # no folder that can be written to
-        return numba.njit(nogil=True)(function)
-
-
 @numba.njit(nogil=True)
 def _begin(kind, n, dim, scale, rows, lanes, dtype, place, sums, state):
     """A tile's queries from their rows; lanes, dtype: as for _attend."""
@@ -238,7 +230,7 @@ def _give(kind, n, dim, sums, state, lanes, dtype, rows):
             collect(dtype, _at(sums, i)[0], lanes.ctypes.data, len(lanes), _at(rows, i)[0])
 
 
-@_compiled
+@compiled
 def _attend(kind, dtype, lanes, shape, counter, ends, counts, vectors, caches, memory, spare):
     """Takes (row, KV head) after (row, KV head) until none is left.
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flexgen_ray.quant.compiled import compiled
 from flexgen_ray.quant.host_groups import (
     KINDS,
     RUN,
@@ -79,14 +80,6 @@ def _addresses(x: Tensor) -> np.ndarray:
     return places.reshape(-1)
 
 
-def _compiled(function: Callable) -> Callable:
-    """Compiled at its first call without the GIL, and kept for later runs where that can be."""
-    try:
-        return numba.njit(nogil=True, cache=True)(function)
-    except RuntimeError:  # no folder that can be written to
-        return numba.njit(nogil=True)(function)
-
-
 @numba.njit(nogil=True)
 def _spread(kind, count, codes, shift, mask, parameters, out, nbytes):
     """count values, of nbytes each, from as many bytes."""
@@ -99,7 +92,7 @@ def _spread(kind, count, codes, shift, mask, parameters, out, nbytes):
         i += 1
 
 
-@_compiled
+@compiled
 def _unpack(kind, task, strides, places, first, end):
     """Vectors from the first to before the end; strides: bytes of a value, of a vector's codes;
     places: (values, packed)."""
@@ -211,7 +204,7 @@ def _range(kind, values, n, nbytes, levels, least_squares):
     return minimum, scale
 
 
-@_compiled
+@compiled
 def _pack(kind, task, strides, places, first, end):
     """As _unpack; whether all values are within LARGEST."""
     (bits, size, least_squares), (nbytes, middle) = task, strides

@@ -25,7 +25,7 @@ def pack(x: Tensor, bits: int, out: Tensor | None = None, least_squares: bool = 
     out, returned: uint8 [..., packed_bytes(size, bits)], dense in its last dimension; made if None.
     The minimum is rounded to float16, and the scale up to the next float16 that reaches the
     largest value; with least_squares both are searched, group by group, for less squared error
-    than that has, at 20 times the cost. Groups of fewer than 64 values are not searched.
+    than that has, at many times the cost. Groups of fewer than 64 values are not searched.
     Raises ValueError for a value that is not finite or beyond LARGEST; on CUDA, where that would
     wait for the device, such a value's group becomes NaN. Nothing is searched there: ValueError.
     """

@@ -37,11 +37,11 @@ class Pacer:
     def begin(self, amounts: Amounts, ready_at: float) -> Paced:
         """An op takes these amounts, from `ready_at` (perf_counter) on; from now if that is 0."""
         demand = demand_of(amounts, self._hardware)
-        now = time.perf_counter()
         seconds = demand.seconds * self._time_scale
-        job = Paced(seconds, demand.shares, min(ready_at or now, now))
         with self._changed:
-            self._admit(job, 1)
+            now = time.perf_counter()
+            job = Paced(seconds, demand.shares, min(ready_at or now, now))
+            self._admit(job, 1, now)
         return job
 
     def end(self, job: Paced) -> None:
@@ -54,7 +54,7 @@ class Pacer:
                 left = job.remaining / self._speed(job)
                 if left <= 0 or self._is_cancelled:
                     job.ended = min(now + left, now)
-                    self._admit(job, -1)
+                    self._admit(job, -1, now)
                     return
                 if self._is_short():
                     # Whoever leaves a scarce resource wakes those it slowed.
@@ -69,9 +69,9 @@ class Pacer:
             self._is_cancelled = True
             self._changed.notify_all()
 
-    def _admit(self, job: Paced, sign: int) -> None:
-        """The others' progress so far counts at the old speeds."""
-        self._advance(time.perf_counter())
+    def _admit(self, job: Paced, sign: int, now: float) -> None:
+        """The others' progress until now counts at the old speeds."""
+        self._advance(now)
         was_short = self._is_short()
         (self._running.add if sign > 0 else self._running.discard)(job)
         for resource, share in job.shares.items():
