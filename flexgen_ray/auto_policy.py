@@ -17,12 +17,8 @@ from flexgen_ray.cost.plan import StagePlan
 from flexgen_ray.cost.planner import Planner, choose
 from flexgen_ray.model_config import ModelConfig
 from flexgen_ray.request import Request
-from flexgen_ray.runtime.crews import divide_cores
 from flexgen_ray.runtime.worker import Machine
-from flexgen_ray.schedule.ops import Lane
 from flexgen_ray.stage_policies import StagePolicies, plan_stages
-
-_WITHOUT_CORES = (Lane.DISK_READ, Lane.DISK_WRITE, Lane.RECV, Lane.SEND)
 
 
 @dataclass(frozen=True)
@@ -90,7 +86,7 @@ class Run:
         assert machine.hardware is not None
         hardware, bits = machine.hardware, self.base.cache_bits
         rates = ModelRates.of(hardware, self.config, self.dtype, bits)
-        return Device(rates, budget, f"stage {number}", core_shares(machine))
+        return Device(rates, budget, f"stage {number}", hardware.core_shares)
 
 
 def job_of(requests: Sequence[Request]) -> Job:
@@ -103,17 +99,4 @@ def job_of(requests: Sequence[Request]) -> Job:
         max(longest - max(prompts), 1),
         fmean(prompts),
         fmean(request.params.max_tokens for request in requests),
-    )
-
-
-def core_shares(machine: Machine) -> tuple[tuple[str, float], ...]:
-    """Without a GPU every lane but the disk's keeps cores busy."""
-    if machine.device == "cuda":
-        return ()
-    cores = divide_cores(machine.num_threads, on_cuda=False, attends_on_host=True)
-    kept = {Lane.DEVICE: cores.device, Lane.HOST: cores.host}
-    return tuple(
-        (lane.value, kept.get(lane, 1) / cores.total)
-        for lane in Lane
-        if lane.worker is lane and lane not in _WITHOUT_CORES
     )

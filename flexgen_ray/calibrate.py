@@ -17,6 +17,7 @@ from flexgen_ray.cost.machine_rates import DeviceRates, MemorySizes, NetworkRate
 from flexgen_ray.units import format_bytes
 
 if TYPE_CHECKING:
+    from flexgen_ray.runtime.calibration import Scope
     from flexgen_ray.runtime.worker import Machine
 
 _MIB = 2**20
@@ -32,10 +33,12 @@ def calibrate(
     gpu_memory: int | None = None,
     is_quick: bool = False,
     uses_ray: bool = True,
+    scope: Scope | None = None,
 ) -> Hardware:
     """This machine, measured: about a minute, or seconds if quick, with a progress bar.
 
     device: auto, cuda or cpu. gpu_memory: bytes that plans may count on; what is free if None.
+    scope: what is measured of dtypes and heads, all if None.
     Raises ValueError for what isn't there, OSError if the offload folder's disk doesn't do.
     """
     import torch
@@ -44,6 +47,7 @@ def calibrate(
     from flexgen_ray.runtime.calibration import (
         QUICK,
         THOROUGH,
+        Scope,
         count_measurements,
         measure_machine,
     )
@@ -54,8 +58,9 @@ def calibrate(
     memory = memory_sizes(machine, gpu_memory)
     on = torch.device(machine.device)
     cores = divide_cores(machine.num_threads, on.type == "cuda", attends_on_host=True)
-    with steps_bar(count_measurements(on) + uses_ray) as announce:
-        found = measure_machine(on, cores, offload_dir, QUICK if is_quick else THOROUGH, announce)
+    scope, effort = scope or Scope(), QUICK if is_quick else THOROUGH
+    with steps_bar(count_measurements(on, scope) + uses_ray) as announce:
+        found = measure_machine(on, cores, offload_dir, effort, announce, scope)
         network = _network(announce) if uses_ray else None
     return Hardware(
         name=machine.host,
@@ -126,7 +131,12 @@ def _best_kernels(hardware: Hardware, dtype: str) -> Iterator[str]:
 
 def _device_summary(device: DeviceRates) -> Iterator[tuple[str, str]]:
     rates = f"{_gb(device.memory_bytes_per_s)} GB/s read, {_gb(device.attention_bytes_per_s)}"
-    yield "device", f"{rates} attended; {device.launch_seconds * 1e6:.2g} µs to launch an op"
+    yield "device", f"{rates} attended; {device.launch_seconds * 1e6:.2g} µs for a small op"
+    if shares := device.core_shares:
+        parts = (
+            f"copies {shares.copies:.2g}, disk {shares.disk:.2g}, attention {shares.attention:.2g}"
+        )
+        yield "cores", f"taken from products by {parts}"
     if device.dequantize_bytes_per_s is not None:
         yield "unpacking", f"{_gb(device.dequantize_bytes_per_s)} GB/s of 4-bit values, as 16 bits"
     yield "matrix products", "TFLOP/s by rows"

@@ -171,7 +171,8 @@ class HardwareSpec:
     host_bytes_per_s is host memory, which both links, the disk and host attention draw on;
     *_attention_bytes_per_s is what the host's cores, and the device, attend of a cache by
     themselves. Matrix products of few tokens are slower than those of many:
-    device_decode_flops_per_s, if given. dequantize: of packed values, counted as 16 bits each. The
+    device_decode_flops_per_s, if given. dequantize: of packed values, counted as 16 bits each.
+    device_ops: what an op takes of a device beside its work, which a GPU's launches hide. The
     network carries hidden states to the next stage.
     """
 
@@ -186,6 +187,7 @@ class HardwareSpec:
     device_decode_flops_per_s: float = 0.0
     device_attention_bytes_per_s: float = 0.0
     dequantize_bytes_per_s: float = 0.0
+    device_ops_per_s: float = 1e12
     network_bytes_per_s: float = 1.25e9
 
     def __post_init__(self) -> None:

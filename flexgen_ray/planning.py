@@ -90,7 +90,7 @@ def devices_of(
     """One for each GPU of each machine."""
     rates = [ModelRates.of(node.hardware, config, dtype, cache_bits) for node in nodes]
     return tuple(
-        Device(rates[number], node.hardware.budget, f"node {number}")
+        Device(rates[number], node.hardware.budget, f"node {number}", node.hardware.core_shares)
         for number, node in enumerate(nodes)
         for _ in range(node.gpus)
     )

@@ -183,10 +183,10 @@ class Report:
         if self.planned is None or not self.tokens_per_s:
             return []
         foretold = self.planned.tokens_per_s
-        lines = [
-            f"predicted {foretold:.4g} generated tokens/s; measured is "
-            f"{self.tokens_per_s / foretold:.2f} x that"
-        ]
+        ratio = self.tokens_per_s / foretold
+        lines = [f"predicted {foretold:.4g} generated tokens/s; measured is {ratio:.2f} x that"]
+        if 1 / RIGHT_WITHIN < ratio < RIGHT_WITHIN:
+            return lines
         return lines + [line for stage in self.stages for line in stage.wrong_rates()]
 
     def as_dict(self) -> dict:

@@ -44,8 +44,10 @@ def test_a_quick_calibration_writes_a_file_that_the_planner_can_load(tmp_path, m
     assert numbers and all(isfinite(number) and number > 0 for number in numbers)
     assert hardware.device.is_cpu and hardware.memory.gpu == 64 * 2**20
     assert hardware.network is None and "--no-ray" in hardware.notes
+    assert dict(hardware.core_shares)["device"] == 1
+    assert not Hardware.preset("t4").core_shares
     for dtype in ("float32", "float16", "bfloat16"):
-        for group in calibration.QUERIES_PER_KV_HEAD:
+        for group in calibration.EVERYTHING.queries_per_kv_head:
             assert isinstance(hardware.rates(dtype, group, 8, 512), HardwareSpec)
     kernels = {it.kernel for it in hardware.host.attention}
     assert kernels == {"sdpa", "numba"} and len(hardware.host.attention) == 30

@@ -18,12 +18,12 @@ from flexgen_ray.config import HardwareSpec, Placement, Policy, Workload
 from flexgen_ray.cost.demands import stream
 from flexgen_ray.cost.plan import StagePlan
 from flexgen_ray.cost.predict import decoding, prefilling, visit_seconds
-from flexgen_ray.cost.sharing import Demand
+from flexgen_ray.cost.sharing import CORES, Demand
 from flexgen_ray.cost.simulate import Simulated, Stream, simulate, simulate_ring
 from flexgen_ray.cost.steady import simulate_pipeline, steady_visit
 from flexgen_ray.rows import NO_ROWS, Rows
 from flexgen_ray.schedule.dependencies import Dependencies
-from flexgen_ray.schedule.ops import LANE, Op, OpKind
+from flexgen_ray.schedule.ops import LANE, Lane, Op, OpKind
 from flexgen_ray.schedule.zigzag import StageLayers
 from flexgen_ray.trace import write_trace
 
@@ -209,6 +209,20 @@ def test_opt_30b_on_a_t4_comes_close_to_its_busiest_lane():
     rows = decoding(plan, 528)
     bound = max(visit_seconds(plan, MACHINE, rows).values())
     assert steady_visit(plan, MACHINE, rows) <= 1.1 * bound
+
+
+@given(plan=plans(), rates=hardware, is_prefill=st.booleans(), taken=st.floats(0.1, 1))
+def test_a_cpu_that_is_the_device_too_does_one_thing_at_a_time(plan, rates, is_prefill, taken):
+    """Its cores are busy as long as their work takes, whatever overlaps; a lane at a time at best
+    as if they were not shared."""
+    rows, visits = rows_of(plan, is_prefill), 3
+    shares = (("device", 1.0), ("h2d", taken), ("disk_read", taken / 2))
+    freely, shared = (stream(plan, rates, lambda op: rows, visits, it) for it in ((), shares))
+    ops, demands, run = played(shared)
+    work = sum(demands[op].seconds * demands[op].shares.get(CORES, 0) for op in ops)
+    on_device = sum(demands[op].seconds for op in ops if LANE[op.kind].worker is Lane.DEVICE)
+    assert on_device <= work * ALMOST
+    assert run.seconds * ALMOST >= max(work, simulate(freely).seconds)
 
 
 def test_two_stages_on_two_machines_take_half_as_long():

@@ -1,7 +1,7 @@
 """Are predictions right on this machine as it is? Policies run for real, against the cost model.
 
-The rates are those that `flexgen-ray calibrate` measured; the model's weights are made up.
-Measures; decides nothing.
+The rates are calibrated anew before each policy, for a shared machine's speed drifts; the model's
+weights are made up. Measures; decides nothing.
 """
 
 from __future__ import annotations
@@ -10,20 +10,21 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from itertools import chain, product
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from flexgen_ray.auto_policy import core_shares
 from flexgen_ray.bench.result import finish, off_by
 from flexgen_ray.bench.throughput import random_requests
-from flexgen_ray.config import Budget, Placement, Policy
+from flexgen_ray.calibrate import calibrate
+from flexgen_ray.config import Placement, Policy
 from flexgen_ray.cost.pipeline_plan import Device, Job, ModelRates, Plan
 from flexgen_ray.cost.planner import Planner
 from flexgen_ray.llm import LLM
 from flexgen_ray.models.shapes import shape_config
 from flexgen_ray.options import JsonOption
-from flexgen_ray.runtime.worker import Worker
+from flexgen_ray.runtime.calibration import Scope
 
 SHAPES = ((8, 2), (16, 2))
 WEIGHTS = (Placement(1, 0, 0), Placement(0, 1, 0), Placement(0, 0, 1))
@@ -40,12 +41,17 @@ def prediction(
     """Policies run on the CPU, in real time, as multiples of what was predicted.
 
     Each once before it is measured, for one token, so that nothing is compiled or touched first.
-    Needs `flexgen-ray calibrate` first. Example: flexgen-ray bench prediction --model opt-350m
+    Example: flexgen-ray bench prediction --model opt-350m
     """
     runs = []
     for policy in policies():
         job = Job.uniform(policy.block_size, prompt_len, max_tokens)
-        runs.append(_compared(_predicted(model, dtype, job, policy), model, dtype))
+        planner = _planner(model, dtype, job)
+        plan = planner.played(planner.evaluate((planner.config.num_layers,), [policy]))
+        (rates,), (device,) = planner.rates(policy), planner.devices
+        known = {"rates": asdict(rates), "core_shares": dict(device.core_shares)}
+        runs.append(_compared(plan, model, dtype) | known)
+        typer.echo(str(runs[-1]), err=True)
     settings = {"model": model, "dtype": dtype, "prompt_len": prompt_len, "max_tokens": max_tokens}
     finish({"settings": settings} | off_by(runs) | {"runs": runs}, "CPU", json_file)
 
@@ -56,17 +62,14 @@ def policies() -> Iterator[Policy]:
         yield Policy(size, number, 512, weights, cache, Placement(1, 0, 0), 1.0)
 
 
-def _predicted(model: str, dtype: str, job: Job, policy: Policy) -> Plan:
-    """ValueError if this machine wasn't calibrated for the dtype."""
-    machine = Worker().probe("cpu", tempfile.gettempdir())
-    if machine.hardware is None or not machine.hardware.knows(dtype):
-        raise ValueError(f"this machine's rates for {dtype} are unknown; run flexgen-ray calibrate")
+def _planner(model: str, dtype: str, job: Job) -> Planner:
+    """For the machine as it is now."""
     config = shape_config(model)
-    rates = ModelRates.of(machine.hardware, config, dtype)
-    budget = Budget(machine.gpu_bytes, machine.cpu_bytes, machine.disk_bytes)
-    device = Device(rates, budget, "this node", core_shares(machine))
-    planner = Planner(config, (device,), job, dtype, stages_disk=False)
-    return planner.played(planner.evaluate((config.num_layers,), [policy]))
+    scope = Scope((dtype,), (config.num_heads // config.num_kv_heads,))
+    hardware = calibrate("cpu", Path(tempfile.gettempdir()), uses_ray=False, scope=scope)
+    rates = ModelRates.of(hardware, config, dtype)
+    device = Device(rates, hardware.budget, "this node", hardware.core_shares)
+    return Planner(config, (device,), job, dtype, stages_disk=False)
 
 
 def _compared(plan: Plan, model: str, dtype: str) -> dict:
@@ -85,7 +88,7 @@ def _compared(plan: Plan, model: str, dtype: str) -> dict:
             pass
         report = llm.report
     (stage,) = report.stages
-    found = {
+    return {
         "policy": asdict(policy),
         "predicted_tokens_per_s": round(plan.tokens_per_s, 3),
         "measured_tokens_per_s": round(report.tokens_per_s, 3),
@@ -98,5 +101,3 @@ def _compared(plan: Plan, model: str, dtype: str) -> dict:
         },
         "lanes": {lane: it["fraction"] for lane, it in stage.lanes().items()},
     }  # fmt: skip
-    typer.echo(str(found), err=True)
-    return found

@@ -33,12 +33,17 @@ class Resource(StrEnum):
     DEVICE_ATTENTION = "device_attention_bytes_per_s"
     DEVICE_MEMORY = "device_bytes_per_s"
     DEQUANTIZE = "dequantize_bytes_per_s"
+    DEVICE_OPS = "device_ops_per_s"  # small ones, beside products
     NETWORK = "network_bytes_per_s"  # to the next stage
 
 
 Amounts = dict[Resource, float]
 _NONE: Amounts = {}
 _R = Resource
+_BY_ITSELF = (_R.DEQUANTIZE, _R.DEVICE_OPS)
+# Torch's own, beside products: norms, residuals, copies, masks.
+_SMALL_OPS = {OpKind.EMBED: 4, OpKind.PROJECT: 6, OpKind.FINISH: 6, OpKind.SAMPLE: 6}
+_SMALL_OPS_OF_RUN, _SMALL_OPS_OF_PROMPT = 3, 5  # attended
 
 
 def seconds_by_resource(amounts: Amounts, hardware: HardwareSpec) -> dict[Resource, float]:
@@ -48,11 +53,10 @@ def seconds_by_resource(amounts: Amounts, hardware: HardwareSpec) -> dict[Resour
 
 def seconds_alone(taken: dict[Resource, float]) -> float:
     """Of an op that has the machine to itself, by its `seconds_by_resource`: what it takes of them
-    it takes at the same time, but packed values are unpacked first."""
-    first = taken.get(Resource.DEQUANTIZE, 0.0)
-    if not first:
-        return max(taken.values(), default=0.0)
-    return first + max(it for resource, it in taken.items() if resource is not Resource.DEQUANTIZE)
+    it takes at the same time, but packed values are unpacked first, and small ops stand between
+    large ones."""
+    first = sum(taken.get(resource, 0.0) for resource in _BY_ITSELF)
+    return first + max((it for by, it in taken.items() if by not in _BY_ITSELF), default=0.0)
 
 
 class CostModel:
@@ -76,6 +80,14 @@ class CostModel:
             return self._link(_R.DISK_READ, self._streamed(op.layer)["disk"] / self._num_parts)
         if composition is None:
             return _NONE
+        amounts = self._of_rows(op, composition)
+        if op.kind not in _SMALL_OPS:
+            return amounts
+        return amounts | {
+            _R.DEVICE_OPS: _SMALL_OPS[op.kind] * self._tiles(composition.rows.num_tokens)
+        }
+
+    def _of_rows(self, op: Op, composition: Composition) -> Amounts:
         tokens = composition.rows.num_tokens
         if op.kind in _HIDDEN:
             return self._hidden(op.kind, tokens)
@@ -129,10 +141,13 @@ class CostModel:
 
     def _linear(self, tokens: int, parameters: int) -> Amounts:
         """A matrix product reads its weights and moves its tokens once a tile."""
-        config, tiles = self.plan.config, -(-tokens // self.plan.tile_tokens)
+        config, tiles = self.plan.config, self._tiles(tokens)
         moved = parameters * tiles + 4 * tokens * config.hidden_size
         flops = _R.DECODE_FLOPS if tokens <= self.plan.policy.gpu_batch_size else _R.FLOPS
         return {flops: 2 * tokens * parameters, _R.DEVICE_MEMORY: moved * self._element}
+
+    def _tiles(self, tokens: int) -> int:
+        return -(-tokens // self.plan.tile_tokens)
 
     def _unpacked(self, op: Op) -> Amounts:
         """Weights that are unpacked for all batches, in the first one's op."""
@@ -189,9 +204,12 @@ class CostModel:
         read = sum(
             row.seq_len * (self._share_read if row.num_new_tokens == 1 else 1) for row in rows
         )
+        runs = bool(placed.resident) + bool(placed.streamed)
+        prompts = sum(row.num_new_tokens > 1 for row in rows)
         amounts = {
             _R.FLOPS: flops,
             _R.DEVICE_ATTENTION: read * 2 * config.kv_size * self._element,
+            _R.DEVICE_OPS: _SMALL_OPS_OF_RUN * runs + _SMALL_OPS_OF_PROMPT * prompts,
         }
         if self.plan.policy.cache_bits:
             amounts[_R.DEQUANTIZE] = 2 * sum(row.seq_len for row in rows) * 2 * config.kv_size

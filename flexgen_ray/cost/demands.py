@@ -6,30 +6,37 @@ Makes of plans, rates and rows what `simulate` plays; doesn't know when ops run.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from flexgen_ray.config import HardwareSpec
-from flexgen_ray.cost.cost import CostModel
+from flexgen_ray.cost.cost import Amounts, CostModel, Resource
 from flexgen_ray.cost.moves import Moves
 from flexgen_ray.cost.placed_rows import Composition
 from flexgen_ray.cost.plan import StagePlan
-from flexgen_ray.cost.sharing import Demand, demand_of
+from flexgen_ray.cost.sharing import CORES, Demand, demand_of
 from flexgen_ray.cost.simulate import Stream
 from flexgen_ray.rows import NO_ROWS, Rows
-from flexgen_ray.schedule.ops import Op, OpKind
+from flexgen_ray.schedule.ops import LANE, Lane, Op, OpKind
 from flexgen_ray.schedule.window import window_ops
 from flexgen_ray.schedule.zigzag import zigzag
 
 RowsOf = Callable[[Op], Rows]
+CoreShares = tuple[tuple[str, float], ...]  # (lane or resource, of the cores that it takes)
 
 
-def stream(plan: StagePlan, hardware: HardwareSpec, rows: RowsOf, num_visits: int) -> Stream:
+def stream(
+    plan: StagePlan,
+    hardware: HardwareSpec,
+    rows: RowsOf,
+    num_visits: int,
+    core_shares: CoreShares = (),
+) -> Stream:
     """So many visits of a stage, as an executor would run them. rows: of an op's pass, by its visit
-    and batch."""
+    and batch. core_shares: none where the cores aren't the device too."""
     moves = Moves(plan, is_linked=not plan.stage.is_whole)
     batches = plan.policy.num_gpu_batches
     ops = filter(moves, zigzag(plan.stage, batches, range(num_visits), plan.num_blocks))
-    return Stream(ops, Demands(plan, hardware, rows), window_ops(batches))
+    return Stream(ops, Demands(plan, hardware, rows, core_shares), window_ops(batches))
 
 
 @dataclass(frozen=True)
@@ -42,10 +49,17 @@ class _Pass:
 
 
 class Demands:
-    """Of one stage's ops. rows: of an op's pass, by its visit and batch."""
+    """Of one stage's ops; the arguments are those of `stream`."""
 
-    def __init__(self, plan: StagePlan, hardware: HardwareSpec, rows: Callable[[Op], Rows]) -> None:
+    def __init__(
+        self,
+        plan: StagePlan,
+        hardware: HardwareSpec,
+        rows: RowsOf,
+        core_shares: CoreShares = (),
+    ) -> None:
         self._hardware = hardware
+        self._core_shares = dict(core_shares)
         self._cost = CostModel(plan)
         self._spare = plan.streamed_rows - 1
         self._rows = rows
@@ -59,8 +73,18 @@ class Demands:
         found = its.demands.get(key)
         if found is None:
             amounts = self._cost.amounts(op, its.composition)
-            found = its.demands[key] = demand_of(amounts, self._hardware)
+            found = its.demands[key] = self._demand(op, amounts)
         return found
+
+    def _demand(self, op: Op, amounts: Amounts) -> Demand:
+        demand, of_cores = demand_of(amounts, self._hardware), self._core_shares
+        if not of_cores or not demand.shares:
+            return demand
+        used = {Resource(it).name.lower(): share for it, share in demand.shares.items()}
+        if LANE[op.kind].worker is Lane.DEVICE:
+            used[Lane.DEVICE.value] = 1.0
+        cores = sum(of_cores.get(name, 0.0) * share for name, share in used.items())
+        return replace(demand, shares=demand.shares | {CORES: cores})
 
     def _pass(self, rows: Rows) -> _Pass:
         # Comparing rows would cost more than to derive anew what follows from equal ones.

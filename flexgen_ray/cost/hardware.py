@@ -80,8 +80,32 @@ class Hardware:
             device_decode_flops_per_s=self.gemm_flops_per_s(dtype, decode_rows),
             device_attention_bytes_per_s=self.device.attention_bytes_per_s,
             dequantize_bytes_per_s=self.device.dequantize_bytes_per_s or 0.0,
+            device_ops_per_s=self._device_ops_per_s,
             network_bytes_per_s=network,
         )
+
+    @property
+    def core_shares(self) -> tuple[tuple[str, float], ...]:
+        """(lane or resource, share of the cores that it takes), where these are the device too;
+        none where they are not, or nobody measured."""
+        shares = self.device.core_shares
+        if shares is None:
+            return ()
+        return (
+            ("device", 1.0),
+            ("h2d", shares.copies),
+            ("d2h", shares.copies),
+            ("disk_read", shares.disk),
+            ("disk_write", shares.disk),
+            ("host_attention", shares.attention),
+        )
+
+    @property
+    def _device_ops_per_s(self) -> float:
+        """A GPU does small ops while the next are launched."""
+        if not self.device.is_cpu:
+            return HardwareSpec.device_ops_per_s
+        return 1 / self.device.launch_seconds
 
     def knows(self, dtype: str) -> bool:
         """Whether there are figures for a dtype."""

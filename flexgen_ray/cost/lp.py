@@ -35,8 +35,8 @@ class StageProblem:
     """One stage: its costs, its budget, and the node it runs on.
 
     budget: gpu of the stage, cpu and disk of all the node's stages together. layers: None lets the
-    program choose. core_shares: {lane: cores it keeps busy, of all there are}, where the device is
-    the host's cores.
+    program choose. core_shares: {lane or resource: cores that it takes, of all there are}, where
+    the device is the host's cores.
     """
 
     corners: Corners
@@ -197,7 +197,7 @@ class _Program:
                     yield phase, pulp.lpSum(self._of(it, (phase, name)) for it in numbers)
 
     def _cores(self, number: int, phase: str, shares: dict[str, float]):
-        return pulp.lpSum(share * self._of(number, (phase, lane)) for lane, share in shares.items())
+        return pulp.lpSum(share * self._of(number, (phase, name)) for name, share in shares.items())
 
     def _of(self, number: int, quantity: tuple[str, str]):
         stage, near = self._stages[number], self._num_layers / len(self._stages)

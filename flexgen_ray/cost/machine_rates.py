@@ -105,9 +105,23 @@ class GemmRates:
 
 
 @dataclass(frozen=True)
+class CoreShares:
+    """Where the device is the host's cores: of its work, what goes undone while the link copies,
+    the disk reads or the host attends, each at its own rate; for they share cores and memory."""
+
+    copies: float
+    disk: float
+    attention: float
+
+    def __post_init__(self) -> None:
+        check_rates(self)
+
+
+@dataclass(frozen=True)
 class DeviceRates:
-    """launch_seconds: to issue one op. attention: bytes of K and V in decoding. dequantize: bytes
-    of 16-bit values that come of packed ones, None where nothing dequantizes."""
+    """launch_seconds: to issue one op; of a CPU, to do a small one between products. attention:
+    bytes of K and V in decoding. dequantize: bytes of 16-bit values that come of packed ones, None
+    where nothing dequantizes. core_shares: of a CPU; None if unknown."""
 
     is_cpu: bool
     memory_bytes_per_s: float
@@ -115,6 +129,7 @@ class DeviceRates:
     launch_seconds: float
     gemm: tuple[GemmRates, ...]
     dequantize_bytes_per_s: float | None = None
+    core_shares: CoreShares | None = None
 
     def __post_init__(self) -> None:
         check_rates(self)

@@ -47,8 +47,8 @@ class Device:
     """What one stage runs on.
 
     rates: for matrix products of so many rows in decode and in prefill. budget: gpu is the stage's,
-    cpu and disk are those of all stages on the node. core_shares: (lane, cores it keeps busy, of
-    all there are), where the device is the host's cores.
+    cpu and disk are those of all stages on the node. core_shares: (lane or resource, cores that it
+    takes, of all there are), where the device is the host's cores.
     """
 
     rates: Rates

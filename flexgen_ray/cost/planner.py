@@ -141,14 +141,14 @@ class Planner:
 
     def played(self, plan: Plan) -> Plan:
         """The plan with the seconds that the schedule makes of it, where that is slower."""
-        rates = self.rates(plan.stages[0].policy)
+        rates, cores = self.rates(plan.stages[0].policy), [it.core_shares for it in self.devices]
         seconds = [{phase: dict(stage[phase]) for phase in PHASES} for stage in plan.seconds]
         rows = {
             "prefill": prefilling(plan.stages[0])[0],
             "decode": decoding(plan.stages[0], self.job.middle_position),
         }
         for phase in PHASES:
-            visit = simulate_pipeline(plan.stages, rates, rows[phase])
+            visit = simulate_pipeline(plan.stages, rates, rows[phase], cores)
             seconds[-1][phase][PLAYED] = visit
         return replace(plan, seconds=seconds)
 

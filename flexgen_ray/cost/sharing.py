@@ -14,15 +14,17 @@ from typing import Generic, TypeVar
 from flexgen_ray.config import HardwareSpec
 from flexgen_ray.cost.cost import Amounts, Resource, seconds_alone, seconds_by_resource
 
+CORES = "cores"  # of a CPU that is the device too; ops take shares of them, and no amounts
 SIMULTANEOUS = 1e-12  # of the time so far; ends that differ by rounding alone
 
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """seconds: that an op takes alone; shares: what it then uses of each resource, 1 at most."""
+    """seconds: that an op takes alone; shares: what it then uses of each resource, or of CORES, 1
+    at most."""
 
     seconds: float
-    shares: dict[Resource, float]
+    shares: dict[str, float]
 
 
 def demand_of(amounts: Amounts, hardware: HardwareSpec) -> Demand:
@@ -32,7 +34,7 @@ def demand_of(amounts: Amounts, hardware: HardwareSpec) -> Demand:
     return Demand(seconds, {resource: it / seconds for resource, it in taken.items() if it})
 
 
-def speed(shares: Mapping[Resource, float], load: Mapping[Resource, float]) -> float:
+def speed(shares: Mapping[str, float], load: Mapping[str, float]) -> float:
     """Of an op, 1 when alone; load: the sum of the shares of all that run, its own included."""
     most = 1.0
     for resource in shares:
@@ -60,7 +62,7 @@ class Machine(Generic[W]):
 
     def __init__(self) -> None:
         self._running: list[W] = []
-        self._load = dict.fromkeys(Resource, 0.0)
+        self._load = dict.fromkeys((*Resource, CORES), 0.0)
 
     def begin(self, work: W, now: float) -> None:
         self._share(work, 1, now)

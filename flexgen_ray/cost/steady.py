@@ -6,10 +6,11 @@ plans, rates and rows.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from flexgen_ray.config import HardwareSpec
-from flexgen_ray.cost.demands import stream
+from flexgen_ray.cost.demands import CoreShares, stream
 from flexgen_ray.cost.plan import StagePlan
 from flexgen_ray.cost.simulate import simulate_ring
 from flexgen_ray.rows import Rows
@@ -23,14 +24,20 @@ def steady_visit(plan: StagePlan, hardware: HardwareSpec, rows: Rows) -> float:
     return simulate_pipeline([plan], [hardware], rows)
 
 
-def simulate_pipeline(plans: list[StagePlan], hardware: list[HardwareSpec], rows: Rows) -> float:
+def simulate_pipeline(
+    plans: list[StagePlan],
+    hardware: list[HardwareSpec],
+    rows: Rows,
+    core_shares: Sequence[CoreShares] | None = None,
+) -> float:
     """Seconds from the end of one visit to that of the next, where plans are joined to a ring, each
-    on hardware of its own, and every batch of every block brings these rows."""
+    on hardware of its own, and every batch of every block brings these rows. core_shares: each
+    stage's, as for `stream`."""
     num_blocks = plans[0].num_blocks
     filling, measured = FIRST_VISITS * num_blocks, LAST_VISITS * num_blocks
     streams = [
-        replace(stream(plan, its, lambda op: rows, filling + measured), keeps_spans=False)
-        for plan, its in zip(plans, hardware, strict=True)
+        replace(stream(plan, its, lambda op: rows, filling + measured, cores), keeps_spans=False)
+        for plan, its, cores in zip(plans, hardware, core_shares or [()] * len(plans), strict=True)
     ]
     ends = simulate_ring(streams, num_blocks)[-1].visit_ends
     return (ends[-1] - ends[filling - 1]) / measured

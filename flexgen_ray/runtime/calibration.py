@@ -17,6 +17,7 @@ import torch
 from flexgen_ray.cost.machine_rates import (
     CACHE_DTYPES,
     AttentionRates,
+    CoreShares,
     DeviceRates,
     DiskRates,
     GemmRates,
@@ -25,15 +26,16 @@ from flexgen_ray.cost.machine_rates import (
 )
 from flexgen_ray.models.host_kernel import KERNELS, load
 from flexgen_ray.runtime.crews import Cores
-from flexgen_ray.runtime.measure import Bench, CacheShape
+from flexgen_ray.runtime.measure import Action, Bench, CacheShape
 from flexgen_ray.store.tier import TORCH_DTYPE
 
 Announce = Callable[[str], None]  # called with the name of each measurement as it begins
 
-QUERIES_PER_KV_HEAD = (1, 4, 8)
 GEMM_ROWS = (1, 4, 16, 64, 256, 1024)
 _HOST_WIDTH = 1024
 _SLOW_PRODUCT_SECONDS = 0.25
+_DECODING_ROWS = 8
+_LEAST_SHARE = 0.01
 _HOST = torch.device("cpu")
 
 
@@ -62,14 +64,42 @@ class Measured:
     device: DeviceRates
 
 
-def count_measurements(device: torch.device) -> int:
+@dataclass(frozen=True)
+class Scope:
+    """Of which dtypes and head groups the rates are measured, if not of all."""
+
+    dtypes: tuple[str, ...] = CACHE_DTYPES
+    queries_per_kv_head: tuple[int, ...] = (1, 4, 8)
+
+    def gemm_dtypes(self, device: torch.device) -> list[str]:
+        """Before Ampere a GPU has no fast products in bfloat16."""
+        has_all = device.type == "cpu" or torch.cuda.get_device_capability(device) >= (8, 0)
+        known = [dtype for dtype in TORCH_DTYPE if has_all or dtype != "bfloat16"]
+        return [dtype for dtype in known if dtype in self.dtypes]
+
+
+EVERYTHING = Scope()
+
+
+def count_measurements(device: torch.device, scope: Scope = EVERYTHING) -> int:
     """How often `measure_machine` announces one."""
-    gemms = len(_gemm_dtypes(device)) * len(GEMM_ROWS)
-    return 10 + len(KERNELS) * len(CACHE_DTYPES) * len(QUERIES_PER_KV_HEAD) + gemms
+    gemms = len(scope.gemm_dtypes(device)) * len(GEMM_ROWS)
+    shares = 3 if device.type == "cpu" else 0
+    return 10 + shares + len(list(_attended(scope))) + gemms
+
+
+def _attended(scope: Scope) -> Iterator[tuple[str, str, int]]:
+    """(kernel, dtype, queries a KV head) of host attention."""
+    return product(KERNELS, scope.dtypes, scope.queries_per_kv_head)
 
 
 def measure_machine(
-    device: torch.device, cores: Cores, folder: Path, effort: Effort, announce: Announce
+    device: torch.device,
+    cores: Cores,
+    folder: Path,
+    effort: Effort,
+    announce: Announce,
+    scope: Scope = EVERYTHING,
 ) -> Measured:
     """Takes twice effort.nbytes of memory, and as much of the folder's disk; gives all back.
 
@@ -82,9 +112,13 @@ def measure_machine(
             disk = DiskRates(*map(_rounded, bench.disk_rates(folder)))
             torch.set_num_threads(1)  # copies have a core each
             link = _link(bench, announce)
-            host = _host(bench, effort.cache, cores, announce)
+            host = _host(bench, effort.cache, cores, announce, scope)
             torch.set_num_threads(cores.device)
-            return Measured(link, disk, host, _device(bench, effort, announce))
+            rates = _device(bench, effort, announce, scope)
+            if rates.is_cpu:
+                shares = _core_shares(bench, effort, cores, folder, announce)
+                rates = replace(rates, core_shares=shares)
+            return Measured(link, disk, host, rates)
     finally:
         torch.set_num_threads(num_threads)
 
@@ -100,7 +134,9 @@ def _link(bench: Bench, announce: Announce) -> LinkRates:
     return LinkRates(*map(_rounded, (h2d, d2h, *both)))
 
 
-def _host(bench: Bench, cache: CacheShape, cores: Cores, announce: Announce) -> HostRates:
+def _host(
+    bench: Bench, cache: CacheShape, cores: Cores, announce: Announce, scope: Scope
+) -> HostRates:
     """Attention by kernel, dtype and shape. What the best case moves together with the link is
     what host memory gives to both."""
     announce("host memory")
@@ -110,7 +146,7 @@ def _host(bench: Bench, cache: CacheShape, cores: Cores, announce: Announce) -> 
     kernels = {name: load(name, cores.host) for name in KERNELS}
     copying = bench.copier(to_device=True)
     entries, joint = [], 0.0
-    for name, dtype, group in product(kernels, CACHE_DTYPES, QUERIES_PER_KV_HEAD):
+    for name, dtype, group in _attended(scope):
         announce(f"host attention, {name}, {dtype}, {group} queries a KV head")
         bits = None if dtype in TORCH_DTYPE else int(dtype.removeprefix("int"))
         shape = replace(cache, num_heads=group * cache.num_kv_heads, bits=bits)
@@ -127,7 +163,7 @@ def _host(bench: Bench, cache: CacheShape, cores: Cores, announce: Announce) -> 
     return HostRates(_rounded(read), _rounded(joint), tuple(entries), _rounded(flops))
 
 
-def _device(bench: Bench, effort: Effort, announce: Announce) -> DeviceRates:
+def _device(bench: Bench, effort: Effort, announce: Announce, scope: Scope) -> DeviceRates:
     device, is_cpu = bench.device, bench.device.type == "cpu"
     announce("device memory")
     memory = bench.read_rate(device)
@@ -138,14 +174,36 @@ def _device(bench: Bench, effort: Effort, announce: Announce) -> DeviceRates:
     announce("unpacking")
     unpacked = bench.dequantize_rate(dtype, 4, (effort.width, 4 * effort.width))
     announce("launches")
-    launch = bench.launch_seconds()
+    launch = (
+        bench.small_op_seconds(_DECODING_ROWS, effort.width) if is_cpu else bench.launch_seconds()
+    )
     gemm = tuple(
         GemmRates(name, tuple(_gemm(bench, effort, name, announce)))
-        for name in _gemm_dtypes(device)
+        for name in scope.gemm_dtypes(device)
     )
     return DeviceRates(
         is_cpu, _rounded(memory), _rounded(attention), _rounded(launch), gemm, _rounded(unpacked)
     )
+
+
+def _core_shares(
+    bench: Bench, effort: Effort, cores: Cores, folder: Path, announce: Announce
+) -> CoreShares:
+    """Of a product of a decoding batch. More than all would mean that taking turns were faster; it
+    is seen where copies never pause, and not in runs."""
+    multiply = bench.product(torch.float32, _DECODING_ROWS, (4 * effort.width, effort.width))
+
+    def share(other: tuple[float, Action]) -> float:
+        return _rounded(min(max(bench.share_taken(multiply, other), _LEAST_SHARE), 1.0))
+
+    announce("cores that copies take")
+    copies = share(bench.copier(to_device=True))
+    announce("cores that disk reads take")
+    with bench.disk(folder) as (reading, _):
+        disk = share(reading)
+    announce("cores that host attention takes")
+    attending = bench.attender(load("numba", cores.host), torch.float32, effort.cache)
+    return CoreShares(copies, disk, share(attending))
 
 
 def _gemm(
@@ -163,12 +221,6 @@ def _gemm(
             rate = 2 / sum(1 / each for each in rates)
             seconds = 8.0 * rows * width**2 / rate
             yield rows, _rounded(rate)
-
-
-def _gemm_dtypes(device: torch.device) -> list[str]:
-    """Before Ampere a GPU has no fast products in bfloat16."""
-    has_all = device.type == "cpu" or torch.cuda.get_device_capability(device) >= (8, 0)
-    return [dtype for dtype in TORCH_DTYPE if has_all or dtype != "bfloat16"]
 
 
 def _rounded(rate: float) -> float:

@@ -72,9 +72,10 @@ class AsyncExecutor:
                 lanes.wait_for_room(self._window)
                 if op.ends_visit:
                     ends.append(ticket)
-                    if len(ends) > VISITS_AHEAD:
-                        lanes.wait(ends[0])
-                        yield ends.popleft().op
+                # Told as soon as it is over, though the next visit isn't issued wholly yet.
+                while len(ends) > VISITS_AHEAD or (ends and ends[0].is_done):
+                    lanes.wait(ends[0])
+                    yield ends.popleft().op
             for ticket in ends:
                 lanes.wait(ticket)
                 yield ticket.op

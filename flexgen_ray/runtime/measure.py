@@ -8,15 +8,17 @@ copies and disks; not what their rates are for.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from itertools import cycle
 from math import ceil
 from pathlib import Path
+from statistics import fmean
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from flexgen_ray.cost.placement import PAGE
@@ -143,28 +145,32 @@ class Bench(AbstractContextManager):
         memory = self.host if device.type == "cpu" else self.on_device
         return self.rate(memory.nbytes, memory.view(torch.float32).sum, device)
 
-    def disk_rates(self, folder: Path) -> tuple[float, float]:
-        """Bytes a second read and written, all of the buffer at a time; OSError names the folder.
-
-        The file has no name: it goes however this ends.
-        """
-        tier = DiskTier(self.nbytes, folder)
+    @contextmanager
+    def disk(self, folder: Path) -> Iterator[tuple[tuple[int, Action], tuple[int, Action]]]:
+        """Bytes, and what reads them from disk, and the same of writing: all of the buffer. OSError
+        names the folder. The file has no name: it goes however this ends."""
+        tier, size = DiskTier(self.nbytes, folder), self.nbytes
         try:
-            region = tier.allocate("measurements", self.nbytes)
-            write = self.rate(self.nbytes, lambda: region.write(self.host))
-            return self.rate(self.nbytes, lambda: region.read_into(self.host)), write
+            region = tier.allocate("measurements", size)
+            region.write(self.host)
+            reading = size, lambda: region.read_into(self.host)
+            yield reading, (size, lambda: region.write(self.host))
         finally:
             tier.close()
+
+    def disk_rates(self, folder: Path) -> tuple[float, float]:
+        """Bytes a second read and written."""
+        with self.disk(folder) as (reading, writing):
+            return self.rate(*reading), self.rate(*writing)
 
     def gemm_rate(
         self, dtype: torch.dtype, rows: int, shape: tuple[int, int], on_host: bool = False
     ) -> float:
-        """Flops a second of a product of so many rows; shape: of its weight, [out, in], of which
-        there are as many as the buffer holds, so that it is read from memory each time."""
-        memory, size = self.host if on_host else self.on_device, shape[0] * shape[1]
-        weights = cycle(_room(memory, dtype, size).view(-1, *shape))
-        x = torch.full((rows, shape[1]), 0.5, dtype=dtype, device=memory.device)
-        return self.rate(2.0 * rows * size, lambda: product(x, next(weights)), memory.device)
+        """Flops a second of a `product`."""
+        multiply = self.product(dtype, rows, shape, on_host)
+        return self.rate(
+            2.0 * rows * shape[0] * shape[1], multiply, _HOST if on_host else self.device
+        )
 
     def dequantize_rate(self, dtype: torch.dtype, bits: int, shape: tuple[int, int]) -> float:
         """Values a second, as 16 bits each, that the device unpacks of one matrix after another."""
@@ -190,6 +196,37 @@ class Bench(AbstractContextManager):
         """To issue an op that does next to nothing."""
         x = torch.zeros(16, device=self.device)
         return 1 / self.rate(1, lambda: x.add_(1), self.device)
+
+    def small_op_seconds(self, rows: int, width: int) -> float:
+        """Of a CPU's op on a few tokens that comes after a product, which left nothing of it in the
+        caches: a norm, a sum or a copy, in turn."""
+        multiply = self.product(torch.float32, rows, (width, width))
+        x, y = torch.full((2, rows, width), 0.5)
+        ops = cycle((lambda: F.layer_norm(x, (width,)), lambda: x + y, lambda: x.copy_(y)))
+        taken: list[float] = []
+        deadline = time.perf_counter() + self.seconds
+        while not taken or time.perf_counter() < deadline:
+            multiply()
+            started = time.perf_counter()
+            next(ops)()
+            taken.append(time.perf_counter() - started)
+        return fmean(sorted(taken)[: ceil(0.9 * len(taken))])
+
+    def product(
+        self, dtype: torch.dtype, rows: int, shape: tuple[int, int], on_host: bool = False
+    ) -> Action:
+        """A product of so many rows; shape: of its weight, [out, in], of which there are as many
+        as the buffer holds, so that it is read from memory each time."""
+        memory, size = self.host if on_host else self.on_device, shape[0] * shape[1]
+        weights = cycle(_room(memory, dtype, size).view(-1, *shape))
+        x = torch.full((rows, shape[1]), 0.5, dtype=dtype, device=memory.device)
+        return lambda: product(x, next(weights))
+
+    def share_taken(self, own: Action, other: tuple[float, Action]) -> float:
+        """Of `own`'s work, what goes undone while `other` is at work at its own rate."""
+        own_alone, other_alone = self.rate(1, own), self.rate(*other)
+        own_beside, other_beside = self.together((1, own), other)
+        return (1 - own_beside / own_alone) * other_alone / other_beside
 
 
 def _attender(

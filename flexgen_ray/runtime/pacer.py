@@ -31,7 +31,7 @@ class Pacer:
         self._time_scale = time_scale
         self._changed = threading.Condition()
         self._running: set[Paced] = set()
-        self._load = dict.fromkeys(Resource, 0.0)
+        self._load: dict[str, float] = dict.fromkeys(Resource, 0.0)
         self._is_cancelled = False
 
     def begin(self, amounts: Amounts, ready_at: float) -> Paced:
@@ -95,7 +95,7 @@ class Pacer:
 class Paced:
     """An op under way: what it takes alone, how much of that is left, when it began and ended."""
 
-    def __init__(self, seconds: float, shares: dict[Resource, float], started: float) -> None:
+    def __init__(self, seconds: float, shares: dict[str, float], started: float) -> None:
         self.seconds = seconds
         self.remaining = seconds
         self.shares = shares
