@@ -15,10 +15,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
-import psutil
 import torch
 
 from flexgen_ray.bench import page_cache
+from flexgen_ray.bench.elsewhere import Elsewhere
 from flexgen_ray.bench.work import OURS, Run, Work
 from flexgen_ray.llm import LLM
 from flexgen_ray.report import environment
@@ -86,11 +86,11 @@ def run(work: Work, peer: str, batch_size: int | None) -> Run:
     contestant.generate(work.prompts[:WARM_UP_PROMPTS], WARM_UP_TOKENS, on_pass)
     if work.page_cache == "cold":
         page_cache.drop([*work.model_files(), *page_cache.files_in(work.scratch)])
-    busy_before = _busy_elsewhere()
+    elsewhere = Elsewhere()
     started = time.perf_counter()
     tokens = contestant.generate(work.prompts, work.max_tokens, on_pass)
     seconds = time.perf_counter() - started
-    busy_elsewhere = _busy_elsewhere() - busy_before
+    cores_elsewhere = elsewhere.cores
     lengths = {len(answer) for answer in tokens}
     if lengths != {work.max_tokens}:
         raise RuntimeError(f"asked for {work.max_tokens} tokens a prompt, got {sorted(lengths)}")
@@ -102,7 +102,7 @@ def run(work: Work, peer: str, batch_size: int | None) -> Run:
         load_seconds=load_seconds,
         peak_rss_bytes=_peak_rss(),
         peak_gpu_bytes=torch.cuda.max_memory_allocated() if uses_cuda else 0,
-        cores_elsewhere=max(busy_elsewhere / seconds, 0.0),
+        cores_elsewhere=cores_elsewhere,
         device=torch.cuda.get_device_name() if uses_cuda else "CPU",
         details=contestant.details,
     )
@@ -144,12 +144,6 @@ def _dropper(work: Work) -> Callable[[], None] | None:
     if work.page_cache != "cold" or work.memory_limit is not None:
         return None
     return lambda: page_cache.drop([*work.model_files(), *page_cache.files_in(work.scratch)])
-
-
-def _busy_elsewhere() -> float:
-    """Processor seconds since boot that this process didn't use and that weren't idle."""
-    cpu = psutil.cpu_times()
-    return sum(cpu) - cpu.idle - cpu.iowait - cpu.guest - cpu.guest_nice - time.process_time()
 
 
 def _peak_rss() -> int:

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
+from flexgen_ray.bench.elsewhere import Elsewhere
 from flexgen_ray.bench.result import finish, off_by
 from flexgen_ray.bench.throughput import random_requests
 from flexgen_ray.calibrate import calibrate
@@ -27,6 +28,8 @@ from flexgen_ray.options import JsonOption
 from flexgen_ray.runtime.calibration import Scope
 
 SHAPES = ((8, 2), (16, 2))
+ATTEMPTS = 3
+QUIET = 0.1  # cores that others keep busy
 WEIGHTS = (Placement(1, 0, 0), Placement(0, 1, 0), Placement(0, 0, 1))
 CACHES = (Placement(1, 0, 0), Placement(0, 1, 0))
 
@@ -40,20 +43,35 @@ def prediction(
 ) -> None:
     """Policies run on the CPU, in real time, as multiples of what was predicted.
 
-    Each once before it is measured, for one token, so that nothing is compiled or touched first.
+    Each once before it is measured, for one token, so that nothing is compiled or touched first;
+    and again, up to three times, if others kept cores busy meanwhile: the quietest counts.
     Example: flexgen-ray bench prediction --model opt-350m
     """
     runs = []
     for policy in policies():
         job = Job.uniform(policy.block_size, prompt_len, max_tokens)
-        planner = _planner(model, dtype, job)
-        plan = planner.played(planner.evaluate((planner.config.num_layers,), [policy]))
-        (rates,), (device,) = planner.rates(policy), planner.devices
-        known = {"rates": asdict(rates), "core_shares": dict(device.core_shares)}
-        runs.append(_compared(plan, model, dtype) | known)
-        typer.echo(str(runs[-1]), err=True)
+        attempts: list[dict] = []
+        while len(attempts) < ATTEMPTS and not any(map(_is_quiet, attempts)):
+            attempts.append(_attempt(policy, job, model, dtype))
+            typer.echo(str(attempts[-1]), err=True)
+        runs.append(min(attempts, key=lambda it: it["cores_elsewhere"]))
     settings = {"model": model, "dtype": dtype, "prompt_len": prompt_len, "max_tokens": max_tokens}
     finish({"settings": settings} | off_by(runs) | {"runs": runs}, "CPU", json_file)
+
+
+def _is_quiet(attempt: dict) -> bool:
+    return attempt["cores_elsewhere"] < QUIET
+
+
+def _attempt(policy: Policy, job: Job, model: str, dtype: str) -> dict:
+    """Calibrated, predicted and run."""
+    elsewhere = Elsewhere()
+    planner = _planner(model, dtype, job)
+    plan = planner.played(planner.evaluate((planner.config.num_layers,), [policy]))
+    (rates,), (device,) = planner.rates(policy), planner.devices
+    found = _compared(plan, model, dtype)
+    cores = {"cores_elsewhere": round(elsewhere.cores, 3)}
+    return found | cores | {"rates": asdict(rates), "core_shares": dict(device.core_shares)}
 
 
 def policies() -> Iterator[Policy]:
