@@ -100,23 +100,33 @@ def choose(shape: Shape, threads: int, folder: Path, nbytes: int = MEASURED_BYTE
 def measure(shape: Shape, threads: int, nbytes: int = MEASURED_BYTES) -> dict[str, float]:
     """Seconds each kernel takes for one pass over a cache of so many bytes, by default far more
     than a CPU's caches hold."""
-    dtype = getattr(torch, shape.dtype)
     row_bytes = 2 * shape.num_kv_heads * _CONTEXT * shape.vector_bytes()
-    rows = max(1, nbytes // row_bytes)
-    size = (2, rows, shape.num_kv_heads, _CONTEXT, shape.vector_bytes())
+    seconds = {}
+    for name in KERNELS:
+        kernel = ready(name, threads, shape)
+        run = _call(kernel, shape, max(1, nbytes // row_bytes), _CONTEXT)
+        seconds[name] = best_seconds(run, _SECONDS_EACH)
+    return seconds
+
+
+def ready(name: str, threads: int, shape: Shape) -> Kernel:
+    """One of KERNELS that has run once for the shape, and so is compiled."""
+    kernel = load(name, threads)
+    _call(kernel, shape, 1, 1)()
+    return kernel
+
+
+def _call(kernel: Kernel, shape: Shape, rows: int, context: int) -> Callable[[], object]:
+    """The kernel on as many rows of made-up values."""
+    dtype = getattr(torch, shape.dtype)
+    size = (2, rows, shape.num_kv_heads, context, shape.vector_bytes())
     # Bytes that are small numbers in every dtype, and as minimums and scales.
     cache = torch.full(size, 0x38, dtype=torch.uint8)
     if shape.bits is None:
         cache = cache.view(dtype)
     q = torch.ones((rows, shape.num_heads, shape.head_dim), dtype=dtype)
     out = torch.empty_like(q)
-    seconds = {}
-    for name in KERNELS:
-        kernel = load(name, threads)
-        kernel(q[:1], cache[0, :1], cache[1, :1], [_CONTEXT], out[:1], shape.sparsity)
-        run = partial(kernel, q, cache[0], cache[1], [_CONTEXT] * rows, out, shape.sparsity)
-        seconds[name] = best_seconds(run, _SECONDS_EACH)
-    return seconds
+    return partial(kernel, q, cache[0], cache[1], [context] * rows, out, shape.sparsity)
 
 
 def best_seconds(run: Callable[[], object], budget: float) -> float:

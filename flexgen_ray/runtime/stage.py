@@ -17,8 +17,7 @@ from flexgen_ray.cost.plan import StagePlan
 from flexgen_ray.cost.sizes import check_budget, host_workspace_bytes, workspace_bytes
 from flexgen_ray.models.checkpoint import Checkpoint
 from flexgen_ray.models.dummy import DummyWeights
-from flexgen_ray.models.host_kernel import Kernel, Shape, choose
-from flexgen_ray.models.host_kernel import load as load_kernel
+from flexgen_ray.models.host_kernel import Kernel, Shape, choose, load, ready
 from flexgen_ray.paths import calibration_dir
 from flexgen_ray.request import Finished, Progress, Request
 from flexgen_ray.runtime import malloc
@@ -223,13 +222,14 @@ def cores_for(plan: StagePlan, device: torch.device) -> Cores:
 
 
 def host_kernel(plan: StagePlan, threads: int, nbytes: int) -> Kernel:
-    """The faster host attention for a plan's shapes; measuring it may take nbytes of memory."""
+    """The faster host attention for a plan's shapes, compiled; measuring it may take nbytes of
+    memory."""
     if not plan.attended_rows:
-        return load_kernel("sdpa", threads)
+        return load("sdpa", threads)
     config = plan.config
     heads = config.num_heads, config.num_kv_heads, config.head_dim
     shape = Shape(plan.dtype, *heads, plan.policy.cache_bits, plan.policy.attention_sparsity)
-    return load_kernel(choose(shape, threads, calibration_dir(), nbytes), threads)
+    return ready(choose(shape, threads, calibration_dir(), nbytes), threads, shape)
 
 
 def _weight_source(spec: StageSpec) -> WeightSource:
