@@ -16,7 +16,8 @@ class Row:
     """One slot's share of a pass.
 
     position: tokens already in its cache; offset: its first new token among the packed ones;
-    is_sampled: whether its last new token is followed by one to be chosen.
+    is_sampled: whether its last new token is followed by one to be chosen; is_prefill: whether its
+    new tokens were known when it took its slot, however few of them this pass brings.
     """
 
     slot: int
@@ -24,6 +25,7 @@ class Row:
     num_new_tokens: int
     offset: int
     is_sampled: bool
+    is_prefill: bool
 
     @property
     def tokens(self) -> slice:

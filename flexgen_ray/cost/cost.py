@@ -201,11 +201,9 @@ class CostModel:
         """Of a packed cache all is unpacked, and then attended like another."""
         config, rows = self.plan.config, [*placed.resident, *(row for row, _ in placed.streamed)]
         flops = 4 * config.q_size * sum(map(_attended_pairs, rows))
-        read = sum(
-            row.seq_len * (self._share_read if row.num_new_tokens == 1 else 1) for row in rows
-        )
+        read = sum(row.seq_len * (1 if row.is_prefill else self._share_read) for row in rows)
         runs = bool(placed.resident) + bool(placed.streamed)
-        prompts = sum(row.num_new_tokens > 1 for row in rows)
+        prompts = sum(row.is_prefill for row in rows)
         amounts = {
             _R.FLOPS: flops,
             _R.DEVICE_ATTENTION: read * 2 * config.kv_size * self._element,

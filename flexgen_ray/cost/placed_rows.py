@@ -44,7 +44,7 @@ class PlacedRows:
     def attended(self) -> list[Row]:
         """Decoding rows that are attended where their cache lies."""
         last = self.split.gpu + self.split.attended
-        return [row for row in self.off_device if row.slot < last and row.num_new_tokens == 1]
+        return [row for row in self.off_device if row.slot < last and not row.is_prefill]
 
     @cached_property
     def attended_runs(self) -> list[list[Row]]:
@@ -58,7 +58,7 @@ class PlacedRows:
         return [
             (row, row.slot - first if row.slot >= first else self.spare)
             for row in self.off_device
-            if row.slot >= first or row.num_new_tokens > 1
+            if row.slot >= first or row.is_prefill
         ]
 
     @cached_property

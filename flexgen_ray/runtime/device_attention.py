@@ -56,7 +56,7 @@ class DeviceAttention:
             for run in placed.once(name, partial(decode_runs, rows, self._device)):
                 self._decode(work, run, view(op, run.first, run.first + run.count))
             for row, index in rows:
-                if row.num_new_tokens > 1:
+                if row.is_prefill:
                     self._prefill(work, row, view(op, index, index + 1))
 
     def _decode(self, work: Work, run: DecodeRun, cached: Tensor) -> None:

@@ -213,7 +213,7 @@ def decode_runs(placed: list[tuple[Row, int]], device: torch.device) -> list[Dec
     """Of rows and their places in a cache."""
     place = {row.slot: index for row, index in placed}
     found = []
-    for run in runs(row for row, _ in placed if row.num_new_tokens == 1):
+    for run in runs(row for row, _ in placed if not row.is_prefill):
         tokens = slice(run[0].offset, run[0].offset + len(run))
         lens = [row.seq_len for row in run]
         mask = length_mask(lens, device)

@@ -73,7 +73,7 @@ class KVCache:
     def append_streamed(self, op: Op, placed: PlacedRows, work: Work) -> None:
         """New keys and values of the streamed rows, next to what LOAD_CACHE brought."""
         home = self._streamed[op.cell_slot]
-        rows = [it for it in placed.streamed if it[0].num_new_tokens == 1 or it[0].position]
+        rows = [it for it in placed.streamed if it[0].position or not it[0].is_prefill]
         _append(home, placed.once("streamed", partial(NewTokens, rows, home)), work.cached)
 
     def read(self, op: Op, placed: PlacedRows) -> None:
