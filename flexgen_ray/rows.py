@@ -82,11 +82,14 @@ class Rows:
 NO_ROWS = Rows((), ())
 
 
-def runs(rows: Iterable[Row]) -> Iterator[list[Row]]:
-    """Maximal runs of decoding rows in neighbouring slots: each a slice of cache and tokens."""
+def runs(rows: Iterable[Row], most: int | None = None) -> Iterator[list[Row]]:
+    """Runs of decoding rows in neighbouring slots, as long as can be, or `most` rows: each a slice
+    of cache and tokens."""
     run: list[Row] = []
     for row in rows:
-        if run and (row.slot != run[-1].slot + 1 or row.offset != run[-1].offset + 1):
+        if run and (
+            len(run) == most or (row.slot, row.offset) != (run[-1].slot + 1, run[-1].offset + 1)
+        ):
             yield run
             run = []
         run.append(row)
