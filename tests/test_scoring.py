@@ -198,7 +198,7 @@ def test_who_asks_for_nothing_pays_nothing(tiny_models, monkeypatch):
     """No score is computed, and messages are as long as if there were none."""
     row, draw = Row(0, 3, 2, 0, True, True), Draw(0.0, 1.0, 0.0)
     plain = Header(0, 0, Rows((row,), (), 2), [draw], [5])
-    assert plain.encode() == b"[0, 0, [[0, 3, 2, true]], 2, [[0.0, 1.0, 0.0]], [5], false]"
+    assert plain.encode() == b"[0, 0, [[0, 3, 2, true, true]], 2, [[0.0, 1.0, 0.0]], [5], false]"
     assert Chosen(0, 1, [7]).encode() == b"[0, 1, [7]]"
     folder, references = tiny_models["llama"]
     monkeypatch.setattr("flexgen_ray.runtime.cells.score", None)

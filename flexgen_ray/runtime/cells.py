@@ -165,10 +165,10 @@ class Cells:
         self._attention.choose(op, self.placed(op), self._work(op))
 
     def _gather_values(self, op: Op) -> None:
-        self.cache.gather(op, self.placed(op))
+        self.cache.gather_values(op, self.placed(op))
 
     def _load_values(self, op: Op) -> None:
-        self.cache.load_kept(op, self.placed(op))
+        self.cache.load_values(op, self.placed(op))
 
     def _attend_device(self, op: Op) -> None:
         self._attention.attend(op, self.placed(op), self._work(op))

@@ -54,7 +54,7 @@ class DeviceAttention:
         for run in self._runs(placed, "streamed", placed.streamed):
             keys = cache.streamed_view(op, run.first, run.first + run.count)[0]
             chosen = self._chosen(work, run, keys)
-            cache.tell(op, run.first, chosen.tokens)
+            cache.tell_choice(op, run.first, chosen.tokens)
             self._weights[op.cell_slot].append(chosen.weights)
 
     def attend(self, op: Op, placed: PlacedRows, work: Work) -> None:
@@ -100,8 +100,8 @@ class DeviceAttention:
 
     def _weighed(self, op: Op, run: DecodeRun, weights: Tensor) -> Tensor:
         """By the values that LOAD_VALUES brought."""
-        shape = run.count, self._config.num_kv_heads, weights.shape[-1]
-        return attention.weigh(weights, self._values(self._cache.kept_view(op, run.first, shape)))
+        values = self._cache.chosen_values(op, run.first, run.count, weights.shape[-1])
+        return attention.weigh(weights, self._values(values))
 
     def _prefill(self, work: Work, row: Row, cached: Tensor) -> None:
         """A prompt's first chunk needs no cache: all its keys are new."""

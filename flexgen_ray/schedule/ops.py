@@ -64,7 +64,7 @@ class Lane(StrEnum):
     DEVICE = auto()
     DEVICE_AHEAD = auto()
     HOST = auto()
-    GATHER = auto()
+    GATHER_VALUES = auto()
     LOAD_WEIGHTS = auto()
     LOAD_CACHE = auto()
     LOAD_SMALL = auto()
@@ -111,7 +111,7 @@ LANE: dict[OpKind, Lane] = {
     OpKind.APPEND_CACHE: Lane.HOST,
     OpKind.WRITE_CACHE: Lane.DISK_WRITE,
     OpKind.CHOOSE: Lane.DEVICE_AHEAD,
-    OpKind.GATHER_VALUES: Lane.GATHER,
+    OpKind.GATHER_VALUES: Lane.GATHER_VALUES,
     OpKind.LOAD_VALUES: Lane.LOAD_SMALL,
     OpKind.ATTEND_DEVICE: Lane.DEVICE_AHEAD,
     OpKind.ATTEND_HOST: Lane.HOST,

@@ -116,12 +116,12 @@ class KVCache:
         """Keys and values, or keys only, of which LOAD_CACHE brings the past."""
         return slice(2 if prefills or not self.plan.is_sparse else 1)
 
-    def tell(self, op: Op, first: int, tokens: Tensor) -> None:
+    def tell_choice(self, op: Op, first: int, tokens: Tensor) -> None:
         """CHOOSE: tells the host the tokens chosen of rows from a place on, [rows, heads, kept]."""
         told = _front(self._chosen[op.cell_slot], first, tokens.shape)
         told.copy_(tokens.int(), non_blocking=True)
 
-    def gather(self, op: Op, placed: PlacedRows) -> None:
+    def gather_values(self, op: Op, placed: PlacedRows) -> None:
         """GATHER_VALUES: of the tokens chosen, side by side, into the cell's host slot."""
         split, home = self.split(op), self._cpu[op.layer, op.batch][1]
         for first, rows in placed.choosing(self.plan.rows_at_a_time):
@@ -129,6 +129,7 @@ class KVCache:
             tokens = _front(self._chosen[op.cell_slot], first, shape[:-1])
             values = _front(self._kept[op.cell_slot], first, shape)
             start = rows[0].slot - split.gpu
+            # Rows in memory come before those on disk.
             count = max(0, min(len(rows), split.cpu - start))
             if count:
                 vectors = home[start : start + count].flatten(0, 2)
@@ -139,16 +140,16 @@ class KVCache:
             for row, chosen, into in zip(rows[count:], tokens[count:], values[count:], strict=True):
                 self._gather_from_disk(op, row, chosen, into)
 
-    def load_kept(self, op: Op, placed: PlacedRows) -> None:
+    def load_values(self, op: Op, placed: PlacedRows) -> None:
         """LOAD_VALUES: those, in the place of values of the rows' first tokens."""
         for first, rows in placed.choosing(self.plan.rows_at_a_time):
             shape = self._kept_shape(rows)
             values = _front(self._kept[op.cell_slot], first, shape)
-            self.kept_view(op, first, shape).copy_(values, non_blocking=True)
+            _front(self._streamed[op.cell_slot][1], first, shape).copy_(values, non_blocking=True)
 
-    def kept_view(self, op: Op, first: int, shape: Sequence[int]) -> Tensor:
-        """Values of tokens kept of rows from a place on: [rows, kv_heads, kept(, width)]."""
-        shape = (*shape[:3], self._width)
+    def chosen_values(self, op: Op, first: int, count: int, kept: int) -> Tensor:
+        """Those of so many rows from a place on: [rows, kv_heads, kept, width]."""
+        shape = (count, self.plan.config.num_kv_heads, kept, self._width)
         return _front(self._streamed[op.cell_slot][1], first, shape)
 
     def _kept_shape(self, rows: list[Row]) -> tuple[int, ...]:
@@ -276,7 +277,7 @@ class KVCache:
 def _front(slot: Tensor, first: int, shape: Sequence[int]) -> Tensor:
     """The memory of a slot's rows from `first` on in a smaller shape: one piece, which crosses in
     one copy."""
-    return slot[first : first + shape[0]].flatten()[: prod(shape)].view(*shape)
+    return slot[first : first + shape[0]].view(-1)[: prod(shape)].view(*shape)
 
 
 def _copy_rows(target: Tensor, source: Tensor, past: int) -> None:
