@@ -49,7 +49,8 @@ def test_sparse_attention_does_not_depend_on_how_prompts_are_cut(tiny_models, po
     """Prompts that end with a chunk of one token, too, are attended densely."""
     folder, _ = tiny_models["llama"]
     prompts = [prompt[:33] for prompt in tiny.prompts(20, 60, seed=1) if len(prompt) >= 33]
-    assert len(prompts) >= 7
+    prompts = prompts[:7]
+    assert len(prompts) == 7
     whole = replace(policy, attention_sparsity=0.1)
     # A pass takes eight tiles of tokens: 33 make four passes and one token more.
     cut = replace(whole, gpu_batch_size=1, num_gpu_batches=2, max_batch_tokens=1)
@@ -67,7 +68,7 @@ sparse = st.builds(
 )
 
 
-@settings(max_examples=6)
+@settings(max_examples=4)
 @given(policy=sparse)
 def test_async_equals_serial_bit_for_bit(tiny_models, policy, monkeypatch):
     folder, known = tiny_models["llama"]

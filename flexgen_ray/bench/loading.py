@@ -23,7 +23,6 @@ from flexgen_ray.models.packed_checkpoint import write_packed
 from flexgen_ray.models.registry import load_config
 from flexgen_ray.options import JsonOption
 from flexgen_ray.paths import find_model
-from flexgen_ray.report import Report
 from flexgen_ray.request import SamplingParams
 
 
@@ -47,12 +46,10 @@ def loading(
         folder = make_checkpoint(model, made, "float16") if model in SHAPES else find_model(model)
         packed = Path(scratch) / "packed"
         seconds = _quantize(folder, packed, weight_bits)
+        lossy = {"weight_bits": weight_bits}
         ways = {
             "the checkpoint": (folder, {}),
-            f"the checkpoint, packed into {weight_bits} bits": (
-                folder,
-                {"weight_bits": weight_bits},
-            ),
+            f"the checkpoint, packed into {weight_bits} bits": (folder, lossy),
             "packed by quantize": (packed, {}),
         }
         # The first compiles what packs.
@@ -82,8 +79,7 @@ def _load(folder: Path, lossy: dict[str, Any]) -> tuple[float, int]:
         request = llm.request(0, [1, 2], SamplingParams(max_tokens=1))
         llm.prepare([request])
         list(llm.stream([request]))
-        report: Report = llm.report
-        return report.load_seconds, sum(report.stages[0].weights.values())
+        return llm.report.load_seconds, sum(llm.report.stages[0].weights.values())
 
 
 def _run(name: str, folder: Path, loads: list[tuple[float, int]]) -> dict:
