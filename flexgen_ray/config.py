@@ -6,6 +6,7 @@ Knows names, shapes and fractions. Does not know bytes per tier (cost/sizes.py) 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from math import ceil
 from pathlib import Path
 
 import yaml
@@ -227,3 +228,11 @@ class Faults:
         for name in ("stall_seconds", "restart_seconds"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
+
+
+def kept_tokens(tokens: int, sparsity: float) -> int:
+    """ceil(sparsity * tokens), at least one; ValueError if sparsity is not in (0, 1]."""
+    if not 0 < sparsity <= 1:
+        raise ValueError(f"sparsity, the share of tokens kept, must be in (0, 1], not {sparsity}")
+    # 0.07 * 100 is a little more than 7, but 7 tokens are meant.
+    return max(1, ceil(sparsity * tokens - 1e-9 * tokens))

@@ -16,7 +16,8 @@ class Row:
     """One slot's share of a pass.
 
     position: tokens already in its cache; offset: its first new token among the packed ones;
-    is_sampled: whether its last new token is followed by one to be chosen.
+    is_sampled: whether its last new token is followed by one to be chosen; is_prefill: whether its
+    new tokens were known when it took its slot, however few of them this pass brings.
     """
 
     slot: int
@@ -24,6 +25,7 @@ class Row:
     num_new_tokens: int
     offset: int
     is_sampled: bool
+    is_prefill: bool
 
     @property
     def tokens(self) -> slice:
@@ -80,11 +82,14 @@ class Rows:
 NO_ROWS = Rows((), ())
 
 
-def runs(rows: Iterable[Row]) -> Iterator[list[Row]]:
-    """Maximal runs of decoding rows in neighbouring slots: each a slice of cache and tokens."""
+def runs(rows: Iterable[Row], most: int | None = None) -> Iterator[list[Row]]:
+    """Runs of decoding rows in neighbouring slots, as long as can be, or `most` rows: each a slice
+    of cache and tokens."""
     run: list[Row] = []
     for row in rows:
-        if run and (row.slot != run[-1].slot + 1 or row.offset != run[-1].offset + 1):
+        if run and (
+            len(run) == most or (row.slot, row.offset) != (run[-1].slot + 1, run[-1].offset + 1)
+        ):
             yield run
             run = []
         run.append(row)

@@ -65,7 +65,7 @@ def test_at_most_one_prompt_of_a_batch_is_under_way(shape, job):
     while not batcher.is_done:
         for batch in range(shape[1]):
             rows = batcher.compose(batch)
-            assert sum(row.position > 0 and row.num_new_tokens > 1 for row in rows.rows) <= 1
+            assert sum(row.position > 0 and row.is_prefill for row in rows.rows) <= 1
             sampled = [row.slot for row in rows.sampled]
             batcher.accept(batch, sampled, [5] * len(sampled))
         list(batcher.take_finished())

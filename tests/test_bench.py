@@ -161,3 +161,17 @@ def test_attention_compares_packed_and_sparse_caches_with_the_plain_one(monkeypa
     assert row["int4_sparse_of_plain_bytes"] == round(36 / 128 * (1 + 0.25) / 2, 3)
     for name in ("int4", "int8", "sparse", "int4_sparse", "int8_sparse"):
         assert 0 < row[f"{name}_rows_per_s"] and 0 < row[f"{name}_of_plain_rows"]
+
+
+def test_loading_compares_bytes_and_seconds_of_three_ways(tiny_models, tmp_path):
+    folder, _ = tiny_models["llama"]
+    result = bench("loading", "--model", folder, "--rounds", 2, "--json", tmp_path / "it.json")
+    assert json.loads((tmp_path / "it.json").read_text()) == result
+    plain, while_loading, before = result["runs"]
+    size = (folder / "model.safetensors").stat().st_size
+    assert plain["bytes_on_disk"] == while_loading["bytes_on_disk"] == size
+    assert before["bytes_on_disk"] < size
+    assert before["bytes_in_memory"] == while_loading["bytes_in_memory"] < plain["bytes_in_memory"]
+    for run in result["runs"]:
+        assert len(run["each_s"]) == 2 and min(run["each_s"]) <= run["load_s"] <= max(run["each_s"])
+    assert result["quantize_fast_s"] > 0 and {"hardware", "versions", "date"} <= set(result)

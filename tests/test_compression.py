@@ -190,32 +190,6 @@ def test_weights_that_others_quantized_are_refused_by_name(tiny_models, tmp_path
         load_config(tmp_path)
 
 
-HALF = Placement(0.5, 0.5, 0.0)
-ELSEWHERE = (
-    Policy(3, 2, 64, cache=Placement(0, 1, 0)),
-    Policy(4, 2, 64, cache=Placement(0, 1, 0), cpu_attention=0.0),
-    Policy(2, 4, 64, HALF, Placement(0.3, 0.3, 0.4), HALF, 0.5),
-)
-
-
-@pytest.mark.parametrize("bits", [None, 4])
-@pytest.mark.parametrize("policy", ELSEWHERE, ids=["host", "streamed", "three tiers"])
-@pytest.mark.parametrize("name", ["opt", "llama"])
-def test_sparse_attention_keeps_the_same_tokens_wherever_it_happens(
-    tiny_models, name, policy, bits
-):
-    """But for a sequence in which two tokens weigh alike, and sums differ in their last bits."""
-    folder, known = tiny_models[name]
-    prompts = [reference.prompt for reference in known]
-    sparse = {"cache_bits": bits, "attention_sparsity": 0.2}
-    wanted = greedy(folder, prompts, Policy(7, 1, 64, **sparse), use_ray=False)
-    found = greedy(folder, prompts, replace(policy, **sparse), use_ray=False)
-    same = [a.token_ids == b.token_ids for a, b in zip(found, wanted, strict=True)]
-    assert sum(same) >= len(prompts) - 1
-    dense = greedy(folder, prompts, replace(policy, cache_bits=bits), use_ray=False)
-    assert [it.token_ids for it in found] != [it.token_ids for it in dense]
-
-
 class Counted:
     """Counts the bytes that ops which cross the link copy, by kind, in decode."""
 

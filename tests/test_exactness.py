@@ -33,8 +33,8 @@ policies = st.builds(
 )
 
 
-def greedy(folder, prompts, policy, **options):
-    with LLM(folder, policy=policy, dtype="float32", device="cpu", **options) as llm:
+def greedy(folder, prompts, policy, device="cpu", **options):
+    with LLM(folder, policy=policy, dtype="float32", device=device, **options) as llm:
         params = SamplingParams(max_tokens=MAX_TOKENS, temperature=0.0)
         return [output.outputs[0] for output in llm.generate(prompts, params)]
 

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_schedule import assert_reads_what_arrived, streams
 
+from flexgen_ray.schedule.buffers import Buffer, reads
 from flexgen_ray.schedule.dependencies import Dependencies
-from flexgen_ray.schedule.ops import Buffer, Op, OpKind
+from flexgen_ray.schedule.ops import Op, OpKind
 from flexgen_ray.schedule.zigzag import StageLayers, zigzag
 
 TELLS_ROWS = (OpKind.COMPOSE, OpKind.RECV_ROWS)
@@ -55,7 +56,7 @@ def test_every_op_looks_up_the_rows_of_its_own_pass(stream, seed):
         stream,
         seed,
         OpKind.COMPOSE if stream[0].is_first else OpKind.RECV_ROWS,
-        lambda op: any(slot[0] is Buffer.ROWS for slot in op.reads),
+        lambda op: any(slot[0] is Buffer.ROWS for slot in reads(op)),
         lambda op: (op.batch, op.turn),
         is_same_pass,
     )

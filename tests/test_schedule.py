@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from itertools import islice
+from itertools import islice, pairwise
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flexgen_ray.schedule.buffers import Buffer, reads, writes
 from flexgen_ray.schedule.dependencies import Dependencies
 from flexgen_ray.schedule.ops import (
     CELL_SLOTS,
     WEIGHTS_SLOTS,
-    Buffer,
     Op,
     OpKind,
     staging_slots,
@@ -102,14 +102,29 @@ def test_a_part_is_in_host_memory_whole_before_it_crosses_the_link(stream, seed)
 
 @given(streams(), st.integers(0, 2**32))
 @settings(max_examples=40)
+def test_values_are_loaded_when_they_are_chosen_and_attended_when_they_are_there(stream, seed):
+    steps = (OpKind.CHOOSE, OpKind.GATHER_VALUES, OpKind.LOAD_VALUES, OpKind.ATTEND_DEVICE)
+    for mover, reader in pairwise(steps):
+        assert_reads_what_arrived(
+            stream,
+            seed,
+            mover,
+            lambda op, reader=reader: op.kind is reader,
+            lambda op: op.cell_slot,
+            lambda move, op: (move.visit, move.layer, move.batch) == (op.visit, op.layer, op.batch),
+        )
+
+
+@given(streams(), st.integers(0, 2**32))
+@settings(max_examples=40)
 def test_no_slot_is_overwritten_before_its_last_reader(stream, seed):
     """Brute force over pairs: conflicting ops of different cells never overlap nor change order."""
     _, _, _, ops = stream
     times = play(ops, seed)
     touched = defaultdict(list)
     for index, op in enumerate(ops):
-        for slot in set(op.reads) | set(op.writes):
-            touched[slot].append((index, slot in op.writes, slot in op.reads))
+        for slot in set(reads(op)) | set(writes(op)):
+            touched[slot].append((index, slot in writes(op), slot in reads(op)))
     for indices in touched.values():
         for place, (i, i_writes, i_reads) in enumerate(indices):
             for j, j_writes, j_reads in indices[place + 1 :]:
@@ -205,7 +220,7 @@ def test_the_stream_is_lazy(num_batches):
 
 def test_slots_are_reused():
     ops = list(zigzag(StageLayers.whole(3), 2, range(3)))
-    copies = {slot for op in ops for slot in (*op.reads, *op.writes)}
+    copies = {slot for op in ops for slot in (*reads(op), *writes(op))}
     counts = {
         Buffer.DEVICE_WEIGHTS: WEIGHTS_SLOTS,
         Buffer.HOST_WEIGHTS: staging_slots(2),

@@ -196,9 +196,9 @@ def test_killed_stages_cost_no_score(tiny_models, logprobs, local_ray, moment):
 
 def test_who_asks_for_nothing_pays_nothing(tiny_models, monkeypatch):
     """No score is computed, and messages are as long as if there were none."""
-    row, draw = Row(0, 3, 2, 0, True), Draw(0.0, 1.0, 0.0)
+    row, draw = Row(0, 3, 2, 0, True, True), Draw(0.0, 1.0, 0.0)
     plain = Header(0, 0, Rows((row,), (), 2), [draw], [5])
-    assert plain.encode() == b"[0, 0, [[0, 3, 2, true]], 2, [[0.0, 1.0, 0.0]], [5], false]"
+    assert plain.encode() == b"[0, 0, [[0, 3, 2, true, true]], 2, [[0.0, 1.0, 0.0]], [5], false]"
     assert Chosen(0, 1, [7]).encode() == b"[0, 1, [7]]"
     folder, references = tiny_models["llama"]
     monkeypatch.setattr("flexgen_ray.runtime.cells.score", None)
@@ -226,7 +226,7 @@ draws = st.builds(
 def test_messages_say_what_was_meant(slot_scores, draw, scored):
     chosen = Chosen(3, 1, [5, 6], slot_scores)
     assert Chosen.decode(chosen.encode()) == chosen
-    header = Header(3, 1, Rows((Row(0, 3, 2, 0, True),), (), 2, tuple(scored)), [draw], [0])
+    header = Header(3, 1, Rows((Row(0, 3, 2, 0, True, True),), (), 2, tuple(scored)), [draw], [0])
     assert Header.decode(header.encode()) == header
 
 

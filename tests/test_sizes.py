@@ -46,7 +46,14 @@ def llama(layers, hidden, heads, kv_heads, intermediate, vocab, tied=False) -> M
 
 
 BITS = st.sampled_from([None, 4, 8])
-compressed = st.builds(replace, policies, weight_bits=BITS, embedding_bits=BITS, cache_bits=BITS)
+compressed = st.builds(
+    replace,
+    policies,
+    weight_bits=BITS,
+    embedding_bits=BITS,
+    cache_bits=BITS,
+    attention_sparsity=st.sampled_from([0.1, 1.0]),
+)
 REAL = {
     "smollm2-135m": llama(30, 576, 9, 3, 1536, 49152, tied=True),
     "llama-3-8b": llama(32, 4096, 32, 8, 14336, 128256),

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from test_host_attention import ATTEND, Case, make_case
 from test_packed_attention import packed
 
-from flexgen_ray.models import attention, host_kernel
-from flexgen_ray.models.attention import decode, decode_sparse, kept_tokens
+from flexgen_ray.config import kept_tokens
+from flexgen_ray.models import host_kernel
+from flexgen_ray.models.attention import decode, decode_sparse
 from flexgen_ray.models.host_attention import HostAttention
 from flexgen_ray.models.host_sparse import keep
 from flexgen_ray.models.host_tiles import AHEAD, BLOCK
@@ -86,7 +87,7 @@ def test_a_share_of_tokens_is_rounded_up_but_not_because_floats_are_inexact(hund
 @pytest.mark.parametrize("sparsity", [0.0, -0.1, 1.1, math.nan])
 def test_a_share_beyond_its_range_is_refused(sparsity):
     with pytest.raises(ValueError, match="sparsity"):
-        attention.kept_tokens(5, sparsity)
+        kept_tokens(5, sparsity)
 
 
 def sparsely(case: Case, sparsity: float, attend=ATTEND) -> torch.Tensor:

@@ -137,7 +137,7 @@ def _attending(
     """Bytes that attending the case's rows reads if they are packed, and by share; what does it."""
     import torch
 
-    from flexgen_ray.models.attention import kept_tokens
+    from flexgen_ray.config import kept_tokens
     from flexgen_ray.quant.packing import packed_bytes
     from flexgen_ray.quant.quantize import pack
 

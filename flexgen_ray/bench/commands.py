@@ -9,6 +9,7 @@ from flexgen_ray.bench.attention import attention
 from flexgen_ray.bench.choice import choice
 from flexgen_ray.bench.issue import issue
 from flexgen_ray.bench.lanes import lanes
+from flexgen_ray.bench.loading import loading
 from flexgen_ray.bench.paper import paper
 from flexgen_ray.bench.peers import peers
 from flexgen_ray.bench.prediction import prediction
@@ -32,3 +33,4 @@ app.command()(unequal)
 app.command()(prediction)
 app.command()(paper)
 app.command()(accuracy)
+app.command()(loading)

@@ -16,9 +16,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from flexgen_ray.config import kept_tokens
 from flexgen_ray.cost.formats import TABLES, WeightFormat
 from flexgen_ray.evaluation.perplexity import windows
-from flexgen_ray.models.attention import kept_tokens
 from flexgen_ray.models.registry import FAMILIES, load_config
 from flexgen_ray.quant import plain
 from flexgen_ray.quant.packing import GROUP, packed_bytes

@@ -6,6 +6,7 @@ no tensor.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from enum import StrEnum
 from functools import cache
 
@@ -14,7 +15,7 @@ from flexgen_ray.cost.formats import part_of_op
 from flexgen_ray.cost.placed_rows import Composition, PlacedRows
 from flexgen_ray.cost.placement import PAGE, aligned, split_tokens
 from flexgen_ray.cost.plan import CACHE_BLOCK_TOKENS, StagePlan
-from flexgen_ray.cost.sizes import packed_values, streamed_bytes
+from flexgen_ray.cost.sizes import CHOICE_BYTES, packed_values, streamed_bytes
 from flexgen_ray.rows import Row
 from flexgen_ray.schedule.ops import Op, OpKind
 
@@ -179,9 +180,35 @@ class CostModel:
         return self._link(_R.DISK_READ, blocks * self.plan.cache_block_bytes)
 
     def _load_cache(self, placed: PlacedRows) -> Amounts:
-        tokens = sum(count * past for _, _, count, past in placed.streamed_copies)
-        tokens += sum(row.position for row, _ in placed.on_disk)
+        """Of rows whose tokens are yet to be chosen, the keys."""
+        tokens = sum(
+            count * past * self._share_loaded(prefills)
+            for _, _, count, past, prefills in placed.streamed_copies
+        )
+        on_disk = (row for row, _ in placed.on_disk)
+        tokens += sum(row.position * self._share_loaded(row.is_prefill) for row in on_disk)
         return self._link(_R.H2D, tokens * self._kv_token)
+
+    def _share_loaded(self, prefills: bool) -> float:
+        return 0.5 if self.plan.is_sparse and not prefills else 1.0
+
+    def _chosen(self, placed: PlacedRows) -> int:
+        """Tokens whose values are gathered: runs of rows keep as many as the longest."""
+        chosen = (rows for _, rows in placed.choosing(self.plan.rows_at_a_time))
+        most = ((len(rows), max(row.seq_len for row in rows)) for rows in chosen)
+        return sum(count * self.plan.kept_tokens(tokens) for count, tokens in most)
+
+    def _choose(self, placed: PlacedRows) -> Amounts:
+        told = self._chosen(placed) * self.plan.config.num_kv_heads * CHOICE_BYTES
+        rows = [row for _, rows in placed.choosing(self.plan.rows_at_a_time) for row in rows]
+        small = {_R.DEVICE_OPS: _SMALL_OPS_OF_RUN}
+        return self._scored(rows) | self._link(_R.D2H, told) | small
+
+    def _gather_values(self, placed: PlacedRows) -> Amounts:
+        return {_R.HOST_MEMORY: self._chosen(placed) * self._kv_token}
+
+    def _load_values(self, placed: PlacedRows) -> Amounts:
+        return self._link(_R.H2D, self._chosen(placed) * self._kv_token / 2)
 
     def _store_cache(self, placed: PlacedRows) -> Amounts:
         tokens = placed.rows.num_tokens - placed.first_off_device
@@ -198,21 +225,35 @@ class CostModel:
         return self._link(_R.DISK_WRITE, filled * self.plan.cache_block_bytes)
 
     def _attend_device(self, placed: PlacedRows) -> Amounts:
-        """Of a packed cache all is unpacked, and then attended like another."""
-        config, rows = self.plan.config, [*placed.resident, *(row for row, _ in placed.streamed)]
-        flops = 4 * config.q_size * sum(map(_attended_pairs, rows))
-        read = sum(
-            row.seq_len * (self._share_read if row.num_new_tokens == 1 else 1) for row in rows
+        """Of a packed cache all that is attended is unpacked, and then attended like another."""
+        streamed = [row for row, _ in placed.streamed]
+        scored = [row for row in streamed if row.is_prefill or not self.plan.is_sparse]
+        keys = self._scored([*placed.resident, *scored])
+        share = self.plan.policy.attention_sparsity
+        values = self._attended(
+            (row, 1.0 if row.is_prefill else share) for row in [*placed.resident, *streamed]
         )
-        runs = bool(placed.resident) + bool(placed.streamed)
-        prompts = sum(row.num_new_tokens > 1 for row in rows)
+        runs = bool(placed.resident) + bool(streamed)
+        prompts = sum(row.is_prefill for row in [*placed.resident, *streamed])
+        small = {_R.DEVICE_OPS: _SMALL_OPS_OF_RUN * runs + _SMALL_OPS_OF_PROMPT * prompts}
+        return {resource: keys[resource] + values[resource] for resource in keys} | small
+
+    def _scored(self, rows: list[Row]) -> Amounts:
+        """All keys of these rows, by their queries."""
+        return self._attended((row, 1.0) for row in rows)
+
+    def _attended(self, rows: Iterable[tuple[Row, float]]) -> Amounts:
+        """Keys, or values, of shares of rows' tokens."""
+        config, pairs, tokens = self.plan.config, 0.0, 0.0
+        for row, share in rows:
+            pairs += share * _attended_pairs(row)
+            tokens += share * row.seq_len
         amounts = {
-            _R.FLOPS: flops,
-            _R.DEVICE_ATTENTION: read * 2 * config.kv_size * self._element,
-            _R.DEVICE_OPS: _SMALL_OPS_OF_RUN * runs + _SMALL_OPS_OF_PROMPT * prompts,
+            _R.FLOPS: 2 * config.q_size * pairs,
+            _R.DEVICE_ATTENTION: tokens * config.kv_size * self._element,
         }
         if self.plan.policy.cache_bits:
-            amounts[_R.DEQUANTIZE] = 2 * sum(row.seq_len for row in rows) * 2 * config.kv_size
+            amounts[_R.DEQUANTIZE] = 2 * tokens * config.kv_size
         return amounts
 
     def _attend_host(self, placed: PlacedRows) -> Amounts:
@@ -246,6 +287,9 @@ _OF_CACHE = {
     OpKind.STORE_CACHE: CostModel._store_cache,
     OpKind.APPEND_CACHE: CostModel._append_cache,
     OpKind.WRITE_CACHE: CostModel._write_cache,
+    OpKind.CHOOSE: CostModel._choose,
+    OpKind.GATHER_VALUES: CostModel._gather_values,
+    OpKind.LOAD_VALUES: CostModel._load_values,
     OpKind.ATTEND_DEVICE: CostModel._attend_device,
     OpKind.ATTEND_HOST: CostModel._attend_host,
     OpKind.LOAD_ATTENTION: CostModel._load_attention,

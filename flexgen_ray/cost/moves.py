@@ -48,6 +48,8 @@ class Moves:
             return split.disk > 0
         if kind in (OpKind.ATTEND_HOST, OpKind.LOAD_ATTENTION):
             return split.attended > 0
+        if kind in (OpKind.CHOOSE, OpKind.GATHER_VALUES, OpKind.LOAD_VALUES):
+            return self._plan.is_sparse and split.off_device > split.attended
         if kind is OpKind.LOAD_CACHE and split.attended == split.off_device:
             return split.off_device > 0 and self._plan.chunks_prompts
         return split.off_device > 0
@@ -60,6 +62,9 @@ _OF_CACHE = frozenset(
         OpKind.STORE_CACHE,
         OpKind.APPEND_CACHE,
         OpKind.LOAD_CACHE,
+        OpKind.CHOOSE,
+        OpKind.GATHER_VALUES,
+        OpKind.LOAD_VALUES,
         OpKind.ATTEND_HOST,
         OpKind.LOAD_ATTENTION,
     }

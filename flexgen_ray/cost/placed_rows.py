@@ -44,7 +44,7 @@ class PlacedRows:
     def attended(self) -> list[Row]:
         """Decoding rows that are attended where their cache lies."""
         last = self.split.gpu + self.split.attended
-        return [row for row in self.off_device if row.slot < last and row.num_new_tokens == 1]
+        return [row for row in self.off_device if row.slot < last and not row.is_prefill]
 
     @cached_property
     def attended_runs(self) -> list[list[Row]]:
@@ -58,8 +58,17 @@ class PlacedRows:
         return [
             (row, row.slot - first if row.slot >= first else self.spare)
             for row in self.off_device
-            if row.slot >= first or row.num_new_tokens > 1
+            if row.slot >= first or row.is_prefill
         ]
+
+    def choosing(self, most: int) -> list[tuple[int, list[Row]]]:
+        """(first place in the streaming slot, rows) of the streamed rows that decode, neighbours
+        together, `most` at a time."""
+        first = self.split.gpu + self.split.attended
+        decoding = (row for row, _ in self.streamed if not row.is_prefill)
+        return self.once(
+            f"choosing {most}", lambda: [(it[0].slot - first, it) for it in runs(decoding, most)]
+        )
 
     @cached_property
     def in_memory(self) -> list[tuple[Row, int]]:
@@ -79,20 +88,20 @@ class PlacedRows:
         return self.off_device[0].offset if self.off_device else self.rows.num_tokens
 
     @cached_property
-    def streamed_copies(self) -> list[tuple[int, int, int, int]]:
-        """(first index in host memory, first place, rows, tokens) of the caches to be streamed from
-        host memory, neighbours together."""
-        copies: list[tuple[int, int, int, int]] = []
+    def streamed_copies(self) -> list[tuple[int, int, int, int, bool]]:
+        """(first index in host memory, first place, rows, tokens, whether they prefill) of the
+        caches to be streamed from host memory, neighbours together."""
+        copies: list[tuple[int, int, int, int, bool]] = []
         for row, place in self.streamed:
             index = row.slot - self.split.gpu
             if index >= self.split.cpu or not row.position:
                 continue
             if copies:
-                first, at, count, tokens = copies[-1]
-                if (index, place) == (first + count, at + count):
-                    copies[-1] = first, at, count + 1, max(tokens, row.position)
+                first, at, count, tokens, prefills = copies[-1]
+                if (index, place, row.is_prefill) == (first + count, at + count, prefills):
+                    copies[-1] = first, at, count + 1, max(tokens, row.position), prefills
                     continue
-            copies.append((index, place, 1, row.position))
+            copies.append((index, place, 1, row.position, row.is_prefill))
         return copies
 
 

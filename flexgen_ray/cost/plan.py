@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from flexgen_ray.config import DTYPE_BYTES, Policy, Workload
+from flexgen_ray.config import DTYPE_BYTES, Policy, Workload, kept_tokens
 from flexgen_ray.cost.formats import WeightFormat
 from flexgen_ray.cost.placement import PAGE, RowSplit, aligned, split_rows, split_tokens
 from flexgen_ray.cost.weight_layout import WeightLayout, lay_out_weights
@@ -16,7 +16,7 @@ from flexgen_ray.quant.packing import packed_bytes
 from flexgen_ray.schedule.zigzag import StageLayers
 
 PREFILL_TILES = 8  # a batch takes at most this many tiles of max_batch_tokens in a pass
-UNPACKED = 64 * 2**20  # bytes of a packed cache's rows that are unpacked at a time
+WORKING = 64 * 2**20  # bytes that attention of several decoding rows takes beside their cache
 CACHE_BLOCK_TOKENS = 16  # tokens of one row that go to disk together
 
 
@@ -115,14 +115,28 @@ class StagePlan:
         return self.max_seq_len * self.kv_bytes
 
     @property
-    def unpacked_row_bytes(self) -> int:
-        """The same as attention on the device takes them."""
-        return self.max_seq_len * 2 * self.config.kv_size * self.element_bytes
+    def is_sparse(self) -> bool:
+        """Whether decoding attends only some of a row's tokens."""
+        return self.policy.attention_sparsity < 1
+
+    def kept_tokens(self, tokens: int) -> int:
+        """Of so many tokens of a row those that decoding attends."""
+        return kept_tokens(tokens, self.policy.attention_sparsity)
 
     @property
-    def unpacked_rows(self) -> int:
-        """Rows of a packed cache that are unpacked at a time, to be attended on the device."""
-        return max(1, min(self.policy.gpu_batch_size, UNPACKED // self.unpacked_row_bytes))
+    def attended_row_bytes(self) -> int:
+        """What attending a decoding row on the device takes beside its cache and scores: keys and
+        values unpacked; keys in float32, weights and their order, if it is sparse."""
+        config = self.config
+        unpacked = 2 * config.kv_size * self.element_bytes if self.policy.cache_bits else 0
+        sparse = 4 * config.kv_size + 16 * config.num_kv_heads + 8 * config.num_heads
+        return self.max_seq_len * (unpacked + (sparse if self.is_sparse else 0))
+
+    @property
+    def rows_at_a_time(self) -> int:
+        """Decoding rows that the device attends at a time: few, if that takes room."""
+        rows, each = self.policy.gpu_batch_size, self.attended_row_bytes
+        return max(1, min(rows, WORKING // each)) if each else rows
 
     @property
     def cache_block_bytes(self) -> int:
@@ -140,6 +154,11 @@ class StagePlan:
         splits = self.splits.values()
         most = max((split.streamed + split.disk for split in splits), default=0)
         return most + (self.chunks_prompts and any(split.attended for split in splits))
+
+    @property
+    def choosing_rows(self) -> int:
+        """Those of them of which only some tokens' values are streamed."""
+        return self.streamed_rows if self.is_sparse else 0
 
     @property
     def attended_rows(self) -> int:

@@ -39,12 +39,12 @@ def visit_seconds(plan: StagePlan, hardware: HardwareSpec, rows: Rows) -> dict[s
 def decoding(plan: StagePlan, position: int) -> Rows:
     """Every slot of a batch brings one token."""
     slots = range(plan.policy.gpu_batch_size)
-    return Rows(tuple(Row(slot, position, 1, slot, True) for slot in slots), ())
+    return Rows(tuple(Row(slot, position, 1, slot, True, False) for slot in slots), ())
 
 
 def prefilling(plan: StagePlan) -> tuple[Rows, float]:
     """Prompts of as many slots as fit a pass, and how many such passes a batch takes."""
     longest = plan.workload.max_prompt_len
     count = max(1, min(plan.policy.gpu_batch_size, plan.cell_tokens // longest))
-    rows = tuple(Row(slot, 0, longest, slot * longest, True) for slot in range(count))
+    rows = tuple(Row(slot, 0, longest, slot * longest, True, True) for slot in range(count))
     return Rows(rows, ()), plan.policy.gpu_batch_size / count

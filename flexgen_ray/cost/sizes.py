@@ -16,6 +16,7 @@ from flexgen_ray.schedule.ops import CELL_SLOTS, LAYER_SLOTS, staging_slots
 from flexgen_ray.units import format_bytes
 
 FRAGMENTATION = 1.5  # what an allocator holds over what is live; measured in test_memory.py
+CHOICE_BYTES = 4  # in which the host is told of a chosen token
 QUERY_TILE = 512  # queries whose mask over a cached prefix is made at a time
 
 
@@ -94,6 +95,8 @@ def _cache_bytes(plan: StagePlan) -> dict[str, dict[str, int]]:
     disk_rows = sum(split.disk for split in splits)
     new_kv = plan.stored_tokens * plan.kv_bytes
     vectors = plan.attended_rows * plan.config.q_size * plan.element_bytes
+    kept = plan.choosing_rows * plan.kept_tokens(plan.max_seq_len) * plan.config.num_kv_heads
+    chosen = kept * (plan.vector_bytes + CHOICE_BYTES)
     return {
         "gpu": {
             "cache": sum(split.gpu for split in splits) * row,
@@ -102,7 +105,7 @@ def _cache_bytes(plan: StagePlan) -> dict[str, dict[str, int]]:
         "cpu": {
             "cache": sum(split.cpu for split in splits) * row,
             "cache tails": disk_rows * block,
-            "cache in flight": CELL_SLOTS * (2 * plan.disk_rows * disk_row + new_kv),
+            "cache in flight": CELL_SLOTS * (2 * plan.disk_rows * disk_row + new_kv + chosen),
             "host attention": 2 * CELL_SLOTS * vectors,
             "workspace": host_workspace_bytes(plan),
         },
@@ -111,11 +114,13 @@ def _cache_bytes(plan: StagePlan) -> dict[str, dict[str, int]]:
 
 
 def host_workspace_bytes(plan: StagePlan) -> int:
-    """Most bytes of temporaries on the host: a batch's mask and scores, a row, gathered tokens."""
+    """Most bytes of temporaries on the host: a batch's mask and scores, a row, gathered tokens; and
+    where the values lie that are gathered beside that."""
     attention = plan.attended_rows * plan.max_seq_len * 4 * (1 + plan.config.num_heads)
     moved = plan.row_bytes if any(split.off_device for split in plan.splits.values()) else 0
+    kept = plan.choosing_rows * plan.kept_tokens(plan.max_seq_len) * plan.config.num_kv_heads
     gathered = 3 * plan.tile_tokens * plan.config.hidden_size * plan.element_bytes
-    return max(attention, moved, gathered if _gathers(plan) else 0)
+    return max(attention, moved, gathered if _gathers(plan) else 0) + 2 * 8 * kept
 
 
 def _hidden_bytes(plan: StagePlan) -> dict[str, dict[str, int]]:
@@ -183,8 +188,10 @@ def _op_bytes(plan: StagePlan) -> int:
     attention += chunk * config.q_size * (2 * element + 4)
     attention += min(QUERY_TILE, chunk) * plan.max_seq_len * (1 + 4)
     attention += rows * plan.max_seq_len * 4 * (1 + config.num_heads)
-    if plan.policy.cache_bits:
-        attention += plan.unpacked_rows * plan.unpacked_row_bytes
+    attention += plan.rows_at_a_time * plan.attended_row_bytes
+    # The weights of what is chosen stay until its values have come.
+    kept = CELL_SLOTS * plan.choosing_rows * plan.kept_tokens(plan.max_seq_len)
+    attention += kept * 4 * config.num_heads
     # All rows' logits in two precisions, one row's distribution sorted and summed in float64.
     logits = config.vocab_size * (8 * rows + 48)
     return max(tile, attention, logits)

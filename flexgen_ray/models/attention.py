@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from math import ceil
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flexgen_ray.config import kept_tokens
 from flexgen_ray.quant.packing import packed_bytes
 
 
@@ -39,9 +40,35 @@ def decode_sparse(
 ) -> Tensor:
     """Attend one new token per row to the tokens of its cache that weigh most (FlexGen, top-k).
 
-    All but sparsity as for decode. Of each KV head's tokens those kept_tokens are kept whose
-    softmax weights, summed over the heads that share them, are largest; of equal ones the first.
-    The softmax is over these, and only their values are used. Weights are float32.
+    All but sparsity as for decode; only the values of the tokens chosen are used.
+    """
+    chosen = choose(q, k, lens, sparsity, mask)
+    return weigh(chosen.weights, chosen.of(v))
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The tokens that decoding rows attend, the best first, and how they weigh.
+
+    tokens: int64 [rows, kv_heads, kept], where a row keeps fewer its first again; weights: float32
+    [rows, kv_heads, heads of each, kept], zero for those.
+    """
+
+    tokens: Tensor
+    weights: Tensor
+
+    def of(self, cached: Tensor) -> Tensor:
+        """[rows, kv_heads, kept, width] out of [rows, kv_heads, seq, width]."""
+        return cached.gather(2, self.tokens[..., None].expand(-1, -1, -1, cached.shape[-1]))
+
+
+def choose(
+    q: Tensor, k: Tensor, lens: list[int], sparsity: float, mask: Tensor | None = None
+) -> Chosen:
+    """Of each KV head's tokens those kept_tokens whose softmax weights, summed over the heads that
+    share them, are largest; of equal ones the first. They weigh by a softmax over these.
+
+    Arguments as for decode_sparse.
     """
     rows, heads, head_dim = q.shape
     kv_heads, longest = k.shape[1], max(lens)
@@ -60,17 +87,15 @@ def decode_sparse(
         # What lies beyond a row's tokens may not be a number, which no weight of zero would mend.
         chosen = chosen.where(used[:, 0], chosen[..., :1])
         scores = scores.masked_fill(~used, -torch.inf)
-    values = v.gather(2, chosen[..., None].expand(-1, -1, -1, head_dim))
-    out = scores.softmax(-1).to(v.dtype) @ values
-    return out.reshape(rows, heads, head_dim)
+    return Chosen(chosen, scores.softmax(-1))
 
 
-def kept_tokens(tokens: int, sparsity: float) -> int:
-    """ceil(sparsity * tokens), at least one; ValueError if sparsity is not in (0, 1]."""
-    if not 0 < sparsity <= 1:
-        raise ValueError(f"sparsity, the share of tokens kept, must be in (0, 1], not {sparsity}")
-    # 0.07 * 100 is a little more than 7, but 7 tokens are meant.
-    return max(1, ceil(sparsity * tokens - 1e-9 * tokens))
+def weigh(weights: Tensor, values: Tensor) -> Tensor:
+    """weights: as chosen; values: [rows, kv_heads, kept, head_dim], of the tokens chosen.
+
+    Returns [rows, heads, head_dim] in the dtype of values.
+    """
+    return (weights.to(values.dtype) @ values).flatten(1, 2)
 
 
 def cache_bits(cached: Tensor, head_dim: int) -> int | None:

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flexgen_ray.models.attention import cache_bits, kept_tokens
+from flexgen_ray.config import kept_tokens
+from flexgen_ray.models.attention import cache_bits
 from flexgen_ray.models.host_rows import DTYPES, collect, order, spread
 from flexgen_ray.models.host_scores import score, score_alone
 from flexgen_ray.models.host_sparse import gather, keep, move, weigh

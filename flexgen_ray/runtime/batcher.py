@@ -21,11 +21,13 @@ Decode = Callable[[list[int]], str]
 
 @dataclass
 class _Sequence:
-    """A request in a slot: its tokens, and how many of them the cache holds."""
+    """A request in a slot: its tokens, how many of them were known when it came, and how many the
+    cache holds."""
 
     request: Request
     token_ids: list[int]
     scores: list[Score]
+    num_known: int
     cached: int = 0
 
     @property
@@ -151,7 +153,7 @@ class Batcher:
         for slot in list(islice(free, max(0, min(room, len(self._waiting))))):
             request = self._waiting[0]
             tokens = request.prompt_token_ids + request.generated
-            slots[slot] = _Sequence(request, tokens, [*request.scores])
+            slots[slot] = _Sequence(request, tokens, [*request.scores], len(tokens))
             # Only now, or `is_done` would be true in between.
             self._waiting.popleft()
 
@@ -164,7 +166,7 @@ class Batcher:
             sequence, count = slots[slot], counts[slot]
             start, stop = sequence.cached, sequence.cached + count
             is_last = stop == len(sequence.token_ids)
-            row = Row(slot, start, count, len(token_ids), is_last)
+            row = Row(slot, start, count, len(token_ids), is_last, start < sequence.num_known)
             rows.append(row)
             scored += filter(None, [sequence.scored(row)])
             token_ids += sequence.token_ids[start:stop]

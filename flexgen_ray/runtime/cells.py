@@ -161,6 +161,15 @@ class Cells:
     def _write_cache(self, op: Op) -> None:
         self.cache.write(op, self.placed(op))
 
+    def _choose(self, op: Op) -> None:
+        self._attention.choose(op, self.placed(op), self._work(op))
+
+    def _gather_values(self, op: Op) -> None:
+        self.cache.gather_values(op, self.placed(op))
+
+    def _load_values(self, op: Op) -> None:
+        self.cache.load_values(op, self.placed(op))
+
     def _attend_device(self, op: Op) -> None:
         self._attention.attend(op, self.placed(op), self._work(op))
 

@@ -1,4 +1,4 @@
-"""ATTEND_DEVICE: rows whose cache lies on the device, or was streamed to it.
+"""CHOOSE and ATTEND_DEVICE: rows whose cache lies on the device, or was streamed to it.
 
 Attention sees keys and values as the cache keeps them, a prompt's own too, so that tokens don't
 depend on how prompts are cut nor on where caches lie. Knows runs of rows; no tiers.
@@ -33,7 +33,9 @@ class DeviceAttention:
         self._cache = cache
         self._device = device
         self._bits = plan.policy.cache_bits
+        self._sparsity = plan.policy.attention_sparsity
         self._dtype = TORCH_DTYPE[plan.dtype]
+        self._weights: dict[int, list[Tensor]] = {}  # of tokens chosen, by cell slot
 
     def pack(self, work: Work, num_tokens: int) -> None:
         """New keys and values as a quantized cache keeps them; nothing for another cache."""
@@ -44,39 +46,62 @@ class DeviceAttention:
             into = packed[:num_tokens].unflatten(-1, heads)
             pack(values[:num_tokens].unflatten(-1, heads), self._bits, into)
 
-    def attend(self, op: Op, placed: PlacedRows, work: Work) -> None:
-        """Replaces the rows' queries by their attention."""
+    def choose(self, op: Op, placed: PlacedRows, work: Work) -> None:
+        """CHOOSE: the tokens that streamed rows attend, whose keys have come."""
         cache = self._cache
-        cache.append_streamed(op, placed, work)
+        cache.append_streamed(op, placed, work, prefills=False)
+        self._weights[op.cell_slot] = []
+        for run in self._runs(placed, "streamed", placed.streamed):
+            keys = cache.streamed_view(op, run.first, run.first + run.count)[0]
+            chosen = self._chosen(work, run, keys)
+            cache.tell_choice(op, run.first, chosen.tokens)
+            self._weights[op.cell_slot].append(chosen.weights)
+
+    def attend(self, op: Op, placed: PlacedRows, work: Work) -> None:
+        """ATTEND_DEVICE: replaces the rows' queries by their attention."""
+        cache = self._cache
+        cache.append_streamed(op, placed, work, prefills=True)
+        if not self._plan.is_sparse:
+            cache.append_streamed(op, placed, work, prefills=False)
         resident = [(row, row.slot) for row in placed.resident]
         for name, rows, view in (
-            ("resident runs", resident, cache.device_view),
-            ("streamed runs", placed.streamed, cache.streamed_view),
+            ("resident", resident, cache.device_view),
+            ("streamed", placed.streamed, cache.streamed_view),
         ):
-            for run in placed.once(name, partial(decode_runs, rows, self._device)):
-                self._decode(work, run, view(op, run.first, run.first + run.count))
+            for number, run in enumerate(self._runs(placed, name, rows)):
+                if name == "streamed" and self._plan.is_sparse:
+                    out = self._weighed(op, run, self._weights[op.cell_slot][number])
+                else:
+                    out = self._decoded(work, run, view(op, run.first, run.first + run.count))
+                self._query(work, run).copy_(out)
             for row, index in rows:
-                if row.num_new_tokens > 1:
+                if row.is_prefill:
                     self._prefill(work, row, view(op, index, index + 1))
+        self._weights.pop(op.cell_slot, None)
 
-    def _decode(self, work: Work, run: DecodeRun, cached: Tensor) -> None:
-        """A few rows at a time where they must be unpacked."""
-        query = work.q[run.tokens].view(run.count, self._config.num_heads, self._config.head_dim)
-        step = self._plan.unpacked_rows if self._bits else run.count
-        for first in range(0, run.count, step):
-            rows = slice(first, min(first + step, run.count))
-            lens = run.lens[rows]
-            k, v = self._values(cached[:, rows, :, : max(lens)])
-            mask = None if run.mask is None else run.mask[rows, ..., : max(lens)]
-            query[rows] = self._attended(query[rows], k, v, lens, mask)
+    def _runs(self, placed: PlacedRows, name: str, rows: list[tuple[Row, int]]) -> list[DecodeRun]:
+        make = partial(decode_runs, rows, self._plan.rows_at_a_time, self._device)
+        return placed.once(f"{name} runs", make)
 
-    def _attended(
-        self, q: Tensor, k: Tensor, v: Tensor, lens: list[int], mask: Tensor | None
-    ) -> Tensor:
-        sparsity = self._plan.policy.attention_sparsity
-        if sparsity == 1:
-            return attention.decode(q, k, v, lens, mask)
-        return attention.decode_sparse(q, k, v, lens, sparsity, mask)
+    def _query(self, work: Work, run: DecodeRun) -> Tensor:
+        return work.q[run.tokens].view(run.count, self._config.num_heads, self._config.head_dim)
+
+    def _decoded(self, work: Work, run: DecodeRun, cached: Tensor) -> Tensor:
+        """cached: [2, rows, kv_heads, seq, width]."""
+        if self._plan.is_sparse:
+            chosen = self._chosen(work, run, cached[0])
+            return attention.weigh(chosen.weights, self._values(chosen.of(cached[1])))
+        k, v = self._values(cached[:, :, :, : max(run.lens)])
+        return attention.decode(self._query(work, run), k, v, run.lens, run.mask)
+
+    def _chosen(self, work: Work, run: DecodeRun, keys: Tensor) -> attention.Chosen:
+        k, sparsity = self._values(keys[:, :, : max(run.lens)]), self._sparsity
+        return attention.choose(self._query(work, run), k, run.lens, sparsity, run.mask)
+
+    def _weighed(self, op: Op, run: DecodeRun, weights: Tensor) -> Tensor:
+        """By the values that LOAD_VALUES brought."""
+        values = self._cache.chosen_values(op, run.first, run.count, weights.shape[-1])
+        return attention.weigh(weights, self._values(values))
 
     def _prefill(self, work: Work, row: Row, cached: Tensor) -> None:
         """A prompt's first chunk needs no cache: all its keys are new."""

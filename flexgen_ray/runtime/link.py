@@ -41,7 +41,7 @@ class Header:
     is_last: bool = False
 
     def encode(self) -> bytes:
-        rows = [(r.slot, r.position, r.num_new_tokens, r.is_sampled) for r in self.rows.rows]
+        rows = [_told(row) for row in self.rows.rows]
         draws = [_brief(draw) for draw in self.draws]
         told = [rows, self.rows.prefill_tokens, draws, self.indices, self.is_last]
         if self.rows.scored:
@@ -53,8 +53,8 @@ class Header:
     def decode(message: bytes) -> Header:
         visit, batch, numbers, prefill, draws, indices, is_last, *more = json.loads(message)
         rows, offset = [], 0
-        for slot, position, count, is_sampled in numbers:
-            rows.append(Row(slot, position, count, offset, is_sampled))
+        for slot, position, count, is_sampled, is_prefill in numbers:
+            rows.append(Row(slot, position, count, offset, is_sampled, is_prefill))
             offset += count
         found = [Draw(*draw) for draw in draws]
         scored = tuple(
@@ -64,6 +64,11 @@ class Header:
         )
         packed = Rows(tuple(rows), (), prefill, scored)
         return Header(visit, batch, packed, found, indices, is_last)
+
+
+def _told(row: Row) -> tuple:
+    """Without what follows from the rows before it."""
+    return row.slot, row.position, row.num_new_tokens, row.is_sampled, row.is_prefill
 
 
 def _brief(draw: Draw) -> tuple:

@@ -21,7 +21,7 @@ from flexgen_ray.rows import NO_ROWS, Row, Rows, runs
 from flexgen_ray.runtime.batcher import Batcher
 from flexgen_ray.runtime.link import Chosen, Header, Link
 from flexgen_ray.schedule.ops import Op
-from flexgen_ray.store.kv_cache import place_indices
+from flexgen_ray.store.new_tokens import place_indices
 
 
 class Pass(Composition):
@@ -209,11 +209,11 @@ class DecodeRun:
     mask: Tensor | None
 
 
-def decode_runs(placed: list[tuple[Row, int]], device: torch.device) -> list[DecodeRun]:
-    """Of rows and their places in a cache."""
+def decode_runs(placed: list[tuple[Row, int]], most: int, device: torch.device) -> list[DecodeRun]:
+    """Of rows and their places in a cache, `most` rows at a time."""
     place = {row.slot: index for row, index in placed}
     found = []
-    for run in runs(row for row, _ in placed if row.num_new_tokens == 1):
+    for run in runs((row for row, _ in placed if not row.is_prefill), most):
         tokens = slice(run[0].offset, run[0].offset + len(run))
         lens = [row.seq_len for row in run]
         mask = length_mask(lens, device)

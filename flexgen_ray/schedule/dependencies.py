@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Hashable
 from typing import Generic, TypeVar
 
-from flexgen_ray.schedule.ops import LANE, Lane, Op, OpKind, Slot
+from flexgen_ray.schedule.buffers import Slot, reads, writes
+from flexgen_ray.schedule.ops import LANE, Lane, Op, OpKind
 
 Ticket = TypeVar("Ticket", bound=Hashable)
 
@@ -42,11 +43,11 @@ class Dependencies(Generic[Ticket]):
         return waits
 
     def _states(self, op: Op) -> tuple[list[_SlotState], list[_SlotState]]:
-        reads, writes = (
+        read, written = (
             [self._slots.setdefault(slot, _SlotState()) for slot in slots]
-            for slots in (op.reads, op.writes)
+            for slots in (reads(op), writes(op))
         )
-        return reads, writes
+        return read, written
 
 
 class _SlotState:

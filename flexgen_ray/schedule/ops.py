@@ -1,14 +1,13 @@
-"""The vocabulary of the schedule: op kinds, the lane each is issued on, the buffers each touches.
+"""The vocabulary of the schedule: op kinds, and the lane each is issued on.
 
-Program order is a correct serial execution. Any other must respect the hazards that the tables
-below imply (schedule/dependencies.py). Knows no tensor, no byte and no second.
+Program order is a correct serial execution. Any other must respect the hazards that the tables in
+buffers.py imply (schedule/dependencies.py). Knows no tensor, no byte and no second.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum, auto
-from functools import cache
 
 CELL_SLOTS = 2  # double buffering: one slot is filled while the other is used
 LAYER_SLOTS = 2
@@ -41,6 +40,9 @@ class OpKind(StrEnum):
     STORE_CACHE = auto()  # new keys and values off the device, queries of host-attended rows
     APPEND_CACHE = auto()  # those keys and values, to the rows' homes in host memory
     WRITE_CACHE = auto()  # whole cache blocks, to disk
+    CHOOSE = auto()  # which tokens' values streamed rows need, if attention is sparse
+    GATHER_VALUES = auto()  # those values, side by side in host memory
+    LOAD_VALUES = auto()  # the same, to the device
     ATTEND_DEVICE = auto()  # rows on, or streamed to, the device
     ATTEND_HOST = auto()  # rows attended where their cache lies
     LOAD_ATTENTION = auto()  # results of ATTEND_HOST, to the device
@@ -62,6 +64,7 @@ class Lane(StrEnum):
     DEVICE = auto()
     DEVICE_AHEAD = auto()
     HOST = auto()
+    GATHER_VALUES = auto()
     LOAD_WEIGHTS = auto()
     LOAD_CACHE = auto()
     LOAD_SMALL = auto()
@@ -107,6 +110,9 @@ LANE: dict[OpKind, Lane] = {
     OpKind.STORE_CACHE: Lane.STORE_AHEAD,
     OpKind.APPEND_CACHE: Lane.HOST,
     OpKind.WRITE_CACHE: Lane.DISK_WRITE,
+    OpKind.CHOOSE: Lane.DEVICE_AHEAD,
+    OpKind.GATHER_VALUES: Lane.GATHER_VALUES,
+    OpKind.LOAD_VALUES: Lane.LOAD_SMALL,
     OpKind.ATTEND_DEVICE: Lane.DEVICE_AHEAD,
     OpKind.ATTEND_HOST: Lane.HOST,
     OpKind.LOAD_ATTENTION: Lane.LOAD_SMALL,
@@ -118,104 +124,6 @@ LANE: dict[OpKind, Lane] = {
     OpKind.SAMPLE: Lane.DEVICE,
     OpKind.ACCEPT: Lane.SEND,
 }
-
-
-class Buffer(StrEnum):
-    """A piece of memory that ops share; `Op.slot_of` tells which copy of it an op touches."""
-
-    DEVICE_WEIGHTS = auto()  # streamed weights; one copy per weights slot
-    HOST_WEIGHTS = auto()  # a part of disk weights on its way; one copy per staging slot
-    WORK = auto()  # hidden states of a cell on the device; the following per cell slot
-    QUERY = auto()
-    NEW_KV = auto()
-    ATTENTION = auto()  # lies where the queries lay
-    STREAMED_CACHE = auto()
-    ARRIVED = auto()  # embeddings looked up, or hidden states received
-    HOST_NEW_KV = auto()
-    HOST_QUERY = auto()
-    HOST_ATTENTION = auto()
-    HIDDEN_IN = auto()
-    HIDDEN_OUT = auto()
-    CACHE_IN = auto()
-    CACHE_OUT = auto()
-    LOGITS = auto()
-    CHOSEN = auto()
-    HIDDEN_GPU = auto()  # where hidden states live between layers; one copy per hidden slot
-    HIDDEN_CPU = auto()
-    HIDDEN_DISK = auto()
-    SENT = auto()
-    TOKENS = auto()  # per batch
-    ROWS = auto()  # the composition of a pass; per batch and turn
-    CACHE_GPU = auto()  # where keys and values live; per layer and batch
-    CACHE_CPU = auto()
-    CACHE_TAIL = auto()
-    CACHE_DISK = auto()
-
-
-_B = Buffer
-READS: dict[OpKind, tuple[Buffer, ...]] = {
-    OpKind.RECV_TOKENS: (_B.TOKENS,),
-    OpKind.COMPOSE: (_B.TOKENS,),
-    OpKind.RECV_ROWS: (),
-    OpKind.RECV: (_B.ROWS,),
-    OpKind.GATHER: (_B.ROWS,),
-    OpKind.LOAD_EMBEDDING: (_B.ROWS, _B.ARRIVED),
-    OpKind.EMBED: (_B.ROWS, _B.WORK),
-    OpKind.READ_WEIGHTS: (),
-    OpKind.LOAD_WEIGHTS: (_B.HOST_WEIGHTS,),
-    OpKind.READ_HIDDEN: (_B.ROWS, _B.HIDDEN_DISK),
-    OpKind.LOAD_HIDDEN: (_B.ROWS, _B.HIDDEN_CPU, _B.HIDDEN_IN),
-    OpKind.READ_CACHE: (_B.ROWS, _B.CACHE_DISK),
-    OpKind.LOAD_CACHE: (_B.ROWS, _B.CACHE_CPU, _B.CACHE_TAIL, _B.CACHE_IN),
-    OpKind.PROJECT: (_B.ROWS, _B.DEVICE_WEIGHTS, _B.HIDDEN_GPU, _B.WORK),
-    OpKind.STORE_CACHE: (_B.ROWS, _B.NEW_KV, _B.QUERY),
-    OpKind.APPEND_CACHE: (_B.ROWS, _B.HOST_NEW_KV),
-    OpKind.WRITE_CACHE: (_B.ROWS, _B.CACHE_OUT),
-    OpKind.ATTEND_DEVICE: (_B.ROWS, _B.QUERY, _B.NEW_KV, _B.CACHE_GPU, _B.STREAMED_CACHE),
-    OpKind.ATTEND_HOST: (_B.ROWS, _B.HOST_QUERY, _B.CACHE_CPU),
-    OpKind.LOAD_ATTENTION: (_B.ROWS, _B.HOST_ATTENTION),
-    OpKind.FINISH: (_B.ROWS, _B.DEVICE_WEIGHTS, _B.WORK, _B.ATTENTION, _B.HIDDEN_GPU),
-    OpKind.STORE_HIDDEN: (_B.ROWS, _B.WORK),
-    OpKind.WRITE_HIDDEN: (_B.ROWS, _B.HIDDEN_OUT),
-    OpKind.STORE_SENT: (_B.ROWS, _B.WORK),
-    OpKind.SEND: (_B.ROWS, _B.SENT),
-    OpKind.SAMPLE: (_B.ROWS, _B.LOGITS),
-    OpKind.ACCEPT: (_B.ROWS, _B.CHOSEN, _B.TOKENS),
-}
-WRITES: dict[OpKind, tuple[Buffer, ...]] = {
-    OpKind.RECV_TOKENS: (_B.TOKENS,),
-    OpKind.COMPOSE: (_B.ROWS, _B.TOKENS),
-    OpKind.RECV_ROWS: (_B.ROWS,),
-    OpKind.RECV: (_B.ARRIVED,),
-    OpKind.GATHER: (_B.ARRIVED,),
-    OpKind.LOAD_EMBEDDING: (_B.WORK,),
-    OpKind.EMBED: (_B.WORK, _B.HIDDEN_GPU),
-    OpKind.READ_WEIGHTS: (_B.HOST_WEIGHTS,),
-    OpKind.LOAD_WEIGHTS: (_B.DEVICE_WEIGHTS,),
-    OpKind.READ_HIDDEN: (_B.HIDDEN_IN,),
-    OpKind.LOAD_HIDDEN: (_B.WORK,),
-    OpKind.READ_CACHE: (_B.CACHE_IN,),
-    OpKind.LOAD_CACHE: (_B.STREAMED_CACHE,),
-    OpKind.PROJECT: (_B.WORK, _B.QUERY, _B.ATTENTION, _B.NEW_KV, _B.CACHE_GPU),
-    OpKind.STORE_CACHE: (_B.HOST_NEW_KV, _B.HOST_QUERY),
-    OpKind.APPEND_CACHE: (_B.CACHE_CPU, _B.CACHE_TAIL, _B.CACHE_OUT),
-    OpKind.WRITE_CACHE: (_B.CACHE_DISK,),
-    OpKind.ATTEND_DEVICE: (_B.ATTENTION, _B.STREAMED_CACHE),
-    OpKind.ATTEND_HOST: (_B.HOST_ATTENTION,),
-    OpKind.LOAD_ATTENTION: (_B.ATTENTION,),
-    OpKind.FINISH: (_B.WORK, _B.HIDDEN_GPU, _B.LOGITS),
-    OpKind.STORE_HIDDEN: (_B.HIDDEN_CPU, _B.HIDDEN_OUT),
-    OpKind.WRITE_HIDDEN: (_B.HIDDEN_DISK,),
-    OpKind.STORE_SENT: (_B.SENT,),
-    OpKind.SEND: (),
-    OpKind.SAMPLE: (_B.CHOSEN,),
-    OpKind.ACCEPT: (_B.TOKENS,),
-}
-
-_PER_HIDDEN_SLOT = frozenset({_B.HIDDEN_GPU, _B.HIDDEN_CPU, _B.HIDDEN_DISK, _B.SENT})
-_PER_LAYER = frozenset({_B.CACHE_GPU, _B.CACHE_CPU, _B.CACHE_TAIL, _B.CACHE_DISK})
-
-Slot = tuple[Buffer, int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,38 +159,3 @@ class Op:
             self.kind, self.layer, self.batch, self.cell_slot, self.weights_slot,
             self.hidden_slot, self.turn, self.staging_slot,
         )  # fmt: skip
-
-    @property
-    def reads(self) -> tuple[Slot, ...]:
-        return tuple(_slot(buffer, *self.key[1:]) for buffer in READS[self.kind])
-
-    @property
-    def writes(self) -> tuple[Slot, ...]:
-        return tuple(_slot(buffer, *self.key[1:]) for buffer in WRITES[self.kind])
-
-
-@cache
-def _slot(
-    buffer: Buffer,
-    layer: int,
-    batch: int,
-    cell: int,
-    weights: int,
-    hidden: int,
-    turn: int,
-    staging: int,
-) -> Slot:
-    """The copy of `buffer` that an op of these numbers touches."""
-    if buffer is Buffer.DEVICE_WEIGHTS:
-        return buffer, weights, 0
-    if buffer is Buffer.HOST_WEIGHTS:
-        return buffer, staging, 0
-    if buffer in _PER_HIDDEN_SLOT:
-        return buffer, hidden, 0
-    if buffer is Buffer.TOKENS:
-        return buffer, batch, 0
-    if buffer in _PER_LAYER:
-        return buffer, layer, batch
-    if buffer is Buffer.ROWS:
-        return buffer, batch, turn
-    return buffer, cell, 0

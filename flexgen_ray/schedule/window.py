@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 VISITS_AHEAD = 1  # issued beyond the oldest that is not over
-CELL_OPS = 16  # of a cell, at most
+CELL_OPS = 16  # of a cell, at most; sparse attention may add three
 CELLS_AHEAD = 4  # issued beyond a layer's, which its weights run ahead
 
 

@@ -9,7 +9,9 @@ it is computed or packed (quant/packing.py). Knows rows and bytes; not how atten
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
+from math import prod
 
 import torch
 from torch import Tensor
@@ -17,10 +19,12 @@ from torch import Tensor
 from flexgen_ray.cost.placed_rows import PlacedRows
 from flexgen_ray.cost.placement import RowSplit
 from flexgen_ray.cost.plan import CACHE_BLOCK_TOKENS, StagePlan
+from flexgen_ray.cost.sizes import CHOICE_BYTES
 from flexgen_ray.rows import Row
 from flexgen_ray.schedule.ops import CELL_SLOTS, Op
 from flexgen_ray.store.activations import Work
 from flexgen_ray.store.disk import Region
+from flexgen_ray.store.new_tokens import NewTokens, append, by_heads
 from flexgen_ray.store.tier import TORCH_DTYPE, Tiers
 
 
@@ -41,6 +45,11 @@ class KVCache:
         self._in, self._out = tiers.cpu.allocate("cache in flight", nbytes).view(flight)
         new = (CELL_SLOTS, 2, plan.stored_tokens, plan.config.num_kv_heads * self._width)
         self._new = self._typed(tiers.cpu, "cache in flight", new)
+        kept = plan.kept_tokens(plan.max_seq_len)
+        choices = (CELL_SLOTS, plan.choosing_rows, plan.config.num_kv_heads, kept)
+        self._kept = self._typed(tiers.cpu, "cache in flight", (*choices, self._width))
+        nbytes = torch.Size(choices).numel() * CHOICE_BYTES
+        self._chosen = tiers.cpu.allocate("cache in flight", nbytes).view(torch.int32).view(choices)
         vectors = (CELL_SLOTS, plan.attended_rows, plan.config.num_heads, plan.config.head_dim)
         nbytes = torch.Size(vectors).numel() * plan.element_bytes
         self.host_query, self.host_attention = (
@@ -68,13 +77,19 @@ class KVCache:
         """New keys and values of the rows that live on the device."""
         home = self._gpu[op.layer, op.batch]
         rows = [(row, row.slot) for row in placed.resident]
-        _append(home, placed.once("resident", partial(NewTokens, rows, home)), work.cached)
+        append(home, placed.once("resident", partial(NewTokens, rows, home)), work.cached)
 
-    def append_streamed(self, op: Op, placed: PlacedRows, work: Work) -> None:
-        """New keys and values of the streamed rows, next to what LOAD_CACHE brought."""
+    def append_streamed(self, op: Op, placed: PlacedRows, work: Work, prefills: bool) -> None:
+        """New keys and values of the streamed rows that prefill, or of those that decode, next to
+        what LOAD_CACHE brought."""
         home = self._streamed[op.cell_slot]
-        rows = [it for it in placed.streamed if it[0].num_new_tokens == 1 or it[0].position]
-        _append(home, placed.once("streamed", partial(NewTokens, rows, home)), work.cached)
+        rows = [
+            (row, place)
+            for row, place in placed.streamed
+            if row.is_prefill is prefills and (row.position or not prefills)
+        ]
+        make = partial(NewTokens, rows, home)
+        append(home, placed.once(f"streamed {prefills}", make), work.cached)
 
     def read(self, op: Op, placed: PlacedRows) -> None:
         """READ_CACHE: whole blocks of the rows on disk, into the cell's host slot."""
@@ -84,16 +99,62 @@ class KVCache:
                 self._region(op, index).read_into(self._in[op.cell_slot, index, :blocks])
 
     def load(self, op: Op, placed: PlacedRows) -> None:
-        """LOAD_CACHE: the tokens so far of every streamed row, into the cell's device slot."""
+        """LOAD_CACHE: the tokens so far of every streamed row, into the cell's device slot; their
+        keys, if values are to be chosen."""
         split, target = self.split(op), self._streamed[op.cell_slot]
         home = self._cpu[op.layer, op.batch]
-        for index, place, count, past in placed.streamed_copies:
-            source = home[:, index : index + count]
-            _copy_rows(target[:, place : place + count], source, past)
+        for index, place, count, past, prefills in placed.streamed_copies:
+            parts = self._parts(prefills)
+            source = home[parts, index : index + count]
+            _copy_rows(target[parts, place : place + count], source, past)
         for row, place in placed.streamed:
-            index = row.slot - split.gpu - split.cpu
+            index, parts = row.slot - split.gpu - split.cpu, self._parts(row.is_prefill)
             if index >= 0 and row.position:
-                self._load_from_disk(op, index, row.position, target[:, place])
+                self._load_from_disk(op, index, row.position, parts, target[parts, place])
+
+    def _parts(self, prefills: bool) -> slice:
+        """Keys and values, or keys only, of which LOAD_CACHE brings the past."""
+        return slice(2 if prefills or not self.plan.is_sparse else 1)
+
+    def tell_choice(self, op: Op, first: int, tokens: Tensor) -> None:
+        """CHOOSE: tells the host the tokens chosen of rows from a place on, [rows, heads, kept]."""
+        told = _front(self._chosen[op.cell_slot], first, tokens.shape)
+        told.copy_(tokens.int(), non_blocking=True)
+
+    def gather_values(self, op: Op, placed: PlacedRows) -> None:
+        """GATHER_VALUES: of the tokens chosen, side by side, into the cell's host slot."""
+        split, home = self.split(op), self._cpu[op.layer, op.batch][1]
+        for first, rows in placed.choosing(self.plan.rows_at_a_time):
+            shape = self._kept_shape(rows)
+            tokens = _front(self._chosen[op.cell_slot], first, shape[:-1])
+            values = _front(self._kept[op.cell_slot], first, shape)
+            start = rows[0].slot - split.gpu
+            # Rows in memory come before those on disk.
+            count = max(0, min(len(rows), split.cpu - start))
+            if count:
+                vectors = home[start : start + count].flatten(0, 2)
+                of_heads = torch.arange(0, len(vectors), home.shape[2]).view(count, -1, 1)
+                lines = tokens[:count] + of_heads
+                into = values[:count].view(-1, self._width)
+                torch.index_select(vectors, 0, lines.flatten(), out=into)
+            for row, chosen, into in zip(rows[count:], tokens[count:], values[count:], strict=True):
+                self._gather_from_disk(op, row, chosen, into)
+
+    def load_values(self, op: Op, placed: PlacedRows) -> None:
+        """LOAD_VALUES: those, in the place of values of the rows' first tokens."""
+        for first, rows in placed.choosing(self.plan.rows_at_a_time):
+            shape = self._kept_shape(rows)
+            values = _front(self._kept[op.cell_slot], first, shape)
+            _front(self._streamed[op.cell_slot][1], first, shape).copy_(values, non_blocking=True)
+
+    def chosen_values(self, op: Op, first: int, count: int, kept: int) -> Tensor:
+        """Those of so many rows from a place on: [rows, kv_heads, kept, width]."""
+        shape = (count, self.plan.config.num_kv_heads, kept, self._width)
+        return _front(self._streamed[op.cell_slot][1], first, shape)
+
+    def _kept_shape(self, rows: list[Row]) -> tuple[int, ...]:
+        kept = self.plan.kept_tokens(max(row.seq_len for row in rows))
+        return len(rows), self.plan.config.num_kv_heads, kept, self._width
 
     def store(self, op: Op, placed: PlacedRows, work: Work) -> None:
         """STORE_CACHE: new keys and values of rows off the device, queries of attended rows."""
@@ -113,10 +174,10 @@ class KVCache:
         first = placed.first_off_device
         home = self._cpu[op.layer, op.batch]
         make = partial(NewTokens, placed.in_memory, home, first)
-        _append(home, placed.once("in memory", make), (k, v))
+        append(home, placed.once("in memory", make), (k, v))
         for row, index in placed.on_disk:
             tokens = slice(row.offset - first, row.tokens.stop - first)
-            heads = [_heads(x[tokens], self._width) for x in (k, v)]
+            heads = [by_heads(x[tokens], self._width) for x in (k, v)]
             self._append_blocks(op, row, index, torch.stack(heads))
 
     def vector_places(self, op: Op, run: list[Row]) -> tuple[slice, slice]:
@@ -144,16 +205,30 @@ class KVCache:
             if start + count == CACHE_BLOCK_TOKENS:
                 self._out[op.cell_slot, index, block] = tail
 
-    def _load_from_disk(self, op: Op, index: int, past: int, target: Tensor) -> None:
-        """Whole blocks from the cell's host slot, the rest from the tail; target: one row."""
+    def _load_from_disk(self, op: Op, index: int, past: int, parts: slice, target: Tensor) -> None:
+        """Whole blocks from the cell's host slot, the rest from the tail; target: one row's keys,
+        values, or both."""
         blocks, rest = divmod(past, CACHE_BLOCK_TOKENS)
         whole = blocks * CACHE_BLOCK_TOKENS
         if blocks:
             arrived = self._tokens_of(self._in[op.cell_slot, index, :blocks])
             arrived = arrived.permute(1, 2, 0, 3, 4).flatten(2, 3)
-            target[:, :, :whole].copy_(arrived)
+            target[:, :, :whole].copy_(arrived[parts])
         tail = self._tokens_of(self._tails[op.layer, op.batch][index])
-        target[:, :, whole:past].copy_(tail[:, :, :rest])
+        target[:, :, whole:past].copy_(tail[parts, :, :rest])
+
+    def _gather_from_disk(self, op: Op, row: Row, chosen: Tensor, into: Tensor) -> None:
+        """The same for the values of chosen tokens, [kv_heads, kept]; new ones lie in the tail."""
+        split = self.split(op)
+        index = row.slot - split.gpu - split.cpu
+        blocks = row.position // CACHE_BLOCK_TOKENS
+        arrived = self._tokens_of(self._in[op.cell_slot, index, :blocks])[:, 1]
+        tail = self._tokens_of(self._tails[op.layer, op.batch][index])[1]
+        heads = torch.arange(len(chosen))[:, None].expand(chosen.shape)
+        block, place = chosen.long() // CACHE_BLOCK_TOKENS, chosen.long() % CACHE_BLOCK_TOKENS
+        into.copy_(tail[heads, place])
+        past = block < blocks
+        into[past] = arrived[block[past], heads[past], place[past]]
 
     def _tokens_of(self, blocks: Tensor) -> Tensor:
         """uint8 blocks [..., block_bytes] as [..., 2, kv_heads, tokens, width]."""
@@ -199,62 +274,19 @@ class KVCache:
         return tier.allocate(what, nbytes).view(self._dtype).view(shape)
 
 
-def _copy_rows(target: Tensor, source: Tensor, past: int) -> None:
-    """[2, rows, kv_heads, seq, width], of which the first `past` tokens count.
+def _front(slot: Tensor, first: int, shape: Sequence[int]) -> Tensor:
+    """The memory of a slot's rows from `first` on in a smaller shape: one piece, which crosses in
+    one copy."""
+    return slot[first : first + shape[0]].view(-1)[: prod(shape)].view(*shape)
 
-    Between host and device whole rows go, in two contiguous copies: in pieces they would be staged.
+
+def _copy_rows(target: Tensor, source: Tensor, past: int) -> None:
+    """[1 or 2, rows, kv_heads, seq, width], of which the first `past` tokens count.
+
+    Between host and device whole rows go, in contiguous copies: in pieces they would be staged.
     """
     if target.device == source.device:
         target[:, :, :, :past].copy_(source[:, :, :, :past])
     else:
         for to, of in zip(target, source, strict=True):
             to.copy_(of, non_blocking=True)
-
-
-def place_indices(values: list, device: torch.device) -> Tensor:
-    """An index tensor on the device, without waiting for it."""
-    indices = torch.tensor(values, pin_memory=device.type == "cuda")
-    return indices.to(device, non_blocking=True)
-
-
-class NewTokens:
-    """Where the new tokens of (row, index into a home) lie and belong, for every layer alike.
-
-    home: [2, rows, kv_heads, seq, width]; first: the packed token that keys and values begin
-    with. Rows of one new token that are neighbours among the packed ones go together, by index.
-    """
-
-    def __init__(self, placed: list[tuple[Row, int]], home: Tensor, first: int = 0) -> None:
-        kv_heads, seq = home.shape[2:4]
-        self.chunks: list[tuple[slice, int, int, int]] = []
-        runs: list[tuple[int, list[list[int]]]] = []
-        for row, index in placed:
-            start = row.offset - first
-            if row.num_new_tokens > 1:
-                tokens = slice(start, start + row.num_new_tokens)
-                self.chunks.append((tokens, index, row.position, row.seq_len))
-                continue
-            places = [(index * kv_heads + head) * seq + row.position for head in range(kv_heads)]
-            if runs and runs[-1][0] + len(runs[-1][1]) == start:
-                runs[-1][1].append(places)
-            else:
-                runs.append((start, [places]))
-        self.runs = [
-            (slice(start, start + len(rows)), place_indices(rows, home.device).flatten())
-            for start, rows in runs
-        ]
-
-
-def _append(home: Tensor, new: NewTokens, kv: tuple[Tensor, Tensor]) -> None:
-    """Keys and values, [tokens, kv_heads * width] each, into their home."""
-    width = home.shape[-1]
-    for part, values in zip(home, kv, strict=True):
-        for tokens, places in new.runs:
-            part.view(-1, width).index_copy_(0, places, values[tokens].view(-1, width))
-        for tokens, index, start, stop in new.chunks:
-            part[index, :, start:stop].copy_(_heads(values[tokens], width))
-
-
-def _heads(values: Tensor, width: int) -> Tensor:
-    """[tokens, kv_heads * width] as [kv_heads, tokens, width]."""
-    return values.unflatten(-1, (-1, width)).transpose(0, 1)

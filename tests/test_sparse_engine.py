@@ -1,0 +1,155 @@
+"""Sparse attention by the whole engine: the tokens don't depend on where or how it happens."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import tiny
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_cost import UNIT
+from test_exactness import greedy, placements, policies
+from test_executor import generate
+
+from flexgen_ray import LLM, Placement, Policy, SamplingParams
+from flexgen_ray.runtime.cells import Cells
+from flexgen_ray.schedule.ops import LANE, Lane, Op, OpKind
+
+HALF = Placement(0.5, 0.5, 0.0)
+ELSEWHERE = (
+    Policy(3, 2, 64, cache=Placement(0, 1, 0)),
+    Policy(4, 2, 64, cache=Placement(0, 1, 0), cpu_attention=0.0),
+    Policy(2, 4, 64, HALF, Placement(0.3, 0.3, 0.4), HALF, 0.5),
+)
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize("policy", ELSEWHERE, ids=["host", "streamed", "three tiers"])
+@pytest.mark.parametrize("name", ["opt", "llama"])
+def test_sparse_attention_keeps_the_same_tokens_wherever_it_happens(
+    tiny_models, name, policy, bits
+):
+    """But for a sequence in which two tokens weigh alike, and sums differ in their last bits."""
+    folder, known = tiny_models[name]
+    prompts = [reference.prompt for reference in known]
+    sparse = {"cache_bits": bits, "attention_sparsity": 0.2}
+    wanted = greedy(folder, prompts, Policy(7, 1, 64, **sparse), use_ray=False)
+    found = greedy(folder, prompts, replace(policy, **sparse), use_ray=False)
+    same = [a.token_ids == b.token_ids for a, b in zip(found, wanted, strict=True)]
+    assert sum(same) >= len(prompts) - 1
+    dense = greedy(folder, prompts, replace(policy, cache_bits=bits), use_ray=False)
+    assert [it.token_ids for it in found] != [it.token_ids for it in dense]
+
+
+@pytest.mark.parametrize("policy", ELSEWHERE, ids=["host", "streamed", "three tiers"])
+def test_sparse_attention_does_not_depend_on_how_prompts_are_cut(tiny_models, policy):
+    """Prompts that end with a chunk of one token, too, are attended densely."""
+    folder, _ = tiny_models["llama"]
+    prompts = [prompt[:33] for prompt in tiny.prompts(20, 60, seed=1) if len(prompt) >= 33]
+    prompts = prompts[:7]
+    assert len(prompts) == 7
+    whole = replace(policy, attention_sparsity=0.1)
+    # A pass takes eight tiles of tokens: 33 make four passes and one token more.
+    cut = replace(whole, gpu_batch_size=1, num_gpu_batches=2, max_batch_tokens=1)
+    wanted = greedy(folder, prompts, whole, use_ray=False)
+    found = greedy(folder, prompts, cut, use_ray=False)
+    same = [a.token_ids == b.token_ids for a, b in zip(found, wanted, strict=True)]
+    assert sum(same) >= len(prompts) - 1
+
+
+sparse = st.builds(
+    replace,
+    policies,
+    cache_bits=st.sampled_from([None, 4]),
+    attention_sparsity=st.sampled_from([0.1, 0.5]),
+)
+
+
+@settings(max_examples=4)
+@given(policy=sparse)
+def test_async_equals_serial_bit_for_bit(tiny_models, policy, monkeypatch):
+    folder, known = tiny_models["llama"]
+    prompts = [reference.prompt for reference in known]
+    tokens, logits = generate(folder, prompts, policy, "serial", monkeypatch)
+    async_tokens, async_logits = generate(folder, prompts, policy, "async", monkeypatch)
+    assert async_tokens == tokens
+    assert all(torch.equal(a, b) for a, b in zip(async_logits, logits, strict=True))
+
+
+class Counted:
+    """Bytes that ops which load to the device, or tell the host, copied, by kind and visit."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.moved: Counter[tuple[OpKind, int]] = Counter()
+        self._op: Op | None = None
+        run, copy = Cells.run, torch.Tensor.copy_
+
+        def counting_run(cells, op, *args):
+            self._op = op
+            run(cells, op, *args)
+            self._op = None
+
+        def counting_copy(target, source, *args, **kwargs):
+            op = self._op
+            if op is not None and LANE[op.kind].worker in (Lane.LOAD_CACHE, Lane.LOAD_SMALL):
+                self.moved[op.kind, op.visit] += source.nbytes
+            return copy(target, source, *args, **kwargs)
+
+        monkeypatch.setattr(Cells, "run", counting_run)
+        monkeypatch.setattr(torch.Tensor, "copy_", counting_copy)
+
+
+def counted(folder, prompts, policy, monkeypatch, max_tokens: int = 5):
+    """{(kind, visit): bytes that crossed to the device}, and how many the cost model says."""
+    with monkeypatch.context() as patch:
+        counts = Counted(patch)
+        options = {"executor": "serial", "use_ray": False, "dtype": "float32", "device": "cpu"}
+        with LLM(folder, policy=policy, hardware=UNIT, **options) as llm:
+            llm.generate(prompts, SamplingParams(max_tokens=max_tokens, temperature=0.0))
+            modelled = llm.report.stages[0].measured.modelled_resources
+    return counts.moved, modelled.get("h2d", 0)
+
+
+@settings(max_examples=6)
+@given(
+    cache=placements(),
+    share=st.sampled_from([0.0, 0.5]),
+    bits=st.sampled_from([None, 4]),
+    sparsity=st.sampled_from([0.1, 0.3, 1.0]),
+    max_batch_tokens=st.sampled_from([1, 3, 64]),
+)
+def test_modelled_link_bytes_are_those_that_cross(
+    tiny_models, cache, share, bits, sparsity, max_batch_tokens, monkeypatch
+):
+    folder, known = tiny_models["llama"]
+    policy = Policy(
+        3, 2, max_batch_tokens, cache=cache, cpu_attention=share, cache_bits=bits,
+        attention_sparsity=sparsity,
+    )  # fmt: skip
+    prompts = [reference.prompt for reference in known]
+    moved, modelled = counted(folder, prompts, policy, monkeypatch)
+    assert modelled == pytest.approx(moved.total())
+
+
+@pytest.mark.parametrize("tier", ["host", "disk"])
+@pytest.mark.parametrize("bits", [None, 4])
+def test_keys_and_the_values_kept_cross_the_link(tiny_models, bits, tier, monkeypatch):
+    """The values of 10 of 99 past tokens and a new one, instead of 99."""
+    folder, _ = tiny_models["llama"]
+    home = Placement(0, tier == "host", tier == "disk")
+    dense = Policy(4, 1, 64, cache=home, cpu_attention=0.0, cache_bits=bits)
+    prompts = [list(range(4, 90)) + list(range(4, 18 - i)) for i in (1, 1, 1, 1)]
+    assert all(len(prompt) == 99 for prompt in prompts)
+    moved = {
+        share: counted(
+            folder, prompts, replace(dense, attention_sparsity=share), monkeypatch, max_tokens=2
+        )[0]
+        for share in (1.0, 0.1)
+    }
+    whole = moved[1.0][OpKind.LOAD_CACHE, 1]
+    assert whole > 0 and moved[1.0][OpKind.LOAD_VALUES, 1] == 0
+    assert moved[0.1][OpKind.LOAD_CACHE, 1] == whole / 2
+    assert moved[0.1][OpKind.LOAD_VALUES, 1] == pytest.approx(whole / 2 * 10 / 99)
