@@ -107,7 +107,9 @@ def generate(
     # Where data lies changes no answer; a resumed run may have other memory, and another policy.
     lossy = {name: engine[name] for name in LOSSY}
     facts = lossy_facts(engine["policy"], **lossy) | {"keep_order": keep_order, "seed": seed}
-    facts |= {"model": str(find_model(engine["model"])), "dtype": engine["dtype"]}
+    is_dummy = engine["load_format"] == "dummy"
+    model = f"dummy {engine['model']}" if is_dummy else str(find_model(engine["model"], _say))
+    facts |= {"model": model, "dtype": engine["dtype"]}
     with Journal(output, overwrite, keep_order) as journal, told_how_to_resume(journal):
         lines = read_job(input, journal, defaults, facts)
         if not lines:

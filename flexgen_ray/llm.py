@@ -43,7 +43,7 @@ from flexgen_ray.units import parse_bytes
 class LLM:
     """A model ready to generate, larger than the GPU if need be.
 
-    model: a Hugging Face folder, or a name in its cache; with load_format="dummy", which makes
+    model: a Hugging Face folder, or a name on its hub; with load_format="dummy", which makes
     weights up, also a built-in shape (models/shapes.py). policy: a Policy for every stage,
     StagePolicies, a YAML file of either, or None: planned, or where rates aren't calibrated, the
     tiers are filled from the fastest down. *_memory:

@@ -26,7 +26,11 @@ class Device(StrEnum):
 
 
 ModelOption = Annotated[
-    str, typer.Option(help="Hugging Face model folder (safetensors), or a name in its cache.")
+    str,
+    typer.Option(
+        help="Hugging Face model folder (safetensors), or a name on its hub; with --dummy-weights "
+        "also a shape, such as opt-30b."
+    ),
 ]
 InputOption = Annotated[
     Path,
@@ -44,6 +48,13 @@ OverwriteOption = Annotated[
 ]
 KeepOrderOption = Annotated[
     bool, typer.Option("--keep-order", help="In the input's order, not as answers are finished.")
+]
+DummyOption = Annotated[
+    bool,
+    typer.Option(
+        "--dummy-weights",
+        help="Make weights up, to measure without a checkpoint; text is nonsense.",
+    ),
 ]
 DtypeOption = Annotated[
     Dtype,
@@ -129,6 +140,7 @@ def _engine(
     stall_timeout: StallOption = 300.0,
     no_ray: NoRayOption = False,
     address: AddressOption = None,
+    dummy_weights: DummyOption = False,
 ) -> dict[str, Any]:
     """An LLM's keyword arguments."""
     from flexgen_ray.config import Faults
@@ -141,6 +153,7 @@ def _engine(
         "offload_dir": offload_dir, "pipeline_parallel_size": num_stages(stages),
         "use_ray": not no_ray, "address": address, "transport": transport,
         "faults": Faults(max_restarts, stall_timeout),
+        "load_format": "dummy" if dummy_weights else "auto",
     }  # fmt: skip
 
 

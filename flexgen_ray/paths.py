@@ -4,26 +4,63 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Callable
 from pathlib import Path
 
+# What a model needs, and no pickles, programs or second copies of the weights.
+_WANTED = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
+_UNWANTED = ("consolidated*", "*/*")
 
-def find_model(name: str | Path) -> Path:
-    """A model's folder on this node: a path, or a name such as `facebook/opt-30b` whose files lie
-    in the Hugging Face cache. Nothing is downloaded.
 
-    Raises FileNotFoundError, naming the node, if it has neither.
+def find_model(name: str | Path, announce: Callable[[str], None] | None = None) -> Path:
+    """A model's folder on this node: a path, or a name on the Hugging Face hub such as
+    `Qwen/Qwen3-32B`, whose files are taken from its cache, or else downloaded to it.
+
+    announce is called with a line before a download. Raises FileNotFoundError, naming the node,
+    if neither is to be had; PermissionError for a gated model.
     """
     if Path(name).is_dir():
         return Path(name).resolve()
+    host = socket.gethostname()
+    no_name = (
+        f"{host} has no folder {name}; --model takes a Hugging Face model folder, a name on the "
+        "hub with its owner, such as Qwen/Qwen3-32B, or with --dummy-weights a built-in shape, "
+        "such as opt-30b"
+    )
+    if "/" not in str(name):
+        raise FileNotFoundError(no_name)
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.constants import HF_HUB_CACHE
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     try:
-        return Path(snapshot_download(str(name), local_files_only=True))
-    except (HFValidationError, LocalEntryNotFoundError) as error:
+        if announce and not (Path(HF_HUB_CACHE) / f"models--{name}".replace("/", "--")).exists():
+            announce(f"{name} is no folder here: looking for it on the Hugging Face hub")
+        return Path(snapshot_download(
+            str(name), allow_patterns=list(_WANTED), ignore_patterns=list(_UNWANTED)
+        ))  # fmt: skip
+    except GatedRepoError as error:
+        raise PermissionError(
+            f"{name} is gated: accept its licence on its page of the Hugging Face hub, and give "
+            f"{host} a token of yours (hf auth login, or HF_TOKEN)"
+        ) from error
+    except RepositoryNotFoundError as error:
         raise FileNotFoundError(
-            f"{socket.gethostname()} has no folder {name}, nor a model of that name in its Hugging "
-            "Face cache; every node needs the model's files at the same path, or in its cache"
+            f"{host} has no folder {name}, nor has the Hugging Face hub a model of that name; if "
+            "it is private, give a token (hf auth login, or HF_TOKEN)"
+        ) from error
+    except HFValidationError as error:
+        raise FileNotFoundError(no_name) from error
+    except LocalEntryNotFoundError as error:
+        raise FileNotFoundError(
+            f"{host} has no folder {name}, nor a model of that name in its Hugging Face cache "
+            f"({HF_HUB_CACHE}), and can't ask the hub (no connection, or HF_HUB_OFFLINE is set); "
+            "every node needs the model's files at the same path, in its cache, or the hub"
         ) from error
 
 

@@ -99,8 +99,9 @@ class Checkpoint:
             pickled = any(self.folder.glob("*.bin"))
             raise FileNotFoundError(
                 f"{self.folder} holds no *.safetensors file"
-                + ("; its .bin files are pickles, which are never loaded: convert them with "
-                   "transformers' save_pretrained" if pickled else "")
+                + ("; its .bin files are pickles" if pickled else "; .bin files are pickles")
+                + ", which are never loaded: convert them with transformers, as in "
+                "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
             )  # fmt: skip
         return shards
 

@@ -25,7 +25,12 @@ _LLAMA = {
     "llama-3-8b": (32, 4096, 32, 14336),
     "llama-3-70b": (80, 8192, 64, 28672),
 }
-SHAPES = (*_OPT, *_LLAMA)
+# Layers, hidden size, heads, intermediate size; heads of 128, normed.
+_QWEN3 = {
+    "qwen3-8b": (36, 4096, 32, 12288),
+    "qwen3-32b": (64, 5120, 64, 25600),
+}
+SHAPES = (*_OPT, *_LLAMA, *_QWEN3)
 
 
 def shape_config(name: str) -> ModelConfig:
@@ -34,6 +39,8 @@ def shape_config(name: str) -> ModelConfig:
         return opt.parse_config(_opt_keys(name))
     if name in _LLAMA:
         return llama.parse_config(_llama_keys(name))
+    if name in _QWEN3:
+        return llama.parse_config(_qwen3_keys(name))
     raise ValueError(f"there is no built-in shape {name!r}; known are {', '.join(SHAPES)}")
 
 
@@ -75,4 +82,23 @@ def _llama_keys(name: str) -> dict:
         },
         "dtype": "bfloat16",
         "eos_token_ids": (128001,),
+    }
+
+
+def _qwen3_keys(name: str) -> dict:
+    layers, hidden, heads, intermediate = _QWEN3[name]
+    return {
+        "model_type": "qwen3",
+        "num_hidden_layers": layers,
+        "hidden_size": hidden,
+        "num_attention_heads": heads,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "intermediate_size": intermediate,
+        "vocab_size": 151936,
+        "max_position_embeddings": 40960,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1e6,
+        "dtype": "bfloat16",
+        "eos_token_ids": (151645, 151643),
     }
