@@ -46,14 +46,15 @@ app = typer.Typer(
     help="Bulk text generation with models larger than the GPUs at hand.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # half the time of --help
 )
 
 
 bench = typer.Typer(name="bench", cls=Benchmarks, no_args_is_help=True)
 app.add_typer(bench, help="Measure, and end in one JSON line.")
 app.add_typer(evaluation, name="eval", help="Score a model, as it is offloaded, on given text.")
-app.command()(plan)
-app.command()(quantize)
+app.command(short_help="Predict a job: fit, speed, what binds it.")(plan)
+app.command(short_help="Write a packed copy of a model folder.")(quantize)
 
 
 def _version(wanted: bool) -> None:
@@ -71,7 +72,7 @@ def _main(
     pass
 
 
-@app.command()
+@app.command(short_help="Answer a file of requests, resumably.")
 @with_engine
 def generate(
     engine: dict[str, Any],
@@ -123,7 +124,7 @@ def generate(
         exit_status(journal)
 
 
-@app.command()
+@app.command(short_help="Run a real small model, offloaded.")
 def demo(
     model: Annotated[
         Path | None, typer.Option(help="Another model folder; its answers are shown the same way.")
@@ -171,7 +172,7 @@ def demo(
         _show_report(llm, report, trace)
 
 
-@app.command()
+@app.command(short_help="Measure this machine for the planner.")
 def calibrate(
     output: Annotated[
         Path | None, typer.Option(help="YAML to write; the user's cache if not given.")
@@ -202,7 +203,7 @@ def calibrate(
     _say(f"written to {path}")
 
 
-@app.command()
+@app.command(short_help="Show this node and what runs would use.")
 def info(device: DeviceOption = Device.auto, offload_dir: OffloadOption = None) -> None:
     """Show this node's device and memory, what a run would use of them, and versions.
 
