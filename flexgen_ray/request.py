@@ -9,6 +9,7 @@ from typing import NamedTuple, cast
 
 Prompt = str | Sequence[int]
 MAX_LOGPROBS = 20
+MAX_SAMPLES = 128
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,8 @@ class SamplingParams:
     the logits of tokens that the answer has, once or as often as it has them; repetition_penalty
     divides the positive logits, and multiplies the negative ones, of tokens of prompt and answer.
     stop_token_ids end an answer as an end token does, even with ignore_eos; before min_tokens
-    neither these nor end tokens can be chosen, and stop strings are not looked for.
+    neither these nor end tokens can be chosen, and stop strings are not looked for. n: how many
+    answers, each drawn by itself.
     """
 
     max_tokens: int = 16
@@ -44,6 +46,7 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     stop_token_ids: tuple[int, ...] = ()
     min_tokens: int = 0
+    n: int = 1
 
     def __post_init__(self) -> None:
         stop: object = self.stop
@@ -72,6 +75,13 @@ class SamplingParams:
             raise ValueError(f"stop is {self.stop!r}; it must be non-empty strings")
         self._check_ranges()
         self._check_ends()
+        if not _is_number(self.n, int) or not 1 <= self.n <= MAX_SAMPLES:
+            raise ValueError(f"n is {self.n!r}; it must be an integer, 1 to {MAX_SAMPLES}")
+        if self.n > 1 and not (self.temperature and self.max_tokens):
+            raise ValueError(
+                f"n is {self.n}, but with temperature {self.temperature} and max_tokens "
+                f"{self.max_tokens} all answers would be alike; give n=1, or both above 0"
+            )
 
     @property
     def has_penalties(self) -> bool:
@@ -146,6 +156,7 @@ class Request:
     prompt and answer together, that is scored, with all after it; the very first never is, for
     nothing precedes it. top: the likeliest tokens told with each score. generated, scores: of its
     answer, and of tokens from scored_from on, what is there already; it goes on from them.
+    sample: which of several answers to the request of index `first` this is.
     """
 
     index: int
@@ -156,6 +167,8 @@ class Request:
     top: int = 0
     generated: list[int] = field(default_factory=list)
     scores: list[Score] = field(default_factory=list)
+    sample: int = 0
+    first: int | None = None
 
     def __post_init__(self) -> None:
         assert self.scored_from is None or self.scored_from > 0
@@ -179,12 +192,16 @@ Logprobs = dict[int, Logprob]  # by token id, the token that stands there first
 
 @dataclass(frozen=True)
 class CompletionOutput:
-    """One answer; finish_reason is "stop" (end token or stop string) or "length"."""
+    """One answer; finish_reason is "stop" (end token, stop token or stop string) or "length".
+
+    index: its place among several answers to one request.
+    """
 
     text: str
     token_ids: list[int]
     finish_reason: str
     logprobs: list[Logprobs | None] | None = None
+    index: int = 0
 
     @property
     def cumulative_logprob(self) -> float | None:
@@ -197,7 +214,7 @@ class CompletionOutput:
 
 @dataclass(frozen=True)
 class RequestOutput:
-    """A request's prompt and answer, as vLLM names them. scores: of tokens from the first that
+    """A request's prompt and answers, as vLLM names them. scores: of tokens from the first that
     was to be scored on."""
 
     index: int

@@ -179,9 +179,10 @@ class Batcher:
         if params.temperature == 0:
             number = 0.0
         elif params.seed is not None:
-            number = uniform(params.seed, -1, position)
+            number = uniform(params.seed, -1, position, request.sample)
         else:
-            number = uniform(self.seed, request.index, position)
+            stream = request.index if request.first is None else request.first
+            number = uniform(self.seed, stream, position, request.sample)
         given = request.given[position] if position < len(request.given) else None
         first = request.scored_from
         top = None if first is None or len(sequence.token_ids) < first else request.top

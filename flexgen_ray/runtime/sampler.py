@@ -1,7 +1,7 @@
 """Chooses next tokens: greedy, or by inverting the distribution at one uniform number.
 
-The number depends on (seed, request, position) alone, so the batch around a request never changes
-its tokens.
+The number depends on (seed, request, position, sample) alone, so the batch around a request never
+changes its tokens.
 """
 
 from __future__ import annotations
@@ -65,10 +65,10 @@ class Draw:
         return replace(draw, banned=banned, penalties=penalties)
 
 
-def uniform(seed: int, stream: int, position: int) -> float:
-    """A number in [0, 1), the same for the same three integers everywhere."""
-    key = f"{seed}/{stream}/{position}".encode()
-    digest = hashlib.blake2b(key, digest_size=8).digest()
+def uniform(seed: int, stream: int, position: int, sample: int = 0) -> float:
+    """A number in [0, 1), the same for the same integers everywhere."""
+    key = f"{seed}/{stream}/{position}" + (f"/{sample}" if sample else "")
+    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
     return (int.from_bytes(digest, "little") >> 11) / 2**53
 
 
