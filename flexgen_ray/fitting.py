@@ -24,10 +24,11 @@ def generation(
             f"the prompt has {len(token_ids)} tokens, but the model's context is {limit} "
             "tokens, and one must be left for the answer; shorten the prompt"
         )
-    _check_vocabulary(token_ids, config)
+    _check_vocabulary([*token_ids, *params.stop_token_ids], config)
     first = 1 if params.prompt_logprobs is not None else len(token_ids)
     tops = [top for top in (params.logprobs, params.prompt_logprobs) if top is not None]
-    params = replace(params, max_tokens=min(params.max_tokens, limit - len(token_ids)))
+    most = min(params.max_tokens, limit - len(token_ids))
+    params = replace(params, max_tokens=most, min_tokens=min(params.min_tokens, most))
     if not tops:
         return Request(index, token_ids, params)
     return Request(index, token_ids, params, scored_from=first, top=max(tops))

@@ -79,7 +79,9 @@ def run_job(
     for answer in llm.stream(requests, report):
         line = by_number[answer.index]
         is_chat, echo = line.messages is not None, _echo(llm, line, answer)
-        journal.append(response_row(line.custom_id, str(llm.model), answer, is_chat, echo))
+        top = (line.params.logprobs or 0) if line.params else 0
+        row = response_row(line.custom_id, str(llm.model), answer, is_chat, echo, top)
+        journal.append(row)
         done += 1
 
 

@@ -20,7 +20,6 @@ from flexgen_ray.fitting import generation, scoring
 from flexgen_ray.messages import several_chats
 from flexgen_ray.models.registry import load_config
 from flexgen_ray.models.shapes import shape_config
-from flexgen_ray.outputs import request_output
 from flexgen_ray.paths import default_offload_dir, find_model
 from flexgen_ray.report import Report, StageReport
 from flexgen_ray.request import (
@@ -34,6 +33,7 @@ from flexgen_ray.request import (
 )
 from flexgen_ray.resources import settle_budgets, settle_dtype
 from flexgen_ray.runtime.stage import StageSpec
+from flexgen_ray.samples import Samples
 from flexgen_ray.stage_policies import StagePolicies
 from flexgen_ray.tokenizer import Tokenizer
 from flexgen_ray.trace import write_trace
@@ -175,6 +175,7 @@ class LLM:
         self._refuse_while_running()
         if not requests:
             return
+        requests = Samples(requests).requests
         workload = Workload(
             # How many there are matters to the default policy alone.
             num_requests=1 if self.policies else len(requests),
@@ -228,10 +229,11 @@ class LLM:
         if not requests:
             return
         assert self._plans is not None, "prepare comes first"
-        self._backend.add(requests)
+        samples = Samples(requests)
+        self._backend.add(samples.requests)
         self._run = cast(Generator[Finished | Progress], self._backend.run())
         try:
-            yield from self._outputs(self._run, requests, on_progress)
+            yield from self._outputs(self._run, samples, on_progress)
             self.report.recoveries = self._backend.recoveries
             found = self._plans, self.budgets, self.machines
             used, measured = self._backend.used(), self._backend.measured()
@@ -265,20 +267,23 @@ class LLM:
     def _outputs(
         self,
         run: Iterator[Finished | Progress],
-        requests: list[Request],
+        samples: Samples,
         on_progress: Callable[[Progress], None] | None,
     ) -> Iterator[RequestOutput]:
-        missing = {request.index: request for request in requests}
         for event in run:
             if isinstance(event, Progress):
                 self.report.add(event)
                 if on_progress:
                     on_progress(event)
             else:
-                self.report.num_requests += 1
-                yield request_output(missing.pop(event.index), event, self.tokenizer)
-        if missing:
-            raise RuntimeError(f"the LLM was closed with {len(missing)} requests unanswered")
+                output = samples.take(event, self.tokenizer)
+                if output is not None:
+                    self.report.num_requests += 1
+                    yield output
+        if samples.num_unanswered:
+            raise RuntimeError(
+                f"the LLM was closed with {samples.num_unanswered} requests unanswered"
+            )
 
     def _refuse_while_running(self) -> None:
         if self._run is not None:

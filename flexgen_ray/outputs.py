@@ -12,7 +12,9 @@ from flexgen_ray.request import (
     Logprobs,
     Request,
     RequestOutput,
+    SamplingParams,
     Score,
+    first_stop,
 )
 from flexgen_ray.tokenizer import Tokenizer
 
@@ -21,9 +23,7 @@ def request_output(request: Request, finished: Finished, tokenizer: Tokenizer) -
     """Tokens that were given count as the prompt's, and only what came after them as the answer."""
     params, prompt = request.params, request.prompt_token_ids + request.given
     answer = finished.token_ids[len(request.given) :]
-    text = tokenizer.decode(answer) if tokenizer.exists else ""
-    cuts = [text.find(stop) for stop in params.stop if stop in text]
-    text = text[: min(cuts)] if cuts else text
+    text = _text(answer, finished.finish_reason, params, tokenizer) if tokenizer.exists else ""
     # Whatever precedes the first score has none.
     unscored = len(prompt + answer) - len(finished.scores)
     scores = [None] * unscored + finished.scores
@@ -31,6 +31,17 @@ def request_output(request: Request, finished: Finished, tokenizer: Tokenizer) -
     output = CompletionOutput(text, answer, finished.finish_reason, told)
     of_prompt = _logprobs(prompt, scores[: len(prompt)], params.prompt_logprobs, tokenizer)
     return RequestOutput(request.index, None, prompt, [output], of_prompt, finished.scores)
+
+
+def _text(
+    answer: list[int], finish_reason: str, params: SamplingParams, tokenizer: Tokenizer
+) -> str:
+    """Up to the stop string, or the stop token, that ended it."""
+    if finish_reason == "stop" and answer[-1] in params.stop_token_ids:
+        return tokenizer.decode(answer[:-1])
+    text = tokenizer.decode(answer)
+    early = len(tokenizer.decode(answer[: params.min_tokens])) if params.min_tokens else 0
+    return text[: first_stop(text, params.stop, early)]
 
 
 def _logprobs(

@@ -9,6 +9,7 @@ from typing import NamedTuple, cast
 
 Prompt = str | Sequence[int]
 MAX_LOGPROBS = 20
+MAX_SAMPLES = 128
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,14 @@ class SamplingParams:
     token of the answer and the prompt, its logarithm of the probability before temperature, and
     those of as many likeliest ones; None asks for nothing. max_tokens may be 0 if the prompt's are
     asked for.
+
+    top_k: only so many of the likeliest tokens may be chosen; 0 or -1 for all. min_p: only those
+    at least this share as likely as the likeliest. presence_penalty, frequency_penalty: taken from
+    the logits of tokens that the answer has, once or as often as it has them; repetition_penalty
+    divides the positive logits, and multiplies the negative ones, of tokens of prompt and answer.
+    stop_token_ids end an answer as an end token does, even with ignore_eos; before min_tokens
+    neither these nor end tokens can be chosen, and stop strings are not looked for. n: how many
+    answers, each drawn by itself.
     """
 
     max_tokens: int = 16
@@ -30,6 +39,14 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    stop_token_ids: tuple[int, ...] = ()
+    min_tokens: int = 0
+    n: int = 1
 
     def __post_init__(self) -> None:
         stop: object = self.stop
@@ -56,6 +73,57 @@ class SamplingParams:
                 raise ValueError(f"{name} is {top!r}; it must be an integer, 0 to {MAX_LOGPROBS}")
         if any(not isinstance(text, str) or not text for text in self.stop):
             raise ValueError(f"stop is {self.stop!r}; it must be non-empty strings")
+        self._check_ranges()
+        self._check_ends()
+        if not _is_number(self.n, int) or not 1 <= self.n <= MAX_SAMPLES:
+            raise ValueError(f"n is {self.n!r}; it must be an integer, 1 to {MAX_SAMPLES}")
+        if self.n > 1 and not (self.temperature and self.max_tokens):
+            raise ValueError(
+                f"n is {self.n}, but with temperature {self.temperature} and max_tokens "
+                f"{self.max_tokens} all answers would be alike; give n=1, or both above 0"
+            )
+
+    @property
+    def has_penalties(self) -> bool:
+        penalties = self.presence_penalty, self.frequency_penalty, self.repetition_penalty
+        return penalties != (0, 0, 1)
+
+    def _check_ranges(self) -> None:
+        if not _is_number(self.top_k, int) or self.top_k < -1:
+            raise ValueError(
+                f"top_k is {self.top_k!r}; it must be an integer from 1 up, or 0 or -1 for all"
+            )
+        if not _is_number(self.min_p, int | float) or not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p is {self.min_p!r}; it must be 0 to 1")
+        for name in ("presence_penalty", "frequency_penalty"):
+            value = getattr(self, name)
+            if not _is_number(value, int | float) or not -2 <= value <= 2:
+                raise ValueError(f"{name} is {value!r}; it must be -2 to 2")
+        value = self.repetition_penalty
+        if not _is_number(value, int | float) or not 0 < value < float("inf"):
+            raise ValueError(f"repetition_penalty is {value!r}; it must be above 0, and 1 for none")
+
+    def _check_ends(self) -> None:
+        ids: object = self.stop_token_ids
+        if ids is None or isinstance(ids, list):
+            object.__setattr__(self, "stop_token_ids", tuple(ids or ()))
+        if not isinstance(self.stop_token_ids, tuple) or any(
+            not _is_number(token, int) or token < 0 for token in self.stop_token_ids
+        ):
+            raise ValueError(
+                f"stop_token_ids is {ids!r}; it must be a list of token ids, integers from 0 up"
+            )
+        if not _is_number(self.min_tokens, int) or not 0 <= self.min_tokens <= self.max_tokens:
+            raise ValueError(
+                f"min_tokens is {self.min_tokens!r}; it must be an integer, 0 to max_tokens "
+                f"({self.max_tokens})"
+            )
+
+
+def first_stop(text: str, stops: tuple[str, ...], looked_at_from: int = 0) -> int | None:
+    """Where the first stop string begins that ends beyond the first so many characters."""
+    places = [text.find(stop, max(0, looked_at_from - len(stop) + 1)) for stop in stops]
+    return min((place for place in places if place >= 0), default=None)
 
 
 def _is_number(value: object, kind) -> bool:
@@ -88,6 +156,7 @@ class Request:
     prompt and answer together, that is scored, with all after it; the very first never is, for
     nothing precedes it. top: the likeliest tokens told with each score. generated, scores: of its
     answer, and of tokens from scored_from on, what is there already; it goes on from them.
+    sample: which of several answers to the request of index `first` this is.
     """
 
     index: int
@@ -98,6 +167,8 @@ class Request:
     top: int = 0
     generated: list[int] = field(default_factory=list)
     scores: list[Score] = field(default_factory=list)
+    sample: int = 0
+    first: int | None = None
 
     def __post_init__(self) -> None:
         assert self.scored_from is None or self.scored_from > 0
@@ -121,12 +192,16 @@ Logprobs = dict[int, Logprob]  # by token id, the token that stands there first
 
 @dataclass(frozen=True)
 class CompletionOutput:
-    """One answer; finish_reason is "stop" (end token or stop string) or "length"."""
+    """One answer; finish_reason is "stop" (end token, stop token or stop string) or "length".
+
+    index: its place among several answers to one request.
+    """
 
     text: str
     token_ids: list[int]
     finish_reason: str
     logprobs: list[Logprobs | None] | None = None
+    index: int = 0
 
     @property
     def cumulative_logprob(self) -> float | None:
@@ -139,7 +214,7 @@ class CompletionOutput:
 
 @dataclass(frozen=True)
 class RequestOutput:
-    """A request's prompt and answer, as vLLM names them. scores: of tokens from the first that
+    """A request's prompt and answers, as vLLM names them. scores: of tokens from the first that
     was to be scored on."""
 
     index: int

@@ -123,7 +123,7 @@ def test_offsets_never_fall_and_point_at_the_token(tokens):
     echo = Echo("", "")
     output = RequestOutput(0, None, [], [answer], [])
     for asked in (echo, None):
-        found = logprobs_object(output, text, asked)
+        found = logprobs_object(output, answer, text, asked)
         offsets = found["text_offset"]
         assert offsets == sorted(offsets) and 0 <= offsets[0] and offsets[-1] <= len(text)
         assert json.dumps(found["token_logprobs"], allow_nan=False)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
 
 from flexgen_ray import LLM, Policy, SamplingParams
-from flexgen_ray.runtime.sampler import Draw, sample, uniform
+from flexgen_ray.rows import Rows
+from flexgen_ray.runtime.link import Header
+from flexgen_ray.runtime.sampler import Draw, Penalties, sample, uniform
 
 DRAWS = 4000
 CHI_SQUARE_LIMIT = {3: 16.3, 4: 18.5, 5: 20.5, 7: 24.3}  # p = 0.001 by degrees of freedom
@@ -21,7 +26,13 @@ def counts(logits: list[float], **params) -> Counter:
     sampling = SamplingParams(**params)
     rows = torch.tensor([logits] * DRAWS)
     draws = [
-        Draw(sampling.temperature, sampling.top_p, uniform(11, 5, position))
+        Draw(
+            sampling.temperature,
+            sampling.top_p,
+            uniform(11, 5, position),
+            top_k=sampling.top_k,
+            min_p=sampling.min_p,
+        )
         for position in range(DRAWS)
     ]
     return Counter(sample(rows, draws).tolist())
@@ -106,3 +117,149 @@ def test_the_same_seed_gives_the_same_answer_wherever_the_request_stands(tiny_mo
         unseeded = [o.outputs[0].token_ids for o in llm.generate([prompt] * 3, SamplingParams())]
     assert answers[0] == answers[1] == answers[2]
     assert unseeded[0] != unseeded[1]
+
+
+def reference_token(logits: list[float], draw: Draw) -> int:
+    """One token by plain loops: penalties, bans, temperature, min_p, top_k, top_p."""
+    if draw.given is not None:
+        return draw.given
+    values = list(logits)
+    its = draw.penalties
+    for token in range(len(values)):
+        if its and token in its.prompt + its.answer:
+            positive = values[token] > 0
+            values[token] *= 1 / its.repetition if positive else its.repetition
+        if its and token in its.answer:
+            values[token] -= its.frequency * its.answer.count(token) + its.presence
+        if token in draw.banned:
+            values[token] = float("-inf")
+    order = sorted(range(len(values)), key=lambda token: -values[token])
+    if draw.temperature == 0:
+        return order[0]
+    weights = [math.exp((values[t] - values[order[0]]) / draw.temperature) for t in order]
+    kept = [w for w in weights if w >= draw.min_p][: draw.top_k or None]
+    nucleus, reached = [], 0.0
+    for weight in kept:
+        nucleus.append(weight)
+        reached += weight
+        if reached >= draw.top_p * sum(kept):
+            break
+    number, passed = draw.uniform * sum(nucleus), 0.0
+    for token, weight in zip(order, nucleus, strict=False):
+        passed += weight
+        if passed > number:
+            return token
+    return order[len(nucleus) - 1]
+
+
+@st.composite
+def draws_of(draw, size=13):
+    tokens = st.lists(st.integers(0, size - 1), max_size=8).map(tuple)
+    penalty, maybe = st.floats(-2, 2), draw(st.integers(0, 3))
+    penalties = st.builds(Penalties, penalty, penalty, st.floats(0.3, 3), tokens, tokens)
+    return Draw(
+        temperature=draw(st.sampled_from([0.0, 0.3, 1.0, 1.7])),
+        top_p=draw(st.floats(0.05, 1)),
+        uniform=draw(st.floats(0, 0.999)),
+        given=draw(st.none() | st.integers(0, size - 1)) if maybe == 0 else None,
+        top_k=draw(st.integers(0, size + 2)),
+        min_p=draw(st.sampled_from([0.0, 0.05, 0.4, 1.0])),
+        banned=draw(st.lists(st.integers(0, size - 1), max_size=4).map(tuple)),
+        penalties=draw(st.none() | penalties),
+    )
+
+
+@given(st.lists(draws_of(), min_size=1, max_size=30), st.integers(0, 10**6))
+@settings(max_examples=60, deadline=None)
+def test_mixed_rows_are_those_of_a_plain_loop(draws, seed):
+    logits = 3 * torch.randn(len(draws), 13, generator=torch.Generator().manual_seed(seed))
+    before = logits.clone()
+    chosen = sample(logits, draws).tolist()
+    assert torch.equal(logits, before)  # scores are taken from them afterwards
+    assert chosen == [reference_token(*pair) for pair in zip(before.tolist(), draws, strict=True)]
+
+
+@given(st.lists(draws_of(), max_size=4))
+@settings(max_examples=30)
+def test_draws_travel_between_stages_whole(draws):
+    header = Header(3, 1, Rows((), (), 0, ()), draws, [5] * len(draws))
+    assert Header.decode(header.encode()) == header
+
+
+def test_min_p_and_top_k_keep_the_likeliest_and_their_proportions():
+    probabilities = torch.tensor([0.4, 0.05, 0.25, 0.15, 0.1, 0.05])
+    logits = probabilities.log().tolist()
+    expected = torch.tensor([0.5, 0, 0.3125, 0.1875, 0, 0])
+    for params in ({"top_k": 3}, {"min_p": 0.3}, {"top_k": 3, "min_p": 0.01}):
+        seen = counts(logits, **params)
+        assert set(seen) == {0, 2, 3}
+        assert chi_square(seen, expected) < CHI_SQUARE_LIMIT[3]
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_greedy_with_repetition_penalty_equals_transformers(tiny_models, stages):
+    folder, _ = tiny_models["llama"]
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    prompts = tiny.prompts(3, 20, seed=3)
+    wanted = [tiny.generate(model, it, 16, repetition_penalty=1.8).tokens for it in prompts]
+    plain = tiny.generate(model, prompts[0], 16).tokens
+    params = [SamplingParams(16, 0.0, repetition_penalty=1.8)] * 3 + [SamplingParams(16, 0.0)]
+    pipeline = {"pipeline_parallel_size": stages}
+    with LLM(folder, policy=Policy(2, 2), use_ray=False, dtype="float32", **pipeline) as llm:
+        outputs = llm.generate([*prompts, prompts[0]], params)
+    tokens = [output.outputs[0].token_ids for output in outputs]
+    assert tokens == [*wanted, plain]
+    assert wanted[0] != plain
+
+
+def test_a_resumed_answer_is_penalised_for_all_of_its_tokens(tiny_models):
+    folder, _ = tiny_models["llama"]
+    (prompt,) = tiny.prompts(1, 20, seed=9)
+    params = SamplingParams(
+        12, seed=4, repetition_penalty=1.3, presence_penalty=1.5, frequency_penalty=0.7, top_k=40
+    )
+    with LLM(folder, policy=Policy(1, 1), use_ray=False, dtype="float32") as llm:
+        request = llm.request(0, prompt, params)
+        llm.prepare([request])
+        (whole,) = llm.stream([request])
+        tokens = whole.outputs[0].token_ids
+        (resumed,) = llm.stream([replace(request, generated=tokens[:5])])
+    assert resumed.outputs[0].token_ids == tokens
+    assert len(set(tokens)) > 9
+
+
+def test_stop_tokens_end_an_answer_but_not_before_min_tokens(text_model):
+    with LLM(text_model, policy=Policy(4, 1), use_ray=False, dtype="float32") as llm:
+        (free,) = llm.generate("Hello", SamplingParams(12, 0.0))
+        tokens, text = free.outputs[0].token_ids, free.outputs[0].text
+        end = tokens[4]
+        first = tokens.index(end)
+        several = [
+            SamplingParams(12, 0.0, stop_token_ids=[end]),
+            SamplingParams(12, 0.0, stop_token_ids=[end], min_tokens=8, ignore_eos=True),
+            SamplingParams(12, 0.0, stop=text[2:4]),
+            SamplingParams(12, 0.0, stop=text[2:4], min_tokens=4),
+        ]
+        stopped, masked, cut, late = (it.outputs[0] for it in llm.generate(["Hello"] * 4, several))
+        with pytest.raises(ValueError, match="token id 97 is outside the vocabulary of 97"):
+            llm.request(0, "Hello", SamplingParams(stop_token_ids=[97]))
+    assert stopped.token_ids == tokens[: first + 1]
+    assert (stopped.text, stopped.finish_reason) == (text[:first], "stop")
+    assert end not in masked.token_ids[:8] and len(masked.token_ids) >= 8
+    assert (cut.finish_reason, cut.text) == ("stop", text[: text.index(text[2:4])])
+    again = text.find(text[2:4], 3)
+    assert late.text == (text if again < 0 else text[:again])
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"top_k": -2}, {"top_k": 1.5}, {"min_p": 1.1}, {"presence_penalty": 2.1},
+        {"frequency_penalty": float("nan")}, {"repetition_penalty": 0}, {"stop_token_ids": [-1]},
+        {"stop_token_ids": 5}, {"min_tokens": 17}, {"min_tokens": True},
+    ],
+)  # fmt: skip
+def test_a_wrong_value_is_named_with_its_limits(wrong):
+    ((name, _),) = wrong.items()
+    with pytest.raises(ValueError, match=rf"{name} is .*; it must be .*\d|{name} is .*list of"):
+        SamplingParams(**wrong)

@@ -10,25 +10,23 @@ import json
 import time
 import uuid
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 from flexgen_ray.io.lines import MAX_LINE_BYTES
-from flexgen_ray.io.openai_logprobs import Echo, logprobs_object
+from flexgen_ray.io.openai_logprobs import Echo, chat_logprobs, logprobs_object
 from flexgen_ray.messages import Messages, parse_messages
-from flexgen_ray.request import RequestOutput, SamplingParams
+from flexgen_ray.request import MAX_LOGPROBS, RequestOutput, SamplingParams
 
 # Where requests go, and what a request there asks with.
 _URLS = {"/v1/completions": "prompt", "/v1/chat/completions": "messages"}
 _LINE_KEYS = {"custom_id", "method", "url", "body"}
-_PARAMS = ("max_tokens", "temperature", "top_p", "seed", "stop", "ignore_eos", "logprobs")
-_BODY_KEYS = {"model", "user", "echo", "max_completion_tokens", *_URLS.values(), *_PARAMS}
+_PARAMS = {it.name for it in fields(SamplingParams)} - {"prompt_logprobs"}
+_OTHERS = {"model", "user", "echo", "max_completion_tokens", "top_logprobs"}
+_BODY_KEYS = {*_OTHERS, *_URLS.values(), *_PARAMS}
 # Fields with which only the usual can be asked for.
 _ONLY = {
-    "n": 1,
     "best_of": 1,
     "stream": False,
-    "presence_penalty": 0,
-    "frequency_penalty": 0,
     "response_format": {"type": "text"},
 }
 _MAX_MESSAGE = 1000
@@ -78,7 +76,6 @@ def _read_line(
         prompt, messages = body.get("prompt"), body.get("messages")
         params = _params(body, defaults)
         if messages is not None:
-            _refuse_scores(body)
             return BatchLine(custom_id, number, messages=parse_messages(messages), params=params)
         prompt = _parse_prompt(prompt)
         return BatchLine(custom_id, number, prompt, params=params, echo=_echo(body))
@@ -168,6 +165,10 @@ def _params(body: dict, defaults: SamplingParams) -> SamplingParams:
         given["max_tokens"] = body["max_completion_tokens"]
     if not isinstance(given.get("stop", []), str | list):
         raise ValueError(f"stop is {given['stop']!r}; it must be a string or a list of strings")
+    if "messages" in body:
+        given |= _chat_params(body)
+    elif "top_logprobs" in body:
+        raise ValueError("top_logprobs is a chat's; for a prompt give their number as logprobs")
     if _echo(body):
         given["prompt_logprobs"] = given.get("logprobs", defaults.logprobs)
     return replace(defaults, **given)
@@ -180,10 +181,20 @@ def _echo(body: dict) -> bool:
     return echo
 
 
-def _refuse_scores(body: dict) -> None:
-    for key in ("echo", "logprobs"):
-        if body.get(key):
-            raise ValueError(f"{key} is {body[key]!r}; it is supported for prompts, not for chats")
+def _chat_params(body: dict) -> dict:
+    """A chat asks for log-probabilities in two fields."""
+    if body.get("echo"):
+        raise ValueError(f"echo is {body['echo']!r}; it is supported for prompts, not for chats")
+    asked, top = body.get("logprobs", False), body.get("top_logprobs", 0)
+    if not isinstance(asked, bool):
+        raise ValueError(
+            f"logprobs is {asked!r}; for chats it must be true or false, and top_logprobs a number"
+        )
+    if type(top) is not int or not 0 <= top <= MAX_LOGPROBS:
+        raise ValueError(f"top_logprobs is {top!r}; it must be an integer, 0 to {MAX_LOGPROBS}")
+    if top and not asked:
+        raise ValueError(f"top_logprobs is {top}, which needs logprobs true")
+    return {"logprobs": top} if asked else {}
 
 
 def _parse_prompt(prompt: object) -> Prompt:
@@ -210,28 +221,30 @@ def response_row(
     output: RequestOutput,
     is_chat: bool = False,
     echo: Echo | None = None,
+    top: int = 0,
 ) -> dict:
     """The response line of one answered request (usage counts the end token as generated).
 
-    echo: the prompt, if its text is to come before the answer's.
+    echo: the prompt, if its text is to come before the answer's. top: the likeliest tokens that
+    are told of each of a chat's, if it asked for log-probabilities.
     """
-    answer = output.outputs[0]
-    text = (echo.text if echo else "") + answer.text
-    prompt_tokens, new_tokens = len(output.prompt_token_ids), len(answer.token_ids)
-    message = {"role": "assistant", "content": answer.text, "refusal": None}
+    choices = []
+    for answer in output.outputs:
+        if is_chat:
+            message = {"role": "assistant", "content": answer.text, "refusal": None}
+            told: dict = {"message": message, "logprobs": chat_logprobs(answer, top)}
+        else:
+            text = (echo.text if echo else "") + answer.text
+            told = {"text": text, "logprobs": logprobs_object(output, answer, text, echo)}
+        choices.append({"index": answer.index, **told, "finish_reason": answer.finish_reason})
+    prompt_tokens = len(output.prompt_token_ids)
+    new_tokens = sum(len(answer.token_ids) for answer in output.outputs)
     body = {
         "id": f"{'chatcmpl' if is_chat else 'cmpl'}-{uuid.uuid4().hex}",
         "object": "chat.completion" if is_chat else "text_completion",
         "created": int(time.time()),
         "model": model,
-        "choices": [
-            {
-                "index": 0,
-                **({"message": message} if is_chat else {"text": text}),
-                "logprobs": logprobs_object(output, text, echo),
-                "finish_reason": answer.finish_reason,
-            }
-        ],
+        "choices": choices,
         "usage": {
             "prompt_tokens": prompt_tokens,
             "completion_tokens": new_tokens,

@@ -1,11 +1,11 @@
-"""The `logprobs` object of OpenAI's completions. Knows outputs; no request."""
+"""The `logprobs` objects of OpenAI's completions and chats. Knows outputs; no request."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from flexgen_ray.request import Logprob, Logprobs, RequestOutput
+from flexgen_ray.request import CompletionOutput, Logprob, Logprobs, RequestOutput
 
 LEAST = -9999.0  # JSON has no infinity
 SLACK = 4  # characters of a text between two tokens' own: spaces, or one made of several tokens
@@ -20,12 +20,13 @@ class Echo:
     first_token: str
 
 
-def logprobs_object(output: RequestOutput, text: str, echo: Echo | None) -> dict | None:
-    """Of the answer's tokens, after the prompt's if there is an echo; None if nobody asked.
+def logprobs_object(
+    output: RequestOutput, answer: CompletionOutput, text: str, echo: Echo | None
+) -> dict | None:
+    """Of one answer's tokens, after the prompt's if there is an echo; None if nobody asked.
 
     text: what the tokens make up; text_offset is where each begins in it.
     """
-    (answer,) = output.outputs
     if answer.logprobs is None:
         return None
     told = list(zip(answer.token_ids, answer.logprobs, strict=True))
@@ -40,6 +41,26 @@ def logprobs_object(output: RequestOutput, text: str, echo: Echo | None) -> dict
         "top_logprobs": [_top(found) if found else None for _, found in told],
         "text_offset": list(_offsets(tokens, text)),
     }
+
+
+def chat_logprobs(answer: CompletionOutput, top: int) -> dict | None:
+    """Of a chat's answer, with the `top` likeliest of each token; None if nobody asked."""
+    if answer.logprobs is None:
+        return None
+    content = []
+    for token, found in zip(answer.token_ids, answer.logprobs, strict=True):
+        assert found is not None
+        likeliest = sorted(found.items(), key=lambda pair: pair[1].rank)
+        tops = [_told(*pair) for pair in likeliest if pair[1].rank <= top]
+        content.append(_told(token, found[token]) | {"top_logprobs": tops})
+    return {"content": content, "refusal": None}
+
+
+def _told(token: int, it: Logprob) -> dict:
+    name = _name(token, it)
+    # A part of a character is no text, and which bytes it has is not known here.
+    spelt = None if "\ufffd" in name else list(name.encode())
+    return {"token": name, "logprob": _value(it), "bytes": spelt}
 
 
 def _top(found: Logprobs) -> dict[str, float]:

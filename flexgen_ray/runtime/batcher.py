@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 
-from flexgen_ray.request import Finished, Request, Score, SlotScores
+from flexgen_ray.request import Finished, Request, SamplingParams, Score, SlotScores, first_stop
 from flexgen_ray.rows import Row, Rows, ScoredRow
-from flexgen_ray.runtime.sampler import Draw, uniform
+from flexgen_ray.runtime.sampler import Draw, Penalties, uniform
 
 Decode = Callable[[list[int]], str]
 
@@ -181,28 +181,57 @@ class Batcher:
         if params.temperature == 0:
             number = 0.0
         elif params.seed is not None:
-            number = uniform(params.seed, -1, position)
+            number = uniform(params.seed, -1, position, request.sample)
         else:
-            number = uniform(self.seed, request.index, position)
+            stream = request.index if request.first is None else request.first
+            number = uniform(self.seed, stream, position, request.sample)
         given = request.given[position] if position < len(request.given) else None
         first = request.scored_from
         top = None if first is None or len(sequence.token_ids) < first else request.top
-        return Draw(params.temperature, params.top_p, number, given, top)
+        return Draw(
+            params.temperature,
+            params.top_p,
+            number,
+            given,
+            top,
+            max(params.top_k, 0),
+            params.min_p,
+            tuple(sorted(self._ends(params))) if position < params.min_tokens else (),
+            _penalties(sequence) if params.has_penalties else None,
+        )
+
+    def _ends(self, params: SamplingParams) -> frozenset[int]:
+        """Tokens that end an answer."""
+        ends = frozenset(params.stop_token_ids)
+        return ends if params.ignore_eos else ends | self.eos_token_ids
 
     def _finish_reason(self, sequence: _Sequence, token: int) -> str | None:
         params, count = sequence.request.params, len(sequence.generated)
         if count <= len(sequence.request.given):
             return "length" if count >= params.max_tokens else None
-        if token in self.eos_token_ids and not params.ignore_eos:
+        if token in self._ends(params):
             return "stop"
-        if params.stop and self._ends_with_stop(sequence):
+        if params.stop and count > params.min_tokens and self._ends_with_stop(sequence):
             return "stop"
         return "length" if count >= params.max_tokens else None
 
     def _ends_with_stop(self, sequence: _Sequence) -> bool:
         """Looks at as many last tokens as a stop string can span (four a character at most)."""
         assert self.decode is not None, "stop strings need a tokenizer"
-        stops = sequence.request.params.stop
-        window = 4 * max(len(stop) for stop in stops) + 4
-        text = self.decode(sequence.generated[-window:])
-        return any(stop in text for stop in stops)
+        params = sequence.request.params
+        window = 4 * max(len(stop) for stop in params.stop) + 4
+        last = sequence.generated[-window:]
+        early = max(0, params.min_tokens - (len(sequence.generated) - len(last)))
+        looked_at_from = len(self.decode(last[:early])) if early else 0
+        return first_stop(self.decode(last), params.stop, looked_at_from) is not None
+
+
+def _penalties(sequence: _Sequence) -> Penalties:
+    params, prompt = sequence.request.params, sequence.request.prompt_token_ids
+    return Penalties(
+        params.presence_penalty,
+        params.frequency_penalty,
+        params.repetition_penalty,
+        tuple(sorted(set(prompt))) if params.repetition_penalty != 1 else (),
+        tuple(sequence.generated),
+    )

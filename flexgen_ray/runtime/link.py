@@ -9,7 +9,7 @@ waiting can't become a deadlock. Knows messages; not how they are carried.
 from __future__ import annotations
 
 import json
-from dataclasses import astuple, dataclass, field
+from dataclasses import dataclass, field
 from queue import SimpleQueue
 from threading import Event
 from typing import Protocol
@@ -42,7 +42,7 @@ class Header:
 
     def encode(self) -> bytes:
         rows = [_told(row) for row in self.rows.rows]
-        draws = [_brief(draw) for draw in self.draws]
+        draws = [draw.encode() for draw in self.draws]
         told = [rows, self.rows.prefill_tokens, draws, self.indices, self.is_last]
         if self.rows.scored:
             scored = [(r.slot, r.first, r.token_ids, r.top) for r in self.rows.scored]
@@ -56,7 +56,7 @@ class Header:
         for slot, position, count, is_sampled, is_prefill in numbers:
             rows.append(Row(slot, position, count, offset, is_sampled, is_prefill))
             offset += count
-        found = [Draw(*draw) for draw in draws]
+        found = [Draw.decode(draw) for draw in draws]
         scored = tuple(
             ScoredRow(slot, first, tuple(token_ids), top)
             for told in more
@@ -69,12 +69,6 @@ class Header:
 def _told(row: Row) -> tuple:
     """Without what follows from the rows before it."""
     return row.slot, row.position, row.num_new_tokens, row.is_sampled, row.is_prefill
-
-
-def _brief(draw: Draw) -> tuple:
-    """Without what few draws have."""
-    values = astuple(draw)
-    return values if (draw.given, draw.top) != (None, None) else values[:3]
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,32 @@
 """Chooses next tokens: greedy, or by inverting the distribution at one uniform number.
 
-The number depends on (seed, request, position) alone, so the batch around a request never changes
-its tokens.
+The number depends on (seed, request, position, sample) alone, so the batch around a request never
+changes its tokens.
 """
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Penalties:
+    """What a row's tokens so far do to its logits, by vLLM's conventions.
+
+    repetition: logits of tokens of prompt and answer are divided by it, or multiplied where they
+    are negative. Then frequency, times how often the answer has a token, and presence, if it has
+    it at all, are subtracted. prompt: its distinct tokens; answer: all of its own.
+    """
+
+    presence: float
+    frequency: float
+    repetition: float
+    prompt: tuple[int, ...]
+    answer: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -18,7 +34,9 @@ class Draw:
     """How one row's next token is chosen; temperature 0 is greedy, uniform is in [0, 1).
 
     given: the token that it is, whatever is likely. top: how many of the likeliest are told with
-    the token's score; None asks for no score.
+    the token's score; None asks for no score. top_k: how many of the likeliest may be chosen, 0
+    for all; min_p: how likely a token must be, as a share of the likeliest. banned: tokens that
+    may not be chosen.
     """
 
     temperature: float
@@ -26,34 +44,105 @@ class Draw:
     uniform: float
     given: int | None = None
     top: int | None = None
+    top_k: int = 0
+    min_p: float = 0.0
+    banned: tuple[int, ...] = ()
+    penalties: Penalties | None = None
+
+    def encode(self) -> list:
+        """For JSON, without what few draws have."""
+        values = list(astuple(self))
+        while len(values) > 3 and values[-1] in (None, (), 0.0):
+            values.pop()
+        return values
+
+    @staticmethod
+    def decode(values: list) -> Draw:
+        """The inverse."""
+        draw = Draw(*values)
+        banned, its = tuple(draw.banned), values[8] if len(values) > 8 else None
+        penalties = its and Penalties(its[0], its[1], its[2], tuple(its[3]), tuple(its[4]))
+        return replace(draw, banned=banned, penalties=penalties)
 
 
-def uniform(seed: int, stream: int, position: int) -> float:
-    """A number in [0, 1), the same for the same three integers everywhere."""
-    key = f"{seed}/{stream}/{position}".encode()
-    digest = hashlib.blake2b(key, digest_size=8).digest()
+def uniform(seed: int, stream: int, position: int, sample: int = 0) -> float:
+    """A number in [0, 1), the same for the same integers everywhere."""
+    key = f"{seed}/{stream}/{position}" + (f"/{sample}" if sample else "")
+    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
     return (int.from_bytes(digest, "little") >> 11) / 2**53
 
 
 def sample(logits: Tensor, draws: list[Draw]) -> Tensor:
-    """logits: [rows, vocabulary], float32; returns [rows] token ids, still on its device."""
+    """logits: [rows, vocabulary], float32; returns [rows] token ids, still on its device.
+
+    The logits stay as they are; rows that are changed or drawn from are copied, a few at a time.
+    """
     tokens = logits.argmax(dim=-1)
-    for row, draw in enumerate(draws):
-        if draw.given is not None:
-            tokens[row] = draw.given
-        elif draw.temperature > 0:
-            tokens[row] = _invert(logits[row], draw)
+    given = [row for row, draw in enumerate(draws) if draw.given is not None]
+    if given:
+        tokens[given] = torch.tensor([draws[row].given for row in given], device=tokens.device)
+    rows = [row for row, draw in enumerate(draws) if draw.given is None and _is_special(draw)]
+    # A row takes 48 bytes a token here, and as many as 4 a row are free (cost/sizes.py).
+    step = max(1, len(draws) // 12)
+    for start in range(0, len(rows), step):
+        some = rows[start : start + step]
+        tokens[some] = _choose(logits[some], [draws[row] for row in some])
     return tokens
 
 
-def _invert(logits: Tensor, draw: Draw) -> Tensor:
-    """The first token, likeliest first, at which the cumulative probability exceeds the draw."""
+def _is_special(draw: Draw) -> bool:
+    return bool(draw.temperature > 0 or draw.banned or draw.penalties)
+
+
+def _choose(logits: Tensor, draws: list[Draw]) -> Tensor:
+    """Of rows that may be overwritten."""
+    for row, draw in zip(logits, draws, strict=True):
+        if draw.penalties:
+            penalise(row, draw.penalties)
+        if draw.banned:
+            row[list(draw.banned)] = float("-inf")
+    tokens = logits.argmax(dim=-1)
+    drawn = [row for row, draw in enumerate(draws) if draw.temperature > 0]
+    if drawn:
+        tokens[drawn] = _invert(logits[drawn], [draws[row] for row in drawn])
+    return tokens
+
+
+def penalise(row: Tensor, its: Penalties) -> None:
+    """row: [vocabulary] logits, changed in place."""
+    answer = torch.tensor(its.answer, dtype=torch.int64, device=row.device)
+    if its.repetition != 1:
+        seen = list({*its.prompt, *its.answer})
+        values = row[seen]
+        row[seen] = torch.where(values > 0, values / its.repetition, values * its.repetition)
+    if its.frequency or its.presence:
+        tokens, counts = answer.unique(return_counts=True)
+        row[tokens] -= its.frequency * counts + its.presence
+
+
+def _invert(logits: Tensor, draws: list[Draw]) -> Tensor:
+    """Of each row the first token, likeliest first, at which the cumulative probability exceeds
+    the draw; after temperature min_p, top_k and top_p, in this order, each of what is left."""
+
+    def column(values: list) -> Tensor:
+        return torch.tensor(values, dtype=torch.float64, device=logits.device)[:, None]
+
     # Less its maximum, a logit divided by a tiny temperature can't overflow.
-    scaled = (logits - logits.max()).double() / draw.temperature
+    scaled = (logits - logits.amax(dim=-1, keepdim=True)).double()
+    scaled /= column([draw.temperature for draw in draws])
     probabilities, tokens = torch.softmax(scaled, dim=-1).sort(descending=True, stable=True)
+    del scaled
+    size = logits.shape[-1]
+    count = column([min(draw.top_k or size, size) for draw in draws]).long()
+    if any(draw.min_p for draw in draws):
+        least = probabilities[:, :1] * column([draw.min_p for draw in draws])
+        count = torch.minimum(count, (probabilities >= least).sum(dim=-1, keepdim=True))
     cumulative = probabilities.cumsum(dim=-1)
+    last = count - 1
+    top_p = column([draw.top_p for draw in draws])
     # The nucleus is the fewest tokens that reach top_p (Holtzman et al. 2020).
-    outside = cumulative >= draw.top_p if draw.top_p < 1 else cumulative.new_zeros(1)
-    last = torch.where(outside.any(), outside.int().argmax(), len(cumulative) - 1)
-    place = torch.searchsorted(cumulative, draw.uniform * cumulative.take(last), right=True)
-    return tokens.take(torch.minimum(place, last))
+    reached = torch.searchsorted(cumulative, top_p * cumulative.gather(-1, last))
+    last = torch.where(top_p < 1, torch.minimum(reached, last), last)
+    number = column([draw.uniform for draw in draws]) * cumulative.gather(-1, last)
+    place = torch.searchsorted(cumulative, number, right=True)
+    return tokens.gather(-1, torch.minimum(place, last)).squeeze(-1)
