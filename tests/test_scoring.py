@@ -24,7 +24,7 @@ from flexgen_ray.request import Request, Score
 from flexgen_ray.rows import Row, Rows, ScoredRow
 from flexgen_ray.runtime.batcher import Batcher
 from flexgen_ray.runtime.link import Chosen, Header
-from flexgen_ray.runtime.sampler import Draw
+from flexgen_ray.runtime.sampler import Draw, Penalties
 from flexgen_ray.runtime.scorer import score
 from flexgen_ray.schedule.zigzag import StageLayers
 
@@ -214,7 +214,9 @@ scores = st.builds(
 )
 draws = st.builds(
     Draw, st.just(0.5), st.just(1.0), st.just(0.25),
-    st.none() | st.integers(0, 9), st.none() | st.integers(0, 20),
+    st.none() | st.integers(0, 9), st.none() | st.integers(0, 20), st.integers(0, 2),
+    st.sampled_from([0.0, 0.5]), st.lists(st.integers(0, 2), max_size=2).map(tuple),
+    st.none() | st.just(Penalties(0.0, 0.5, 1.0, (0, 3), ())),
 )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ changes its tokens.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -51,8 +51,8 @@ class Draw:
 
     def encode(self) -> list:
         """For JSON, without what few draws have."""
-        values = list(astuple(self))
-        while len(values) > 3 and values[-1] in (None, (), 0.0):
+        values, usual = list(astuple(self)), [it.default for it in fields(self)]
+        while values[-1] == usual[len(values) - 1]:
             values.pop()
         return values
 
