@@ -1,16 +1,17 @@
 """Are predictions right on this machine as it is? Policies run for real, against the cost model.
 
-The rates are calibrated anew before each policy, for a shared machine's speed drifts; the model's
-weights are made up. Measures; decides nothing.
+The rates are calibrated anew before and after each run, and the mean of the two predictions counts,
+for a shared machine's speed drifts; the model's weights are made up. Measures; decides nothing.
 """
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from itertools import chain, product
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated, Any
 
 import typer
@@ -20,16 +21,17 @@ from flexgen_ray.bench.result import finish, off_by
 from flexgen_ray.bench.throughput import random_requests
 from flexgen_ray.calibrate import calibrate
 from flexgen_ray.config import Placement, Policy
-from flexgen_ray.cost.pipeline_plan import Device, Job, ModelRates, Plan
+from flexgen_ray.cost.pipeline_plan import Device, Job, ModelRates
 from flexgen_ray.cost.planner import Planner
 from flexgen_ray.llm import LLM
 from flexgen_ray.models.shapes import shape_config
 from flexgen_ray.options import JsonOption
+from flexgen_ray.report import Report
 from flexgen_ray.runtime.calibration import Scope
 
 SHAPES = ((8, 2), (16, 2))
 ATTEMPTS = 3
-QUIET = 0.1  # cores that others keep busy
+STEADY = 0.1  # how far two predictions of a steady machine are apart
 WEIGHTS = (Placement(1, 0, 0), Placement(0, 1, 0), Placement(0, 0, 1))
 CACHES = (Placement(1, 0, 0), Placement(0, 1, 0))
 
@@ -44,34 +46,49 @@ def prediction(
     """Policies run on the CPU, in real time, as multiples of what was predicted.
 
     Each once before it is measured, for one token, so that nothing is compiled or touched first;
-    and again, up to three times, if others kept cores busy meanwhile: the quietest counts.
+    and again, up to three times, where the predictions before and after it differ by a tenth or
+    more: the attempt counts in which they differ least.
     Example: flexgen-ray bench prediction --model opt-350m
     """
     runs = []
     for policy in policies():
         job = Job.uniform(policy.block_size, prompt_len, max_tokens)
         attempts: list[dict] = []
-        while len(attempts) < ATTEMPTS and not any(map(_is_quiet, attempts)):
+        while len(attempts) < ATTEMPTS and not any(_drift(it) < STEADY for it in attempts):
             attempts.append(_attempt(policy, job, model, dtype))
             typer.echo(str(attempts[-1]), err=True)
-        runs.append(min(attempts, key=lambda it: it["cores_elsewhere"]))
+        runs.append(min(attempts, key=_drift))
     settings = {"model": model, "dtype": dtype, "prompt_len": prompt_len, "max_tokens": max_tokens}
     finish({"settings": settings} | off_by(runs) | {"runs": runs}, "CPU", json_file)
 
 
-def _is_quiet(attempt: dict) -> bool:
-    return attempt["cores_elsewhere"] < QUIET
+def _drift(attempt: dict) -> float:
+    """How far the two predictions of a run are apart, that before it and that after it."""
+    return abs(attempt["after_to_before"] - 1)
 
 
 def _attempt(policy: Policy, job: Job, model: str, dtype: str) -> dict:
-    """Calibrated, predicted and run."""
+    """Predicted, run, and predicted anew."""
     elsewhere = Elsewhere()
-    planner = _planner(model, dtype, job)
-    plan = planner.played(planner.evaluate((planner.config.num_layers,), [policy]))
-    (rates,), (device,) = planner.rates(policy), planner.devices
-    found = _compared(plan, model, dtype)
-    cores = {"cores_elsewhere": round(elsewhere.cores, 3)}
-    return found | cores | {"rates": asdict(rates), "core_shares": dict(device.core_shares)}
+    before = _predicted(policy, job, model, dtype)
+    report = _report(policy, job, model, dtype)
+    after = _predicted(policy, job, model, dtype)
+    foretold = fmean((before["tokens_per_s"], after["tokens_per_s"]))
+    (stage,) = report.stages
+    return {
+        "policy": asdict(policy),
+        "predicted_tokens_per_s": round(foretold, 3),
+        "measured_tokens_per_s": round(report.tokens_per_s, 3),
+        "measured_to_predicted": round(report.tokens_per_s / foretold, 4),
+        "after_to_before": round(after["tokens_per_s"] / before["tokens_per_s"], 4),
+        "measured_s": {
+            "prefill": round(report.prefill_seconds, 3), "decode": round(report.decode_seconds, 3)
+        },
+        "lanes": {lane: it["fraction"] for lane, it in stage.lanes().items()},
+        "cores_elsewhere": round(elsewhere.cores, 3),
+        "before": before,
+        "after": after,
+    }  # fmt: skip
 
 
 def policies() -> Iterator[Policy]:
@@ -80,42 +97,37 @@ def policies() -> Iterator[Policy]:
         yield Policy(size, number, 512, weights, cache, Placement(1, 0, 0), 1.0)
 
 
-def _planner(model: str, dtype: str, job: Job) -> Planner:
-    """For the machine as it is now."""
+def _predicted(policy: Policy, job: Job, model: str, dtype: str) -> dict:
+    """By the machine as it is now."""
     config = shape_config(model)
     scope = Scope((dtype,), (config.num_heads // config.num_kv_heads,))
     hardware = calibrate("cpu", Path(tempfile.gettempdir()), uses_ray=False, scope=scope)
     rates = ModelRates.of(hardware, config, dtype)
     device = Device(rates, hardware.budget, "this node", hardware.core_shares)
-    return Planner(config, (device,), job, dtype, stages_disk=False)
+    planner = Planner(config, (device,), job, dtype, stages_disk=False)
+    plan = planner.played(planner.evaluate((config.num_layers,), [policy]))
+    (of_policy,) = planner.rates(policy)
+    return {
+        "tokens_per_s": round(plan.tokens_per_s, 3),
+        "prefill_s": round(plan.prefill_seconds, 3),
+        "decode_s": round(plan.decode_seconds, 3),
+        "rates": asdict(of_policy),
+        "core_shares": dict(device.core_shares),
+    }
 
 
-def _compared(plan: Plan, model: str, dtype: str) -> dict:
-    policy, job = plan.stages[0].policy, plan.job
+def _report(policy: Policy, job: Job, model: str, dtype: str) -> Report:
+    """Of the run."""
     options: dict[str, Any] = {
         "device": "cpu",
         "dtype": dtype,
         "load_format": "dummy",
         "use_ray": False,
     }
-    with LLM(model, policy=replace(policy, blocks_in_flight=None), **options) as llm:
+    with LLM(model, policy=policy, **options) as llm:
         requests = random_requests(llm, job.num_requests, job.prompt_len, job.max_tokens)
         llm.prepare(requests)
         first = random_requests(llm, job.num_requests, job.prompt_len, 1)
         for _ in chain(llm.stream(first), llm.stream(requests)):
             pass
-        report = llm.report
-    (stage,) = report.stages
-    return {
-        "policy": asdict(policy),
-        "predicted_tokens_per_s": round(plan.tokens_per_s, 3),
-        "measured_tokens_per_s": round(report.tokens_per_s, 3),
-        "measured_to_predicted": round(report.tokens_per_s / plan.tokens_per_s, 4),
-        "predicted_s": {
-            "prefill": round(plan.prefill_seconds, 3), "decode": round(plan.decode_seconds, 3)
-        },
-        "measured_s": {
-            "prefill": round(report.prefill_seconds, 3), "decode": round(report.decode_seconds, 3)
-        },
-        "lanes": {lane: it["fraction"] for lane, it in stage.lanes().items()},
-    }  # fmt: skip
+        return llm.report
