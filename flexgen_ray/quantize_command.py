@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -28,8 +29,6 @@ def quantize(
     """
     from flexgen_ray.bench.result import finish
     from flexgen_ray.config import Policy
-    from flexgen_ray.cost.formats import WeightFormat
-    from flexgen_ray.models.packed_checkpoint import write_packed
     from flexgen_ray.models.registry import load_config
     from flexgen_ray.paths import find_model
     from flexgen_ray.progress import steps_bar
@@ -41,10 +40,9 @@ def quantize(
         raise FileExistsError(f"{output} exists; give a folder that doesn't")
     folder = find_model(model)
     config = load_config(folder)
-    kept = WeightFormat(config.dtype, weight_bits, embedding_bits)
     started = time.perf_counter()
     with steps_bar(config.num_layers + 2) as announce:
-        before, after = write_packed(folder, config, kept, bits, output, announce, not fast)
+        before, after = packed_copy(folder, output, bits, announce, not fast)
     seconds = time.perf_counter() - started
     typer.echo(
         f"{output}: {format_bytes(before)} of {config.dtype} became {format_bytes(after)}, "
@@ -54,3 +52,21 @@ def quantize(
     sizes = {"dtype": config.dtype, "bytes_before": before, "bytes_after": after}
     result = {"model": folder.name, "fast": fast} | bits | sizes | {"seconds": round(seconds, 2)}
     finish(result, "CPU", json_file)
+
+
+def packed_copy(
+    folder: Path,
+    output: Path,
+    bits: dict[str, int | None],
+    announce: Callable[[str], None] = lambda name: None,
+    least_squares: bool = True,
+) -> tuple[int, int]:
+    """Bytes of the tensors before and after; bits: weight_bits and embedding_bits, the rest as in
+    `write_packed`."""
+    from flexgen_ray.cost.formats import WeightFormat
+    from flexgen_ray.models.packed_checkpoint import write_packed
+    from flexgen_ray.models.registry import load_config
+
+    config = load_config(folder)
+    kept = WeightFormat(config.dtype, bits["weight_bits"], bits["embedding_bits"])
+    return write_packed(folder, config, kept, bits, output, announce, least_squares)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections import defaultdict
+from collections import Counter
 from dataclasses import replace
 from functools import cache as memoized
 
 import pytest
 import tiny
 import torch
+from copies import Copies
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_exactness import greedy, policies
@@ -23,8 +24,7 @@ from flexgen_ray.cli import app
 from flexgen_ray.cost.formats import WeightFormat
 from flexgen_ray.models.registry import load_config
 from flexgen_ray.quant.packing import packed_bytes
-from flexgen_ray.runtime.cells import Cells
-from flexgen_ray.schedule.ops import Op, OpKind
+from flexgen_ray.schedule.ops import OpKind
 from flexgen_ray.stage_policies import StagePolicies
 
 MODELS = ("opt", "llama", "qwen3", "opt-350m-like")
@@ -190,28 +190,6 @@ def test_weights_that_others_quantized_are_refused_by_name(tiny_models, tmp_path
         load_config(tmp_path)
 
 
-class Counted:
-    """Counts the bytes that ops which cross the link copy, by kind, in decode."""
-
-    def __init__(self, monkeypatch) -> None:
-        self.moved: dict[OpKind, int] = defaultdict(int)
-        self._op: Op | None = None
-        run, copy = Cells.run, torch.Tensor.copy_
-
-        def counting_run(cells, op, *args):
-            self._op = op
-            run(cells, op, *args)
-            self._op = None
-
-        def counting_copy(target, source, *args, **kwargs):
-            if self._op is not None and self._op.kind in CROSSING and self._op.visit > 1:
-                self.moved[self._op.kind] += source.nbytes
-            return copy(target, source, *args, **kwargs)
-
-        monkeypatch.setattr(Cells, "run", counting_run)
-        monkeypatch.setattr(torch.Tensor, "copy_", counting_copy)
-
-
 CROSSING = frozenset({OpKind.LOAD_WEIGHTS, OpKind.LOAD_CACHE, OpKind.STORE_CACHE})
 
 
@@ -225,12 +203,15 @@ def test_a_pass_moves_a_fraction_of_the_bytes(tmp_path, monkeypatch):
     moved = {}
     for bits in (None, 4):
         with monkeypatch.context() as patch:
-            counted = Counted(patch)
+            copies = Copies(patch)
             packed = replace(policy, weight_bits=bits, cache_bits=bits)
             options = {"executor": "serial", "use_ray": False, "dtype": "float16"}
             with LLM(folder, policy=packed, device="cpu", **options) as llm:
                 llm.generate([[5] * 100] * 16, SamplingParams(max_tokens=5, temperature=0.0))
-            moved[bits] = dict(counted.moved)
+            moved[bits] = Counter[OpKind]()
+            for (kind, visit), count in copies.moved.items():
+                if kind in CROSSING and visit > 1:
+                    moved[bits][kind] += count
     assert set(moved[None]) == CROSSING
     ratios = {kind: moved[None][kind] / moved[4][kind] for kind in CROSSING}
     assert ratios[OpKind.LOAD_CACHE] == pytest.approx(3.555, rel=1e-3)

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
+from copies import Copies
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_cost import UNIT
@@ -15,8 +16,7 @@ from test_exactness import greedy, placements, policies
 from test_executor import generate
 
 from flexgen_ray import LLM, Placement, Policy, SamplingParams
-from flexgen_ray.runtime.cells import Cells
-from flexgen_ray.schedule.ops import LANE, Lane, Op, OpKind
+from flexgen_ray.schedule.ops import LANE, Lane, OpKind
 
 HALF = Placement(0.5, 0.5, 0.0)
 ELSEWHERE = (
@@ -79,38 +79,17 @@ def test_async_equals_serial_bit_for_bit(tiny_models, policy, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(async_logits, logits, strict=True))
 
 
-class Counted:
-    """Bytes that ops which load to the device, or tell the host, copied, by kind and visit."""
-
-    def __init__(self, monkeypatch) -> None:
-        self.moved: Counter[tuple[OpKind, int]] = Counter()
-        self._op: Op | None = None
-        run, copy = Cells.run, torch.Tensor.copy_
-
-        def counting_run(cells, op, *args):
-            self._op = op
-            run(cells, op, *args)
-            self._op = None
-
-        def counting_copy(target, source, *args, **kwargs):
-            op = self._op
-            if op is not None and LANE[op.kind].worker in (Lane.LOAD_CACHE, Lane.LOAD_SMALL):
-                self.moved[op.kind, op.visit] += source.nbytes
-            return copy(target, source, *args, **kwargs)
-
-        monkeypatch.setattr(Cells, "run", counting_run)
-        monkeypatch.setattr(torch.Tensor, "copy_", counting_copy)
-
-
 def counted(folder, prompts, policy, monkeypatch, max_tokens: int = 5):
     """{(kind, visit): bytes that crossed to the device}, and how many the cost model says."""
     with monkeypatch.context() as patch:
-        counts = Counted(patch)
+        copies = Copies(patch)
         options = {"executor": "serial", "use_ray": False, "dtype": "float32", "device": "cpu"}
         with LLM(folder, policy=policy, hardware=UNIT, **options) as llm:
             llm.generate(prompts, SamplingParams(max_tokens=max_tokens, temperature=0.0))
             modelled = llm.report.stages[0].measured.modelled_resources
-    return counts.moved, modelled.get("h2d", 0)
+    loading = (Lane.LOAD_CACHE, Lane.LOAD_SMALL)
+    moved = {it: count for it, count in copies.moved.items() if LANE[it[0]].worker in loading}
+    return Counter(moved), modelled.get("h2d", 0)
 
 
 @settings(max_examples=6)

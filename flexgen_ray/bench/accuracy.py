@@ -18,12 +18,11 @@ import typer
 
 from flexgen_ray.bench.result import finish
 from flexgen_ray.bench.rounding import PEERS, peer_perplexity
-from flexgen_ray.cost.formats import WeightFormat
 from flexgen_ray.evaluation.perplexity import measure
 from flexgen_ray.llm import LLM
-from flexgen_ray.models.packed_checkpoint import write_packed
 from flexgen_ray.options import JsonOption
 from flexgen_ray.paths import find_model
+from flexgen_ray.quantize_command import packed_copy
 
 CHECKPOINT = "the checkpoint"
 
@@ -102,21 +101,13 @@ def _scored(folder: Path, text: str, windows: dict[str, int]) -> Iterator[dict]:
         packed = Path(scratch) / "packed"
         for variant in VARIANTS:
             if variant.searched and not packed.exists():
-                _write_packed(folder, packed)
+                packed_copy(folder, packed, {"weight_bits": 4, "embedding_bits": None})
             options: dict[str, Any] = {"dtype": "float32", "device": "cpu", "use_ray": False}
             with LLM(packed if variant.searched else folder, **options, **variant.lossy) as llm:
                 figures = measure(llm, text, **windows, scored_in=variant.scored_in)
             found = {"name": variant.name, "scored_in": variant.scored_in} | figures
             typer.echo(str(found), err=True)
             yield found
-
-
-def _write_packed(folder: Path, output: Path) -> None:
-    from flexgen_ray.models.registry import load_config
-
-    config, bits = load_config(folder), {"weight_bits": 4, "embedding_bits": None}
-    kept = WeightFormat(config.dtype, bits=4)
-    write_packed(folder, config, kept, bits, output, lambda name: None)
 
 
 def _peers(folder: Path, text: str, windows: dict[str, int]) -> Iterator[dict]:

@@ -17,12 +17,11 @@ from flexgen_ray.bench.page_cache import read_once
 from flexgen_ray.bench.result import finish
 from flexgen_ray.bench.shapes import SHAPES, make_checkpoint
 from flexgen_ray.config import Policy
-from flexgen_ray.cost.formats import WeightFormat
 from flexgen_ray.llm import LLM
-from flexgen_ray.models.packed_checkpoint import write_packed
 from flexgen_ray.models.registry import load_config
 from flexgen_ray.options import JsonOption
 from flexgen_ray.paths import find_model
+from flexgen_ray.quantize_command import packed_copy
 from flexgen_ray.request import SamplingParams
 
 
@@ -65,9 +64,9 @@ def loading(
 
 def _quantize(folder: Path, output: Path, weight_bits: int) -> float:
     """Seconds, with nearest codes: how long loading takes doesn't depend on which they are."""
-    config, bits = load_config(folder), {"weight_bits": weight_bits, "embedding_bits": None}
-    kept, started = WeightFormat(config.dtype, weight_bits), time.perf_counter()
-    write_packed(folder, config, kept, bits, output, lambda name: None, least_squares=False)
+    started = time.perf_counter()
+    bits = {"weight_bits": weight_bits, "embedding_bits": None}
+    packed_copy(folder, output, bits, least_squares=False)
     return time.perf_counter() - started
 
 
