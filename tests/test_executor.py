@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 
@@ -41,7 +43,7 @@ def generate(
 
 
 @pytest.mark.parametrize("name", ["opt", "llama", "opt-350m-like"])
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(policy=policies)
 def test_async_equals_serial_bit_for_bit(tiny_models, name, policy, monkeypatch):
     folder, references = tiny_models[name]
@@ -164,3 +166,32 @@ def test_a_slow_reader_misses_nothing(tiny_models, num_requests):
 
 def test_every_kind_has_a_lane():
     assert set(LANE) == set(OpKind) and set(LANE.values()) == set(Lane)
+
+
+COUNT_THREADS = """
+import os
+import torch
+from flexgen_ray.runtime.openmp import release_team
+
+torch.set_num_threads(4)
+count = lambda: len(os.listdir("/proc/self/task"))
+before = count()
+x = torch.ones(1 << 20)
+x.add_(1)
+with_team = count()
+release_team()
+released = count()
+x.add_(1)
+print(before, with_team, released, count(), x.sum().item())
+"""
+
+
+def test_a_team_of_openmp_is_released_and_made_anew():
+    """Else the device's team, of another thread, would have to wait asleep between products."""
+    done = subprocess.run(
+        [sys.executable, "-c", COUNT_THREADS], capture_output=True, text=True, check=True
+    )
+    before, with_team, released, anew, total = map(float, done.stdout.split())
+    assert before < with_team == anew
+    assert released == before
+    assert total == 3 * 2**20

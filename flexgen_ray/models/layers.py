@@ -23,7 +23,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
 }
 ROPE_TYPES = ("default", "linear", "llama3")
-_LARGE_PRODUCT = 10**7  # multiplications; below, oneDNN's set-up costs more than it gains
+_LARGE_MATRIX = 5 * 10**5  # elements; with fewer, oneDNN's set-up costs what it gains
 _onednn = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
@@ -37,7 +37,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     In float32 on a CPU torch takes MKL, which oneDNN beats where it isn't Intel's.
     """
-    is_large = len(x) * weight.numel() >= _LARGE_PRODUCT
+    is_large = weight.numel() >= _LARGE_MATRIX
     if is_large and _onednn is not None and x.dtype == torch.float32 and not x.is_cuda:
         return _onednn(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 import torch
 
 from flexgen_ray.runtime.meter import Meter, Timing
+from flexgen_ray.runtime.openmp import release_team
 from flexgen_ray.schedule.ops import EXCHANGE, LANE, Lane, Op
 
 SWITCH_INTERVAL = 5e-4  # seconds; Python's own is ten times as long
@@ -140,6 +141,7 @@ class Lanes:
         sys.setswitchinterval(SWITCH_INTERVAL)
         # Nor for a garbage collection that looks at all that was ever imported.
         gc.freeze()
+        release_team()
         for post in self._posts:
             name = f"lane {'+'.join(post.crew.lanes)}"
             post.thread = threading.Thread(target=self._work, args=(post,), name=name)

@@ -22,6 +22,7 @@ from flexgen_ray.request import Finished, Progress, Request
 from flexgen_ray.runtime.cells import LogitsHook
 from flexgen_ray.runtime.link import Link
 from flexgen_ray.runtime.meter import Measured
+from flexgen_ray.runtime.openmp import release_team
 from flexgen_ray.runtime.rates import measure_rates
 from flexgen_ray.runtime.stage import Stage, StageSpec, cores_for, host_kernel
 from flexgen_ray.runtime.watch import Pulse
@@ -90,6 +91,7 @@ class Worker:
             spec = replace(spec, model=str(find_model(spec.model)))
         self._tokenizer = Tokenizer(spec.model) if spec.model else None
         self._stage = Stage(spec, self._tokenizer.decode if self._tokenizer else None)
+        release_team()
 
     def connect(self, link: Link | None) -> None:
         """The stage's place in a ring of several."""
