@@ -173,8 +173,9 @@ class HardwareSpec:
     *_attention_bytes_per_s is what the host's cores, and the device, attend of a cache by
     themselves. Matrix products of few tokens are slower than those of many:
     device_decode_flops_per_s, if given. dequantize: of packed values, counted as 16 bits each.
-    device_ops: what an op takes of a device beside its work, which a GPU's launches hide. The
-    network carries hidden states to the next stage.
+    device_ops: what an op takes of a device beside its work, which a GPU's launches hide;
+    elementwise: what ops between products read and write, beyond measure where nobody measured.
+    The network carries hidden states to the next stage.
     """
 
     h2d_bytes_per_s: float
@@ -189,6 +190,7 @@ class HardwareSpec:
     device_attention_bytes_per_s: float = 0.0
     dequantize_bytes_per_s: float = 0.0
     device_ops_per_s: float = 1e12
+    elementwise_bytes_per_s: float = 1e18
     network_bytes_per_s: float = 1.25e9
 
     def __post_init__(self) -> None:

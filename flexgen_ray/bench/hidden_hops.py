@@ -14,10 +14,11 @@ from flexgen_ray.bench.lanes import FREE
 from flexgen_ray.bench.likeness import Likeness
 from flexgen_ray.bench.scaling import CELL_SECONDS, run
 from flexgen_ray.config import HardwareSpec, Policy, Workload
-from flexgen_ray.cost.cost import CostModel, Resource
+from flexgen_ray.cost.cost import CostModel
 from flexgen_ray.cost.placed_rows import Composition
 from flexgen_ray.cost.plan import StagePlan
 from flexgen_ray.cost.predict import decoding
+from flexgen_ray.cost.scarce import Resource
 from flexgen_ray.models.shapes import shape_config
 from flexgen_ray.schedule.ops import Op, OpKind
 from flexgen_ray.schedule.zigzag import StageLayers

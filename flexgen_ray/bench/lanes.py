@@ -17,9 +17,10 @@ import typer
 from flexgen_ray.bench.likeness import alike_requests
 from flexgen_ray.bench.result import finish
 from flexgen_ray.config import Budget, HardwareSpec, Placement, Policy, Workload
-from flexgen_ray.cost.cost import CostModel, Resource
+from flexgen_ray.cost.cost import CostModel
 from flexgen_ray.cost.placed_rows import Composition
 from flexgen_ray.cost.plan import StagePlan
+from flexgen_ray.cost.scarce import Resource
 from flexgen_ray.model_config import ModelConfig
 from flexgen_ray.options import JsonOption
 from flexgen_ray.request import Progress, Request

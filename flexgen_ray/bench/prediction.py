@@ -1,7 +1,8 @@
 """Are predictions right on this machine as it is? Policies run for real, against the cost model.
 
-The rates are calibrated anew before and after each run, and the mean of the two predictions counts,
-for a shared machine's speed drifts; the model's weights are made up. Measures; decides nothing.
+The rates are calibrated anew between runs, and the mean of the predictions before and after each
+counts, for a shared machine's speed drifts; the model's weights are made up. Measures; decides
+nothing.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from flexgen_ray.bench.result import finish, off_by
 from flexgen_ray.bench.throughput import random_requests
 from flexgen_ray.calibrate import calibrate
 from flexgen_ray.config import Placement, Policy
+from flexgen_ray.cost.hardware import Hardware
 from flexgen_ray.cost.pipeline_plan import Device, Job, ModelRates
 from flexgen_ray.cost.planner import Planner
 from flexgen_ray.llm import LLM
@@ -50,12 +52,13 @@ def prediction(
     more: the attempt counts in which they differ least.
     Example: flexgen-ray bench prediction --model opt-350m
     """
-    runs = []
+    runs, machine = [], _measured(model, dtype)
     for policy in policies():
         job = Job.uniform(policy.block_size, prompt_len, max_tokens)
         attempts: list[dict] = []
         while len(attempts) < ATTEMPTS and not any(_drift(it) < STEADY for it in attempts):
-            attempts.append(_attempt(policy, job, model, dtype))
+            attempt, machine = _attempt(policy, job, model, dtype, machine)
+            attempts.append(attempt)
             typer.echo(str(attempts[-1]), err=True)
         runs.append(min(attempts, key=_drift))
     settings = {"model": model, "dtype": dtype, "prompt_len": prompt_len, "max_tokens": max_tokens}
@@ -67,15 +70,17 @@ def _drift(attempt: dict) -> float:
     return abs(attempt["after_to_before"] - 1)
 
 
-def _attempt(policy: Policy, job: Job, model: str, dtype: str) -> dict:
-    """Predicted, run, and predicted anew."""
+def _attempt(
+    policy: Policy, job: Job, model: str, dtype: str, machine: Hardware
+) -> tuple[dict, Hardware]:
+    """Predicted for the machine as it was just now, run, and predicted anew for what it is then."""
     elsewhere = Elsewhere()
-    before = _predicted(policy, job, model, dtype)
     report = _report(policy, job, model, dtype)
-    after = _predicted(policy, job, model, dtype)
+    now = _measured(model, dtype)
+    before, after = (_predicted(policy, job, model, dtype, it) for it in (machine, now))
     foretold = fmean((before["tokens_per_s"], after["tokens_per_s"]))
     (stage,) = report.stages
-    return {
+    attempt = {
         "policy": asdict(policy),
         "predicted_tokens_per_s": round(foretold, 3),
         "measured_tokens_per_s": round(report.tokens_per_s, 3),
@@ -89,6 +94,7 @@ def _attempt(policy: Policy, job: Job, model: str, dtype: str) -> dict:
         "before": before,
         "after": after,
     }  # fmt: skip
+    return attempt, now
 
 
 def policies() -> Iterator[Policy]:
@@ -97,11 +103,15 @@ def policies() -> Iterator[Policy]:
         yield Policy(size, number, 512, weights, cache, Placement(1, 0, 0), 1.0)
 
 
-def _predicted(policy: Policy, job: Job, model: str, dtype: str) -> dict:
-    """By the machine as it is now."""
+def _measured(model: str, dtype: str) -> Hardware:
+    """The machine as it is now."""
     config = shape_config(model)
     scope = Scope((dtype,), (config.num_heads // config.num_kv_heads,))
-    hardware = calibrate("cpu", Path(tempfile.gettempdir()), uses_ray=False, scope=scope)
+    return calibrate("cpu", Path(tempfile.gettempdir()), uses_ray=False, scope=scope)
+
+
+def _predicted(policy: Policy, job: Job, model: str, dtype: str, hardware: Hardware) -> dict:
+    config = shape_config(model)
     rates = ModelRates.of(hardware, config, dtype)
     device = Device(rates, hardware.budget, "this node", hardware.core_shares)
     planner = Planner(config, (device,), job, dtype, stages_disk=False)

@@ -1,63 +1,30 @@
-"""What each op takes of each resource, in bytes and flops, and how many seconds that is.
+"""What each op takes of each resource, in bytes and flops.
 
-Amounts add up over ops; `HardwareSpec` turns them into seconds. Knows rows and placement; no clock,
-no tensor.
+Amounts add up over ops. Knows rows and placement; no rates, no clock, no tensor.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from enum import StrEnum
 from functools import cache
 
-from flexgen_ray.config import HardwareSpec
+from flexgen_ray.cost.between import (
+    LAUNCHES,
+    LAUNCHES_OF_PROMPT,
+    LAUNCHES_OF_RUN,
+    passed_values,
+)
 from flexgen_ray.cost.formats import part_of_op
 from flexgen_ray.cost.placed_rows import Composition, PlacedRows
 from flexgen_ray.cost.placement import PAGE, aligned, split_tokens
 from flexgen_ray.cost.plan import CACHE_BLOCK_TOKENS, StagePlan
+from flexgen_ray.cost.scarce import Amounts, Resource
 from flexgen_ray.cost.sizes import CHOICE_BYTES, packed_values, streamed_bytes
 from flexgen_ray.rows import Row
 from flexgen_ray.schedule.ops import Op, OpKind
 
-
-class Resource(StrEnum):
-    """What is scarce; each value is the name of its rate in HardwareSpec."""
-
-    H2D = "h2d_bytes_per_s"
-    D2H = "d2h_bytes_per_s"
-    DISK_READ = "disk_read_bytes_per_s"
-    DISK_WRITE = "disk_write_bytes_per_s"
-    HOST_MEMORY = "host_bytes_per_s"
-    HOST_ATTENTION = "host_attention_bytes_per_s"
-    FLOPS = "device_flops_per_s"
-    DECODE_FLOPS = "device_decode_flops_per_s"  # of batches no larger than a decoding one
-    DEVICE_ATTENTION = "device_attention_bytes_per_s"
-    DEVICE_MEMORY = "device_bytes_per_s"
-    DEQUANTIZE = "dequantize_bytes_per_s"
-    DEVICE_OPS = "device_ops_per_s"  # small ones, beside products
-    NETWORK = "network_bytes_per_s"  # to the next stage
-
-
-Amounts = dict[Resource, float]
 _NONE: Amounts = {}
 _R = Resource
-_BY_ITSELF = (_R.DEQUANTIZE, _R.DEVICE_OPS)
-# Torch's own, beside products: norms, residuals, copies, masks.
-_SMALL_OPS = {OpKind.EMBED: 4, OpKind.PROJECT: 6, OpKind.FINISH: 6, OpKind.SAMPLE: 6}
-_SMALL_OPS_OF_RUN, _SMALL_OPS_OF_PROMPT = 3, 5  # attended
-
-
-def seconds_by_resource(amounts: Amounts, hardware: HardwareSpec) -> dict[Resource, float]:
-    """Seconds that each resource is taken for, each with all of itself."""
-    return {resource: amount / getattr(hardware, resource) for resource, amount in amounts.items()}
-
-
-def seconds_alone(taken: dict[Resource, float]) -> float:
-    """Of an op that has the machine to itself, by its `seconds_by_resource`: what it takes of them
-    it takes at the same time, but packed values are unpacked first, and small ops stand between
-    large ones."""
-    first = sum(taken.get(resource, 0.0) for resource in _BY_ITSELF)
-    return first + max((it for by, it in taken.items() if by not in _BY_ITSELF), default=0.0)
 
 
 class CostModel:
@@ -82,11 +49,16 @@ class CostModel:
         if composition is None:
             return _NONE
         amounts = self._of_rows(op, composition)
-        if op.kind not in _SMALL_OPS:
+        if op.kind not in LAUNCHES:
             return amounts
-        return amounts | {
-            _R.DEVICE_OPS: _SMALL_OPS[op.kind] * self._tiles(composition.rows.num_tokens)
-        }
+        tokens = composition.rows.num_tokens
+        amounts = amounts | {_R.DEVICE_OPS: LAUNCHES[op.kind] * self._tiles(tokens)}
+        if self.plan.stage.kind(op.layer) == "decoder":
+            amounts[_R.ELEMENTWISE] = self._passed(op.kind, tokens)
+        return amounts
+
+    def _passed(self, kind: OpKind, tokens: int) -> int:
+        return passed_values(self.plan.config, kind) * tokens * self._element
 
     def _of_rows(self, op: Op, composition: Composition) -> Amounts:
         tokens = composition.rows.num_tokens
@@ -201,7 +173,7 @@ class CostModel:
     def _choose(self, placed: PlacedRows) -> Amounts:
         told = self._chosen(placed) * self.plan.config.num_kv_heads * CHOICE_BYTES
         rows = [row for _, rows in placed.choosing(self.plan.rows_at_a_time) for row in rows]
-        small = {_R.DEVICE_OPS: _SMALL_OPS_OF_RUN}
+        small = {_R.DEVICE_OPS: LAUNCHES_OF_RUN}
         return self._scored(rows) | self._link(_R.D2H, told) | small
 
     def _gather_values(self, placed: PlacedRows) -> Amounts:
@@ -235,7 +207,11 @@ class CostModel:
         )
         runs = bool(placed.resident) + bool(streamed)
         prompts = sum(row.is_prefill for row in [*placed.resident, *streamed])
-        small = {_R.DEVICE_OPS: _SMALL_OPS_OF_RUN * runs + _SMALL_OPS_OF_PROMPT * prompts}
+        tokens = sum(row.num_new_tokens for row in [*placed.resident, *streamed])
+        small = {
+            _R.DEVICE_OPS: LAUNCHES_OF_RUN * runs + LAUNCHES_OF_PROMPT * prompts,
+            _R.ELEMENTWISE: self._passed(OpKind.ATTEND_DEVICE, tokens),
+        }
         return {resource: keys[resource] + values[resource] for resource in keys} | small
 
     def _scored(self, rows: list[Row]) -> Amounts:

@@ -9,10 +9,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from flexgen_ray.config import HardwareSpec
-from flexgen_ray.cost.cost import Amounts, CostModel, Resource
+from flexgen_ray.cost.cost import CostModel
 from flexgen_ray.cost.moves import Moves
 from flexgen_ray.cost.placed_rows import Composition
 from flexgen_ray.cost.plan import StagePlan
+from flexgen_ray.cost.scarce import Amounts, Resource
 from flexgen_ray.cost.sharing import CORES, Demand, demand_of
 from flexgen_ray.cost.simulate import Stream
 from flexgen_ray.rows import NO_ROWS, Rows

@@ -28,6 +28,7 @@ from flexgen_ray.quant.packing import GROUP, packed_bytes
 LOCAL = "local"
 _PRESETS = Path(__file__).parent.parent / "presets"
 _NETWORK_BYTES_PER_S = HardwareSpec.network_bytes_per_s
+_UNMEASURED = HardwareSpec.elementwise_bytes_per_s
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +82,7 @@ class Hardware:
             device_attention_bytes_per_s=self.device.attention_bytes_per_s,
             dequantize_bytes_per_s=self.device.dequantize_bytes_per_s or 0.0,
             device_ops_per_s=self._device_ops_per_s,
+            elementwise_bytes_per_s=self.device.elementwise_bytes_per_s or _UNMEASURED,
             network_bytes_per_s=network,
         )
 

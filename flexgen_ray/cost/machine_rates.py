@@ -121,7 +121,8 @@ class CoreShares:
 class DeviceRates:
     """launch_seconds: to issue one op; of a CPU, to do a small one between products. attention:
     bytes of K and V in decoding. dequantize: bytes of 16-bit values that come of packed ones, None
-    where nothing dequantizes. core_shares: of a CPU; None if unknown."""
+    where nothing dequantizes. elementwise: bytes that norms, sums and copies between products read
+    and write; core_shares: of a CPU; None if unknown."""
 
     is_cpu: bool
     memory_bytes_per_s: float
@@ -130,6 +131,7 @@ class DeviceRates:
     gemm: tuple[GemmRates, ...]
     dequantize_bytes_per_s: float | None = None
     core_shares: CoreShares | None = None
+    elementwise_bytes_per_s: float | None = None
 
     def __post_init__(self) -> None:
         check_rates(self)

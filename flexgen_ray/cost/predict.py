@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections import defaultdict
 
 from flexgen_ray.config import HardwareSpec
-from flexgen_ray.cost.cost import CostModel, seconds_alone, seconds_by_resource
+from flexgen_ray.cost.cost import CostModel
 from flexgen_ray.cost.moves import Moves
 from flexgen_ray.cost.placed_rows import Composition
 from flexgen_ray.cost.plan import StagePlan
+from flexgen_ray.cost.scarce import seconds_alone, seconds_by_resource
 from flexgen_ray.rows import Row, Rows
 from flexgen_ray.schedule.ops import LANE
 from flexgen_ray.schedule.zigzag import zigzag

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from flexgen_ray.config import HardwareSpec
-from flexgen_ray.cost.cost import Amounts, Resource, seconds_alone, seconds_by_resource
+from flexgen_ray.cost.scarce import Amounts, Resource, seconds_alone, seconds_by_resource
 
 CORES = "cores"  # of a CPU that is the device too; ops take shares of them, and no amounts
 SIMULTANEOUS = 1e-12  # of the time so far; ends that differ by rounding alone

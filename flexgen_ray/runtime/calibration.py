@@ -34,7 +34,7 @@ Announce = Callable[[str], None]  # called with the name of each measurement as 
 GEMM_ROWS = (1, 4, 16, 64, 256, 1024)
 _HOST_WIDTH = 1024
 _SLOW_PRODUCT_SECONDS = 0.25
-_DECODING_ROWS = 8
+_DECODING_ROWS, _PREFILL_ROWS = 8, 512
 _LEAST_SHARE = 0.01
 _HOST = torch.device("cpu")
 
@@ -174,15 +174,20 @@ def _device(bench: Bench, effort: Effort, announce: Announce, scope: Scope) -> D
     announce("unpacking")
     unpacked = bench.dequantize_rate(dtype, 4, (effort.width, 4 * effort.width))
     announce("launches")
-    launch = (
-        bench.small_op_seconds(_DECODING_ROWS, effort.width) if is_cpu else bench.launch_seconds()
-    )
+    small_op, elementwise = bench.small_ops((_DECODING_ROWS, _PREFILL_ROWS), effort.width)
+    launch = small_op if is_cpu else bench.launch_seconds()
     gemm = tuple(
         GemmRates(name, tuple(_gemm(bench, effort, name, announce)))
         for name in scope.gemm_dtypes(device)
     )
     return DeviceRates(
-        is_cpu, _rounded(memory), _rounded(attention), _rounded(launch), gemm, _rounded(unpacked)
+        is_cpu,
+        _rounded(memory),
+        _rounded(attention),
+        _rounded(launch),
+        gemm,
+        _rounded(unpacked),
+        elementwise_bytes_per_s=_rounded(elementwise),
     )
 
 

@@ -36,6 +36,7 @@ PIECE = 32 * 2**20  # bytes of one copy, as in a run; larger ones are hardly fas
 _HOST = torch.device("cpu")
 _LEAST_SECONDS = 2e-3  # of a run that is timed; shorter actions are repeated
 _MOST_REPEATS = 1000
+_LEAST_OPS = 3
 
 
 @dataclass(frozen=True)
@@ -197,18 +198,29 @@ class Bench(AbstractContextManager):
         x = torch.zeros(16, device=self.device)
         return 1 / self.rate(1, lambda: x.add_(1), self.device)
 
-    def small_op_seconds(self, rows: int, width: int) -> float:
-        """Of a CPU's op on a few tokens that comes after a product, which left nothing of it in the
-        caches: a norm, a sum or a copy, in turn."""
+    def small_ops(self, rows: tuple[int, int], width: int) -> tuple[float, float]:
+        """Of ops between products: the seconds that each takes however small it is, and the bytes a
+        second that it reads and writes; from how long they take on few rows, and on many."""
+        (few, short), (many, long) = ((count, self._between(count, width)) for count in rows)
+        of_row = max(long - short, 1e-12) / (many - few)
+        # A norm and a copy read and write each value, a sum reads two.
+        passed = width * 4 * (2 + 3 + 2) / 3
+        return max(short - few * of_row, 1e-9), passed / of_row
+
+    def _between(self, rows: int, width: int) -> float:
+        """Mean seconds of an op that comes after a product, which left nothing of it in the caches:
+        a norm, a sum or a copy, in turn."""
         multiply = self.product(torch.float32, rows, (width, width))
-        x, y = torch.full((2, rows, width), 0.5)
+        x, y = torch.full((2, rows, width), 0.5, device=self.device)
         ops = cycle((lambda: F.layer_norm(x, (width,)), lambda: x + y, lambda: x.copy_(y)))
         taken: list[float] = []
         deadline = time.perf_counter() + self.seconds
-        while not taken or time.perf_counter() < deadline:
+        while len(taken) < _LEAST_OPS or time.perf_counter() < deadline:
             multiply()
+            _wait(self.device)
             started = time.perf_counter()
             next(ops)()
+            _wait(self.device)
             taken.append(time.perf_counter() - started)
         return fmean(sorted(taken)[: ceil(0.9 * len(taken))])
 

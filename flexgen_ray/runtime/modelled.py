@@ -9,15 +9,10 @@ import time
 from collections import defaultdict
 
 from flexgen_ray.config import HardwareSpec
-from flexgen_ray.cost.cost import (
-    Amounts,
-    CostModel,
-    Resource,
-    seconds_alone,
-    seconds_by_resource,
-)
+from flexgen_ray.cost.cost import CostModel
 from flexgen_ray.cost.moves import Moves
 from flexgen_ray.cost.plan import StagePlan
+from flexgen_ray.cost.scarce import Amounts, Resource, seconds_alone, seconds_by_resource
 from flexgen_ray.runtime.cells import Cells
 from flexgen_ray.runtime.meter import Timing
 from flexgen_ray.runtime.pacer import Pacer
