@@ -24,6 +24,11 @@ settings.register_profile(
 settings.load_profile("patient")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that mostly wait for Ray first: else one of two processes ends alone with them."""
+    items.sort(key=lambda item: not item.path.name.startswith("test_ray"))
+
+
 @pytest.fixture(autouse=True, scope="session")
 def private_folders():
     """Ray's sockets need a short path."""

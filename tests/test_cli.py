@@ -295,9 +295,9 @@ def offloaded(folder: Path) -> set[str]:
     ("how", "where"),
     [
         (signal.SIGKILL, ["--no-ray"]),
-        (signal.SIGINT, ["--no-ray"]),
-        (signal.SIGTERM, ["--stages", "2"]),
-        pytest.param(signal.SIGTERM, ["--no-ray"], marks=pytest.mark.slow),
+        (signal.SIGTERM, ["--no-ray"]),
+        pytest.param(signal.SIGINT, ["--no-ray"], marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, ["--stages", "2"], marks=pytest.mark.slow),
         pytest.param(signal.SIGINT, [], marks=pytest.mark.slow),
     ],
 )

@@ -82,27 +82,35 @@ def test_resident_memory_falls_with_the_budgets_and_the_rest_runs_from_disk(larg
         assert large["grown"] - small["grown"] >= 0.75 * fewer
 
 
-def test_a_long_prompt_needs_no_more_than_a_few_tiles_at_once(large_model, tmp_path):
-    """3,000 tokens: tiles of 64 take several passes of 512 tokens, one tile takes it whole."""
-    prompt = [(7 * i * i + 3 * i) % 4000 for i in range(3000)]
-    results = {}
-    for tile in (64, 4096):
-        policy = tmp_path / f"{tile}.yaml"
-        policy.write_text(f"gpu_batch_size: 1\nmax_batch_tokens: {tile}\n")
-        results[tile] = run(large_model, [prompt], policy=str(policy))
-        assert results[tile]["grown"] <= held(results[tile]) + NOISE
-    assert results[64]["tokens"] == results[4096]["tokens"]
-    fewer = held(results[4096]) - held(results[64])
-    assert fewer > 90 * MIB
-    assert results[4096]["grown"] - results[64]["grown"] >= 0.75 * fewer
+LONG = [(7 * i * i + 3 * i) % 4000 for i in range(3000)]
 
 
-def test_scoring_a_long_prompt_needs_no_more_than_not_scoring_it(large_model, tmp_path):
-    """Its logits, all at once, would take 49 MB, and their softmax as much again."""
-    policy = tmp_path / "policy.yaml"
+@pytest.fixture(scope="module")
+def in_small_tiles(large_model, tmp_path_factory) -> tuple[str, dict]:
+    """A policy whose tiles are of 64 tokens, and a long prompt's run with it."""
+    policy = tmp_path_factory.mktemp("tiles") / "64.yaml"
     policy.write_text("gpu_batch_size: 1\nmax_batch_tokens: 64\n")
-    prompt = [(7 * i * i + 3 * i) % 4000 for i in range(3000)]
-    result = run(large_model, [prompt], policy=str(policy), asked={"prompt_logprobs": 1})
+    return str(policy), run(large_model, [LONG], policy=str(policy))
+
+
+def test_a_long_prompt_needs_no_more_than_a_few_tiles_at_once(
+    large_model, in_small_tiles, tmp_path
+):
+    """3,000 tokens: tiles of 64 take several passes of 512 tokens, one tile takes it whole."""
+    policy = tmp_path / "4096.yaml"
+    policy.write_text("gpu_batch_size: 1\nmax_batch_tokens: 4096\n")
+    whole, tiled = run(large_model, [LONG], policy=str(policy)), in_small_tiles[1]
+    for result in (whole, tiled):
+        assert result["grown"] <= held(result) + NOISE
+    assert tiled["tokens"] == whole["tokens"]
+    fewer = held(whole) - held(tiled)
+    assert fewer > 90 * MIB
+    assert whole["grown"] - tiled["grown"] >= 0.75 * fewer
+
+
+def test_scoring_a_long_prompt_needs_no_more_than_not_scoring_it(large_model, in_small_tiles):
+    """Its logits, all at once, would take 49 MB, and their softmax as much again."""
+    policy, plain = in_small_tiles
+    result = run(large_model, [LONG], policy=policy, asked={"prompt_logprobs": 1})
     assert result["grown"] <= held(result) + NOISE
-    plain = run(large_model, [prompt], policy=str(policy))
     assert result["used"] == plain["used"] and result["tokens"] == plain["tokens"]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from test_exactness import assert_same, policies
 
 from flexgen_ray import LLM, HardwareSpec, Placement, Policy, SamplingParams
-from flexgen_ray.cost.cost import Resource
+from flexgen_ray.cost.scarce import Resource
 from flexgen_ray.runtime.pacer import Pacer
 from flexgen_ray.store.weights import WeightStore
 
@@ -20,7 +20,7 @@ FAST = {field.name: 1e12 for field in fields(HardwareSpec)}
 
 
 @pytest.mark.parametrize("name", ["opt", "llama"])
-@settings(max_examples=10)
+@settings(max_examples=5)
 @given(policy=policies, slow=st.sampled_from([field.name for field in fields(HardwareSpec)]))
 def test_an_emulated_run_has_the_same_tokens_and_takes_its_time(tiny_models, name, policy, slow):
     folder, references = tiny_models[name]

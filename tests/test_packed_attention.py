@@ -56,7 +56,7 @@ cases = st.builds(
 
 
 @given(case=cases, bits=st.sampled_from([4, 8]))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_equals_attention_over_the_unpacked_cache_and_reads_only_what_is_valid(case, bits):
     assert error(case, bits) <= 1
 

@@ -57,7 +57,7 @@ policies = st.builds(
 
 
 @pytest.mark.parametrize("config", [OPT, LLAMA], ids=["opt", "llama"])
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(policy=policies)
 def test_corners_foretell_the_bytes_and_seconds_of_any_placement(config, policy):
     plan = Planner(config, (device(),), JOB, "float16").evaluate((config.num_layers,), [policy])
@@ -128,7 +128,7 @@ def test_more_of_anything_never_makes_the_optimum_slower(tier, rate, factor):
     assert seconds(more, faster) <= base * 1.05
 
 
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(
     gpu=st.floats(0.3, 8), cpu=st.floats(0.2, 8), requests=st.integers(1, 200),
     prompt_len=st.integers(1, 700), bits=st.sampled_from([None, 4]),

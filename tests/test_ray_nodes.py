@@ -80,7 +80,8 @@ def test_without_a_spare_node_the_run_ends_and_says_so(tiny_models, short_folder
     assert found["seconds"] < 90
 
 
-@pytest.mark.parametrize("name", ["llama", pytest.param("opt", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "opt"])
 def test_four_stages_on_four_nodes(short_folder, tmp_path, name):
     folder = tiny.save(name, tmp_path, num_hidden_layers=5)
     references = tiny.references(folder, tiny.prompts(9, 40), MAX_TOKENS)

@@ -174,6 +174,7 @@ def test_a_partition_is_noticed_and_costs_no_token(tiny_models, local_ray):
     assert recovery.stages == [0, 1, 2] and "stood still" in recovery.reason
 
 
+@pytest.mark.slow
 def test_a_stage_lost_while_nothing_runs_costs_no_more_than_a_new_one(tiny_models, local_ray):
     """Before its weights are there that is an error, after which all is as new; later it heals."""
     folder, references = tiny_models["opt"]

@@ -22,7 +22,7 @@ def is_same_pass(move: Op, op: Op) -> bool:
 
 
 @given(streams(), st.integers(0, 2**32))
-@settings(max_examples=60)
+@settings(max_examples=30)
 def test_what_is_sent_is_what_the_same_pass_stored(stream, seed):
     """And no other pass overwrites it before the next stage has taken it."""
     assert_reads_what_arrived(
@@ -36,7 +36,7 @@ def test_what_is_sent_is_what_the_same_pass_stored(stream, seed):
 
 
 @given(streams(), st.integers(0, 2**32))
-@settings(max_examples=60)
+@settings(max_examples=30)
 def test_what_arrived_is_taken_in_before_more_may_arrive(stream, seed):
     assert_reads_what_arrived(
         stream,
@@ -49,7 +49,7 @@ def test_what_arrived_is_taken_in_before_more_may_arrive(stream, seed):
 
 
 @given(streams(), st.integers(0, 2**32))
-@settings(max_examples=60)
+@settings(max_examples=30)
 def test_every_op_looks_up_the_rows_of_its_own_pass(stream, seed):
     """Composed or received ahead, while the batch's pass before is still under way."""
     assert_reads_what_arrived(
@@ -63,7 +63,7 @@ def test_every_op_looks_up_the_rows_of_its_own_pass(stream, seed):
 
 
 @given(streams(), st.integers(0, 2**32))
-@settings(max_examples=60)
+@settings(max_examples=30)
 def test_hidden_states_at_home_are_those_of_the_layer_before(stream, seed):
     """Whichever blocks take turns with their two homes."""
     assert_reads_what_arrived(

@@ -78,7 +78,7 @@ def test_parameter_counts_are_those_of_the_real_models():
 
 
 @pytest.mark.parametrize("name", REAL)
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(placement=placements(), bits=st.sampled_from([None, 4, 8]))
 def test_weight_fractions_hold_within_one_percent_or_one_tensor(name, placement, bits):
     config = REAL[name]
@@ -100,7 +100,7 @@ def test_weight_fractions_hold_within_one_percent_or_one_tensor(name, placement,
 
 
 @given(policies, st.integers(4, 60))
-@settings(max_examples=60)
+@settings(max_examples=25)
 def test_cache_fractions_hold_over_the_stage(policy, num_layers):
     splits = split_rows(policy, StageLayers.whole(num_layers))
     assert len(splits) == num_layers * policy.num_gpu_batches
@@ -136,7 +136,7 @@ def test_the_stores_take_exactly_what_was_computed(tiny_models, policy):
 
 
 @given(policy=policies, tier=st.sampled_from(TIERS))
-@settings(max_examples=40)
+@settings(max_examples=20)
 def test_a_budget_one_byte_short_is_refused_with_the_numbers(policy, tier):
     config = REAL["smollm2-135m"]
     stage = StageLayers.whole(config.num_layers)

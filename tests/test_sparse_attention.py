@@ -55,7 +55,7 @@ def one_by_one(case: Case, sparsity: float) -> tuple[torch.Tensor, bool]:
 
 
 @given(case=cases, sparsity=shares)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_the_tokens_that_weigh_most_are_attended_whatever_lies_beyond_a_row(case, sparsity):
     expected, clear = one_by_one(case, sparsity)
     assume(clear)
@@ -97,7 +97,7 @@ def sparsely(case: Case, sparsity: float, attend=ATTEND) -> torch.Tensor:
 
 
 @given(case=cases, sparsity=shares, bits=st.sampled_from([None, 4, 8]))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_on_the_host_the_same_tokens_are_kept(case, sparsity, bits):
     cached = case
     if bits is not None:
