@@ -22,8 +22,10 @@ class ModelConfig:
     """A decoder-only transformer, as far as sizes and the order of its maths are concerned.
 
     attention_bias: of queries, keys and values; output_bias: of what follows attention; qk_norm:
-    each head's queries and keys are normed before they are rotated. weight_bits, embedding_bits: of
-    a checkpoint that holds packed weights (quant/packing.py), of the layers' and of both ends'.
+    each head's queries and keys are normed before they are rotated. sliding_window: tokens that one
+    attends, itself included, in decoder layers other than full_attention_layers. weight_bits,
+    embedding_bits: of a checkpoint that holds packed weights (quant/packing.py), of the layers' and
+    of both ends'.
     """
 
     family: str
@@ -51,6 +53,8 @@ class ModelConfig:
     mlp_bias: bool = False
     position_table: int = 0
     rope: Rope | None = None
+    sliding_window: int | None = None
+    full_attention_layers: tuple[int, ...] = ()
     eos_token_ids: tuple[int, ...] = ()
     weight_bits: int | None = None
     embedding_bits: int | None = None
@@ -70,6 +74,14 @@ class ModelConfig:
     @property
     def kv_size(self) -> int:
         return self.num_kv_heads * self.head_dim
+
+    def window(self, layer: int) -> int | None:
+        """How many tokens, itself included, one attends in a decoder layer; None for all."""
+        return None if layer in self.full_attention_layers else self.sliding_window
+
+    def seen(self, layer: int, tokens: int) -> int:
+        """How many tokens the last of so many attends in a decoder layer."""
+        return min(tokens, self.window(layer) or tokens)
 
     def tensors(self, layer: int) -> dict[str, tuple[int, ...]]:
         """Shapes of one layer's weights by our names; layer 0 embeds, the last is the head.

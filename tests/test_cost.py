@@ -4,9 +4,19 @@ from __future__ import annotations
 
 import pytest
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_exactness import policies
 
 from flexgen_ray import LLM, HardwareSpec, SamplingParams
+from flexgen_ray.config import Placement, Policy, Workload
+from flexgen_ray.cost.cost import CostModel
+from flexgen_ray.cost.placed_rows import Composition
+from flexgen_ray.cost.plan import StagePlan
+from flexgen_ray.cost.scarce import Resource
+from flexgen_ray.models.registry import load_config
+from flexgen_ray.rows import Row, Rows
+from flexgen_ray.schedule.ops import Op, OpKind
+from flexgen_ray.schedule.zigzag import StageLayers
 from flexgen_ray.store.disk import Region
 
 UNIT = HardwareSpec(*[1.0] * 8)  # so that seconds are bytes
@@ -50,3 +60,26 @@ def test_modelled_disk_bytes_are_those_that_were_asked_for(tiny_models, name, po
         read_modelled = modelled.get("disk_read", 0)
         assert read_modelled <= moved["read"] + 1e-6
         assert moved["read"] <= read_modelled + in_vain + 1e-6
+
+
+@given(position=st.integers(0, 30), tokens=st.integers(1, 30))
+def test_attention_takes_what_a_layers_window_has(tiny_models, position, tokens):
+    """Layer 1 attends all, layer 2 the last nine tokens; one by one on the host."""
+    config, stage = load_config(tiny_models["qwen2"][0]), StageLayers.whole(2)
+    row = Row(0, position, tokens, 0, True, tokens > 1)
+    end = position + tokens
+    for cache in (Placement(1, 0, 0), Placement(0, 1, 0)):
+        plan = StagePlan(config, stage, Policy(1, cache=cache), Workload(1, end, end), "float32")
+        model, composition = CostModel(plan), Composition(Rows((row,), ()), 0)
+        for layer, window in ((1, end), (2, 9)):
+            kind = OpKind.ATTEND_HOST if cache.cpu and tokens == 1 else OpKind.ATTEND_DEVICE
+            found = model.amounts(Op(kind, 0, layer, 0, 0, 0), composition)
+            seen = {
+                x for at in range(position, end) for x in range(max(0, at + 1 - window), at + 1)
+            }
+            if kind is OpKind.ATTEND_HOST:
+                assert found[Resource.HOST_ATTENTION] == len(seen) * plan.kv_bytes
+                continue
+            assert found[Resource.DEVICE_ATTENTION] == len(seen) * plan.kv_bytes
+            pairs = sum(min(at + 1, window) for at in range(position, end))
+            assert found[Resource.FLOPS] == 4 * config.q_size * pairs

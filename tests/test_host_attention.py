@@ -24,42 +24,50 @@ ATTEND = HostAttention(threads=1)
 
 @dataclass(frozen=True)
 class Case:
-    """Views into a larger cache that holds NaN wherever it is not valid."""
+    """Views into a larger cache that holds NaN wherever no row attends it."""
 
     q: Tensor
     k: Tensor
     v: Tensor
     lens: list[int]
+    window: int | None = None
 
-    def run(self, attend=ATTEND) -> Tensor:
+    def run(self, attend=ATTEND, sparsity=1.0) -> Tensor:
         out = torch.empty_like(self.q)
-        attend(self.q, self.k, self.v, self.lens, out)
+        attend(self.q, self.k, self.v, self.lens, out, sparsity, self.window)
         return out
 
+    def tokens(self, row: int) -> slice:
+        """Those that a row attends."""
+        end = self.lens[row]
+        return slice(max(0, end - (self.window or end)), end)
 
-def make_case(dtype, kv_heads, group, head_dim, lens, spread=1.0, seed=0) -> Case:
+
+def make_case(dtype, kv_heads, group, head_dim, lens, spread=1.0, seed=0, window=None) -> Case:
     random = torch.Generator().manual_seed(seed)
     rows, seq, spare = len(lens), max(lens), 3
     shape = (2, rows + spare, kv_heads, seq + spare, head_dim + spare)
     cache = torch.full(shape, float("nan"), dtype=dtype)
     for row, end in enumerate(lens):
         values = torch.randn(2, kv_heads, end, head_dim, generator=random) * spread
-        cache[:, row + 1, :, :end, :head_dim] = values.to(dtype)
+        start = max(0, end - (window or end))
+        cache[:, row + 1, :, start:end, :head_dim] = values[:, :, start:].to(dtype)
     k, v = cache[:, 1 : rows + 1, :, :seq, :head_dim]
     q = torch.randn(rows, kv_heads * group, head_dim, generator=random) * spread
-    return Case(q.to(dtype), k, v, list(lens))
+    return Case(q.to(dtype), k, v, list(lens), window)
 
 
 def reference(case: Case) -> Tensor:
     rows = []
-    for q, k, v, end in zip(case.q, case.k, case.v, case.lens, strict=True):
+    for row, (q, k, v) in enumerate(zip(case.q, case.k, case.v, strict=True)):
         group = q.shape[0] // k.shape[0]
-        k, v = (x[:, :end].double().repeat_interleave(group, dim=0) for x in (k, v))
+        k, v = (x[:, case.tokens(row)].double().repeat_interleave(group, dim=0) for x in (k, v))
         scores = torch.einsum("hd,hsd->hs", q.double(), k) / q.shape[1] ** 0.5
         rows.append(torch.einsum("hs,hsd->hd", scores.softmax(-1), v))
     return torch.stack(rows)
 
 
+windows = st.sampled_from([None, 1, 2, 7, 64, 100])
 cases = st.builds(
     make_case,
     dtype=st.sampled_from(list(TOLERANCE)),
@@ -69,6 +77,7 @@ cases = st.builds(
     lens=st.lists(st.integers(1, 150), min_size=1, max_size=4),
     spread=st.sampled_from([1.0, 3.0]),
     seed=st.integers(0, 2**20),
+    window=windows,
 )
 
 
@@ -169,8 +178,9 @@ def test_tensors_that_do_not_fit_together_are_refused():
 
 
 @pytest.mark.parametrize("name", ["sdpa", "numba"])
-def test_both_kernels_share_a_signature(name):
-    case = make_case(torch.float32, kv_heads=2, group=3, head_dim=64, lens=[9, 33])
+@pytest.mark.parametrize("window", [None, 4, 20])
+def test_both_kernels_share_a_signature(name, window):
+    case = make_case(torch.float32, 2, group=3, head_dim=64, lens=[9, 33], window=window)
     for cached in (case.k, case.v):
         cached.nan_to_num_()
     result = case.run(host_kernel.load(name, threads=2))

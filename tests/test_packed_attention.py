@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_host_attention import ATTEND, TOLERANCE, Case, make_case, reference
+from test_host_attention import ATTEND, TOLERANCE, Case, make_case, reference, windows
 from torch import Tensor
 
 from flexgen_ray.models import host_kernel
@@ -27,10 +27,11 @@ def packed(case: Case, bits: int) -> tuple[Case, Case]:
     cache = torch.full((2, rows + spare, kv_heads, seq + spare, size + spare), 255).byte()
     unpacked = torch.zeros(2, rows, kv_heads, seq, head_dim)
     for kept, values, floats in zip(cache, (case.k, case.v), unpacked, strict=True):
-        for row, end in enumerate(case.lens):
-            valid = kept[row + 1, :, :end, :size]
-            valid.copy_(pack(values[row, :, :end], bits))
-            unpack(valid, bits, floats[row, :, :end])
+        for row in range(rows):
+            tokens = case.tokens(row)
+            valid = kept[row + 1, :, tokens, :size]
+            valid.copy_(pack(values[row, :, tokens], bits))
+            unpack(valid, bits, floats[row, :, tokens])
     k, v = cache[:, 1 : rows + 1, :, :seq, :size]
     return replace(case, k=k, v=v), replace(case, k=unpacked[0], v=unpacked[1])
 
@@ -52,6 +53,7 @@ cases = st.builds(
     lens=st.lists(st.integers(1, 150), min_size=1, max_size=4),
     spread=st.sampled_from([1.0, 3.0]),
     seed=st.integers(0, 2**20),
+    window=windows,
 )
 
 
@@ -130,7 +132,7 @@ def test_caches_that_do_not_fit_are_refused():
 @pytest.mark.parametrize("name", host_kernel.KERNELS)
 @pytest.mark.parametrize("bits", [4, 8])
 def test_both_kernels_attend_a_packed_cache(name, bits):
-    case = make_case(torch.float32, 2, group=3, head_dim=80, lens=[33, 33])
+    case = make_case(torch.float32, 2, group=3, head_dim=80, lens=[33, 33], window=20)
     assert error(case, bits, host_kernel.load(name, threads=2)) <= 2
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from test_host_attention import ATTEND, Case, make_case
+from test_host_attention import Case, make_case, windows
 from test_packed_attention import packed
 
 from flexgen_ray.config import kept_tokens
@@ -30,6 +30,7 @@ cases = st.builds(
     lens=st.lists(st.integers(1, 150), min_size=1, max_size=4),
     spread=st.sampled_from([1.0, 3.0]),
     seed=st.integers(0, 2**20),
+    window=windows,
 )
 shares = st.sampled_from([0.01, 0.1, 0.25, 0.5, 0.9, 1.0])
 
@@ -40,14 +41,15 @@ def one_by_one(case: Case, sparsity: float) -> tuple[torch.Tensor, bool]:
     And whether float32, too, tells the last token that is kept from the first that is not.
     """
     out, clear = torch.empty_like(case.q, dtype=torch.float64), True
-    for row, end in enumerate(case.lens):
-        group = case.q.shape[1] // case.k.shape[1]
-        for head, (k, v) in enumerate(zip(case.k[row].double(), case.v[row].double(), strict=True)):
+    for row in range(len(case.lens)):
+        group, seen = case.q.shape[1] // case.k.shape[1], case.tokens(row)
+        for head in range(case.k.shape[1]):
+            k, v = (x[row, head, seen].double() for x in (case.k, case.v))
             heads = slice(head * group, (head + 1) * group)
-            scores = case.q[row, heads].double() @ k[:end].T / k.shape[1] ** 0.5
+            scores = case.q[row, heads].double() @ k.T / k.shape[1] ** 0.5
             weights = scores.softmax(-1).sum(0).tolist()
-            by_weight = sorted(range(end), key=lambda token: (-weights[token], token))
-            count = max(1, math.ceil(Fraction(str(sparsity)) * end))
+            by_weight = sorted(range(len(k)), key=lambda token: (-weights[token], token))
+            count = max(1, math.ceil(Fraction(str(sparsity)) * len(k)))
             kept, others = by_weight[:count], by_weight[count:]
             clear &= not others or weights[others[0]] < weights[kept[-1]] * (1 - 1e-5)
             out[row, heads] = scores[:, kept].softmax(-1) @ v[kept]
@@ -59,7 +61,7 @@ def one_by_one(case: Case, sparsity: float) -> tuple[torch.Tensor, bool]:
 def test_the_tokens_that_weigh_most_are_attended_whatever_lies_beyond_a_row(case, sparsity):
     expected, clear = one_by_one(case, sparsity)
     assume(clear)
-    out = decode_sparse(case.q, case.k, case.v, case.lens, sparsity)
+    out = decode_sparse(case.q, case.k, case.v, case.lens, sparsity, window=case.window)
     torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -90,12 +92,6 @@ def test_a_share_beyond_its_range_is_refused(sparsity):
         kept_tokens(5, sparsity)
 
 
-def sparsely(case: Case, sparsity: float, attend=ATTEND) -> torch.Tensor:
-    out = torch.empty_like(case.q)
-    attend(case.q, case.k, case.v, case.lens, out, sparsity)
-    return out
-
-
 @given(case=cases, sparsity=shares, bits=st.sampled_from([None, 4, 8]))
 @settings(max_examples=25, deadline=None)
 def test_on_the_host_the_same_tokens_are_kept(case, sparsity, bits):
@@ -104,7 +100,8 @@ def test_on_the_host_the_same_tokens_are_kept(case, sparsity, bits):
         cached, case = packed(case, bits)
     expected, clear = one_by_one(case, sparsity)
     assume(clear)
-    torch.testing.assert_close(sparsely(cached, sparsity).double(), expected, rtol=1e-4, atol=1e-4)
+    out = cached.run(sparsity=sparsity)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("bits", [None, 4])
@@ -112,22 +109,22 @@ def test_on_the_host_the_same_tokens_are_kept(case, sparsity, bits):
 def test_on_the_host_to_keep_every_token_changes_no_bit(group, bits):
     case = make_case(torch.float32, 2, group, head_dim=80, lens=[700, 1, 63, 64, 65])
     cached = case if bits is None else packed(case, bits)[0]
-    assert torch.equal(sparsely(cached, 0.9999), cached.run())
+    assert torch.equal(cached.run(sparsity=0.9999), cached.run())
 
 
 @pytest.mark.parametrize("bits", [None, 4])
 def test_on_the_host_values_that_are_not_kept_are_not_read(bits):
     case = make_case(torch.float32, 2, group=3, head_dim=64, lens=[150])
     cached = case if bits is None else packed(case, bits)[0]
-    before = sparsely(cached, 0.1)
+    before = cached.run(sparsity=0.1)
     unkept = cached.v.clone()
     for head in range(2):
         for token in range(150):
             saved = unkept[0, head, token].clone()
             unkept[0, head, token] = 255 if bits else math.nan
-            if not torch.equal(sparsely(replace(cached, v=unkept), 0.1), before):
+            if not torch.equal(replace(cached, v=unkept).run(sparsity=0.1), before):
                 unkept[0, head, token] = saved
-    assert torch.equal(sparsely(replace(cached, v=unkept), 0.1), before)
+    assert torch.equal(replace(cached, v=unkept).run(sparsity=0.1), before)
     poisoned = (unkept != cached.v).any(-1) | (unkept != unkept).any(-1)
     assert (poisoned[0, :, :150].sum(-1) == 150 - 15).all()
 
@@ -136,12 +133,12 @@ def test_on_the_host_values_that_are_not_kept_are_not_read(bits):
 def test_threads_and_company_change_no_bit_of_sparse_attention(bits):
     case = make_case(torch.float16, 3, group=5, head_dim=80, lens=[700, 1, 63, 64, 65, 1024])
     cached = case if bits is None else packed(case, bits)[0]
-    alone = sparsely(cached, 0.1)
-    assert torch.equal(sparsely(cached, 0.1, HostAttention(3)), alone)
+    alone = cached.run(sparsity=0.1)
+    assert torch.equal(cached.run(HostAttention(3), 0.1), alone)
     for row, end in enumerate(case.lens):
         part = slice(row, row + 1)
         single = Case(cached.q[part], cached.k[part], cached.v[part], [end])
-        assert torch.equal(sparsely(single, 0.1), alone[part])
+        assert torch.equal(single.run(sparsity=0.1), alone[part])
 
 
 @given(
@@ -159,11 +156,12 @@ def test_of_equal_weights_the_first_are_kept(weights, share):
 
 
 @pytest.mark.parametrize("name", host_kernel.KERNELS)
+@pytest.mark.parametrize("window", [None, 20])
 @pytest.mark.parametrize("bits", [None, 8])
-def test_both_kernels_attend_sparsely(name, bits):
-    case = make_case(torch.float32, 2, group=3, head_dim=64, lens=[33, 33])
+def test_both_kernels_attend_sparsely(name, bits, window):
+    case = make_case(torch.float32, 2, group=3, head_dim=64, lens=[33, 33], window=window)
     cached, case = (case, case) if bits is None else packed(case, bits)
-    out = sparsely(cached, 0.2, host_kernel.load(name, threads=2))
+    out = cached.run(host_kernel.load(name, threads=2), 0.2)
     expected, clear = one_by_one(case, 0.2)
     assert clear
     torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-4)

@@ -28,7 +28,7 @@ ELSEWHERE = (
 
 @pytest.mark.parametrize("bits", [None, 4])
 @pytest.mark.parametrize("policy", ELSEWHERE, ids=["host", "streamed", "three tiers"])
-@pytest.mark.parametrize("name", ["opt", "llama"])
+@pytest.mark.parametrize("name", ["opt", "qwen2"])
 def test_sparse_attention_keeps_the_same_tokens_wherever_it_happens(
     tiny_models, name, policy, bits
 ):
@@ -69,9 +69,9 @@ sparse = st.builds(
 
 
 @settings(max_examples=4)
-@given(policy=sparse)
-def test_async_equals_serial_bit_for_bit(tiny_models, policy, monkeypatch):
-    folder, known = tiny_models["llama"]
+@given(policy=sparse, name=st.sampled_from(["llama", "qwen2"]))
+def test_async_equals_serial_bit_for_bit(tiny_models, name, policy, monkeypatch):
+    folder, known = tiny_models[name]
     prompts = [reference.prompt for reference in known]
     tokens, logits = generate(folder, prompts, policy, "serial", monkeypatch)
     async_tokens, async_logits = generate(folder, prompts, policy, "async", monkeypatch)
@@ -99,11 +99,12 @@ def counted(folder, prompts, policy, monkeypatch, max_tokens: int = 5):
     bits=st.sampled_from([None, 4]),
     sparsity=st.sampled_from([0.1, 0.3, 1.0]),
     max_batch_tokens=st.sampled_from([1, 3, 64]),
+    name=st.sampled_from(["llama", "qwen2"]),
 )
 def test_modelled_link_bytes_are_those_that_cross(
-    tiny_models, cache, share, bits, sparsity, max_batch_tokens, monkeypatch
+    tiny_models, cache, share, bits, sparsity, max_batch_tokens, name, monkeypatch
 ):
-    folder, known = tiny_models["llama"]
+    folder, known = tiny_models[name]
     policy = Policy(
         3, 2, max_batch_tokens, cache=cache, cpu_attention=share, cache_bits=bits,
         attention_sparsity=sparsity,

@@ -55,13 +55,13 @@ CONFIGS = {
     ),
     "mistral": MistralConfig(
         vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, intermediate_size=48, max_position_embeddings=1000,
-        sliding_window=CONTEXT, tie_word_embeddings=False,
+        num_key_value_heads=2, head_dim=16, intermediate_size=48, max_position_embeddings=CONTEXT,
+        sliding_window=6, tie_word_embeddings=False,
     ),
     "qwen2": Qwen2Config(
         vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, intermediate_size=48, max_position_embeddings=CONTEXT,
-        tie_word_embeddings=True,
+        tie_word_embeddings=True, use_sliding_window=True, sliding_window=9, max_window_layers=1,
     ),
     "qwen3": Qwen3Config(
         vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,

@@ -171,10 +171,15 @@ def _is_base(share: Share) -> bool:
 
 
 def _small(plan: StagePlan, layers: int, policy: Policy) -> StagePlan:
-    """A stage with so few layers, with the model's ends if the plan's has them."""
+    """A stage with so few layers, with the model's ends if the plan's has them.
+
+    Where only some layers attend within a window, none does here: no layer takes more.
+    """
     before, after = not plan.stage.is_first, not plan.stage.is_last
     count = layers + before + after
     first = 2 if before else 0
     last = before + layers + (not after)
-    config = replace(plan.config, num_layers=count)
+    mixed = bool(plan.config.full_attention_layers)
+    window = None if mixed else plan.config.sliding_window
+    config = replace(plan.config, num_layers=count, sliding_window=window)
     return replace(plan, config=config, stage=StageLayers(first, last, count), policy=policy)

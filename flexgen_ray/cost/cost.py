@@ -72,11 +72,13 @@ class CostModel:
         if op.kind is OpKind.SAMPLE:
             logits = 4 * self.plan.config.vocab_size * len(composition.rows.sampled)
             return {_R.DEVICE_MEMORY: 2 * logits}
-        if op.kind in _OF_CACHE:
-            placed = composition.placed(self.plan.splits[op.layer, op.batch])
-            amounts = _OF_CACHE[op.kind](self, placed)
-            return amounts | self._unpacked(op) if op.kind is OpKind.PROJECT else amounts
-        return _NONE
+        if op.kind not in _OF_CACHE and op.kind not in _OF_ATTENTION:
+            return _NONE
+        placed = composition.placed(self.plan.splits[op.layer, op.batch])
+        if op.kind in _OF_ATTENTION:
+            return _OF_ATTENTION[op.kind](self, placed, op.layer)
+        amounts = _OF_CACHE[op.kind](self, placed)
+        return amounts | self._unpacked(op) if op.kind is OpKind.PROJECT else amounts
 
     @property
     def _num_parts(self) -> int:
@@ -164,23 +166,23 @@ class CostModel:
     def _share_loaded(self, prefills: bool) -> float:
         return 0.5 if self.plan.is_sparse and not prefills else 1.0
 
-    def _chosen(self, placed: PlacedRows) -> int:
+    def _chosen(self, placed: PlacedRows, layer: int) -> int:
         """Tokens whose values are gathered: runs of rows keep as many as the longest."""
         chosen = (rows for _, rows in placed.choosing(self.plan.rows_at_a_time))
         most = ((len(rows), max(row.seq_len for row in rows)) for rows in chosen)
-        return sum(count * self.plan.kept_tokens(tokens) for count, tokens in most)
+        return sum(count * self.plan.kept_tokens(layer, tokens) for count, tokens in most)
 
-    def _choose(self, placed: PlacedRows) -> Amounts:
-        told = self._chosen(placed) * self.plan.config.num_kv_heads * CHOICE_BYTES
+    def _choose(self, placed: PlacedRows, layer: int) -> Amounts:
+        told = self._chosen(placed, layer) * self.plan.config.num_kv_heads * CHOICE_BYTES
         rows = [row for _, rows in placed.choosing(self.plan.rows_at_a_time) for row in rows]
         small = {_R.DEVICE_OPS: LAUNCHES_OF_RUN}
-        return self._scored(rows) | self._link(_R.D2H, told) | small
+        return self._scored(rows, layer) | self._link(_R.D2H, told) | small
 
-    def _gather_values(self, placed: PlacedRows) -> Amounts:
-        return {_R.HOST_MEMORY: self._chosen(placed) * self._kv_token}
+    def _gather_values(self, placed: PlacedRows, layer: int) -> Amounts:
+        return {_R.HOST_MEMORY: self._chosen(placed, layer) * self._kv_token}
 
-    def _load_values(self, placed: PlacedRows) -> Amounts:
-        return self._link(_R.H2D, self._chosen(placed) * self._kv_token / 2)
+    def _load_values(self, placed: PlacedRows, layer: int) -> Amounts:
+        return self._link(_R.H2D, self._chosen(placed, layer) * self._kv_token / 2)
 
     def _store_cache(self, placed: PlacedRows) -> Amounts:
         tokens = placed.rows.num_tokens - placed.first_off_device
@@ -196,15 +198,14 @@ class CostModel:
         filled = sum(r.seq_len // block - r.position // block for r, _ in placed.on_disk)
         return self._link(_R.DISK_WRITE, filled * self.plan.cache_block_bytes)
 
-    def _attend_device(self, placed: PlacedRows) -> Amounts:
+    def _attend_device(self, placed: PlacedRows, layer: int) -> Amounts:
         """Of a packed cache all that is attended is unpacked, and then attended like another."""
         streamed = [row for row, _ in placed.streamed]
         scored = [row for row in streamed if row.is_prefill or not self.plan.is_sparse]
-        keys = self._scored([*placed.resident, *scored])
+        keys = self._scored([*placed.resident, *scored], layer)
         share = self.plan.policy.attention_sparsity
-        values = self._attended(
-            (row, 1.0 if row.is_prefill else share) for row in [*placed.resident, *streamed]
-        )
+        shares = ((row, 1.0 if row.is_prefill else share) for row in [*placed.resident, *streamed])
+        values = self._attended(shares, layer)
         runs = bool(placed.resident) + bool(streamed)
         prompts = sum(row.is_prefill for row in [*placed.resident, *streamed])
         tokens = sum(row.num_new_tokens for row in [*placed.resident, *streamed])
@@ -214,16 +215,17 @@ class CostModel:
         }
         return {resource: keys[resource] + values[resource] for resource in keys} | small
 
-    def _scored(self, rows: list[Row]) -> Amounts:
-        """All keys of these rows, by their queries."""
-        return self._attended((row, 1.0) for row in rows)
+    def _scored(self, rows: list[Row], layer: int) -> Amounts:
+        """All keys that these rows' queries see."""
+        return self._attended(((row, 1.0) for row in rows), layer)
 
-    def _attended(self, rows: Iterable[tuple[Row, float]]) -> Amounts:
+    def _attended(self, rows: Iterable[tuple[Row, float]], layer: int) -> Amounts:
         """Keys, or values, of shares of rows' tokens."""
         config, pairs, tokens = self.plan.config, 0.0, 0.0
         for row, share in rows:
-            pairs += share * _attended_pairs(row)
-            tokens += share * row.seq_len
+            window = config.seen(layer, row.seq_len)
+            pairs += share * _attended_pairs(row, window)
+            tokens += share * min(row.seq_len, window + row.num_new_tokens - 1)
         amounts = {
             _R.FLOPS: 2 * config.q_size * pairs,
             _R.DEVICE_ATTENTION: tokens * config.kv_size * self._element,
@@ -232,8 +234,9 @@ class CostModel:
             amounts[_R.DEQUANTIZE] = 2 * tokens * config.kv_size
         return amounts
 
-    def _attend_host(self, placed: PlacedRows) -> Amounts:
-        read = sum(row.seq_len for row in placed.attended) * self._kv_token * self._share_read
+    def _attend_host(self, placed: PlacedRows, layer: int) -> Amounts:
+        tokens = sum(self.plan.config.seen(layer, row.seq_len) for row in placed.attended)
+        read = tokens * self._kv_token * self._share_read
         return {_R.HOST_ATTENTION: read, _R.HOST_MEMORY: read}
 
     def _load_attention(self, placed: PlacedRows) -> Amounts:
@@ -241,9 +244,11 @@ class CostModel:
         return self._link(_R.H2D, results)
 
 
-def _attended_pairs(row: Row) -> float:
-    """(query, key) pairs of a row's new tokens, each seeing what is before it and itself."""
-    return row.num_new_tokens * (row.position + (row.num_new_tokens + 1) / 2)
+def _attended_pairs(row: Row, window: int) -> float:
+    """(query, key) pairs of a row's new tokens, each seeing what is before it and itself, up to a
+    window of tokens."""
+    growing = min(max(window - row.position, 0), row.num_new_tokens)
+    return growing * (row.position + (growing + 1) / 2) + (row.num_new_tokens - growing) * window
 
 
 _HIDDEN: dict[OpKind, Resource | None] = {
@@ -263,10 +268,12 @@ _OF_CACHE = {
     OpKind.STORE_CACHE: CostModel._store_cache,
     OpKind.APPEND_CACHE: CostModel._append_cache,
     OpKind.WRITE_CACHE: CostModel._write_cache,
+    OpKind.LOAD_ATTENTION: CostModel._load_attention,
+}
+_OF_ATTENTION = {
     OpKind.CHOOSE: CostModel._choose,
     OpKind.GATHER_VALUES: CostModel._gather_values,
     OpKind.LOAD_VALUES: CostModel._load_values,
     OpKind.ATTEND_DEVICE: CostModel._attend_device,
     OpKind.ATTEND_HOST: CostModel._attend_host,
-    OpKind.LOAD_ATTENTION: CostModel._load_attention,
 }

@@ -119,9 +119,14 @@ class StagePlan:
         """Whether decoding attends only some of a row's tokens."""
         return self.policy.attention_sparsity < 1
 
-    def kept_tokens(self, tokens: int) -> int:
-        """Of so many tokens of a row those that decoding attends."""
-        return kept_tokens(tokens, self.policy.attention_sparsity)
+    def kept_tokens(self, layer: int, tokens: int) -> int:
+        """Of so many tokens of a row those that decoding attends in a layer."""
+        return kept_tokens(self.config.seen(layer, tokens), self.policy.attention_sparsity)
+
+    @property
+    def most_kept_tokens(self) -> int:
+        """Of any row in any layer."""
+        return kept_tokens(self.max_seq_len, self.policy.attention_sparsity)
 
     @property
     def attended_row_bytes(self) -> int:

@@ -95,7 +95,7 @@ def _cache_bytes(plan: StagePlan) -> dict[str, dict[str, int]]:
     disk_rows = sum(split.disk for split in splits)
     new_kv = plan.stored_tokens * plan.kv_bytes
     vectors = plan.attended_rows * plan.config.q_size * plan.element_bytes
-    kept = plan.choosing_rows * plan.kept_tokens(plan.max_seq_len) * plan.config.num_kv_heads
+    kept = plan.choosing_rows * plan.most_kept_tokens * plan.config.num_kv_heads
     chosen = kept * (plan.vector_bytes + CHOICE_BYTES)
     return {
         "gpu": {
@@ -118,7 +118,7 @@ def host_workspace_bytes(plan: StagePlan) -> int:
     where the values lie that are gathered beside that."""
     attention = plan.attended_rows * plan.max_seq_len * 4 * (1 + plan.config.num_heads)
     moved = plan.row_bytes if any(split.off_device for split in plan.splits.values()) else 0
-    kept = plan.choosing_rows * plan.kept_tokens(plan.max_seq_len) * plan.config.num_kv_heads
+    kept = plan.choosing_rows * plan.most_kept_tokens * plan.config.num_kv_heads
     gathered = 3 * plan.tile_tokens * plan.config.hidden_size * plan.element_bytes
     return max(attention, moved, gathered if _gathers(plan) else 0) + 2 * 8 * kept
 
@@ -162,8 +162,10 @@ def _gathers(plan: StagePlan) -> bool:
 
 def workspace_bytes(plan: StagePlan) -> int:
     """Most bytes of temporaries on the device: a tile's MLP or projection, attention, logits."""
-    # Masks are made once a pass, for each way in which a layer's slots are split.
-    passes = 2 * plan.num_batches * len(set(plan.splits.values()))
+    # Masks are made once a pass, for each way in which a layer splits its slots and attends.
+    config, splits = plan.config, plan.splits.items()
+    ways = {(split, config.window(layer)) for (layer, _), split in splits}
+    passes = 2 * plan.num_batches * len(ways)
     masks = passes * plan.policy.gpu_batch_size * plan.max_seq_len
     return int(FRAGMENTATION * (_op_bytes(plan) + masks))
 
@@ -190,7 +192,7 @@ def _op_bytes(plan: StagePlan) -> int:
     attention += rows * plan.max_seq_len * 4 * (1 + config.num_heads)
     attention += plan.rows_at_a_time * plan.attended_row_bytes
     # The weights of what is chosen stay until its values have come.
-    kept = CELL_SLOTS * plan.choosing_rows * plan.kept_tokens(plan.max_seq_len)
+    kept = CELL_SLOTS * plan.choosing_rows * plan.most_kept_tokens
     attention += kept * 4 * config.num_heads
     # All rows' logits in two precisions, one row's distribution sorted and summed in float64.
     logits = config.vocab_size * (8 * rows + 48)

@@ -47,6 +47,7 @@ class HostAttention:
         lens: list[int],
         out: Tensor,
         sparsity: float = 1.0,
+        window: int | None = None,
     ) -> None:
         """Attend one new token per row to its cache, into out.
 
@@ -56,24 +57,28 @@ class HostAttention:
         but a dense last dimension.
         lens: valid tokens of each row, the new one included; nothing beyond them is read.
         sparsity: the share of tokens that are attended, those of attention.decode_sparse; of the
-        others no value is read.
+        others no value is read. window: how many of a row's tokens count, the last ones, if not
+        all; nothing before them is read.
         Raises ValueError if the tensors don't fit together.
         """
         bits = _check(q, k, v, lens, out)
+        starts = [0 if window is None else max(0, end - window) for end in lens]
+        spans = [end - start for start, end in zip(starts, lens, strict=True)]
         counts = None
         if sparsity != 1:
-            counts = np.array([kept_tokens(end, sparsity) for end in lens], np.int64)
+            counts = np.array([kept_tokens(tokens, sparsity) for tokens in spans], np.int64)
         kind, dtype, lanes, shape = _form(q, k, bits)
         places = tuple(
             (x.data_ptr(), *(x.element_size() * stride for stride in x.stride()[:-1]))
             for x in (q, out, k, v)
         )
-        counter, ends = np.zeros(1, np.int64), np.array(lens, np.int64)
-        task = (kind, dtype, lanes, shape, counter, ends, counts, places[:2], places[2:])
+        counter = np.zeros(1, np.int64)
+        rows_of = np.array(starts, np.int64), np.array(spans, np.int64)
+        task = (kind, dtype, lanes, shape, counter, *rows_of, counts, places[:2], places[2:])
         rows, kv_heads, heads, _, nbytes, padded = shape
-        small = 2 * int(ends.sum()) * kv_heads * nbytes < _ALONE_BYTES
+        small = 2 * sum(spans) * kv_heads * nbytes < _ALONE_BYTES
         helpers = 0 if small else min(self.threads, rows * kv_heads) - 1
-        room = None if counts is None else max(lens)
+        room = None if counts is None else max(spans)
         own, *others = (_scratch(heads, padded, room) for _ in range(helpers + 1))
         running = [self._pool.submit(_attend, *task, *other) for other in others]
         try:
@@ -232,12 +237,15 @@ def _give(kind, n, dim, sums, state, lanes, dtype, rows):
 
 
 @compiled
-def _attend(kind, dtype, lanes, shape, counter, ends, counts, vectors, caches, memory, spare):
+def _attend(
+    kind, dtype, lanes, shape, counter, starts, spans, counts, vectors, caches, memory, spare
+):
     """Takes (row, KV head) after (row, KV head) until none is left.
 
     dtype: of queries and results. lanes: the order of a packed row's elements, or else None.
     shape: rows, KV heads, heads of each, head_dim, bytes of a row, its vectors' lanes.
-    counts: how many tokens of each row are kept, or None; memory, spare: _scratch's.
+    starts, spans: of each row the first token that counts, and how many do; counts: how many of
+    these are kept, or None; memory, spare: _scratch's.
     """
     rows, kv_heads, heads, dim, nbytes, padded = shape
     memory = memory.ctypes.data
@@ -249,18 +257,18 @@ def _attend(kind, dtype, lanes, shape, counter, ends, counts, vectors, caches, m
         row, head = item // kv_heads, item % kv_heads
         queries = (q + row * q_row + head * heads * q_head, q_head)
         results = (out + row * out_row + head * heads * out_head, out_head)
-        keys = (k + row * k_row + head * k_head, k_token)
-        values = (v + row * v_row + head * v_head, v_token)
+        keys = _at((k + row * k_row + head * k_head, k_token), starts[row])
+        values = _at((v + row * v_row + head * v_head, v_token), starts[row])
         h = 0
         while h < heads:
             n, place, _, sums, state = _tile(h, heads, padded, memory)
             _begin(kind, n, dim, scale, _at(queries, h), lanes, dtype, place, sums, state)
             h += n
         if counts is None:
-            _attend_one(kind, ends[row], (keys, values), (heads, nbytes, padded), memory)
+            _attend_one(kind, spans[row], (keys, values), (heads, nbytes, padded), memory)
         else:
             sizes = (heads, nbytes, padded)
-            _attend_kept(kind, ends[row], counts[row], (keys, values), sizes, memory, spare)
+            _attend_kept(kind, spans[row], counts[row], (keys, values), sizes, memory, spare)
         h = 0
         while h < heads:
             n, _, _, sums, state = _tile(h, heads, padded, memory)

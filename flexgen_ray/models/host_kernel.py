@@ -31,7 +31,14 @@ class Kernel(Protocol):
     """HostAttention's arguments."""
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, lens: list[int], out: Tensor, sparsity: float = 1.0
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        lens: list[int],
+        out: Tensor,
+        sparsity: float = 1.0,
+        window: int | None = None,
     ) -> None: ...
 
 
@@ -140,15 +147,23 @@ def best_seconds(run: Callable[[], object], budget: float) -> float:
 
 
 def _sdpa(
-    q: Tensor, k: Tensor, v: Tensor, lens: list[int], out: Tensor, sparsity: float = 1.0
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lens: list[int],
+    out: Tensor,
+    sparsity: float = 1.0,
+    window: int | None = None,
 ) -> None:
-    bits = attention.cache_bits(k, q.shape[-1])
+    bits, tokens = attention.cache_bits(k, q.shape[-1]), attention.span(lens, window)
+    k, v = k[:, :, tokens], v[:, :, tokens]
+    lens = [end - tokens.start for end in lens]
     if bits is not None:
-        k, v = (_unpacked(x[:, :, : max(lens)], bits, q) for x in (k, v))
+        k, v = (_unpacked(x, bits, q) for x in (k, v))
     if sparsity == 1:
-        out.copy_(attention.decode(q, k, v, lens))
+        out.copy_(attention.decode(q, k, v, lens, window=window))
     else:
-        out.copy_(attention.decode_sparse(q, k, v, lens, sparsity))
+        out.copy_(attention.decode_sparse(q, k, v, lens, sparsity, window=window))
 
 
 def _unpacked(packed: Tensor, bits: int, like: Tensor) -> Tensor:

@@ -53,7 +53,7 @@ def parse_config(hf: dict) -> ModelConfig:
         head_dim=hf.get("head_dim") or hidden // heads,
         intermediate_size=hf["intermediate_size"],
         vocab_size=hf["vocab_size"],
-        max_seq_len=_context(hf),
+        max_seq_len=hf["max_position_embeddings"],
         embedding_size=hidden,
         dtype=hf["dtype"],
         tie_word_embeddings=hf.get("tie_word_embeddings", False),
@@ -64,21 +64,38 @@ def parse_config(hf: dict) -> ModelConfig:
         output_bias=bias and kind != "qwen2",
         qk_norm=kind == "qwen3",
         mlp_bias=hf.get("mlp_bias", False),
-        rope=_parse_rope(hf),
+        rope=parse_rope(hf),
+        **_windows(hf, kind),
         eos_token_ids=hf["eos_token_ids"],
     )
 
 
-def _context(hf: dict) -> int:
-    """Where layers attend within a window only, no longer than that: up to there it is the same."""
-    context, window = hf["max_position_embeddings"], hf.get("sliding_window")
-    kinds = hf.get("layer_types") or ["sliding_attention"]
-    if window and hf.get("use_sliding_window", True) and "sliding_attention" in kinds:
-        return min(context, window)
-    return context
+def _windows(hf: dict, kind: str) -> dict:
+    """Which layers attend within a window: all of Mistral's, Qwen's from max_window_layers on."""
+    window, count = hf.get("sliding_window"), hf["num_hidden_layers"]
+    if kind == "mistral":
+        return {"sliding_window": window}
+    if kind not in ("qwen2", "qwen3") or not window or not hf.get("use_sliding_window"):
+        return {}
+    kinds = hf.get("layer_types")
+    if not kinds:
+        full = min(hf.get("max_window_layers", 28), count)
+        kinds = ["full_attention"] * full + ["sliding_attention"] * (count - full)
+    return windows_of(kinds, window)
 
 
-def _parse_rope(hf: dict) -> Rope:
+def windows_of(layer_types: list[str], window: int) -> dict:
+    """Fields of ModelConfig. ValueError names an unknown type of a layer."""
+    unknown = set(layer_types) - {"full_attention", "sliding_attention"}
+    if unknown:
+        raise ValueError(f"layer_types {sorted(unknown)} are not supported")
+    full = [i for i, it in enumerate(layer_types, start=1) if it == "full_attention"]
+    if len(full) == len(layer_types):
+        return {}
+    return {"sliding_window": window, "full_attention_layers": tuple(full)}
+
+
+def parse_rope(hf: dict) -> Rope:
     """transformers 5 writes rope_parameters; before it rope_theta and rope_scaling."""
     parameters = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     kind = parameters.get("rope_type") or parameters.get("type") or "default"

@@ -180,8 +180,8 @@ class Cells:
             query = self.cache.host_query[op.cell_slot, places]
             out = self.cache.host_attention[op.cell_slot, places]
             lens = [row.seq_len for row in run]
-            sparsity = self.plan.policy.attention_sparsity
-            self._attend_on_host(query, cached[0], cached[1], lens, out, sparsity)
+            how = self.plan.policy.attention_sparsity, self.config.window(op.layer)
+            self._attend_on_host(query, cached[0], cached[1], lens, out, *how)
 
     def _load_attention(self, op: Op) -> None:
         work = self._work(op)

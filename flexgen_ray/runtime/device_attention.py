@@ -51,15 +51,16 @@ class DeviceAttention:
         cache = self._cache
         cache.append_streamed(op, placed, work, prefills=False)
         self._weights[op.cell_slot] = []
-        for run in self._runs(placed, "streamed", placed.streamed):
+        window = self._config.window(op.layer)
+        for run in self._runs(placed, "streamed", placed.streamed, window):
             keys = cache.streamed_view(op, run.first, run.first + run.count)[0]
-            chosen = self._chosen(work, run, keys)
-            cache.tell_choice(op, run.first, chosen.tokens)
+            chosen = self._chosen(work, run, keys[:, :, run.seen], window)
+            cache.tell_choice(op, run.first, chosen.tokens + run.seen.start)
             self._weights[op.cell_slot].append(chosen.weights)
 
     def attend(self, op: Op, placed: PlacedRows, work: Work) -> None:
         """ATTEND_DEVICE: replaces the rows' queries by their attention."""
-        cache = self._cache
+        cache, window = self._cache, self._config.window(op.layer)
         cache.append_streamed(op, placed, work, prefills=True)
         if not self._plan.is_sparse:
             cache.append_streamed(op, placed, work, prefills=False)
@@ -68,42 +69,48 @@ class DeviceAttention:
             ("resident", resident, cache.device_view),
             ("streamed", placed.streamed, cache.streamed_view),
         ):
-            for number, run in enumerate(self._runs(placed, name, rows)):
+            for number, run in enumerate(self._runs(placed, name, rows, window)):
                 if name == "streamed" and self._plan.is_sparse:
                     out = self._weighed(op, run, self._weights[op.cell_slot][number])
                 else:
-                    out = self._decoded(work, run, view(op, run.first, run.first + run.count))
+                    cached = view(op, run.first, run.first + run.count)
+                    out = self._decoded(work, run, cached[:, :, :, run.seen], window)
                 self._query(work, run).copy_(out)
             for row, index in rows:
                 if row.is_prefill:
-                    self._prefill(work, row, view(op, index, index + 1))
+                    self._prefill(work, row, view(op, index, index + 1), window)
         self._weights.pop(op.cell_slot, None)
 
-    def _runs(self, placed: PlacedRows, name: str, rows: list[tuple[Row, int]]) -> list[DecodeRun]:
-        make = partial(decode_runs, rows, self._plan.rows_at_a_time, self._device)
-        return placed.once(f"{name} runs", make)
+    def _runs(
+        self, placed: PlacedRows, name: str, rows: list[tuple[Row, int]], window: int | None
+    ) -> list[DecodeRun]:
+        make = partial(decode_runs, rows, self._plan.rows_at_a_time, self._device, window)
+        return placed.once(f"{name} runs {window}", make)
 
     def _query(self, work: Work, run: DecodeRun) -> Tensor:
         return work.q[run.tokens].view(run.count, self._config.num_heads, self._config.head_dim)
 
-    def _decoded(self, work: Work, run: DecodeRun, cached: Tensor) -> Tensor:
-        """cached: [2, rows, kv_heads, seq, width]."""
+    def _decoded(self, work: Work, run: DecodeRun, cached: Tensor, window: int | None) -> Tensor:
+        """cached: [2, rows, kv_heads, tokens seen, width]."""
         if self._plan.is_sparse:
-            chosen = self._chosen(work, run, cached[0])
+            chosen = self._chosen(work, run, cached[0], window)
             return attention.weigh(chosen.weights, self._values(chosen.of(cached[1])))
-        k, v = self._values(cached[:, :, :, : max(run.lens)])
-        return attention.decode(self._query(work, run), k, v, run.lens, run.mask)
+        k, v = self._values(cached)
+        return attention.decode(self._query(work, run), k, v, run.lens, run.mask, window)
 
-    def _chosen(self, work: Work, run: DecodeRun, keys: Tensor) -> attention.Chosen:
-        k, sparsity = self._values(keys[:, :, : max(run.lens)]), self._sparsity
-        return attention.choose(self._query(work, run), k, run.lens, sparsity, run.mask)
+    def _chosen(
+        self, work: Work, run: DecodeRun, keys: Tensor, window: int | None
+    ) -> attention.Chosen:
+        """keys: [rows, kv_heads, tokens seen, width]."""
+        k, q = self._values(keys), self._query(work, run)
+        return attention.choose(q, k, run.lens, self._sparsity, run.mask, window)
 
     def _weighed(self, op: Op, run: DecodeRun, weights: Tensor) -> Tensor:
         """By the values that LOAD_VALUES brought."""
         values = self._cache.chosen_values(op, run.first, run.count, weights.shape[-1])
         return attention.weigh(weights, self._values(values))
 
-    def _prefill(self, work: Work, row: Row, cached: Tensor) -> None:
+    def _prefill(self, work: Work, row: Row, cached: Tensor, window: int | None) -> None:
         """A prompt's first chunk needs no cache: all its keys are new."""
         config, tokens = self._config, row.tokens
         if row.position:
@@ -113,7 +120,8 @@ class DeviceAttention:
             own = (each[tokens].unflatten(-1, heads).transpose(0, 1) for each in work.cached)
             k, v = map(self._values, own)
         query = work.q[tokens].view(row.num_new_tokens, config.num_heads, config.head_dim)
-        work.q[tokens].copy_(attention.prefill(query, k, v, row.position, QUERY_TILE).flatten(1))
+        found = attention.prefill(query, k, v, row.position, QUERY_TILE, window)
+        work.q[tokens].copy_(found.flatten(1))
 
     def _values(self, cached: Tensor) -> Tensor:
         """[..., width] as the cache keeps them, as [..., head_dim]."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from flexgen_ray.cost.placed_rows import Composition
 from flexgen_ray.cost.plan import StagePlan
-from flexgen_ray.models.attention import length_mask
+from flexgen_ray.models.attention import length_mask, span
 from flexgen_ray.request import Score, SlotScores
 from flexgen_ray.rows import NO_ROWS, Row, Rows, runs
 from flexgen_ray.runtime.batcher import Batcher
@@ -200,22 +200,29 @@ class Passes:
 
 @dataclass(frozen=True)
 class DecodeRun:
-    """Decoding rows side by side, both in a cache from place `first` on and among packed tokens."""
+    """Decoding rows side by side, both in a cache from place `first` on and among packed tokens.
+
+    seen: the cached tokens that any row attends; lens: of each row, from the first of these on.
+    """
 
     first: int
     count: int
     tokens: slice
+    seen: slice
     lens: list[int]
     mask: Tensor | None
 
 
-def decode_runs(placed: list[tuple[Row, int]], most: int, device: torch.device) -> list[DecodeRun]:
-    """Of rows and their places in a cache, `most` rows at a time."""
+def decode_runs(
+    placed: list[tuple[Row, int]], most: int, device: torch.device, window: int | None
+) -> list[DecodeRun]:
+    """Of rows and their places in a cache, `most` rows at a time, in a layer with this window."""
     place = {row.slot: index for row, index in placed}
     found = []
     for run in runs((row for row, _ in placed if not row.is_prefill), most):
         tokens = slice(run[0].offset, run[0].offset + len(run))
         lens = [row.seq_len for row in run]
-        mask = length_mask(lens, device)
-        found.append(DecodeRun(place[run[0].slot], len(run), tokens, lens, mask))
+        seen, mask = span(lens, window), length_mask(lens, device, window)
+        lens = [end - seen.start for end in lens]
+        found.append(DecodeRun(place[run[0].slot], len(run), tokens, seen, lens, mask))
     return found

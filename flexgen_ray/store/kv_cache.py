@@ -4,7 +4,8 @@ Of each (layer, batch) the first slots live on the device, the next in host memo
 (cost/placement.RowSplit). Memory holds [key or value, slot, kv_head, seq, width]. On disk a row is
 a sequence of blocks [key or value, kv_head, token, width]; its newest tokens wait in a tail in host
 memory until they fill a block. A vector of width elements is a head's key or value of one token, as
-it is computed or packed (quant/packing.py). Knows rows and bytes; not how attention is computed.
+it is computed or packed (quant/packing.py). Layers that attend within a window keep all tokens, as
+others do. Knows rows and bytes; not how attention is computed.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class KVCache:
         self._in, self._out = tiers.cpu.allocate("cache in flight", nbytes).view(flight)
         new = (CELL_SLOTS, 2, plan.stored_tokens, plan.config.num_kv_heads * self._width)
         self._new = self._typed(tiers.cpu, "cache in flight", new)
-        kept = plan.kept_tokens(plan.max_seq_len)
+        kept = plan.most_kept_tokens
         choices = (CELL_SLOTS, plan.choosing_rows, plan.config.num_kv_heads, kept)
         self._kept = self._typed(tiers.cpu, "cache in flight", (*choices, self._width))
         nbytes = torch.Size(choices).numel() * CHOICE_BYTES
@@ -125,7 +126,7 @@ class KVCache:
         """GATHER_VALUES: of the tokens chosen, side by side, into the cell's host slot."""
         split, home = self.split(op), self._cpu[op.layer, op.batch][1]
         for first, rows in placed.choosing(self.plan.rows_at_a_time):
-            shape = self._kept_shape(rows)
+            shape = self._kept_shape(op, rows)
             tokens = _front(self._chosen[op.cell_slot], first, shape[:-1])
             values = _front(self._kept[op.cell_slot], first, shape)
             start = rows[0].slot - split.gpu
@@ -143,7 +144,7 @@ class KVCache:
     def load_values(self, op: Op, placed: PlacedRows) -> None:
         """LOAD_VALUES: those, in the place of values of the rows' first tokens."""
         for first, rows in placed.choosing(self.plan.rows_at_a_time):
-            shape = self._kept_shape(rows)
+            shape = self._kept_shape(op, rows)
             values = _front(self._kept[op.cell_slot], first, shape)
             _front(self._streamed[op.cell_slot][1], first, shape).copy_(values, non_blocking=True)
 
@@ -152,8 +153,8 @@ class KVCache:
         shape = (count, self.plan.config.num_kv_heads, kept, self._width)
         return _front(self._streamed[op.cell_slot][1], first, shape)
 
-    def _kept_shape(self, rows: list[Row]) -> tuple[int, ...]:
-        kept = self.plan.kept_tokens(max(row.seq_len for row in rows))
+    def _kept_shape(self, op: Op, rows: list[Row]) -> tuple[int, ...]:
+        kept = self.plan.kept_tokens(op.layer, max(row.seq_len for row in rows))
         return len(rows), self.plan.config.num_kv_heads, kept, self._width
 
     def store(self, op: Op, placed: PlacedRows, work: Work) -> None:
