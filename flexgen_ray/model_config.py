@@ -22,10 +22,10 @@ class ModelConfig:
     """A decoder-only transformer, as far as sizes and the order of its maths are concerned.
 
     attention_bias: of queries, keys and values; output_bias: of what follows attention; qk_norm:
-    each head's queries and keys are normed before they are rotated. sliding_window: tokens that one
-    attends, itself included, in decoder layers other than full_attention_layers. weight_bits,
-    embedding_bits: of a checkpoint that holds packed weights (quant/packing.py), of the layers' and
-    of both ends'.
+    "heads" if each head's query and key is normed before it is rotated, "all" if those of all heads
+    are together. sliding_window: tokens that one attends, itself included, in decoder layers other
+    than full_attention_layers. weight_bits, embedding_bits: of a checkpoint that holds packed
+    weights (quant/packing.py), of the layers' and of both ends'.
     """
 
     family: str
@@ -49,7 +49,7 @@ class ModelConfig:
     gated_mlp: bool = False
     attention_bias: bool = False
     output_bias: bool = False
-    qk_norm: bool = False
+    qk_norm: str | None = None
     mlp_bias: bool = False
     position_table: int = 0
     rope: Rope | None = None
@@ -107,8 +107,9 @@ class ModelConfig:
         shapes = self._norm("attention_norm")
         for name, rows in (("q", self.q_size), ("k", self.kv_size), ("v", self.kv_size)):
             shapes |= _linear(f"{name}_proj", rows, hidden, self.attention_bias)
-        if self.qk_norm:
-            shapes |= {"q_norm.weight": (self.head_dim,), "k_norm.weight": (self.head_dim,)}
+        if self.qk_norm is not None:
+            sizes = (self.q_size, self.kv_size) if self.qk_norm == "all" else (self.head_dim,) * 2
+            shapes |= {"q_norm.weight": (sizes[0],), "k_norm.weight": (sizes[1],)}
         shapes |= _linear("o_proj", hidden, self.q_size, self.output_bias)
         shapes |= self._norm("mlp_norm")
         if self.gated_mlp:

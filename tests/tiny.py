@@ -15,6 +15,7 @@ from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
     MistralConfig,
+    Olmo2Config,
     OPTConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
@@ -67,6 +68,11 @@ CONFIGS = {
         vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, head_dim=16, intermediate_size=48, max_position_embeddings=CONTEXT,
         tie_word_embeddings=False,
+    ),
+    "olmo2": Olmo2Config(
+        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, intermediate_size=48, max_position_embeddings=CONTEXT,
+        pad_token_id=0,
     ),
 }  # fmt: skip
 

@@ -56,6 +56,15 @@ def rms_norm(config: ModelConfig, weights: Weights, name: str, x: Tensor) -> Ten
     return weights[f"{name}.weight"] * wide.to(x.dtype)
 
 
+def wide_rms_norm(
+    config: ModelConfig, weights: Weights, name: str, x: Tensor, offset: float = 0.0
+) -> Tensor:
+    """As rms_norm, but the weight, to which the offset is added, is multiplied in float32, too."""
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + config.norm_eps)
+    return (wide * (weights[f"{name}.weight"].float() + offset)).to(x.dtype)
+
+
 def project_heads(config: ModelConfig, weights: Weights, x: Tensor) -> tuple[Tensor, ...]:
     """x: [tokens, hidden]; returns q, k, v, each [tokens, heads or kv_heads, head_dim]."""
     heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
@@ -63,6 +72,18 @@ def project_heads(config: ModelConfig, weights: Weights, x: Tensor) -> tuple[Ten
         linear(weights, name, x).view(len(x), count, config.head_dim)
         for name, count in zip(("q_proj", "k_proj", "v_proj"), heads, strict=True)
     )
+
+
+def gated_mlp(config: ModelConfig, weights: Weights, x: Tensor) -> Tensor:
+    """x, result: [tokens, hidden]."""
+    gate = ACTIVATIONS[config.activation](linear(weights, "gate_proj", x))
+    return linear(weights, "down_proj", gate * linear(weights, "up_proj", x))
+
+
+def token_logits(config: ModelConfig, weights: Weights, x: Tensor) -> Tensor:
+    """x: [rows, hidden]; returns float32 [rows, vocabulary]."""
+    name = "embed_tokens" if config.tie_word_embeddings else "lm_head"
+    return linear(weights, name, x).float()
 
 
 def rotate(rope: Rope, positions: Tensor, *heads: Tensor) -> list[Tensor]:

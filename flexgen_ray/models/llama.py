@@ -8,14 +8,15 @@ from torch import Tensor
 
 from flexgen_ray.model_config import ModelConfig, Rope
 from flexgen_ray.models.layers import (
-    ACTIVATIONS,
     ROPE_TYPES,
     Lookup,
     Weights,
+    gated_mlp,
     linear,
     project_heads,
     rms_norm,
     rotate,
+    token_logits,
 )
 
 WEIGHT_NAMES = {
@@ -37,7 +38,8 @@ WEIGHT_NAMES = {
 
 
 def parse_config(hf: dict) -> ModelConfig:
-    """From the keys of Hugging Face's LlamaConfig, MistralConfig, Qwen2Config or Qwen3Config.
+    """From the keys of Hugging Face's LlamaConfig, MistralConfig, Qwen2Config or Qwen3Config, and
+    of those of families beside this one as far as they are alike.
 
     ValueError names an unknown rope type.
     """
@@ -62,7 +64,7 @@ def parse_config(hf: dict) -> ModelConfig:
         gated_mlp=True,
         attention_bias=bias,
         output_bias=bias and kind != "qwen2",
-        qk_norm=kind == "qwen3",
+        qk_norm="heads" if kind == "qwen3" else None,
         mlp_bias=hf.get("mlp_bias", False),
         rope=parse_rope(hf),
         **_windows(hf, kind),
@@ -133,13 +135,9 @@ def project(
 def finish(config: ModelConfig, weights: Weights, residual: Tensor, attention: Tensor) -> Tensor:
     """residual: [tokens, hidden]; attention: [tokens, q_size]; returns [tokens, hidden]."""
     x = residual + linear(weights, "o_proj", attention)
-    inner = rms_norm(config, weights, "mlp_norm", x)
-    gate = ACTIVATIONS[config.activation](linear(weights, "gate_proj", inner))
-    return x + linear(weights, "down_proj", gate * linear(weights, "up_proj", inner))
+    return x + gated_mlp(config, weights, rms_norm(config, weights, "mlp_norm", x))
 
 
 def head(config: ModelConfig, weights: Weights, x: Tensor) -> Tensor:
     """x: [rows, hidden]; returns float32 logits [rows, vocabulary]."""
-    x = rms_norm(config, weights, "final_norm", x)
-    name = "embed_tokens" if config.tie_word_embeddings else "lm_head"
-    return linear(weights, name, x).float()
+    return token_logits(config, weights, rms_norm(config, weights, "final_norm", x))

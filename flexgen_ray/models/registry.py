@@ -9,7 +9,7 @@ from types import ModuleType
 
 from flexgen_ray.config import DTYPE_BYTES
 from flexgen_ray.model_config import ModelConfig
-from flexgen_ray.models import llama, opt
+from flexgen_ray.models import llama, olmo2, opt
 from flexgen_ray.models.layers import ACTIVATIONS
 
 ARCHITECTURES: dict[str, ModuleType] = {
@@ -18,9 +18,10 @@ ARCHITECTURES: dict[str, ModuleType] = {
     "MistralForCausalLM": llama,
     "Qwen2ForCausalLM": llama,
     "Qwen3ForCausalLM": llama,
+    "Olmo2ForCausalLM": olmo2,
 }
 QUANT_METHOD = "flexgen_ray"  # of the quantization_config in a packed checkpoint's config.json
-FAMILIES: dict[str, ModuleType] = {"opt": opt, "llama": llama}
+FAMILIES: dict[str, ModuleType] = {"opt": opt, "llama": llama, "olmo2": olmo2}
 
 
 def load_config(folder: str | Path) -> ModelConfig:

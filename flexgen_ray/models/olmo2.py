@@ -1,0 +1,58 @@
+"""OLMo 2 (OLMo et al. 2024): Llama's, but what attention and MLP add is normed, not what they take;
+and queries and keys are, all heads' together.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import Tensor
+
+from flexgen_ray.model_config import ModelConfig
+from flexgen_ray.models import llama
+from flexgen_ray.models.layers import (
+    Weights,
+    gated_mlp,
+    linear,
+    project_heads,
+    rotate,
+    token_logits,
+    wide_rms_norm,
+)
+
+WEIGHT_NAMES = llama.WEIGHT_NAMES | {
+    "attention_norm": "model.layers.{}.post_attention_layernorm",
+    "mlp_norm": "model.layers.{}.post_feedforward_layernorm",
+}
+embed = llama.embed
+
+
+def parse_config(hf: dict) -> ModelConfig:
+    """From the keys of Hugging Face's Olmo2Config; ValueError names an unknown rope type."""
+    return replace(llama.parse_config(hf), family="olmo2", pre_norm=False, qk_norm="all")
+
+
+def project(
+    config: ModelConfig, weights: Weights, x: Tensor, positions: Tensor
+) -> tuple[Tensor, ...]:
+    """x: [tokens, hidden]; returns q, k, v, each [tokens, heads or kv_heads, head_dim]."""
+    assert config.rope is not None
+    q, k, v = project_heads(config, weights, x)
+    q, k = (
+        wide_rms_norm(config, weights, name, heads.flatten(1)).view_as(heads)
+        for name, heads in (("q_norm", q), ("k_norm", k))
+    )
+    q, k = rotate(config.rope, positions, q, k)
+    return q, k, v
+
+
+def finish(config: ModelConfig, weights: Weights, residual: Tensor, attention: Tensor) -> Tensor:
+    """residual: [tokens, hidden]; attention: [tokens, q_size]; returns [tokens, hidden]."""
+    added = linear(weights, "o_proj", attention)
+    x = residual + wide_rms_norm(config, weights, "attention_norm", added)
+    return x + wide_rms_norm(config, weights, "mlp_norm", gated_mlp(config, weights, x))
+
+
+def head(config: ModelConfig, weights: Weights, x: Tensor) -> Tensor:
+    """x: [rows, hidden]; returns float32 logits [rows, vocabulary]."""
+    return token_logits(config, weights, wide_rms_norm(config, weights, "final_norm", x))
