@@ -42,7 +42,7 @@ def pipelines(draw, num_layers: int) -> StagePolicies:
 
 @pytest.mark.parametrize("executor", ["serial", "async"])
 @pytest.mark.parametrize("name", tiny.CONFIGS)
-@settings(max_examples=5)
+@settings(max_examples=3)
 @given(data=st.data())
 def test_every_split_generates_the_same_tokens_as_transformers(tiny_models, name, executor, data):
     folder, references = tiny_models[name]

@@ -17,6 +17,7 @@ from transformers import (
     MistralConfig,
     Olmo2Config,
     OPTConfig,
+    Phi3Config,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
@@ -73,6 +74,11 @@ CONFIGS = {
         vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, intermediate_size=48, max_position_embeddings=CONTEXT,
         pad_token_id=0,
+    ),
+    "phi3": Phi3Config(
+        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, intermediate_size=48, max_position_embeddings=CONTEXT,
+        sliding_window=30, pad_token_id=0,
     ),
 }  # fmt: skip
 

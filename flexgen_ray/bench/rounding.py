@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from flexgen_ray.config import kept_tokens
-from flexgen_ray.cost.formats import TABLES, WeightFormat
+from flexgen_ray.cost.formats import WeightFormat
 from flexgen_ray.evaluation.perplexity import windows
 from flexgen_ray.models.registry import FAMILIES, load_config
 from flexgen_ray.quant import plain
@@ -115,16 +115,17 @@ def round_weights(
     """The matrices that this format packs."""
     config = load_config(folder)
     names = FAMILIES[config.family].WEIGHT_NAMES
-    parameters = dict(model.named_parameters())
+    parameters, rounded_already = dict(model.named_parameters()), set()
     with torch.no_grad():
         for layer in range(config.num_layers + 2):
             for name, shape in config.tensors(layer).items():
                 bits = kept.bits_of(name, shape)
                 module, _, kind = name.rpartition(".")
                 key = f"{names[module].format(layer - 1)}.{kind}"
-                # A tied head is the embedding, which has been rounded.
-                if bits and key in parameters and not (layer and name == TABLES[0]):
+                # A tied head is the embedding, and several weights may be rows of one parameter.
+                if bits and key in parameters and key not in rounded_already:
                     parameters[key].copy_(rounding(parameters[key], bits))
+                    rounded_already.add(key)
 
 
 def _torchao(weight: Tensor, bits: int) -> Tensor:

@@ -1,7 +1,8 @@
 """Reads a Hugging Face checkpoint tensor by tensor. Safetensors only; pickle is refused.
 
-Each read maps the file, copies one tensor and lets go, so memory peaks at one tensor. In a packed
-checkpoint (packed_checkpoint.py) matrices are uint8 as stores keep them.
+Each read maps the file, copies one tensor and lets go, so memory peaks at one tensor. Weights of
+one name in the checkpoint are rows of one tensor there, in the order of the family's WEIGHT_NAMES.
+In a packed checkpoint (packed_checkpoint.py) matrices are uint8 as stores keep them.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ class Checkpoint:
 
     def __init__(self, folder: str | Path, config: ModelConfig) -> None:
         self.folder = Path(folder)
+        self._config = config
         self._names = FAMILIES[config.family].WEIGHT_NAMES
         self._packed: set[str] = set()
         self._files, self._shapes = self._index()
@@ -39,18 +41,19 @@ class Checkpoint:
         """ValueError if a tensor of the layer is missing, has another shape, or is packed already
         and not as it is to be kept."""
         for name, shape in tensors.items():
-            found = self._shapes[self.key(layer, name)]
+            found, (_, count) = self._shapes[self.key(layer, name)], self._rows(layer, name)
+            whole = count, *shape[1:]
             if self.is_packed(layer, name):
                 bits = kept.bits_of(name, shape)
-                if bits is None or found != (*shape[:-1], packed_bytes(shape[-1], bits)):
+                if bits is None or found != (*whole[:-1], packed_bytes(shape[-1], bits)):
                     raise ValueError(
                         f"{self.folder}: {self.key(layer, name)} is packed into other bits "
                         f"than {bits}; leave the bits to the checkpoint, or take the original one"
                     )
-            elif found != shape:
+            elif found != whole:
                 raise ValueError(
                     f"{self.folder}: {self.key(layer, name)} has shape {list(found)}, "
-                    f"but config.json makes it {list(shape)}"
+                    f"but config.json makes it {list(whole)}"
                 )
 
     def is_packed(self, layer: int, name: str) -> bool:
@@ -59,9 +62,10 @@ class Checkpoint:
 
     def read_into(self, layer: int, name: str, destination: Tensor) -> None:
         """Copies one tensor, converting it to the destination's dtype."""
-        key = self.key(layer, name)
+        key, (rows, count) = self.key(layer, name), self._rows(layer, name)
         with _open(self._files[key]) as file:
-            destination.copy_(file.get_tensor(key))
+            is_whole = count == rows.stop - rows.start
+            destination.copy_(file.get_tensor(key) if is_whole else file.get_slice(key)[rows])
 
     def key(self, layer: int, name: str) -> str:
         """The name of a tensor in the checkpoint; ValueError if it has none."""
@@ -72,6 +76,16 @@ class Checkpoint:
             if candidate in self._files:
                 return candidate
         raise ValueError(f"{self.folder}: no safetensors file holds the tensor {key}")
+
+    def _rows(self, layer: int, name: str) -> tuple[slice, int]:
+        """Which rows a weight is of its tensor in the checkpoint, and how many that one has."""
+        module, _, kind = name.rpartition(".")
+        shapes, start, count = self._config.tensors(layer), 0, 0
+        for other, key in self._names.items():
+            if key == self._names[module]:
+                start = count if other == module else start
+                count += shapes[f"{other}.{kind}"][0]
+        return slice(start, start + shapes[name][0]), count
 
     def _index(self) -> tuple[dict[str, Path], dict[str, tuple[int, ...]]]:
         files: dict[str, Path] = {}

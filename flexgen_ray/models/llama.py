@@ -73,9 +73,10 @@ def parse_config(hf: dict) -> ModelConfig:
 
 
 def _windows(hf: dict, kind: str) -> dict:
-    """Which layers attend within a window: all of Mistral's, Qwen's from max_window_layers on."""
+    """Which layers attend within a window: all of Mistral's and Phi's, Qwen's from
+    max_window_layers on."""
     window, count = hf.get("sliding_window"), hf["num_hidden_layers"]
-    if kind == "mistral":
+    if kind in ("mistral", "phi3"):
         return {"sliding_window": window}
     if kind not in ("qwen2", "qwen3") or not window or not hf.get("use_sliding_window"):
         return {}
@@ -103,6 +104,9 @@ def parse_rope(hf: dict) -> Rope:
     kind = parameters.get("rope_type") or parameters.get("type") or "default"
     if kind not in ROPE_TYPES:
         raise ValueError(f"rope type {kind!r} is not supported; known are {', '.join(ROPE_TYPES)}")
+    partial = parameters.get("partial_rotary_factor") or hf.get("partial_rotary_factor") or 1
+    if partial != 1:
+        raise ValueError(f"partial_rotary_factor {partial} is not supported; only 1 is")
     return Rope(
         theta=parameters.get("rope_theta") or hf.get("rope_theta") or Rope.theta,
         type=kind,

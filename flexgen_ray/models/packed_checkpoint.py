@@ -73,7 +73,7 @@ def _packed(
     sizes: list[int],
 ) -> dict[str, Tensor]:
     """A layer's tensors by their names in the checkpoint; their bytes are added to the sizes."""
-    found = {}
+    found: dict[str, list[Tensor]] = {}
     for name, shape in config.tensors(layer).items():
         if layer == config.head_layer and config.tie_word_embeddings and name in config.tensors(0):
             continue
@@ -83,8 +83,8 @@ def _packed(
         written = values if bits is None else packer(values, bits)
         sizes[0] += values.numel() * DTYPE_BYTES[config.dtype]
         sizes[1] += written.nbytes
-        found[checkpoint.key(layer, name)] = written
-    return found
+        found.setdefault(checkpoint.key(layer, name), []).append(written)
+    return {key: torch.cat(parts) if parts[1:] else parts[0] for key, parts in found.items()}
 
 
 def _write_beside(

@@ -1,0 +1,74 @@
+"""What a config.json of each family means, and what is refused by its name."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import tiny
+
+from flexgen_ray.cost.formats import WeightFormat
+from flexgen_ray.model_config import ModelConfig
+from flexgen_ray.models.checkpoint import Checkpoint
+from flexgen_ray.models.registry import load_config
+
+
+def loaded(tiny_models, tmp_path, name: str, changes: dict, without: tuple[str, ...] = ()):
+    """The config of a tiny model with some keys changed or left out."""
+    keys = json.loads((tiny_models[name][0] / "config.json").read_text())
+    keys = {key: value for key, value in keys.items() if key not in without} | changes
+    (tmp_path / "config.json").write_text(json.dumps(keys))
+    return load_config(tmp_path)
+
+
+def windows(config: ModelConfig) -> list[int | None]:
+    return [config.window(layer) for layer in range(1, config.num_layers + 1)]
+
+
+@pytest.mark.parametrize(
+    "name, changes, expected",
+    [
+        ("mistral", {}, [6, 6]),
+        ("mistral", {"sliding_window": None}, [None, None]),
+        ("qwen2", {}, [None, 9]),
+        ("qwen2", {"max_window_layers": 0}, [9, 9]),
+        ("qwen2", {"max_window_layers": 28}, [None, None]),
+        ("qwen2", {"use_sliding_window": False}, [None, None]),
+        ("llama", {"sliding_window": 4}, [None, None, None]),
+        ("phi3", {}, [30, 30]),
+    ],
+)
+def test_windows_are_those_that_transformers_makes(tiny_models, tmp_path, name, changes, expected):
+    """Of configs as they were published, which don't list their layers."""
+    found = loaded(tiny_models, tmp_path, name, changes, without=("layer_types",))
+    assert windows(found) == expected
+    assert found.max_seq_len == tiny.CONTEXT
+
+
+@pytest.mark.parametrize(
+    "name, changes, message",
+    [
+        ("qwen2", {"layer_types": ["chunked_attention"] * 2}, "layer_types.*'chunked_attention'"),
+        ("qwen2", {"rope_parameters": {"rope_type": "yarn"}}, "rope type 'yarn' is not supported"),
+        ("phi3", {"rope_scaling": {"type": "longrope"}, "rope_parameters": None}, "'longrope'"),
+        (
+            "phi3",
+            {"rope_parameters": {"partial_rotary_factor": 0.75}},
+            "partial_rotary_factor 0.75",
+        ),
+        ("llama", {"architectures": ["Gemma2ForCausalLM"]}, "Gemma2ForCausalLM is not supported"),
+    ],
+)
+def test_what_is_not_supported_is_refused_by_name(tiny_models, tmp_path, name, changes, message):
+    with pytest.raises(ValueError, match=message):
+        loaded(tiny_models, tmp_path, name, changes)
+
+
+def test_rows_of_one_tensor_are_checked_as_a_whole(tiny_models):
+    folder, _ = tiny_models["phi3"]
+    config = load_config(folder)
+    wrong = replace(config, intermediate_size=40)
+    with pytest.raises(ValueError, match=r"gate_up_proj.weight has shape \[96, 32\].*\[80, 32\]"):
+        Checkpoint(folder, wrong).check(1, wrong.tensors(1), WeightFormat("float32"))
+    Checkpoint(folder, config).check(1, config.tensors(1), WeightFormat("float32"))
