@@ -23,9 +23,11 @@ class ModelConfig:
 
     attention_bias: of queries, keys and values; output_bias: of what follows attention; qk_norm:
     "heads" if each head's query and key is normed before it is rotated, "all" if those of all heads
-    are together. sliding_window: tokens that one attends, itself included, in decoder layers other
-    than full_attention_layers. weight_bits, embedding_bits: of a checkpoint that holds packed
-    weights (quant/packing.py), of the layers' and of both ends'.
+    are together; query_scale: by which queries are multiplied beside 1 / sqrt(head_dim);
+    branch_norms: what attention and MLP add is normed, beside what they take. sliding_window:
+    tokens that one attends, itself included, in decoder layers other than full_attention_layers;
+    window_rope: of those with a window, where theirs is another. weight_bits, embedding_bits: of a
+    checkpoint that holds packed weights (quant/packing.py), of the layers' and of both ends'.
     """
 
     family: str
@@ -50,9 +52,12 @@ class ModelConfig:
     attention_bias: bool = False
     output_bias: bool = False
     qk_norm: str | None = None
+    query_scale: float = 1.0
+    branch_norms: bool = False
     mlp_bias: bool = False
     position_table: int = 0
     rope: Rope | None = None
+    window_rope: Rope | None = None
     sliding_window: int | None = None
     full_attention_layers: tuple[int, ...] = ()
     eos_token_ids: tuple[int, ...] = ()
@@ -112,6 +117,8 @@ class ModelConfig:
             shapes |= {"q_norm.weight": (sizes[0],), "k_norm.weight": (sizes[1],)}
         shapes |= _linear("o_proj", hidden, self.q_size, self.output_bias)
         shapes |= self._norm("mlp_norm")
+        if self.branch_norms:
+            shapes |= self._norm("attention_post_norm") | self._norm("mlp_post_norm")
         if self.gated_mlp:
             shapes |= _linear("gate_proj", mlp, hidden, self.mlp_bias)
         shapes |= _linear("up_proj", mlp, hidden, self.mlp_bias)

@@ -27,7 +27,7 @@ DEVICES = ("cuda", "cpu")
 GREEDY = SamplingParams(max_tokens=MAX_TOKENS, temperature=0.0)
 
 
-@pytest.mark.parametrize("name", ["opt", "llama"])
+@pytest.mark.parametrize("name", ["opt", "llama", "gemma3"])
 @settings(max_examples=30)
 @given(policy=policies)
 def test_every_policy_generates_the_same_tokens_as_transformers(tiny_models, name, policy):

@@ -37,6 +37,8 @@ def windows(config: ModelConfig) -> list[int | None]:
         ("qwen2", {"use_sliding_window": False}, [None, None]),
         ("llama", {"sliding_window": 4}, [None, None, None]),
         ("phi3", {}, [30, 30]),
+        ("gemma3", {}, [7, 7, 7]),
+        ("gemma3", {"sliding_window_pattern": 2}, [7, None, 7]),
     ],
 )
 def test_windows_are_those_that_transformers_makes(tiny_models, tmp_path, name, changes, expected):
@@ -57,12 +59,30 @@ def test_windows_are_those_that_transformers_makes(tiny_models, tmp_path, name, 
             {"rope_parameters": {"partial_rotary_factor": 0.75}},
             "partial_rotary_factor 0.75",
         ),
+        ("gemma", {"use_bidirectional_attention": True}, "use_bidirectional_attention True"),
+        ("gemma3", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping 50.0"),
+        ("gemma3", {"final_logit_softcapping": 30.0}, "final_logit_softcapping 30.0"),
+        ("gemma3", {"sliding_window": None}, "there is no sliding_window"),
         ("llama", {"architectures": ["Gemma2ForCausalLM"]}, "Gemma2ForCausalLM is not supported"),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(tiny_models, tmp_path, name, changes, message):
     with pytest.raises(ValueError, match=message):
         loaded(tiny_models, tmp_path, name, changes)
+
+
+def test_gemma_means_the_same_in_the_keys_it_was_published_with(tiny_models, tmp_path):
+    now = load_config(tiny_models["gemma"][0])
+    assert now.tie_word_embeddings and now.activation == "gelu_pytorch_tanh"
+    keys = {"hidden_act": "gelu"}
+    assert loaded(tiny_models, tmp_path, "gemma", keys, ("tie_word_embeddings",)) == now
+    keys = {
+        "rope_theta": 1000.0,
+        "rope_scaling": {"rope_type": "linear", "factor": 2.0},
+        "rope_local_base_freq": 100.0,
+    }
+    old = loaded(tiny_models, tmp_path, "gemma3", keys, ("rope_parameters", "tie_word_embeddings"))
+    assert old == load_config(tiny_models["gemma3"][0])
 
 
 def test_rows_of_one_tensor_are_checked_as_a_whole(tiny_models):

@@ -124,15 +124,14 @@ def test_hidden_fractions_hold(placement, num_tokens):
         assert fraction > 0 or count == 0
 
 
-@given(policy=compressed)
-@settings(max_examples=15)
-def test_the_stores_take_exactly_what_was_computed(tiny_models, policy):
-    for name in ("opt-350m-like", "llama"):
-        folder, references = tiny_models[name]
-        with LLM(folder, policy=policy, dtype="float32", device="cpu", use_ray=False) as llm:
-            llm.generate([references[0].prompt], SamplingParams(max_tokens=2, temperature=0))
-            (stage,) = llm.report.stages
-            assert stage.used == stage_bytes(stage.plan)
+@given(policy=compressed, name=st.sampled_from(["opt-350m-like", "llama", "olmo2", "gemma3"]))
+@settings(max_examples=30)
+def test_the_stores_take_exactly_what_was_computed(tiny_models, policy, name):
+    folder, references = tiny_models[name]
+    with LLM(folder, policy=policy, dtype="float32", device="cpu", use_ray=False) as llm:
+        llm.generate([references[0].prompt], SamplingParams(max_tokens=2, temperature=0))
+        (stage,) = llm.report.stages
+        assert stage.used == stage_bytes(stage.plan)
 
 
 @given(policy=policies, tier=st.sampled_from(TIERS))

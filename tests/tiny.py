@@ -13,6 +13,8 @@ from tokenizers.decoders import Fuse
 from tokenizers.models import BPE
 from transformers import (
     AutoModelForCausalLM,
+    Gemma3TextConfig,
+    GemmaConfig,
     LlamaConfig,
     MistralConfig,
     Olmo2Config,
@@ -80,6 +82,20 @@ CONFIGS = {
         num_key_value_heads=2, intermediate_size=48, max_position_embeddings=CONTEXT,
         sliding_window=30, pad_token_id=0,
     ),
+    "gemma": GemmaConfig(
+        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=1, head_dim=16, intermediate_size=48, max_position_embeddings=CONTEXT,
+    ),
+    "gemma3": Gemma3TextConfig(
+        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, intermediate_size=48, max_position_embeddings=CONTEXT,
+        query_pre_attn_scalar=24, sliding_window=7,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        rope_parameters={
+            "full_attention": {"rope_type": "linear", "rope_theta": 1000.0, "factor": 2.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+        },
+    ),
 }  # fmt: skip
 
 
@@ -110,13 +126,16 @@ def save(name: str, folder: Path, max_shard_size: str = "5GB", **changes) -> Pat
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for key, parameter in model.named_parameters():
-            noise = torch.randn_like(parameter)
-            if "embed" in key or "lm_head" in key:
+            noise, is_gemma = torch.randn_like(parameter), "gemma" in name
+            if is_gemma and "embed" in key:  # the model itself scales it, by hidden_size**0.5
+                parameter.copy_(noise / 4 / config.hidden_size**0.5)
+            elif "embed" in key or "lm_head" in key:
                 parameter.copy_(noise)
             elif parameter.dim() == 2:
                 parameter.copy_(1.5 * noise / parameter.shape[-1] ** 0.5)
             else:
-                parameter.copy_(0.1 * noise + ("norm" in key and key.endswith("weight")))
+                is_norm = "norm" in key and key.endswith("weight")
+                parameter.copy_(0.1 * noise + (is_norm and not is_gemma))
     model.generation_config.eos_token_id = None
     model.config.eos_token_id = None
     model.save_pretrained(folder, max_shard_size=max_shard_size)

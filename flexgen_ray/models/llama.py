@@ -87,9 +87,11 @@ def _windows(hf: dict, kind: str) -> dict:
     return windows_of(kinds, window)
 
 
-def windows_of(layer_types: list[str], window: int) -> dict:
-    """Fields of ModelConfig. ValueError names an unknown type of a layer."""
+def windows_of(layer_types: list[str], window: int | None) -> dict:
+    """Fields of ModelConfig. ValueError names an unknown type of a layer, or a missing window."""
     unknown = set(layer_types) - {"full_attention", "sliding_attention"}
+    if "sliding_attention" in layer_types and not window:
+        raise ValueError("layer_types has sliding_attention, but there is no sliding_window")
     if unknown:
         raise ValueError(f"layer_types {sorted(unknown)} are not supported")
     full = [i for i, it in enumerate(layer_types, start=1) if it == "full_attention"]
@@ -125,7 +127,7 @@ def embed(config: ModelConfig, lookup: Lookup, tokens: Tensor, positions: Tensor
 
 
 def project(
-    config: ModelConfig, weights: Weights, x: Tensor, positions: Tensor
+    config: ModelConfig, weights: Weights, x: Tensor, positions: Tensor, layer: int
 ) -> tuple[Tensor, ...]:
     """x: [tokens, hidden]; returns q, k, v, each [tokens, heads or kv_heads, head_dim]."""
     assert config.rope is not None

@@ -33,7 +33,7 @@ def parse_config(hf: dict) -> ModelConfig:
 
 
 def project(
-    config: ModelConfig, weights: Weights, x: Tensor, positions: Tensor
+    config: ModelConfig, weights: Weights, x: Tensor, positions: Tensor, layer: int
 ) -> tuple[Tensor, ...]:
     """x: [tokens, hidden]; returns q, k, v, each [tokens, heads or kv_heads, head_dim]."""
     assert config.rope is not None

@@ -76,7 +76,7 @@ def embed(config: ModelConfig, lookup: Lookup, tokens: Tensor, positions: Tensor
 
 
 def project(
-    config: ModelConfig, weights: Weights, x: Tensor, positions: Tensor
+    config: ModelConfig, weights: Weights, x: Tensor, positions: Tensor, layer: int
 ) -> tuple[Tensor, ...]:
     """x: [tokens, hidden]; returns q, k, v, each [tokens, heads, head_dim]."""
     if config.pre_norm:

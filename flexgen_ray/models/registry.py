@@ -9,7 +9,7 @@ from types import ModuleType
 
 from flexgen_ray.config import DTYPE_BYTES
 from flexgen_ray.model_config import ModelConfig
-from flexgen_ray.models import llama, olmo2, opt, phi3
+from flexgen_ray.models import gemma, gemma3, llama, olmo2, opt, phi3
 from flexgen_ray.models.layers import ACTIVATIONS
 
 ARCHITECTURES: dict[str, ModuleType] = {
@@ -20,9 +20,18 @@ ARCHITECTURES: dict[str, ModuleType] = {
     "Qwen3ForCausalLM": llama,
     "Olmo2ForCausalLM": olmo2,
     "Phi3ForCausalLM": phi3,
+    "GemmaForCausalLM": gemma,
+    "Gemma3ForCausalLM": gemma3,
 }
 QUANT_METHOD = "flexgen_ray"  # of the quantization_config in a packed checkpoint's config.json
-FAMILIES: dict[str, ModuleType] = {"opt": opt, "llama": llama, "olmo2": olmo2, "phi3": phi3}
+FAMILIES: dict[str, ModuleType] = {
+    "opt": opt,
+    "llama": llama,
+    "olmo2": olmo2,
+    "phi3": phi3,
+    "gemma": gemma,
+    "gemma3": gemma3,
+}
 
 
 def load_config(folder: str | Path) -> ModelConfig:

@@ -6,7 +6,7 @@ The numbers are those of the config.json that each model was published with.
 from __future__ import annotations
 
 from flexgen_ray.model_config import ModelConfig
-from flexgen_ray.models import llama, opt
+from flexgen_ray.models import gemma, gemma3, llama, opt, phi3
 
 # Layers, hidden size, heads; the rest follows.
 _OPT = {
@@ -30,7 +30,56 @@ _QWEN3 = {
     "qwen3-8b": (36, 4096, 32, 12288),
     "qwen3-32b": (64, 5120, 64, 25600),
 }
-SHAPES = (*_OPT, *_LLAMA, *_QWEN3)
+# One of each kind, with all that differs.
+_OTHERS = {
+    "phi-3-mini": (
+        phi3,
+        {
+            "model_type": "phi3",
+            "num_hidden_layers": 32,
+            "hidden_size": 3072,
+            "num_attention_heads": 32,
+            "intermediate_size": 8192,
+            "vocab_size": 32064,
+            "max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-5,
+            "sliding_window": 2047,
+            "eos_token_ids": (32000,),
+        },
+    ),
+    "gemma-7b": (
+        gemma,
+        {
+            "num_hidden_layers": 28,
+            "hidden_size": 3072,
+            "num_attention_heads": 16,
+            "head_dim": 256,
+            "intermediate_size": 24576,
+            "vocab_size": 256000,
+            "max_position_embeddings": 8192,
+            "rms_norm_eps": 1e-6,
+            "eos_token_ids": (1,),
+        },
+    ),
+    "gemma-3-1b": (
+        gemma3,
+        {
+            "num_hidden_layers": 26,
+            "hidden_size": 1152,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 1,
+            "head_dim": 256,
+            "hidden_activation": "gelu_pytorch_tanh",
+            "intermediate_size": 6912,
+            "vocab_size": 262144,
+            "max_position_embeddings": 32768,
+            "rms_norm_eps": 1e-6,
+            "sliding_window": 512,
+            "eos_token_ids": (1,),
+        },
+    ),
+}
+SHAPES = (*_OPT, *_LLAMA, *_QWEN3, *_OTHERS)
 
 
 def shape_config(name: str) -> ModelConfig:
@@ -41,6 +90,9 @@ def shape_config(name: str) -> ModelConfig:
         return llama.parse_config(_llama_keys(name))
     if name in _QWEN3:
         return llama.parse_config(_qwen3_keys(name))
+    if name in _OTHERS:
+        family, keys = _OTHERS[name]
+        return family.parse_config(keys | {"dtype": "bfloat16"})
     raise ValueError(f"there is no built-in shape {name!r}; known are {', '.join(SHAPES)}")
 
 

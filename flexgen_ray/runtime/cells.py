@@ -146,7 +146,8 @@ class Cells:
         positions = self._pass(op).positions
         tensors = self.weights.tensors(op)
         for tile in self.plan.tiles(rows.num_tokens):
-            parts = self.family.project(self.config, tensors, work.hidden[tile], positions[tile])
+            hidden, its = work.hidden[tile], positions[tile]
+            parts = self.family.project(self.config, tensors, hidden, its, op.layer)
             for target, part in zip((work.q, work.k, work.v), parts, strict=True):
                 target[tile].copy_(part.flatten(1))
         self._attention.pack(work, rows.num_tokens)
