@@ -21,7 +21,7 @@ from flexgen_ray.models.shapes import shape_config
 
 GIB = 2**30
 OPT = shape_config("opt-1.3b")
-LLAMA = shape_config("llama-3-70b")
+LLAMA = replace(shape_config("llama-3-70b"), sliding_window=100)
 JOB = Job.uniform(1000, 128, 32)
 FEW_SHAPES = Search(batch_sizes=(1, 4, 16), batches=(2, 4), tiles=(512,), extra_blocks=(0,))
 # A machine that a model of 1.3B parameters doesn't fit.

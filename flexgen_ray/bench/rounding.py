@@ -94,16 +94,20 @@ class SparseAttention:
         self._sparsity = sparsity
         self.first = 0
 
-    def __call__(self, module, query, key, value, attention_mask, scaling=None, **kwargs):
+    def __call__(
+        self, module, query, key, value, attention_mask, scaling=None, sliding_window=None, **kwargs
+    ):
         groups = query.shape[1] // key.shape[1]
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
         scores = query @ key.transpose(-1, -2) * scaling
         length = scores.shape[-1]
-        future = torch.ones(length, length, dtype=torch.bool).triu(1)
-        weights = scores.masked_fill_(future, -torch.inf).softmax(-1)
+        pairs, window = torch.ones(length, length, dtype=torch.bool), sliding_window or length
+        unseen = pairs.triu(1) | pairs.tril(-window)
+        weights = scores.masked_fill_(unseen, -torch.inf).softmax(-1)
         for position in range(self.first, length):
             row = weights[0, :, position]
-            least = row.topk(kept_tokens(position + 1, self._sparsity)).values[:, -1:]
+            count = kept_tokens(min(position + 1, window), self._sparsity)
+            least = row.topk(count).values[:, -1:]
             row.masked_fill_(row < least, 0.0)
             row /= row.sum(-1, keepdim=True)
         return (weights @ value).transpose(1, 2).contiguous(), None

@@ -52,15 +52,15 @@ def decode_sparse(
     All but sparsity as for decode; only the values of the tokens chosen are used.
     """
     chosen = choose(q, k, lens, sparsity, mask, window)
-    return weigh(chosen.weights, chosen.of(v))
+    return weigh(chosen.weights, chosen.of(v[:, :, span(lens, window)]))
 
 
 @dataclass(frozen=True)
 class Chosen:
     """The tokens that decoding rows attend, the best first, and how they weigh.
 
-    tokens: int64 [rows, kv_heads, kept], where a row keeps fewer its first again; weights: float32
-    [rows, kv_heads, heads of each, kept], zero for those.
+    tokens: int64 [rows, kv_heads, kept], from the first of span on; where a row keeps fewer its
+    first again; weights: float32 [rows, kv_heads, heads of each, kept], zero for those.
     """
 
     tokens: Tensor
@@ -104,7 +104,7 @@ def choose(
         # What lies beyond a row's tokens may not be a number, which no weight of zero would mend.
         chosen = chosen.where(used[:, 0], chosen[..., :1])
         scores = scores.masked_fill(~used, -torch.inf)
-    return Chosen(chosen + tokens.start, scores.softmax(-1))
+    return Chosen(chosen, scores.softmax(-1))
 
 
 def weigh(weights: Tensor, values: Tensor) -> Tensor:
