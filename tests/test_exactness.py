@@ -66,7 +66,7 @@ def test_every_policy_generates_the_same_tokens_as_transformers(tiny_models, nam
 
 
 @pytest.mark.parametrize("name", tiny.CONFIGS)
-@settings(max_examples=4)
+@settings(max_examples=3)
 @given(policy=policies)
 def test_logits_are_those_of_transformers(tiny_models, name, policy, monkeypatch):
     folder, references = tiny_models[name]

@@ -25,10 +25,12 @@ def passed_values(config: ModelConfig, kind: OpKind) -> int:
     norm = hidden * (_RMS_NORM if config.rope else _LAYER_NORM)
     if kind is OpKind.PROJECT:
         rotated = _ROTATE * (q + kv) if config.rope else 0
+        rotated += _RMS_NORM * (q + kv) if config.qk_norm else 0
         return _COPY * hidden + norm + rotated + _COPY * (q + 2 * kv) + 2 * _COPY * kv
     if kind is OpKind.ATTEND_DEVICE:
         return _COPY * (q + 2 * kv)
     if kind is OpKind.FINISH:
         each = _ACTIVATE + (_MULTIPLY if config.gated_mlp else 0)
-        return 2 * (_ADD + _COPY) * hidden + norm + each * config.intermediate_size
+        norms = norm * (3 if config.branch_norms else 1)
+        return 2 * (_ADD + _COPY) * hidden + norms + each * config.intermediate_size
     return 0
