@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 from typing import Protocol
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -61,11 +62,17 @@ class Checkpoint:
         return self.key(layer, name) in self._packed
 
     def read_into(self, layer: int, name: str, destination: Tensor) -> None:
-        """Copies one tensor, converting it to the destination's dtype."""
+        """Copies one tensor, converting it to the destination's dtype.
+
+        ValueError if it has what is no number there: a NaN, an infinity, or too much for the dtype.
+        """
         key, (rows, count) = self.key(layer, name), self._rows(layer, name)
         with _open(self._files[key]) as file:
             is_whole = count == rows.stop - rows.start
-            destination.copy_(file.get_tensor(key) if is_whole else file.get_slice(key)[rows])
+            values = file.get_tensor(key) if is_whole else file.get_slice(key)[rows]
+            destination.copy_(values)
+            if destination.is_floating_point() and not _is_finite(values, destination):
+                raise ValueError(f"{self._files[key]}: {key} {_fault(values, destination)}")
 
     def key(self, layer: int, name: str) -> str:
         """The name of a tensor in the checkpoint; ValueError if it has none."""
@@ -102,8 +109,7 @@ class Checkpoint:
     def _shards(self) -> list[Path]:
         index = self.folder / "model.safetensors.index.json"
         if index.is_file():
-            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            shards = [self.folder / name for name in sorted(names)]
+            shards = [self.folder / name for name in sorted(_listed(index))]
         else:
             shards = sorted(self.folder.glob("*.safetensors"))
         missing = [shard for shard in shards if not shard.is_file()]
@@ -118,6 +124,41 @@ class Checkpoint:
                 "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
             )  # fmt: skip
         return shards
+
+
+def _listed(index: Path) -> set[str]:
+    """The files that the index of a checkpoint of several names."""
+    try:
+        return {str(name) for name in json.loads(index.read_bytes())["weight_map"].values()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{index} is damaged: it has no weight_map of tensors to files ({error}); download it "
+            "again"
+        ) from error
+
+
+def _is_finite(values: Tensor, copied: Tensor) -> bool:
+    """One pass, over the narrower of the two, where what is beyond its dtype is infinite."""
+    widens = copied.dtype == torch.float32 and values.dtype in (torch.float16, torch.bfloat16)
+    seen = values if widens and copied.device.type == "cpu" else copied
+    # Both extremes are NaN if any value is.
+    return bool(torch.stack(torch.aminmax(seen)).isfinite().all())
+
+
+def _fault(values: Tensor, copied: Tensor) -> str:
+    """What is wrong with a tensor's values, or with their copy in another dtype, and the remedy."""
+    count, wrong = values.numel(), int(values.isfinite().logical_not().sum())
+    if wrong:
+        nans = int(values.isnan().sum())
+        return (
+            f"holds {nans} NaN and {wrong - nans} infinite values of {count}, which make every "
+            "answer nonsense; download it again, or take another checkpoint"
+        )
+    wrong, dtype = int(copied.isfinite().logical_not().sum()), copied.dtype
+    return (
+        f"holds {wrong} values of {count} beyond {torch.finfo(dtype).max:g}, the most that "
+        f"{str(dtype).removeprefix('torch.')} can hold; take --dtype bfloat16 or float32"
+    )
 
 
 def _open(path: Path):
