@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import logging
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +25,7 @@ from flexgen_ray.units import format_bytes
 
 # Bytes of one request; measured: larger ones, or several at once, are hardly faster.
 PIECE = 8 * 2**20
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -128,14 +131,23 @@ class DiskTier(Ledger):
         try:
             os.posix_fallocate(file.fileno(), 0, nbytes)
         except OSError as error:
+            self.close()
+            free = format_bytes(shutil.disk_usage(self.folder).free)
             raise OSError(
                 error.errno,
                 f"cannot reserve {format_bytes(nbytes)} for {what} "
-                f"({os.strerror(error.errno or 0)}); free space there, lower the disk "
-                "fractions, or choose another --offload-dir",
+                f"({os.strerror(error.errno or 0)}; {free} is free); free space there, lower "
+                "--disk-memory or the disk fractions, or choose another --offload-dir",
                 str(self.folder),
             ) from error
-        return Region(file, str(self.folder), 0, nbytes, bypass_page_cache(file.fileno()))
+        is_direct = bypass_page_cache(file.fileno())
+        if not is_direct and len(self._files) == 1:
+            _log.warning(
+                "%s takes no direct requests (O_DIRECT): offloaded data also fills the page cache, "
+                "beside --cpu-memory; choose an --offload-dir on a local disk if memory is short",
+                self.folder,
+            )
+        return Region(file, str(self.folder), 0, nbytes, is_direct)
 
     def close(self) -> None:
         """Gives the space back."""
