@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
+import subprocess
+import sys
 import tempfile
 
-import pytest
-import tiny
-from hypothesis import HealthCheck, settings
-
+# Before what reads them is imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Tiny models only wait for each other on several threads.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+
+import pytest  # noqa: E402
+import tiny  # noqa: E402
+from hypothesis import HealthCheck, settings  # noqa: E402
 
 # A busy machine is slow, not wrong; and fixtures here are never changed by a test.
 settings.register_profile(
@@ -101,3 +105,25 @@ def policy_of_all():
 
     third = Placement(0.34, 0.33, 0.33)
     return Policy(3, 2, 16, weights=third, cache=third, activations=third, cpu_attention=0.5)
+
+
+@pytest.fixture
+def run_here(monkeypatch, capsys):
+    """The same in this process, where torch is loaded already: for the many ways to be refused."""
+
+    from flexgen_ray.cli import main
+
+    def call(*arguments: object) -> subprocess.CompletedProcess:
+        monkeypatch.setattr(sys, "argv", ["flexgen-ray", *map(str, arguments)])
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        before = [*zip(numbers, map(signal.getsignal, numbers), strict=True)]
+        try:
+            with pytest.raises(SystemExit) as ended:
+                main()
+        finally:
+            for number, handler in before:
+                signal.signal(number, handler)
+        shown = capsys.readouterr()
+        return subprocess.CompletedProcess([], ended.value.code or 0, shown.out, shown.err)
+
+    return call

@@ -18,7 +18,6 @@ import tiny
 import torch
 import yaml
 
-from flexgen_ray.cli import main
 from flexgen_ray.units import parse_bytes
 
 POLICY = {
@@ -40,26 +39,6 @@ def run(*arguments: object, **options) -> subprocess.CompletedProcess:
     return subprocess.run(
         command(*arguments), capture_output=True, text=True, timeout=120, check=False, **options
     )
-
-
-@pytest.fixture
-def run_here(monkeypatch, capsys):
-    """The same in this process, where torch is loaded already: for the many ways to be refused."""
-
-    def call(*arguments: object) -> subprocess.CompletedProcess:
-        monkeypatch.setattr(sys, "argv", ["flexgen-ray", *map(str, arguments)])
-        numbers = (signal.SIGINT, signal.SIGTERM)
-        before = [*zip(numbers, map(signal.getsignal, numbers), strict=True)]
-        try:
-            with pytest.raises(SystemExit) as ended:
-                main()
-        finally:
-            for number, handler in before:
-                signal.signal(number, handler)
-        shown = capsys.readouterr()
-        return subprocess.CompletedProcess([], ended.value.code or 0, shown.out, shown.err)
-
-    return call
 
 
 def rows(path: Path) -> dict[str, dict]:

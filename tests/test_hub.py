@@ -12,7 +12,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-from test_cli import rows, run_here  # noqa: F401 - a fixture
+from test_cli import rows
 
 from flexgen_ray.paths import find_model
 
@@ -32,7 +32,7 @@ def hub_cache(text_model, tmp_path, monkeypatch) -> Path:
     return cache
 
 
-def generate(run_here, folder: Path, model: object, *more: object):  # noqa: F811
+def generate(run_here, folder: Path, model: object, *more: object):
     (folder / "in.jsonl").write_text(json.dumps({"prompt": [5, 6, 7], "temperature": 0}))
     return run_here(
         "generate", "--model", model, "--input", folder / "in.jsonl", "--output",
@@ -40,14 +40,14 @@ def generate(run_here, folder: Path, model: object, *more: object):  # noqa: F81
     )  # fmt: skip
 
 
-def test_a_cached_model_runs_by_its_name_offline(run_here, hub_cache, tmp_path):  # noqa: F811
+def test_a_cached_model_runs_by_its_name_offline(run_here, hub_cache, tmp_path):
     done = generate(run_here, tmp_path, NAME)
     assert done.returncode == 0, done.stderr
     (row,) = rows(tmp_path / "out.jsonl").values()
     assert row["response"]["body"]["usage"]["completion_tokens"] == 2
 
 
-def test_offline_and_not_cached_says_so(run_here, hub_cache, tmp_path):  # noqa: F811
+def test_offline_and_not_cached_says_so(run_here, hub_cache, tmp_path):
     done = generate(run_here, tmp_path, "someone/else")
     assert done.returncode == 1 and "Traceback" not in done.stderr
     for word in ("someone/else", str(hub_cache), "HF_HUB_OFFLINE"):
@@ -99,7 +99,7 @@ def test_what_the_hub_refuses_is_explained(monkeypatch, error, words):
     assert all(word in str(told.value) for word in ["someone/closed", *words])
 
 
-def test_a_shape_runs_with_made_up_weights_and_only_with_them(run_here, tmp_path):  # noqa: F811
+def test_a_shape_runs_with_made_up_weights_and_only_with_them(run_here, tmp_path):
     done = generate(run_here, tmp_path, "opt-125m")
     assert done.returncode == 1 and "--dummy-weights" in done.stderr
     assert not (tmp_path / "out.jsonl").exists()

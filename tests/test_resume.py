@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from test_cli import POLICY, command, run, run_here  # noqa: F401 (a fixture)
+from test_cli import POLICY, command, run
 from test_job import rows
 
 from flexgen_ray.cli import main
@@ -86,7 +86,7 @@ def kill_at(job: list, output: Path, num_bytes: int) -> None:
     ],
 )
 def test_killed_and_resumed_the_output_is_that_of_one_run(
-    run_here,  # noqa: F811
+    run_here,
     job,
     undisturbed,
     tmp_path,
@@ -114,7 +114,7 @@ def test_killed_and_resumed_the_output_is_that_of_one_run(
 
 
 def test_a_job_in_work_is_guarded_and_says_how_to_go_on_when_it_is_stopped(
-    run_here,  # noqa: F811
+    run_here,
     job,
     tmp_path,
 ):
@@ -156,7 +156,7 @@ def test_from_standard_input_to_standard_output(job, undisturbed):
 @pytest.mark.parametrize(
     ("output", "complaint"), [("/dev/full", "No space left on device"), (".", "Is a directory")]
 )
-def test_where_nothing_can_be_written_is_said(run_here, job, output, complaint):  # noqa: F811
+def test_where_nothing_can_be_written_is_said(run_here, job, output, complaint):
     done = run_here(*job, "--output", output)
     assert done.returncode == 1 and complaint in done.stderr, done.stderr
 
