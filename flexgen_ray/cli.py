@@ -25,12 +25,14 @@ from flexgen_ray.options import (
     GpuOption,
     InputOption,
     KeepOrderOption,
+    MaxTokensOption,
     NoRayOption,
     OffloadOption,
     OutputOption,
     OverwriteOption,
     ReportOption,
     StagesOption,
+    TemperatureOption,
     TraceOption,
     num_stages,
     with_engine,
@@ -78,8 +80,8 @@ def generate(
     engine: dict[str, Any],
     input: InputOption,
     output: OutputOption,
-    max_tokens: Annotated[int, typer.Option(help="For lines that don't say.")] = 16,
-    temperature: Annotated[float, typer.Option(help="Likewise; 0 is greedy.")] = 1.0,
+    max_tokens: MaxTokensOption = None,
+    temperature: TemperatureOption = None,
     seed: Annotated[int, typer.Option(help="For requests without a seed of their own.")] = 0,
     overwrite: OverwriteOption = False,
     keep_order: KeepOrderOption = False,
@@ -97,11 +99,14 @@ def generate(
     from flexgen_ray.io.journal import Journal
     from flexgen_ray.job import lossy_facts, read_job, run_job
     from flexgen_ray.llm import LLM
+    from flexgen_ray.model_defaults import model_defaults
     from flexgen_ray.paths import find_model
     from flexgen_ray.progress import progress_bar
     from flexgen_ray.request import SamplingParams
 
-    defaults = SamplingParams(max_tokens=max_tokens, temperature=temperature)
+    options = {"max_tokens": max_tokens, "temperature": temperature}
+    given: dict[str, Any] = {name: it for name, it in options.items() if it is not None}
+    SamplingParams(**given)
     for path in filter(None, (output, report, trace)):
         if not path.parent.is_dir():
             raise FileNotFoundError(f"{path.parent} does not exist; make it first")
@@ -111,6 +116,7 @@ def generate(
     is_dummy = engine["load_format"] == "dummy"
     model = f"dummy {engine['model']}" if is_dummy else str(find_model(engine["model"], _say))
     facts |= {"model": model, "dtype": engine["dtype"]}
+    defaults = SamplingParams(**({} if is_dummy else model_defaults(Path(model))) | given)
     with Journal(output, overwrite, keep_order) as journal, told_how_to_resume(journal):
         lines = read_job(input, journal, defaults, facts)
         if not lines:

@@ -25,6 +25,7 @@ def generation(
             "tokens, and one must be left for the answer; shorten the prompt"
         )
     _check_vocabulary([*token_ids, *params.stop_token_ids], config)
+    _check_ends(params, config)
     first = 1 if params.prompt_logprobs is not None else len(token_ids)
     tops = [top for top in (params.logprobs, params.prompt_logprobs) if top is not None]
     most = min(params.max_tokens, limit - len(token_ids))
@@ -53,6 +54,17 @@ def scoring(
     cut = first if in_decode else count - 1
     params = SamplingParams(max_tokens=count - cut, temperature=0.0)
     return Request(index, token_ids[:cut], params, token_ids[cut:], first)
+
+
+def _check_ends(params: SamplingParams, config: ModelConfig) -> None:
+    """ValueError if before min_tokens no token could be chosen."""
+    ends = {*params.stop_token_ids, *(() if params.ignore_eos else config.eos_token_ids)}
+    if params.min_tokens and ends.issuperset(range(config.vocab_size)):
+        raise ValueError(
+            f"min_tokens is {params.min_tokens}, but stop_token_ids and the model's end tokens are "
+            f"all {config.vocab_size} of the vocabulary, and none of them may come before; stop at "
+            "fewer, or give min_tokens 0"
+        )
 
 
 def _check_vocabulary(token_ids: list[int], config: ModelConfig) -> None:

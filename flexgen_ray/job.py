@@ -90,6 +90,7 @@ def _requests(llm: LLM, lines: list[BatchLine]) -> tuple[list[Request], dict[str
     same tokens; and what to say to the others, by custom_id."""
     requests: list[Request] = []
     errors: dict[str, str] = {}
+    llm.tokenizer.check()  # its own faults are no line's
     for line in lines:
         try:
             requests.append(_request(llm, line))

@@ -18,6 +18,7 @@ from flexgen_ray.config import Faults, HardwareSpec, Policy, Workload
 from flexgen_ray.cost.plan import StagePlan
 from flexgen_ray.fitting import generation, scoring
 from flexgen_ray.messages import several_chats
+from flexgen_ray.model_defaults import model_defaults
 from flexgen_ray.models.registry import load_config
 from flexgen_ray.models.shapes import shape_config
 from flexgen_ray.paths import default_offload_dir, find_model
@@ -95,7 +96,7 @@ class LLM:
         # A name is looked up on each stage's node.
         self._name = str(self.model if Path(model).is_dir() else model)
         self.config = shape_config(str(model)) if is_shape else load_config(self.model)
-        self.tokenizer = Tokenizer(self.model)
+        self.tokenizer = Tokenizer(self.model, self.config.vocab_size)
         packed = {it: getattr(self.config, it) for it in ("weight_bits", "embedding_bits")}
         self._base = Policy(**packed).compressed(**lossy)
         given = StagePolicies.given(policy)
@@ -127,9 +128,12 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> list[RequestOutput]:
-        """One output a prompt, in input order. Prompts are texts or lists of token ids."""
+        """One output a prompt, in input order. Prompts are texts or lists of token ids.
+
+        Without sampling_params they are the model's own.
+        """
         several = several_prompts(prompts)
-        params = sampling_params or SamplingParams()
+        params = self.get_default_sampling_params() if sampling_params is None else sampling_params
         each = [params] * len(several) if isinstance(params, SamplingParams) else list(params)
         if len(each) != len(several):
             raise ValueError(f"{len(several)} prompts but {len(each)} sampling_params; match them")
@@ -149,6 +153,10 @@ class LLM:
         """The same for chats, lists of {"role": ..., "content": ...}, worded as the model's are."""
         chats = [self.tokenizer.chat(chat) for chat in several_chats(messages)]
         return self.generate(chats, sampling_params)
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What the model's generation_config.json says, and the usual for the rest."""
+        return SamplingParams(**({} if self._is_dummy else model_defaults(self.model)))
 
     def request(self, index: int, prompt: Prompt, params: SamplingParams) -> Request:
         """A request that will fit the model; ValueError says why it can't.
@@ -175,6 +183,7 @@ class LLM:
         self._refuse_while_running()
         if not requests:
             return
+        self.tokenizer.check()
         requests = Samples(requests).requests
         workload = Workload(
             # How many there are matters to the default policy alone.
@@ -190,16 +199,10 @@ class LLM:
         found = run.plan(self.policies, self.machines, self.budgets, requests)
         self._plans = None
         started = time.perf_counter()
+        model = None if self._is_dummy else self._name
+        common = self._execution | {"offload_dir": str(self.offload_dir), "seed": self.seed}
         specs = [
-            StageSpec(
-                model=None if self._is_dummy else self._name,
-                plan=plan,
-                budget=budget,
-                device=machine.device,
-                offload_dir=str(self.offload_dir),
-                seed=self.seed,
-                **self._execution,
-            )
+            StageSpec(model, plan, budget, machine.device, **common)
             for plan, budget, machine in zip(found.stages, self.budgets, self.machines, strict=True)
         ]
         if self._measures:

@@ -49,6 +49,12 @@ OverwriteOption = Annotated[
 KeepOrderOption = Annotated[
     bool, typer.Option("--keep-order", help="In the input's order, not as answers are finished.")
 ]
+MaxTokensOption = Annotated[
+    int | None, typer.Option(help="For lines that don't say; if not given, the model's own, or 16.")
+]
+TemperatureOption = Annotated[
+    float | None, typer.Option(help="Likewise; the model's own, or 1; 0 is greedy.")
+]
 DummyOption = Annotated[
     bool,
     typer.Option(

@@ -36,12 +36,14 @@ def request_output(request: Request, finished: Finished, tokenizer: Tokenizer) -
 def _text(
     answer: list[int], finish_reason: str, params: SamplingParams, tokenizer: Tokenizer
 ) -> str:
-    """Up to the stop string, or the stop token, that ended it."""
+    """Up to the stop string, or the stop token, that ended it, and with it if it is asked for."""
+    keeps = params.include_stop_str_in_output
     if finish_reason == "stop" and answer[-1] in params.stop_token_ids:
-        return tokenizer.decode(answer[:-1])
+        return tokenizer.decode(answer if keeps else answer[:-1])
     text = tokenizer.decode(answer)
     early = len(tokenizer.decode(answer[: params.min_tokens])) if params.min_tokens else 0
-    return text[: first_stop(text, params.stop, early)]
+    found = first_stop(text, params.stop, early)
+    return text if found is None else text[: found[keeps]]
 
 
 def _logprobs(

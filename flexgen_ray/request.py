@@ -28,7 +28,7 @@ class SamplingParams:
     divides the positive logits, and multiplies the negative ones, of tokens of prompt and answer.
     stop_token_ids end an answer as an end token does, even with ignore_eos; before min_tokens
     neither these nor end tokens can be chosen, and stop strings are not looked for. n: how many
-    answers, each drawn by itself.
+    answers, each drawn by itself. include_stop_str_in_output: the text keeps what ended it.
     """
 
     max_tokens: int = 16
@@ -47,6 +47,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     min_tokens: int = 0
     n: int = 1
+    include_stop_str_in_output: bool = False
 
     def __post_init__(self) -> None:
         stop: object = self.stop
@@ -65,8 +66,9 @@ class SamplingParams:
             raise ValueError(f"top_p is {self.top_p!r}; it must be above 0 and at most 1")
         if self.seed is not None and not _is_number(self.seed, int):
             raise ValueError(f"seed is {self.seed!r}; it must be an integer")
-        if not isinstance(self.ignore_eos, bool):
-            raise ValueError(f"ignore_eos is {self.ignore_eos!r}; it must be true or false")
+        for name in ("ignore_eos", "include_stop_str_in_output"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be true or false")
         for name in ("logprobs", "prompt_logprobs"):
             top = getattr(self, name)
             if top is not None and (not _is_number(top, int) or not 0 <= top <= MAX_LOGPROBS):
@@ -120,10 +122,11 @@ class SamplingParams:
             )
 
 
-def first_stop(text: str, stops: tuple[str, ...], looked_at_from: int = 0) -> int | None:
-    """Where the first stop string begins that ends beyond the first so many characters."""
-    places = [text.find(stop, max(0, looked_at_from - len(stop) + 1)) for stop in stops]
-    return min((place for place in places if place >= 0), default=None)
+def first_stop(text: str, stops: tuple[str, ...], after: int = 0) -> tuple[int, int] | None:
+    """Begin and end of the first stop string that ends beyond the first `after` characters."""
+    begins = [text.find(stop, max(0, after - len(stop) + 1)) for stop in stops]
+    found = [(at, at + len(stop)) for at, stop in zip(begins, stops, strict=True) if at >= 0]
+    return min(found, default=None)
 
 
 def _is_number(value: object, kind) -> bool:

@@ -26,7 +26,7 @@ class Samples:
             for sample in range(request.params.n):
                 one = request
                 if sample:
-                    one = replace(request, index=next(unused), sample=sample, first=request.index)
+                    one = _another(request, sample, next(unused))
                 self.requests.append(one)
                 self._asked[one.index] = request, sample
 
@@ -45,3 +45,13 @@ class Samples:
         del self._outputs[request.index]
         answers = [replace(found[i].outputs[0], index=i) for i in range(request.params.n)]
         return replace(found[0], outputs=answers)
+
+
+def _another(request: Request, sample: int, index: int) -> Request:
+    """A request for another answer, without the prompt's scores, which the first one has."""
+    one = replace(request, index=index, sample=sample, first=request.index)
+    if request.params.prompt_logprobs is None:
+        return one
+    top = request.params.logprobs
+    first = None if top is None else len(request.prompt_token_ids)
+    return replace(one, scored_from=first, top=top or 0)

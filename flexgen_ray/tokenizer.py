@@ -12,14 +12,23 @@ _FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.mo
 
 
 class Tokenizer:
-    """Loaded on first use; `exists` is false for a folder without tokenizer files."""
+    """Loaded on first use; `exists` is false for a folder without tokenizer files.
 
-    def __init__(self, folder: str | Path) -> None:
+    vocab_size: the model's, if the tokenizer is to be refused that has more.
+    """
+
+    def __init__(self, folder: str | Path, vocab_size: int | None = None) -> None:
         self.folder = Path(folder)
+        self._vocab_size = vocab_size
 
     def load(self) -> None:
         """Takes the seconds that loading takes now."""
         _ = self.hf
+
+    def check(self) -> None:
+        """Loads it if there is one, for answers will need it; ValueError as `hf`."""
+        if self.exists:
+            self.load()
 
     @property
     def exists(self) -> bool:
@@ -57,7 +66,8 @@ class Tokenizer:
 
     @cached_property
     def hf(self):
-        """The transformers tokenizer; ValueError if the folder has none."""
+        """The transformers tokenizer; ValueError if the folder has none, or one that can't be
+        loaded or is another model's."""
         if not self.exists:
             raise ValueError(
                 f"{self.folder} has no tokenizer ({', '.join(_FILES)}); give prompts as token ids, "
@@ -65,4 +75,18 @@ class Tokenizer:
             )
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
+        try:
+            found = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
+        except Exception as error:
+            # Of damaged files libraries raise anything.
+            raise ValueError(
+                f"{self.folder}: the tokenizer can't be loaded ({error}); download its files again"
+            ) from error
+        # Tokens that were added may be more than the model has: those hardly ever occur.
+        if self._vocab_size is not None and found.vocab_size > self._vocab_size:
+            raise ValueError(
+                f"{self.folder}: the tokenizer has {found.vocab_size} tokens, but the model "
+                f"{self._vocab_size} (vocab_size in config.json): it is another model's; put the "
+                "model's own tokenizer files there"
+            )
+        return found

@@ -126,11 +126,12 @@ def reference_token(logits: list[float], draw: Draw) -> int:
     values = list(logits)
     its = draw.penalties
     for token in range(len(values)):
-        if its and token in its.prompt + its.answer:
+        said = dict(its.answer) if its else {}
+        if its and token in (*its.prompt, *said):
             positive = values[token] > 0
             values[token] *= 1 / its.repetition if positive else its.repetition
-        if its and token in its.answer:
-            values[token] -= its.frequency * its.answer.count(token) + its.presence
+        if its and token in said:
+            values[token] -= its.frequency * said[token] + its.presence
         if token in draw.banned:
             values[token] = float("-inf")
     order = sorted(range(len(values)), key=lambda token: -values[token])
@@ -156,7 +157,8 @@ def reference_token(logits: list[float], draw: Draw) -> int:
 def draws_of(draw, size=13):
     tokens = st.lists(st.integers(0, size - 1), max_size=8).map(tuple)
     penalty, maybe = st.floats(-2, 2), draw(st.integers(0, 3))
-    penalties = st.builds(Penalties, penalty, penalty, st.floats(0.3, 3), tokens, tokens)
+    said = tokens.map(lambda them: tuple(Counter(them).items()))
+    penalties = st.builds(Penalties, penalty, penalty, st.floats(0.3, 3), tokens, said)
     return Draw(
         temperature=draw(st.sampled_from([0.0, 0.3, 1.0, 1.7])),
         top_p=draw(st.floats(0.05, 1)),

@@ -7,9 +7,10 @@ request takes it at the batch's next pass. Knows tokens; no tensors, no tiers.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import islice
 
 from flexgen_ray.request import Finished, Request, SamplingParams, Score, SlotScores, first_stop
@@ -22,13 +23,26 @@ Decode = Callable[[list[int]], str]
 @dataclass
 class _Sequence:
     """A request in a slot: its tokens, how many of them were known when it came, and how many the
-    cache holds."""
+    cache holds. counts: how often its answer has each token."""
 
     request: Request
     token_ids: list[int]
     scores: list[Score]
     num_known: int
     cached: int = 0
+    counts: Counter[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.counts = Counter(self.generated)
+
+    def append(self, token: int) -> None:
+        self.token_ids.append(token)
+        self.counts[token] += 1
+
+    @cached_property
+    def prompt_tokens(self) -> tuple[int, ...]:
+        """The distinct ones."""
+        return tuple(sorted(set(self.request.prompt_token_ids)))
 
     @property
     def generated(self) -> list[int]:
@@ -119,7 +133,7 @@ class Batcher:
             sequence.scores += found
         for slot, token in zip(slots, token_ids, strict=True):
             sequence = self._slots[batch][slot]
-            sequence.token_ids.append(token)
+            sequence.append(token)
             self._accepted.append((sequence.request.index, token))
             reason = self._finish_reason(sequence, token)
             if reason:
@@ -227,11 +241,11 @@ class Batcher:
 
 
 def _penalties(sequence: _Sequence) -> Penalties:
-    params, prompt = sequence.request.params, sequence.request.prompt_token_ids
+    params = sequence.request.params
     return Penalties(
         params.presence_penalty,
         params.frequency_penalty,
         params.repetition_penalty,
-        tuple(sorted(set(prompt))) if params.repetition_penalty != 1 else (),
-        tuple(sequence.generated),
+        sequence.prompt_tokens if params.repetition_penalty != 1 else (),
+        tuple(sequence.counts.items()),
     )

@@ -7,7 +7,7 @@ changes its tokens.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import astuple, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -19,14 +19,14 @@ class Penalties:
 
     repetition: logits of tokens of prompt and answer are divided by it, or multiplied where they
     are negative. Then frequency, times how often the answer has a token, and presence, if it has
-    it at all, are subtracted. prompt: its distinct tokens; answer: all of its own.
+    it at all, are subtracted. prompt: its distinct tokens; answer: (token, how often), of its own.
     """
 
     presence: float
     frequency: float
     repetition: float
     prompt: tuple[int, ...]
-    answer: tuple[int, ...]
+    answer: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,9 @@ class Draw:
 
     def encode(self) -> list:
         """For JSON, without what few draws have."""
-        values, usual = list(astuple(self)), [it.default for it in fields(self)]
+        values, usual = [*vars(self).values()], [it.default for it in fields(self)]
+        if self.penalties is not None:
+            values[-1] = [*vars(self.penalties).values()]
         while values[-1] == usual[len(values) - 1]:
             values.pop()
         return values
@@ -61,7 +63,8 @@ class Draw:
         """The inverse."""
         draw = Draw(*values)
         banned, its = tuple(draw.banned), values[8] if len(values) > 8 else None
-        penalties = its and Penalties(its[0], its[1], its[2], tuple(its[3]), tuple(its[4]))
+        answer = tuple((token, count) for token, count in its[4]) if its else ()
+        penalties = its and Penalties(its[0], its[1], its[2], tuple(its[3]), answer)
         return replace(draw, banned=banned, penalties=penalties)
 
 
@@ -110,13 +113,17 @@ def _choose(logits: Tensor, draws: list[Draw]) -> Tensor:
 
 def penalise(row: Tensor, its: Penalties) -> None:
     """row: [vocabulary] logits, changed in place."""
-    answer = torch.tensor(its.answer, dtype=torch.int64, device=row.device)
+    pairs = torch.tensor(its.answer, dtype=torch.int64).view(-1, 2).to(row.device)
+    tokens, counts = pairs.unbind(1)
     if its.repetition != 1:
-        seen = list({*its.prompt, *its.answer})
+        prompt = torch.tensor(its.prompt, dtype=torch.int64).to(row.device)
+        # A token of both is written twice, with the same value.
+        seen = torch.cat((prompt, tokens))
+        # What overflows would leave no number after the softmax.
+        by, most = min(max(its.repetition, 1e-30), 1e30), torch.finfo(row.dtype).max
         values = row[seen]
-        row[seen] = torch.where(values > 0, values / its.repetition, values * its.repetition)
+        row[seen] = torch.where(values > 0, values / by, values * by).clamp(-most, most)
     if its.frequency or its.presence:
-        tokens, counts = answer.unique(return_counts=True)
         row[tokens] -= its.frequency * counts + its.presence
 
 
