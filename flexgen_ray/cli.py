@@ -16,6 +16,7 @@ import typer
 
 from flexgen_ray import __version__
 from flexgen_ray.bench.group import Benchmarks
+from flexgen_ray.completion import CompletionOption
 from flexgen_ray.evaluation.commands import app as evaluation
 from flexgen_ray.exits import EXIT_STOPPED, exit_status, told_how_to_resume
 from flexgen_ray.options import (
@@ -47,6 +48,7 @@ app = typer.Typer(
     name="flexgen-ray",
     help="Bulk text generation with models larger than the GPUs at hand.",
     no_args_is_help=True,
+    add_completion=False,  # completion.py
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # half the time of --help
 )
@@ -70,6 +72,7 @@ def _main(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
+    show_completion: CompletionOption = None,
 ) -> None:
     pass
 
@@ -121,7 +124,8 @@ def generate(
         lines = read_job(input, journal, defaults, facts)
         if not lines:
             journal.begin()
-            _say(f"{output} answers all of {input} already; --overwrite would do it anew")
+            done = f"{output} answers all of {input} already; --overwrite would do it anew"
+            _say(done if journal.answered else f"{input} holds no requests")
             return exit_status(journal)
         with LLM(**engine, seed=seed, trace=trace is not None) as llm:
             with progress_bar(len(lines)) as on_progress:
@@ -252,4 +256,5 @@ def main() -> None:
         _say(f"flexgen-ray: error: {error}")
         sys.exit(1)
     except KeyboardInterrupt:
+        _say("flexgen-ray: stopped")
         sys.exit(EXIT_STOPPED)

@@ -12,6 +12,7 @@ from openai.types import Completion
 from openai.types.chat import ChatCompletion
 from openai.types.shared import ErrorObject
 
+from flexgen_ray.io import openai_batch
 from flexgen_ray.io.lines import MAX_LINE_BYTES, InputLines
 from flexgen_ray.io.openai_batch import error_row, read_lines, refusal, response_row
 from flexgen_ray.request import CompletionOutput, RequestOutput, SamplingParams
@@ -32,11 +33,13 @@ def test_a_batch_line_with_every_parameter():
     (line,) = parse(
         batch(
             model="m", prompt="Hi", max_tokens=3, temperature=0.5, top_p=0.9, seed=1,
-            stop=["\n", "."], ignore_eos=True,
+            stop=["\n", "."], ignore_eos=True, include_stop_str_in_output=True,
         )
     )  # fmt: skip
     assert line.prompt == "Hi"
-    assert line.params == SamplingParams(3, 0.5, 0.9, 1, ("\n", "."), True)
+    assert line.params == SamplingParams(
+        3, 0.5, 0.9, 1, ("\n", "."), True, include_stop_str_in_output=True
+    )
 
 
 def test_plain_lines_and_defaults():
@@ -104,6 +107,7 @@ def test_plain_lines_and_defaults():
         (b'{"prompt": "x", "stop": [3]}', "stop is (3,)"),
         (b'{"prompt": "x", "stop": [""]}', "stop is ('',)"),
         (b'{"prompt": "x", "ignore_eos": "yes"}', "ignore_eos is 'yes'"),
+        (b'{"prompt": "x", "include_stop_str_in_output": 1}', "in_output is 1; it must be true"),
         (b'{"custom_id": 5, "prompt": "x"}', "custom_id is 5"),
         (b'{"custom_id": "a", "url": "/v1/chat", "body": {"prompt": "x"}}', "/v1/completions"),
         (b'{"custom_id": "a", "body": "x"}', "body must be"),
@@ -208,20 +212,7 @@ _JSON = st.recursive(
 @given(
     st.dictionaries(
         st.sampled_from(
-            [
-                "prompt",
-                "stop",
-                "seed",
-                "max_tokens",
-                "temperature",
-                "body",
-                "custom_id",
-                "url",
-                "method",
-                "messages",
-                "n",
-                "max_completion_tokens",
-            ]
+            sorted({"body", "custom_id", "url", "method"} | openai_batch._BODY_KEYS | {"best_of"})
         ),
         _JSON,
     )

@@ -138,6 +138,17 @@ _PARAMS = {
     "stop": st.text(min_size=1) | st.lists(st.text(min_size=1)) | _ANY,
     "ignore_eos": st.booleans() | _ANY,
     "custom_id": st.text() | _ANY,
+    "n": st.integers(1, 3) | _ANY,
+    "logprobs": st.integers(0, 3) | st.booleans() | _ANY,
+    "echo": st.booleans() | _ANY,
+    "top_k": st.integers(-1, 99) | st.just(10**30) | _ANY,
+    "min_p": st.floats(0, 1) | _ANY,
+    "min_tokens": st.integers(0, 9) | _ANY,
+    "stop_token_ids": st.lists(st.integers(0, 96)) | st.just([*range(97)]) | _ANY,
+    "presence_penalty": st.floats(-2, 2) | _ANY,
+    "frequency_penalty": st.floats(-2, 2) | _ANY,
+    "repetition_penalty": st.sampled_from([5e-324, 1e-9, 1.2, 1e9, 1e308]) | _ANY,
+    "include_stop_str_in_output": st.booleans() | _ANY,
 }
 _PROMPT = st.text() | st.lists(st.integers(-1, 99)) | _ANY
 _MESSAGES = st.lists(st.fixed_dictionaries({"role": st.text(), "content": st.text()})) | _ANY

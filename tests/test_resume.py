@@ -23,12 +23,15 @@ NUM_LINES = 30
 
 
 def line(number: int) -> str:
-    """Sampled, without a seed of its own; every seventh is bad, every fifth a chat."""
+    """Sampled, without a seed of its own; every seventh is bad, every fifth a chat, and every third
+    has several answers."""
     rng = random.Random(number)
     text, max_tokens = "x" * rng.randint(1, 60), rng.randint(20, 60)
     asked = {"messages": [{"role": "user", "content": text}]} if number % 5 == 0 else {}
     asked = asked or {"prompt": "" if number % 7 == 0 else text}
-    return json.dumps({"custom_id": f"{number:02}", **asked, "max_tokens": max_tokens})
+    several = {"n": 3, "max_tokens": max_tokens // 3} if number % 3 == 0 else {}
+    asked |= {"max_tokens": max_tokens} | several
+    return json.dumps({"custom_id": f"{number:02}", **asked})
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from flexgen_ray import LLM, Policy, SamplingParams
 from flexgen_ray.io.journal import Journal
 from flexgen_ray.job import read_job, run_job
+from flexgen_ray.samples import Samples
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +40,23 @@ def test_samples_are_drawn_apart_and_the_same_whatever_the_batch(llm, seed):
     assert [answer.token_ids for answer in fewer.outputs] == answers[:3]
     (one,) = llm.generate(["Hello"], SamplingParams(8, 2.0, seed=seed))
     assert one.outputs[0].token_ids == answers[0]
+
+
+def test_several_answers_have_the_scores_of_one_prompt_that_is_scored_once(llm):
+    params = SamplingParams(4, 2.0, n=3, logprobs=1, prompt_logprobs=2)
+    for own in (params, replace(params, logprobs=None)):
+        first, *others = Samples([llm.request(0, [40, 41, 42, 43], own)]).requests
+        assert (first.scored_from, first.top) == (1, 2)
+        assert {it.scored_from for it in others} == {None if own.logprobs is None else 4}
+        (several,) = llm.generate([[40, 41, 42, 43]], own)
+        (one,) = llm.generate([[40, 41, 42, 43]], replace(own, n=1))
+        for those in zip(several.prompt_logprobs, one.prompt_logprobs, strict=True):
+            assert [*map(list, filter(None, those))] in ([], [[*those[0] or ()]] * 2)
+        assert several.prompt_logprobs[0] is None and len(several.prompt_logprobs) == 4
+        assert several.outputs[0].token_ids == one.outputs[0].token_ids
+        for answer in several.outputs:
+            told = [*map(len, answer.logprobs or ())]
+            assert told == [] if own.logprobs is None else set(told) <= {1, 2} and len(told) == 4
 
 
 def test_choices_and_their_log_probabilities_in_openai_s_words(llm, tmp_path):

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from flexgen_ray import LLM, Policy, SamplingParams
 from flexgen_ray.rows import Rows
 from flexgen_ray.runtime.link import Header
-from flexgen_ray.runtime.sampler import Draw, Penalties, sample, uniform
+from flexgen_ray.runtime.sampler import Draw, Penalties, penalise, sample, uniform
 
 DRAWS = 4000
 CHI_SQUARE_LIMIT = {3: 16.3, 4: 18.5, 5: 20.5, 7: 24.3}  # p = 0.001 by degrees of freedom
@@ -188,6 +188,20 @@ def test_draws_travel_between_stages_whole(draws):
     assert Header.decode(header.encode()) == header
 
 
+@pytest.mark.parametrize("repetition", [5e-324, 1e-40, 1e40, 1e308])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_penalty_beyond_all_bounds_still_leaves_a_distribution(repetition, temperature):
+    """Of tokens with logits of either sign, or of none."""
+    its = Penalties(0.0, 0.0, repetition, (0, 1, 2), ((1, 2),))
+    draw = Draw(temperature, 1.0, 0.5, penalties=its)
+    row = torch.tensor([[3.0, -3.0, 0.0, 2.0]])
+    penalised = row[0].clone()
+    penalise(penalised, its)
+    assert penalised.isfinite().all()
+    likeliest = 0 if repetition < 1 else 3
+    assert sample(row, [draw]).tolist() == [likeliest]
+
+
 def test_min_p_and_top_k_keep_the_likeliest_and_their_proportions():
     probabilities = torch.tensor([0.4, 0.05, 0.25, 0.15, 0.1, 0.05])
     logits = probabilities.log().tolist()
@@ -241,16 +255,23 @@ def test_stop_tokens_end_an_answer_but_not_before_min_tokens(text_model):
             SamplingParams(12, 0.0, stop_token_ids=[end], min_tokens=8, ignore_eos=True),
             SamplingParams(12, 0.0, stop=text[2:4]),
             SamplingParams(12, 0.0, stop=text[2:4], min_tokens=4),
+            SamplingParams(12, 0.0, stop=text[2:4], include_stop_str_in_output=True),
+            SamplingParams(12, 0.0, stop_token_ids=[end], include_stop_str_in_output=True),
         ]
-        stopped, masked, cut, late = (it.outputs[0] for it in llm.generate(["Hello"] * 4, several))
+        outputs = llm.generate(["Hello"] * 6, several)
+        stopped, masked, cut, late, kept, told = (it.outputs[0] for it in outputs)
         with pytest.raises(ValueError, match="token id 97 is outside the vocabulary of 97"):
             llm.request(0, "Hello", SamplingParams(stop_token_ids=[97]))
+        everything = SamplingParams(stop_token_ids=[*range(97)], min_tokens=2)
+        with pytest.raises(ValueError, match="min_tokens is 2, but .* all 97 of the vocabulary"):
+            llm.request(0, "Hello", everything)
     assert stopped.token_ids == tokens[: first + 1]
     assert (stopped.text, stopped.finish_reason) == (text[:first], "stop")
     assert end not in masked.token_ids[:8] and len(masked.token_ids) >= 8
     assert (cut.finish_reason, cut.text) == ("stop", text[: text.index(text[2:4])])
     again = text.find(text[2:4], 3)
     assert late.text == (text if again < 0 else text[:again])
+    assert kept.text == text[: text.index(text[2:4]) + 2] and told.text == text[: first + 1]
 
 
 @pytest.mark.parametrize(

@@ -197,7 +197,13 @@ class Hardware:
     @staticmethod
     def from_yaml(path: str | Path) -> Hardware:
         """ValueError (bad content) and OSError (no such file) name the path."""
-        return read_yaml(Hardware, Path(path))
+        try:
+            return read_yaml(Hardware, Path(path))
+        except ValueError as error:
+            raise ValueError(
+                f"{error}. If another version wrote it, measure that machine anew: `flexgen-ray "
+                "calibrate`"
+            ) from error
 
     def to_yaml(self) -> str:
         """Text that `from_yaml` reads as an equal machine."""

@@ -28,7 +28,7 @@ def read_yaml(cls: type[T], path: Path) -> T:
     """ValueError (bad content) and OSError (no such file) name the path."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"{path}: {error}") from error
     return from_values(cls, values, str(path))
 

@@ -57,5 +57,7 @@ def open_input(path: Path) -> Iterator[InputLines]:
         return
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; --input takes a JSONL file, or -")
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; --input takes a JSONL file, or -")
     with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as stream:
         yield InputLines(cast(BinaryIO, stream), str(path))

@@ -56,8 +56,11 @@ class Worker:
         self._num_threads = wanted or len(os.sched_getaffinity(0))
         torch.set_num_threads(self._num_threads)
 
-    def probe(self, device: str, offload_dir: str) -> Machine:
-        """device: auto, cuda or cpu; ValueError if cuda is asked for and not there."""
+    def probe(self, device: str, offload_dir: str, is_calibrated: bool = True) -> Machine:
+        """device: auto, cuda or cpu; ValueError if cuda is asked for and not there.
+
+        is_calibrated: what was measured of this node counts, if it was.
+        """
         if device == "cuda" and not torch.cuda.is_available():
             raise ValueError(
                 f"--device cuda, but {socket.gethostname()} has no CUDA device that torch can use; "
@@ -74,7 +77,7 @@ class Worker:
             disk_bytes=_free_disk(Path(offload_dir)),
             num_threads=self._num_threads,
             is_fast_in_bfloat16=_gpu_has_bfloat16() if uses_cuda else _cpu_has_bfloat16(),
-            hardware=_calibrated(uses_cuda),
+            hardware=_calibrated(uses_cuda) if is_calibrated else None,
         )
 
     def rates(self, spec: StageSpec) -> HardwareSpec:

@@ -171,10 +171,15 @@ class WeightStore:
         buffers = [page_aligned(largest) for _ in range(source.num_readers)]
         done, total = 0, sum(weight.place.nbytes for weight in weights)
         with ThreadPoolExecutor(source.num_readers) as readers:
-            for nbytes in readers.map(partial(self._fill_one, source, buffers), weights):
-                done += nbytes
-                if on_progress:
-                    on_progress(done, total)
+            try:
+                for nbytes in readers.map(partial(self._fill_one, source, buffers), weights):
+                    done += nbytes
+                    if on_progress:
+                        on_progress(done, total)
+            except BaseException:
+                # Whoever stops it waits for one tensor, not for the rest of them.
+                readers.shutdown(wait=False, cancel_futures=True)
+                raise
         if self._memory["gpu"].is_cuda:
             # Whoever reads them does so on a stream of its own.
             torch.cuda.synchronize(self._memory["gpu"].device)
