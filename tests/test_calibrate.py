@@ -33,6 +33,8 @@ def all_numbers(value):
 
 def test_a_quick_calibration_writes_a_file_that_the_planner_can_load(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    hardware_file().parent.mkdir(parents=True)
+    hardware_file().write_text("what another version: wrote\n")
     offload = tmp_path / "offload"
     command = ["calibrate", "--quick", "--no-ray", "--device", "cpu", "--offload-dir", str(offload)]
     done = CliRunner().invoke(app, [*command, "--gpu-memory", "64MiB"], catch_exceptions=False)
