@@ -297,3 +297,19 @@ def test_each_command_s_help_has_an_example_of_it():
         assert f"Example: {name}" in " ".join((command.help or "").split()), name
         for option in command.params:
             assert option.help or option.name == "help", f"{name}: {option.name}"
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "words"),
+    [
+        ("config.json", {"rope_parameters": "x"}, "config.json has a value of another kind"),
+        ("config.json", {"hidden_size": "wide"}, "hidden_size is 'wide'; it must be an integer"),
+        ("config.json", {"num_attention_heads": 0}, "config.json: num_heads is 0; it must be"),
+        ("generation_config.json", {"eos_token_id": [1, None]}, "eos_token_id is [1, None]"),
+        ("generation_config.json", {"eos_token_id": "2"}, "eos_token_id is '2'"),
+    ],
+)
+def test_a_config_of_wrong_values_is_named(refused, model, file, change, words):
+    path = model / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    assert words in refused()

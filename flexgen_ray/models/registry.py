@@ -32,6 +32,10 @@ FAMILIES: dict[str, ModuleType] = {
     "gemma": gemma,
     "gemma3": gemma3,
 }
+_SIZES = (
+    "num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "intermediate_size",
+    "vocab_size", "max_seq_len",
+)  # fmt: skip
 
 
 def load_config(folder: str | Path) -> ModelConfig:
@@ -56,11 +60,19 @@ def load_config(folder: str | Path) -> ModelConfig:
         config = ARCHITECTURES[architecture].parse_config(hf)
     except KeyError as error:
         raise ValueError(f"{path}: key {error} is missing") from error
+    except (TypeError, AttributeError, ArithmeticError) as error:
+        raise ValueError(
+            f"{path} has a value of another kind than it must ({error}); download it again"
+        ) from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     if config.activation not in ACTIVATIONS:
         known = ", ".join(ACTIVATIONS)
         raise ValueError(f"{path}: activation {config.activation!r} is not one of {known}")
+    for name in _SIZES:
+        size = getattr(config, name)
+        if type(size) is not int or size < 1:
+            raise ValueError(f"{path}: {name} is {size!r}; it must be an integer from 1 up")
     return replace(config, **_packed_bits(path, hf))
 
 
@@ -100,6 +112,10 @@ def _eos_token_ids(path: Path, hf: dict) -> tuple[int, ...]:
     generation = path.with_name("generation_config.json")
     eos = _read_json(generation).get("eos_token_id") if generation.is_file() else None
     eos = hf.get("eos_token_id") if eos is None else eos
-    if eos is None:
-        return ()
-    return tuple(eos) if isinstance(eos, list) else (eos,)
+    ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    if any(type(token) is not int for token in ids):
+        raise ValueError(
+            f"{path.parent}: eos_token_id is {eos!r}; config.json or generation_config.json must "
+            "give a token id, or a list of them"
+        )
+    return tuple(ids)
