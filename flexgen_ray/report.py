@@ -221,9 +221,10 @@ def _block(plan: StagePlan) -> str:
 def environment(device: str) -> dict:
     """Hardware, versions, command and date: what a result is worth nothing without."""
     packages = ("flexgen-ray", "torch", "ray", "transformers")
+    program = Path(sys.argv[0]).name.replace("__main__.py", "flexgen-ray")
     return {
         "date": time.strftime("%Y-%m-%d"),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": " ".join([program, *sys.argv[1:]]),
         "hardware": {"device": device, "cpu": _cpu_name(), "cores": os.cpu_count()},
         "versions": {"python": platform.python_version()}
         | {name: version(name) for name in packages},
