@@ -116,6 +116,7 @@ def test_generate_in_this_process(files, text_model):
     assert list((files / "offload").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_generate_in_a_ray_actor_of_its_own(files, text_model):
     done = run(*arguments(files, text_model))
     assert done.returncode == 2, done.stderr

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
@@ -31,6 +33,7 @@ def test_offline_generate(text_model):
     assert "'The capital of France is' -> " in done.stdout and "tokens/s" in done.stdout
 
 
+@pytest.mark.slow
 def test_two_stages(text_model):
     done = run(sys.executable, EXAMPLES / "two_stages.py", text_model)
     assert done.returncode == 0, done.stderr

@@ -173,6 +173,7 @@ def test_a_block_answers_within_the_latency_that_is_asked_for():
         choose(Planner(OPT, (device(),), JOB, "float16", replace(FEW_SHAPES, max_seconds=1e-5)))
 
 
+@pytest.mark.slow
 def test_the_coarse_grid_misses_little_of_the_whole_one():
     planner = Planner(OPT, (device(),), JOB, "float16")
     quick, whole_grid = planner.promising()[0], planner.sketches()[0]

@@ -85,7 +85,7 @@ def disturbed(folder, references, moments, num_stages=3, how=signal.SIGKILL, **f
     return recoveries, killer.killed_at
 
 
-@pytest.mark.parametrize("num_stages", [1, 3])
+@pytest.mark.parametrize("num_stages", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_killed_stages_cost_no_token(tiny_models, local_ray, num_stages):
     folder, references = tiny_models["llama"]
     recoveries, killed_at = disturbed(folder, references, [(0.3, 0)], num_stages)
@@ -94,6 +94,7 @@ def test_killed_stages_cost_no_token(tiny_models, local_ray, num_stages):
     assert recovery.detected_at - moment < 5 and recovery.prefill_seconds > 0
 
 
+@pytest.mark.slow
 def test_a_stage_that_stands_still_is_replaced(tiny_models, local_ray):
     folder, references = tiny_models["opt"]
     stop = [(0.3, 1)]
