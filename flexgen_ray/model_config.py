@@ -24,6 +24,7 @@ class ModelConfig:
     attention_bias: of queries, keys and values; output_bias: of what follows attention; qk_norm:
     "heads" if each head's query and key is normed before it is rotated, "all" if those of all heads
     are together; query_scale: by which queries are multiplied beside 1 / sqrt(head_dim);
+    norm_offset: added to norms' weights, which then multiply in float32; None: in the dtype;
     branch_norms: what attention and MLP add is normed, beside what they take. sliding_window:
     tokens that one attends, itself included, in decoder layers other than full_attention_layers;
     window_rope: of those with a window, where theirs is another. weight_bits, embedding_bits: of a
@@ -53,6 +54,7 @@ class ModelConfig:
     output_bias: bool = False
     qk_norm: str | None = None
     query_scale: float = 1.0
+    norm_offset: float | None = None
     branch_norms: bool = False
     mlp_bias: bool = False
     position_table: int = 0

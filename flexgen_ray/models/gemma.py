@@ -11,18 +11,10 @@ from torch import Tensor
 
 from flexgen_ray.model_config import ModelConfig
 from flexgen_ray.models import llama
-from flexgen_ray.models.layers import (
-    Lookup,
-    Weights,
-    gated_mlp,
-    linear,
-    project_heads,
-    rotate,
-    token_logits,
-    wide_rms_norm,
-)
+from flexgen_ray.models.layers import Lookup
 
 WEIGHT_NAMES = llama.WEIGHT_NAMES
+project, finish, head = llama.project, llama.finish, llama.head
 
 
 def parse_config(hf: dict) -> ModelConfig:
@@ -32,7 +24,7 @@ def parse_config(hf: dict) -> ModelConfig:
     activation = hf.get("hidden_act") or "gelu"
     # What was published says gelu, and means its approximation.
     activation = "gelu_pytorch_tanh" if activation == "gelu" else activation
-    return replace(config, family="gemma", activation=activation)
+    return replace(config, family="gemma", activation=activation, norm_offset=1.0)
 
 
 def refuse(hf: dict, *features: str) -> None:
@@ -47,29 +39,3 @@ def embed(config: ModelConfig, lookup: Lookup, tokens: Tensor, positions: Tensor
     x = lookup("embed_tokens.weight", tokens)
     # Rounded to the dtype, as it was in training.
     return x * torch.tensor(config.hidden_size**0.5, dtype=x.dtype)
-
-
-def project(
-    config: ModelConfig, weights: Weights, x: Tensor, positions: Tensor, layer: int
-) -> tuple[Tensor, ...]:
-    """x: [tokens, hidden]; returns q, k, v, each [tokens, heads or kv_heads, head_dim]."""
-    assert config.rope is not None
-    q, k, v = project_heads(config, weights, norm(config, weights, "attention_norm", x))
-    q, k = rotate(config.rope, positions, q, k)
-    return q, k, v
-
-
-def finish(config: ModelConfig, weights: Weights, residual: Tensor, attention: Tensor) -> Tensor:
-    """residual: [tokens, hidden]; attention: [tokens, q_size]; returns [tokens, hidden]."""
-    x = residual + linear(weights, "o_proj", attention)
-    return x + gated_mlp(config, weights, norm(config, weights, "mlp_norm", x))
-
-
-def head(config: ModelConfig, weights: Weights, x: Tensor) -> Tensor:
-    """x: [rows, hidden]; returns float32 logits [rows, vocabulary]."""
-    return token_logits(config, weights, norm(config, weights, "final_norm", x))
-
-
-def norm(config: ModelConfig, weights: Weights, name: str, x: Tensor) -> Tensor:
-    """x: [..., size of the weight]."""
-    return wide_rms_norm(config, weights, name, x, offset=1.0)

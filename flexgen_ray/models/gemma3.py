@@ -10,8 +10,14 @@ from torch import Tensor
 
 from flexgen_ray.model_config import ModelConfig
 from flexgen_ray.models import gemma, llama
-from flexgen_ray.models.gemma import norm
-from flexgen_ray.models.layers import Weights, gated_mlp, linear, project_heads, rotate
+from flexgen_ray.models.layers import (
+    Weights,
+    gated_mlp,
+    linear,
+    project_heads,
+    rms_norm,
+    rotate,
+)
 
 WEIGHT_NAMES = gemma.WEIGHT_NAMES | {
     "attention_post_norm": "model.layers.{}.post_attention_layernorm",
@@ -57,8 +63,8 @@ def project(
     """x: [tokens, hidden]; returns q, k, v, each [tokens, heads or kv_heads, head_dim]."""
     rope = config.rope if config.window(layer) is None else config.window_rope
     assert rope is not None
-    q, k, v = project_heads(config, weights, norm(config, weights, "attention_norm", x))
-    q, k = norm(config, weights, "q_norm", q), norm(config, weights, "k_norm", k)
+    q, k, v = project_heads(config, weights, rms_norm(config, weights, "attention_norm", x))
+    q, k = rms_norm(config, weights, "q_norm", q), rms_norm(config, weights, "k_norm", k)
     q, k = rotate(rope, positions, q, k)
     return q * config.query_scale, k, v
 
@@ -66,6 +72,6 @@ def project(
 def finish(config: ModelConfig, weights: Weights, residual: Tensor, attention: Tensor) -> Tensor:
     """residual: [tokens, hidden]; attention: [tokens, q_size]; returns [tokens, hidden]."""
     added = linear(weights, "o_proj", attention)
-    x = residual + norm(config, weights, "attention_post_norm", added)
-    added = gated_mlp(config, weights, norm(config, weights, "mlp_norm", x))
-    return x + norm(config, weights, "mlp_post_norm", added)
+    x = residual + rms_norm(config, weights, "attention_post_norm", added)
+    added = gated_mlp(config, weights, rms_norm(config, weights, "mlp_norm", x))
+    return x + rms_norm(config, weights, "mlp_post_norm", added)

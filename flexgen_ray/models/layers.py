@@ -51,18 +51,11 @@ def layer_norm(config: ModelConfig, weights: Weights, name: str, x: Tensor) -> T
 
 def rms_norm(config: ModelConfig, weights: Weights, name: str, x: Tensor) -> Tensor:
     """x: [..., size of the weight]; the mean square is taken in float32, as transformers does."""
-    wide = x.float()
+    wide, weight = x.float(), weights[f"{name}.weight"]
     wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + config.norm_eps)
-    return weights[f"{name}.weight"] * wide.to(x.dtype)
-
-
-def wide_rms_norm(
-    config: ModelConfig, weights: Weights, name: str, x: Tensor, offset: float = 0.0
-) -> Tensor:
-    """As rms_norm, but the weight, to which the offset is added, is multiplied in float32, too."""
-    wide = x.float()
-    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + config.norm_eps)
-    return (wide * (weights[f"{name}.weight"].float() + offset)).to(x.dtype)
+    if config.norm_offset is None:
+        return weight * wide.to(x.dtype)
+    return (wide * (weight.float() + config.norm_offset)).to(x.dtype)
 
 
 def project_heads(config: ModelConfig, weights: Weights, x: Tensor) -> tuple[Tensor, ...]:

@@ -15,21 +15,21 @@ from flexgen_ray.models.layers import (
     gated_mlp,
     linear,
     project_heads,
+    rms_norm,
     rotate,
-    token_logits,
-    wide_rms_norm,
 )
 
 WEIGHT_NAMES = llama.WEIGHT_NAMES | {
     "attention_norm": "model.layers.{}.post_attention_layernorm",
     "mlp_norm": "model.layers.{}.post_feedforward_layernorm",
 }
-embed = llama.embed
+embed, head = llama.embed, llama.head
 
 
 def parse_config(hf: dict) -> ModelConfig:
     """From the keys of Hugging Face's Olmo2Config; ValueError names an unknown rope type."""
-    return replace(llama.parse_config(hf), family="olmo2", pre_norm=False, qk_norm="all")
+    config = llama.parse_config(hf)
+    return replace(config, family="olmo2", pre_norm=False, qk_norm="all", norm_offset=0.0)
 
 
 def project(
@@ -39,7 +39,7 @@ def project(
     assert config.rope is not None
     q, k, v = project_heads(config, weights, x)
     q, k = (
-        wide_rms_norm(config, weights, name, heads.flatten(1)).view_as(heads)
+        rms_norm(config, weights, name, heads.flatten(1)).view_as(heads)
         for name, heads in (("q_norm", q), ("k_norm", k))
     )
     q, k = rotate(config.rope, positions, q, k)
@@ -49,10 +49,5 @@ def project(
 def finish(config: ModelConfig, weights: Weights, residual: Tensor, attention: Tensor) -> Tensor:
     """residual: [tokens, hidden]; attention: [tokens, q_size]; returns [tokens, hidden]."""
     added = linear(weights, "o_proj", attention)
-    x = residual + wide_rms_norm(config, weights, "attention_norm", added)
-    return x + wide_rms_norm(config, weights, "mlp_norm", gated_mlp(config, weights, x))
-
-
-def head(config: ModelConfig, weights: Weights, x: Tensor) -> Tensor:
-    """x: [rows, hidden]; returns float32 logits [rows, vocabulary]."""
-    return token_logits(config, weights, wide_rms_norm(config, weights, "final_norm", x))
+    x = residual + rms_norm(config, weights, "attention_norm", added)
+    return x + rms_norm(config, weights, "mlp_norm", gated_mlp(config, weights, x))
