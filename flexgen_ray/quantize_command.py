@@ -17,14 +17,11 @@ def quantize(
     output: Annotated[Path, typer.Option(help="Model folder to write.")],
     weight_bits: Annotated[int, typer.Option(help="4 or 8, in groups of 64.")] = 4,
     embedding_bits: EmbeddingBitsOption = None,
-    fast: Annotated[
-        bool, typer.Option("--fast", help="Nearest codes, as a run rounds what it loads.")
-    ] = False,
     json_file: JsonOption = None,
 ) -> None:
     """Write a model folder with quantized weights, which runs then read as they are.
 
-    Ranges are searched for the least squared error, which takes far longer than --fast.
+    The same that --weight-bits makes of them while a run loads, to be made once only.
     Example: flexgen-ray quantize --model ./opt-30b --output ./opt-30b-int4
     """
     from flexgen_ray.bench.result import finish
@@ -42,7 +39,7 @@ def quantize(
     config = load_config(folder)
     started = time.perf_counter()
     with steps_bar(config.num_layers + 2) as announce:
-        before, after = packed_copy(folder, output, bits, announce, not fast)
+        before, after = packed_copy(folder, output, bits, announce)
     seconds = time.perf_counter() - started
     typer.echo(
         f"{output}: {format_bytes(before)} of {config.dtype} became {format_bytes(after)}, "
@@ -50,7 +47,7 @@ def quantize(
         err=True,
     )
     sizes = {"dtype": config.dtype, "bytes_before": before, "bytes_after": after}
-    result = {"model": folder.name, "fast": fast} | bits | sizes | {"seconds": round(seconds, 2)}
+    result = {"model": folder.name} | bits | sizes | {"seconds": round(seconds, 2)}
     finish(result, "CPU", json_file)
 
 
@@ -59,7 +56,6 @@ def packed_copy(
     output: Path,
     bits: dict[str, int | None],
     announce: Callable[[str], None] = lambda name: None,
-    least_squares: bool = True,
 ) -> tuple[int, int]:
     """Bytes of the tensors before and after; bits: weight_bits and embedding_bits, the rest as in
     `write_packed`."""
@@ -69,4 +65,4 @@ def packed_copy(
 
     config = load_config(folder)
     kept = WeightFormat(config.dtype, bits["weight_bits"], bits["embedding_bits"])
-    return write_packed(folder, config, kept, bits, output, announce, least_squares)
+    return write_packed(folder, config, kept, bits, output, announce)

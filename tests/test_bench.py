@@ -174,4 +174,4 @@ def test_loading_compares_bytes_and_seconds_of_three_ways(tiny_models, tmp_path)
     assert before["bytes_in_memory"] == while_loading["bytes_in_memory"] < plain["bytes_in_memory"]
     for run in result["runs"]:
         assert len(run["each_s"]) == 2 and min(run["each_s"]) <= run["load_s"] <= max(run["each_s"])
-    assert result["quantize_fast_s"] > 0 and {"hardware", "versions", "date"} <= set(result)
+    assert result["quantize_s"] > 0 and {"hardware", "versions", "date"} <= set(result)

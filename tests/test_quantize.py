@@ -14,6 +14,7 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from flexgen_ray.bench.rounding import searched
 from flexgen_ray.quant import host, plain
 from flexgen_ray.quant.packing import GROUP, LARGEST, num_groups, packed_bytes
 from flexgen_ray.quant.quantize import pack, unpack
@@ -229,7 +230,7 @@ def test_on_cuda_a_group_beyond_float16_becomes_nan_and_no_other(bits, number):
 
 def test_compiled_kernels_are_kept_no_longer_than_their_source():
     folder = Path(host.__file__).parent
-    parts = (folder / f"{name}.py" for name in ("host_groups", "packing"))
+    parts = (folder / f"{name}.py" for name in ("host_groups", "host_search", "packing"))
     digest = hashlib.sha256(b"".join(part.read_bytes() for part in parts)).hexdigest()[:8]
     assert host._PARTS == digest, f"write {digest} there, so that they are compiled anew"
 
@@ -297,6 +298,17 @@ def test_least_squares_leave_gaussian_weights_less_error(bits, gain, magnitude):
         squared_errors(x, pack(x, bits, least_squares=it), bits).sum() for it in (False, True)
     )
     assert after <= (1 - gain) * before
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_least_squares_are_those_of_the_same_search_in_plain_torch(bits, dtype):
+    """Lines differ where float32 sums do, which turns few codes and hardly an error."""
+    x = make_values(30, 600, dtype, -5, 0.3, False, seed=1)
+    found = unpacked(pack(x, bits, least_squares=True), bits, 600).double() - x.double()
+    wanted = searched(x.float(), bits).double() - x.double()
+    assert found.square().sum() == pytest.approx(wanted.square().sum().item(), rel=0.01)
+    assert torch.equal(found[:, -24:], wanted[:, -24:])
 
 
 @pytest.mark.parametrize("number", [math.inf, -math.inf, math.nan, 65504.0, -1e30])

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,18 +21,16 @@ from flexgen_ray.evaluation.perplexity import measure
 from flexgen_ray.llm import LLM
 from flexgen_ray.options import JsonOption
 from flexgen_ray.paths import find_model
-from flexgen_ray.quantize_command import packed_copy
 
 CHECKPOINT = "the checkpoint"
 
 
 @dataclass(frozen=True)
 class Variant:
-    """lossy: as in LLM; searched: weights are packed with ranges of least squared error."""
+    """lossy: as in LLM."""
 
     name: str
     lossy: dict[str, Any] = field(default_factory=dict)
-    searched: bool = False
 
     @property
     def scored_in(self) -> str:
@@ -46,14 +43,12 @@ VARIANTS = (
     Variant(CHECKPOINT),
     Variant("8-bit weights", {"weight_bits": 8}),
     Variant("4-bit weights", W4),
-    Variant("4-bit weights, least squares", W4, searched=True),
     Variant("8-bit cache", {"cache_bits": 8}),
     Variant("4-bit cache", C4),
     Variant("8-bit weights and cache", {"weight_bits": 8, "cache_bits": 8}),
     Variant("4-bit weights and cache", W4 | C4),
-    Variant("4-bit weights and cache, least squares", W4 | C4, searched=True),
     Variant("sparse 0.1", SPARSE),
-    Variant("4-bit weights and cache, least squares, sparse 0.1", W4 | C4 | SPARSE, searched=True),
+    Variant("4-bit weights and cache, sparse 0.1", W4 | C4 | SPARSE),
     Variant("8-bit embedding and head", {"embedding_bits": 8}),
     Variant("4-bit embedding and head", {"embedding_bits": 4}),
 )
@@ -97,17 +92,13 @@ def read_text(path: Path) -> str:
 
 
 def _scored(folder: Path, text: str, windows: dict[str, int]) -> Iterator[dict]:
-    with tempfile.TemporaryDirectory() as scratch:
-        packed = Path(scratch) / "packed"
-        for variant in VARIANTS:
-            if variant.searched and not packed.exists():
-                packed_copy(folder, packed, {"weight_bits": 4, "embedding_bits": None})
-            options: dict[str, Any] = {"dtype": "float32", "device": "cpu", "use_ray": False}
-            with LLM(packed if variant.searched else folder, **options, **variant.lossy) as llm:
-                figures = measure(llm, text, **windows, scored_in=variant.scored_in)
-            found = {"name": variant.name, "scored_in": variant.scored_in} | figures
-            typer.echo(str(found), err=True)
-            yield found
+    options: dict[str, Any] = {"dtype": "float32", "device": "cpu", "use_ray": False}
+    for variant in VARIANTS:
+        with LLM(folder, **options, **variant.lossy) as llm:
+            figures = measure(llm, text, **windows, scored_in=variant.scored_in)
+        found = {"name": variant.name, "scored_in": variant.scored_in} | figures
+        typer.echo(str(found), err=True)
+        yield found
 
 
 def _peers(folder: Path, text: str, windows: dict[str, int]) -> Iterator[dict]:

@@ -21,6 +21,7 @@ from flexgen_ray.cost.formats import WeightFormat
 from flexgen_ray.evaluation.perplexity import windows
 from flexgen_ray.models.registry import FAMILIES, load_config
 from flexgen_ray.quant import plain
+from flexgen_ray.quant.host_search import TURNS, WIDTHS
 from flexgen_ray.quant.packing import GROUP, packed_bytes
 
 Round = Callable[[Tensor, int], Tensor]  # of a matrix, to so many bits
@@ -57,6 +58,33 @@ def rounded(x: Tensor, bits: int) -> Tensor:
     out = torch.empty_like(x)
     plain.unpack(packed, bits, out)
     return out
+
+
+def searched(weight: Tensor, bits: int) -> Tensor:
+    """Whole groups on the lines of least squared error that the search of the host finds, from the
+    same starts; the rest as `rounded`."""
+    best, levels = rounded(weight, bits), 2**bits - 1
+    whole = weight.shape[-1] // GROUP * GROUP
+    groups, found = (x[..., :whole].unflatten(-1, (-1, GROUP)).double() for x in (weight, best))
+    low, high = groups.aminmax(dim=-1, keepdim=True)
+    for part in (1.0, *WIDTHS):
+        start = (low + high) / 2 - (high - low) * part / 2
+        step = ((high - low) * part / levels).half().double()
+        for _ in range(TURNS):
+            start = start.half().double()
+            codes = ((groups - start) / step).round().clamp(0, levels)
+            line = codes * step + start
+            errors = ((it - groups).square().sum(-1, keepdim=True) for it in (line, found))
+            found = torch.where(torch.lt(*errors), line, found)
+            centred = codes - codes.mean(-1, keepdim=True)
+            slope = (centred * groups).sum(-1, keepdim=True) / centred.square().sum(
+                -1, keepdim=True
+            )
+            start = (groups - slope * codes).mean(-1, keepdim=True).half().double()
+            rest = ((groups - start) * codes).sum(-1, keepdim=True)
+            step = (rest / codes.square().sum(-1, keepdim=True)).half().double()
+    best[..., :whole] = found.flatten(-2).float()
+    return best
 
 
 def peer_perplexity(
@@ -163,8 +191,9 @@ def _hqq(optimize: bool) -> Round:
 
 PEERS = {
     "transformers": Peer(),
-    "4-bit weights in plain torch": Peer(rounded),
-    "4-bit weights and cache in plain torch": Peer(rounded, 4),
+    "4-bit weights in plain torch": Peer(searched),
+    "4-bit weights and cache in plain torch": Peer(searched, 4),
+    "4-bit weights, extremes kept, in plain torch": Peer(rounded),
     "sparse 0.1, by query head, in plain torch": Peer(sparsity=0.1),
     "torchao's int4, groups of 64": Peer(_torchao, package="torchao"),
     "hqq's int4, round to nearest": Peer(_hqq(False), package="hqq"),

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -34,11 +33,9 @@ def write_packed(
     bits: dict[str, int | None],
     output: Path,
     announce: Callable[[str], None],
-    least_squares: bool = True,
 ) -> tuple[int, int]:
     """Bytes of the tensors before and after. bits: as config.json is to say; announce is called
-    with each layer as it begins; least_squares: as in `pack`, else as weights are packed that a run
-    loads.
+    with each layer as it begins.
 
     Raises FileExistsError if the output folder is there, ValueError for what can't be packed.
     """
@@ -51,8 +48,7 @@ def write_packed(
         count = config.num_layers + 2
         for layer in range(count):
             announce(f"layer {layer + 1} of {count}")
-            packer = partial(pack, least_squares=least_squares)
-            tensors = _packed(checkpoint, config, layer, kept, packer, sizes)
+            tensors = _packed(checkpoint, config, layer, kept, sizes)
             name = f"model-{layer + 1:05}-of-{count:05}.safetensors"
             if tensors:
                 save_file(tensors, output / name, {"format": "pt"})
@@ -69,7 +65,6 @@ def _packed(
     config: ModelConfig,
     layer: int,
     kept: Kept,
-    packer: Callable[[Tensor, int], Tensor],
     sizes: list[int],
 ) -> dict[str, Tensor]:
     """A layer's tensors by their names in the checkpoint; their bytes are added to the sizes."""
@@ -80,7 +75,7 @@ def _packed(
         values = torch.empty(shape, dtype=getattr(torch, config.dtype))
         checkpoint.read_into(layer, name, values)
         bits = kept.bits_of(name, shape)
-        written = values if bits is None else packer(values, bits)
+        written = values if bits is None else pack(values, bits, least_squares=True)
         sizes[0] += values.numel() * DTYPE_BYTES[config.dtype]
         sizes[1] += written.nbytes
         found.setdefault(checkpoint.key(layer, name), []).append(written)

@@ -25,22 +25,18 @@ from flexgen_ray.quant.host_groups import (
     squeeze_one,
     squeeze_run,
     store_halves,
-    sums_on_grid,
     to_half,
     value_at,
 )
+from flexgen_ray.quant.host_search import LANES, STATE_ROWS, rounded, search
 from flexgen_ray.quant.packing import GROUP, LARGEST, PARAMETER_BYTES, code_bytes
 
 # numba's cache heeds changes of this file only, so it names the state of those that it compiles
-# with it: host_groups and packing (a test says).
-_PARTS = "dcebc6b4"
+# with it: host_groups, host_search and packing (a test says).
+_PARTS = "50ba676d"
 
 # A thread's least work: far more than it costs to start one.
 _VALUES_PER_THREAD = 1 << 20
-_HALF_MAX = 65504.0
-# Of a group's range, where a search for the least squared error begins; and how far it goes.
-_WIDTHS = (0.8, 0.85, 0.9, 0.95, 1.0, 1.05)
-_TURNS = 4
 
 
 def pack(x: Tensor, bits: int, out: Tensor, least_squares: bool = False) -> bool:
@@ -158,50 +154,23 @@ def _squeeze(kind, n, values, grid, codes, bits, nbytes):
 
 
 @numba.njit(nogil=True)
-def _rounded(minimum):
-    """As float16 holds it; added to zero, since -0.0 would be packed as another byte than 0.0."""
-    return from_half(to_half(np.float32(minimum))) + np.float32(0)
+def _ranges(kind, values, size, nbytes, levels, ends, lines):
+    """Of up to LANES groups: how many, and whether none has a value beyond LARGEST.
 
-
-@numba.njit(nogil=True)
-def _fitted(kind, values, ends, levels, minimum, scale):
-    """(minimum, scale) of a whole group with less squared error, if one is found.
-
-    From several widths of the range, by turns: the best line through given codes, the best codes
-    on the line (alternating least squares, which finds a near optimum only).
+    Fills in their extremes, minimum and scale; NaN and 0 where a value is beyond it.
     """
-    base, middle, width = minimum, (ends[0] + ends[1]) / 2, ends[1] - ends[0]
-    least = sums_on_grid(kind, values, base, (np.float32(0), scale, levels))[0]
-    for part in _WIDTHS:
-        low = _rounded(middle - width * part / 2)
-        step = from_half(to_half(np.float32(width * part / levels)))
-        for _ in range(_TURNS):
-            if not (step > 0 and -_HALF_MAX <= low and low + levels * step <= _HALF_MAX):
-                break
-            grid = low - base, step, levels
-            error, y, c, cc, cy = sums_on_grid(kind, values, base, grid)
-            if error < least:
-                least, minimum, scale = error, low, step
-            spread = GROUP * cc - c * c
-            if not spread > 0:
-                break
-            slope = (GROUP * cy - c * y) / spread
-            low = _rounded(base + (y - slope * c) / GROUP)
-            step = from_half(to_half(np.float32((cy - (low - base) * c) / cc)))
-    return minimum, scale
-
-
-@numba.njit(nogil=True)
-def _range(kind, values, n, nbytes, levels, least_squares):
-    """A group's minimum and scale; NaN and 0 if there is a value beyond LARGEST."""
-    low, high = _ends(kind, values, n, nbytes)
-    if not (-LARGEST <= low and high <= LARGEST):
-        return np.float32(np.nan), np.float32(0)
-    minimum = _rounded(low)
-    scale = from_half(_covering(high - minimum, levels))
-    if least_squares and n == GROUP and scale > 0:
-        return _fitted(kind, values, (low, high), levels, minimum, scale)
-    return minimum, scale
+    count, valid = 0, True
+    for start in range(0, min(size, LANES * GROUP), GROUP):
+        low, high = _ends(kind, values + start * nbytes, min(GROUP, size - start), nbytes)
+        if -LARGEST <= low and high <= LARGEST:
+            minimum = rounded(low)
+            scale = from_half(_covering(high - minimum, levels))
+        else:
+            valid, minimum, scale = False, np.float32(np.nan), np.float32(0)
+        ends[0, count], ends[1, count] = low, high
+        lines[0, count], lines[1, count] = minimum, scale
+        count += 1
+    return count, valid
 
 
 @compiled
@@ -209,19 +178,28 @@ def _pack(kind, task, strides, places, first, end):
     """As _unpack; whether all values are within LARGEST."""
     (bits, size, least_squares), (nbytes, middle) = task, strides
     top, zero, one = np.float32(2**bits - 1), np.float32(0), np.float32(1)
-    valid = True
+    ends, lines = np.zeros((2, LANES), np.float32), np.zeros((2, LANES), np.float32)
+    transposed = np.zeros((GROUP, LANES), np.float32)
+    state = np.zeros((STATE_ROWS, LANES), np.float32)
+    all_valid = True
     for vector in range(first, end):
         values, codes = places[0][vector], places[1][vector]
         parameters = codes + middle
-        for start in range(0, size, GROUP):
-            n = min(GROUP, size - start)
-            minimum, scale = _range(kind, values, n, nbytes, top, least_squares)
-            valid = bool(valid and not np.isnan(minimum))
-            store_halves(to_half(minimum), to_half(scale), parameters)
-            grid = (minimum, scale if scale > 0 else one, top)
-            codes = _squeeze(kind, n, values, grid, codes, bits, nbytes)
-            values += n * nbytes
-            parameters += PARAMETER_BYTES
+        for start in range(0, size, LANES * GROUP):
+            left = size - start
+            count, valid = _ranges(kind, values, left, nbytes, top, ends, lines)
+            all_valid = all_valid and valid
+            if least_squares:
+                whole = min(count, left // GROUP)
+                search(kind, values, whole, nbytes, top, ends, lines, transposed, state)
+            for group in range(count):
+                n = min(GROUP, left - group * GROUP)
+                minimum, scale = lines[0, group], lines[1, group]
+                store_halves(to_half(minimum), to_half(scale), parameters)
+                grid = (minimum, scale if scale > 0 else one, top)
+                codes = _squeeze(kind, n, values, grid, codes, bits, nbytes)
+                values += n * nbytes
+                parameters += PARAMETER_BYTES
         if codes < places[1][vector] + middle:  # a byte that makes them even is zero
             squeeze_one(kind, places[0][vector], 0, (zero, one, zero), codes)
-    return valid
+    return all_valid

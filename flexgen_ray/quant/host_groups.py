@@ -23,7 +23,8 @@ RUN = GROUP // 2
 
 F32, F16, I8, I16, I32 = ir.FloatType(), ir.HalfType(), *map(ir.IntType, (8, 16, 32))
 # Added and subtracted, it rounds a float32 that is smaller to a whole number, ties to even.
-_ROUNDER = 1.5 * 2**23
+ROUNDER = 1.5 * 2**23
+HALF_MAX = 65504.0
 # mypy takes the decorator's result for what numba's compiler sees.
 emitted: Callable[[Callable], Any] = intrinsic
 
@@ -109,17 +110,17 @@ def _code(b: ir.IRBuilder, values: ir.Value, grid: ir.Value) -> ir.Value:
     """uint8 codes of a vector of float32; grid: (minimum, scale or 1, levels)."""
     count = values.type.count
     minimum, scale, levels = (splat(b, b.extract_value(grid, i), count) for i in range(3))
-    steps = _steps(b, b.fdiv(b.fsub(values, minimum), scale), levels)
+    steps = codes_above(b, b.fdiv(b.fsub(values, minimum), scale), levels)
     return b.trunc(b.bitcast(steps, vector(I32, count)), vector(I8, count))
 
 
-def _steps(b: ir.IRBuilder, steps: ir.Value, levels: ir.Value) -> ir.Value:
-    """_ROUNDER + code of each, so that the codes are the lowest bits too."""
+def codes_above(b: ir.IRBuilder, steps: ir.Value, levels: ir.Value) -> ir.Value:
+    """ROUNDER + code of each of so many steps, so that codes are the lowest bits too."""
     count = steps.type.count
     steps = b.select(b.fcmp_ordered(">", steps, levels), levels, steps)
     zeros = constant(F32, 0.0, count)
     steps = b.select(b.fcmp_ordered("<", steps, zeros), zeros, steps)
-    return b.fadd(steps, constant(F32, _ROUNDER, count))
+    return b.fadd(steps, constant(F32, ROUNDER, count))
 
 
 def _squeeze(count: int) -> Any:
@@ -148,6 +149,13 @@ def _squeeze(count: int) -> Any:
 squeeze_run, squeeze_one = _squeeze(RUN), _squeeze(1)
 
 
+def round_to_half(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
+    """As float16 holds a vector's values; added to zero, which makes 0.0 of -0.0."""
+    count = x.type.count
+    halves = b.fptrunc(x, vector(F16, count))
+    return b.fadd(b.fpext(halves, vector(F32, count)), constant(F32, 0.0, count))
+
+
 def _folded(b: ir.IRBuilder, values: ir.Value, combine: Callable) -> ir.Value:
     """One value of a vector's, half by half, so that the order is the same on every CPU."""
     while (count := values.type.count // 2) > 0:
@@ -172,31 +180,6 @@ def extremes(context, kind, values):
         return context.make_tuple(b, signature.return_type, ends)
 
     return types.UniTuple(types.float32, 2)(kind, types.int64), generate
-
-
-@emitted
-def sums_on_grid(context, kind, values, base, grid):
-    """Sums over a whole group's y = value - base, and its codes c on a grid.
-
-    grid: (minimum - base, scale, levels). Returns those of squared errors, y, c, c * c and c * y.
-    """
-
-    def generate(context, b, signature, args):
-        _, values, base, grid = args
-        shift, scale, levels = (splat(b, b.extract_value(grid, i), GROUP) for i in range(3))
-        y = b.fsub(widen(b, kind, values, GROUP), splat(b, base, GROUP))
-        # Cheaper than to divide them all, and as good for a search.
-        inverse = splat(b, b.fdiv(F32(1.0), b.extract_value(grid, 1)), GROUP)
-        steps = _steps(b, b.fmul(b.fsub(y, shift), inverse), levels)
-        code = b.fsub(steps, constant(F32, _ROUNDER, GROUP))
-        reached = b.fadd(b.fmul(code, scale), shift)
-        error = b.fsub(y, reached)
-        terms = b.fmul(error, error), y, code, b.fmul(code, code), b.fmul(code, y)
-        sums = [_folded(b, term, b.fadd) for term in terms]
-        return context.make_tuple(b, signature.return_type, sums)
-
-    number = types.float32
-    return types.UniTuple(number, 5)(kind, types.int64, number, types.UniTuple(number, 3)), generate
 
 
 @emitted

@@ -198,7 +198,8 @@ class WeightStore:
                 values = buffer[place.nbytes :][: prod(shape) * self.dtype.itemsize]
                 values = values.view(self.dtype).view(shape)
                 source.read_into(weight.layer, name, values)
-                packed = pack(values, bits, self._typed(buffer, 0, name, shape))
+                packed = self._typed(buffer, 0, name, shape)
+                pack(values, bits, packed, least_squares=True)
                 if not on_disk:
                     target.copy_(packed)
             if on_disk:
