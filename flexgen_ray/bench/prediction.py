@@ -66,8 +66,10 @@ def prediction(
 
 
 def _drift(attempt: dict) -> float:
-    """How far the two predictions of a run are apart, that before it and that after it."""
-    return abs(attempt["after_to_before"] - 1)
+    """How far the two predictions of a run are apart, that before it and that after it: in the
+    phase in which they differ more, lest one that became slower hides one that became faster."""
+    before, after = attempt["before"], attempt["after"]
+    return max(abs(after[phase] / before[phase] - 1) for phase in ("prefill_s", "decode_s"))
 
 
 def _attempt(
@@ -85,7 +87,6 @@ def _attempt(
         "predicted_tokens_per_s": round(foretold, 3),
         "measured_tokens_per_s": round(report.tokens_per_s, 3),
         "measured_to_predicted": round(report.tokens_per_s / foretold, 4),
-        "after_to_before": round(after["tokens_per_s"] / before["tokens_per_s"], 4),
         "measured_s": {
             "prefill": round(report.prefill_seconds, 3), "decode": round(report.decode_seconds, 3)
         },
