@@ -15,6 +15,8 @@ from flexgen_ray.quant.packing import GROUP, LARGEST, code_bytes, num_groups
 
 _DIMS = 4
 _GROUPS_PER_PROGRAM = 32
+# These change from pass to pass; each time that one was 1, or a multiple of 16, would be compiled.
+_COUNTS = ("total", "n1", "n2", "n3")
 
 
 def pack(x: Tensor, bits: int, out: Tensor) -> None:
@@ -77,7 +79,7 @@ def _store_half(address, value, live):
     tl.store(address + 1, (bits >> 8).to(tl.uint8), mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_COUNTS)
 def _unpack(
     values, packed, total, size, middle, n1, n2, n3, v0, v1, v2, v3, p0, p1, p2, p3,
     LARGEST: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, UNITS: tl.constexpr,
@@ -123,7 +125,7 @@ def _code(x, minimum, scale, levels):
     return ((steps + 12582912.0).to(tl.int32, bitcast=True) & 255).to(tl.uint8)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_COUNTS)
 def _pack(
     values, packed, total, size, middle, n1, n2, n3, v0, v1, v2, v3, p0, p1, p2, p3,
     LARGEST: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, UNITS: tl.constexpr,
