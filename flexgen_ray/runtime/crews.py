@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -46,15 +48,21 @@ def divide_cores(num_threads: int, on_cuda: bool, attends_on_host: bool) -> Core
 
 
 def make_crews(device: torch.device, cores: Cores) -> list[Crew]:
-    """A thread a worker; with CUDA one thread for all streams, one of which a worker has."""
+    """A thread a worker; with CUDA one thread for all streams, one of which a worker has.
+
+    To be made once: each stream that has multiplied keeps a workspace, and what it has freed.
+    """
     served = {it: tuple(lane for lane in Lane if lane.worker is it) for it in Lane}
     served = {worker: lanes for worker, lanes in served.items() if lanes}
     if device.type != "cuda":
         threads = {Lane.DEVICE: cores.device}
         return [Crew(lanes, threads.get(worker, 1)) for worker, lanes in served.items()]
-    # What was written on another stream, weights above all, must be there.
-    torch.cuda.synchronize(device)
     stream_of = {worker: torch.cuda.Stream(device) for worker in ON_STREAMS}
     streams = {lane: stream for it, stream in stream_of.items() for lane in served[it]}
     others = [Crew(lanes) for worker, lanes in served.items() if worker not in ON_STREAMS]
     return [Crew(tuple(streams), 1, streams), *others]
+
+
+def device_wait(device: torch.device) -> Callable[[], None] | None:
+    """What returns when the device has done all that it was given; a CPU has done it at once."""
+    return partial(torch.cuda.synchronize, device) if device.type == "cuda" else None

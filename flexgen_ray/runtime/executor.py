@@ -9,30 +9,46 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable
 
 from flexgen_ray.runtime.lanes import Crew, Lanes, Run, Ticket, timed
-from flexgen_ray.runtime.meter import Meter
+from flexgen_ray.runtime.meter import Meter, Timing
 from flexgen_ray.schedule.dependencies import Dependencies
 from flexgen_ray.schedule.ops import Op
 from flexgen_ray.schedule.window import VISITS_AHEAD
 
 
 class SerialExecutor:
-    """One op after the other, in program order."""
+    """One op after the other, in program order.
 
-    def __init__(self, run: Run, moves: Callable[[Op], bool], meter: Meter | None = None) -> None:
+    wait: returns when the device has done what an op has only launched.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        moves: Callable[[Op], bool],
+        meter: Meter | None = None,
+        wait: Callable[[], None] | None = None,
+    ) -> None:
         self._run = run
         self._moves = moves
         self._meter = meter or Meter()
+        self._wait = wait
 
     def run(self, ops: Iterable[Op]) -> Generator[Op]:
         """Yields each op that ends a visit when it is done; ops that move nothing are skipped."""
         ended = 0.0
         for op in ops:
             if self._moves(op):
-                timing = timed(self._run, op, ended)
+                timing = timed(self._run_whole, op, ended)
                 ended = timing.ended
                 self._meter.note(op, timing)
                 if op.ends_visit:
                     yield op
+
+    def _run_whole(self, op: Op, ready_at: float) -> Timing | None:
+        timing = self._run(op, ready_at)
+        if self._wait is not None:
+            self._wait()
+        return timing
 
 
 class AsyncExecutor:

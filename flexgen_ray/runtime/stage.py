@@ -23,9 +23,9 @@ from flexgen_ray.request import Finished, Progress, Request
 from flexgen_ray.runtime import malloc
 from flexgen_ray.runtime.batcher import Batcher, Decode
 from flexgen_ray.runtime.cells import Cells, LogitsHook
-from flexgen_ray.runtime.crews import Cores, divide_cores, make_crews
+from flexgen_ray.runtime.crews import Cores, device_wait, divide_cores, make_crews
 from flexgen_ray.runtime.executor import AsyncExecutor, SerialExecutor
-from flexgen_ray.runtime.lanes import Run
+from flexgen_ray.runtime.lanes import Crew, Run
 from flexgen_ray.runtime.link import Link
 from flexgen_ray.runtime.meter import Measured, Meter, Visit
 from flexgen_ray.runtime.modelled import Modelled
@@ -93,6 +93,7 @@ class Stage:
                 spec.seed,
             )
             self._cells = Cells(plan, weights, self.batcher, self.tiers, attend)
+            self._crews: list[Crew] | None = None
             self._modelled: Modelled | None = None
             self._meter = Meter()
             self._watch = Watch(self._cells.run)
@@ -183,11 +184,16 @@ class Stage:
         self._watch = run = Watch(run)
         # What the model it stands for would dispatch takes its turn here too.
         moves = Moves(spec.stands_for or spec.plan, is_linked=cells.passes.link is not None)
+        wait = device_wait(self.tiers.device)
+        if wait is not None:
+            # What was written on another stream, weights above all, must be there.
+            wait()
         if spec.executor == "serial":
-            return SerialExecutor(run, moves, self._meter)
-        crews = make_crews(self.tiers.device, self._cores)
+            return SerialExecutor(run, moves, self._meter, wait)
+        if self._crews is None:
+            self._crews = make_crews(self.tiers.device, self._cores)
         window = window_ops(spec.plan.policy.num_gpu_batches)
-        return AsyncExecutor(run, moves, crews, self._meter, self._cancel, window)
+        return AsyncExecutor(run, moves, self._crews, self._meter, self._cancel, window)
 
     def pulse(self) -> Pulse:
         """How far the run is; from any thread."""

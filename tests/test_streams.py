@@ -1,0 +1,71 @@
+"""What orders CUDA's work, without a GPU: no token depends on when streams run what they are given,
+as long as events permit it."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from late_streams import LateCuda
+from test_exactness import assert_same, greedy, policies
+from test_sparse_engine import sparse
+from test_stages import pipelines
+
+from flexgen_ray.runtime.crews import ON_STREAMS
+
+eager = st.sets(st.sampled_from(sorted(ON_STREAMS)))
+executors = st.sampled_from(["async", "async", "serial"])
+
+
+def late(folder, references, policy, monkeypatch, cuda, **options):
+    """Greedy tokens of the references' prompts, by streams that take their time."""
+    prompts = [reference.prompt for reference in references]
+    with monkeypatch.context() as patch:
+        cuda.install(patch)
+        return greedy(folder, prompts, policy, use_ray=False, **options)
+
+
+@settings(max_examples=8)
+@given(name=st.sampled_from(["opt", "llama"]), policy=policies, eager=eager, executor=executors)
+def test_early_and_late_streams_give_the_tokens_of_transformers(
+    tiny_models, name, policy, eager, executor, monkeypatch
+):
+    folder, references = tiny_models[name]
+    found = late(folder, references, policy, monkeypatch, LateCuda(eager), executor=executor)
+    assert_same(found, references)
+
+
+@settings(max_examples=3)
+@given(pipeline=pipelines(3), eager=eager, executor=executors)
+def test_early_and_late_streams_of_several_stages_too(
+    tiny_models, pipeline, eager, executor, monkeypatch
+):
+    folder, references = tiny_models["llama"]
+    options = {"pipeline_parallel_size": len(pipeline.layers), "executor": executor}
+    found = late(folder, references, pipeline, monkeypatch, LateCuda(eager), **options)
+    assert_same(found, references)
+
+
+@settings(max_examples=3)
+@given(policy=sparse, eager=eager)
+def test_early_and_late_streams_choose_the_same_values(tiny_models, policy, eager, monkeypatch):
+    folder, references = tiny_models["llama"]
+    prompts = [reference.prompt for reference in references]
+    wanted = greedy(folder, prompts, policy, use_ray=False, executor="serial")
+    found = late(folder, references, policy, monkeypatch, LateCuda(eager), executor="async")
+    assert [it.token_ids for it in found] == [it.token_ids for it in wanted]
+
+
+@pytest.mark.parametrize(
+    "executor, ignored",
+    [("async", "wait_event"), ("async", "synchronize"), ("serial", "synchronize")],
+)
+def test_a_wait_that_is_left_out_is_missed(
+    tiny_models, policy_of_all, executor, ignored, monkeypatch
+):
+    """By wrong tokens, or by what an op expects and another has yet to do."""
+    folder, references = tiny_models["llama"]
+    cuda = LateCuda(ignores=[ignored])
+    with pytest.raises((AssertionError, KeyError)):
+        found = late(folder, references, policy_of_all, monkeypatch, cuda, executor=executor)
+        assert_same(found, references)
