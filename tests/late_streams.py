@@ -27,8 +27,8 @@ CUDA = torch.device("cuda")
 class LateCuda:
     """Stands for torch.cuda; `eager` are the workers whose streams run ahead.
 
-    ignores: waits that are left out, to see whether they are missed: "wait_event", those of streams,
-    or "synchronize", those of host threads.
+    ignores: waits that are left out, to see whether they are missed: those of streams
+    ("wait_event"), or those of host threads ("synchronize").
     """
 
     def __init__(self, eager: Collection[Lane] = (), ignores: Collection[str] = ()) -> None:

@@ -15,6 +15,7 @@ from flexgen_ray import LLM, Policy, SamplingParams
 from flexgen_ray.backend import spans as all_spans
 from flexgen_ray.calibrate import calibrate
 from flexgen_ray.resources import CUDA_RESERVE
+from flexgen_ray.runtime.sampler import Draw, Penalties, sample
 from flexgen_ray.schedule.ops import LANE
 from flexgen_ray.store import memory
 from flexgen_ray.store.memory import MemoryTier
@@ -82,6 +83,27 @@ def test_given_tokens_score_as_on_the_cpu(tiny_models, policy_of_all, in_decode)
     assert found["cuda"] == pytest.approx(found["cpu"], abs=1e-4)
 
 
+def test_choosing_tokens_never_waits_for_the_device():
+    """The thread that does has other lanes' ops to issue."""
+    logits = torch.randn(6, 50, device="cuda")
+    penalties = Penalties(0.5, 0.5, 1.5, (1, 2), ((2, 1), (3, 4)))
+    draws = [
+        Draw(0.0, 1.0, 0.0),
+        Draw(0.0, 1.0, 0.0, given=7),
+        Draw(0.7, 0.9, 0.3, top_k=5, min_p=0.01),
+        Draw(1.0, 1.0, 0.8, banned=(3, 4)),
+        Draw(0.0, 1.0, 0.0, penalties=penalties),
+        Draw(1.0, 0.5, 0.5, banned=(3,), penalties=penalties),
+    ]
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        tokens = sample(logits, draws)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert tokens.tolist() == sample(logits.cpu(), draws).tolist()
+
+
 def test_every_lane_of_a_cuda_run_is_timed_on_its_stream(tiny_models, policy_of_all, tmp_path):
     folder, references = tiny_models["llama"]
     options = {"dtype": "float32", "device": "cuda", "use_ray": False, "trace": True}
@@ -114,7 +136,8 @@ def test_the_allocator_never_holds_more_than_the_budget(tiny_models):
     torch.cuda.reset_peak_memory_stats()
     options = {"dtype": "float32", "device": "cuda", "use_ray": False, "gpu_memory": budget}
     with LLM(folder, policy=Policy(4, 2), **options) as llm:
-        llm.generate([reference.prompt for reference in references], GREEDY)
+        for _ in range(12):  # each run multiplies on the streams of the one before
+            llm.generate([reference.prompt for reference in references], GREEDY)
         booked = sum(llm.report.stages[0].used["gpu"].values())
     assert booked <= budget - CUDA_RESERVE
     assert torch.cuda.max_memory_reserved() <= budget

@@ -167,7 +167,9 @@ def workspace_bytes(plan: StagePlan) -> int:
     ways = {(split, config.window(layer)) for (layer, _), split in splits}
     passes = 2 * plan.num_batches * len(ways)
     masks = passes * plan.policy.gpu_batch_size * plan.max_seq_len
-    return int(FRAGMENTATION * (_op_bytes(plan) + masks))
+    # A row from disk comes as it lies there; meanwhile another stream's op runs.
+    arriving = plan.cache_blocks * plan.cache_block_bytes * plan.stages_disk * (plan.disk_rows > 0)
+    return int(FRAGMENTATION * (_op_bytes(plan) + masks + arriving))
 
 
 def scored_tokens_at_a_time(plan: StagePlan, top: int) -> int:

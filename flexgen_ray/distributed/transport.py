@@ -78,7 +78,8 @@ class GlooLink:
             self._start(self._write if side == _SENDER else self._read, small)
             if edge == last:
                 continue
-            hidden = _Blocking(groups.make(f"{edge}/hidden", side, is_hidden=True))
+            group = groups.make(f"{edge}/hidden", side, is_hidden=True)
+            hidden = _Blocking(group, aborts=meeting.uses_nccl)
             if side == _SENDER:
                 self._sender = hidden
             else:
@@ -159,9 +160,14 @@ class _Groups:
 
 
 class _Blocking:
-    """A thread that makes a group's blocking calls, so that their caller can stop waiting."""
+    """A thread that makes a group's blocking calls, so that their caller can stop waiting.
 
-    def __init__(self, group: Any) -> None:
+    aborts: whether closing aborts the group. NCCL's kernels would wait for a lost neighbour for
+    ever, and whoever waits for the device with them.
+    """
+
+    def __init__(self, group: Any, aborts: bool = False) -> None:
+        self._aborts = group if aborts else None
         self._calls: SimpleQueue[tuple[Callable, Tensor, Future] | None] = SimpleQueue()
         self._pending: Future | None = None
         self._is_closed = False
@@ -180,6 +186,10 @@ class _Blocking:
         self._is_closed = True
         self._calls.put(None)
         _settle(self._pending, LinkClosed("the run was stopped"))
+        group, self._aborts = self._aborts, None
+        if group is not None:
+            # Aborting one group may wait for the kernels of another, which is aborted meanwhile.
+            Thread(target=group.abort, daemon=True, name="abort").start()
 
     def _work(self, group: Any) -> None:
         while (call := self._calls.get()) is not None:

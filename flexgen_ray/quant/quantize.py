@@ -6,6 +6,7 @@ the same bits. Knows numbers only: no tiers, no models.
 
 from __future__ import annotations
 
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
@@ -70,6 +71,7 @@ def unpack(packed: Tensor, bits: int, out: Tensor) -> None:
     host.unpack(packed, bits, out)
 
 
+@cache
 def _on_device() -> ModuleType:
     """Triton comes with torch's CUDA packages, but not everywhere."""
     return import_module(f"flexgen_ray.quant.{'cuda' if find_spec('triton') else 'plain'}")

@@ -54,12 +54,16 @@ def make_crews(device: torch.device, cores: Cores) -> list[Crew]:
     """
     served = {it: tuple(lane for lane in Lane if lane.worker is it) for it in Lane}
     served = {worker: lanes for worker, lanes in served.items() if lanes}
+    threads = {Lane.DEVICE: cores.device, Lane.HOST: cores.host}
     if device.type != "cuda":
-        threads = {Lane.DEVICE: cores.device}
         return [Crew(lanes, threads.get(worker, 1)) for worker, lanes in served.items()]
     stream_of = {worker: torch.cuda.Stream(device) for worker in ON_STREAMS}
     streams = {lane: stream for it, stream in stream_of.items() for lane in served[it]}
-    others = [Crew(lanes) for worker, lanes in served.items() if worker not in ON_STREAMS]
+    others = [
+        Crew(lanes, threads.get(worker, 1))
+        for worker, lanes in served.items()
+        if worker not in ON_STREAMS
+    ]
     return [Crew(tuple(streams), 1, streams), *others]
 
 

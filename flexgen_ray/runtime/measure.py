@@ -86,6 +86,9 @@ class Bench(AbstractContextManager):
 
     def __exit__(self, *_: object) -> None:
         self._tier.close()
+        self.on_device = self.on_device[:0].clone()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def rate(self, amount: float, action: Action, device: torch.device = _HOST) -> float:
         """Amount a second; a first run, which may compile, is left out.

@@ -12,6 +12,8 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
+from flexgen_ray.store.new_tokens import place_indices
+
 
 @dataclass(frozen=True)
 class Penalties:
@@ -79,17 +81,20 @@ def sample(logits: Tensor, draws: list[Draw]) -> Tensor:
     """logits: [rows, vocabulary], float32; returns [rows] token ids, still on its device.
 
     The logits stay as they are; rows that are changed or drawn from are copied, a few at a time.
+    Nothing here waits for the device, whose thread issues other lanes' ops too.
     """
     tokens = logits.argmax(dim=-1)
     given = [row for row, draw in enumerate(draws) if draw.given is not None]
     if given:
-        tokens[given] = torch.tensor([draws[row].given for row in given], device=tokens.device)
+        values = place_indices([draws[row].given for row in given], tokens.device)
+        tokens[place_indices(given, tokens.device)] = values
     rows = [row for row, draw in enumerate(draws) if draw.given is None and _is_special(draw)]
     # A row takes 48 bytes a token here, and as many as 4 a row are free (cost/sizes.py).
     step = max(1, len(draws) // 12)
     for start in range(0, len(rows), step):
         some = rows[start : start + step]
-        tokens[some] = _choose(logits[some], [draws[row] for row in some])
+        places = place_indices(some, tokens.device)
+        tokens[places] = _choose(logits[places], [draws[row] for row in some])
     return tokens
 
 
@@ -103,20 +108,21 @@ def _choose(logits: Tensor, draws: list[Draw]) -> Tensor:
         if draw.penalties:
             penalise(row, draw.penalties)
         if draw.banned:
-            row[list(draw.banned)] = float("-inf")
+            row.index_fill_(0, place_indices(draw.banned, row.device), float("-inf"))
     tokens = logits.argmax(dim=-1)
     drawn = [row for row, draw in enumerate(draws) if draw.temperature > 0]
     if drawn:
-        tokens[drawn] = _invert(logits[drawn], [draws[row] for row in drawn])
+        places = place_indices(drawn, tokens.device)
+        tokens[places] = _invert(logits[places], [draws[row] for row in drawn])
     return tokens
 
 
 def penalise(row: Tensor, its: Penalties) -> None:
     """row: [vocabulary] logits, changed in place."""
-    pairs = torch.tensor(its.answer, dtype=torch.int64).view(-1, 2).to(row.device)
+    pairs = place_indices(its.answer, row.device).view(-1, 2)
     tokens, counts = pairs.unbind(1)
     if its.repetition != 1:
-        prompt = torch.tensor(its.prompt, dtype=torch.int64).to(row.device)
+        prompt = place_indices(its.prompt, row.device)
         # A token of both is written twice, with the same value.
         seen = torch.cat((prompt, tokens))
         # What overflows would leave no number after the softmax.
@@ -132,7 +138,7 @@ def _invert(logits: Tensor, draws: list[Draw]) -> Tensor:
     the draw; after temperature min_p, top_k and top_p, in this order, each of what is left."""
 
     def column(values: list) -> Tensor:
-        return torch.tensor(values, dtype=torch.float64, device=logits.device)[:, None]
+        return place_indices(values, logits.device, torch.float64)[:, None]
 
     # Less its maximum, a logit divided by a tiny temperature can't overflow.
     scaled = (logits - logits.amax(dim=-1, keepdim=True)).double()

@@ -235,7 +235,8 @@ def host_kernel(plan: StagePlan, threads: int, nbytes: int) -> Kernel:
     config = plan.config
     heads = config.num_heads, config.num_kv_heads, config.head_dim
     shape = Shape(plan.dtype, *heads, plan.policy.cache_bits, plan.policy.attention_sparsity)
-    return ready(choose(shape, threads, calibration_dir(), nbytes), threads, shape)
+    with _torch_threads(threads):
+        return ready(choose(shape, threads, calibration_dir(), nbytes), threads, shape)
 
 
 def _weight_source(spec: StageSpec) -> WeightSource:
@@ -246,7 +247,7 @@ def _weight_source(spec: StageSpec) -> WeightSource:
 
 @contextmanager
 def _torch_threads(count: int) -> Iterator[None]:
-    """The serial executor's ops run in this thread; they get as many cores as the others' do."""
+    """What runs in this thread gets as many cores as the lanes' threads do."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

@@ -145,6 +145,8 @@ class Worker:
             self._stage.close()
             self._stage = None
             if torch.cuda.is_initialized():
+                # Each stream that has multiplied has one, which the next stage's won't use.
+                torch._C._cuda_clearCublasWorkspaces()  # type: ignore[attr-defined]
                 torch.cuda.empty_cache()
 
 

@@ -211,12 +211,18 @@ class KVCache:
         values, or both."""
         blocks, rest = divmod(past, CACHE_BLOCK_TOKENS)
         whole = blocks * CACHE_BLOCK_TOKENS
+        arrived, tail = (
+            self._in[op.cell_slot, index, :blocks],
+            self._tails[op.layer, op.batch][index],
+        )
+        if not self.plan.is_sparse:
+            # One piece crosses without being waited for, and is put in order over there.
+            arrived, tail = (x.to(target.device, non_blocking=True) for x in (arrived, tail))
         if blocks:
-            arrived = self._tokens_of(self._in[op.cell_slot, index, :blocks])
-            arrived = arrived.permute(1, 2, 0, 3, 4).flatten(2, 3)
-            target[:, :, :whole].copy_(arrived[parts])
-        tail = self._tokens_of(self._tails[op.layer, op.batch][index])
-        target[:, :, whole:past].copy_(tail[parts, :, :rest])
+            tokens = self._tokens_of(arrived).permute(1, 2, 0, 3, 4)
+            of_blocks = target[:, :, :whole].unflatten(2, (blocks, CACHE_BLOCK_TOKENS))
+            of_blocks.copy_(tokens[parts])
+        target[:, :, whole:past].copy_(self._tokens_of(tail)[parts, :, :rest])
 
     def _gather_from_disk(self, op: Op, row: Row, chosen: Tensor, into: Tensor) -> None:
         """The same for the values of chosen tokens, [kv_heads, kept]; new ones lie in the tail."""

@@ -5,15 +5,19 @@ Knows rows and places; no tiers.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from flexgen_ray.rows import Row
 
 
-def place_indices(values: list, device: torch.device) -> Tensor:
-    """An index tensor on the device, without waiting for it."""
-    indices = torch.tensor(values, pin_memory=device.type == "cuda")
+def place_indices(
+    values: Sequence, device: torch.device, dtype: torch.dtype = torch.int64
+) -> Tensor:
+    """Indices, or numbers of another dtype, on the device, without waiting for it."""
+    indices = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
     return indices.to(device, non_blocking=True)
 
 
