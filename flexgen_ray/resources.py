@@ -22,18 +22,20 @@ def settle_budgets(
     machines: list[Machine], limits: dict[str, int | None], reserved: int
 ) -> list[Budget]:
     """Of each stage. Stages on one host divide its memory and disk, and what is reserved there;
-    a limit on those is the host's, one on GPU memory each stage's own.
+    a limit on those is the host's, one on GPU memory each stage's own. Those on one GPU divide it.
     """
     hosts = Counter(machine.host for machine in machines)
-    return [_settle_share(machine, limits, reserved, hosts[machine.host]) for machine in machines]
+    gpus = Counter(machine.gpu_id for machine in machines)
+    return [_settle_share(it, limits, reserved, hosts[it.host], gpus[it.gpu_id]) for it in machines]
 
 
 def _settle_share(
-    machine: Machine, limits: dict[str, int | None], reserved: int, num_stages: int
+    machine: Machine, limits: dict[str, int | None], reserved: int, num_stages: int, on_gpu: int
 ) -> Budget:
     if num_stages == 1:
         return settle_budget(machine, limits, reserved)
-    gpu = machine.gpu_bytes if machine.device == "cuda" else machine.cpu_bytes // num_stages
+    on_cuda = machine.device == "cuda"
+    gpu = machine.gpu_bytes // on_gpu if on_cuda else machine.cpu_bytes // num_stages
     share = replace(
         machine,
         gpu_bytes=gpu,

@@ -23,7 +23,13 @@ from flexgen_ray.cost.placement import (
 from flexgen_ray.cost.plan import StagePlan
 from flexgen_ray.cost.sizes import check_budget, stage_bytes, totals, weight_bytes
 from flexgen_ray.model_config import ModelConfig
-from flexgen_ray.resources import settle_budget, settle_dtype
+from flexgen_ray.resources import (
+    CUDA_RESERVE,
+    GPU_SHARE,
+    settle_budget,
+    settle_budgets,
+    settle_dtype,
+)
 from flexgen_ray.runtime.worker import Machine
 from flexgen_ray.schedule.zigzag import StageLayers
 from flexgen_ray.units import format_bytes, parse_bytes
@@ -216,6 +222,15 @@ def test_the_object_store_of_a_ray_of_our_own_counts_against_host_memory():
     assert settle_budget(machine(), limits, reserved).cpu == 2**30 - reserved
     with pytest.raises(ValueError, match="object store"):
         settle_budget(machine(), limits | {"cpu": 2**20}, reserved)
+
+
+def test_stages_on_one_gpu_divide_its_memory():
+    limits = dict.fromkeys(("gpu", "cpu", "disk"))
+    a, b = (replace(machine("cuda"), gpu_id=it) for it in "ab")
+    own, shared = settle_budgets([a, b], limits, 0), settle_budgets([a, a], limits, 0)
+    assert [it.gpu for it in own] == [int(16 * 2**30 * GPU_SHARE) - CUDA_RESERVE] * 2
+    assert [it.gpu for it in shared] == [int(8 * 2**30 * GPU_SHARE) - CUDA_RESERVE] * 2
+    assert [it.cpu for it in own] == [it.cpu for it in shared]
 
 
 def test_dtype_follows_the_checkpoint_where_the_machine_is_fast_in_it():

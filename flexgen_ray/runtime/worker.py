@@ -33,7 +33,7 @@ from flexgen_ray.tokenizer import Tokenizer
 @dataclass(frozen=True)
 class Machine:
     """What a worker finds where it runs; bytes are those free now. hardware: its rates, if they
-    were calibrated."""
+    were calibrated; gpu_id: of no other GPU anywhere."""
 
     host: str
     device: str
@@ -44,6 +44,7 @@ class Machine:
     num_threads: int
     is_fast_in_bfloat16: bool
     hardware: Hardware | None = None
+    gpu_id: str = ""
 
 
 class Worker:
@@ -78,6 +79,7 @@ class Worker:
             num_threads=self._num_threads,
             is_fast_in_bfloat16=_gpu_has_bfloat16() if uses_cuda else _cpu_has_bfloat16(),
             hardware=_calibrated(uses_cuda) if is_calibrated else None,
+            gpu_id=str(torch.cuda.get_device_properties().uuid) if uses_cuda else "",
         )
 
     def rates(self, spec: StageSpec) -> HardwareSpec:
