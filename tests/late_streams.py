@@ -58,7 +58,7 @@ class LateCuda:
         patch = monkeypatch.setattr
         patch(Cells, "run", run)
         patch(torch.cuda, "Stream", lambda device=None: _Stream(cuda))
-        patch(torch.cuda, "Event", lambda enable_timing=False: _Event(cuda))
+        patch(torch.cuda, "Event", lambda **options: _Event(cuda))
         patch(torch.cuda, "set_stream", lambda it: setattr(cuda._of_thread, "stream", it))
         patch(torch.cuda, "synchronize", lambda device=None: cuda.synchronize())
         patch(stage, "make_crews", lambda device, cores: crews.make_crews(CUDA, cores))

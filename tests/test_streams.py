@@ -25,7 +25,7 @@ def late(folder, references, policy, monkeypatch, cuda, **options):
         return greedy(folder, prompts, policy, use_ray=False, **options)
 
 
-@settings(max_examples=8)
+@settings(max_examples=6)
 @given(name=st.sampled_from(["opt", "llama"]), policy=policies, eager=eager, executor=executors)
 def test_early_and_late_streams_give_the_tokens_of_transformers(
     tiny_models, name, policy, eager, executor, monkeypatch
@@ -35,7 +35,7 @@ def test_early_and_late_streams_give_the_tokens_of_transformers(
     assert_same(found, references)
 
 
-@settings(max_examples=3)
+@settings(max_examples=2)
 @given(pipeline=pipelines(3), eager=eager, executor=executors)
 def test_early_and_late_streams_of_several_stages_too(
     tiny_models, pipeline, eager, executor, monkeypatch
@@ -46,7 +46,7 @@ def test_early_and_late_streams_of_several_stages_too(
     assert_same(found, references)
 
 
-@settings(max_examples=3)
+@settings(max_examples=2)
 @given(policy=sparse, eager=eager)
 def test_early_and_late_streams_choose_the_same_values(tiny_models, policy, eager, monkeypatch):
     folder, references = tiny_models["llama"]

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from flexgen_ray.quant import host, plain
+from flexgen_ray.quant import host, plain, quantize
 from flexgen_ray.quant.packing import GROUP, LARGEST, code_bytes, packed_bytes
 
 pytestmark = pytest.mark.skipif(
@@ -42,7 +42,7 @@ def test_the_interpreted_kernels_hold_their_laws():
         text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "3 passed" in done.stdout
+    assert "4 passed" in done.stdout
 
 
 def laid_out(shape: tuple[int, ...], dtype: torch.dtype, places) -> Tensor:
@@ -158,6 +158,13 @@ def test_each_tie_goes_to_the_even_code(bits):
     out = torch.empty_like(x)
     cuda.unpack(packed, bits, out)
     assert torch.equal(out, x.round())
+
+
+def test_kernels_are_used_where_they_can_be_made(caplog):
+    """Interpreted they can on a CPU; compiled they can't, which a warning tells."""
+    used = quantize._on_device.__wrapped__(torch.device("cpu"))
+    assert used.__name__.endswith("cuda" if IS_INTERPRETED else "plain")
+    assert ("python3-dev" in caplog.text) != IS_INTERPRETED
 
 
 COUNTS = ("total", "n1", "n2", "n3")

@@ -6,6 +6,7 @@ the same bits. Knows numbers only: no tiers, no models.
 
 from __future__ import annotations
 
+import logging
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from flexgen_ray.quant.packing import LARGEST, packed_bytes
 
+_log = logging.getLogger(__name__)
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -39,7 +41,7 @@ def pack(x: Tensor, bits: int, out: Tensor | None = None, least_squares: bool = 
     if x.device.type != "cpu":
         if least_squares:
             raise ValueError(f"least squares are found on the CPU, not on {x.device}: pack there")
-        _on_device().pack(values, bits, out)
+        _on_device(x.device).pack(values, bits, out)
         return out
     from flexgen_ray.quant import host
 
@@ -64,7 +66,7 @@ def unpack(packed: Tensor, bits: int, out: Tensor) -> None:
     if not _is_dense(out):
         raise ValueError(f"out must be dense in its last dimension, not strided {out.stride()}")
     if out.device.type != "cpu":
-        _on_device().unpack(packed, bits, out)
+        _on_device(out.device).unpack(packed, bits, out)
         return
     from flexgen_ray.quant import host
 
@@ -72,9 +74,23 @@ def unpack(packed: Tensor, bits: int, out: Tensor) -> None:
 
 
 @cache
-def _on_device() -> ModuleType:
-    """Triton comes with torch's CUDA packages, but not everywhere."""
-    return import_module(f"flexgen_ray.quant.{'cuda' if find_spec('triton') else 'plain'}")
+def _on_device(device: torch.device) -> ModuleType:
+    """Triton comes with torch's CUDA packages, but not everywhere, and takes a C compiler too."""
+    if not find_spec("triton"):
+        return import_module("flexgen_ray.quant.plain")
+    fast = import_module("flexgen_ray.quant.cuda")
+    try:
+        pack_into = torch.empty(1, packed_bytes(1, 8), dtype=torch.uint8, device=device)
+        fast.pack(torch.zeros(1, 1, device=device), 8, pack_into)
+    except Exception as error:
+        _log.warning(
+            "Triton compiles nothing here (%s): packed values take torch's own kernels, which are "
+            "slower and need more memory; install a C compiler and Python's headers (gcc, "
+            "python3-dev)",
+            error,
+        )
+        return import_module("flexgen_ray.quant.plain")
+    return fast
 
 
 def _check(packed: Tensor, shape: tuple[int, ...], device: torch.device) -> None:

@@ -102,7 +102,8 @@ class Meter:
             origin.record(stream)
             origin.synchronize()
             self._origin = origin, time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
+        # A lane that waits for it sleeps, for others need the core.
+        event = torch.cuda.Event(enable_timing=True, blocking=True)
         event.record(stream)
         return event
 
