@@ -8,6 +8,7 @@ their sockets, which frees whoever blocks at the other end. Knows bytes; not wha
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -151,6 +152,8 @@ class _Groups:
         """Waits for the other end, JOIN_SECONDS at most."""
         store = dist.PrefixStore(f"epoch {self._meeting.epoch}/{name}", self._store)
         if is_hidden and self._meeting.uses_nccl:
+            # Abort the group when a neighbour is lost; by default it takes its process with it.
+            os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "2")
             options = dist.ProcessGroupNCCL.Options()
             options._timeout = FOREVER
             return dist.ProcessGroupNCCL(store, side, 2, options)
