@@ -61,7 +61,7 @@ class LateCuda:
         patch(torch.cuda, "Event", lambda **options: _Event(cuda))
         patch(torch.cuda, "set_stream", lambda it: setattr(cuda._of_thread, "stream", it))
         patch(torch.cuda, "synchronize", lambda device=None: cuda.synchronize())
-        patch(stage, "make_crews", lambda device, cores: crews.make_crews(CUDA, cores))
+        patch(stage, "make_crews", lambda device, *of: crews.make_crews(CUDA, *of))
         patch(stage, "device_wait", lambda device: crews.device_wait(CUDA))
         patch(LLM, "_stages_disk", True)
 

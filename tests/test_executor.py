@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from test_exactness import policies
 
 from flexgen_ray import LLM, Policy, SamplingParams
+from flexgen_ray.runtime.crews import Cores, make_crews
 from flexgen_ray.runtime.executor import AsyncExecutor, SerialExecutor
 from flexgen_ray.runtime.lanes import Crew
 from flexgen_ray.runtime.worker import Worker
@@ -162,6 +163,18 @@ def test_a_slow_reader_misses_nothing(tiny_models, num_requests):
             assert sum(event.new_tokens for event in told) == max_tokens * num_requests
             assert all(event.new_tokens for event in told)
             told.clear()
+
+
+def test_torchs_own_host_attention_has_the_hosts_cores():
+    """Another has threads of its own, and torch's would only be in their way."""
+    threads = {}
+    for by_torch in (False, True):
+        crews = make_crews(torch.device("cpu"), Cores(8, 6, 2), by_torch)
+        threads[by_torch] = {lane: crew.num_threads for crew in crews for lane in crew.lanes}
+    assert threads[True] == threads[False] | {Lane.HOST: 2}
+    assert {lane for lane, count in threads[False].items() if count > 1} == {
+        lane for lane in Lane if lane.worker is Lane.DEVICE
+    }
 
 
 def test_every_kind_has_a_lane():

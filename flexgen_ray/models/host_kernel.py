@@ -85,6 +85,11 @@ def load(name: str, threads: int) -> Kernel:
     raise ValueError(f"there is no host attention kernel {name!r}; there are {KERNELS}")
 
 
+def takes_torch_threads(kernel: Kernel) -> bool:
+    """Whether it runs on as many threads as torch is set to, not on its own."""
+    return kernel is _sdpa
+
+
 def choose(shape: Shape, threads: int, folder: Path, nbytes: int = MEASURED_BYTES) -> str:
     """The faster of KERNELS; measured (about half a second) unless the folder has the answer.
 

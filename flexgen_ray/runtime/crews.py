@@ -47,14 +47,15 @@ def divide_cores(num_threads: int, on_cuda: bool, attends_on_host: bool) -> Core
     return Cores(num_threads, device, max(1, host))
 
 
-def make_crews(device: torch.device, cores: Cores) -> list[Crew]:
+def make_crews(device: torch.device, cores: Cores, attends_by_torch: bool = False) -> list[Crew]:
     """A thread a worker; with CUDA one thread for all streams, one of which a worker has.
 
     To be made once: each stream that has multiplied keeps a workspace, and what it has freed.
+    attends_by_torch: host attention takes torch's threads; else they would only be in the way.
     """
     served = {it: tuple(lane for lane in Lane if lane.worker is it) for it in Lane}
     served = {worker: lanes for worker, lanes in served.items() if lanes}
-    threads = {Lane.DEVICE: cores.device, Lane.HOST: cores.host}
+    threads = {Lane.DEVICE: cores.device, Lane.HOST: cores.host if attends_by_torch else 1}
     if device.type != "cuda":
         return [Crew(lanes, threads.get(worker, 1)) for worker, lanes in served.items()]
     stream_of = {worker: torch.cuda.Stream(device) for worker in ON_STREAMS}

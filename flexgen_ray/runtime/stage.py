@@ -17,7 +17,14 @@ from flexgen_ray.cost.plan import StagePlan
 from flexgen_ray.cost.sizes import check_budget, host_workspace_bytes, workspace_bytes
 from flexgen_ray.models.checkpoint import Checkpoint
 from flexgen_ray.models.dummy import DummyWeights
-from flexgen_ray.models.host_kernel import Kernel, Shape, choose, load, ready
+from flexgen_ray.models.host_kernel import (
+    Kernel,
+    Shape,
+    choose,
+    load,
+    ready,
+    takes_torch_threads,
+)
 from flexgen_ray.paths import calibration_dir
 from flexgen_ray.request import Finished, Progress, Request
 from flexgen_ray.runtime import malloc
@@ -73,6 +80,7 @@ class Stage:
         self._cores = cores_for(plan, device)
         # Measured, if it has to be, before the budget's memory is taken.
         attend = host_kernel(plan, self._cores.host, spec.budget.cpu // 2)
+        self._attends_by_torch = plan.attended_rows > 0 and takes_torch_threads(attend)
         self.tiers = Tiers(
             MemoryTier("gpu", spec.budget.gpu, device),
             MemoryTier("cpu", spec.budget.cpu, torch.device("cpu"), pinned=device.type == "cuda"),
@@ -191,7 +199,7 @@ class Stage:
         if spec.executor == "serial":
             return SerialExecutor(run, moves, self._meter, wait)
         if self._crews is None:
-            self._crews = make_crews(self.tiers.device, self._cores)
+            self._crews = make_crews(self.tiers.device, self._cores, self._attends_by_torch)
         window = window_ops(spec.plan.policy.num_gpu_batches)
         return AsyncExecutor(run, moves, self._crews, self._meter, self._cancel, window)
 
