@@ -22,17 +22,25 @@ from flexgen_ray.runtime.cells import _HANDLERS, Cells
 from flexgen_ray.schedule.ops import LANE, Lane
 
 CUDA = torch.device("cuda")
+LATE_SECONDS = 1e-3
 
 
 class LateCuda:
-    """Stands for torch.cuda; `eager` are the workers whose streams run ahead.
+    """Stands for torch.cuda; `eager` are the workers whose streams run ahead, `slow` is one whose
+    thread begins each op late.
 
     ignores: waits that are left out, to see whether they are missed: those of streams
     ("wait_event"), or those of host threads ("synchronize").
     """
 
-    def __init__(self, eager: Collection[Lane] = (), ignores: Collection[str] = ()) -> None:
+    def __init__(
+        self,
+        eager: Collection[Lane] = (),
+        slow: Lane | None = None,
+        ignores: Collection[str] = (),
+    ) -> None:
         self.eager = eager
+        self.slow = slow
         self.ignores = ignores
         self._lock = threading.RLock()
         self._streams: list[_Stream] = []
@@ -53,6 +61,8 @@ class LateCuda:
                 stream.worker = LANE[op.kind].worker
                 stream.push(act)
             else:
+                if LANE[op.kind].worker is cuda.slow:
+                    time.sleep(LATE_SECONDS)
                 act()
 
         patch = monkeypatch.setattr

@@ -12,8 +12,13 @@ from test_sparse_engine import sparse
 from test_stages import pipelines
 
 from flexgen_ray.runtime.crews import ON_STREAMS
+from flexgen_ray.schedule.ops import Lane
 
-eager = st.sets(st.sampled_from(sorted(ON_STREAMS)))
+cudas = st.builds(
+    LateCuda,
+    eager=st.sets(st.sampled_from(sorted(ON_STREAMS))),
+    slow=st.sampled_from(sorted({lane.worker for lane in Lane} - ON_STREAMS)),
+)
 executors = st.sampled_from(["async", "async", "serial"])
 
 
@@ -26,33 +31,33 @@ def late(folder, references, policy, monkeypatch, cuda, **options):
 
 
 @settings(max_examples=6)
-@given(name=st.sampled_from(["opt", "llama"]), policy=policies, eager=eager, executor=executors)
+@given(name=st.sampled_from(["opt", "llama"]), policy=policies, cuda=cudas, executor=executors)
 def test_early_and_late_streams_give_the_tokens_of_transformers(
-    tiny_models, name, policy, eager, executor, monkeypatch
+    tiny_models, name, policy, cuda, executor, monkeypatch
 ):
     folder, references = tiny_models[name]
-    found = late(folder, references, policy, monkeypatch, LateCuda(eager), executor=executor)
+    found = late(folder, references, policy, monkeypatch, cuda, executor=executor)
     assert_same(found, references)
 
 
 @settings(max_examples=2)
-@given(pipeline=pipelines(3), eager=eager, executor=executors)
+@given(pipeline=pipelines(3), cuda=cudas, executor=executors)
 def test_early_and_late_streams_of_several_stages_too(
-    tiny_models, pipeline, eager, executor, monkeypatch
+    tiny_models, pipeline, cuda, executor, monkeypatch
 ):
     folder, references = tiny_models["llama"]
     options = {"pipeline_parallel_size": len(pipeline.layers), "executor": executor}
-    found = late(folder, references, pipeline, monkeypatch, LateCuda(eager), **options)
+    found = late(folder, references, pipeline, monkeypatch, cuda, **options)
     assert_same(found, references)
 
 
 @settings(max_examples=2)
-@given(policy=sparse, eager=eager)
-def test_early_and_late_streams_choose_the_same_values(tiny_models, policy, eager, monkeypatch):
+@given(policy=sparse, cuda=cudas)
+def test_early_and_late_streams_choose_the_same_values(tiny_models, policy, cuda, monkeypatch):
     folder, references = tiny_models["llama"]
     prompts = [reference.prompt for reference in references]
     wanted = greedy(folder, prompts, policy, use_ray=False, executor="serial")
-    found = late(folder, references, policy, monkeypatch, LateCuda(eager), executor="async")
+    found = late(folder, references, policy, monkeypatch, cuda, executor="async")
     assert [it.token_ids for it in found] == [it.token_ids for it in wanted]
 
 
