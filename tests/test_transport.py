@@ -1,13 +1,14 @@
-"""A stage that loses its neighbour frees itself, whatever its group does meanwhile."""
+"""What stages say to each other arrives, and one that loses its neighbour frees itself."""
 
 from __future__ import annotations
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
-from flexgen_ray.distributed.transport import _Blocking
+from flexgen_ray.distributed.transport import GlooLink, Meeting, MeetingPlace, _Blocking
 from flexgen_ray.runtime.link import LinkClosed
 
 
@@ -35,3 +36,24 @@ def test_closing_aborts_what_would_keep_the_device_for_ever():
     closing.join()
     assert group.aborted.wait(60)
     blocking.close()
+
+
+def test_hidden_states_wait_for_nothing_but_their_sender():
+    """No receive is begun before they are ready, and messages overtake them."""
+    place = MeetingPlace("127.0.0.1")
+    meeting = Meeting(place.host, place.port, 1, 2)
+    with ThreadPoolExecutor(3) as pool:
+        first, last = pool.map(lambda rank: GlooLink(meeting, rank, place.host), range(2))
+        out, hidden = torch.zeros(3, 4), torch.arange(12.0).view(3, 4)
+        receiving = pool.submit(last.recv, out)
+        first.post(b"rows")
+        assert last.next() == b"rows"
+        assert last._receiver._pending is None
+        first.send(hidden)
+        receiving.result(60)
+        assert torch.equal(out, hidden)
+        receiving = pool.submit(last.recv, out)
+        first.close()
+        with pytest.raises(LinkClosed):
+            receiving.result(60)
+        last.close()

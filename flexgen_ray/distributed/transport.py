@@ -27,6 +27,7 @@ from flexgen_ray.runtime.link import LinkClosed
 FOREVER = timedelta(days=365)  # who waits too long is the driver's business
 JOIN_SECONDS = 60
 _SENDER, _RECEIVER = 0, 1
+_READY = b""  # the message before hidden states
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ class GlooLink:
     def __init__(self, meeting: Meeting, rank: int, host: str) -> None:
         self._messages: SimpleQueue[bytes | None] = SimpleQueue()
         self._posted: SimpleQueue[bytes | None] = SimpleQueue()
+        self._ready: SimpleQueue[bytes | None] = SimpleQueue()
         self._is_closed = False
         groups = _Groups(meeting, host)
         last = meeting.num_stages - 1
@@ -90,25 +92,32 @@ class GlooLink:
         self._posted.put(message)
 
     def next(self) -> bytes:
-        message = self._messages.get()
-        if message is None or self._is_closed:
-            self._messages.put(None)
-            raise LinkClosed("the stage before has gone, or the run was stopped")
-        return message
+        return self._take(self._messages)
 
     def send(self, hidden: Tensor) -> None:
+        self.post(_READY)
         self._sender.call(lambda group: group.send([_bytes(hidden)], _RECEIVER, 0), hidden)
 
     def recv(self, out: Tensor) -> None:
+        # NCCL's kernel would be on the device until they come, and what waits for all of it, as
+        # the first use of another kernel may, would wait too: stage for stage, in a circle.
+        self._take(self._ready)
         self._receiver.call(lambda group: group.recv([_bytes(out)], _SENDER, 0), out)
 
     def close(self) -> None:
         if not self._is_closed:
             self._is_closed = True
-            self._messages.put(None)
-            self._posted.put(None)
+            for queue in (self._messages, self._posted, self._ready):
+                queue.put(None)
             self._sender.close()
             self._receiver.close()
+
+    def _take(self, queue: SimpleQueue[bytes | None]) -> bytes:
+        message = queue.get()
+        if message is None or self._is_closed:
+            queue.put(None)
+            raise LinkClosed("the stage before has gone, or the run was stopped")
+        return message
 
     def _start(self, loop: Callable[[Any], None], group: Any) -> None:
         Thread(target=loop, args=(group,), daemon=True, name="small messages").start()
@@ -116,9 +125,10 @@ class GlooLink:
     def _write(self, group: Any) -> None:
         try:
             while (message := self._posted.get()) is not None:
-                data = torch.frombuffer(bytearray(message), dtype=torch.uint8)
-                group.send([torch.tensor([len(data)])], _RECEIVER, 0).wait()
-                group.send([data], _RECEIVER, 0).wait()
+                group.send([torch.tensor([len(message)])], _RECEIVER, 0).wait()
+                if message:
+                    data = torch.frombuffer(bytearray(message), dtype=torch.uint8)
+                    group.send([data], _RECEIVER, 0).wait()
         except RuntimeError:
             self.close()
 
@@ -127,6 +137,9 @@ class GlooLink:
             while not self._is_closed:
                 length = torch.zeros(1, dtype=torch.int64)
                 group.recv([length], _SENDER, 0).wait()
+                if not length:
+                    self._ready.put(_READY)
+                    continue
                 data = torch.empty(int(length), dtype=torch.uint8)
                 group.recv([data], _SENDER, 0).wait()
                 self._messages.put(data.numpy().tobytes())
