@@ -18,7 +18,7 @@ from flexgen_ray import __version__
 from flexgen_ray.bench.group import Benchmarks
 from flexgen_ray.completion import CompletionOption
 from flexgen_ray.evaluation.commands import app as evaluation
-from flexgen_ray.exits import EXIT_STOPPED, exit_status, told_how_to_resume
+from flexgen_ray.exits import EXIT_STOPPED, Stopped, exit_status, told_how_to_resume
 from flexgen_ray.options import (
     AddressOption,
     Device,
@@ -243,7 +243,7 @@ def _terminate(*_: object) -> None:
     """The next signal ends the process at once."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
-    raise KeyboardInterrupt
+    raise Stopped
 
 
 def main() -> None:

@@ -15,6 +15,11 @@ EXIT_REFUSALS = 2
 EXIT_STOPPED = 130
 
 
+class Stopped(KeyboardInterrupt):
+    """A signal ends the job. Not KeyboardInterrupt itself: if that passes code run from a string,
+    as much of what is imported does, Python ends by the signal, whatever the exit status is."""
+
+
 @contextmanager
 def told_how_to_resume(journal: Journal) -> Iterator[None]:
     """For a job that is stopped, by a signal or an error, while answers are there."""

@@ -1,0 +1,29 @@
+"""A signal ends a command with its own exit status, wherever it comes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from flexgen_ray.exits import EXIT_STOPPED
+
+SCRIPT = """
+import signal
+from flexgen_ray import cli
+
+@cli.app.command()
+def wait():
+    exec("signal.raise_signal(signal.{name})")  # as dataclasses are made, and kernels compiled
+
+cli.main()
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_a_stop_in_code_that_runs_from_a_string_ends_with_the_commands_status(tmp_path, name):
+    (tmp_path / "stopped.py").write_text(SCRIPT.format(name=name))
+    command = [sys.executable, "-m", "stopped", "wait"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (EXIT_STOPPED, "")
