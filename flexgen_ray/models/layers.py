@@ -15,12 +15,14 @@ from flexgen_ray.model_config import ModelConfig, Rope
 Weights = Mapping[str, Tensor]
 Lookup = Callable[[str, Tensor | None], Tensor]
 
+_gelu = torch.ops.aten.gelu_
+# Each overwrites what it is given, the largest temporary of a layer: another would have to be found.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu,
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_new": partial(F.gelu, approximate="tanh"),
-    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": torch.relu_,
+    "silu": partial(F.silu, inplace=True),
+    "gelu": _gelu,
+    "gelu_new": partial(_gelu, approximate="tanh"),
+    "gelu_pytorch_tanh": partial(_gelu, approximate="tanh"),
 }
 ROPE_TYPES = ("default", "linear", "llama3")
 _LARGE_MATRIX = 5 * 10**5  # elements; with fewer, oneDNN's set-up costs what it gains
@@ -70,7 +72,8 @@ def project_heads(config: ModelConfig, weights: Weights, x: Tensor) -> tuple[Ten
 def gated_mlp(config: ModelConfig, weights: Weights, x: Tensor) -> Tensor:
     """x, result: [tokens, hidden]."""
     gate = ACTIVATIONS[config.activation](linear(weights, "gate_proj", x))
-    return linear(weights, "down_proj", gate * linear(weights, "up_proj", x))
+    gate *= linear(weights, "up_proj", x)
+    return linear(weights, "down_proj", gate)
 
 
 def token_logits(config: ModelConfig, weights: Weights, x: Tensor) -> Tensor:

@@ -141,7 +141,8 @@ def project(
 def finish(config: ModelConfig, weights: Weights, residual: Tensor, attention: Tensor) -> Tensor:
     """residual: [tokens, hidden]; attention: [tokens, q_size]; returns [tokens, hidden]."""
     x = residual + linear(weights, "o_proj", attention)
-    return x + gated_mlp(config, weights, rms_norm(config, weights, "mlp_norm", x))
+    x += gated_mlp(config, weights, rms_norm(config, weights, "mlp_norm", x))
+    return x
 
 
 def head(config: ModelConfig, weights: Weights, x: Tensor) -> Tensor:

@@ -91,7 +91,7 @@ def finish(config: ModelConfig, weights: Weights, residual: Tensor, attention: T
         x = layer_norm(config, weights, "attention_norm", x)
     inner = layer_norm(config, weights, "mlp_norm", x) if config.pre_norm else x
     inner = ACTIVATIONS[config.activation](linear(weights, "up_proj", inner))
-    x = x + linear(weights, "down_proj", inner)
+    x += linear(weights, "down_proj", inner)
     return x if config.pre_norm else layer_norm(config, weights, "mlp_norm", x)
 
 
