@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from flexgen_ray import LLM, Policy, SamplingParams
 from flexgen_ray.rows import Rows
 from flexgen_ray.runtime.link import Header
-from flexgen_ray.runtime.sampler import Draw, Penalties, penalise, sample, uniform
+from flexgen_ray.runtime.sampler import Draw, Penalties, likeliest, penalise, sample, uniform
 
 DRAWS = 4000
 CHI_SQUARE_LIMIT = {3: 16.3, 4: 18.5, 5: 20.5, 7: 24.3}  # p = 0.001 by degrees of freedom
@@ -179,6 +179,20 @@ def test_mixed_rows_are_those_of_a_plain_loop(draws, seed):
     chosen = sample(logits, draws).tolist()
     assert torch.equal(logits, before)  # scores are taken from them afterwards
     assert chosen == [reference_token(*pair) for pair in zip(before.tolist(), draws, strict=True)]
+
+
+LOGITS = st.floats(width=32, allow_nan=False) | st.sampled_from([0.0, -0.0, 1.5, -1.5])
+
+
+@given(st.lists(LOGITS, min_size=1, max_size=60), st.integers(1, 60))
+@settings(max_examples=200)
+def test_the_likeliest_are_those_of_a_stable_sort(logits, count):
+    """Of any numbers, infinite and equal ones too, and however few are asked for."""
+    rows = torch.tensor([logits, logits[::-1]])
+    values, tokens = likeliest(rows, min(count, len(logits)))
+    wanted = rows.sort(dim=-1, descending=True, stable=True)
+    assert torch.equal(tokens, wanted.indices[:, :count])
+    assert torch.equal(values, wanted.values[:, :count])
 
 
 @given(st.lists(draws_of(), max_size=4))

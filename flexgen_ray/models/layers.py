@@ -16,7 +16,7 @@ Weights = Mapping[str, Tensor]
 Lookup = Callable[[str, Tensor | None], Tensor]
 
 _gelu = torch.ops.aten.gelu_
-# Each overwrites what it is given, the largest temporary of a layer: another would have to be found.
+# Each overwrites what it is given: a layer's largest temporary needn't be there twice.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu_,
     "silu": partial(F.silu, inplace=True),
