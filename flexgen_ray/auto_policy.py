@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from statistics import fmean
 
 from flexgen_ray.config import Budget, HardwareSpec, Policy, Workload
+from flexgen_ray.cost.between import drawn_share
 from flexgen_ray.cost.grid import Search
 from flexgen_ray.cost.pipeline_plan import Device, Job, ModelRates, Plan
 from flexgen_ray.cost.plan import StagePlan
@@ -99,4 +100,5 @@ def job_of(requests: Sequence[Request]) -> Job:
         max(longest - max(prompts), 1),
         fmean(prompts),
         fmean(request.params.max_tokens for request in requests),
+        fmean(drawn_share(it.params.temperature, it.params.top_k) for it in requests),
     )

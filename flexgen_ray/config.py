@@ -143,12 +143,14 @@ class Workload:
     """What a job asks of the stores: how many sequences, and how long the longest are.
 
     resumes: whether an answer that was interrupted may go on, its tokens so far as a prompt.
+    drawn: of a sequence's tokens, those that are drawn of all the vocabulary (cost/between.py).
     """
 
     num_requests: int
     max_prompt_len: int
     max_seq_len: int
     resumes: bool = False
+    drawn: float = 0.0
 
     @property
     def max_prefill_len(self) -> int:
@@ -174,7 +176,8 @@ class HardwareSpec:
     themselves. Matrix products of few tokens are slower than those of many:
     device_decode_flops_per_s, if given. dequantize: of packed values, counted as 16 bits each.
     device_ops: what an op takes of a device beside its work, which a GPU's launches hide;
-    elementwise: what ops between products read and write, beyond measure where nobody measured.
+    elementwise: what ops between products read and write; sampled: logits, where tokens are drawn;
+    both beyond measure where nobody measured.
     The network carries hidden states to the next stage.
     """
 
@@ -191,6 +194,7 @@ class HardwareSpec:
     dequantize_bytes_per_s: float = 0.0
     device_ops_per_s: float = 1e12
     elementwise_bytes_per_s: float = 1e18
+    sampled_values_per_s: float = 1e18
     network_bytes_per_s: float = 1.25e9
 
     def __post_init__(self) -> None:

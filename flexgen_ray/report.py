@@ -104,11 +104,16 @@ class StageReport:
         )
         ratio = 1 / lanes[self.measured.binding_lane]["fraction"]
         emulated = "emulated time; " if self.measured.is_emulated else ""
-        return [
+        lines = [
             f"{emulated}lanes busy: {parts}",
             f"{self.measured.binding_lane} binds: the run took {ratio:.2f} x its busy time; "
             f"the device idled {self.bubbles:.0%}",
         ]
+        sampling, device = self.measured.sampling, self.measured.busy.get("device", 0.0)
+        if device and sampling > TELLING_SHARE * device:
+            share = f"{sampling:.1f} s of the device's {device:.1f} s"
+            lines.append(f"choosing tokens took {share}; with top_k it takes less, greedy least")
+        return lines
 
     def _tier(self, tier: str) -> str:
         used = self.used[tier]

@@ -1,4 +1,4 @@
-"""What stands between matrix products: norms, residuals, activations, rotations, copies.
+"""What stands between matrix products: norms, residuals, activations, rotations, copies, sampling.
 
 Ops of torch, each of which costs a launch and reads and writes values of every token; no product
 hides them. Knows the order of a layer's maths; no rates.
@@ -13,6 +13,8 @@ from flexgen_ray.schedule.ops import OpKind
 # that scatter, or that attend a few tokens, take as long as several.
 LAUNCHES = {OpKind.EMBED: 8, OpKind.PROJECT: 12, OpKind.FINISH: 8, OpKind.SAMPLE: 8}
 LAUNCHES_OF_RUN, LAUNCHES_OF_PROMPT = 8, 5
+
+_OF_SOME = 0.4
 
 # Values that ops read or write for each one they are given.
 _COPY, _ADD, _ACTIVATE, _MULTIPLY = 2, 3, 2, 3
@@ -34,3 +36,11 @@ def passed_values(config: ModelConfig, kind: OpKind) -> int:
         norms = norm * (3 if config.branch_norms else 1)
         return 2 * (_ADD + _COPY) * hidden + norms + each * config.intermediate_size
     return 0
+
+
+def drawn_share(temperature: float, top_k: int) -> float:
+    """Of the work in which a token is drawn of a whole vocabulary, what these settings take: the
+    likeliest are found without sorting the others, and greedy decoding only looks for one."""
+    if not temperature:
+        return 0.0
+    return _OF_SOME if top_k > 0 else 1.0

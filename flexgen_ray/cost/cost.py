@@ -70,8 +70,7 @@ class CostModel:
             finished = self._finish(op.layer, tokens, composition.rows.num_logits)
             return finished | self._unpacked(op)
         if op.kind is OpKind.SAMPLE:
-            logits = 4 * self.plan.config.vocab_size * len(composition.rows.sampled)
-            return {_R.DEVICE_MEMORY: 2 * logits}
+            return self._sample(composition)
         if op.kind not in _OF_CACHE and op.kind not in _OF_ATTENTION:
             return _NONE
         placed = composition.placed(self.plan.splits[op.layer, op.batch])
@@ -79,6 +78,12 @@ class CostModel:
             return _OF_ATTENTION[op.kind](self, placed, op.layer)
         amounts = _OF_CACHE[op.kind](self, placed)
         return amounts | self._unpacked(op) if op.kind is OpKind.PROJECT else amounts
+
+    def _sample(self, composition: Composition) -> Amounts:
+        count, drawn = len(composition.rows.sampled), composition.drawn
+        drawn = count * self.plan.workload.drawn if drawn is None else drawn
+        size = self.plan.config.vocab_size
+        return {_R.DEVICE_MEMORY: 2 * 4 * size * count, _R.SAMPLING: size * drawn}
 
     @property
     def _num_parts(self) -> int:

@@ -29,6 +29,7 @@ LOCAL = "local"
 _PRESETS = Path(__file__).parent.parent / "presets"
 _NETWORK_BYTES_PER_S = HardwareSpec.network_bytes_per_s
 _UNMEASURED = HardwareSpec.elementwise_bytes_per_s
+_SAMPLED_BY_A_CORE = 5e7  # values a second; where nobody measured
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +84,7 @@ class Hardware:
             dequantize_bytes_per_s=self.device.dequantize_bytes_per_s or 0.0,
             device_ops_per_s=self._device_ops_per_s,
             elementwise_bytes_per_s=self.device.elementwise_bytes_per_s or _UNMEASURED,
+            sampled_values_per_s=self._sampled_values_per_s,
             network_bytes_per_s=network,
         )
 
@@ -108,6 +110,11 @@ class Hardware:
         if not self.device.is_cpu:
             return HardwareSpec.device_ops_per_s
         return 1 / self.device.launch_seconds
+
+    @property
+    def _sampled_values_per_s(self) -> float:
+        usual = _SAMPLED_BY_A_CORE if self.device.is_cpu else _UNMEASURED
+        return self.device.sampled_values_per_s or usual
 
     def knows(self, dtype: str) -> bool:
         """Whether there are figures for a dtype."""

@@ -122,7 +122,8 @@ class DeviceRates:
     """launch_seconds: to issue one op; of a CPU, to do a small one between products. attention:
     bytes of K and V in decoding. dequantize: bytes of 16-bit values that come of packed ones, None
     where nothing dequantizes. elementwise: bytes that norms, sums and copies between products read
-    and write; core_shares: of a CPU; None if unknown."""
+    and write; sampled: logits of which tokens are drawn; core_shares: of a CPU; None if unknown.
+    """
 
     is_cpu: bool
     memory_bytes_per_s: float
@@ -132,6 +133,7 @@ class DeviceRates:
     dequantize_bytes_per_s: float | None = None
     core_shares: CoreShares | None = None
     elementwise_bytes_per_s: float | None = None
+    sampled_values_per_s: float | None = None
 
     def __post_init__(self) -> None:
         check_rates(self)

@@ -20,13 +20,15 @@ Rates = Callable[[int, int], HardwareSpec]
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be answered; lengths in tokens, the longest and on average."""
+    """What is to be answered; lengths in tokens, the longest and on average; drawn: as in
+    Workload."""
 
     num_requests: int
     prompt_len: int
     max_tokens: int
     mean_prompt_len: float
     mean_tokens: float
+    drawn: float = 0.0
 
     @staticmethod
     def uniform(num_requests: int, prompt_len: int, max_tokens: int) -> Job:

@@ -111,6 +111,11 @@ class Composition:
     spare: the streaming place of a host-attended row's prompt chunk.
     """
 
+    @property
+    def drawn(self) -> float | None:
+        """How many tokens are drawn of a whole vocabulary, if that is known (cost/between.py)."""
+        return None
+
     def __init__(self, rows: Rows, spare: int) -> None:
         self.rows = rows
         self._spare = spare

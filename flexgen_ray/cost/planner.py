@@ -245,8 +245,8 @@ class Planner:
         return Corners(stage, self.rates(shape)[number], self.job.middle_position)
 
     def _stage(self, stage: StageLayers, policy: Policy) -> StagePlan:
-        job = self.job
-        workload = Workload(policy.block_size, job.prompt_len, job.max_seq_len, self.resumes)
+        job, size = self.job, policy.block_size
+        workload = Workload(size, job.prompt_len, job.max_seq_len, self.resumes, job.drawn)
         return StagePlan(
             self.config,
             stage,

@@ -23,12 +23,18 @@ class Resource(StrEnum):
     DEQUANTIZE = "dequantize_bytes_per_s"
     DEVICE_OPS = "device_ops_per_s"  # small ones, beside products
     ELEMENTWISE = "elementwise_bytes_per_s"  # read and written by those
+    SAMPLING = "sampled_values_per_s"  # logits of which a token is drawn
     NETWORK = "network_bytes_per_s"  # to the next stage
 
 
 Amounts = dict[Resource, float]
 
-_BY_ITSELF = (Resource.DEQUANTIZE, Resource.DEVICE_OPS, Resource.ELEMENTWISE)
+_BY_ITSELF = (
+    Resource.DEQUANTIZE,
+    Resource.DEVICE_OPS,
+    Resource.ELEMENTWISE,
+    Resource.SAMPLING,
+)
 
 
 def seconds_by_resource(amounts: Amounts, hardware: HardwareSpec) -> dict[Resource, float]:

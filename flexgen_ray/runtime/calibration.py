@@ -85,7 +85,7 @@ def count_measurements(device: torch.device, scope: Scope = EVERYTHING) -> int:
     """How often `measure_machine` announces one."""
     gemms = len(scope.gemm_dtypes(device)) * len(GEMM_ROWS)
     shares = 3 if device.type == "cpu" else 0
-    return 10 + shares + len(list(_attended(scope))) + gemms
+    return 11 + shares + len(list(_attended(scope))) + gemms
 
 
 def _attended(scope: Scope) -> Iterator[tuple[str, str, int]]:
@@ -176,6 +176,8 @@ def _device(bench: Bench, effort: Effort, announce: Announce, scope: Scope) -> D
     announce("launches")
     small_op, elementwise = bench.small_ops((_DECODING_ROWS, _PREFILL_ROWS), effort.width)
     launch = small_op if is_cpu else bench.launch_seconds()
+    announce("sampling")
+    sampled = bench.sampling_rate()
     gemm = tuple(
         GemmRates(name, tuple(_gemm(bench, effort, name, announce)))
         for name in scope.gemm_dtypes(device)
@@ -188,6 +190,7 @@ def _device(bench: Bench, effort: Effort, announce: Announce, scope: Scope) -> D
         gemm,
         _rounded(unpacked),
         elementwise_bytes_per_s=_rounded(elementwise),
+        sampled_values_per_s=_rounded(sampled),
     )
 
 

@@ -27,6 +27,7 @@ from flexgen_ray.models.host_kernel import load as load_kernel
 from flexgen_ray.models.layers import product
 from flexgen_ray.quant.packing import packed_bytes
 from flexgen_ray.quant.quantize import unpack
+from flexgen_ray.runtime.sampler import Draw, sample
 from flexgen_ray.store.disk import DiskTier
 from flexgen_ray.store.memory import MemoryTier
 
@@ -195,6 +196,12 @@ class Bench(AbstractContextManager):
         """Bytes of K and V a second that the device attends in decoding."""
         memory = _room(self.on_device, dtype, shape.numel)
         return self.rate(*_attender(load_kernel("sdpa", 1), memory, shape, dtype), self.device)
+
+    def sampling_rate(self) -> float:
+        """Logits a second of which tokens are drawn."""
+        logits = torch.randn(12, 2**17, device=self.device)
+        draws = [Draw(1.0, 1.0, 0.5)] * len(logits)
+        return self.rate(logits.numel(), lambda: sample(logits, draws), self.device)
 
     def launch_seconds(self) -> float:
         """To issue an op that does next to nothing."""

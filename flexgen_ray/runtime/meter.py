@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 
 from flexgen_ray.config import HardwareSpec
-from flexgen_ray.schedule.ops import LANE, Lane, Op
+from flexgen_ray.schedule.ops import LANE, Lane, Op, OpKind
 from flexgen_ray.schedule.span import Span
 
 MAX_SPANS = 1_000_000  # of a trace; about 150 MB as JSON
@@ -42,7 +42,8 @@ class Visit:
 class Measured:
     """Seconds of a run, {lane: seconds}. modelled_*: by a cost model at the rates of `hardware`, if
     the run had one; cores: all lanes' core seconds over the cores, where the device is a CPU.
-    time_scale: of an emulated run. peak_gpu_bytes: what torch took of a GPU.
+    time_scale: of an emulated run. peak_gpu_bytes: what torch took of a GPU. sampling: of the
+    device's busy seconds, those in which tokens were chosen.
     """
 
     wall: float = 0.0
@@ -54,6 +55,7 @@ class Measured:
     time_scale: float | None = None
     visits: list[Visit] = field(default_factory=list)
     peak_gpu_bytes: int = 0
+    sampling: float = 0.0
 
     @property
     def is_emulated(self) -> bool:
@@ -76,12 +78,13 @@ class Meter:
     """Of one run; every lane is written by one thread.
 
     keeps_spans: remember the first MAX_SPANS ops. busy: {lane: seconds}, modelled seconds where
-    the run is emulated.
+    the run is emulated; sampling: those of ops that choose tokens.
     """
 
     keeps_spans: bool = False
     busy: dict[Lane, float] = field(default_factory=lambda: dict.fromkeys(Lane, 0.0))
     spans: list[Span] = field(default_factory=list)
+    sampling: float = 0.0
 
     def __post_init__(self) -> None:
         self._began = time.perf_counter()
@@ -91,6 +94,8 @@ class Meter:
     def note(self, op: Op, timing: Timing) -> None:
         """An op that has run."""
         self.busy[LANE[op.kind].worker] += timing.busy
+        if op.kind is OpKind.SAMPLE:
+            self.sampling += timing.busy
         if self.keeps_spans and len(self.spans) < MAX_SPANS:
             started, ended = timing.started - self._began, timing.ended - self._began
             self.spans.append(Span(op, started, ended))

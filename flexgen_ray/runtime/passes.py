@@ -13,6 +13,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
+from flexgen_ray.cost.between import drawn_share
 from flexgen_ray.cost.placed_rows import Composition
 from flexgen_ray.cost.plan import StagePlan
 from flexgen_ray.models.attention import length_mask, span
@@ -67,6 +68,10 @@ class Pass(Composition):
         """Most likeliest tokens that any score is to be told with."""
         tops = [row.top for row in self.rows.scored]
         return max(tops + [draw.top or 0 for draw in self.header.draws], default=0)
+
+    @cached_property
+    def drawn(self) -> float:
+        return sum(drawn_share(draw.temperature, draw.top_k) for draw in self.header.draws)
 
     def slot_scores(self, scores: Iterable[Score]) -> SlotScores:
         """Whose they are: those of scored tokens come first, then one of each sampled row, if any

@@ -148,7 +148,13 @@ class Stage:
         on_cuda = self.tiers.device.type == "cuda"
         peak = torch.cuda.max_memory_reserved(self.tiers.device) if on_cuda else 0
         if self._modelled is None:
-            return Measured(self._wall, busy, peak_gpu_bytes=peak, visits=self._visits)
+            return Measured(
+                self._wall,
+                busy,
+                visits=self._visits,
+                peak_gpu_bytes=peak,
+                sampling=self._meter.sampling,
+            )
         lanes = self._modelled.lanes()
         return Measured(
             wall=self._wall,
@@ -160,6 +166,7 @@ class Stage:
             time_scale=self.spec.time_scale,
             visits=self._visits,
             peak_gpu_bytes=peak,
+            sampling=self._meter.sampling,
         )
 
     def busy(self) -> dict[str, float]:
