@@ -87,7 +87,7 @@ def test_logits_are_those_of_transformers(tiny_models, name, policy, monkeypatch
             assert (wanted - got).abs().max().item() <= 1e-4 * spread
 
 
-@pytest.mark.parametrize("name", ["opt", "llama"])
+@pytest.mark.parametrize("name", [pytest.param("opt", marks=pytest.mark.slow), "llama"])
 def test_a_ray_actor_generates_the_same_tokens(tiny_models, local_ray, name):
     folder, references = tiny_models[name]
     third = Placement(0.3, 0.3, 0.4)

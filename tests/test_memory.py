@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from itertools import pairwise
@@ -82,24 +83,31 @@ def test_resident_memory_falls_with_the_budgets_and_the_rest_runs_from_disk(larg
         assert large["grown"] - small["grown"] >= 0.75 * fewer
 
 
+@pytest.fixture(scope="module")
+def two_layers(large_model, tmp_path_factory):
+    """The same without its other layers, which need no other temporaries."""
+    folder = shutil.copytree(large_model, tmp_path_factory.mktemp("two") / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
+    return folder
+
+
 LONG = [(7 * i * i + 3 * i) % 4000 for i in range(3000)]
 
 
 @pytest.fixture(scope="module")
-def in_small_tiles(large_model, tmp_path_factory) -> tuple[str, dict]:
+def in_small_tiles(two_layers, tmp_path_factory) -> tuple[str, dict]:
     """A policy whose tiles are of 64 tokens, and a long prompt's run with it."""
     policy = tmp_path_factory.mktemp("tiles") / "64.yaml"
     policy.write_text("gpu_batch_size: 1\nmax_batch_tokens: 64\n")
-    return str(policy), run(large_model, [LONG], policy=str(policy))
+    return str(policy), run(two_layers, [LONG], policy=str(policy))
 
 
-def test_a_long_prompt_needs_no_more_than_a_few_tiles_at_once(
-    large_model, in_small_tiles, tmp_path
-):
+def test_a_long_prompt_needs_no_more_than_a_few_tiles_at_once(two_layers, in_small_tiles, tmp_path):
     """3,000 tokens: tiles of 64 take several passes of 512 tokens, one tile takes it whole."""
     policy = tmp_path / "4096.yaml"
     policy.write_text("gpu_batch_size: 1\nmax_batch_tokens: 4096\n")
-    whole, tiled = run(large_model, [LONG], policy=str(policy)), in_small_tiles[1]
+    whole, tiled = run(two_layers, [LONG], policy=str(policy)), in_small_tiles[1]
     for result in (whole, tiled):
         assert result["grown"] <= held(result) + NOISE
     assert tiled["tokens"] == whole["tokens"]
@@ -108,9 +116,9 @@ def test_a_long_prompt_needs_no_more_than_a_few_tiles_at_once(
     assert whole["grown"] - tiled["grown"] >= 0.75 * fewer
 
 
-def test_scoring_a_long_prompt_needs_no_more_than_not_scoring_it(large_model, in_small_tiles):
+def test_scoring_a_long_prompt_needs_no_more_than_not_scoring_it(two_layers, in_small_tiles):
     """Its logits, all at once, would take 49 MB, and their softmax as much again."""
     policy, plain = in_small_tiles
-    result = run(large_model, [LONG], policy=policy, asked={"prompt_logprobs": 1})
+    result = run(two_layers, [LONG], policy=policy, asked={"prompt_logprobs": 1})
     assert result["grown"] <= held(result) + NOISE
     assert result["used"] == plain["used"] and result["tokens"] == plain["tokens"]

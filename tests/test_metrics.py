@@ -30,6 +30,8 @@ ray.init(
 )
 SLOW = HardwareSpec(*[1e12] * 6, device_flops_per_s=5e6, device_bytes_per_s=1e12)
 
+OF_FIRST = 'stage="0"'
+
 def metrics():
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as page:
         return [line for line in page.read().decode().splitlines() if "flexgen_ray_" in line]
@@ -58,7 +60,9 @@ with LLM(
     while time.monotonic() < give_up:
         lines = metrics()
         tags = [(name, f'stage="{stage}"') for name, stage in wanted]
-        if all(any(name in it and tag in it for it in lines) for name, tag in tags):
+        known = all(any(name in it and tag in it for it in lines) for name, tag in tags)
+        counts = (it.rsplit(" ", 1)[1] for it in lines if "tokens_total" in it and OF_FIRST in it)
+        if known and sum(map(float, counts)) >= 12 * len(prompts):
             break
         time.sleep(1)
     report = llm.report.lines(), llm.report.as_dict()

@@ -20,7 +20,7 @@ THIRD = Placement(0.3, 0.3, 0.4)
 POLICY = Policy(2, 2, 16, THIRD, THIRD, THIRD, 0.5)
 
 
-@pytest.mark.parametrize("name", ["opt", "llama"])
+@pytest.mark.parametrize("name", [pytest.param("opt", marks=pytest.mark.slow), "llama"])
 def test_stages_as_actors_generate_the_same_tokens(tiny_models, local_ray, name):
     folder, references = tiny_models[name]
     prompts = [reference.prompt for reference in references]
@@ -85,7 +85,10 @@ def disturbed(folder, references, moments, num_stages=3, how=signal.SIGKILL, **f
     return recoveries, killer.killed_at
 
 
-@pytest.mark.parametrize("num_stages", [pytest.param(1, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize(
+    "num_stages",
+    [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)],
+)
 def test_killed_stages_cost_no_token(tiny_models, local_ray, num_stages):
     folder, references = tiny_models["llama"]
     recoveries, killed_at = disturbed(folder, references, [(0.3, 0)], num_stages)
@@ -163,7 +166,7 @@ def test_a_partition_is_noticed_and_costs_no_token(tiny_models, local_ray):
 
         GlooLink.post = post_or_lose
 
-    options = {"pipeline_parallel_size": 3, "faults": Faults(stall_seconds=2)}
+    options = {"pipeline_parallel_size": 2, "faults": Faults(stall_seconds=2)}
     with LLM(folder, policy=POLICY, dtype="float32", **options) as llm:
         made = [llm.request(i, reference.prompt, params) for i, reference in enumerate(references)]
         llm.prepare(made)
@@ -172,7 +175,7 @@ def test_a_partition_is_noticed_and_costs_no_token(tiny_models, local_ray):
         assert_same([output.outputs[0] for output in outputs], references)
         (recovery,) = llm._backend.recoveries
     # Every stage waits for a neighbour: which of them is cut off nobody can tell.
-    assert recovery.stages == [0, 1, 2] and "stood still" in recovery.reason
+    assert recovery.stages == [0, 1] and "stood still" in recovery.reason
 
 
 @pytest.mark.slow
