@@ -7,7 +7,6 @@ Exit status: 0 if every line was answered, 2 if some got an error row, 1 if the 
 from __future__ import annotations
 
 import json
-import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,7 +17,7 @@ from flexgen_ray import __version__
 from flexgen_ray.bench.group import Benchmarks
 from flexgen_ray.completion import CompletionOption
 from flexgen_ray.evaluation.commands import app as evaluation
-from flexgen_ray.exits import EXIT_STOPPED, Stopped, exit_status, told_how_to_resume
+from flexgen_ray.exits import exit_status, told_how_to_resume
 from flexgen_ray.options import (
     AddressOption,
     Device,
@@ -40,6 +39,7 @@ from flexgen_ray.options import (
 )
 from flexgen_ray.plan_command import plan
 from flexgen_ray.quantize_command import quantize
+from flexgen_ray.signals import EXIT_STOPPED, raise_on_stop
 
 if TYPE_CHECKING:
     from flexgen_ray.llm import LLM
@@ -239,17 +239,9 @@ def _say(text: str) -> None:
     typer.echo(text, err=True)
 
 
-def _terminate(*_: object) -> None:
-    """The next signal ends the process at once."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_DFL)
-    raise Stopped
-
-
 def main() -> None:
     """Runs a command; faults end it with one line, not a traceback."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _terminate)
+    raise_on_stop()
     try:
         app()
     except (ValueError, OSError, RuntimeError) as error:

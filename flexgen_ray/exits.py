@@ -8,16 +8,12 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from flexgen_ray.signals import EXIT_STOPPED
+
 if TYPE_CHECKING:
     from flexgen_ray.io.journal import Journal
 
 EXIT_REFUSALS = 2
-EXIT_STOPPED = 130
-
-
-class Stopped(KeyboardInterrupt):
-    """A signal ends the job. Not KeyboardInterrupt itself: if that passes code run from a string,
-    as much of what is imported does, Python ends by the signal, whatever the exit status is."""
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from flexgen_ray.exits import EXIT_STOPPED
+from flexgen_ray.signals import EXIT_STOPPED
 
 SCRIPT = """
 import signal
@@ -27,3 +27,12 @@ def test_a_stop_in_code_that_runs_from_a_string_ends_with_the_commands_status(tm
     command = [sys.executable, "-m", "stopped", "wait"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (EXIT_STOPPED, "")
+
+
+def test_a_stop_while_the_command_is_imported_does_too(tmp_path):
+    """As soon as Python has begun to run it, whatever there is to import yet."""
+    (tmp_path / "typer.py").write_text("exec('import signal; signal.raise_signal(signal.SIGINT)')")
+    (tmp_path / "stopped.py").write_text("from flexgen_ray.__main__ import main; main()")
+    command = [sys.executable, "-m", "stopped", "--help"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (EXIT_STOPPED, "", "")
