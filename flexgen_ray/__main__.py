@@ -1,8 +1,11 @@
-"""The `flexgen-ray` command, as a script and as `python -m flexgen_ray`."""
+"""The `flexgen-ray` command, as a script and as `python -m flexgen_ray`: how it begins and ends."""
 
 from __future__ import annotations
 
+import atexit
+import os
 import sys
+from typing import NoReturn
 
 from flexgen_ray.signals import EXIT_STOPPED, Stopped, raise_on_stop
 
@@ -14,7 +17,24 @@ def main() -> None:
         from flexgen_ray.cli import main as command
     except Stopped:
         sys.exit(EXIT_STOPPED)
-    command()
+    try:
+        command()
+    except SystemExit as end:
+        if "ray" in sys.modules and isinstance(end.code, int):
+            _leave(end.code)
+        raise
+
+
+def _leave(status: int) -> NoReturn:
+    """Without the C library's last steps: in these a thread that Ray left behind may find what it
+    uses gone, and a command that has done all its work would end by a segmentation fault."""
+    atexit._run_exitfuncs()
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except OSError:
+        status = status or 1
+    os._exit(status)
 
 
 if __name__ == "__main__":

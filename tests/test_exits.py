@@ -36,3 +36,19 @@ def test_a_stop_while_the_command_is_imported_does_too(tmp_path):
     command = [sys.executable, "-m", "stopped", "--help"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (EXIT_STOPPED, "", "")
+
+
+def test_what_ray_leaves_behind_changes_no_status(tmp_path):
+    """Its threads may crash in the last steps of the C library, as this does each time."""
+    (tmp_path / "stopped.py").write_text(
+        "import atexit, ctypes, sys\n"
+        "libc = ctypes.CDLL(None)\n"
+        "libc.on_exit(libc.abort, None)\n"
+        "sys.modules['ray'] = sys\n"
+        "atexit.register(print, 'cleaned up')\n"
+        "from flexgen_ray.__main__ import main; main()\n"
+    )
+    command = [sys.executable, "-m", "stopped", "--version"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[1:] == ["cleaned up"]
