@@ -29,7 +29,7 @@ LOCAL = "local"
 _PRESETS = Path(__file__).parent.parent / "presets"
 _NETWORK_BYTES_PER_S = HardwareSpec.network_bytes_per_s
 _UNMEASURED = HardwareSpec.elementwise_bytes_per_s
-_SAMPLED_BY_A_CORE = 5e7  # values a second; where nobody measured
+_SAMPLED_BY_A_CORE = 2e7  # values a second; where nobody measured
 
 
 @dataclass(frozen=True, kw_only=True)
