@@ -76,7 +76,7 @@ def draw_accuracy(result: dict, path: Path) -> None:
     figure, axes = plt.subplots(figsize=(7.2, 0.28 * len(runs) + 1), layout="constrained")
     bars = axes.barh([run["name"] for run in runs], losses, color=colours)
     axes.bar_label(bars, [f"{run['perplexity']:.2f}" for run in runs], padding=3)
-    axes.set(title=f"{result['model']}, {result['data']}: perplexity; grey: in transformers")
+    figure.suptitle(f"{result['model']}, {result['data']}: perplexity\ngrey: in transformers")
     axes.set(xlabel="% above the checkpoint", xscale="symlog")
     axes.margins(x=0.15)
     figure.savefig(path, dpi=150)
