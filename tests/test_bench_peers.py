@@ -73,6 +73,7 @@ def test_transformers_and_we_do_the_same_work_with_the_same_tokens(bench):
     assert found["flexgen-ray"]["details"]["policy"]["gpu_batch_size"] >= 1
 
 
+@pytest.mark.slow
 def test_a_peer_that_is_missing_or_fails_costs_only_itself(bench, monkeypatch):
     monkeypatch.setitem(contest.PACKAGES, "deepspeed-cpu", ("no_such_package",))
     monkeypatch.setitem(contest.PACKAGES, "no-such-loader", ())

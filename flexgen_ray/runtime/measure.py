@@ -172,10 +172,8 @@ class Bench(AbstractContextManager):
         self, dtype: torch.dtype, rows: int, shape: tuple[int, int], on_host: bool = False
     ) -> float:
         """Flops a second of a `product`."""
-        multiply = self.product(dtype, rows, shape, on_host)
-        return self.rate(
-            2.0 * rows * shape[0] * shape[1], multiply, _HOST if on_host else self.device
-        )
+        flops, device = 2.0 * rows * shape[0] * shape[1], _HOST if on_host else self.device
+        return self.rate(flops, self.product(dtype, rows, shape, on_host), device)
 
     def dequantize_rate(self, dtype: torch.dtype, bits: int, shape: tuple[int, int]) -> float:
         """Values a second, as 16 bits each, that the device unpacks of one matrix after another."""
