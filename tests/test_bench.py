@@ -149,6 +149,7 @@ def test_scaling_runs_what_it_says_and_draws_it(monkeypatch, tmp_path):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_attention_compares_packed_and_sparse_caches_with_the_plain_one(monkeypatch):
     for name, only in (("DTYPES", "float16"), ("HEAD_DIMS", 64), ("GROUPS", 2)):
         monkeypatch.setattr(bench_attention, name, (only,))

@@ -275,7 +275,7 @@ def offloaded(folder: Path) -> set[str]:
     ("how", "where"),
     [
         (signal.SIGKILL, ["--no-ray"]),
-        (signal.SIGTERM, ["--no-ray"]),
+        pytest.param(signal.SIGTERM, ["--no-ray"], marks=pytest.mark.slow),
         pytest.param(signal.SIGINT, ["--no-ray"], marks=pytest.mark.slow),
         pytest.param(signal.SIGTERM, ["--stages", "2"], marks=pytest.mark.slow),
         pytest.param(signal.SIGINT, [], marks=pytest.mark.slow),

@@ -27,6 +27,7 @@ def test_every_example_has_less_than_40_lines():
     assert all(len(path.read_text().splitlines()) < 40 for path in files)
 
 
+@pytest.mark.slow
 def test_offline_generate(text_model):
     done = run(sys.executable, EXAMPLES / "offline_generate.py", text_model)
     assert done.returncode == 0, done.stderr

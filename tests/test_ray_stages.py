@@ -122,6 +122,7 @@ def test_no_kill_at_any_moment_costs_a_token(tiny_models, local_ray, seed):
     disturbed(folder, references, moments, num_stages, max_restarts=2 * len(moments))
 
 
+@pytest.mark.slow
 def test_a_stage_that_raises_is_replaced_and_its_reason_told(tiny_models, local_ray):
     folder, references = tiny_models["llama"]
     params = SamplingParams(max_tokens=12, temperature=0.0)
@@ -149,6 +150,7 @@ def test_a_stage_that_raises_is_replaced_and_its_reason_told(tiny_models, local_
     assert recovery.stages == [1] and "No space left on device" in recovery.reason
 
 
+@pytest.mark.slow
 def test_a_partition_is_noticed_and_costs_no_token(tiny_models, local_ray):
     """What a stage tells the next is lost from some pass on, and no socket says so."""
     folder, references = tiny_models["llama"]

@@ -169,7 +169,8 @@ def test_a_replayed_request_keeps_its_scores_and_gets_the_others(
     assert [it.logprob for it in done.scores] == list(range(first, prompt_len + 6))
 
 
-@pytest.mark.parametrize("moment", [0.1, pytest.param(0.4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", [0.1, 0.4])
 def test_killed_stages_cost_no_score(tiny_models, logprobs, local_ray, moment):
     """In prefill or in decode: what was told is kept, the rest is scored when it is replayed."""
     options = {"policy": Policy(2, 2, 4), "pipeline_parallel_size": 2, "pace": SLOW}
