@@ -14,7 +14,7 @@ from flexgen_ray.schedule.ops import OpKind
 LAUNCHES = {OpKind.EMBED: 8, OpKind.PROJECT: 12, OpKind.FINISH: 8, OpKind.SAMPLE: 8}
 LAUNCHES_OF_RUN, LAUNCHES_OF_PROMPT = 8, 5
 
-_OF_SOME = 0.6
+_OF_SOME = 0.6  # of drawing from all the vocabulary, what drawing from its top_k takes
 
 # Values that ops read or write for each one they are given.
 _COPY, _ADD, _ACTIVATE, _MULTIPLY = 2, 3, 2, 3

@@ -111,15 +111,15 @@ class Composition:
     spare: the streaming place of a host-attended row's prompt chunk.
     """
 
-    @property
-    def drawn(self) -> float | None:
-        """How many tokens are drawn of a whole vocabulary, if that is known (cost/between.py)."""
-        return None
-
     def __init__(self, rows: Rows, spare: int) -> None:
         self.rows = rows
         self._spare = spare
         self._placed: dict[RowSplit, PlacedRows] = {}
+
+    @property
+    def drawn(self) -> float | None:
+        """How many tokens are drawn of a whole vocabulary, if that is known (cost/between.py)."""
+        return None
 
     def placed(self, split: RowSplit) -> PlacedRows:
         found = self._placed.get(split)

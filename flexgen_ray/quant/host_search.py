@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import numba
 import numpy as np
-from llvmlite import ir
 from numba.core import cgutils, types
 
 from flexgen_ray.quant.host_groups import (
@@ -19,10 +18,12 @@ from flexgen_ray.quant.host_groups import (
     codes_above,
     constant,
     emitted,
+    from_half,
     load,
     round_to_half,
     splat,
     store,
+    to_half,
     value_at,
 )
 from flexgen_ray.quant.packing import GROUP
@@ -53,11 +54,6 @@ def try_lines(context, values, state, levels):
         def number(value):
             return constant(F32, value, LANES)
 
-        def both(first, *others):
-            for other in others:
-                first = b.and_(first, other)
-            return first
-
         def place(index):
             return b.add(state, state.type(index * row))
 
@@ -72,16 +68,16 @@ def try_lines(context, values, state, levels):
             code = b.fsub(steps, number(ROUNDER))
             miss = b.fsub(y, b.fadd(b.fmul(code, step), shift))
             terms = b.fmul(miss, miss), code, b.fmul(code, code), b.fmul(code, y)
-            for total_of, term in zip(sums, terms, strict=True):
-                b.store(b.fadd(b.load(total_of), term), total_of)
+            for place_of, term in zip(sums, terms, strict=True):
+                b.store(b.fadd(b.load(place_of), term), place_of)
         error, c, cc, cy = map(b.load, sums)
         high = b.fadd(low, b.fmul(levels, step))
-        is_line = both(
-            b.fcmp_ordered(">", step, number(0.0)),
+        within = b.and_(
             b.fcmp_ordered(">=", low, number(-HALF_MAX)),
             b.fcmp_ordered("<=", high, number(HALF_MAX)),
         )
-        is_best = both(is_line, b.fcmp_ordered("<", error, least))
+        is_line = b.and_(within, b.fcmp_ordered(">", step, number(0.0)))
+        is_best = b.and_(is_line, b.fcmp_ordered("<", error, least))
         pairs = ((BEST_LOW, low, best_low), (BEST_STEP, step, best_step), (LEAST, error, least))
         for index, found, kept in pairs:
             store(b, b.select(is_best, found, kept), place(index))
@@ -92,7 +88,7 @@ def try_lines(context, values, state, levels):
         next_low = round_to_half(b, b.fadd(base, mean))
         rest = b.fsub(cy, b.fmul(b.fsub(next_low, base), c))
         next_step = round_to_half(b, b.fdiv(rest, cc))
-        goes_on = both(is_line, b.fcmp_ordered(">", spread, number(0.0)))
+        goes_on = b.and_(is_line, b.fcmp_ordered(">", spread, number(0.0)))
         store(b, b.select(goes_on, next_low, low), place(LOW))
         store(b, b.select(goes_on, next_step, step), place(STEP))
         return context.get_dummy_value()
@@ -100,16 +96,10 @@ def try_lines(context, values, state, levels):
     return types.void(types.int64, types.int64, types.float32), generate
 
 
-@emitted
-def rounded(context, value):
-    """As float16 holds it; never -0.0, which would be packed as another byte than 0.0."""
-
-    def generate(context, b, signature, args):
-        one = ir.Constant(ir.VectorType(F32, 1), ir.Undefined)
-        vector = b.insert_element(one, args[0], ir.IntType(32)(0))
-        return b.extract_element(round_to_half(b, vector), ir.IntType(32)(0))
-
-    return types.float32(types.float32), generate
+@numba.njit(nogil=True)
+def rounded(value):
+    """As float16 holds it; added to zero, since -0.0 would be packed as another byte than 0.0."""
+    return from_half(to_half(np.float32(value))) + np.float32(0)
 
 
 @numba.njit(nogil=True)
@@ -134,8 +124,8 @@ def search(kind, values, count, nbytes, levels, ends, lines, transposed, state):
         for group in range(count if start else 0):
             middle = (ends[0, group] + ends[1, group]) / 2
             width = (ends[1, group] - ends[0, group]) * WIDTHS[start - 1]
-            state[LOW, group] = rounded(np.float32(middle - width / 2))
-            state[STEP, group] = rounded(np.float32(width / levels))
+            state[LOW, group] = rounded(middle - width / 2)
+            state[STEP, group] = rounded(width / levels)
         for _ in range(TURNS):
             try_lines(places[0], places[1], levels)
     for group in range(count):
