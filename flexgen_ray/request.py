@@ -217,8 +217,11 @@ class CompletionOutput:
 
 @dataclass(frozen=True)
 class RequestOutput:
-    """A request's prompt and answers, as vLLM names them. scores: of tokens from the first that
-    was to be scored on."""
+    """A request's prompt and answers, as vLLM names them.
+
+    scores: the score of each token, from the first that was to be scored on. error: why the request
+    failed, in a sentence; it then has no `outputs`. None if it was answered.
+    """
 
     index: int
     prompt: str | None
@@ -226,16 +229,21 @@ class RequestOutput:
     outputs: list[CompletionOutput] = field(default_factory=list)
     prompt_logprobs: list[Logprobs | None] | None = None
     scores: list[Score] = field(default_factory=list)
+    error: str | None = None
 
 
 @dataclass(frozen=True)
 class Finished:
-    """What a stage says of a request that is done: tokens, not text."""
+    """A finished request as a stage reports it: tokens, not text.
+
+    error: why the request failed, in a sentence; its tokens are then void. None if it was answered.
+    """
 
     index: int
     token_ids: list[int]
     finish_reason: str
     scores: list[Score] = field(default_factory=list)
+    error: str | None = None
 
 
 @dataclass(frozen=True)
