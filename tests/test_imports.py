@@ -79,5 +79,5 @@ def test_cost_schedule_and_packings_sizes_load_neither_torch_nor_ray():
 
 
 def test_files_stay_small_enough_to_hold_in_the_head():
-    long = {p.name: n for p in MODULES if (n := len(p.read_text().splitlines())) > 300}
+    long = {p.name: n for p in MODULES if (n := len(p.read_text().splitlines())) > 500}
     assert not long
