@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from typing import Any, Protocol
 
 from flexgen_ray.config import Faults, HardwareSpec
-from flexgen_ray.request import Finished, Progress, Recovery, Request
+from flexgen_ray.events import Progress, Recovery
+from flexgen_ray.request import Finished, Request
 from flexgen_ray.runtime.meter import Measured
 from flexgen_ray.runtime.pipeline import LocalPipeline
 from flexgen_ray.runtime.stage import EXECUTORS, StageSpec

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from flexgen_ray.config import Policy
+from flexgen_ray.events import Progress
 from flexgen_ray.io.journal import Journal
 from flexgen_ray.io.lines import STANDARD, open_input
 from flexgen_ray.io.openai_batch import (
@@ -18,7 +19,7 @@ from flexgen_ray.io.openai_batch import (
 )
 from flexgen_ray.io.openai_logprobs import Echo
 from flexgen_ray.llm import LLM
-from flexgen_ray.request import Progress, Request, RequestOutput, SamplingParams
+from flexgen_ray.request import Request, RequestOutput, SamplingParams
 from flexgen_ray.stage_policies import StagePolicies
 
 OnProgress = Callable[[int, Progress], None]

@@ -16,6 +16,7 @@ from flexgen_ray.auto_policy import Run
 from flexgen_ray.backend import execution, spans, start_backend
 from flexgen_ray.config import Faults, HardwareSpec, Policy, Workload
 from flexgen_ray.cost.plan import StagePlan
+from flexgen_ray.events import Progress
 from flexgen_ray.fitting import generation, scoring
 from flexgen_ray.messages import several_chats
 from flexgen_ray.model_defaults import model_defaults
@@ -25,7 +26,6 @@ from flexgen_ray.paths import default_offload_dir, find_model
 from flexgen_ray.report import Report, StageReport
 from flexgen_ray.request import (
     Finished,
-    Progress,
     Prompt,
     Request,
     RequestOutput,

@@ -16,7 +16,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from flexgen_ray.request import Progress as Pass
+from flexgen_ray.events import Progress as Pass
 
 
 @contextmanager

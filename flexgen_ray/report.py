@@ -14,7 +14,7 @@ from flexgen_ray.config import TIERS, Budget
 from flexgen_ray.cost.pipeline_plan import Plan
 from flexgen_ray.cost.plan import StagePlan
 from flexgen_ray.cost.sizes import weight_bytes
-from flexgen_ray.request import Progress, Recovery
+from flexgen_ray.events import Progress, Recovery
 from flexgen_ray.runtime.meter import Measured
 from flexgen_ray.runtime.worker import Machine
 from flexgen_ray.units import format_bytes

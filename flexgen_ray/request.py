@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, cast
@@ -244,59 +243,6 @@ class Finished:
     finish_reason: str
     scores: list[Score] = field(default_factory=list)
     error: str | None = None
-
-
-@dataclass(frozen=True)
-class Progress:
-    """What a stage says after each pass: how far it is, and how long that pass took.
-
-    tokens: (request, token) of each new one; scores: likewise, of tokens that are told now or were
-    before. note: no pass, but something that people want to know.
-    """
-
-    new_tokens: int = 0
-    prefill_tokens: int = 0
-    seconds: float = 0.0
-    is_prefill: bool = False
-    tokens: tuple[tuple[int, int], ...] = ()
-    note: str = ""
-    scores: tuple[tuple[int, list[Score]], ...] = ()
-
-
-@dataclass
-class Recovery:
-    """Stages that were lost and replaced, and how many seconds each part of that took.
-
-    detected_at: time.time() when it was known. prefill: until the first new token.
-    """
-
-    reason: str
-    stages: list[int]
-    detected_at: float = field(default_factory=time.time)
-    restart_seconds: float = 0.0
-    weights_seconds: float = 0.0
-    prefill_seconds: float = 0.0
-
-    def note_restart(self) -> None:
-        """The processes are there."""
-        self.restart_seconds = time.time() - self.detected_at
-
-    def note_weights(self) -> None:
-        """Their weights are loaded."""
-        self.weights_seconds = time.time() - self.detected_at - self.restart_seconds
-
-    def note_tokens(self) -> None:
-        """A token came; the first counts."""
-        before = self.restart_seconds + self.weights_seconds
-        self.prefill_seconds = self.prefill_seconds or time.time() - self.detected_at - before
-
-    def line(self) -> str:
-        """For people; the first tokens are told when they are there."""
-        parts = {"restart": self.restart_seconds, "weights": self.weights_seconds}
-        parts |= {"prefill": self.prefill_seconds} if self.prefill_seconds else {}
-        seconds = ", ".join(f"{part} {it:.1f} s" for part, it in parts.items())
-        which = ", ".join(map(str, self.stages))
-        return f"stage {which} replaced ({self.reason}): {seconds}"
 
 
 def several_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

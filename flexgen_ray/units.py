@@ -1,4 +1,4 @@
-"""Bytes as people write them: `16GiB` in, `15.2 GiB` out."""
+"""Bytes and seconds as people write them: `16GiB` in, `15.2 GiB` and `3.2 h` out."""
 
 import re
 
@@ -23,3 +23,13 @@ def format_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1024
     return f"{count:.1f} TiB"
+
+
+def format_seconds(seconds: float) -> str:
+    """Two or three digits, in seconds, minutes or hours."""
+    if seconds < 99.5:
+        return f"{seconds:.0f} s" if seconds >= 9.95 else f"{seconds:.2g} s"
+    if seconds < 99.5 * 60:
+        return f"{seconds / 60:.0f} min"
+    hours = seconds / 3600
+    return f"{hours:.1f} h" if hours < 9.95 else f"{hours:,.0f} h"

@@ -12,12 +12,13 @@ import pytest
 import flexgen_ray
 
 ROOT = Path(flexgen_ray.__file__).parent
-FOUNDATION = {"units", "config", "model_config", "request", "messages", "rows"}
+FOUNDATION = {"units", "config", "model_config", "events", "request", "messages", "rows"}
 MAY_IMPORT = {
     "units": set(),
     "config": set(),
     "model_config": set(),
     "request": set(),
+    "events": {"request"},
     "messages": set(),
     "rows": set(),
     "schedule": set(),
@@ -33,7 +34,7 @@ MAY_IMPORT = {
     "resources": {"config", "runtime", "units"},
     "calibrate": {"units", "cost", "progress", "models", "runtime", "distributed"},
     "report": FOUNDATION | {"cost", "runtime"},
-    "progress": {"request"},
+    "progress": {"events", "units"},
     "trace": {"schedule"},
 }
 WITHOUT_TORCH = FOUNDATION | {"schedule", "cost", "io", "trace", "paths"}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from flexgen_ray.events import Progress, Recovery
 from flexgen_ray.progress import progress_bar
-from flexgen_ray.request import Progress, Recovery
 
 
 def test_a_lost_stage_gets_a_line_and_loading_is_shown_before(capfd):

@@ -21,9 +21,10 @@ from flexgen_ray.cost.cost import CostModel
 from flexgen_ray.cost.placed_rows import Composition
 from flexgen_ray.cost.plan import StagePlan
 from flexgen_ray.cost.scarce import Resource
+from flexgen_ray.events import Progress
 from flexgen_ray.model_config import ModelConfig
 from flexgen_ray.options import JsonOption
-from flexgen_ray.request import Progress, Request
+from flexgen_ray.request import Request
 from flexgen_ray.rows import Row, Rows
 from flexgen_ray.runtime.stage import StageSpec
 from flexgen_ray.runtime.worker import Worker

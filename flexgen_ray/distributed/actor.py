@@ -10,7 +10,8 @@ import ray
 
 from flexgen_ray.distributed.metrics import StageMetrics
 from flexgen_ray.distributed.transport import GlooLink, Meeting
-from flexgen_ray.request import Finished, Progress
+from flexgen_ray.events import Progress
+from flexgen_ray.request import Finished
 from flexgen_ray.runtime.link import LinkClosed
 from flexgen_ray.runtime.worker import Worker
 

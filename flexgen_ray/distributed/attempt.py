@@ -13,7 +13,8 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
-from flexgen_ray.request import Finished, Progress
+from flexgen_ray.events import Progress
+from flexgen_ray.request import Finished
 from flexgen_ray.runtime.link import LinkClosed
 from flexgen_ray.runtime.watch import Pulse
 

@@ -29,7 +29,8 @@ from flexgen_ray.distributed.cluster import (
 )
 from flexgen_ray.distributed.metrics import count_restarts
 from flexgen_ray.distributed.transport import JOIN_SECONDS, Meeting, MeetingPlace
-from flexgen_ray.request import Finished, Progress, Recovery, Request
+from flexgen_ray.events import Progress, Recovery
+from flexgen_ray.request import Finished, Request
 from flexgen_ray.runtime.meter import Measured
 from flexgen_ray.runtime.stage import StageSpec
 from flexgen_ray.runtime.worker import Machine

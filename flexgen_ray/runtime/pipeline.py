@@ -9,7 +9,8 @@ from contextlib import closing
 from threading import Thread
 
 from flexgen_ray.config import HardwareSpec
-from flexgen_ray.request import Finished, Progress, Recovery, Request
+from flexgen_ray.events import Progress, Recovery
+from flexgen_ray.request import Finished, Request
 from flexgen_ray.runtime.link import LinkClosed, LocalLink
 from flexgen_ray.runtime.meter import Measured
 from flexgen_ray.runtime.stage import StageSpec

@@ -15,6 +15,7 @@ from flexgen_ray.config import Budget, HardwareSpec
 from flexgen_ray.cost.moves import Moves
 from flexgen_ray.cost.plan import StagePlan
 from flexgen_ray.cost.sizes import check_budget, host_workspace_bytes, workspace_bytes
+from flexgen_ray.events import Progress
 from flexgen_ray.models.checkpoint import Checkpoint
 from flexgen_ray.models.dummy import DummyWeights
 from flexgen_ray.models.host_kernel import (
@@ -26,7 +27,7 @@ from flexgen_ray.models.host_kernel import (
     takes_torch_threads,
 )
 from flexgen_ray.paths import calibration_dir
-from flexgen_ray.request import Finished, Progress, Request
+from flexgen_ray.request import Finished, Request
 from flexgen_ray.runtime import malloc
 from flexgen_ray.runtime.batcher import Batcher, Decode
 from flexgen_ray.runtime.cells import Cells, LogitsHook

@@ -17,8 +17,9 @@ import torch
 
 from flexgen_ray.config import HardwareSpec
 from flexgen_ray.cost.hardware import Hardware
+from flexgen_ray.events import Progress
 from flexgen_ray.paths import find_model
-from flexgen_ray.request import Finished, Progress, Request
+from flexgen_ray.request import Finished, Request
 from flexgen_ray.runtime.cells import LogitsHook
 from flexgen_ray.runtime.link import Link
 from flexgen_ray.runtime.meter import Measured
