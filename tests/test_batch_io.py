@@ -108,7 +108,10 @@ def test_plain_lines_and_defaults():
         (b'{"prompt": "x", "stop": [""]}', "stop is ('',)"),
         (b'{"prompt": "x", "ignore_eos": "yes"}', "ignore_eos is 'yes'"),
         (b'{"prompt": "x", "include_stop_str_in_output": 1}', "in_output is 1; it must be true"),
-        (b'{"custom_id": 5, "prompt": "x"}', "custom_id is 5"),
+        (b'{"custom_id": 5.5, "prompt": "x"}', "custom_id is 5.5"),
+        (b'{"custom_id": "' + b"x" * 1001 + b'", "prompt": "x"}', "1001 characters, of which 1000"),
+        (b'{"custom_id": "\\ud800", "prompt": "x"}', "surrogate"),
+        (b'{"prompt": "x", "prompt": "y"}', "'prompt' is there twice"),
         (b'{"custom_id": "a", "url": "/v1/chat", "body": {"prompt": "x"}}', "/v1/completions"),
         (b'{"custom_id": "a", "body": "x"}', "body must be"),
         (b'{"custom_id": "a", "body": {"prompt": "x"}, "extra": 1}', "'extra' is not supported"),
@@ -126,6 +129,36 @@ def test_a_custom_id_answers_one_line_only():
     assert first.error is None
     assert second.error is not None and "'a' is that of line 1" in second.error
     assert second.custom_id == "line-2"
+
+
+_FAULTS = [
+    b'"prompt": "a\\ud800b"', b'"prompt": 5', b'"prompt": "x", "top_p": [{}]', b'"url": "/v1/x"',
+    b'"url": "/v1/completions", "body": {}', b'"body": "{"', b'"method": "GET", "body": {}',
+    b'"prompt": ' + b"[" * 5000 + b"]" * 5000, b'"prompt": NaN', b'"prompt": "x", "seed": NaN',
+    b'"prompt": "x", "prompt": "y"', b'"prompt": "x", "seed": ' + b"9" * 5000, b'"prompt": \xff',
+    b'"prompt": "x" "y"', b'"prompt": "unfinished', b'"prompt": {"custom_id": "inner"},,',
+    b'"prompt": "' + b"x" * MAX_LINE_BYTES + b'"',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", _FAULTS)
+@pytest.mark.parametrize("name", ["my id", 'a"\\b]}', "ü", 7])
+def test_a_bad_line_is_called_by_its_custom_id_whatever_is_wrong_with_it(name, fault):
+    first = b'{"custom_id": %s, %s}' % (json.dumps(name).encode(), fault)
+    second = b'{%s, "custom_id" : %s}' % (fault, json.dumps(name, ensure_ascii=False).encode())
+    (line,) = parse(first)
+    assert line.error is not None and line.custom_id == str(name)
+    if not fault.endswith((b"unfinished", b"x" * 9 + b'"')):
+        (line,) = parse(second)
+        assert line.error is not None and line.custom_id == str(name)
+
+
+def test_no_custom_id_an_integer_or_one_that_another_line_has():
+    lines = [b'{"custom_id": null, "prompt": "x"}', batch(7, prompt="x"), batch("7", prompt="x")]
+    none, number, again = parse(*lines)
+    assert (none.custom_id, none.error) == ("line-1", None)
+    assert (number.custom_id, number.error) == ("7", None)
+    assert again.custom_id == "line-3" and "'7' is that of line 2" in again.error
 
 
 @given(st.lists(st.sampled_from(["a", "line-1", "line-2", "line-3", "line-3+", None]), max_size=8))

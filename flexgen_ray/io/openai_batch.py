@@ -6,13 +6,13 @@ Knows JSON; nothing of models. Every fault of a line becomes that line's error r
 
 from __future__ import annotations
 
-import json
 import time
 import uuid
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 
-from flexgen_ray.io.lines import MAX_LINE_BYTES
+from flexgen_ray.io.json_object import find_custom_id, parse_object, refuse_surrogates
 from flexgen_ray.io.openai_logprobs import Echo, chat_logprobs, logprobs_object
 from flexgen_ray.messages import Messages, parse_messages
 from flexgen_ray.request import MAX_LOGPROBS, RequestOutput, SamplingParams
@@ -30,6 +30,7 @@ _ONLY = {
     "response_format": {"type": "text"},
 }
 _MAX_MESSAGE = 1000
+MAX_ID_LEN = 1000  # characters of a custom_id
 
 Prompt = str | list[int]
 
@@ -53,7 +54,8 @@ class BatchLine:
 def read_lines(lines: Iterable[bytes], defaults: SamplingParams) -> Iterator[BatchLine]:
     """One BatchLine for every line that isn't blank; a bad line never stops the others.
 
-    Every one has a custom_id of its own: `line-7` where line 7 has none, or none that can be used.
+    Each has a custom_id of its own: the line's, or `line-7` where line 7 has none, or one that
+    can't be used. A line's custom_id is read before anything else that may be wrong with the line.
     """
     taken: dict[str, int] = {}
     for number, raw in enumerate(lines, start=1):
@@ -70,8 +72,15 @@ def _read_line(
     while custom_id in taken:
         custom_id += "+"
     try:
-        value = _parse_object(raw)
-        custom_id = _custom_id(value, custom_id, taken)
+        try:
+            value = parse_object(raw)
+        except ValueError:
+            with suppress(ValueError):
+                custom_id = _custom_id(find_custom_id(raw), custom_id, taken)
+            raise
+        custom_id = _custom_id(value.get("custom_id"), custom_id, taken)
+        if b"\\u" in raw:
+            refuse_surrogates(value)
         body = _body(value)
         prompt, messages = body.get("prompt"), body.get("messages")
         params = _params(body, defaults)
@@ -89,29 +98,22 @@ def line_error(number: int, error: ValueError) -> str:
     return message if len(message) <= _MAX_MESSAGE else f"{message[:_MAX_MESSAGE]}..."
 
 
-def _parse_object(raw: bytes) -> dict:
-    if len(raw) > MAX_LINE_BYTES:
-        raise ValueError(
-            f"longer than {MAX_LINE_BYTES} bytes, the most a line may have; shorten its prompt"
-        )
-    try:
-        value = json.loads(raw.decode("utf-8"))
-        if not isinstance(value, dict):
-            raise ValueError("must be a JSON object")
-        json.dumps(value, ensure_ascii=False).encode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 (byte {error.start})") from error
-    except UnicodeEncodeError as error:
-        raise ValueError("holds half of a surrogate pair, which is no character") from error
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"not valid JSON ({error})") from error
-    return value
-
-
-def _custom_id(value: dict, default: str, taken: dict[str, int]) -> str:
-    custom_id = value.get("custom_id", default)
+def _custom_id(custom_id: object, default: str, taken: dict[str, int]) -> str:
+    """The custom_id to answer with; an integer as its digits, for answers have strings there."""
+    if custom_id is None:
+        return default
+    if isinstance(custom_id, int) and not isinstance(custom_id, bool):
+        custom_id = str(custom_id)
     if not isinstance(custom_id, str) or not custom_id:
-        raise ValueError(f"custom_id is {custom_id!r}; it must be a non-empty string")
+        raise ValueError(
+            f"custom_id is {custom_id!r}; it must be a non-empty string, or an integer"
+        )
+    if len(custom_id) > MAX_ID_LEN:
+        raise ValueError(
+            f"custom_id has {len(custom_id)} characters, of which {MAX_ID_LEN} are the most; "
+            f"shorten it ({custom_id[:20]!r}...)"
+        )
+    refuse_surrogates(custom_id)
     if custom_id in taken:
         raise ValueError(f"custom_id {custom_id!r} is that of line {taken[custom_id]} already")
     return custom_id
@@ -137,7 +139,7 @@ def _body(value: dict) -> dict:
 def _body_in_a_string(body: str) -> dict:
     """As some servers' tools write it."""
     try:
-        return _parse_object(body.encode())
+        return parse_object(body.encode())
     except ValueError as error:
         raise ValueError(
             f"body must be a JSON object, or a string that holds one: {error}"
@@ -280,6 +282,6 @@ def refusal(row: dict) -> str | None:
         return None
     body = response.get("body")
     if isinstance(body, str):
-        body = _parse_object(body.encode())
+        body = parse_object(body.encode())
     error = error or (body or {}).get("error") or {}
     return str(error.get("message", "no reason is given"))
