@@ -121,8 +121,10 @@ def convert_gguf(gguf_file: Path, folder: Path) -> Path:
 
     Holds all weights in memory once, as float16. Raises ValueError if the file is not plain llama.
     """
+    import torch
     from gguf import GGUFReader
-    from safetensors.numpy import save_file
+
+    from flexgen_ray.models.tensor_files import WEIGHTS, save_tensors
 
     reader = GGUFReader(gguf_file)
     meta = {key: field.contents() for key, field in reader.fields.items()}
@@ -130,9 +132,8 @@ def convert_gguf(gguf_file: Path, folder: Path) -> Path:
         raise ValueError(f"{gguf_file.name}: architecture, tokenizer are {kinds}, not {KINDS}")
     config = _config(meta, tied=all(t.name != "output.weight" for t in reader.tensors))
     folder.mkdir()
-    save_file(
-        dict(_hf_tensors(reader, config)), folder / "model.safetensors", metadata={"format": "pt"}
-    )
+    tensors = {name: torch.from_numpy(values) for name, values in _hf_tensors(reader, config)}
+    save_tensors(tensors, folder / WEIGHTS)
     _build_tokenizer(meta).save(str(folder / "tokenizer.json"))
     ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     _write_json(folder / "config.json", config)

@@ -20,6 +20,7 @@ from flexgen_ray.events import Progress
 from flexgen_ray.fitting import generation, scoring
 from flexgen_ray.messages import several_chats
 from flexgen_ray.model_defaults import model_defaults
+from flexgen_ray.models.checkpoint import checkpoint_config
 from flexgen_ray.models.registry import load_config
 from flexgen_ray.models.shapes import shape_config
 from flexgen_ray.paths import default_offload_dir, find_model
@@ -95,7 +96,8 @@ class LLM:
         self.model = Path(model) if is_shape else find_model(model)
         # A name is looked up on each stage's node.
         self._name = str(self.model if Path(model).is_dir() else model)
-        self.config = shape_config(str(model)) if is_shape else load_config(self.model)
+        read_config = load_config if self._is_dummy else checkpoint_config
+        self.config = shape_config(str(model)) if is_shape else read_config(self.model)
         self.tokenizer = Tokenizer(self.model, self.config.vocab_size)
         packed = {it: getattr(self.config, it) for it in ("weight_bits", "embedding_bits")}
         self._base = Policy(**packed).compressed(**lossy)

@@ -26,7 +26,7 @@ def quantize(
     """
     from flexgen_ray.bench.result import finish
     from flexgen_ray.config import Policy
-    from flexgen_ray.models.registry import load_config
+    from flexgen_ray.models.checkpoint import checkpoint_config
     from flexgen_ray.paths import find_model
     from flexgen_ray.progress import steps_bar
     from flexgen_ray.units import format_bytes
@@ -36,7 +36,7 @@ def quantize(
     if output.exists():
         raise FileExistsError(f"{output} exists; give a folder that doesn't")
     folder = find_model(model)
-    config = load_config(folder)
+    config = checkpoint_config(folder)
     started = time.perf_counter()
     with steps_bar(config.num_layers + 2) as announce:
         before, after = packed_copy(folder, output, bits, announce)
@@ -60,9 +60,9 @@ def packed_copy(
     """Bytes of the tensors before and after; bits: weight_bits and embedding_bits, the rest as in
     `write_packed`."""
     from flexgen_ray.cost.formats import WeightFormat
+    from flexgen_ray.models.checkpoint import checkpoint_config
     from flexgen_ray.models.packed_checkpoint import write_packed
-    from flexgen_ray.models.registry import load_config
 
-    config = load_config(folder)
+    config = checkpoint_config(folder)
     kept = WeightFormat(config.dtype, bits["weight_bits"], bits["embedding_bits"])
     return write_packed(folder, config, kept, bits, output, announce)

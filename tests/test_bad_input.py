@@ -104,6 +104,7 @@ def test_any_place_of_a_nan_is_seen_in_any_dtype(model, dtype):
 
 @pytest.mark.parametrize("index", ["{", "[]", '{"weight_map": 5}', '{"weight_map": {"x": "a"}}'])
 def test_a_damaged_index_is_named(refused, model, index):
+    (model / "model.safetensors").rename(model / "model-00001-of-00001.safetensors")
     (model / "model.safetensors.index.json").write_text(index)
     assert "model.safetensors.index.json" in refused()
 

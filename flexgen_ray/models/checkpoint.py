@@ -7,17 +7,21 @@ In a packed checkpoint (packed_checkpoint.py) matrices are uint8 as stores keep 
 
 from __future__ import annotations
 
-import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from flexgen_ray.model_config import ModelConfig
-from flexgen_ray.models.registry import FAMILIES
+from flexgen_ray.models.registry import FAMILIES, load_config
+from flexgen_ray.models.tensor_files import StoredTensor, open_tensors, stored_tensors
 from flexgen_ray.quant.packing import packed_bytes
+
+PACKED = "U8"
+_DTYPES = ("F64", "F32", "F16", "BF16", PACKED)
+_COMPARED_ROWS = 4096
 
 
 class Kept(Protocol):
@@ -35,15 +39,19 @@ class Checkpoint:
         self.folder = Path(folder)
         self._config = config
         self._names = FAMILIES[config.family].WEIGHT_NAMES
-        self._packed: set[str] = set()
-        self._files, self._shapes = self._index()
+        self._tensors = stored_tensors(self.folder)
 
     def check(self, layer: int, tensors: dict[str, tuple[int, ...]], kept: Kept) -> None:
-        """ValueError if a tensor of the layer is missing, has another shape, or is packed already
-        and not as it is to be kept."""
+        """ValueError if a tensor of the layer is missing, has another shape or an unknown dtype, or
+        is packed already and not as it is to be kept."""
         for name, shape in tensors.items():
-            found, (_, count) = self._shapes[self.key(layer, name)], self._rows(layer, name)
-            whole = count, *shape[1:]
+            stored, (_, count) = self._stored(layer, name), self._rows(layer, name)
+            found, whole = stored.shape, (count, *shape[1:])
+            if stored.dtype not in _DTYPES:
+                raise ValueError(
+                    f"{stored.path}: {self.key(layer, name)} is stored as {stored.dtype}, which is "
+                    "not supported; take the checkpoint in bfloat16, float16 or float32"
+                )
             if self.is_packed(layer, name):
                 bits = kept.bits_of(name, shape)
                 if bits is None or found != (*whole[:-1], packed_bytes(shape[-1], bits)):
@@ -59,7 +67,7 @@ class Checkpoint:
 
     def is_packed(self, layer: int, name: str) -> bool:
         """Whether a tensor is packed already."""
-        return self.key(layer, name) in self._packed
+        return self._stored(layer, name).dtype == PACKED
 
     def read_into(self, layer: int, name: str, destination: Tensor) -> None:
         """Copies one tensor, converting it to the destination's dtype.
@@ -67,21 +75,26 @@ class Checkpoint:
         ValueError if it has what is no number there: a NaN, an infinity, or too much for the dtype.
         """
         key, (rows, count) = self.key(layer, name), self._rows(layer, name)
-        with _open(self._files[key]) as file:
+        path = self._tensors[key].path
+        with open_tensors(path) as file:
             is_whole = count == rows.stop - rows.start
             values = file.get_tensor(key) if is_whole else file.get_slice(key)[rows]
             destination.copy_(values)
             if destination.is_floating_point() and not _is_finite(values, destination):
-                raise ValueError(f"{self._files[key]}: {key} {_fault(values, destination)}")
+                raise ValueError(f"{path}: {key} {_fault(values, destination)}")
 
     def key(self, layer: int, name: str) -> str:
         """The name of a tensor in the checkpoint; ValueError if it has none."""
         module, _, kind = name.rpartition(".")
         key = f"{self._names[module].format(layer - 1)}.{kind}"
-        # Checkpoints of the bare model, as OPT was first published, lack the prefix.
-        for candidate in (key, key.removeprefix("model.")):
-            if candidate in self._files:
-                return candidate
+        keys = [key]
+        if self._config.tie_word_embeddings and module == "embed_tokens":
+            keys.append(f"{self._names['lm_head']}.{kind}")  # one of the two may stand for both
+        for candidate in keys:
+            # Checkpoints of the bare model, as OPT was first published, lack the prefix.
+            for name_there in (candidate, candidate.removeprefix("model.")):
+                if name_there in self._tensors:
+                    return name_there
         raise ValueError(f"{self.folder}: no safetensors file holds the tensor {key}")
 
     def _rows(self, layer: int, name: str) -> tuple[slice, int]:
@@ -94,47 +107,35 @@ class Checkpoint:
                 count += shapes[f"{other}.{kind}"][0]
         return slice(start, start + shapes[name][0]), count
 
-    def _index(self) -> tuple[dict[str, Path], dict[str, tuple[int, ...]]]:
-        files: dict[str, Path] = {}
-        shapes: dict[str, tuple[int, ...]] = {}
-        for path in self._shards():
-            with _open(path) as file:
-                for key in file.keys():  # noqa: SIM118 - not a dict
-                    files[key] = path
-                    shapes[key] = tuple(file.get_slice(key).get_shape())
-                    if file.get_slice(key).get_dtype() == "U8":
-                        self._packed.add(key)
-        return files, shapes
+    def _stored(self, layer: int, name: str) -> StoredTensor:
+        return self._tensors[self.key(layer, name)]
 
-    def _shards(self) -> list[Path]:
-        index = self.folder / "model.safetensors.index.json"
-        if index.is_file():
-            shards = [self.folder / name for name in sorted(_listed(index))]
-        else:
-            shards = sorted(self.folder.glob("*.safetensors"))
-        missing = [shard for shard in shards if not shard.is_file()]
-        if missing:
-            raise FileNotFoundError(f"{missing[0]} does not exist, though {index.name} lists it")
-        if not shards:
-            pickled = any(self.folder.glob("*.bin"))
-            raise FileNotFoundError(
-                f"{self.folder} holds no *.safetensors file"
-                + ("; its .bin files are pickles" if pickled else "; .bin files are pickles")
-                + ", which are never loaded: convert them with transformers, as in "
-                "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
-            )  # fmt: skip
-        return shards
+    def has_own_head(self) -> bool:
+        """Whether the head's matrix is there and differs from the embedding's."""
+        names = [self._names[module] + ".weight" for module in ("embed_tokens", "lm_head")]
+        keys = [name if name in self._tensors else name.removeprefix("model.") for name in names]
+        if not all(key in self._tensors for key in keys):
+            return False
+        embedding, head = (self._tensors[key] for key in keys)
+        if embedding.shape != head.shape or embedding.dtype != head.dtype:
+            return True
+        with open_tensors(embedding.path) as one, open_tensors(head.path) as other:
+            rows, others = one.get_slice(keys[0]), other.get_slice(keys[1])
+            pieces = range(0, embedding.shape[0], _COMPARED_ROWS)
+            pairs = ((rows[i : i + _COMPARED_ROWS], others[i : i + _COMPARED_ROWS]) for i in pieces)
+            return not all(torch.equal(*pair) for pair in pairs)
 
 
-def _listed(index: Path) -> set[str]:
-    """The files that the index of a checkpoint of several names."""
-    try:
-        return {str(name) for name in json.loads(index.read_bytes())["weight_map"].values()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{index} is damaged: it has no weight_map of tensors to files ({error}); download it "
-            "again"
-        ) from error
+def checkpoint_config(folder: Path) -> ModelConfig:
+    """A model folder's config, as its weights are.
+
+    A head of its own counts even where config.json says that it is the embedding's, as in
+    transformers. Errors as of `load_config` and `stored_tensors`.
+    """
+    config = load_config(folder)
+    if config.tie_word_embeddings and Checkpoint(folder, config).has_own_head():
+        return replace(config, tie_word_embeddings=False)
+    return config
 
 
 def _is_finite(values: Tensor, copied: Tensor) -> bool:
@@ -159,12 +160,3 @@ def _fault(values: Tensor, copied: Tensor) -> str:
         f"holds {wrong} values of {count} beyond {torch.finfo(dtype).max:g}, the most that "
         f"{str(dtype).removeprefix('torch.')} can hold; take --dtype bfloat16 or float32"
     )
-
-
-def _open(path: Path):
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"{path} cannot be read ({error}); it is truncated or damaged: download it again"
-        ) from error

@@ -39,6 +39,7 @@ def parse_config(hf: dict) -> ModelConfig:
     return replace(
         config,
         family="gemma3",
+        max_seq_len=hf["max_position_embeddings"],  # stretched already
         qk_norm="heads",
         branch_norms=True,
         query_scale=(config.head_dim / hf.get("query_pre_attn_scalar", 256)) ** 0.5,

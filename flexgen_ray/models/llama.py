@@ -45,7 +45,9 @@ def parse_config(hf: dict) -> ModelConfig:
     """
     kind = hf.get("model_type", "llama")
     bias = kind == "qwen2" or hf.get("attention_bias", False)
-    hidden, heads = hf["hidden_size"], hf["num_attention_heads"]
+    hidden, heads, rope = hf["hidden_size"], hf["num_attention_heads"], parse_rope(hf)
+    # Linear scaling stretches the context that max_position_embeddings names, as in vLLM.
+    stretched = rope.factor if rope.type == "linear" else 1
     return ModelConfig(
         family="llama",
         num_layers=hf["num_hidden_layers"],
@@ -55,7 +57,7 @@ def parse_config(hf: dict) -> ModelConfig:
         head_dim=hf.get("head_dim") or hidden // heads,
         intermediate_size=hf["intermediate_size"],
         vocab_size=hf["vocab_size"],
-        max_seq_len=hf["max_position_embeddings"],
+        max_seq_len=int(hf["max_position_embeddings"] * stretched),
         embedding_size=hidden,
         dtype=hf["dtype"],
         tie_word_embeddings=hf.get("tie_word_embeddings", False),
@@ -66,7 +68,7 @@ def parse_config(hf: dict) -> ModelConfig:
         output_bias=bias and kind != "qwen2",
         qk_norm="heads" if kind == "qwen3" else None,
         mlp_bias=hf.get("mlp_bias", False),
-        rope=parse_rope(hf),
+        rope=rope,
         **_windows(hf, kind),
         eos_token_ids=hf["eos_token_ids"],
     )

@@ -13,17 +13,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from flexgen_ray.config import DTYPE_BYTES
 from flexgen_ray.model_config import ModelConfig
 from flexgen_ray.models.checkpoint import Checkpoint, Kept
 from flexgen_ray.models.registry import QUANT_METHOD
+from flexgen_ray.models.tensor_files import INDEX, save_tensors
 from flexgen_ray.quant.quantize import pack
 
 _BESIDE = ("*.json", "*.model", "*.txt", "*.jinja")  # tokenizer, generation_config, templates
-_INDEX = "model.safetensors.index.json"
 
 
 def write_packed(
@@ -51,9 +50,13 @@ def write_packed(
             tensors = _packed(checkpoint, config, layer, kept, sizes)
             name = f"model-{layer + 1:05}-of-{count:05}.safetensors"
             if tensors:
-                save_file(tensors, output / name, {"format": "pt"})
+                save_tensors(tensors, output / name)
                 files.update(dict.fromkeys(tensors, name))
-        _write_beside(source, output, bits, files, sizes[1])
+        changes = {
+            "tie_word_embeddings": config.tie_word_embeddings,
+            "quantization_config": {"quant_method": QUANT_METHOD} | bits,
+        }
+        _write_beside(source, output, changes, files, sizes[1])
         return sizes[0], sizes[1]
     except BaseException:
         shutil.rmtree(output, ignore_errors=True)
@@ -83,17 +86,19 @@ def _packed(
 
 
 def _write_beside(
-    source: Path, output: Path, bits: dict[str, int | None], files: dict[str, str], nbytes: int
+    source: Path, output: Path, changes: dict, files: dict[str, str], nbytes: int
 ) -> None:
-    """What a model folder has beside its tensors; the index last, so that it is whole or none."""
+    """What a model folder has beside its tensors; the index last, so that it is whole or none.
+
+    changes: keys of config.json that differ from the source's.
+    """
     for pattern in _BESIDE:
         for path in source.glob(pattern):
-            if path.name not in (_INDEX, "config.json"):
-                shutil.copy(path, output / path.name)
+            if path.name not in (INDEX, "config.json"):
+                shutil.copyfile(path, output / path.name)
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    config["quantization_config"] = {"quant_method": QUANT_METHOD} | bits
-    _write_json(output / "config.json", config)
-    _write_json(output / _INDEX, {"metadata": {"total_size": nbytes}, "weight_map": files})
+    _write_json(output / "config.json", config | changes)
+    _write_json(output / INDEX, {"metadata": {"total_size": nbytes}, "weight_map": files})
 
 
 def _write_json(path: Path, value: dict) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import fields, replace
 from pathlib import Path
 from types import ModuleType
 
@@ -32,10 +33,13 @@ FAMILIES: dict[str, ModuleType] = {
     "gemma": gemma,
     "gemma3": gemma3,
 }
-_SIZES = (
-    "num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "intermediate_size",
-    "vocab_size", "max_seq_len",
-)  # fmt: skip
+# The largest value that each size of a model may have: far beyond what is published, and small
+# enough that a damaged or hostile config.json is refused before any work.
+_LARGEST = {
+    "num_layers": 2**10, "hidden_size": 2**20, "num_heads": 2**14, "num_kv_heads": 2**14,
+    "head_dim": 2**14, "intermediate_size": 2**24, "vocab_size": 2**24, "max_seq_len": 2**32,
+}  # fmt: skip
+_MAX_CONFIG_BYTES = 2**24
 
 
 def load_config(folder: str | Path) -> ModelConfig:
@@ -50,30 +54,59 @@ def load_config(folder: str | Path) -> ModelConfig:
             "(config.json, *.safetensors, tokenizer.json)"
         )
     hf = _read_json(path)
+    try:
+        return _parsed(path, hf)
+    except KeyError as error:
+        raise ValueError(f"{path}: key {error} is missing") from error
+    except (TypeError, AttributeError, ArithmeticError, IndexError) as error:
+        raise ValueError(
+            f"{path} has a value of another kind than it must ({error}); download it again"
+        ) from error
+
+
+def _parsed(path: Path, hf: dict) -> ModelConfig:
     architecture = (hf.get("architectures") or ["none"])[0]
     if architecture not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
         raise ValueError(f"{path}: {architecture} is not supported; supported are {known}")
     hf["dtype"] = _checkpoint_dtype(path, hf)
     hf["eos_token_ids"] = _eos_token_ids(path, hf)
+    _check_size(path, "num_hidden_layers", hf["num_hidden_layers"], _LARGEST["num_layers"])
     try:
         config = ARCHITECTURES[architecture].parse_config(hf)
-    except KeyError as error:
-        raise ValueError(f"{path}: key {error} is missing") from error
-    except (TypeError, AttributeError, ArithmeticError) as error:
-        raise ValueError(
-            f"{path} has a value of another kind than it must ({error}); download it again"
-        ) from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     if config.activation not in ACTIVATIONS:
         known = ", ".join(ACTIVATIONS)
         raise ValueError(f"{path}: activation {config.activation!r} is not one of {known}")
-    for name in _SIZES:
-        size = getattr(config, name)
-        if type(size) is not int or size < 1:
-            raise ValueError(f"{path}: {name} is {size!r}; it must be an integer from 1 up")
+    for name, largest in _LARGEST.items():
+        _check_size(path, name, getattr(config, name), largest)
+    if config.sliding_window is not None:
+        _check_size(path, "sliding_window", config.sliding_window, _LARGEST["max_seq_len"])
+    for name, value in _numbers(config):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e30:
+            raise ValueError(f"{path}: {name} is {value!r}; it must be a number above 0")
+    if config.num_heads % config.num_kv_heads:
+        raise ValueError(
+            f"{path}: num_heads is {config.num_heads} and num_kv_heads {config.num_kv_heads}; the "
+            "first must be a multiple of the second"
+        )
     return replace(config, **_packed_bits(path, hf))
+
+
+def _check_size(path: Path, name: str, size: object, largest: int) -> None:
+    if type(size) is not int or not 1 <= size <= largest:
+        raise ValueError(f"{path}: {name} is {size!r}; it must be an integer, 1 to {largest}")
+
+
+def _numbers(config: ModelConfig) -> Iterator[tuple[str, object]]:
+    """Names and values of the config's real numbers."""
+    yield "norm_eps", config.norm_eps
+    yield "query_scale", config.query_scale
+    for rope in filter(None, (config.rope, config.window_rope)):
+        for field in fields(rope):
+            if field.name != "type":
+                yield field.name, getattr(rope, field.name)
 
 
 def _packed_bits(path: Path, hf: dict) -> dict[str, int | None]:
@@ -91,9 +124,13 @@ def _packed_bits(path: Path, hf: dict) -> dict[str, int | None]:
 
 
 def _read_json(path: Path) -> dict:
+    if path.stat().st_size > _MAX_CONFIG_BYTES:
+        raise ValueError(
+            f"{path} is larger than {_MAX_CONFIG_BYTES // 2**20} MiB; download it again"
+        )
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} must hold a JSON object")
