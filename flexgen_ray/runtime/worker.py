@@ -12,7 +12,6 @@ from collections.abc import Generator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import psutil
 import torch
 
 from flexgen_ray.config import HardwareSpec
@@ -21,6 +20,7 @@ from flexgen_ray.events import Progress
 from flexgen_ray.paths import find_model
 from flexgen_ray.request import Finished, Request
 from flexgen_ray.runtime.cells import LogitsHook
+from flexgen_ray.runtime.free_memory import free_memory
 from flexgen_ray.runtime.link import Link
 from flexgen_ray.runtime.meter import Measured
 from flexgen_ray.runtime.openmp import release_team
@@ -69,7 +69,7 @@ class Worker:
                 "use --device cpu, or install a CUDA build of torch"
             )
         uses_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
-        memory = _free_memory()
+        memory = free_memory()
         return Machine(
             host=socket.gethostname(),
             device="cuda" if uses_cuda else "cpu",
@@ -157,15 +157,6 @@ def _calibrated(uses_cuda: bool) -> Hardware | None:
     """What was measured of this node, of the device that is used."""
     found = Hardware.local()
     return found if found is not None and found.device.is_cpu != uses_cuda else None
-
-
-def _free_memory() -> int:
-    """Of the machine, or of the container if that is less."""
-    free = psutil.virtual_memory().available
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.is_file() and used.is_file() and limit.read_text().strip() != "max":
-        free = min(free, int(limit.read_text()) - int(used.read_text()))
-    return free
 
 
 def _free_disk(folder: Path) -> int:
