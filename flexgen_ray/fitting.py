@@ -68,6 +68,6 @@ def _check_ends(params: SamplingParams, config: ModelConfig) -> None:
 
 
 def _check_vocabulary(token_ids: list[int], config: ModelConfig) -> None:
-    wrong = [token for token in token_ids if not 0 <= token < config.vocab_size]
-    if wrong:
-        raise ValueError(f"token id {wrong[0]} is outside the vocabulary of {config.vocab_size}")
+    if min(token_ids) < 0 or max(token_ids) >= config.vocab_size:
+        wrong = next(token for token in token_ids if not 0 <= token < config.vocab_size)
+        raise ValueError(f"token id {wrong} is outside the vocabulary of {config.vocab_size}")

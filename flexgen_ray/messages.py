@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 Messages = list[dict[str, str]]
 _KEYS = {"role", "content", "name"}
 
@@ -16,12 +14,6 @@ def parse_messages(value: object) -> Messages:
     if not isinstance(value, list) or not value:
         raise ValueError('messages must be a list of {"role": ..., "content": ...}, one at least')
     return [_parse_message(f"messages[{place}]", message) for place, message in enumerate(value)]
-
-
-def several_chats(chats: Sequence) -> list[Messages]:
-    """One chat stands for a list of one. ValueError as `parse_messages` raises it."""
-    is_one = bool(chats) and isinstance(chats[0], dict)
-    return [parse_messages(chat) for chat in ([chats] if is_one else chats)]
 
 
 def _parse_message(place: str, message: object) -> dict[str, str]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, cast
+from numbers import Number
+from typing import NamedTuple
 
-Prompt = str | Sequence[int]
 MAX_LOGPROBS = 20
 MAX_SAMPLES = 128
 
@@ -49,6 +49,9 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
 
     def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, Number) and hasattr(value, "item"):  # numpy's
+                object.__setattr__(self, name, value.item())
         stop: object = self.stop
         if stop is None or isinstance(stop, str | list):
             strings = (stop,) if isinstance(stop, str) else tuple(stop or ())
@@ -243,12 +246,3 @@ class Finished:
     finish_reason: str
     scores: list[Score] = field(default_factory=list)
     error: str | None = None
-
-
-def several_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """One prompt, a text or a list of token ids, stands for a list of one."""
-    if isinstance(prompts, str):
-        return [prompts]
-    if prompts and all(isinstance(token, int) for token in prompts):
-        return [cast(Sequence[int], prompts)]
-    return cast(list[Prompt], list(prompts))

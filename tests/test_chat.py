@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from flexgen_ray import LLM, SamplingParams
-from flexgen_ray.messages import several_chats
+from flexgen_ray.messages import parse_messages
 from flexgen_ray.tokenizer import Tokenizer
 
 GREEDY = SamplingParams(max_tokens=5, temperature=0.0)
@@ -31,7 +31,7 @@ def test_a_chat_is_answered_as_the_text_that_its_template_makes(chat_model):
 
 def test_parts_of_text_are_joined():
     parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
-    (chat,) = several_chats([{"role": "user", "content": parts}])
+    chat = parse_messages([{"role": "user", "content": parts}])
     assert chat == [{"role": "user", "content": "one\ntwo"}]
 
 

@@ -12,7 +12,9 @@ import pytest
 import flexgen_ray
 
 ROOT = Path(flexgen_ray.__file__).parent
-FOUNDATION = {"units", "config", "model_config", "events", "request", "messages", "rows"}
+FOUNDATION = {
+    "units", "config", "model_config", "events", "request", "messages", "prompts", "rows",
+}  # fmt: skip
 MAY_IMPORT = {
     "units": set(),
     "config": set(),
@@ -20,6 +22,7 @@ MAY_IMPORT = {
     "request": set(),
     "events": {"request"},
     "messages": set(),
+    "prompts": {"request"},
     "rows": set(),
     "schedule": set(),
     "cost": {"config", "model_config", "units", "rows", "schedule", "paths", "quant"},

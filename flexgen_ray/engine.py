@@ -1,0 +1,214 @@
+"""Plans, loads and runs a model's requests in a backend: Ray actors, or this process.
+
+Knows requests and settings that were checked; not prompts, nor how they became requests.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+from flexgen_ray.auto_policy import Run, Settled
+from flexgen_ray.backend import spans, start_backend
+from flexgen_ray.config import Faults, Policy, Workload
+from flexgen_ray.cost.plan import StagePlan
+from flexgen_ray.events import Progress
+from flexgen_ray.model_config import ModelConfig
+from flexgen_ray.report import Report, StageReport
+from flexgen_ray.request import Finished, Request, RequestOutput
+from flexgen_ray.resources import settle_budgets, settle_dtype
+from flexgen_ray.runtime.stage import StageSpec
+from flexgen_ray.samples import Samples
+from flexgen_ray.stage_policies import StagePolicies
+from flexgen_ray.tokenizer import Tokenizer
+from flexgen_ray.trace import write_trace
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Options of an LLM once they are checked.
+
+    weights: a folder or hub name, looked up on each stage's node; None makes weights up. base: what
+    a policy that is chosen takes over, its lossy options. limits: bytes of each tier, None for what
+    is free. execution: fields of StageSpec that say how to run. measures: measure this machine's
+    rates before the weights are loaded.
+    """
+
+    weights: str | None
+    base: Policy
+    policies: StagePolicies | None
+    dtype: str
+    device: str
+    limits: dict[str, int | None]
+    offload_dir: Path
+    num_stages: int | str
+    use_ray: bool
+    address: str | None
+    transport: str
+    faults: Faults
+    seed: int
+    execution: dict[str, Any]
+    measures: bool
+
+
+class Engine:
+    """A backend with its machines, budgets and dtype, which runs requests one stream at a time."""
+
+    def __init__(self, config: ModelConfig, tokenizer: Tokenizer, settings: Settings) -> None:
+        self.config = config
+        self.tokenizer = tokenizer
+        self.settings = settings
+        self._plans: list[StagePlan] | None = None
+        self._run: Generator[Finished | Progress] | None = None
+        self.report = Report()
+        self._backend, reserved = start_backend(
+            settings.use_ray,
+            settings.address,
+            settings.device,
+            settings.num_stages,
+            settings.faults,
+            settings.transport,
+        )
+        try:
+            folder = str(settings.offload_dir)
+            self.machines = self._backend.probe(settings.device, folder)
+            if settings.execution["time_scale"] and self.machines[0].device == "cuda":
+                raise ValueError("pace emulates hardware with CPU ops; give device=cpu with it")
+            self.budgets = settle_budgets(self.machines, settings.limits, reserved)
+            self.dtype = settle_dtype(settings.dtype, config.dtype, self.machines)
+        except BaseException:
+            self.close()
+            raise
+
+    def prepare(self, requests: list[Request]) -> None:
+        """Settle the policy, check the budget, and load the weights unless what is loaded serves.
+
+        Raises ValueError, with the numbers, for what doesn't fit.
+        """
+        self._refuse_while_running()
+        if not requests:
+            return
+        self.tokenizer.check()
+        requests = Samples(requests).requests
+        settings = self.settings
+        workload = Workload(
+            # How many there are matters to the default policy alone.
+            num_requests=1 if settings.policies else len(requests),
+            max_prompt_len=max(len(request.prompt_token_ids) for request in requests),
+            max_seq_len=max(request.max_seq_len for request in requests),
+            resumes=self._backend.resumes,
+        )
+        if self._plans is not None and self._plans[0].workload.covers(workload):
+            return
+        on_cuda = self.machines[0].device == "cuda"
+        stages_disk = on_cuda or settings.execution["time_scale"] is not None
+        hops_on_device = on_cuda and self._backend.uses_nccl
+        run = Run(self.config, self.dtype, stages_disk, hops_on_device, workload, settings.base)
+        found = run.plan(settings.policies, self.machines, self.budgets, requests)
+        self._plans = None
+        started = time.perf_counter()
+        self._load(found)
+        self._plans = found.stages
+        self.report = Report(time.perf_counter() - started, found.predicted)
+
+    def _load(self, settled: Settled) -> None:
+        """Bring every stage up with its plan, and with the rates that its ops are modelled by."""
+        settings = self.settings
+        specs = [
+            StageSpec(
+                settings.weights,
+                plan,
+                budget,
+                machine.device,
+                str(settings.offload_dir),
+                settings.seed,
+                **settings.execution,
+            )
+            for plan, budget, machine in zip(
+                settled.stages, self.budgets, self.machines, strict=True
+            )
+        ]
+        if settings.measures:
+            rates = self._backend.rates(specs[0])
+            specs = [replace(spec, hardware=rates) for spec in specs]
+        elif settled.rates and settings.execution["hardware"] is None:
+            pairs = zip(specs, settled.rates, strict=True)
+            specs = [replace(spec, hardware=rates) for spec, rates in pairs]
+        self._backend.load(specs)
+
+    def stream(
+        self, requests: list[Request], on_progress: Callable[[Progress], None] | None = None
+    ) -> Iterator[RequestOutput]:
+        """Outputs as they finish; `report` then tells how it went.
+
+        One stream at a time. Left before its end it takes the loaded weights with it: the next
+        `prepare` loads them again.
+        """
+        self._refuse_while_running()
+        self.report = Report(self.report.load_seconds, self.report.planned)
+        if not requests:
+            return
+        assert self._plans is not None, "prepare comes first"
+        samples = Samples(requests)
+        self._backend.add(samples.requests)
+        self._run = cast(Generator[Finished | Progress], self._backend.run())
+        try:
+            yield from self._outputs(self._run, samples, on_progress)
+            self.report.recoveries = self._backend.recoveries
+            found = self._plans, self.budgets, self.machines
+            used, measured = self._backend.used(), self._backend.measured()
+            self.report.stages = list(map(StageReport, *found, used, measured))
+        except BaseException:
+            if self._run is not None:
+                self._stop_run()
+                self._backend.abort()
+            raise
+        finally:
+            self._run = None
+
+    def write_trace(self, path: str | Path) -> None:
+        """The last run's ops as a Chrome trace, if the LLM was made with trace=True."""
+        if not self.settings.execution["keeps_spans"]:
+            raise ValueError("no trace was kept; make the LLM with trace=True")
+        stages = [spans(self._backend, stage) for stage in range(len(self.report.stages))]
+        write_trace(Path(path), stages, self.settings.execution["time_scale"] is not None)
+
+    def close(self) -> None:
+        """Stops the worker, in the middle of a stream too; memory and files are given back."""
+        self._stop_run()
+        self._backend.close()
+
+    def _outputs(
+        self,
+        run: Iterator[Finished | Progress],
+        samples: Samples,
+        on_progress: Callable[[Progress], None] | None,
+    ) -> Iterator[RequestOutput]:
+        for event in run:
+            if isinstance(event, Progress):
+                self.report.add(event)
+                if on_progress:
+                    on_progress(event)
+            else:
+                output = samples.take(event, self.tokenizer)
+                if output is not None:
+                    self.report.num_requests += 1
+                    yield output
+        if samples.num_unanswered:
+            raise RuntimeError(
+                f"the LLM was closed with {samples.num_unanswered} requests unanswered"
+            )
+
+    def _refuse_while_running(self) -> None:
+        if self._run is not None:
+            raise RuntimeError("this LLM is generating; finish or close its stream first")
+
+    def _stop_run(self) -> None:
+        """Every lane of the stage has stopped when this returns."""
+        if self._run is not None:
+            self._run.close()
+            self._run = None
+            self._plans = None
