@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 
@@ -36,7 +37,8 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """With the special tokens that the tokenizer puts around a text by itself."""
-        return self.hf.encode(text, verbose=False)
+        with _panics_named(self.folder):
+            return self.hf.encode(text, verbose=False)
 
     def chat(self, messages: Messages) -> list[int]:
         """A chat up to where the model's answer begins, as its template words it.
@@ -58,7 +60,8 @@ class Tokenizer:
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Without special tokens."""
-        return self.hf.decode(list(token_ids), skip_special_tokens=True)
+        with _panics_named(self.folder):
+            return self.hf.decode(list(token_ids), skip_special_tokens=True)
 
     def token(self, token_id: int) -> str:
         """The text of one token, special or not; of part of a character, a replacement for it."""
@@ -76,7 +79,8 @@ class Tokenizer:
         from transformers import AutoTokenizer
 
         try:
-            found = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
+            with _panics_named(self.folder):
+                found = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
         except Exception as error:
             # Of damaged files libraries raise anything.
             raise ValueError(
@@ -90,3 +94,20 @@ class Tokenizer:
                 "model's own tokenizer files there"
             )
         return found
+
+
+@contextmanager
+def _panics_named(folder: Path) -> Iterator[None]:
+    """Turns a panic of the tokenizers library, which is no Exception, into a RuntimeError.
+
+    A panic comes of the tokenizer's files, not of one text, so it ends the job.
+    """
+    try:
+        yield
+    except (Exception, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as panic:
+        raise RuntimeError(
+            f"{folder}: the tokenizers library failed on the tokenizer's files ({panic}); download "
+            "them again, or give prompts as token ids"
+        ) from panic

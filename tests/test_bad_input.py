@@ -120,6 +120,21 @@ def test_a_damaged_tokenizer_is_named_before_any_work(refused, model):
     assert "the tokenizer can't be loaded" in refused()
 
 
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"normalizer": {"type": "Precompiled", "precompiled_charsmap": ""}},
+        {"pre_tokenizer": {"type": "FixedLength", "length": 0}},
+    ],
+)
+def test_a_panic_of_the_tokenizers_library_is_a_named_error(refused, model, part):
+    """The first while it is loaded, the second at the first text."""
+    keys = json.loads((model / "tokenizer.json").read_text())
+    (model / "tokenizer.json").write_text(json.dumps(keys | part))
+    said = refused()
+    assert str(model) in said and "download" in said
+
+
 def test_an_added_token_that_the_model_lacks_costs_its_line_only(answered, files, model):  # noqa: F811
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokenizer.add_tokens([AddedToken("<pad>", special=True)])
