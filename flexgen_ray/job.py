@@ -16,6 +16,7 @@ from flexgen_ray.io.openai_batch import (
     line_error,
     read_lines,
     response_row,
+    with_columns,
 )
 from flexgen_ray.io.openai_logprobs import Echo
 from flexgen_ray.llm import LLM
@@ -74,15 +75,17 @@ def run_job(
             on_progress(done, progress)
 
     journal.begin()
-    for custom_id, message in errors.items():
-        journal.append(error_row(custom_id, message))
+    for line in lines:
+        if line.custom_id in errors:
+            row = error_row(line.custom_id, errors[line.custom_id])
+            journal.append(with_columns(row, line.columns))
     by_number = {line.number: line for line in lines}
     for answer in llm.stream(requests, report):
         line = by_number[answer.index]
         is_chat, echo = line.messages is not None, _echo(llm, line, answer)
         top = (line.params.logprobs or 0) if line.params else 0
         row = response_row(line.custom_id, str(llm.model), answer, is_chat, echo, top)
-        journal.append(row)
+        journal.append(with_columns(row, line.columns))
         done += 1
 
 

@@ -12,12 +12,28 @@ from openai.types import Completion
 from openai.types.chat import ChatCompletion
 from openai.types.shared import ErrorObject
 
-from flexgen_ray.io import openai_batch
+from flexgen_ray.io import request_fields
 from flexgen_ray.io.lines import MAX_LINE_BYTES, InputLines
-from flexgen_ray.io.openai_batch import error_row, read_lines, refusal, response_row
+from flexgen_ray.io.openai_batch import (
+    error_row,
+    read_lines,
+    refusal,
+    response_row,
+    with_columns,
+)
 from flexgen_ray.request import CompletionOutput, RequestOutput, SamplingParams
 
 DEFAULTS = SamplingParams(max_tokens=7, temperature=0.0)
+FIELDS = set().union(
+    *request_fields._SUPPORTED.values(),
+    *request_fields._MISSING_BY_URL.values(),
+    request_fields._MISSING,
+    request_fields._IGNORED,
+)
+_JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+)
 
 
 def batch(custom_id="a", **body) -> bytes:
@@ -64,7 +80,13 @@ def test_plain_lines_and_defaults():
         (b'{"prompt": 5}', "prompt must be"),
         (b'{"prompt": [1, "x"]}', "prompt must be"),
         (b'{"prompt": [true]}', "prompt must be"),
-        (b'{"prompt": "x", "m": 2}', "'m' is not supported"),
+        (b'{"body": {"prompt": "x", "m": 2}}', "body field 'm' is not supported; supported are"),
+        (b'{"body": {"prompt": "x", "Top-P": 1}}', "'Top-P' is not supported (is top_p meant?)"),
+        (b'{"prompt": "x", "max_token": 2}', "'max_token' is a field that is misspelt or out of"),
+        (b'{"body": {"prompt": "x"}, "seed": 2}', "out of its place (is seed meant?)"),
+        (b'{"body": {"prompt": "x", "messages": [{}]}}', "give one of them"),
+        (b'{"custom_id": "a", "url": "/v1/completions"}', "body is missing"),
+        (b'{"url": "/v1/embeddings", "body": {"input": "x"}}', "'/v1/embeddings'; they must be"),
         (b'{"prompt": "x", "n": 2}', "n is 2, but with temperature 0.0"),
         (b'{"prompt": "x", "n": 129, "temperature": 1}', "n is 129; it must be an integer, 1 to"),
         (b'{"prompt": "x", "best_of": 2}', "best_of is 2; only 1 is supported"),
@@ -72,13 +94,13 @@ def test_plain_lines_and_defaults():
         (b'{"prompt": "x", "min_tokens": 8}', "0 to max_tokens (7)"),
         (b'{"prompt": "x", "stop_token_ids": "a"}', "stop_token_ids is 'a'"),
         (b'{"prompt": "x", "presence_penalty": 3}', "presence_penalty is 3; it must be -2 to 2"),
-        (b'{"prompt": "x", "top_logprobs": 3}', "top_logprobs is a chat's"),
+        (b'{"prompt": "x", "top_logprobs": 3}', "top_logprobs is not supported: it is for chats"),
         (b'{"messages": [{}], "top_logprobs": 3}', "top_logprobs is 3, which needs logprobs true"),
         (b'{"messages": [{}], "logprobs": 3}', "logprobs is 3; for chats"),
         (b'{"messages": [{}], "logprobs": true, "top_logprobs": 21}', "top_logprobs is 21"),
         (b'{"messages": [{}], "echo": true}', "echo is True"),
         (b'{"prompt": "x", "stream": true}', "stream is True; only False is supported"),
-        (b'{"prompt": "x", "max_tokens": 1, "max_completion_tokens": 1}', "give one of them"),
+        (b'{"prompt": "x", "max_tokens": 1, "max_completion_tokens": 2}', "give one of them"),
         (b'{"prompt": "x", "max_tokens": "5"}', "max_tokens is '5'"),
         (b'{"prompt": "x", "seed": ' + b"9" * 5000 + b"}", "limit (4300 digits)"),
         (b"x" * (MAX_LINE_BYTES + 1), f"longer than {MAX_LINE_BYTES} bytes"),
@@ -114,7 +136,6 @@ def test_plain_lines_and_defaults():
         (b'{"prompt": "x", "prompt": "y"}', "'prompt' is there twice"),
         (b'{"custom_id": "a", "url": "/v1/chat", "body": {"prompt": "x"}}', "/v1/completions"),
         (b'{"custom_id": "a", "body": "x"}', "body must be"),
-        (b'{"custom_id": "a", "body": {"prompt": "x"}, "extra": 1}', "'extra' is not supported"),
         (b"[" * 100_000, "not valid JSON"),
     ],
 )
@@ -194,6 +215,83 @@ def test_fields_that_ask_for_nothing_and_bodies_in_strings():
     assert (as_string.prompt, as_string.params) == (as_object.prompt, as_object.params)
 
 
+IGNORED = {
+    "metadata": {"row": "7"}, "store": False, "service_tier": "auto", "safety_identifier": "x",
+    "prompt_cache_key": "x", "parallel_tool_calls": False, "user": "me", "model": "m",
+    "stream_options": {"include_usage": True}, "seed": None, "unheard_of": None,
+}  # fmt: skip
+NEUTRAL = {
+    "frequency_penalty": 0, "presence_penalty": 0.0, "response_format": {"type": "text"},
+    "stream": False, "best_of": 1, "n": 1, "use_beam_search": False, "length_penalty": 1.0,
+    "stop": [], "top_p": 1.0, "min_p": 0.0,
+}  # fmt: skip
+PROMPT, CHAT = {"prompt": "Hi"}, {"messages": [{"role": "user", "content": "Hi"}]}
+OF_PROMPTS, OF_CHATS = {"suffix": None, "echo": False}, {"modalities": ["text"], "tools": []}
+
+
+@pytest.mark.parametrize("asked", [PROMPT | OF_PROMPTS, CHAT | OF_CHATS])
+def test_fields_and_values_that_change_nothing_are_accepted(asked):
+    """Each alone, and all together, in a body and in a plain line."""
+    plain = {name: it for name, it in asked.items() if name in ("prompt", "messages")}
+    (wanted,) = parse(json.dumps(plain).encode())
+    fields = IGNORED | NEUTRAL | asked
+    bodies = [fields] + [plain | {name: it} for name, it in fields.items()]
+    for body in bodies:
+        for line in parse(json.dumps({"body": body}).encode(), json.dumps(body).encode()):
+            assert line.error is None, line.error
+            assert (line.prompt, line.messages) == (wanted.prompt, wanted.messages)
+            assert line.params == DEFAULTS
+
+
+@pytest.mark.parametrize(
+    ("field", "said"),
+    [
+        (
+            {"response_format": {"type": "json_object"}},
+            "{'type': 'text'} is supported: answers",
+        ),
+        ({"stream": True}, "stream is True; only False is supported: answers are written whole"),
+        ({"stream": 0}, "stream is 0"),
+        ({"guided_json": {}}, "guided_json is not supported: answers are not held to a form"),
+        ({"best_of": 3}, "best_of is 3; only 1 is supported: answers are not compared"),
+        ({"use_beam_search": True}, "there is no beam search"),
+        ({"audio": {"voice": "x"}}, "audio is not supported: only text"),
+        ({"tool_choice": "required"}, "only 'auto' or 'none' is supported: a call of a tool can't"),
+        ({"modalities": ["text", "audio"]}, "only text is read and written"),
+        ({"temprature": 1}, "(is temperature meant?)"),
+    ],
+)
+def test_what_changes_the_answer_and_is_missing_is_refused_with_the_reason(field, said):
+    (line,) = parse(json.dumps({"body": CHAT | field}).encode())
+    assert line.error is not None and said in line.error
+
+
+@given(st.dictionaries(st.sampled_from(["id", "label", "url", "response", "metadata"]), _JSON))
+def test_own_columns_come_back_beside_the_answer(columns):
+    plain, beside, bad = parse(
+        json.dumps(PROMPT | columns).encode(),
+        json.dumps({"body": PROMPT} | {k: it for k, it in columns.items() if k != "url"}).encode(),
+        json.dumps({"prompt": 5} | columns).encode(),
+    )
+    assert plain.error is None and plain.prompt == "Hi"
+    returned = json.loads(json.dumps(columns), parse_constant=lambda _: None)
+    for line in (plain, bad):
+        row = with_columns(error_row("a", "x"), line.columns)
+        assert row.get("columns", {}) == returned and row["id"].startswith("batch_req_")
+        json.dumps(row, allow_nan=False)
+    assert beside.columns == {k: it for k, it in returned.items() if k != "url"}
+
+
+@pytest.mark.parametrize("start", ["/v1", "", "/openai/v1", "/openai/deployments/my-model"])
+@pytest.mark.parametrize("query", ["", "?api-version=2024-10-21"])
+def test_azure_s_urls_are_those_of_openai(start, query):
+    chat = {"url": f"{start}/chat/completions{query}", "body": CHAT}
+    text = {"url": f"{start}/completions{query}", "body": PROMPT}
+    first, second = parse(json.dumps(chat).encode(), json.dumps(text).encode())
+    assert first.messages == CHAT["messages"] and second.prompt == "Hi"
+    assert first.error is second.error is None
+
+
 class Endless:
     """A stream of one line that is longer than memory; it counts what is asked for."""
 
@@ -236,17 +334,9 @@ def test_no_bytes_crash_the_reader(lines):
     assert len(parsed) == sum(bool(line.strip()) for line in bad) + 1
 
 
-_JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
-)
-
-
 @given(
     st.dictionaries(
-        st.sampled_from(
-            sorted({"body", "custom_id", "url", "method"} | openai_batch._BODY_KEYS | {"best_of"})
-        ),
+        st.sampled_from(sorted({"body", "custom_id", "url", "method", "own"} | FIELDS)),
         _JSON,
     )
 )

@@ -6,29 +6,32 @@ Knows JSON; nothing of models. Every fault of a line becomes that line's error r
 
 from __future__ import annotations
 
+import json
+import re
 import time
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, replace
 
 from flexgen_ray.io.json_object import find_custom_id, parse_object, refuse_surrogates
 from flexgen_ray.io.openai_logprobs import Echo, chat_logprobs, logprobs_object
+from flexgen_ray.io.request_fields import (
+    CHAT,
+    COMPLETION,
+    PARAMS,
+    refuse_fields,
+    split_columns,
+    used_fields,
+)
 from flexgen_ray.messages import Messages, parse_messages
 from flexgen_ray.request import MAX_LOGPROBS, RequestOutput, SamplingParams
 
-# Where requests go, and what a request there asks with.
-_URLS = {"/v1/completions": "prompt", "/v1/chat/completions": "messages"}
+# What a request to each url asks with.
+_ASKS = {COMPLETION: "prompt", CHAT: "messages"}
+# OpenAI's paths and Azure's, which may name a deployment.
+_PATH = re.compile(r"(/v1|/openai/v1|/openai/deployments/[^/?]+)?(/chat)?/completions([?].*)?")
 _LINE_KEYS = {"custom_id", "method", "url", "body"}
-_PARAMS = {it.name for it in fields(SamplingParams)} - {"prompt_logprobs"}
-_OTHERS = {"model", "user", "echo", "max_completion_tokens", "top_logprobs"}
-_BODY_KEYS = {*_OTHERS, *_URLS.values(), *_PARAMS}
-# Fields with which only the usual can be asked for.
-_ONLY = {
-    "best_of": 1,
-    "stream": False,
-    "response_format": {"type": "text"},
-}
 _MAX_MESSAGE = 1000
 MAX_ID_LEN = 1000  # characters of a custom_id
 
@@ -39,7 +42,7 @@ Prompt = str | list[int]
 class BatchLine:
     """One input line: what is asked, a prompt or a chat's messages, or what is wrong with it.
 
-    echo: the prompt comes with the answer.
+    echo: the prompt comes with the answer. columns: what else the line has, for its output line.
     """
 
     custom_id: str
@@ -49,6 +52,7 @@ class BatchLine:
     params: SamplingParams | None = None
     error: str | None = None
     echo: bool = False
+    columns: dict = field(default_factory=dict)
 
 
 def read_lines(lines: Iterable[bytes], defaults: SamplingParams) -> Iterator[BatchLine]:
@@ -71,25 +75,32 @@ def _read_line(
     custom_id = f"line-{number}"
     while custom_id in taken:
         custom_id += "+"
+    line = BatchLine(custom_id, number)
     try:
         try:
             value = parse_object(raw)
         except ValueError:
             with suppress(ValueError):
-                custom_id = _custom_id(find_custom_id(raw), custom_id, taken)
+                line = replace(line, custom_id=_custom_id(find_custom_id(raw), custom_id, taken))
             raise
-        custom_id = _custom_id(value.get("custom_id"), custom_id, taken)
+        line = replace(line, custom_id=_custom_id(value.get("custom_id"), custom_id, taken))
         if b"\\u" in raw:
             refuse_surrogates(value)
-        body = _body(value)
-        prompt, messages = body.get("prompt"), body.get("messages")
-        params = _params(body, defaults)
-        if messages is not None:
-            return BatchLine(custom_id, number, messages=parse_messages(messages), params=params)
-        prompt = _parse_prompt(prompt)
-        return BatchLine(custom_id, number, prompt, params=params, echo=_echo(body))
+        url, body, columns = _parts(value)
+        line = replace(line, columns=columns)
+        refuse_fields(columns)
+        return _asked(line, used_fields(url, body), defaults)
     except ValueError as error:
-        return BatchLine(custom_id, number, error=line_error(number, error))
+        return replace(line, error=line_error(number, error))
+
+
+def _asked(line: BatchLine, body: dict, defaults: SamplingParams) -> BatchLine:
+    """The line with what its body asks, of which only fields that change the answer are there."""
+    params = _params(body, defaults)
+    if "messages" in body:
+        return replace(line, messages=parse_messages(body["messages"]), params=params)
+    prompt = _parse_prompt(body.get("prompt"))
+    return replace(line, prompt=prompt, params=params, echo=_echo(body))
 
 
 def line_error(number: int, error: ValueError) -> str:
@@ -119,58 +130,85 @@ def _custom_id(custom_id: object, default: str, taken: dict[str, int]) -> str:
     return custom_id
 
 
-def _body(value: dict) -> dict:
-    """A line's fields but for those that are null, which say nothing."""
-    if "body" not in value:
-        return _known_fields({key: it for key, it in value.items() if key != "custom_id"})
-    _refuse_unknown("field", value, _LINE_KEYS)
+def _parts(value: dict) -> tuple[str, dict, dict]:
+    """A line's url, the fields of its body but for those that are null, which say nothing, and the
+    columns beside them."""
+    rest = {name: it for name, it in value.items() if name != "custom_id"}
+    # A plain line may have columns of any name, a body that is a text too.
+    has_body = isinstance(value.get("body"), dict) or {"body", "url"} <= value.keys()
+    if not has_body and (url := _url_of(value)):
+        body, columns = split_columns(url, rest)
+    elif "body" in value:
+        columns = {name: it for name, it in rest.items() if name not in _LINE_KEYS}
+        url, body = _url_and_body(value)
+    elif "url" in value or "method" in value:
+        raise ValueError("body is missing, which holds what is asked")
+    else:
+        url, body, columns = COMPLETION, {}, rest
+    body = {name: it for name, it in body.items() if it is not None}
+    if body.get("logprobs") is False:  # as chats say that nobody wants them
+        del body["logprobs"]
+    return url, body, _finite(columns)
+
+
+def _url_of(fields: dict) -> str | None:
+    """Where a request with these fields goes, if they ask for anything."""
+    found = [url for url, name in _ASKS.items() if fields.get(name) is not None]
+    if len(found) > 1:
+        raise ValueError("prompt and messages are both there; give one of them")
+    return found[0] if found else None
+
+
+def _url_and_body(value: dict) -> tuple[str, dict]:
     body, url = value["body"], value.get("url")
     if isinstance(body, str):
         body = _body_in_a_string(body)
     if not isinstance(body, dict):
         raise ValueError("body must be a JSON object")
-    if value.get("method", "POST") != "POST" or (url is not None and url not in list(_URLS)):
-        raise ValueError(f"method and url must be POST and {' or '.join(_URLS)}")
-    if url is not None and body.get(_URLS[url]) is None:
-        raise ValueError(f"{_URLS[url]} is missing, which {url} asks with")
-    return _known_fields(body)
+    path = _PATH.fullmatch(url) if isinstance(url, str) else None
+    if value.get("method", "POST") != "POST" or (url is not None and path is None):
+        raise ValueError(
+            f"method and url are {value.get('method', 'POST')!r} and {url!r}; they must be POST "
+            f"and {COMPLETION} or {CHAT}, or Azure's of the same ends"
+        )
+    if path is None:
+        return _url_of(body) or COMPLETION, body
+    known = CHAT if path[2] else COMPLETION
+    if body.get(_ASKS[known]) is None:
+        raise ValueError(f"{_ASKS[known]} is missing, which {url} asks with")
+    return known, body
 
 
 def _body_in_a_string(body: str) -> dict:
     """As some servers' tools write it."""
     try:
-        return parse_object(body.encode())
+        value = parse_object(body.encode())
+        refuse_surrogates(value)
+        return value
     except ValueError as error:
         raise ValueError(
             f"body must be a JSON object, or a string that holds one: {error}"
         ) from error
 
 
-def _known_fields(body: dict) -> dict:
-    """ValueError for what would be asked for in vain."""
-    body = {key: field for key, field in body.items() if field is not None}
-    if body.get("logprobs") is False:  # as chats say that nobody wants them
-        del body["logprobs"]
-    _refuse_unknown("body field", body, _BODY_KEYS | set(_ONLY))
-    for key, only in _ONLY.items():
-        if body.get(key, only) != only:
-            raise ValueError(f"{key} is {body[key]!r}; only {only!r} is supported")
-    for pair in (("prompt", "messages"), ("max_tokens", "max_completion_tokens")):
-        if set(pair) <= set(body):
-            raise ValueError(f"{' and '.join(pair)} are both there; give one of them")
-    return body
+def _finite(columns: dict) -> dict:
+    """NaN and infinities, which JSON hasn't, become null."""
+    return columns and json.loads(json.dumps(columns), parse_constant=lambda _: None)
 
 
 def _params(body: dict, defaults: SamplingParams) -> SamplingParams:
-    given = {name: body[name] for name in _PARAMS if name in body}
+    given = {name: body[name] for name in PARAMS if name in body}
     if "max_completion_tokens" in body:
-        given["max_tokens"] = body["max_completion_tokens"]
+        most = body["max_completion_tokens"]
+        if given.setdefault("max_tokens", most) != most:
+            raise ValueError(
+                f"max_tokens is {given['max_tokens']!r} and max_completion_tokens {most!r}; give "
+                "one of them"
+            )
     if not isinstance(given.get("stop", []), str | list):
         raise ValueError(f"stop is {given['stop']!r}; it must be a string or a list of strings")
     if "messages" in body:
         given |= _chat_params(body)
-    elif "top_logprobs" in body:
-        raise ValueError("top_logprobs is a chat's; for a prompt give their number as logprobs")
     if _echo(body):
         given["prompt_logprobs"] = given.get("logprobs", defaults.logprobs)
     return replace(defaults, **given)
@@ -185,8 +223,6 @@ def _echo(body: dict) -> bool:
 
 def _chat_params(body: dict) -> dict:
     """A chat asks for log-probabilities in two fields."""
-    if body.get("echo"):
-        raise ValueError(f"echo is {body['echo']!r}; it is supported for prompts, not for chats")
     asked, top = body.get("logprobs", False), body.get("top_logprobs", 0)
     if not isinstance(asked, bool):
         raise ValueError(
@@ -207,14 +243,6 @@ def _parse_prompt(prompt: object) -> Prompt:
     if isinstance(prompt, list) and prompt and all(type(token) is int for token in prompt):
         return prompt
     raise ValueError("prompt must be a string or a list of token ids")
-
-
-def _refuse_unknown(what: str, values: dict, known: set[str]) -> None:
-    unknown = sorted(set(values) - known)
-    if unknown:
-        raise ValueError(
-            f"{what} {unknown[0]!r} is not supported; supported are {', '.join(sorted(known))}"
-        )
 
 
 def response_row(
@@ -254,6 +282,11 @@ def response_row(
         },
     }
     return _row(custom_id, 200, body)
+
+
+def with_columns(row: dict, columns: dict) -> dict:
+    """An output line that returns its input line's own columns, if there are any."""
+    return row | {"columns": columns} if columns else row
 
 
 def error_row(custom_id: str, message: str) -> dict:
