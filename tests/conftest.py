@@ -83,19 +83,12 @@ def chat_model(text_model, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def local_ray(private_folders):
-    """One small cluster for the whole session."""
-    import ray
+    """One small cluster for the whole session, started as a run without an address starts one."""
+    from flexgen_ray.distributed.own_cluster import OwnCluster
 
-    ray.init(
-        address="local",
-        num_cpus=1,
-        include_dashboard=False,
-        object_store_memory=80 * 2**20,
-        log_to_driver=False,
-        _node_ip_address="127.0.0.1",
-    )
-    yield
-    ray.shutdown()
+    cluster = OwnCluster(num_cpus=1)
+    yield cluster
+    cluster.close()
 
 
 @pytest.fixture

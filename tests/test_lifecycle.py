@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import subprocess
 import sys
 import threading
@@ -144,20 +145,28 @@ def test_budgets_that_share_one_memory_are_added_up(model):
         assert llm.budgets[0].gpu + llm.budgets[0].cpu <= free
 
 
-def test_a_start_that_fails_leaves_no_ray_behind(model):
+def test_a_start_that_fails_leaves_nothing_behind(model, tmp_path):
+    """Neither Ray nor its token nor a changed environment."""
     script = f"""
-import ray
-from flexgen_ray import LLM
+import os, ray, tempfile
+from flexgen_ray import LLM, SamplingParams
+before = dict(os.environ)
 try:
     LLM({str(model[0])!r}, device="cuda")
 except ValueError as error:
     assert "no node of the Ray cluster has a GPU" in str(error)
     assert not ray.is_initialized()
+    assert dict(os.environ) == before
+    assert os.listdir(tempfile.gettempdir()) == os.listdir(os.environ["HOME"]) == []
     print("as it should be")
 """
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
+    for name in ("home", "tmp"):
+        (tmp_path / name).mkdir()
+    folders = {"HOME": str(tmp_path / "home"), "TMPDIR": str(tmp_path / "tmp")}
     done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120
-    )
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120,
+        env=os.environ | folders | {"RAY_AUTH_MODE": "disabled"}, check=False,
+    )  # fmt: skip
     assert "as it should be" in done.stdout, done.stderr

@@ -8,7 +8,14 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from flexgen_ray.distributed.transport import GlooLink, Meeting, MeetingPlace, _Blocking
+from flexgen_ray.distributed.transport import (
+    MAX_MESSAGE_BYTES,
+    GlooLink,
+    Meeting,
+    MeetingPlace,
+    _Blocking,
+    _Groups,
+)
 from flexgen_ray.runtime.link import LinkClosed
 
 
@@ -57,3 +64,54 @@ def test_hidden_states_wait_for_nothing_but_their_sender():
         with pytest.raises(LinkClosed):
             receiving.result(60)
         last.close()
+
+
+@pytest.mark.parametrize("announced", [-1, MAX_MESSAGE_BYTES + 1, 2**62])
+def test_a_message_of_an_absurd_size_closes_the_link_and_takes_no_memory(announced):
+    place = MeetingPlace("127.0.0.1")
+    meeting = Meeting(place.host, place.port, 1, 2, secret=place.secret)
+
+    def announce() -> object:
+        """As stage 0, which makes the groups of edge 0, to stage 1, and then those of edge 1."""
+        groups = _Groups(meeting, place.host)
+        small = groups.make("0/small", 0, is_hidden=False)
+        others = groups.make("0/hidden", 0, is_hidden=True), groups.make("1/small", 1, False)
+        small.send([torch.tensor([announced])], 1, 0).wait()
+        return small, others
+
+    with ThreadPoolExecutor(2) as pool:
+        stranger, link = pool.submit(announce), pool.submit(GlooLink, meeting, 1, place.host)
+        with pytest.raises(LinkClosed, match=f"announced a message of {announced:,} bytes"):
+            link.result(60).next()
+        assert stranger.result(60)
+
+
+def test_a_message_too_large_to_send_is_refused_by_its_size(monkeypatch):
+    monkeypatch.setattr("flexgen_ray.distributed.transport.MAX_MESSAGE_BYTES", 8)
+    place = MeetingPlace("127.0.0.1")
+    meeting = Meeting(place.host, place.port, 1, 2, secret=place.secret)
+    with ThreadPoolExecutor(2) as pool:
+        links = pool.map(lambda rank: GlooLink(meeting, rank, place.host), range(2))
+        first, last = links
+        with pytest.raises(ValueError, match="a message of 9 bytes"):
+            first.post(bytes(9))
+        first.post(bytes(8))
+        assert last.next() == bytes(8)
+        first.close()
+
+
+def test_nothing_joins_a_ring_without_its_secret(monkeypatch):
+    """The store alone, which others may reach on a cluster, is not enough."""
+    monkeypatch.setattr("flexgen_ray.distributed.transport.JOIN_SECONDS", 0.5)
+    place = MeetingPlace("127.0.0.1")
+    assert place.secret not in ("", MeetingPlace("127.0.0.1").secret)
+    ring = Meeting(place.host, place.port, 1, 2, secret=place.secret)
+    stranger = Meeting(place.host, place.port, 1, 2, secret="")
+    with ThreadPoolExecutor(2) as pool:
+        both = [
+            pool.submit(_Groups(meeting, place.host).make, "0/small", side, False)
+            for side, meeting in enumerate((ring, stranger))
+        ]
+        for joining in both:
+            with pytest.raises(RuntimeError):
+                joining.result(60)

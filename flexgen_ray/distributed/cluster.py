@@ -2,40 +2,30 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import os
-import signal
 import socket
-import threading
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table
 
-OBJECT_STORE_BYTES = 80 * 2**20  # Ray's minimum is 75 MiB; prompts and tokens need little
+from flexgen_ray.distributed.initialize import initialize
+from flexgen_ray.distributed.own_cluster import OwnCluster
+
 CONNECT_SECONDS = 5
 
 
-def connect(address: str | None) -> bool:
-    """True if a cluster was started because there was none to connect to."""
+def connect(address: str | None) -> OwnCluster | None:
+    """Connects this process to Ray; returns the cluster if there was none and it was started."""
     if ray.is_initialized():
-        return False
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        return None
     address = address or os.environ.get("RAY_ADDRESS")
-    if address:
-        _connect_to(address)
-        return False
-    # A policy may fill the host's memory on purpose; Ray's own killer would end the run.
-    os.environ.setdefault("RAY_memory_usage_threshold", "0.99")
-    _init(
-        address="local",
-        object_store_memory=OBJECT_STORE_BYTES,
-        include_dashboard=False,
-        _node_ip_address="127.0.0.1",
-    )
-    return True
+    if not address:
+        return OwnCluster()
+    _connect_to(address)
+    return None
 
 
 @dataclass(frozen=True)
@@ -125,14 +115,6 @@ def actor_options(bundle: Bundle, index: int, group: PlacementGroup) -> dict[str
     }
 
 
-def _init(**options: Any) -> None:
-    """ray.init, quietly, and with the caller's answer to SIGTERM left in place."""
-    answer = signal.getsignal(signal.SIGTERM)
-    ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, answer)
-
-
 def _connect_to(address: str) -> None:
     """ConnectionError, within seconds, if nobody answers there or the token is refused."""
     host, _, port = address.rpartition(":")
@@ -144,7 +126,7 @@ def _connect_to(address: str) -> None:
                 f"no Ray cluster answers at {address} ({error}); check --address and RAY_ADDRESS"
             ) from error
     try:
-        _init(address=address)
+        initialize(address=address)
     except ConnectionError as error:
         raise ConnectionError(
             f"{error}; if the cluster asks for a token, set "

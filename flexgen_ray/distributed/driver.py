@@ -19,7 +19,6 @@ from flexgen_ray.config import Faults, HardwareSpec
 from flexgen_ray.distributed.actor import StageActor
 from flexgen_ray.distributed.attempt import Attempt, StageLost, Stalled, ask, get
 from flexgen_ray.distributed.cluster import (
-    OBJECT_STORE_BYTES,
     actor_options,
     connect,
     free_resources,
@@ -28,6 +27,7 @@ from flexgen_ray.distributed.cluster import (
     reserve,
 )
 from flexgen_ray.distributed.metrics import count_restarts
+from flexgen_ray.distributed.own_cluster import OBJECT_STORE_BYTES
 from flexgen_ray.distributed.transport import JOIN_SECONDS, Meeting, MeetingPlace
 from flexgen_ray.events import Progress, Recovery
 from flexgen_ray.request import Finished, Request
@@ -74,7 +74,7 @@ class Driver:
         self._meeting_place: MeetingPlace | None = None
         self._unfinished: dict[int, Request] = {}
         self.recoveries: list[Recovery] = []
-        self._owns_cluster = connect(address)
+        self._own_cluster = connect(address)
         try:
             self._bundles = plan_bundles(device, num_stages)
             self._start_actors()
@@ -102,7 +102,7 @@ class Driver:
     @property
     def reserved_cpu_bytes(self) -> int:
         """Host memory that Ray's object store may take, if this run brought it along."""
-        return OBJECT_STORE_BYTES if self._owns_cluster else 0
+        return OBJECT_STORE_BYTES if self._own_cluster else 0
 
     def probe(self, device: str, offload_dir: str) -> list[Machine]:
         return self._each("probe", device, offload_dir)
@@ -176,8 +176,8 @@ class Driver:
         if self._group is not None and ray.is_initialized():
             ray.util.remove_placement_group(self._group)
         self._group = None
-        if self._owns_cluster and ray.is_initialized():
-            ray.shutdown()
+        if self._own_cluster is not None:
+            self._own_cluster.close()
 
     def _begin(self) -> Attempt:
         """A new attempt at what is unfinished."""
@@ -185,7 +185,8 @@ class Driver:
         if self.num_stages > 1:
             self._epoch += 1
             place = self._meeting_place = self._meeting_place or MeetingPlace(node_ip())
-            meeting = Meeting(place.host, place.port, self._epoch, self.num_stages, self.uses_nccl)
+            ring = self.num_stages, self.uses_nccl, place.secret
+            meeting = Meeting(place.host, place.port, self._epoch, *ring)
             # Whoever is gone already would be waited for by its neighbours.
             ask([it.pid.remote() for it in self._actors], stages, ANSWER_SECONDS)
             joining = [it.join.remote(meeting, rank) for rank, it in enumerate(self._actors)]
@@ -257,7 +258,7 @@ class Driver:
         for stage in new:
             options = actor_options(self._bundles[stage], stage, self._group)
             self._actors[stage] = actor_class.options(**options).remote()
-        waiting = [self._actors[it].__ray_ready__.remote() for it in new]
+        waiting = [self._actors[it].pid.remote() for it in new]
         try:
             ask(waiting, new, seconds)
         except StageLost as error:
@@ -269,6 +270,8 @@ class Driver:
                 raise NotStarted(f"{which} did not start within {seconds:.0f} s") from error
             needed = f"{self._bundles[late[0]].resources}, free are {free_resources()}"
             raise NotStarted(f"no node has room for {which}: {needed}") from error
+        if new and self._own_cluster is not None:
+            self._own_cluster.check_sockets()
 
     def _stop_actors(self, stages: Iterable[int]) -> None:
         for stage in stages:

@@ -38,18 +38,18 @@ class _Player:
 
 def hops(trips: dict[int, int]) -> dict[str, float]:
     """{bytes: milliseconds a hop}, for {bytes: trips}, on a cluster there is or one of its own."""
-    owns = connect(None)
+    own_cluster = connect(None)
     try:
         return {str(nbytes): _hop(nbytes, count) for nbytes, count in trips.items()}
     finally:
-        if owns:
-            ray.shutdown()
+        if own_cluster is not None:
+            own_cluster.close()
 
 
 def _hop(nbytes: int, rounds: int) -> float:
     """Milliseconds from one stage to the next, the message that tells of it included."""
     place = MeetingPlace(node_ip())
-    meeting = Meeting(place.host, place.port, 1, 2)
+    meeting = Meeting(place.host, place.port, 1, 2, secret=place.secret)
     actor: Any = ray.remote(_Player)
     players = [actor.options(num_cpus=0.5).remote(meeting, rank) for rank in (0, 1)]
     seconds, _ = ray.get([player.play.remote(nbytes, rounds) for player in players])

@@ -9,6 +9,7 @@ their sockets, which frees whoever blocks at the other end. Knows bytes; not wha
 from __future__ import annotations
 
 import os
+import secrets
 import socket
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -26,29 +27,37 @@ from flexgen_ray.runtime.link import LinkClosed
 
 FOREVER = timedelta(days=365)  # who waits too long is the driver's business
 JOIN_SECONDS = 60
+# Far more than a pass says; a neighbour that announces more is none.
+MAX_MESSAGE_BYTES = 256 * 2**20
 _SENDER, _RECEIVER = 0, 1
 _READY = b""  # the message before hidden states
 
 
 @dataclass(frozen=True)
 class Meeting:
-    """Where the stages of a ring find each other. epoch: messages of another one are lost."""
+    """Where the stages of a ring find each other.
+
+    epoch: messages of another one are lost. secret: prefix of the run's keys in the store, which
+    other processes that reach the store can't guess.
+    """
 
     host: str
     port: int
     epoch: int
     num_stages: int
     uses_nccl: bool = False
+    secret: str = ""
 
 
 class MeetingPlace:
     """The store where stages meet, in the driver's process, so that no stage's end takes it away.
 
-    host: the interface it listens on, and no other.
+    host: the interface it listens on, and no other. secret: see Meeting.
     """
 
     def __init__(self, host: str) -> None:
         self.host = host
+        self.secret = secrets.token_hex(16)
         self._socket = socket.socket()
         self._socket.bind((host, 0))
         self._socket.listen()
@@ -70,6 +79,7 @@ class GlooLink:
         self._posted: SimpleQueue[bytes | None] = SimpleQueue()
         self._ready: SimpleQueue[bytes | None] = SimpleQueue()
         self._is_closed = False
+        self._closed_because = "the stage before has gone, or the run was stopped"
         groups = _Groups(meeting, host)
         last = meeting.num_stages - 1
         before = (rank - 1) % meeting.num_stages
@@ -89,6 +99,11 @@ class GlooLink:
                 self._receiver = hidden
 
     def post(self, message: bytes) -> None:
+        if len(message) > MAX_MESSAGE_BYTES:
+            raise ValueError(
+                f"a pass needs a message of {len(message):,} bytes to the next stage, and at most "
+                f"{MAX_MESSAGE_BYTES:,} are sent; lower gpu_batch_size, or ask for fewer logprobs"
+            )
         self._posted.put(message)
 
     def next(self) -> bytes:
@@ -116,7 +131,7 @@ class GlooLink:
         message = queue.get()
         if message is None or self._is_closed:
             queue.put(None)
-            raise LinkClosed("the stage before has gone, or the run was stopped")
+            raise LinkClosed(self._closed_because)
         return message
 
     def _start(self, loop: Callable[[Any], None], group: Any) -> None:
@@ -140,6 +155,12 @@ class GlooLink:
                 if not length:
                     self._ready.put(_READY)
                     continue
+                if not 0 < length <= MAX_MESSAGE_BYTES:
+                    self._closed_because = (
+                        f"the stage before announced a message of {int(length):,} bytes; a pass "
+                        f"takes at most {MAX_MESSAGE_BYTES:,}"
+                    )
+                    return self.close()
                 data = torch.empty(int(length), dtype=torch.uint8)
                 group.recv([data], _SENDER, 0).wait()
                 self._messages.put(data.numpy().tobytes())
@@ -163,7 +184,8 @@ class _Groups:
 
     def make(self, name: str, side: int, is_hidden: bool) -> Any:
         """Waits for the other end, JOIN_SECONDS at most."""
-        store = dist.PrefixStore(f"epoch {self._meeting.epoch}/{name}", self._store)
+        prefix = f"{self._meeting.secret}/epoch {self._meeting.epoch}/{name}"
+        store = dist.PrefixStore(prefix, self._store)
         if is_hidden and self._meeting.uses_nccl:
             # Abort the group when a neighbour is lost; by default it takes its process with it.
             os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "2")

@@ -1,0 +1,19 @@
+"""ray.init without its log lines, and with the caller's answer to SIGTERM left in place."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+from typing import Any
+
+import ray
+
+
+def initialize(**options: Any) -> str:
+    """Calls ray.init with these options; returns the cluster's address."""
+    answer = signal.getsignal(signal.SIGTERM)
+    context: Any = ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, answer)
+    return context.address_info["address"]
