@@ -117,6 +117,12 @@ def _echo(llm: LLM, line: BatchLine, answer: RequestOutput) -> Echo | None:
     """The prompt, if the line asks for it."""
     if not line.echo:
         return None
-    text = line.prompt if isinstance(line.prompt, str) else None
-    ids = answer.prompt_token_ids
-    return Echo(llm.tokenizer.decode(ids) if text is None else text, llm.tokenizer.token(ids[0]))
+    prompt, tokenizer = answer.prompt_token_ids, llm.tokenizer
+    (first,) = tokenizer.names(prompt[:1])
+    if isinstance(line.prompt, str):
+        return Echo(line.prompt, first)
+    # A character of both is the answer's.
+    token_ids = prompt + answer.outputs[0].token_ids
+    own = len(tokenizer.text(token_ids, len(prompt)))
+    text = tokenizer.text(token_ids)
+    return Echo(text[: len(text) - own], first)

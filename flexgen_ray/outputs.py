@@ -23,44 +23,63 @@ def request_output(request: Request, finished: Finished, tokenizer: Tokenizer) -
     """Tokens that were given count as the prompt's, and only what came after them as the answer."""
     params, prompt = request.params, request.prompt_token_ids + request.given
     answer = finished.token_ids[len(request.given) :]
-    text = _text(answer, finished.finish_reason, params, tokenizer) if tokenizer.exists else ""
+    token_ids, begin = prompt + answer, len(prompt)
+    reason = finished.finish_reason
+    text = _text(token_ids, begin, reason, params, tokenizer) if tokenizer.exists else ""
     # Whatever precedes the first score has none.
-    unscored = len(prompt + answer) - len(finished.scores)
-    scores = [None] * unscored + finished.scores
-    told = _logprobs(answer, scores[len(prompt) :], params.logprobs, tokenizer)
-    output = CompletionOutput(text, answer, finished.finish_reason, told)
-    of_prompt = _logprobs(prompt, scores[: len(prompt)], params.prompt_logprobs, tokenizer)
+    scores = [None] * (len(token_ids) - len(finished.scores)) + finished.scores
+    of_answer = _logprobs(token_ids, scores, begin, params.logprobs, tokenizer)
+    of_prompt = _logprobs(prompt, scores[:begin], 0, params.prompt_logprobs, tokenizer)
+    output = CompletionOutput(text, answer, reason, of_answer)
     return RequestOutput(request.index, None, prompt, [output], of_prompt, finished.scores)
 
 
 def _text(
-    answer: list[int], finish_reason: str, params: SamplingParams, tokenizer: Tokenizer
+    token_ids: list[int],
+    begin: int,
+    finish_reason: str,
+    params: SamplingParams,
+    tokenizer: Tokenizer,
 ) -> str:
-    """Up to the stop string, or the stop token, that ended it, and with it if it is asked for."""
+    """The answer, which begins at token `begin`, up to the stop string, or the stop token, that
+    ended it, and with it if it is asked for."""
     keeps = params.include_stop_str_in_output
-    if finish_reason == "stop" and answer[-1] in params.stop_token_ids:
-        return tokenizer.decode(answer if keeps else answer[:-1])
-    text = tokenizer.decode(answer)
-    early = len(tokenizer.decode(answer[: params.min_tokens])) if params.min_tokens else 0
-    found = first_stop(text, params.stop, early)
+    if finish_reason == "stop" and token_ids[-1] in params.stop_token_ids:
+        return tokenizer.text(token_ids, begin, len(token_ids) - (not keeps))
+    text = tokenizer.text(token_ids, begin)
+    early = begin + params.min_tokens
+    searched_from = len(tokenizer.text(token_ids, begin, early)) if params.min_tokens else 0
+    found = first_stop(text, params.stop, searched_from)
     return text if found is None else text[: found[keeps]]
 
 
 def _logprobs(
-    token_ids: list[int], scores: list[Score | None], top: int | None, tokenizer: Tokenizer
+    token_ids: list[int],
+    scores: list[Score | None],
+    first: int,
+    top: int | None,
+    tokenizer: Tokenizer,
 ) -> list[Logprobs | None] | None:
-    """Of each token: itself first, then the `top` likeliest; None if nobody asked."""
+    """Of each token from `first` on: itself first, then the `top` likeliest; None if nobody
+    asked."""
     if top is None:
         return None
-    pairs = zip(token_ids, scores, strict=True)
-    return [None if it is None else _described(token, it, top, tokenizer) for token, it in pairs]
+    texts = tokenizer.names(token_ids, first) if tokenizer.exists else [None] * len(token_ids)
+    described: list[Logprobs | None] = []
+    for place, (score, text) in enumerate(zip(scores[first:], texts, strict=False), start=first):
+        names: dict[int, str] = {}
+        if score is not None and tokenizer.exists:
+            others = [other for other, _ in score.top[:top] if other != token_ids[place]]
+            names = tokenizer.alternatives(token_ids, place, others)
+        described.append(score and _described(token_ids[place], text, score, top, names))
+    return described
 
 
-def _described(token: int, score: Score, top: int, tokenizer: Tokenizer) -> Logprobs:
-    found = {token: (score.logprob, score.rank)}
+def _described(
+    token: int, text: str | None, score: Score, top: int, names: dict[int, str]
+) -> Logprobs:
+    """names: texts of the likeliest tokens but this one."""
+    described = {token: Logprob(score.logprob, score.rank, text)}
     for rank, (other, logprob) in enumerate(score.top[:top], start=1):
-        found.setdefault(other, (logprob, rank))
-    return {
-        token: Logprob(logprob, rank, tokenizer.token(token) if tokenizer.exists else None)
-        for token, (logprob, rank) in found.items()
-    }
+        described.setdefault(other, Logprob(logprob, rank, names.get(other)))
+    return described

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 
+from flexgen_ray.detokenizer import Detokenizer
 from flexgen_ray.messages import Messages
 
 _FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
@@ -58,14 +59,30 @@ class Tokenizer:
             # A template is a program: what it raises of messages it doesn't expect is anything.
             raise ValueError(f"the model's chat template refuses the messages: {error}") from error
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """Without special tokens."""
+    def text(self, token_ids: Sequence[int], first: int = 0, last: int | None = None) -> str:
+        """Text that the tokens from `first` to before `last` add to that of the tokens before."""
         with _panics_named(self.folder):
-            return self.hf.decode(list(token_ids), skip_special_tokens=True)
+            return self.detokenizer.text(token_ids, first, last)
 
-    def token(self, token_id: int) -> str:
-        """The text of one token, special or not; of part of a character, a replacement for it."""
-        return self.hf.decode([token_id])
+    def names(self, token_ids: Sequence[int], first: int = 0) -> list[str]:
+        """Text of each token from `first` on, special ones as they are written."""
+        with _panics_named(self.folder):
+            pieces = self.detokenizer.pieces(token_ids, first)
+            pairs = zip(token_ids[first:], pieces, strict=True)
+            return [self.detokenizer.special(token) or piece for token, piece in pairs]
+
+    def alternatives(
+        self, token_ids: Sequence[int], last: int, others: Sequence[int]
+    ) -> dict[int, str]:
+        """Text of each of the other tokens, if it came after the tokens before `last`."""
+        with _panics_named(self.folder):
+            texts = self.detokenizer.alternatives(token_ids, last, others)
+        return dict(zip(others, texts, strict=True))
+
+    @cached_property
+    def detokenizer(self) -> Detokenizer:
+        """Decodes tokens in their context; ValueError as `hf`."""
+        return Detokenizer(self.hf)
 
     @cached_property
     def hf(self):

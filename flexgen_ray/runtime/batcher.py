@@ -17,7 +17,9 @@ from flexgen_ray.request import Finished, Request, SamplingParams, Score, SlotSc
 from flexgen_ray.rows import Row, Rows, ScoredRow
 from flexgen_ray.runtime.sampler import Draw, Penalties, uniform
 
-Decode = Callable[[list[int]], str]
+# Characters before a token that its decoding may take away, as clean-up takes spaces.
+_CHANGED = 4
+Decode = Callable[[list[int], int, int], str]
 
 
 @dataclass
@@ -63,8 +65,8 @@ class _Sequence:
 class Batcher:
     """Feeds one stage with passes.
 
-    cell_tokens: most tokens of one batch in one pass; decode: tokens to text, for stop strings;
-    seed: of requests without one.
+    cell_tokens: most tokens of one batch in one pass; decode(token ids, first, last): text that
+    tokens first to last - 1 add to those before, for stop strings; seed: of requests without one.
     """
 
     gpu_batch_size: int
@@ -230,14 +232,23 @@ class Batcher:
         return "length" if count >= params.max_tokens else None
 
     def _ends_with_stop(self, sequence: _Sequence) -> bool:
-        """Looks at as many last tokens as a stop string can span (four a character at most)."""
+        """Looks at as many last tokens as have the characters that a stop string can span.
+
+        Those are characters before the newest token, which may have any number of its own.
+        """
         assert self.decode is not None, "stop strings need a tokenizer"
-        params = sequence.request.params
-        window = 4 * max(len(stop) for stop in params.stop) + 4
-        last = sequence.generated[-window:]
-        early = max(0, params.min_tokens - (len(sequence.generated) - len(last)))
-        looked_at_from = len(self.decode(last[:early])) if early else 0
-        return first_stop(self.decode(last), params.stop, looked_at_from) is not None
+        request, token_ids = sequence.request, sequence.token_ids
+        longest, last = max(map(len, request.params.stop)) + _CHANGED, len(token_ids)
+        begin, count = len(request.prompt_token_ids) + len(request.given), longest // 4 + 1
+        while True:
+            first = max(begin, last - 1 - count)
+            if first == begin or len(self.decode(token_ids, first, last - 1)) >= longest:
+                break
+            count *= 2
+        early = begin + request.params.min_tokens
+        searched_from = len(self.decode(token_ids, first, early)) if early > first else 0
+        text = self.decode(token_ids, first, last)
+        return first_stop(text, request.params.stop, searched_from) is not None
 
 
 def _penalties(sequence: _Sequence) -> Penalties:

@@ -96,7 +96,7 @@ class Worker:
         if spec.model:
             spec = replace(spec, model=str(find_model(spec.model)))
         self._tokenizer = Tokenizer(spec.model) if spec.model else None
-        self._stage = Stage(spec, self._tokenizer.decode if self._tokenizer else None)
+        self._stage = Stage(spec, self._tokenizer.text if self._tokenizer else None)
         release_team()
 
     def connect(self, link: Link | None) -> None:
