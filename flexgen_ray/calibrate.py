@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from flexgen_ray.cost.hardware import Hardware
 from flexgen_ray.cost.machine_rates import DeviceRates, MemorySizes, NetworkRates
+from flexgen_ray.io.files import write_text
 from flexgen_ray.units import format_bytes
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def calibrate(
 def save(hardware: Hardware, path: Path) -> None:
     """Writes a file that Hardware.load reads; its folder is made if need be."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(_HEADER + hardware.to_yaml(), encoding="utf-8")
+    write_text(path, _HEADER + hardware.to_yaml())
 
 
 def memory_sizes(machine: Machine, gpu_memory: int | None) -> MemorySizes:

@@ -15,9 +15,11 @@ import typer
 
 from flexgen_ray import __version__
 from flexgen_ray.bench.group import Benchmarks
+from flexgen_ray.commands import App
 from flexgen_ray.completion import CompletionOption
 from flexgen_ray.evaluation.commands import app as evaluation
 from flexgen_ray.exits import exit_status, told_how_to_resume
+from flexgen_ray.io.files import write_text
 from flexgen_ray.options import (
     AddressOption,
     Device,
@@ -44,7 +46,7 @@ from flexgen_ray.signals import EXIT_STOPPED, raise_on_stop
 if TYPE_CHECKING:
     from flexgen_ray.llm import LLM
 
-app = typer.Typer(
+app = App(
     name="flexgen-ray",
     help="Bulk text generation with models larger than the GPUs at hand.",
     no_args_is_help=True,
@@ -110,9 +112,6 @@ def generate(
     options = {"max_tokens": max_tokens, "temperature": temperature}
     given: dict[str, Any] = {name: it for name, it in options.items() if it is not None}
     SamplingParams(**given)
-    for path in filter(None, (output, report, trace)):
-        if not path.parent.is_dir():
-            raise FileNotFoundError(f"{path.parent} does not exist; make it first")
     # Where data lies changes no answer; a resumed run may have other memory, and another policy.
     lossy = {name: engine[name] for name in LOSSY}
     facts = lossy_facts(engine["policy"], **lossy) | {"keep_order": keep_order, "seed": seed}
@@ -185,7 +184,8 @@ def demo(
 @app.command(short_help="Measure this machine for the planner.")
 def calibrate(
     output: Annotated[
-        Path | None, typer.Option(help="YAML to write; the user's cache if not given.")
+        Path | None,
+        typer.Option(writable=True, help="YAML to write. [default: in the user's cache]"),
     ] = None,
     offload_dir: OffloadOption = None,
     device: DeviceOption = Device.auto,
@@ -230,7 +230,7 @@ def _show_report(llm: LLM, path: Path | None, trace: Path | None) -> None:
     for line in llm.report.lines():
         _say(line)
     if path is not None:
-        path.write_text(json.dumps(llm.report.as_dict(), indent=2) + "\n", encoding="utf-8")
+        write_text(path, json.dumps(llm.report.as_dict(), indent=2) + "\n")
     if trace is not None:
         llm.write_trace(trace)
 

@@ -40,7 +40,10 @@ InputOption = Annotated[
     ),
 ]
 OutputOption = Annotated[
-    Path, typer.Option(help="JSONL of responses, one line a request; .gz; - is standard output.")
+    Path,
+    typer.Option(
+        writable=True, help="JSONL of responses, one line a request; .gz; - is standard output."
+    ),
 ]
 OverwriteOption = Annotated[
     bool,
@@ -102,11 +105,14 @@ OffloadOption = Annotated[
     Path | None, typer.Option(help="Folder for offloaded data; the user's cache if not given.")
 ]
 ReportOption = Annotated[
-    Path | None, typer.Option(help="Also write the final report to this JSON file.")
+    Path | None,
+    typer.Option(writable=True, help="Also write the final report to this JSON file."),
 ]
 TraceOption = Annotated[
     Path | None,
-    typer.Option(help="Write when every op ran, one row a lane, for ui.perfetto.dev."),
+    typer.Option(
+        writable=True, help="Write when every op ran, one row a lane, for ui.perfetto.dev."
+    ),
 ]
 StagesOption = Annotated[
     str, typer.Option(help="Pipeline stages, each a Ray actor; auto: one for every GPU.")
@@ -122,8 +128,13 @@ NoRayOption = Annotated[bool, typer.Option("--no-ray", help="Run in this process
 AddressOption = Annotated[
     str | None, typer.Option(help="Ray cluster; RAY_ADDRESS, or one of its own, if not given.")
 ]
+PlotOption = Annotated[
+    Path | None,
+    typer.Option(writable=True, help="Also draw it, as .png or .svg; needs matplotlib."),
+]
 JsonOption = Annotated[
-    Path | None, typer.Option("--json", help="Also write the result to this file.")
+    Path | None,
+    typer.Option("--json", writable=True, help="Also write the result to this file."),
 ]
 
 

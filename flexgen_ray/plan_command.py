@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from flexgen_ray.config import DTYPE_BYTES
+from flexgen_ray.io.files import write_text
 from flexgen_ray.model_config import ModelConfig
 from flexgen_ray.options import (
     CacheBitsOption,
@@ -48,9 +49,12 @@ def plan(
     sparsity: SparsityOption = None,
     price_per_hour: Annotated[float | None, typer.Option(help="$ for all machines.")] = None,
     frontier: Annotated[
-        Path | None, typer.Option(help="Draw throughput over latency, as .png or .svg.")
+        Path | None,
+        typer.Option(writable=True, help="Draw throughput over latency, as .png or .svg."),
     ] = None,
-    policy_out: Annotated[Path | None, typer.Option(help="Write the policy, as YAML.")] = None,
+    policy_out: Annotated[
+        Path | None, typer.Option(writable=True, help="Write the policy, as YAML.")
+    ] = None,
     json_file: JsonOption = None,
 ) -> None:
     """Predict a job: does it fit, how fast, what binds, what would help.
@@ -100,9 +104,9 @@ def plan(
         )
         result["frontier"] = _draw(planner, f"{model} on {', '.join(names)}", frontier)
     if policy_out:
-        policy_out.write_text(report.policy_yaml(), encoding="utf-8")
+        write_text(policy_out, report.policy_yaml())
     if json_file:
-        json_file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        write_text(json_file, json.dumps(result, indent=2) + "\n")
 
 
 def _machines(names: list[str], stages: int | None) -> list:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
+
+from flexgen_ray.io.files import replacing
 
 
 def draw_scaling(result: dict, path: Path) -> None:
@@ -33,7 +36,7 @@ def draw_scaling(result: dict, path: Path) -> None:
             panel.annotate(label, (count, rate), (-4, 4), textcoords="offset points", ha="right")
     axes[0][0].set_ylabel("decode tokens/s")
     axes[0][0].legend()
-    figure.savefig(path, dpi=150)
+    _save(figure, path)
     plt.close(figure)
 
 
@@ -56,7 +59,7 @@ def draw_frontier(title: str, frontiers: dict[str, list], path: Path) -> None:
     axes.set(xlabel="latency of a block, s", ylabel="generated tokens/s")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=150)
+    _save(figure, path)
     plt.close(figure)
 
 
@@ -79,5 +82,10 @@ def draw_accuracy(result: dict, path: Path) -> None:
     figure.suptitle(f"{result['model']}, {result['data']}: perplexity\ngrey: in transformers")
     axes.set(xlabel="% above the checkpoint", xscale="symlog")
     axes.margins(x=0.15)
-    figure.savefig(path, dpi=150)
+    _save(figure, path)
     plt.close(figure)
+
+
+def _save(figure: Any, path: Path) -> None:
+    with replacing(path, "wb") as file:
+        figure.savefig(file, dpi=150, format=path.suffix.removeprefix(".") or None)

@@ -10,6 +10,7 @@ import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from flexgen_ray.io.files import replacing
 from flexgen_ray.schedule.ops import LANE, Lane
 from flexgen_ray.schedule.span import Span
 
@@ -18,7 +19,7 @@ _ROW = {lane: row for row, lane in enumerate(lane for lane in Lane if lane.worke
 
 def write_trace(path: Path, stages: Iterable[Iterable[Span]], is_emulated: bool = False) -> None:
     """Spans of each stage, in any order; OSError if the file can't be written."""
-    with path.open("w", encoding="utf-8") as file:
+    with replacing(path) as file:
         file.write('{"displayTimeUnit":"ms","traceEvents":[\n')
         file.write(",\n".join(_events(stages, " (emulated time)" if is_emulated else "")))
         file.write("\n]}\n")

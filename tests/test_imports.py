@@ -36,10 +36,10 @@ MAY_IMPORT = {
     "runtime": FOUNDATION | {"paths", "quant", "schedule", "cost", "models", "store", "tokenizer"},
     "distributed": FOUNDATION | {"schedule", "runtime"},
     "resources": {"config", "runtime", "units"},
-    "calibrate": {"units", "cost", "progress", "models", "runtime", "distributed"},
+    "calibrate": {"units", "cost", "io", "progress", "models", "runtime", "distributed"},
     "report": FOUNDATION | {"cost", "runtime"},
     "progress": {"events", "units"},
-    "trace": {"schedule"},
+    "trace": {"schedule", "io"},
 }
 WITHOUT_TORCH = FOUNDATION | {"schedule", "cost", "io", "trace", "paths"}
 WITH_RAY = {"distributed", "integrations"}

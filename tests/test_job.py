@@ -178,7 +178,7 @@ def test_an_input_that_is_the_output_is_spared(tmp_path):
     path = tmp_path / "in.jsonl"
     path.write_text(LINES[0])
     with (
-        pytest.raises(ValueError, match="both --input and --output"),
+        pytest.raises(ValueError, match="--output .* would overwrite what --input reads"),
         Journal(path, overwrite=True) as journal,
     ):
         read_job(path, journal, DEFAULTS, {})

@@ -19,7 +19,7 @@ from flexgen_ray.bench.result import finish
 from flexgen_ray.bench.rounding import PEERS, peer_perplexity
 from flexgen_ray.evaluation.perplexity import measure
 from flexgen_ray.llm import LLM
-from flexgen_ray.options import JsonOption
+from flexgen_ray.options import JsonOption, PlotOption
 from flexgen_ray.paths import find_model
 
 CHECKPOINT = "the checkpoint"
@@ -60,7 +60,7 @@ def accuracy(
     context: Annotated[int, typer.Option(help="Tokens of a window.")] = 1024,
     stride: Annotated[int, typer.Option(help="Between windows' starts.")] = 512,
     max_tokens: Annotated[int, typer.Option(help="Of the text.")] = 21_000,
-    plot: Annotated[Path | None, typer.Option(help="Also draw, as .png or .svg.")] = None,
+    plot: PlotOption = None,
     json_file: JsonOption = None,
 ) -> None:
     """Perplexity of a model in every format, and with the same rounding in plain torch.

@@ -25,6 +25,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from flexgen_ray.io.files import write_text
+from flexgen_ray.options import JsonOption
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -51,9 +54,7 @@ def attention(
     sparsity: Annotated[
         float | None, typer.Option(help="Also attend this share of the tokens only.")
     ] = None,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Also write the result to this file.")
-    ] = None,
+    json_file: JsonOption = None,
 ) -> None:
     """Bytes of keys and values attended per second, against a plain read of the same memory.
 
@@ -260,5 +261,5 @@ def _finish(measured: dict, path: Path | None) -> None:
     }
     result = made_by | measured
     if path is not None:
-        path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        write_text(path, json.dumps(result, indent=2) + "\n")
     typer.echo(json.dumps(result))

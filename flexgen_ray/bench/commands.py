@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import typer
-
 from flexgen_ray.bench.accuracy import accuracy
 from flexgen_ray.bench.attention import attention
 from flexgen_ray.bench.choice import choice
@@ -18,8 +16,9 @@ from flexgen_ray.bench.scaling import scaling
 from flexgen_ray.bench.simulate import simulate
 from flexgen_ray.bench.throughput import throughput
 from flexgen_ray.bench.unequal import unequal
+from flexgen_ray.commands import App
 
-app = typer.Typer()
+app = App()
 app.command()(throughput)
 app.command()(peers)
 app.command()(lanes)

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 from math import inf
-from pathlib import Path
-from typing import Annotated
 
 import typer
 
@@ -24,7 +22,7 @@ from flexgen_ray.cost.original import Original
 from flexgen_ray.cost.pipeline_plan import Device, Job
 from flexgen_ray.cost.planner import Planner, choose
 from flexgen_ray.models.shapes import shape_config
-from flexgen_ray.options import JsonOption
+from flexgen_ray.options import JsonOption, PlotOption
 from flexgen_ray.plot import draw_frontier
 
 _HOST, _DISK = Placement(0, 1, 0), Placement(0, 0, 1)
@@ -66,10 +64,7 @@ CLAIMED_LATENCY = 5000.0
 
 
 def paper(
-    plot: Annotated[
-        Path | None,
-        typer.Option(help="Also draw latency and throughput on OPT-175B, as .png or .svg."),
-    ] = None,
+    plot: PlotOption = None,
     json_file: JsonOption = None,
 ) -> None:
     """Predicted against published: FlexGen's figures on one T4.

@@ -24,6 +24,7 @@ from flexgen_ray.bench.shapes import SHAPES, make_checkpoint
 from flexgen_ray.bench.standings import reference, standings, table
 from flexgen_ray.bench.work import OURS, Run, Work
 from flexgen_ray.config import DTYPE_BYTES
+from flexgen_ray.options import JsonOption
 from flexgen_ray.tokenizer import Tokenizer
 from flexgen_ray.units import format_bytes, parse_bytes
 
@@ -73,9 +74,7 @@ def peers(
     cpu_memory: Annotated[str | None, typer.Option(help="Ours: host memory.")] = None,
     disk_memory: Annotated[str | None, typer.Option(help="Ours: disk space.")] = None,
     offload_dir: Annotated[Path | None, typer.Option(help="Everyone's offload files.")] = None,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Also write the result here.")
-    ] = None,
+    json_file: JsonOption = None,
 ) -> None:
     """Do the same work with peers and with this project, and compare.
 
@@ -83,8 +82,6 @@ def peers(
     """
     from flexgen_ray.paths import default_offload_dir
 
-    if json_file is not None and not json_file.parent.is_dir():
-        raise FileNotFoundError(f"{json_file.parent} does not exist; make it first")
     ours = {"policy": None if policy is None else str(policy.resolve()), "executor": executor}
     ours |= {"gpu_memory": gpu_memory, "cpu_memory": cpu_memory, "disk_memory": disk_memory}
     rules = Rules(peers.split(","), _sizes(batch_sizes), repeats, timeout)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import typer
 
+from flexgen_ray.io.files import write_text
 from flexgen_ray.report import environment
 
 NEAR = 0.15  # how far a prediction may be off
@@ -31,4 +32,4 @@ def emit(result: dict, path: Path | None) -> None:
     """Prints a whole result as one line, and writes it if asked."""
     typer.echo(json.dumps(result))
     if path is not None:
-        path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        write_text(path, json.dumps(result, indent=2) + "\n")

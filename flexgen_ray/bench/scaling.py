@@ -10,7 +10,6 @@ from __future__ import annotations
 import tempfile
 import time
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -24,7 +23,7 @@ from flexgen_ray.cost.pipeline_plan import Job
 from flexgen_ray.cost.planner import Planner, choose
 from flexgen_ray.model_config import ModelConfig
 from flexgen_ray.models.shapes import shape_config
-from flexgen_ray.options import JsonOption
+from flexgen_ray.options import JsonOption, PlotOption
 from flexgen_ray.plot import draw_scaling
 from flexgen_ray.runtime.meter import Measured, Visit
 
@@ -47,9 +46,7 @@ def scaling(
         str, typer.Option(help="Blocks in flight beyond the most stages; the best counts.")
     ] = "0,1",
     sequences: Annotated[int, typer.Option(help="In flight at most.")] = 1024,
-    plot: Annotated[
-        Path | None, typer.Option(help="Also draw it, as .png or .svg; needs matplotlib.")
-    ] = None,
+    plot: PlotOption = None,
     json_file: JsonOption = None,
 ) -> None:
     """Emulated T4 machines: decode throughput of pipelines against as many copies of one.

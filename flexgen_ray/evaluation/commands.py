@@ -11,9 +11,10 @@ from typing import Annotated, Any
 
 import typer
 
+from flexgen_ray.commands import App
 from flexgen_ray.options import JsonOption, with_engine
 
-app = typer.Typer(no_args_is_help=True)
+app = App(no_args_is_help=True)
 
 
 class Phase(StrEnum):

@@ -28,8 +28,6 @@ def evaluate(
     OSError or ValueError if the file can't be read as text, or the result not be written.
     """
     text = data.read_text(encoding="utf-8")
-    if json_file is not None and not json_file.parent.is_dir():
-        raise FileNotFoundError(f"{json_file.parent} does not exist; make it first")
     with LLM(**engine) as llm:
         figures = measure(llm, text, **settings)
         for line in llm.report.lines():

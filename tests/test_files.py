@@ -1,0 +1,143 @@
+"""Files that commands write: never one that is read, or written already; whole or as they were."""
+
+from __future__ import annotations
+
+import os
+import stat
+from inspect import signature
+from pathlib import Path
+from typing import get_args
+
+import pytest
+import typer
+from test_bad_input import commands
+from test_cli import arguments, files  # noqa: F401 - a fixture
+
+from flexgen_ray.cli import app
+from flexgen_ray.commands import is_written
+from flexgen_ray.io.files import check_written, replacing, write_text
+
+READ = {"input", "policy", "data", "workload", "nodes", "prompts", "model"}
+PLACES = {"offload_dir"}
+
+
+def test_each_option_that_is_a_path_is_known_to_be_read_or_written():
+    """One that is written without being declared so would not be checked."""
+    for name, command in dict(commands(typer.main.get_command(app), "flexgen-ray")).items():
+        for parameter in signature(command.callback, eval_str=True).parameters.values():
+            if parameter.annotation is Path or Path in get_args(get_args(parameter.annotation)[0]):
+                is_new_folder = name == "flexgen-ray quantize" and parameter.name == "output"
+                is_read = parameter.name in READ | PLACES or is_new_folder
+                assert is_written(parameter) != is_read, f"{name} {parameter.name}"
+
+
+def leads_to(target: Path, how: str, link: Path) -> Path:
+    """Another way to the same file."""
+    if how == "itself":
+        return target
+    if how == "relative":
+        return Path(os.path.relpath(target))
+    if how == "symlink":
+        link.symlink_to(target)
+    elif how == "hard link":
+        link.hardlink_to(target)
+    return link
+
+
+HOW = ("itself", "relative", "symlink", "hard link")
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("option", ["--report", "--trace"])
+@pytest.mark.parametrize("victim", ["in.jsonl", "out.jsonl", "policy.yaml", "out.jsonl.job.json"])
+def test_what_is_written_never_replaces_what_the_job_has(
+    run_here,
+    files,  # noqa: F811
+    text_model,
+    option,
+    victim,
+    how,
+):
+    target = files / victim
+    if not target.exists():
+        target.write_text("precious\n")
+    before = target.read_bytes()
+    path = leads_to(target, how, files / "link")
+    done = run_here(*arguments(files, text_model, "--no-ray", "--overwrite", option, path))
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert option in done.stderr and ("both write" in done.stderr or "overwrite" in done.stderr)
+    assert target.read_bytes() == before
+
+
+@pytest.mark.parametrize("how", HOW[:3])
+def test_files_that_are_yet_to_be_made_are_told_apart_too(tmp_path, how):
+    target = tmp_path / "new"
+    other = leads_to(target, how, tmp_path / "link")
+    with pytest.raises(ValueError, match="--report and --trace both write"):
+        check_written({"--report": target, "--trace": other}, {})
+    check_written({"--report": target, "--trace": tmp_path / "third"}, {})
+    check_written({"--report": Path("/dev/null"), "--trace": Path("/dev/null")}, {})
+
+
+def test_a_model_s_own_files_are_spared(text_model, tmp_path):
+    with pytest.raises(ValueError, match="would overwrite what --model reads"):
+        check_written({"--json": text_model / "config.json"}, {"--model": text_model})
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["plan", "--model", "opt-30b", "--policy-out", "a", "--frontier", "a"], "both write"),
+        (["plan", "--model", "m", "--workload", "w", "--json", "w"], "would overwrite"),
+        (["plan", "--model", "m", "--hardware", "w", "--policy-out", "w"], "would overwrite"),
+        (["eval", "perplexity", "--model", "m", "--data", "w", "--json", "w"], "would overwrite"),
+        (["eval", "cloze", "--model", "m", "--data", "w", "--policy", "w"], "no folder m"),
+        (["bench", "paper", "--plot", "a", "--json", "a"], "both write"),
+        (["bench", "issue", "--json", "no/a"], "no does not exist"),
+        (["quantize", "--model", "m", "--output", "w", "--json", "w"], "would overwrite"),
+        (["calibrate", "--output", "."], "Is a directory"),
+    ],
+)
+def test_every_command_refuses_before_it_works(run_here, tmp_path, monkeypatch, options, complaint):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "w").write_text("precious")
+    done = run_here(*options)
+    assert done.returncode == 1 and complaint in done.stderr, done.stderr
+    assert [it.name for it in tmp_path.iterdir()] == ["w"]
+    assert (tmp_path / "w").read_text() == "precious"
+
+
+def test_standard_streams_are_files_too(run_here, files, text_model, monkeypatch):  # noqa: F811
+    """As where a shell sent standard output into the report's file."""
+    (files / "both").write_text("")
+    kept = os.dup(1)
+    with (files / "both").open("a") as file:
+        os.dup2(file.fileno(), 1)
+        try:
+            with pytest.raises(ValueError, match="both write"):
+                check_written({"--output": Path("-"), "--report": files / "both"}, {})
+        finally:
+            os.dup2(kept, 1)
+            os.close(kept)
+
+
+@pytest.mark.parametrize("before", [None, "old"])
+def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path, before):
+    path = tmp_path / "report.json"
+    if before is not None:
+        path.write_text(before)
+        path.chmod(0o640)
+    with pytest.raises(RuntimeError), replacing(path) as file:
+        file.write("half")
+        file.flush()
+        raise RuntimeError
+    assert (path.read_text() if path.exists() else None) == before
+    link = tmp_path / "link"
+    link.symlink_to(path)
+    write_text(link, "whole")
+    assert path.read_text() == "whole" and link.is_symlink()
+    assert {it.name for it in tmp_path.iterdir()} == {"report.json", "link"}
+    mask = os.umask(0)
+    os.umask(mask)
+    wanted = 0o666 & ~mask if before is None else 0o640
+    assert stat.S_IMODE(path.stat().st_mode) == wanted
