@@ -10,7 +10,7 @@ from typing import Any
 
 import typer
 
-from flexgen_ray.io.files import check_written, siblings
+from flexgen_ray.io.files import check_distinct, check_folders, siblings
 
 # Texts that may be paths of files to read; an --offload-dir is a place, not what lies there.
 _PERHAPS_PATHS = ("model", "hardware")
@@ -44,7 +44,11 @@ def _checked(function: Callable[..., None]) -> Callable[..., None]:
         if function.__name__ == "generate":
             beside = siblings(written["--output"])
             written |= {f"--output's {path.suffix}": path for path in beside}
-        check_written(written, read)
+        check_distinct(written, read)
+        if function.__name__ == "calibrate":
+            for path in written.values():
+                path.parent.mkdir(parents=True, exist_ok=True)
+        check_folders(written)
         function(**values)
 
     return run

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from flexgen_ray.config import Policy
 from flexgen_ray.events import Progress
-from flexgen_ray.io.files import check_written
+from flexgen_ray.io.files import check_distinct
 from flexgen_ray.io.journal import Journal
 from flexgen_ray.io.lines import open_input
 from flexgen_ray.io.openai_batch import (
@@ -35,7 +35,7 @@ def read_job(
     facts: what answers depend on besides, by name. Raises OSError or ValueError if the input can't
     be read, or is not that of the output.
     """
-    check_written({"--output": journal.path}, {"--input": input})
+    check_distinct({"--output": journal.path}, {"--input": input})
     custom_ids: list[str] = []
     missing: list[BatchLine] = []
     with open_input(input) as lines:

@@ -15,7 +15,7 @@ from test_cli import arguments, files  # noqa: F401 - a fixture
 
 from flexgen_ray.cli import app
 from flexgen_ray.commands import is_written
-from flexgen_ray.io.files import check_written, replacing, write_text
+from flexgen_ray.io.files import check_distinct, replacing, write_text
 
 READ = {"input", "policy", "data", "workload", "nodes", "prompts", "model"}
 PLACES = {"offload_dir"}
@@ -74,14 +74,14 @@ def test_files_that_are_yet_to_be_made_are_told_apart_too(tmp_path, how):
     target = tmp_path / "new"
     other = leads_to(target, how, tmp_path / "link")
     with pytest.raises(ValueError, match="--report and --trace both write"):
-        check_written({"--report": target, "--trace": other}, {})
-    check_written({"--report": target, "--trace": tmp_path / "third"}, {})
-    check_written({"--report": Path("/dev/null"), "--trace": Path("/dev/null")}, {})
+        check_distinct({"--report": target, "--trace": other}, {})
+    check_distinct({"--report": target, "--trace": tmp_path / "third"}, {})
+    check_distinct({"--report": Path("/dev/null"), "--trace": Path("/dev/null")}, {})
 
 
 def test_a_model_s_own_files_are_spared(text_model, tmp_path):
     with pytest.raises(ValueError, match="would overwrite what --model reads"):
-        check_written({"--json": text_model / "config.json"}, {"--model": text_model})
+        check_distinct({"--json": text_model / "config.json"}, {"--model": text_model})
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_standard_streams_are_files_too(run_here, files, text_model, monkeypatch
         os.dup2(file.fileno(), 1)
         try:
             with pytest.raises(ValueError, match="both write"):
-                check_written({"--output": Path("-"), "--report": files / "both"}, {})
+                check_distinct({"--output": Path("-"), "--report": files / "both"}, {})
         finally:
             os.dup2(kept, 1)
             os.close(kept)

@@ -26,22 +26,26 @@ def siblings(output: Path) -> list[Path]:
     return [output.with_name(f"{output.name}.{kind}") for kind in ("job.json", "waiting")]
 
 
-def check_written(written: Mapping[str, Path], read: Mapping[str, Path]) -> None:
-    """Refuses, before work starts, files that can't be written or would be lost.
+def check_folders(written: Mapping[str, Path]) -> None:
+    """Refuses files, by the option that gives them, that can't be made where they are to be.
 
-    written, read: paths by the option that gives them. A folder in `read` stands for its files.
-    Raises OSError for a missing or read-only folder, ValueError for one file under two options,
-    also by a symlink or hard link.
+    Raises OSError for a folder that is missing or read-only, or that has the file's own name.
     """
     for option, path in written.items():
-        if path == STANDARD:
-            continue
         if not path.parent.is_dir():
             raise FileNotFoundError(f"{path.parent} does not exist; make it first")
         if path.is_dir():
             raise IsADirectoryError(f"{option} {path}: Is a directory; give a file")
         if not path.exists() and not os.access(path.parent, os.W_OK):
             raise PermissionError(f"{path.parent} can't be written to; give {option} another place")
+
+
+def check_distinct(written: Mapping[str, Path], read: Mapping[str, Path]) -> None:
+    """Refuses to write one file twice, or one that is read, also by a symlink or hard link.
+
+    written, read: paths by the option that gives them. A folder in `read` stands for its files.
+    Raises ValueError, naming both options.
+    """
     for one, other in combinations(written, 2):
         if _identity(written[one], 1) & _identity(written[other], 1):
             raise ValueError(f"{one} and {other} both write {written[other]}; give each its own")
