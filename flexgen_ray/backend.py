@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any, Protocol
 
 from flexgen_ray.config import Faults, HardwareSpec
-from flexgen_ray.events import Progress, Recovery
+from flexgen_ray.events import OnProgress, Progress, Recovery
 from flexgen_ray.request import Finished, Request
 from flexgen_ray.runtime.meter import Measured
 from flexgen_ray.runtime.pipeline import LocalPipeline
@@ -31,7 +31,7 @@ class Backend(Protocol):
 
     def probe(self, device: str, offload_dir: str) -> list[Machine]: ...
     def rates(self, spec: StageSpec) -> HardwareSpec: ...
-    def load(self, specs: list[StageSpec]) -> None: ...
+    def load(self, specs: list[StageSpec], on_progress: OnProgress) -> None: ...
     def add(self, requests: list[Request]) -> None: ...
     def run(self) -> Iterator[Finished | Progress]: ...
     def used(self) -> list[dict[str, dict[str, int]]]: ...
@@ -48,6 +48,7 @@ def start_backend(
     num_stages: int | str,
     faults: Faults,
     transport: str,
+    on_progress: OnProgress,
 ) -> tuple[Backend, int]:
     """The stages, and the host memory that Ray takes beside them on its head's node.
 
@@ -57,11 +58,11 @@ def start_backend(
         raise ValueError(f"stages is {num_stages!r}; it must be auto or a number from 1 up")
     if not use_ray:
         return LocalPipeline(1 if num_stages == "auto" else int(num_stages)), 0
+    on_progress(Progress(phase="starting Ray"))
     from flexgen_ray.distributed.driver import Driver
 
-    driver = Driver(
-        address, device, None if num_stages == "auto" else int(num_stages), faults, transport
-    )
+    count = None if num_stages == "auto" else int(num_stages)
+    driver = Driver(address, device, count, faults, transport, on_progress)
     return driver, driver.reserved_cpu_bytes
 
 

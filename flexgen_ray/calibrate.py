@@ -44,7 +44,7 @@ def calibrate(
     """
     import torch
 
-    from flexgen_ray.progress import steps_bar
+    from flexgen_ray.progress import show_steps
     from flexgen_ray.runtime.calibration import (
         QUICK,
         THOROUGH,
@@ -60,7 +60,7 @@ def calibrate(
     on = torch.device(machine.device)
     cores = divide_cores(machine.num_threads, on.type == "cuda", attends_on_host=True)
     scope, effort = scope or Scope(), QUICK if is_quick else THOROUGH
-    with steps_bar(count_measurements(on, scope) + uses_ray) as announce:
+    with show_steps("calibrating", count_measurements(on, scope) + uses_ray) as announce:
         found = measure_machine(on, cores, offload_dir, effort, announce, scope)
         network = _network(announce) if uses_ray else None
     return Hardware(

@@ -44,7 +44,7 @@ from flexgen_ray.quantize_command import quantize
 from flexgen_ray.signals import EXIT_STOPPED, raise_on_stop
 
 if TYPE_CHECKING:
-    from flexgen_ray.llm import LLM
+    from flexgen_ray.report import Report
 
 app = App(
     name="flexgen-ray",
@@ -106,7 +106,7 @@ def generate(
     from flexgen_ray.llm import LLM
     from flexgen_ray.model_defaults import model_defaults
     from flexgen_ray.paths import find_model
-    from flexgen_ray.progress import progress_bar
+    from flexgen_ray.progress import show_progress
     from flexgen_ray.request import SamplingParams
 
     options = {"max_tokens": max_tokens, "temperature": temperature}
@@ -120,16 +120,18 @@ def generate(
     facts |= {"model": model, "dtype": engine["dtype"]}
     defaults = SamplingParams(**({} if is_dummy else model_defaults(Path(model))) | given)
     with Journal(output, overwrite, keep_order) as journal, told_how_to_resume(journal):
-        lines = read_job(input, journal, defaults, facts)
-        if not lines:
-            journal.begin()
-            done = f"{output} answers all of {input} already; --overwrite would do it anew"
-            _say(done if journal.answered else f"{input} holds no requests")
-            return exit_status(journal)
-        with LLM(**engine, seed=seed, trace=trace is not None) as llm:
-            with progress_bar(len(lines)) as on_progress:
-                run_job(llm, journal, lines, on_progress)
-            _show_report(llm, report, trace)
+        with show_progress() as show:
+            lines = read_job(input, journal, defaults, facts, show)
+            if not lines:
+                journal.begin()
+                done = f"{output} answers all of {input} already; --overwrite would do it anew"
+                _say(done if journal.answered else f"{input} holds no requests")
+                return exit_status(journal)
+            with LLM(**engine, seed=seed, trace=trace is not None, on_progress=show) as llm:
+                run_job(llm, journal, lines)
+                if trace is not None:
+                    llm.write_trace(trace)
+        _show_report(llm.report, report)
         exit_status(journal)
 
 
@@ -153,32 +155,37 @@ def demo(
     """
     from flexgen_ray import demo as smollm
     from flexgen_ray.llm import LLM
-    from flexgen_ray.progress import progress_bar
+    from flexgen_ray.progress import show_progress
     from flexgen_ray.request import SamplingParams
 
     folder = model or smollm.prepare_model(status=_say)
     params = SamplingParams(max_tokens=max_tokens, temperature=0.0)
     prompts = smollm.load_prompts()
-    with LLM(
-        folder,
-        policy=smollm.POLICY,
-        offload_dir=offload_dir,
-        pipeline_parallel_size=num_stages(stages),
-        use_ray=not no_ray,
-        address=address,
-        trace=trace is not None,
-    ) as llm:
+    with (
+        show_progress() as show,
+        LLM(
+            folder,
+            policy=smollm.POLICY,
+            offload_dir=offload_dir,
+            pipeline_parallel_size=num_stages(stages),
+            use_ray=not no_ray,
+            address=address,
+            trace=trace is not None,
+            on_progress=show,
+        ) as llm,
+    ):
         texts = smollm.chat_prompts(llm.tokenizer.hf, prompts)
         requests = [llm.request(index, text, params) for index, text in enumerate(texts)]
         answers: dict[int, str] = {}
-        with progress_bar(len(requests)) as on_progress:
-            llm.prepare(requests)
-            for output in llm.stream(requests, lambda event: on_progress(len(answers), event)):
-                answers[output.index] = output.outputs[0].text
-        for index, prompt in enumerate(prompts):
-            typer.echo(f"\n> {prompt}\n{answers[index].strip()}")
-        typer.echo()
-        _show_report(llm, report, trace)
+        llm.prepare(requests)
+        for output in llm.stream(requests):
+            answers[output.index] = output.outputs[0].text
+        if trace is not None:
+            llm.write_trace(trace)
+    for index, prompt in enumerate(prompts):
+        typer.echo(f"\n> {prompt}\n{answers[index].strip()}")
+    typer.echo()
+    _show_report(llm.report, report)
 
 
 @app.command(short_help="Measure this machine for the planner.")
@@ -226,13 +233,11 @@ def info(device: DeviceOption = Device.auto, offload_dir: OffloadOption = None) 
         typer.echo(f"{what:18}{figures}")
 
 
-def _show_report(llm: LLM, path: Path | None, trace: Path | None) -> None:
-    for line in llm.report.lines():
+def _show_report(report: Report, path: Path | None) -> None:
+    for line in report.lines():
         _say(line)
     if path is not None:
-        write_text(path, json.dumps(llm.report.as_dict(), indent=2) + "\n")
-    if trace is not None:
-        llm.write_trace(trace)
+        write_text(path, json.dumps(report.as_dict(), indent=2) + "\n")
 
 
 def _say(text: str) -> None:

@@ -6,7 +6,7 @@ Knows requests and settings that were checked; not prompts, nor how they became 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -15,7 +15,7 @@ from flexgen_ray.auto_policy import Run, Settled
 from flexgen_ray.backend import spans, start_backend
 from flexgen_ray.config import Faults, Policy, Workload
 from flexgen_ray.cost.plan import StagePlan
-from flexgen_ray.events import Progress
+from flexgen_ray.events import OnProgress, Progress, ignore
 from flexgen_ray.model_config import ModelConfig
 from flexgen_ray.report import Report, StageReport
 from flexgen_ray.request import Finished, Request, RequestOutput
@@ -23,6 +23,7 @@ from flexgen_ray.resources import settle_budgets, settle_dtype
 from flexgen_ray.runtime.stage import StageSpec
 from flexgen_ray.samples import Samples
 from flexgen_ray.stage_policies import StagePolicies
+from flexgen_ray.tally import Tally
 from flexgen_ray.tokenizer import Tokenizer
 from flexgen_ray.trace import write_trace
 
@@ -57,10 +58,17 @@ class Settings:
 class Engine:
     """A backend with its machines, budgets and dtype, which runs requests one stream at a time."""
 
-    def __init__(self, config: ModelConfig, tokenizer: Tokenizer, settings: Settings) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        tokenizer: Tokenizer,
+        settings: Settings,
+        on_progress: OnProgress = ignore,
+    ) -> None:
         self.config = config
         self.tokenizer = tokenizer
         self.settings = settings
+        self.on_progress = on_progress
         self._plans: list[StagePlan] | None = None
         self._run: Generator[Finished | Progress] | None = None
         self.report = Report()
@@ -71,6 +79,7 @@ class Engine:
             settings.num_stages,
             settings.faults,
             settings.transport,
+            on_progress,
         )
         try:
             folder = str(settings.offload_dir)
@@ -107,6 +116,7 @@ class Engine:
         stages_disk = on_cuda or settings.execution["time_scale"] is not None
         hops_on_device = on_cuda and self._backend.uses_nccl
         run = Run(self.config, self.dtype, stages_disk, hops_on_device, workload, settings.base)
+        self.on_progress(Progress(phase="planning"))
         found = run.plan(settings.policies, self.machines, self.budgets, requests)
         self._plans = None
         started = time.perf_counter()
@@ -132,15 +142,16 @@ class Engine:
             )
         ]
         if settings.measures:
+            self.on_progress(Progress(phase="measuring this machine's rates"))
             rates = self._backend.rates(specs[0])
             specs = [replace(spec, hardware=rates) for spec in specs]
         elif settled.rates and settings.execution["hardware"] is None:
             pairs = zip(specs, settled.rates, strict=True)
             specs = [replace(spec, hardware=rates) for spec, rates in pairs]
-        self._backend.load(specs)
+        self._backend.load(specs, self.on_progress)
 
     def stream(
-        self, requests: list[Request], on_progress: Callable[[Progress], None] | None = None
+        self, requests: list[Request], on_progress: OnProgress | None = None
     ) -> Iterator[RequestOutput]:
         """Outputs as they finish; `report` then tells how it went.
 
@@ -153,10 +164,12 @@ class Engine:
             return
         assert self._plans is not None, "prepare comes first"
         samples = Samples(requests)
+        tally = Tally(samples.requests, self.report.planned)
         self._backend.add(samples.requests)
         self._run = cast(Generator[Finished | Progress], self._backend.run())
         try:
-            yield from self._outputs(self._run, samples, on_progress)
+            finished = tally.follow(self._run, self.report.add, on_progress or self.on_progress)
+            yield from self._outputs(finished, samples)
             self.report.recoveries = self._backend.recoveries
             found = self._plans, self.budgets, self.machines
             used, measured = self._backend.used(), self._backend.measured()
@@ -181,22 +194,12 @@ class Engine:
         self._stop_run()
         self._backend.close()
 
-    def _outputs(
-        self,
-        run: Iterator[Finished | Progress],
-        samples: Samples,
-        on_progress: Callable[[Progress], None] | None,
-    ) -> Iterator[RequestOutput]:
-        for event in run:
-            if isinstance(event, Progress):
-                self.report.add(event)
-                if on_progress:
-                    on_progress(event)
-            else:
-                output = samples.take(event, self.tokenizer)
-                if output is not None:
-                    self.report.num_requests += 1
-                    yield output
+    def _outputs(self, run: Iterator[Finished], samples: Samples) -> Iterator[RequestOutput]:
+        for finished in run:
+            output = samples.take(finished, self.tokenizer)
+            if output is not None:
+                self.report.num_requests += 1
+                yield output
         if samples.num_unanswered:
             raise RuntimeError(
                 f"the LLM was closed with {samples.num_unanswered} requests unanswered"

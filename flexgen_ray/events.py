@@ -96,3 +96,7 @@ class Recovery:
 
 
 OnProgress = Callable[[Progress], None]
+
+
+def ignore(event: Progress) -> None:
+    """Shows nothing."""

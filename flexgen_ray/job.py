@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 from flexgen_ray.config import Policy
-from flexgen_ray.events import Progress
+from flexgen_ray.events import OnProgress, ignore
 from flexgen_ray.io.files import check_distinct
 from flexgen_ray.io.journal import Journal
 from flexgen_ray.io.lines import open_input
@@ -21,14 +20,17 @@ from flexgen_ray.io.openai_batch import (
 )
 from flexgen_ray.io.openai_logprobs import Echo
 from flexgen_ray.llm import LLM
+from flexgen_ray.progress import counted
 from flexgen_ray.request import Request, RequestOutput, SamplingParams
 from flexgen_ray.stage_policies import StagePolicies
 
-OnProgress = Callable[[int, Progress], None]
-
 
 def read_job(
-    input: Path, journal: Journal, defaults: SamplingParams, facts: dict
+    input: Path,
+    journal: Journal,
+    defaults: SamplingParams,
+    facts: dict,
+    on_progress: OnProgress = ignore,
 ) -> list[BatchLine]:
     """The lines that the journal's file doesn't answer yet; a bad line is only its own fault.
 
@@ -39,7 +41,8 @@ def read_job(
     custom_ids: list[str] = []
     missing: list[BatchLine] = []
     with open_input(input) as lines:
-        for line in read_lines(lines, defaults):
+        numbered = read_lines(lines, defaults)
+        for line in counted(numbered, on_progress, "reading the input", "lines"):
             custom_ids.append(line.custom_id)
             if line.custom_id not in journal.answered:
                 missing.append(line)
@@ -58,35 +61,25 @@ def lossy_facts(policy: Path | None, **lossy: int | float | None) -> dict:
     return {name: list(dict.fromkeys(bits)) for name, bits in kinds.items()}
 
 
-def run_job(
-    llm: LLM, journal: Journal, lines: list[BatchLine], on_progress: OnProgress | None = None
-) -> None:
+def run_job(llm: LLM, journal: Journal, lines: list[BatchLine]) -> None:
     """Appends a row for every line: errors at once, answers as they finish.
 
     What can't work (policy, budget) is said before the output is changed.
-    on_progress(requests done, Progress) is called after each pass.
     """
     requests, errors = _requests(llm, lines)
     llm.prepare(requests)
-    done = 0
-
-    def report(progress: Progress) -> None:
-        if on_progress:
-            on_progress(done, progress)
-
     journal.begin()
     for line in lines:
         if line.custom_id in errors:
             row = error_row(line.custom_id, errors[line.custom_id])
             journal.append(with_columns(row, line.columns))
     by_number = {line.number: line for line in lines}
-    for answer in llm.stream(requests, report):
+    for answer in llm.stream(requests):
         line = by_number[answer.index]
         is_chat, echo = line.messages is not None, _echo(llm, line, answer)
         top = (line.params.logprobs or 0) if line.params else 0
         row = response_row(line.custom_id, str(llm.model), answer, is_chat, echo, top)
         journal.append(with_columns(row, line.columns))
-        done += 1
 
 
 def _requests(llm: LLM, lines: list[BatchLine]) -> tuple[list[Request], dict[str, str]]:
@@ -95,7 +88,7 @@ def _requests(llm: LLM, lines: list[BatchLine]) -> tuple[list[Request], dict[str
     requests: list[Request] = []
     errors: dict[str, str] = {}
     llm.tokenizer.check()  # its own faults are no line's
-    for line in lines:
+    for line in counted(lines, llm.on_progress, "tokenizing", "lines", len(lines)):
         try:
             requests.append(_request(llm, line))
         except ValueError as error:

@@ -12,6 +12,7 @@ from pathlib import Path
 from flexgen_ray.backend import execution
 from flexgen_ray.config import Faults, HardwareSpec, Policy
 from flexgen_ray.engine import Engine, Settings
+from flexgen_ray.events import OnProgress, ignore
 from flexgen_ray.fitting import generation, scoring
 from flexgen_ray.messages import parse_messages
 from flexgen_ray.model_defaults import model_defaults
@@ -52,6 +53,7 @@ class LLM(Engine):
     time_scale seconds. hardware: sum beside the run what its ops should take there; "measured"
     measures this machine's rates first. trace: keep every op's times, for `write_trace`. lossy:
     weight_bits, embedding_bits, cache_bits, attention_sparsity as in Policy, over what it says.
+    on_progress: called with each phase and pass, such as what progress.show_progress yields.
 
     Raises ValueError or OSError, with the numbers, for what can't work. Use it as a context manager
     or call `close`.
@@ -80,6 +82,7 @@ class LLM(Engine):
         hardware: HardwareSpec | str | None = None,
         trace: bool = False,
         load_format: str = "auto",
+        on_progress: OnProgress = ignore,
         **lossy: int | float | None,
     ) -> None:
         if load_format not in ("auto", "dummy"):
@@ -114,7 +117,8 @@ class LLM(Engine):
             execution=execution(executor, pace, time_scale, hardware, trace),
             measures=hardware == "measured" and pace is None,
         )
-        super().__init__(config, Tokenizer(self.model, config.vocab_size), settings)
+        tokenizer = Tokenizer(self.model, config.vocab_size)
+        super().__init__(config, tokenizer, settings, on_progress)
 
     def generate(
         self,

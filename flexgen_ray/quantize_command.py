@@ -28,7 +28,7 @@ def quantize(
     from flexgen_ray.config import Policy
     from flexgen_ray.models.checkpoint import checkpoint_config
     from flexgen_ray.paths import find_model
-    from flexgen_ray.progress import steps_bar
+    from flexgen_ray.progress import show_steps
     from flexgen_ray.units import format_bytes
 
     bits = {"weight_bits": weight_bits, "embedding_bits": embedding_bits}
@@ -38,7 +38,7 @@ def quantize(
     folder = find_model(model)
     config = checkpoint_config(folder)
     started = time.perf_counter()
-    with steps_bar(config.num_layers + 2) as announce:
+    with show_steps("quantizing", config.num_layers + 2) as announce:
         before, after = packed_copy(folder, output, bits, announce)
     seconds = time.perf_counter() - started
     typer.echo(

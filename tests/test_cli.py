@@ -111,6 +111,7 @@ def test_generate_in_this_process(files, text_model):
     assert report["policy"]["weights"] == POLICY["weights"] and report["decode_s"] > 0
     assert report["hardware"]["cpu"] and report["versions"]["torch"]
     assert "4 lines got an error row" in done.stderr
+    assert re.match(r"\d\d:\d\d:\d\d starting\n", done.stderr)
     assert "generated tokens/s" in done.stderr and "prefill" in done.stderr
     assert "disk:" in done.stderr and "weights" in done.stderr
     assert list((files / "offload").iterdir()) == []

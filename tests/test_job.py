@@ -14,6 +14,7 @@ from openai.types import Completion
 from openai.types.chat import ChatCompletion
 
 from flexgen_ray import LLM, Policy, SamplingParams
+from flexgen_ray.events import Progress
 from flexgen_ray.io.journal import Journal
 from flexgen_ray.job import read_job, run_job
 
@@ -50,12 +51,17 @@ def work(llm: LLM, input: Path, output: Path, keep_order=False, stop_after=None)
         lines = read_job(input, journal, DEFAULTS, {})
         before = len(journal.answered)
 
-        def stop(*_: object) -> None:
-            if stop_after is not None and len(journal.answered) - before >= stop_after:
+        def stop(event: Progress) -> None:
+            if (
+                event.standing
+                and stop_after is not None
+                and len(journal.answered) - before >= stop_after
+            ):
                 raise Stopped
 
+        llm.on_progress = stop
         if lines:
-            run_job(llm, journal, lines, stop)
+            run_job(llm, journal, lines)
     return [line.custom_id for line in lines]
 
 

@@ -17,19 +17,23 @@ from flexgen_ray.bench.simulate import simulate
 from flexgen_ray.bench.throughput import throughput
 from flexgen_ray.bench.unequal import unequal
 from flexgen_ray.commands import App
+from flexgen_ray.progress import while_it_runs
 
 app = App()
-app.command()(throughput)
-app.command()(peers)
-app.command()(lanes)
-app.command()(attention)
-app.command()(issue)
-app.command()(scaling)
-app.command()(ring)
-app.command()(simulate)
-app.command()(choice)
-app.command()(unequal)
-app.command()(prediction)
-app.command()(paper)
-app.command()(accuracy)
-app.command()(loading)
+for command in (
+    throughput,
+    peers,
+    lanes,
+    attention,
+    issue,
+    scaling,
+    ring,
+    simulate,
+    choice,
+    unequal,
+    prediction,
+    paper,
+    accuracy,
+    loading,
+):
+    app.command()(while_it_runs(command, f"bench {command.__name__}"))

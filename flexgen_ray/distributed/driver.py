@@ -26,10 +26,11 @@ from flexgen_ray.distributed.cluster import (
     plan_bundles,
     reserve,
 )
+from flexgen_ray.distributed.loading import load
 from flexgen_ray.distributed.metrics import count_restarts
 from flexgen_ray.distributed.own_cluster import OBJECT_STORE_BYTES
 from flexgen_ray.distributed.transport import JOIN_SECONDS, Meeting, MeetingPlace
-from flexgen_ray.events import Progress, Recovery
+from flexgen_ray.events import OnProgress, Progress, Recovery, ignore
 from flexgen_ray.request import Finished, Request
 from flexgen_ray.runtime.meter import Measured
 from flexgen_ray.runtime.stage import StageSpec
@@ -61,6 +62,7 @@ class Driver:
         num_stages: int | None = 1,
         faults: Faults | None = None,
         transport: str = "auto",
+        on_progress: OnProgress = ignore,
     ) -> None:
         if transport not in TRANSPORTS:
             raise ValueError(f"transport is {transport!r}; it must be {', '.join(TRANSPORTS)}")
@@ -77,6 +79,7 @@ class Driver:
         self._own_cluster = connect(address)
         try:
             self._bundles = plan_bundles(device, num_stages)
+            on_progress(Progress(phase="waiting for room on the Ray cluster"))
             self._start_actors()
         except BaseException:
             self.close()
@@ -115,13 +118,12 @@ class Driver:
         self._start_actors()
         return get(self._actors[0].rates.remote(spec))
 
-    def load(self, specs: list[StageSpec]) -> None:
+    def load(self, specs: list[StageSpec], on_progress: OnProgress = ignore) -> None:
         """Of every stage at the same time."""
         self._start_actors()
         self._specs = specs
-        pairs = zip(self._actors, specs, strict=True)
         try:
-            get([actor.load.remote(spec) for actor, spec in pairs])
+            load(self._actors, specs, on_progress)
         except RuntimeError:
             # A process may have gone; the next load begins with fresh ones.
             self.abort()

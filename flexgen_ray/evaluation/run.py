@@ -10,7 +10,7 @@ import typer
 
 from flexgen_ray.bench.result import finish
 from flexgen_ray.llm import LLM
-from flexgen_ray.progress import progress_bar
+from flexgen_ray.progress import show_progress
 from flexgen_ray.request import Request, RequestOutput
 
 Measure = Callable[..., dict[str, Any]]
@@ -42,8 +42,8 @@ def evaluate(
 def answers(llm: LLM, requests: list[Request]) -> list[RequestOutput]:
     """Each request's output, in their order."""
     outputs: dict[int, RequestOutput] = {}
-    with progress_bar(len(requests)) as on_progress:
+    with show_progress() as llm.on_progress:
         llm.prepare(requests)
-        for output in llm.stream(requests, lambda event: on_progress(len(outputs), event)):
+        for output in llm.stream(requests):
             outputs[output.index] = output
     return [outputs[request.index] for request in requests]

@@ -9,7 +9,7 @@ from contextlib import closing
 from threading import Thread
 
 from flexgen_ray.config import HardwareSpec
-from flexgen_ray.events import Progress, Recovery
+from flexgen_ray.events import OnProgress, Progress, Recovery, ignore
 from flexgen_ray.request import Finished, Request
 from flexgen_ray.runtime.link import LinkClosed, LocalLink
 from flexgen_ray.runtime.meter import Measured
@@ -46,9 +46,10 @@ class LocalPipeline:
     def rates(self, spec: StageSpec) -> HardwareSpec:
         return self._workers[0].rates(spec)
 
-    def load(self, specs: list[StageSpec]) -> None:
+    def load(self, specs: list[StageSpec], on_progress: OnProgress = ignore) -> None:
+        """One stage after the other."""
         for worker, spec in zip(self._workers, specs, strict=True):
-            worker.load(spec)
+            worker.load(spec, on_progress)
 
     def add(self, requests: list[Request]) -> None:
         self._workers[0].add(requests)

@@ -15,7 +15,7 @@ from flexgen_ray.config import Budget, HardwareSpec
 from flexgen_ray.cost.moves import Moves
 from flexgen_ray.cost.plan import StagePlan
 from flexgen_ray.cost.sizes import check_budget, host_workspace_bytes, workspace_bytes
-from flexgen_ray.events import Progress
+from flexgen_ray.events import OnProgress, Progress, ignore
 from flexgen_ray.models.checkpoint import Checkpoint
 from flexgen_ray.models.dummy import DummyWeights
 from flexgen_ray.models.host_kernel import (
@@ -45,6 +45,8 @@ from flexgen_ray.store.tier import DiskTier, MemoryTier, Tiers
 from flexgen_ray.store.weights import WeightSource, WeightStore
 
 EXECUTORS = ("serial", "async")
+LOADING = "loading weights"
+PACKING = "loading and packing weights"
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,14 @@ class StageSpec:
 class Stage:
     """Weights loaded, memory taken; `run` generates, `close` gives the offload files back."""
 
-    def __init__(self, spec: StageSpec, decode: Decode | None = None) -> None:
+    def __init__(
+        self, spec: StageSpec, decode: Decode | None = None, on_progress: OnProgress = ignore
+    ) -> None:
+        def tell(done: int, total: int) -> None:
+            on_progress(Progress(phase=phase, done=done, total=total, unit="bytes"))
+
+        packs = spec.plan.policy.weight_bits and not spec.plan.config.weight_bits
+        phase = PACKING if packs else LOADING
         check_budget(spec.plan, spec.budget)
         plan, device = spec.plan, torch.device(spec.device)
         self.spec = spec
@@ -91,7 +100,7 @@ class Stage:
             self.tiers.gpu.book("workspace", workspace_bytes(plan))
             self.tiers.cpu.book("workspace", host_workspace_bytes(plan))
             malloc.for_loading()
-            weights = WeightStore(plan, _weight_source(spec), self.tiers)
+            weights = WeightStore(plan, _weight_source(spec), self.tiers, tell)
             malloc.for_ops()
             self.batcher = Batcher(
                 plan.policy.gpu_batch_size,

@@ -16,7 +16,7 @@ import torch
 
 from flexgen_ray.config import HardwareSpec
 from flexgen_ray.cost.hardware import Hardware
-from flexgen_ray.events import Progress
+from flexgen_ray.events import OnProgress, Progress, ignore
 from flexgen_ray.paths import find_model
 from flexgen_ray.request import Finished, Request
 from flexgen_ray.runtime.cells import LogitsHook
@@ -25,7 +25,7 @@ from flexgen_ray.runtime.link import Link
 from flexgen_ray.runtime.meter import Measured
 from flexgen_ray.runtime.openmp import release_team
 from flexgen_ray.runtime.rates import measure_rates
-from flexgen_ray.runtime.stage import Stage, StageSpec, cores_for, host_kernel
+from flexgen_ray.runtime.stage import LOADING, Stage, StageSpec, cores_for, host_kernel
 from flexgen_ray.runtime.watch import Pulse
 from flexgen_ray.schedule.span import Span
 from flexgen_ray.tokenizer import Tokenizer
@@ -54,6 +54,7 @@ class Worker:
     def __init__(self) -> None:
         self._stage: Stage | None = None
         self._added: list[Request] = []
+        self._loading = Progress()
         wanted = int(os.environ.get("OMP_NUM_THREADS") or 0)
         self._num_threads = wanted or len(os.sched_getaffinity(0))
         torch.set_num_threads(self._num_threads)
@@ -90,14 +91,24 @@ class Worker:
         attend = host_kernel(plan, cores_for(plan, device).host, spec.budget.cpu // 2)
         return measure_rates(plan, spec.budget, device, Path(spec.offload_dir), attend)
 
-    def load(self, spec: StageSpec) -> None:
+    def load(self, spec: StageSpec, on_progress: OnProgress = ignore) -> None:
         """Takes the memory, reads the weights; replaces the stage of an earlier load."""
+
+        def tell(event: Progress) -> None:
+            self._loading = event
+            on_progress(event)
+
         self.close()
+        tell(Progress(phase=LOADING))
         if spec.model:
             spec = replace(spec, model=str(find_model(spec.model)))
         self._tokenizer = Tokenizer(spec.model) if spec.model else None
-        self._stage = Stage(spec, self._tokenizer.text if self._tokenizer else None)
+        self._stage = Stage(spec, self._tokenizer.text if self._tokenizer else None, tell)
         release_team()
+
+    def loading(self) -> Progress:
+        """How much of its weights the stage has loaded; from any thread."""
+        return self._loading
 
     def connect(self, link: Link | None) -> None:
         """The stage's place in a ring of several."""
