@@ -192,6 +192,7 @@ class Engine:
     def close(self) -> None:
         """Stops the worker, in the middle of a stream too; memory and files are given back."""
         self._stop_run()
+        self.tokenizer.close()
         self._backend.close()
 
     def _outputs(self, run: Iterator[Finished], samples: Samples) -> Iterator[RequestOutput]:

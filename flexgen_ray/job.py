@@ -66,6 +66,7 @@ def run_job(llm: LLM, journal: Journal, lines: list[BatchLine]) -> None:
 
     What can't work (policy, budget) is said before the output is changed.
     """
+    llm.tokenizer.now = journal.begun_at
     requests, errors = _requests(llm, lines)
     llm.prepare(requests)
     journal.begin()
@@ -99,7 +100,9 @@ def _requests(llm: LLM, lines: list[BatchLine]) -> tuple[list[Request], dict[str
 def _request(llm: LLM, line: BatchLine) -> Request:
     if line.params is None:
         raise ValueError(line.error)
-    prompt = llm.tokenizer.chat(line.messages) if line.messages is not None else line.prompt
+    prompt = (
+        llm.tokenizer.chat(line.messages, line.chat) if line.messages is not None else line.prompt
+    )
     assert prompt is not None
     if line.echo:
         llm.tokenizer.load()

@@ -8,13 +8,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from flexgen_ray.backend import execution
 from flexgen_ray.config import Faults, HardwareSpec, Policy
 from flexgen_ray.engine import Engine, Settings
 from flexgen_ray.events import OnProgress, ignore
 from flexgen_ray.fitting import generation, scoring
-from flexgen_ray.messages import parse_messages
+from flexgen_ray.messages import ChatOptions, parse_messages
 from flexgen_ray.model_defaults import model_defaults
 from flexgen_ray.models.checkpoint import checkpoint_config
 from flexgen_ray.models.registry import load_config
@@ -144,15 +145,25 @@ class LLM(Engine):
         sampling_params: SamplingParams | Iterable[SamplingParams] | None = None,
         *,
         errors: OnError = "raise",
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool = False,
+        tools: list[dict[str, Any]] | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
     ) -> list[RequestOutput]:
         """Answer every chat, formatted with the model's chat template; one output a chat, in order.
 
-        messages: a list of {"role": ..., "content": ...}, or an iterable of such lists. The other
-        arguments are those of `generate`.
+        messages: a list of {"role": ..., "content": ...}, or an iterable of such lists.
+        sampling_params, errors: as for `generate`. add_generation_prompt: end with what begins an
+        answer; the default, unless the final message is continued. continue_final_message: let the
+        answer go on with the final message. tools: functions that the model may call, as OpenAI
+        describes them; calls are part of the answer's text. chat_template_kwargs: variables for the
+        template, such as {"enable_thinking": False}.
         """
+        variables = chat_template_kwargs or {}
+        options = ChatOptions(tools, add_generation_prompt, continue_final_message, variables)
 
         def request(index: int, chat: object, params: SamplingParams) -> Request:
-            return self.request(index, self.tokenizer.chat(parse_messages(chat)), params)
+            return self.request(index, self.tokenizer.chat(parse_messages(chat), options), params)
 
         chats = several_chats(messages)
         return self._answer("messages", chats, sampling_params, request, errors)

@@ -2,8 +2,59 @@
 
 from __future__ import annotations
 
-Messages = list[dict[str, str]]
-_KEYS = {"role", "content", "name"}
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+Messages = list[dict[str, Any]]
+_TEXTS = {"role", "content", "name", "tool_call_id"}
+# Names under which an assistant's thinking is kept; templates read the first or the second.
+_THINKING = ("reasoning_content", "thinking", "reasoning")
+_KEYS = _TEXTS | {"tool_calls", *_THINKING}
+_IGNORED = {"annotations", "refusal"}  # what OpenAI's answers have besides
+_OWN = {"messages", "tools", "add_generation_prompt", "continue_final_message", "strftime_now"}
+
+
+@dataclass(frozen=True)
+class ChatOptions:
+    """How a chat is formatted, in vLLM's names.
+
+    tools: functions that the model may call, as OpenAI describes them. add_generation_prompt: end
+    with what begins an answer; by default if the final message isn't continued.
+    continue_final_message: end within the final message, so that the answer goes on with it.
+    chat_template_kwargs: variables for the chat template, such as {"enable_thinking": False}.
+    Raises ValueError, by name, for values of other kinds.
+    """
+
+    tools: list[dict[str, Any]] | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool = False
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        continues = self.continue_final_message
+        if self.add_generation_prompt is None:
+            object.__setattr__(self, "add_generation_prompt", not continues)
+        for name in ("add_generation_prompt", "continue_final_message"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be true or false")
+        if continues and self.add_generation_prompt:
+            raise ValueError(
+                "continue_final_message and add_generation_prompt are both true; an answer goes on "
+                "with a message or begins one, so give one of them"
+            )
+        if self.tools is not None:
+            _check_tools(self.tools)
+        kwargs = self.chat_template_kwargs
+        if kwargs is None:
+            object.__setattr__(self, "chat_template_kwargs", {})
+        elif not isinstance(kwargs, dict) or not all(isinstance(name, str) for name in kwargs):
+            raise ValueError(
+                f"chat_template_kwargs is {kwargs!r}; it must be an object, such as "
+                '{"enable_thinking": false}'
+            )
+        elif taken := sorted(kwargs.keys() & _OWN):
+            raise ValueError(f"chat_template_kwargs has {taken[0]!r}, which is not for it to set")
 
 
 def parse_messages(value: object) -> Messages:
@@ -16,10 +67,14 @@ def parse_messages(value: object) -> Messages:
     return [_parse_message(f"messages[{place}]", message) for place, message in enumerate(value)]
 
 
-def _parse_message(place: str, message: object) -> dict[str, str]:
+def _parse_message(place: str, message: object) -> dict[str, Any]:
     if not isinstance(message, dict):
         raise ValueError(f"{place} is {message!r}; it must be an object with role and content")
-    fields = {key: field for key, field in message.items() if field is not None}
+    fields = {
+        key: value
+        for key, value in message.items()
+        if value is not None and key not in _IGNORED and (key, value) != ("tool_calls", [])
+    }
     unknown = sorted(set(fields) - _KEYS)
     if unknown:
         raise ValueError(
@@ -28,11 +83,17 @@ def _parse_message(place: str, message: object) -> dict[str, str]:
         )
     if isinstance(fields.get("content"), list):
         fields["content"] = "\n".join(_part(place, part) for part in fields["content"])
+    if "tool_calls" in fields:
+        fields["tool_calls"] = _parse_calls(place, fields["tool_calls"])
+        fields.setdefault("content", "")
     for key in ("role", "content"):
         fields.setdefault(key, None)
-    for key, field in fields.items():
-        if not isinstance(field, str):
-            raise ValueError(f"{place} has the {key} {field!r}; it must be a string")
+    for key in fields.keys() - {"tool_calls"}:
+        if not isinstance(fields[key], str):
+            raise ValueError(f"{place} has the {key} {fields[key]!r}; it must be a string")
+    thoughts = next((fields[name] for name in _THINKING if name in fields), None)
+    if thoughts is not None:
+        fields = {"thinking": thoughts} | fields | {"reasoning_content": thoughts}
     return fields
 
 
@@ -41,3 +102,40 @@ def _part(place: str, part: object) -> str:
     if not isinstance(text, str):
         raise ValueError(f"{place} has the part {part!r}; only parts of type text are supported")
     return text
+
+
+def _parse_calls(place: str, calls: object) -> list[dict[str, Any]]:
+    """Tool calls whose arguments are objects, as templates expect them, not JSON in a string."""
+    if not isinstance(calls, list):
+        raise ValueError(f"{place} has the tool_calls {calls!r}; they must be a list")
+    return [_parse_call(place, call) for call in calls]
+
+
+def _parse_call(place: str, call: object) -> dict[str, Any]:
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(call, dict) or not isinstance(function, dict) or "name" not in function:
+        raise ValueError(
+            f"{place} has the tool call {call!r}; it must be "
+            '{"type": "function", "function": {"name": ..., "arguments": ...}}'
+        )
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments or "{}")
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{place}: arguments of a tool call are no JSON ({error})") from error
+    if not isinstance(arguments, dict | None):
+        raise ValueError(f"{place}: arguments of a tool call are {arguments!r}, not an object")
+    return call | {"function": function | {"arguments": arguments or {}}}
+
+
+def _check_tools(tools: object) -> None:
+    if not isinstance(tools, list):
+        raise ValueError(f"tools is {tools!r}; it must be a list")
+    for place, tool in enumerate(tools):
+        function = tool.get("function") if isinstance(tool, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise ValueError(
+                f"tools[{place}] is {tool!r}; only functions are supported, as "
+                '{"type": "function", "function": {"name": ..., "parameters": ...}}'
+            )

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
+from flexgen_ray.chat_template import ChatTemplate
 from flexgen_ray.detokenizer import Detokenizer
-from flexgen_ray.messages import Messages
+from flexgen_ray.messages import ChatOptions, Messages
 
 _FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
 
@@ -16,12 +19,15 @@ _FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.mo
 class Tokenizer:
     """Loaded on first use; `exists` is false for a folder without tokenizer files.
 
-    vocab_size: the model's, if the tokenizer is to be refused that has more.
+    vocab_size: the model's, if the tokenizer is to be refused that has more. now: the time of day
+    for templates that ask for it, one for all chats.
     """
 
     def __init__(self, folder: str | Path, vocab_size: int | None = None) -> None:
         self.folder = Path(folder)
         self._vocab_size = vocab_size
+        self._templates: dict[str, ChatTemplate] = {}  # by their source
+        self.now = datetime.now()
 
     def load(self) -> None:
         """Takes the seconds that loading takes now."""
@@ -41,23 +47,36 @@ class Tokenizer:
         with _panics_named(self.folder):
             return self.hf.encode(text, verbose=False)
 
-    def chat(self, messages: Messages) -> list[int]:
-        """A chat up to where the model's answer begins, as its template words it.
+    def chat(self, messages: Messages, options: ChatOptions | None = None) -> list[int]:
+        """A chat up to where the model's answer begins, as its template formats it.
 
         Raises ValueError if there is no template, or if it refuses these messages.
         """
+        text = self.format_chat(messages, options)
+        with _panics_named(self.folder):
+            return self.hf.encode(text, add_special_tokens=False, verbose=False)
+
+    def format_chat(self, messages: Messages, options: ChatOptions | None = None) -> str:
+        """The text of which `chat` makes token ids. ValueError as there."""
+        options = options or ChatOptions()
+        return self._template(options.tools).render(messages, options, self.now)
+
+    def _template(self, tools: list[dict[str, Any]] | None) -> ChatTemplate:
+        """The model's template, or of several the one for chats with or without tools."""
         if not self.hf.chat_template:
             raise ValueError(
                 f"{self.folder} has no chat template; give a prompt instead of messages, or add "
                 "the model's chat_template.jinja"
             )
-        try:
-            return self.hf.apply_chat_template(
-                messages, add_generation_prompt=True, return_dict=False
-            )
-        except Exception as error:
-            # A template is a program: what it raises of messages it doesn't expect is anything.
-            raise ValueError(f"the model's chat template refuses the messages: {error}") from error
+        source = self.hf.get_chat_template(tools=tools)
+        if source not in self._templates:
+            self._templates[source] = ChatTemplate(source, self.hf.special_tokens_map)
+        return self._templates[source]
+
+    def close(self) -> None:
+        """Ends what formats chats; the next chat starts it again."""
+        for template in self._templates.values():
+            template.close()
 
     def text(self, token_ids: Sequence[int], first: int = 0, last: int | None = None) -> str:
         """Text that the tokens from `first` to before `last` add to that of the tokens before."""

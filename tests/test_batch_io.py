@@ -112,7 +112,17 @@ def test_plain_lines_and_defaults():
         (b'{"messages": [{"role": "user", "content": 5}]}', "the content 5"),
         (b'{"messages": [{"role": 5, "content": "x"}]}', "the role 5"),
         (b'{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}', "type text"),
-        (b'{"messages": [{"role": "user", "content": "x", "tool_calls": [1]}]}', "'tool_calls'"),
+        (b'{"messages": [{"role": "user", "content": "x", "tool_calls": [1]}]}', "tool call 1;"),
+        (
+            b'{"messages": [{"role": "user", "content": "x", "tool_calls": 1}]}',
+            "tool_calls 1;",
+        ),
+        (
+            b'{"messages": [{"role": "user", "content": "x", "weight": 1}]}',
+            "'weight', which",
+        ),
+        (b'{"messages": [{"role": "user", "content": "x"}], "tools": [{}]}', "only functions are"),
+        (b'{"messages": [{"role": "user", "content": "x"}], "reasoning_effort": 1}', "'low'"),
         (b'{"url": "/v1/completions", "body": {"messages": [{}]}}', "prompt is missing"),
         (b'{"url": "/v1/chat/completions", "body": {"prompt": "x"}}', "messages is missing"),
         (b'{"body": "{"}', "body must be a JSON object, or a string that holds one"),
@@ -203,6 +213,34 @@ def test_chats_by_url_or_as_they_are():
     assert by_url.params == plain.params == SamplingParams(4, 0.0)
     assert long.messages == [{"role": "user", "content": "Hi\nyou", "name": "Bo"}]
     assert by_url.prompt is None and by_url.error is None
+
+
+def test_tool_calls_and_their_results_are_passed_on_with_arguments_as_objects():
+    function = {"name": "f", "arguments": '{"x": [1]}'}
+    call = {"id": "c", "type": "function", "function": function}
+    chat = [
+        {"role": "assistant", "content": None, "tool_calls": [call], "refusal": None},
+        {"role": "tool", "tool_call_id": "c", "content": "42"},
+        {"role": "assistant", "content": "So 42.", "annotations": [], "tool_calls": []},
+    ]
+    (line,) = parse(json.dumps({"messages": chat}).encode())
+    called = call | {"function": {"name": "f", "arguments": {"x": [1]}}}
+    assert line.messages == [
+        {"role": "assistant", "content": "", "tool_calls": [called]},
+        chat[1],
+        {"role": "assistant", "content": "So 42."},
+    ]
+    for wrong in ("{", "[1]"):
+        bad = call | {"function": function | {"arguments": wrong}}
+        (line,) = parse(json.dumps({"messages": [chat[0] | {"tool_calls": [bad]}]}).encode())
+        assert line.error is not None and "arguments of a tool call are" in line.error
+
+
+def test_tools_are_not_described_where_none_may_be_called():
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    lines = [json.dumps(CHAT | {"tools": tools, "tool_choice": it}) for it in ("auto", "none")]
+    auto, none = parse(*(line.encode() for line in lines))
+    assert auto.chat.tools == tools and none.chat.tools is None
 
 
 def test_fields_that_ask_for_nothing_and_bodies_in_strings():
@@ -360,7 +398,8 @@ def test_messages_are_text_or_refused(messages):
     (line,) = parse(json.dumps({"messages": messages}).encode())
     if line.error is None:
         assert line.messages
-        assert all(isinstance(it, str) for message in line.messages for it in message.values())
+        for message in line.messages:
+            assert all(isinstance(it, str) for key, it in message.items() if key != "tool_calls")
 
 
 def answered(text: str, reason: str = "stop") -> RequestOutput:

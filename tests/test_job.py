@@ -131,6 +131,19 @@ def test_stopped_and_resumed_the_answers_are_those_of_one_run(
     assert {it.name for it in folder.iterdir()} == {"in.jsonl.gz", name, f"{name}.job.json"}
 
 
+def test_a_resumed_job_tells_templates_the_time_at_which_it_began(llm, tmp_path):
+    (tmp_path / "in.jsonl").write_text("\n".join(LINES))
+    with pytest.raises(Stopped):
+        work(llm, tmp_path / "in.jsonl", tmp_path / "out.jsonl", stop_after=6)
+    began = llm.tokenizer.now
+    work(llm, tmp_path / "in.jsonl", tmp_path / "another.jsonl")
+    assert llm.tokenizer.now > began
+    work(llm, tmp_path / "in.jsonl", tmp_path / "out.jsonl")
+    assert llm.tokenizer.now == began
+    job = json.loads((tmp_path / "out.jsonl.job.json").read_text())
+    assert job["begun_at"] == began.isoformat()
+
+
 _ANY = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),

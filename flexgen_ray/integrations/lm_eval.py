@@ -25,6 +25,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from flexgen_ray.evaluation.run import answers
 from flexgen_ray.llm import LLM
+from flexgen_ray.messages import ChatOptions
 from flexgen_ray.request import SamplingParams
 
 MAX_NEW_TOKENS = 256  # where a task doesn't say
@@ -71,12 +72,8 @@ class FlexGenRay(TemplateLM):
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        return self.tokenizer.apply_chat_template(
-            chat_history,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=not add_generation_prompt,
-        )
+        options = ChatOptions(None, add_generation_prompt, not add_generation_prompt)
+        return self.llm.tokenizer.format_chat(chat_history, options)
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: Any

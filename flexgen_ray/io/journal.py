@@ -11,6 +11,7 @@ import json
 import shutil
 import tempfile
 from contextlib import ExitStack
+from datetime import datetime
 from pathlib import Path
 
 from flexgen_ray.io.in_order import InOrder
@@ -26,7 +27,8 @@ class Journal:
     """Use as a context manager; if that ends with an error, a file without a row is removed.
 
     answered: custom_ids of rows that are there, found or appended. first_refusal: (custom_id,
-    message) of the first that tells an error; num_refusals: how many do.
+    message) of the first that tells an error; num_refusals: how many do. begun_at: when the job
+    began, for templates that ask for the time; a resumed run has the time of the first.
     """
 
     def __init__(self, path: Path, overwrite: bool = False, keep_order: bool = False) -> None:
@@ -40,6 +42,7 @@ class Journal:
         self.num_refusals = 0
         self.first_refusal: tuple[str, str] | None = None
         self._facts: dict = {}
+        self.begun_at = datetime.now()
         self._custom_ids: list[str] = []
         self._order: InOrder | None = None
         with ExitStack() as stack:
@@ -73,11 +76,14 @@ class Journal:
         output will have, in their order.
         """
         # As they will be read back, where a tuple is a list.
-        self._facts = facts = json.loads(json.dumps(facts))
+        facts = json.loads(json.dumps(facts))
+        self._facts = facts | {"begun_at": self.begun_at.isoformat()}
         self._custom_ids = custom_ids
         num_rows = len(custom_ids) - len(self.answered)
         if self._resumes:
             old = json.loads(self._sidecar.read_text(encoding="utf-8"))
+            if "begun_at" in old:
+                self.begun_at = datetime.fromisoformat(old.pop("begun_at"))
             for name in sorted(facts.keys() | old.keys()):
                 if facts.get(name) != old.get(name):
                     raise ValueError(

@@ -24,7 +24,7 @@ from flexgen_ray.io.request_fields import (
     split_columns,
     used_fields,
 )
-from flexgen_ray.messages import Messages, parse_messages
+from flexgen_ray.messages import ChatOptions, Messages, parse_messages
 from flexgen_ray.request import MAX_LOGPROBS, RequestOutput, SamplingParams
 
 # What a request to each url asks with.
@@ -42,13 +42,15 @@ Prompt = str | list[int]
 class BatchLine:
     """One input line: what is asked, a prompt or a chat's messages, or what is wrong with it.
 
-    echo: the prompt comes with the answer. columns: what else the line has, for its output line.
+    chat: how messages are formatted. echo: the prompt comes with the answer. columns: what else the
+    line has, for its output line.
     """
 
     custom_id: str
     number: int
     prompt: Prompt | None = None
     messages: Messages | None = None
+    chat: ChatOptions | None = None
     params: SamplingParams | None = None
     error: str | None = None
     echo: bool = False
@@ -98,7 +100,8 @@ def _asked(line: BatchLine, body: dict, defaults: SamplingParams) -> BatchLine:
     """The line with what its body asks, of which only fields that change the answer are there."""
     params = _params(body, defaults)
     if "messages" in body:
-        return replace(line, messages=parse_messages(body["messages"]), params=params)
+        messages = parse_messages(body["messages"])
+        return replace(line, messages=messages, chat=_chat_options(body), params=params)
     prompt = _parse_prompt(body.get("prompt"))
     return replace(line, prompt=prompt, params=params, echo=_echo(body))
 
@@ -233,6 +236,31 @@ def _chat_params(body: dict) -> dict:
     if top and not asked:
         raise ValueError(f"top_logprobs is {top}, which needs logprobs true")
     return {"logprobs": top} if asked else {}
+
+
+def _chat_options(body: dict) -> ChatOptions:
+    """reasoning_effort is a variable for the template; "none" also clears enable_thinking."""
+    choice, effort = body.get("tool_choice", "auto"), body.get("reasoning_effort")
+    if choice not in ("auto", "none"):
+        raise ValueError(
+            f"tool_choice is {choice!r}; only 'auto' or 'none' is supported: a call of a tool "
+            "can't be enforced"
+        )
+    options = ChatOptions(
+        (body.get("tools") or None) if choice == "auto" else None,
+        body.get("add_generation_prompt"),
+        body.get("continue_final_message", False),
+        body.get("chat_template_kwargs", {}),
+    )
+    if effort is None:
+        return options
+    if not isinstance(effort, str):
+        raise ValueError(f"reasoning_effort is {effort!r}; it must be a string, such as 'low'")
+    variables = {
+        "reasoning_effort": effort,
+        **({"enable_thinking": False} if effort == "none" else {}),
+    }
+    return replace(options, chat_template_kwargs=variables | options.chat_template_kwargs)
 
 
 def _parse_prompt(prompt: object) -> Prompt:

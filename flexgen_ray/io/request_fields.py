@@ -17,7 +17,10 @@ COMPLETION, CHAT = "/v1/completions", "/v1/chat/completions"
 
 _SUPPORTED = {
     COMPLETION: PARAMS | {"prompt", "max_completion_tokens", "echo"},
-    CHAT: PARAMS | {"messages", "max_completion_tokens", "top_logprobs"},
+    CHAT: PARAMS
+    | {"messages", "max_completion_tokens", "top_logprobs", "tools", "tool_choice"}
+    | {"add_generation_prompt", "continue_final_message"}
+    | {"chat_template_kwargs", "reasoning_effort"},
 }
 _IGNORED = {
     "cache_salt", "guided_decoding_backend", "guided_whitespace_pattern", "metadata", "model",
@@ -67,8 +70,6 @@ _MISSING_BY_URL: dict[str, dict[str, tuple[tuple, str]]] = {
         "include_reasoning": ((True,), "thinking is part of an answer's text"),
         "mm_processor_kwargs": (({},), _TEXT),
         "modalities": ((["text"],), _TEXT),
-        "tool_choice": (("auto", "none"), "a call of a tool can't be enforced"),
-        "tools": (([],), "tools are not described to the model"),
         "verbosity": (("medium",), "ask for it in the messages"),
         "web_search_options": ((), "nothing is searched"),
     },
