@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Protocol
 
-from flexgen_ray.config import Faults, HardwareSpec
+from flexgen_ray.config import Deployment, HardwareSpec
 from flexgen_ray.events import OnProgress, Progress, Recovery
 from flexgen_ray.request import Finished, Request
 from flexgen_ray.runtime.meter import Measured
@@ -41,28 +41,15 @@ class Backend(Protocol):
     def close(self) -> None: ...
 
 
-def start_backend(
-    use_ray: bool,
-    address: str | None,
-    device: str,
-    num_stages: int | str,
-    faults: Faults,
-    transport: str,
-    on_progress: OnProgress,
-) -> tuple[Backend, int]:
-    """The stages, and the host memory that Ray takes beside them on its head's node.
-
-    num_stages: auto is a stage for every GPU of the cluster, or one without Ray or GPUs.
-    """
-    if num_stages != "auto" and (not isinstance(num_stages, int) or num_stages < 1):
-        raise ValueError(f"stages is {num_stages!r}; it must be auto or a number from 1 up")
-    if not use_ray:
-        return LocalPipeline(1 if num_stages == "auto" else int(num_stages)), 0
+def start_backend(wanted: Deployment, on_progress: OnProgress) -> tuple[Backend, int]:
+    """The stages, and the host memory that Ray takes beside them on its head's node."""
+    if not wanted.use_ray:
+        count = 1 if wanted.num_stages == "auto" else int(wanted.num_stages)
+        return LocalPipeline(count, wanted.threads), 0
     on_progress(Progress(phase="starting Ray"))
     from flexgen_ray.distributed.driver import Driver
 
-    count = None if num_stages == "auto" else int(num_stages)
-    driver = Driver(address, device, count, faults, transport, on_progress)
+    driver = Driver(wanted, on_progress)
     return driver, driver.reserved_cpu_bytes
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import yaml
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+TRANSPORTS = ("auto", "nccl", "gloo")  # of hidden states, from stage to stage
 TIERS = ("gpu", "cpu", "disk")
 BITS = (4, 8)
 _BITS = ("weight_bits", "embedding_bits", "cache_bits")
@@ -234,6 +235,36 @@ class Faults:
         for name in ("stall_seconds", "restart_seconds"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """Where the stages of an LLM run, and on how much of it.
+
+    num_stages: auto is a stage for every GPU of the cluster, or one without Ray or GPUs. device:
+    auto, cuda, cuda:N or cpu. use_ray: stages are Ray actors on the cluster at `address`, or on one
+    that is started; else they run in this process. threads: host threads of each stage; None is its
+    share of the node's cores. Raises ValueError for what can't be.
+    """
+
+    num_stages: int | str = 1
+    device: str = "auto"
+    use_ray: bool = True
+    address: str | None = None
+    transport: str = "auto"
+    faults: Faults = field(default_factory=Faults)
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("num_stages", "threads"):
+            value, none = getattr(self, name), {"num_stages": "auto", "threads": None}[name]
+            is_number = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+            if not is_number and value != none:
+                shown = name.removeprefix("num_")
+                raise ValueError(f"{shown} is {value!r}; it must be {none} or a number from 1 up")
+        if self.transport not in TRANSPORTS:
+            known = ", ".join(TRANSPORTS)
+            raise ValueError(f"transport is {self.transport!r}; it must be one of {known}")
 
 
 def kept_tokens(tokens: int, sparsity: float) -> int:

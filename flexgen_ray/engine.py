@@ -13,7 +13,7 @@ from typing import Any, cast
 
 from flexgen_ray.auto_policy import Run, Settled
 from flexgen_ray.backend import spans, start_backend
-from flexgen_ray.config import Faults, Policy, Workload
+from flexgen_ray.config import Deployment, Policy, Workload
 from flexgen_ray.cost.plan import StagePlan
 from flexgen_ray.events import OnProgress, Progress, ignore
 from flexgen_ray.model_config import ModelConfig
@@ -42,14 +42,9 @@ class Settings:
     base: Policy
     policies: StagePolicies | None
     dtype: str
-    device: str
     limits: dict[str, int | None]
     offload_dir: Path
-    num_stages: int | str
-    use_ray: bool
-    address: str | None
-    transport: str
-    faults: Faults
+    deployment: Deployment
     seed: int
     execution: dict[str, Any]
     measures: bool
@@ -72,18 +67,10 @@ class Engine:
         self._plans: list[StagePlan] | None = None
         self._run: Generator[Finished | Progress] | None = None
         self.report = Report()
-        self._backend, reserved = start_backend(
-            settings.use_ray,
-            settings.address,
-            settings.device,
-            settings.num_stages,
-            settings.faults,
-            settings.transport,
-            on_progress,
-        )
+        self._backend, reserved = start_backend(settings.deployment, on_progress)
         try:
             folder = str(settings.offload_dir)
-            self.machines = self._backend.probe(settings.device, folder)
+            self.machines = self._backend.probe(settings.deployment.device, folder)
             if settings.execution["time_scale"] and self.machines[0].device == "cuda":
                 raise ValueError("pace emulates hardware with CPU ops; give device=cpu with it")
             self.budgets = settle_budgets(self.machines, settings.limits, reserved)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from flexgen_ray.backend import execution
-from flexgen_ray.config import Faults, HardwareSpec, Policy
+from flexgen_ray.config import Deployment, Faults, HardwareSpec, Policy
 from flexgen_ray.engine import Engine, Settings
 from flexgen_ray.events import OnProgress, ignore
 from flexgen_ray.fitting import generation, scoring
@@ -49,6 +49,7 @@ class LLM(Engine):
     bytes or `16GiB`; what is free, less a margin, if None. pipeline_parallel_size: the number of
     stages, or auto, one for every GPU. use_ray: run each in a Ray actor, on the cluster at
     `address` (or RAY_ADDRESS), or on one started for this run; faults: what is borne there.
+    threads: host threads of each stage; its share of the node's cores if None.
     executor: async runs loads, stores, disk and host attention beside the device's work; serial,
     its oracle, gives the same bits. pace: emulate this hardware, each modelled second taking
     time_scale seconds. hardware: sum beside the run what its ops should take there; "measured"
@@ -76,6 +77,7 @@ class LLM(Engine):
         address: str | None = None,
         transport: str = "auto",
         faults: Faults | None = None,
+        threads: int | None = None,
         seed: int = 0,
         executor: str = "async",
         pace: HardwareSpec | None = None,
@@ -106,14 +108,17 @@ class LLM(Engine):
             base=Policy(**packed).compressed(**lossy),
             policies=self.policies,
             dtype=dtype,
-            device=device,
             limits=limits,
             offload_dir=Path(offload_dir or default_offload_dir()).resolve(),
-            num_stages=pipeline_parallel_size,
-            use_ray=use_ray,
-            address=address,
-            transport=transport,
-            faults=faults or Faults(),
+            deployment=Deployment(
+                num_stages=pipeline_parallel_size,
+                device=device,
+                use_ray=use_ray,
+                address=address,
+                transport=transport,
+                faults=faults or Faults(),
+                threads=threads,
+            ),
             seed=seed,
             execution=execution(executor, pace, time_scale, hardware, trace),
             measures=hardware == "measured" and pace is None,

@@ -125,6 +125,13 @@ StallOption = Annotated[
     float, typer.Option(help="Seconds without progress after which a stage counts as lost.")
 ]
 NoRayOption = Annotated[bool, typer.Option("--no-ray", help="Run in this process, without Ray.")]
+ThreadsOption = Annotated[
+    int | None,
+    typer.Option(
+        help="Host threads of each stage. [default: OMP_NUM_THREADS, unless Ray set it, as it does "
+        "in jobs and in `ray submit`; else the stage's share of the node's cores]"
+    ),
+]
 AddressOption = Annotated[
     str | None, typer.Option(help="Ray cluster; RAY_ADDRESS, or one of its own, if not given.")
 ]
@@ -155,6 +162,7 @@ def _engine(
     transport: TransportOption = "auto",
     max_restarts: RestartsOption = 3,
     stall_timeout: StallOption = 300.0,
+    threads: ThreadsOption = None,
     no_ray: NoRayOption = False,
     address: AddressOption = None,
     dummy_weights: DummyOption = False,
@@ -169,7 +177,7 @@ def _engine(
         "gpu_memory": gpu_memory, "cpu_memory": cpu_memory, "disk_memory": disk_memory,
         "offload_dir": offload_dir, "pipeline_parallel_size": num_stages(stages),
         "use_ray": not no_ray, "address": address, "transport": transport,
-        "faults": Faults(max_restarts, stall_timeout),
+        "faults": Faults(max_restarts, stall_timeout), "threads": threads,
         "load_format": "dummy" if dummy_weights else "auto",
     }  # fmt: skip
 

@@ -50,6 +50,8 @@ class StageReport:
     def as_dict(self) -> dict:
         """The same for programs."""
         return {
+            "host": self.machine.host,
+            "threads": self.machine.num_threads,
             "lanes": self.lanes(),
             "binding_lane": self.measured.binding_lane,
             "bubbles": round(self.bubbles, 4),

@@ -32,7 +32,7 @@ from ray._private.utils import write_ray_address
 make = RayParams.__init__
 RayParams.__init__ = lambda self, **given: make(self, dashboard_agent_listen_port=0, **given)
 head = ray.init(
-    address="local", num_cpus=1, include_dashboard=True, object_store_memory=80 * 2**20,
+    address="local", num_cpus=2, include_dashboard=True, object_store_memory=80 * 2**20,
     log_to_driver=False, _node_ip_address="127.0.0.1",
 )
 # As `ray start` does, or "auto" would take whatever Ray it meets on the machine.
@@ -49,14 +49,16 @@ class Cluster:
     folder: Path
     environment: dict[str, str]
 
-    def submit(self, output: Path, model: Path, **environment: str) -> subprocess.CompletedProcess:
+    def submit(
+        self, output: Path, model: Path, *options: object, **environment: str
+    ) -> subprocess.CompletedProcess:
         """The example, in the folder; again while the head's agent is still on its way."""
         deadline = time.monotonic() + START_SECONDS
         while True:
             done = self.run(
                 "bash", ROOT / "examples/submit_job.sh", model, "in.jsonl", output, "--device",
                 "cpu", "--dtype", "float32", "--temperature", 0, "--max-tokens", MAX_TOKENS,
-                **environment,
+                *options, **environment,
             )  # fmt: skip
             if "No available agent" not in done.stderr or time.monotonic() > deadline:
                 return done
@@ -84,7 +86,13 @@ def cluster() -> Iterator[Cluster]:
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }  # fmt: skip
     # What is not submitted must not be found.
-    for name in ("PYTHONPATH", "RAY_ADDRESS", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+    for name in (
+        "OMP_NUM_THREADS",
+        "PYTHONPATH",
+        "RAY_ADDRESS",
+        "RAY_AUTH_TOKEN",
+        "RAY_AUTH_TOKEN_PATH",
+    ):
         environment.pop(name, None)
     subprocess.run(
         ["ray", "get-auth-token", "--generate"], env=environment, check=True, capture_output=True
@@ -109,7 +117,8 @@ def cluster() -> Iterator[Cluster]:
 
 def test_a_submitted_job_answers_as_this_process_does(cluster, text_model, tmp_path):
     output = tmp_path / "out.jsonl"
-    done = cluster.submit(output, text_model)
+    report = tmp_path / "report.json"
+    done = cluster.submit(output, text_model, "--report", report)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "succeeded" in done.stdout and "generated tokens/s" in done.stdout
     rows = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
@@ -118,6 +127,8 @@ def test_a_submitted_job_answers_as_this_process_does(cluster, text_model, tmp_p
         greedy = SamplingParams(max_tokens=MAX_TOKENS, temperature=0.0)
         expected = llm.generate(PROMPTS, greedy)
     assert answers == {output.prompt: output.outputs[0].text for output in expected}
+    # Ray set OMP_NUM_THREADS=1 for the job; the head has two cores.
+    assert json.loads(report.read_text())["threads"] == 2
 
 
 @pytest.mark.parametrize(
@@ -141,10 +152,14 @@ def test_ray_submit_runs_the_script_on_the_head(cluster, text_model, tmp_path):
     """What `ray submit` does there: the script in the home folder, with the package installed."""
     script = cluster.folder.parent / "generate.py"
     shutil.copy(ROOT / "cluster/generate.py", script)
-    output = tmp_path / "out.jsonl"
+    output, report = tmp_path / "out.jsonl", tmp_path / "report.json"
+    # `ray submit` and `ray exec` export these two for whatever they run.
+    exported = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     done = cluster.run(
         "python", script, "--model", text_model, "--input", "in.jsonl", "--output", output,
-        "--device", "cpu", "--max-tokens", 2, PYTHONPATH=str(ROOT),
+        "--device", "cpu", "--max-tokens", 2, "--report", report,
+        PYTHONPATH=str(ROOT), **exported,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert len(output.read_text(encoding="utf-8").splitlines()) == len(PROMPTS)
+    assert json.loads(report.read_text())["threads"] == 2

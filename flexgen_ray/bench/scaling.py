@@ -17,7 +17,7 @@ import typer
 from flexgen_ray.bench import t4
 from flexgen_ray.bench.likeness import Likeness, alike_requests, memory_folder
 from flexgen_ray.bench.result import finish
-from flexgen_ray.config import Faults
+from flexgen_ray.config import Deployment, Faults
 from flexgen_ray.cost.grid import BATCHES, Search
 from flexgen_ray.cost.pipeline_plan import Job
 from flexgen_ray.cost.planner import Planner, choose
@@ -90,7 +90,7 @@ def run(likeness: Likeness) -> dict:
     plans, scale = likeness.plans, likeness.time_scale
     policy = plans[0].policy
     count = policy.block_size * plans[0].num_blocks
-    driver = Driver(None, "cpu", len(plans), Faults(max_restarts=0))
+    driver = Driver(Deployment(num_stages=len(plans), device="cpu", faults=Faults(max_restarts=0)))
     try:
         with tempfile.TemporaryDirectory(prefix="flexgen-bench-", dir=memory_folder()) as folder:
             driver.load(likeness.specs(folder))

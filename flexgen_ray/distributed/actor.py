@@ -21,8 +21,8 @@ TELL_SECONDS = 0.05  # events within this time are told together
 class StageWorker(Worker):
     """What the driver asks of a stage beyond a Worker's own calls."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, threads: int) -> None:
+        super().__init__(threads)
         self._link: GlooLink | None = None
         self._rank = 0
 

@@ -30,24 +30,22 @@ def connect(address: str | None) -> OwnCluster | None:
 
 @dataclass(frozen=True)
 class Bundle:
-    """What Ray reserves for one stage; threads: what torch gets of its cores."""
+    """What Ray reserves for one stage. threads: its host threads, which may be more."""
 
     num_cpus: float
     num_gpus: int
-
-    @property
-    def threads(self) -> int:
-        return max(1, math.floor(self.num_cpus))
+    threads: int
 
     @property
     def resources(self) -> dict[str, float]:
         return {"CPU": self.num_cpus} | ({"GPU": self.num_gpus} if self.num_gpus else {})
 
 
-def plan_bundles(device: str, num_stages: int | None) -> list[Bundle]:
+def plan_bundles(device: str, num_stages: int | None, threads: int | None) -> list[Bundle]:
     """One bundle a stage, each with its share of a node's cores; None is a stage for every GPU.
 
-    Raises ValueError if there are too few GPUs.
+    threads: of each stage; None is as many as it has cores. Raises ValueError if there are too few
+    GPUs.
     """
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     gpus = sum(int(node.get("GPU", 0)) for node in nodes)
@@ -61,7 +59,7 @@ def plan_bundles(device: str, num_stages: int | None) -> list[Bundle]:
             raise ValueError("no node of the Ray cluster offers CPUs; start one with --num-cpus")
         on_a_node = -(-count // len(offered))
         cores = min(offered) / on_a_node
-        return [Bundle(math.floor(cores) if cores >= 1 else cores, 0)] * count
+        return [_bundle(cores, 0, threads)] * count
     count = num_stages or gpus
     if count > gpus:
         raise ValueError(
@@ -70,7 +68,13 @@ def plan_bundles(device: str, num_stages: int | None) -> list[Bundle]:
         )
     with_gpus = [node for node in nodes if node.get("GPU", 0) >= 1]
     cores = min(node.get("CPU", 1) / node["GPU"] for node in with_gpus)
-    return [Bundle(max(1, math.floor(cores)), 1)] * count
+    return [_bundle(max(1, cores), 1, threads)] * count
+
+
+def _bundle(cores: float, num_gpus: int, threads: int | None) -> Bundle:
+    """A stage with its share of a node's cores, or with what its threads need of it."""
+    share = math.floor(cores) if cores >= 1 else cores
+    return Bundle(min(share, threads or share), num_gpus, threads or max(1, math.floor(share)))
 
 
 def reserve(bundles: list[Bundle], seconds: float) -> PlacementGroup:
@@ -104,13 +108,11 @@ def actor_options(bundle: Bundle, index: int, group: PlacementGroup) -> dict[str
     """Of the actor in a bundle. Its run must not keep it from answering how it is."""
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-    # Ray would set it to num_cpus; whoever has set it for this run knows better.
-    threads = os.environ.get("OMP_NUM_THREADS") or str(bundle.threads)
     return {
         "num_cpus": bundle.num_cpus,
         "num_gpus": bundle.num_gpus,
         "max_concurrency": 4,
-        "runtime_env": {"env_vars": {"OMP_NUM_THREADS": threads}},
+        "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(bundle.threads)}},
         "scheduling_strategy": PlacementGroupSchedulingStrategy(group, index),
     }
 

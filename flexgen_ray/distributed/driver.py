@@ -7,6 +7,7 @@ not what a stage computes.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Generator, Iterable
 from dataclasses import replace
@@ -15,7 +16,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayTaskError
 
-from flexgen_ray.config import Faults, HardwareSpec
+from flexgen_ray.config import Deployment, HardwareSpec
 from flexgen_ray.distributed.actor import StageActor
 from flexgen_ray.distributed.attempt import Attempt, StageLost, Stalled, ask, get
 from flexgen_ray.distributed.cluster import (
@@ -34,13 +35,13 @@ from flexgen_ray.events import OnProgress, Progress, Recovery, ignore
 from flexgen_ray.request import Finished, Request
 from flexgen_ray.runtime.meter import Measured
 from flexgen_ray.runtime.stage import StageSpec
+from flexgen_ray.runtime.threads import users_threads
 from flexgen_ray.runtime.worker import Machine
 from flexgen_ray.schedule.span import Span
 
 REQUESTS_PER_CALL = 256
 START_SECONDS = 120
 LEAVE_SECONDS = 5
-TRANSPORTS = ("auto", "nccl", "gloo")
 RETRY_SECONDS = 0.5
 ANSWER_SECONDS = 1.5 * JOIN_SECONDS
 
@@ -50,24 +51,11 @@ class NotStarted(RuntimeError):
 
 
 class Driver:
-    """Stages on a cluster that is there already, or on one started for this run.
+    """Stages on a cluster that is there already, or on one started for this run."""
 
-    num_stages: None is one for every GPU, or one if there are none.
-    """
-
-    def __init__(
-        self,
-        address: str | None = None,
-        device: str = "auto",
-        num_stages: int | None = 1,
-        faults: Faults | None = None,
-        transport: str = "auto",
-        on_progress: OnProgress = ignore,
-    ) -> None:
-        if transport not in TRANSPORTS:
-            raise ValueError(f"transport is {transport!r}; it must be {', '.join(TRANSPORTS)}")
-        self._transport = transport
-        self._faults = faults or Faults()
+    def __init__(self, wanted: Deployment, on_progress: OnProgress = ignore) -> None:
+        self._transport = wanted.transport
+        self._faults = wanted.faults
         self._actors: list[Any] = []
         self._group: Any = None
         self._specs: list[StageSpec] = []
@@ -76,9 +64,11 @@ class Driver:
         self._meeting_place: MeetingPlace | None = None
         self._unfinished: dict[int, Request] = {}
         self.recoveries: list[Recovery] = []
-        self._own_cluster = connect(address)
+        self._own_cluster = connect(wanted.address)
         try:
-            self._bundles = plan_bundles(device, num_stages)
+            num_stages = None if wanted.num_stages == "auto" else int(wanted.num_stages)
+            threads = wanted.threads or users_threads(os.environ)
+            self._bundles = plan_bundles(wanted.device, num_stages, threads)
             on_progress(Progress(phase="waiting for room on the Ray cluster"))
             self._start_actors()
         except BaseException:
@@ -259,7 +249,8 @@ class Driver:
         new = [stage for stage, actor in enumerate(self._actors) if actor is None]
         for stage in new:
             options = actor_options(self._bundles[stage], stage, self._group)
-            self._actors[stage] = actor_class.options(**options).remote()
+            threads = self._bundles[stage].threads
+            self._actors[stage] = actor_class.options(**options).remote(threads)
         waiting = [self._actors[it].pid.remote() for it in new]
         try:
             ask(waiting, new, seconds)

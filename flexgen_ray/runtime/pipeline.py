@@ -21,9 +21,9 @@ from flexgen_ray.schedule.span import Span
 class LocalPipeline:
     """A worker a stage."""
 
-    def __init__(self, num_stages: int = 1) -> None:
+    def __init__(self, num_stages: int = 1, threads: int | None = None) -> None:
         self.recoveries: list[Recovery] = []
-        self._workers = [Worker() for _ in range(num_stages)]
+        self._workers = [Worker(threads) for _ in range(num_stages)]
 
     @property
     def num_stages(self) -> int:

@@ -26,6 +26,7 @@ from flexgen_ray.runtime.meter import Measured
 from flexgen_ray.runtime.openmp import release_team
 from flexgen_ray.runtime.rates import measure_rates
 from flexgen_ray.runtime.stage import LOADING, Stage, StageSpec, cores_for, host_kernel
+from flexgen_ray.runtime.threads import own_threads
 from flexgen_ray.runtime.watch import Pulse
 from flexgen_ray.schedule.span import Span
 from flexgen_ray.tokenizer import Tokenizer
@@ -49,14 +50,13 @@ class Machine:
 
 
 class Worker:
-    """One stage in this process."""
+    """One stage in this process. threads: see own_threads for None."""
 
-    def __init__(self) -> None:
+    def __init__(self, threads: int | None = None) -> None:
         self._stage: Stage | None = None
         self._added: list[Request] = []
         self._loading = Progress()
-        wanted = int(os.environ.get("OMP_NUM_THREADS") or 0)
-        self._num_threads = wanted or len(os.sched_getaffinity(0))
+        self._num_threads = threads or own_threads(os.environ)
         torch.set_num_threads(self._num_threads)
 
     def probe(self, device: str, offload_dir: str, is_calibrated: bool = True) -> Machine:

@@ -1,0 +1,57 @@
+"""Threads of a stage: a number that a user set counts, one that Ray set for itself does not."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+
+from flexgen_ray import LLM
+from flexgen_ray.runtime.threads import own_threads, users_threads
+
+JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+CORES = len(os.sched_getaffinity(0))
+
+
+def of_job(**env_vars: str) -> str:
+    return json.dumps({"runtime_env": {"working_dir": "gcs://x.zip", "env_vars": env_vars}})
+
+
+@pytest.mark.parametrize(
+    ("environment", "users", "own"),
+    [
+        ({}, None, CORES),
+        ({"OMP_NUM_THREADS": "3"}, 3, 3),
+        ({"OMP_NUM_THREADS": "4,2"}, 4, 4),
+        ({"OMP_NUM_THREADS": "many"}, None, CORES),
+        ({"OMP_NUM_THREADS": "0"}, None, CORES),
+        # `ray job submit` and RayJob; a job that asks for cores of its own
+        ({"OMP_NUM_THREADS": "1", "RAY_JOB_ID": "02", JOB: of_job()}, None, CORES),
+        ({"OMP_NUM_THREADS": "5", "RAY_JOB_ID": "02", JOB: of_job()}, None, CORES),
+        ({"OMP_NUM_THREADS": "1", JOB: json.dumps({"runtime_env": None})}, None, CORES),
+        # its user's own runtime_env
+        ({"OMP_NUM_THREADS": "6", JOB: of_job(OMP_NUM_THREADS="6")}, 6, 6),
+        # `ray submit`, `ray exec`, and a user who set the same number
+        ({"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}, None, CORES),
+        ({"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default"}, 1, 1),
+        # a task of three cores, in which the work is done
+        ({"OMP_NUM_THREADS": "3", "RAY_JOB_ID": "01"}, None, 3),
+    ],
+)
+def test_a_number_counts_if_a_user_set_it(environment, users, own):
+    assert users_threads(environment) == users
+    assert own_threads(environment) == own
+
+
+@pytest.mark.parametrize("num_stages", [1, 2])
+def test_every_stage_has_the_threads_that_were_asked_for(tiny_models, num_stages):
+    folder, _ = tiny_models["llama"]
+    with LLM(folder, use_ray=False, pipeline_parallel_size=num_stages, threads=2) as llm:
+        assert [machine.num_threads for machine in llm.machines] == [2] * num_stages
+
+
+@pytest.mark.parametrize("threads", [0, -1, True, 1.5, "2"])
+def test_a_number_of_threads_that_can_not_be_is_refused(tiny_models, threads):
+    with pytest.raises(ValueError, match="threads is .*; it must be None or a number from 1 up"):
+        LLM(tiny_models["llama"][0], use_ray=False, threads=threads)
