@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import cached_property
 from itertools import accumulate
 from os.path import commonprefix
 from typing import Any
@@ -66,6 +67,15 @@ class Detokenizer:
     def special(self, token_id: int) -> str | None:
         """A special token as it is written; None for other tokens."""
         return self._decode([token_id], False) if token_id in self._special else None
+
+    def is_special(self, token_id: int) -> bool:
+        """True if a text without special tokens leaves it out."""
+        return token_id in self._special
+
+    @cached_property
+    def special_names(self) -> list[str]:
+        """Special tokens as they are written."""
+        return [self._decode([token], False) for token in sorted(self._special)]
 
     def _context(self, token_ids: Sequence[int], first: int) -> int:
         """Where decoding must begin for the text from `first` on.

@@ -35,6 +35,7 @@ from flexgen_ray.prompts import (
 )
 from flexgen_ray.request import Request, RequestOutput, SamplingParams
 from flexgen_ray.stage_policies import StagePolicies
+from flexgen_ray.stops import StopStrings
 from flexgen_ray.tokenizer import Tokenizer
 from flexgen_ray.units import parse_bytes
 
@@ -124,6 +125,8 @@ class LLM(Engine):
             measures=hardware == "measured" and pace is None,
         )
         tokenizer = Tokenizer(self.model, config.vocab_size)
+        self._stops = StopStrings(tokenizer)
+        config = config.ended_by(tokenizer.eos_token_id)
         super().__init__(config, tokenizer, settings, on_progress)
 
     def generate(
@@ -204,6 +207,7 @@ class LLM(Engine):
         token_ids = self._token_ids(prompt)
         if params.stop and not self.tokenizer.exists:
             raise ValueError(f"stop strings need a tokenizer, which {self.model} lacks")
+        self._stops.check(params.stop)
         return generation(index, token_ids, params, self.config)
 
     def score_request(

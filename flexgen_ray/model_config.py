@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,12 @@ class ModelConfig:
     @property
     def kv_size(self) -> int:
         return self.num_kv_heads * self.head_dim
+
+    def ended_by(self, *token_ids: int | None) -> ModelConfig:
+        """With more end tokens; None and ids outside the vocabulary end nothing."""
+        ends = dict.fromkeys((*self.eos_token_ids, *token_ids))
+        inside = [it for it in ends if it is not None and 0 <= it < self.vocab_size]
+        return replace(self, eos_token_ids=tuple(inside))
 
     def window(self, layer: int) -> int | None:
         """How many tokens, itself included, one attends in a decoder layer; None for all."""

@@ -14,8 +14,8 @@ from flexgen_ray.request import (
     RequestOutput,
     SamplingParams,
     Score,
-    first_stop,
 )
+from flexgen_ray.stops import StopStrings
 from flexgen_ray.tokenizer import Tokenizer
 
 
@@ -24,33 +24,28 @@ def request_output(request: Request, finished: Finished, tokenizer: Tokenizer) -
     params, prompt = request.params, request.prompt_token_ids + request.given
     answer = finished.token_ids[len(request.given) :]
     token_ids, begin = prompt + answer, len(prompt)
-    reason = finished.finish_reason
-    text = _text(token_ids, begin, reason, params, tokenizer) if tokenizer.exists else ""
+    text = _text(token_ids, begin, finished, params, tokenizer) if tokenizer.exists else ""
     # Whatever precedes the first score has none.
     scores = [None] * (len(token_ids) - len(finished.scores)) + finished.scores
     of_answer = _logprobs(token_ids, scores, begin, params.logprobs, tokenizer)
     of_prompt = _logprobs(prompt, scores[:begin], 0, params.prompt_logprobs, tokenizer)
-    output = CompletionOutput(text, answer, reason, of_answer)
+    output = CompletionOutput(text, answer, finished.finish_reason, of_answer)
     return RequestOutput(request.index, None, prompt, [output], of_prompt, finished.scores)
 
 
 def _text(
     token_ids: list[int],
     begin: int,
-    finish_reason: str,
+    finished: Finished,
     params: SamplingParams,
     tokenizer: Tokenizer,
 ) -> str:
-    """The answer, which begins at token `begin`, up to the stop string, or the stop token, that
-    ended it, and with it if it is asked for."""
-    keeps = params.include_stop_str_in_output
-    if finish_reason == "stop" and token_ids[-1] in params.stop_token_ids:
+    """The answer, which begins at token `begin`, up to the stop string or the token that ended it,
+    and with it if the request says so."""
+    if finished.finish_reason == "stop" and not isinstance(finished.stop_reason, str):
+        keeps = params.include_stop_str_in_output
         return tokenizer.text(token_ids, begin, len(token_ids) - (not keeps))
-    text = tokenizer.text(token_ids, begin)
-    early = begin + params.min_tokens
-    searched_from = len(tokenizer.text(token_ids, begin, early)) if params.min_tokens else 0
-    found = first_stop(text, params.stop, searched_from)
-    return text if found is None else text[: found[keeps]]
+    return StopStrings(tokenizer).text(token_ids, begin, params)
 
 
 def _logprobs(

@@ -238,11 +238,14 @@ class RequestOutput:
 class Finished:
     """A finished request as a stage reports it: tokens, not text.
 
-    error: why the request failed, in a sentence; its tokens are then void. None if it was answered.
+    stop_reason: the stop string or the token of stop_token_ids that ended it; None for an end token
+    of the model's. error: why the request failed, in a sentence; its tokens are then void. None if
+    it was answered.
     """
 
     index: int
     token_ids: list[int]
     finish_reason: str
     scores: list[Score] = field(default_factory=list)
+    stop_reason: int | str | None = None
     error: str | None = None

@@ -78,10 +78,25 @@ class Tokenizer:
         for template in self._templates.values():
             template.close()
 
-    def text(self, token_ids: Sequence[int], first: int = 0, last: int | None = None) -> str:
-        """Text that the tokens from `first` to before `last` add to that of the tokens before."""
+    def text(
+        self, token_ids: Sequence[int], first: int = 0, last: int | None = None, skip: bool = True
+    ) -> str:
+        """Text that the tokens from `first` to before `last` add to that of the tokens before.
+
+        skip: leave special tokens out.
+        """
         with _panics_named(self.folder):
-            return self.detokenizer.text(token_ids, first, last)
+            return self.detokenizer.text(token_ids, first, last, skip)
+
+    def spelt(self, text: str) -> str:
+        """The text as it comes back from its tokens, which may not have all its characters."""
+        with _panics_named(self.folder):
+            return self.text(self.hf.encode(text, add_special_tokens=False, verbose=False))
+
+    @property
+    def eos_token_id(self) -> int | None:
+        """The token that ends a text; None without a tokenizer, or if it has none."""
+        return self.hf.eos_token_id if self.exists else None
 
     def names(self, token_ids: Sequence[int], first: int = 0) -> list[str]:
         """Text of each token from `first` on, special ones as they are written."""

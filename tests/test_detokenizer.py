@@ -21,6 +21,7 @@ from flexgen_ray.job import read_job, run_job
 from flexgen_ray.outputs import request_output
 from flexgen_ray.request import Request, first_stop
 from flexgen_ray.runtime.batcher import Batcher
+from flexgen_ray.stops import StopStrings
 from flexgen_ray.tokenizer import Tokenizer as OurTokenizer
 
 TEXTS = ["In the year of our stars I don't know who's there.", "He said: 'it is , isn't it ?'",
@@ -141,13 +142,16 @@ def test_the_first_stop_string_ends_an_answer_where_the_whole_text_has_it(
     begin = data.draw(st.integers(1, len(token_ids) - 1))
     prompt, answer = token_ids[:begin], token_ids[begin:]
     whole = tokenizer.text(token_ids, begin)
-    spans = st.tuples(st.integers(0, len(whole)), st.integers(1, 12))
-    drawn = data.draw(st.lists(spans, min_size=1, max_size=3))
-    stops = tuple(whole[start : start + size] or "zzz" for start, size in drawn)
+    written = tokenizer.text(token_ids, begin, skip=False)
+    places = st.tuples(st.booleans(), st.integers(0, len(whole)), st.integers(1, 12))
+    drawn = data.draw(st.lists(places, min_size=1, max_size=3))
+    stops = tuple((written if it else whole)[at : at + size] or "zzz" for it, at, size in drawn)
+    # Stop strings with special tokens in them are looked for in the text as it is written.
+    special = tuple(stop for stop in stops if any(name in stop for name in SPECIAL))
     params = SamplingParams(
         len(answer), stop=stops, ignore_eos=True, min_tokens=data.draw(st.integers(0, len(answer)))
     )
-    batcher = Batcher(1, 1, len(token_ids), frozenset(), tokenizer.text)
+    batcher = Batcher(1, 1, len(token_ids), frozenset(), StopStrings(tokenizer).newest)
     request = Request(0, prompt, params)
     batcher.add([request])
     for token in answer:
@@ -156,16 +160,23 @@ def test_the_first_stop_string_ends_an_answer_where_the_whole_text_has_it(
         if batcher.is_done:
             break
     (finished,) = batcher.take_finished()
-    early = len(tokenizer.text(token_ids, begin, begin + params.min_tokens))
-    for count in range(params.min_tokens + 1, len(answer) + 1):
-        text = tokenizer.text(token_ids, begin, begin + count)
-        found = first_stop(text, stops, early)
-        if found:
-            assert (finished.finish_reason, finished.token_ids) == ("stop", answer[:count])
-            assert request_output(request, finished, tokenizer).outputs[0].text == text[: found[0]]
+    output = request_output(request, finished, tokenizer).outputs[0]
+    early = begin + params.min_tokens
+
+    def found(last: int, some: tuple[str, ...], skip: bool) -> tuple[int, int] | None:
+        searched_from = len(tokenizer.text(token_ids, begin, early, skip))
+        return first_stop(tokenizer.text(token_ids, begin, last, skip), some, searched_from)
+
+    for last in range(early + 1, len(token_ids) + 1):
+        place = found(last, stops, True)
+        if place or found(last, special, False):
+            assert (finished.finish_reason, finished.token_ids) == ("stop", token_ids[begin:last])
+            assert finished.stop_reason in stops
+            text = tokenizer.text(token_ids, begin, last)
+            assert output.text == text[: place[0]] if place else text.startswith(output.text)
             return
     assert (finished.finish_reason, finished.token_ids) == ("length", answer)
-    assert request_output(request, finished, tokenizer).outputs[0].text == whole
+    assert output.text == whole
 
 
 @pytest.fixture(scope="module")

@@ -33,9 +33,11 @@ MAY_IMPORT = {
     "template_process": set(),
     "chat_template": {"messages"},
     "tokenizer": {"chat_template", "detokenizer", "messages"},
+    "stops": {"request", "tokenizer"},
     "io": FOUNDATION,
     "paths": set(),
-    "runtime": FOUNDATION | {"paths", "quant", "schedule", "cost", "models", "store", "tokenizer"},
+    "runtime": FOUNDATION
+    | {"paths", "quant", "schedule", "cost", "models", "store", "tokenizer", "stops"},
     "distributed": FOUNDATION | {"schedule", "runtime"},
     "resources": {"config", "runtime", "units"},
     "calibrate": {"units", "cost", "io", "progress", "models", "runtime", "distributed"},

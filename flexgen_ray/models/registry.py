@@ -145,14 +145,16 @@ def _checkpoint_dtype(path: Path, hf: dict) -> str:
 
 
 def _eos_token_ids(path: Path, hf: dict) -> tuple[int, ...]:
-    """generation_config.json wins, as in transformers."""
+    """Those of config.json and of generation_config.json: fine-tuned models often change one."""
     generation = path.with_name("generation_config.json")
-    eos = _read_json(generation).get("eos_token_id") if generation.is_file() else None
-    eos = hf.get("eos_token_id") if eos is None else eos
-    ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
-    if any(type(token) is not int for token in ids):
-        raise ValueError(
-            f"{path.parent}: eos_token_id is {eos!r}; config.json or generation_config.json must "
-            "give a token id, or a list of them"
-        )
-    return tuple(ids)
+    files = [hf, *([_read_json(generation)] if generation.is_file() else [])]
+    token_ids: dict[int, None] = {}
+    for eos in (it.get("eos_token_id") for it in files):
+        ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+        if any(type(token) is not int for token in ids):
+            raise ValueError(
+                f"{path.parent}: eos_token_id is {eos!r}; config.json and generation_config.json "
+                "must give a token id, or a list of them"
+            )
+        token_ids |= dict.fromkeys(ids)
+    return tuple(token_ids)

@@ -13,13 +13,11 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
 
-from flexgen_ray.request import Finished, Request, SamplingParams, Score, SlotScores, first_stop
+from flexgen_ray.request import Finished, Request, SamplingParams, Score, SlotScores
 from flexgen_ray.rows import Row, Rows, ScoredRow
 from flexgen_ray.runtime.sampler import Draw, Penalties, uniform
 
-# Characters before a token that its decoding may take away, as clean-up takes spaces.
-_CHANGED = 4
-Decode = Callable[[list[int], int, int], str]
+FindStop = Callable[[list[int], int, SamplingParams], str | None]
 
 
 @dataclass
@@ -65,15 +63,15 @@ class _Sequence:
 class Batcher:
     """Feeds one stage with passes.
 
-    cell_tokens: most tokens of one batch in one pass; decode(token ids, first, last): text that
-    tokens first to last - 1 add to those before, for stop strings; seed: of requests without one.
+    cell_tokens: most tokens of one batch in one pass; find_stop(token ids, first of the answer,
+    params): the stop string that the last token completes; seed: of requests without one.
     """
 
     gpu_batch_size: int
     num_batches: int
     cell_tokens: int
     eos_token_ids: frozenset[int]
-    decode: Decode | None = None
+    find_stop: FindStop | None = None
     seed: int = 0
     _waiting: deque[Request] = field(default_factory=deque)
     _finished: deque[Finished] = field(default_factory=deque)
@@ -137,10 +135,8 @@ class Batcher:
             sequence = self._slots[batch][slot]
             sequence.append(token)
             self._accepted.append((sequence.request.index, token))
-            reason = self._finish_reason(sequence, token)
-            if reason:
-                index = sequence.request.index
-                done = Finished(index, sequence.generated, reason, sequence.scores)
+            done = self._finished_by(sequence, token)
+            if done is not None:
                 self._finished.append(done)
                 del self._slots[batch][slot]
         self._scored.extend((sequence.request.index, found) for sequence, found in told)
@@ -221,34 +217,30 @@ class Batcher:
         ends = frozenset(params.stop_token_ids)
         return ends if params.ignore_eos else ends | self.eos_token_ids
 
-    def _finish_reason(self, sequence: _Sequence, token: int) -> str | None:
-        params, count = sequence.request.params, len(sequence.generated)
-        if count <= len(sequence.request.given):
-            return "length" if count >= params.max_tokens else None
-        if token in self._ends(params):
-            return "stop"
-        if params.stop and count > params.min_tokens and self._ends_with_stop(sequence):
-            return "stop"
-        return "length" if count >= params.max_tokens else None
+    def _finished_by(self, sequence: _Sequence, token: int) -> Finished | None:
+        """The request's end, if the newest token is its last."""
+        request, params, count = sequence.request, sequence.request.params, len(sequence.generated)
+        reason = "length" if count >= params.max_tokens else None
+        stop: int | str | None = None
+        if count > len(request.given):
+            ends = token in self._ends(params)
+            stop = None if ends else self._newest_stop(sequence, count)
+            if ends or stop is not None:
+                reason = "stop"
+            if ends and (params.ignore_eos or token not in self.eos_token_ids):
+                stop = token
+        if reason is None:
+            return None
+        return Finished(request.index, sequence.generated, reason, sequence.scores, stop)
 
-    def _ends_with_stop(self, sequence: _Sequence) -> bool:
-        """Looks at as many last tokens as have the characters that a stop string can span.
-
-        Those are characters before the newest token, which may have any number of its own.
-        """
-        assert self.decode is not None, "stop strings need a tokenizer"
-        request, token_ids = sequence.request, sequence.token_ids
-        longest, last = max(map(len, request.params.stop)) + _CHANGED, len(token_ids)
-        begin, count = len(request.prompt_token_ids) + len(request.given), longest // 4 + 1
-        while True:
-            first = max(begin, last - 1 - count)
-            if first == begin or len(self.decode(token_ids, first, last - 1)) >= longest:
-                break
-            count *= 2
-        early = begin + request.params.min_tokens
-        searched_from = len(self.decode(token_ids, first, early)) if early > first else 0
-        text = self.decode(token_ids, first, last)
-        return first_stop(text, request.params.stop, searched_from) is not None
+    def _newest_stop(self, sequence: _Sequence, count: int) -> str | None:
+        """The stop string that the newest token completes."""
+        request, params = sequence.request, sequence.request.params
+        if not params.stop or count <= params.min_tokens:
+            return None
+        assert self.find_stop is not None, "stop strings need a tokenizer"
+        begin = len(request.prompt_token_ids) + len(request.given)
+        return self.find_stop(sequence.token_ids, begin, params)
 
 
 def _penalties(sequence: _Sequence) -> Penalties:

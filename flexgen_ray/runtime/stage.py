@@ -29,7 +29,7 @@ from flexgen_ray.models.host_kernel import (
 from flexgen_ray.paths import calibration_dir
 from flexgen_ray.request import Finished, Request
 from flexgen_ray.runtime import malloc
-from flexgen_ray.runtime.batcher import Batcher, Decode
+from flexgen_ray.runtime.batcher import Batcher, FindStop
 from flexgen_ray.runtime.cells import Cells, LogitsHook
 from flexgen_ray.runtime.crews import Cores, device_wait, divide_cores, make_crews
 from flexgen_ray.runtime.executor import AsyncExecutor, SerialExecutor
@@ -77,7 +77,10 @@ class Stage:
     """Weights loaded, memory taken; `run` generates, `close` gives the offload files back."""
 
     def __init__(
-        self, spec: StageSpec, decode: Decode | None = None, on_progress: OnProgress = ignore
+        self,
+        spec: StageSpec,
+        find_stop: FindStop | None = None,
+        on_progress: OnProgress = ignore,
     ) -> None:
         def tell(done: int, total: int) -> None:
             on_progress(Progress(phase=phase, done=done, total=total, unit="bytes"))
@@ -107,7 +110,7 @@ class Stage:
                 plan.num_batches,
                 plan.cell_tokens,
                 frozenset(plan.config.eos_token_ids),
-                decode,
+                find_stop,
                 spec.seed,
             )
             self._cells = Cells(plan, weights, self.batcher, self.tiers, attend)

@@ -29,6 +29,7 @@ from flexgen_ray.runtime.stage import LOADING, Stage, StageSpec, cores_for, host
 from flexgen_ray.runtime.threads import own_threads
 from flexgen_ray.runtime.watch import Pulse
 from flexgen_ray.schedule.span import Span
+from flexgen_ray.stops import StopStrings
 from flexgen_ray.tokenizer import Tokenizer
 
 
@@ -103,7 +104,8 @@ class Worker:
         if spec.model:
             spec = replace(spec, model=str(find_model(spec.model)))
         self._tokenizer = Tokenizer(spec.model) if spec.model else None
-        self._stage = Stage(spec, self._tokenizer.text if self._tokenizer else None, tell)
+        find_stop = StopStrings(self._tokenizer).newest if self._tokenizer else None
+        self._stage = Stage(spec, find_stop, tell)
         release_team()
 
     def loading(self) -> Progress:
