@@ -5,7 +5,8 @@ Checks options, turns prompts into requests, and gives them to the engine. Knows
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from flexgen_ray.models.checkpoint import checkpoint_config
 from flexgen_ray.models.registry import load_config
 from flexgen_ray.models.shapes import shape_config
 from flexgen_ray.paths import default_offload_dir, find_model
+from flexgen_ray.progress import counted, show_progress
 from flexgen_ray.prompts import (
     Chat,
     Make,
@@ -135,6 +137,7 @@ class LLM(Engine):
         sampling_params: SamplingParams | Iterable[SamplingParams] | None = None,
         *,
         errors: OnError = "raise",
+        use_tqdm: bool = False,
     ) -> list[RequestOutput]:
         """Answer every prompt; one output a prompt, in order.
 
@@ -143,9 +146,11 @@ class LLM(Engine):
         sampling_params: for all prompts, or an iterable of one for each; the model's own if None.
         errors: "raise" refuses all if a prompt can't be answered (ValueError, with its index);
         "return" gives an output with `.error` for it, and answers the others.
+        use_tqdm: show the progress on standard error, as a bar on a terminal, else in plain lines.
         """
         several = several_prompts(prompts)
-        return self._answer("prompts", several, sampling_params, self.request, errors)
+        with self._shown(use_tqdm):
+            return self._answer("prompts", several, sampling_params, self.request, errors)
 
     def chat(
         self,
@@ -153,6 +158,7 @@ class LLM(Engine):
         sampling_params: SamplingParams | Iterable[SamplingParams] | None = None,
         *,
         errors: OnError = "raise",
+        use_tqdm: bool = False,
         add_generation_prompt: bool | None = None,
         continue_final_message: bool = False,
         tools: list[dict[str, Any]] | None = None,
@@ -161,11 +167,11 @@ class LLM(Engine):
         """Answer every chat, formatted with the model's chat template; one output a chat, in order.
 
         messages: a list of {"role": ..., "content": ...}, or an iterable of such lists.
-        sampling_params, errors: as for `generate`. add_generation_prompt: end with what begins an
-        answer; the default, unless the final message is continued. continue_final_message: let the
-        answer go on with the final message. tools: functions that the model may call, as OpenAI
-        describes them; calls are part of the answer's text. chat_template_kwargs: variables for the
-        template, such as {"enable_thinking": False}.
+        sampling_params, errors, use_tqdm: as for `generate`. add_generation_prompt: end with what
+        begins an answer; the default, unless the final message is continued.
+        continue_final_message: let the answer go on with the final message. tools: functions that
+        the model may call, as OpenAI describes them; calls are part of the answer's text.
+        chat_template_kwargs: variables for the template, such as {"enable_thinking": False}.
         """
         variables = chat_template_kwargs or {}
         options = ChatOptions(tools, add_generation_prompt, continue_final_message, variables)
@@ -174,7 +180,21 @@ class LLM(Engine):
             return self.request(index, self.tokenizer.chat(parse_messages(chat), options), params)
 
         chats = several_chats(messages)
-        return self._answer("messages", chats, sampling_params, request, errors)
+        with self._shown(use_tqdm):
+            return self._answer("messages", chats, sampling_params, request, errors)
+
+    @contextmanager
+    def _shown(self, wanted: bool) -> Iterator[None]:
+        """Progress goes to standard error until the block ends, if wanted."""
+        if not wanted:
+            yield
+            return
+        before = self.on_progress
+        try:
+            with show_progress() as self.on_progress:
+                yield
+        finally:
+            self.on_progress = before
 
     def _answer(
         self, what: str, items: list, sampling_params: object, make: Make, errors: OnError
@@ -182,7 +202,8 @@ class LLM(Engine):
         own = self.get_default_sampling_params() if sampling_params is None else sampling_params
         params = several_params(own, len(items), what)
         self.tokenizer.check()
-        requests, outputs = make_requests(what, items, params, make, errors)
+        told = counted(items, self.on_progress, "tokenizing", what, len(items))
+        requests, outputs = make_requests(what, told, params, make, errors)
         self.prepare(requests)
         outputs += self.stream(requests)
         texts = map(text_of, items)

@@ -100,7 +100,7 @@ def several_params(params: object, num_prompts: int, what: str) -> list[Sampling
 
 def make_requests(
     what: str,
-    items: list,
+    items: Iterable,
     params: list[SamplingParams],
     make: Make,
     errors: OnError,
@@ -119,7 +119,7 @@ def make_requests(
         except ValueError as error:
             message = f"{what}[{index}]: {error}"
             if errors == "raise":
-                others = '; errors="return" would answer the others' if len(items) > 1 else ""
+                others = '; errors="return" would answer the others' if len(params) > 1 else ""
                 raise ValueError(message + others) from error
             failed.append(RequestOutput(index, text_of(item), [], error=message))
     return made, failed

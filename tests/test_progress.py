@@ -16,6 +16,7 @@ from flexgen_ray.config import Policy, Workload
 from flexgen_ray.cost.pipeline_plan import Job, Plan
 from flexgen_ray.cost.plan import StagePlan
 from flexgen_ray.events import Progress, Recovery, Standing
+from flexgen_ray.llm import LLM
 from flexgen_ray.models.shapes import shape_config
 from flexgen_ray.progress import LINE_SECONDS, Lines, counted, show_progress
 from flexgen_ray.request import Finished, Request, SamplingParams
@@ -126,6 +127,24 @@ def test_amounts_are_told_in_their_units(capfd):
         time.sleep(1.7)
     said = capfd.readouterr().err
     assert re.search(r"loading weights: 1.0 GiB of 4.0 GiB \(25%\), about \d+(\.\d)? s left", said)
+
+
+def test_generate_shows_progress_only_when_asked(text_model, capfd):
+    seen: list[Progress] = []
+    with LLM(
+        text_model, dtype="float32", device="cpu", use_ray=False, cpu_memory="64MiB",
+        gpu_memory="64MiB", on_progress=seen.append,
+    ) as llm:  # fmt: skip
+        llm.generate(["Hello", "there"], SamplingParams(max_tokens=3))
+        assert capfd.readouterr().err == ""
+        phases = list(dict.fromkeys(event.current_phase for event in seen if not event.note))
+        assert phases == ["tokenizing", "planning", "loading weights", "prefill", "decode"]
+        last = seen[-1].standing
+        assert last and (last.requests_done, last.new_tokens, last.seconds_left) == (2, 6, 0)
+        count = len(seen)
+        llm.chat([{"role": "user", "content": "Hi"}], errors="return", use_tqdm=True)
+        llm.generate("Hello", SamplingParams(max_tokens=3), use_tqdm=True)
+        assert len(LINE.findall(capfd.readouterr().err)) == 2 and len(seen) == count
 
 
 REQUESTS = st.lists(
