@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, Protocol
 
 from flexgen_ray.config import Deployment, HardwareSpec
@@ -10,7 +11,7 @@ from flexgen_ray.events import OnProgress, Progress, Recovery
 from flexgen_ray.request import Finished, Request
 from flexgen_ray.runtime.meter import Measured
 from flexgen_ray.runtime.pipeline import LocalPipeline
-from flexgen_ray.runtime.stage import EXECUTORS, StageSpec
+from flexgen_ray.runtime.stage import StageSpec
 from flexgen_ray.runtime.worker import Machine
 from flexgen_ray.schedule.span import Span
 
@@ -48,8 +49,10 @@ def start_backend(wanted: Deployment, on_progress: OnProgress) -> tuple[Backend,
         return LocalPipeline(count, wanted.threads), 0
     on_progress(Progress(phase="starting Ray"))
     from flexgen_ray.distributed.driver import Driver
+    from flexgen_ray.distributed.gpu_choice import only_gpu
 
-    driver = Driver(wanted, on_progress)
+    with only_gpu(wanted.device, wanted.address) as kind:
+        driver = Driver(replace(wanted, device=kind), on_progress)
     return driver, driver.reserved_cpu_bytes
 
 
@@ -68,13 +71,7 @@ def execution(
     hardware: HardwareSpec | str | None,
     trace: bool,
 ) -> dict[str, Any]:
-    """What of a StageSpec says how to run; ValueError for what can't be."""
-    if executor not in EXECUTORS:
-        raise ValueError(f"executor is {executor!r}; it must be one of {', '.join(EXECUTORS)}")
-    if not time_scale > 0:
-        raise ValueError(f"time_scale is {time_scale!r}; it must be above 0")
-    if isinstance(hardware, str) and hardware != "measured":
-        raise ValueError(f'hardware is {hardware!r}; it must be a HardwareSpec or "measured"')
+    """Fields of a StageSpec that say how to run."""
     return {
         "executor": executor,
         "hardware": pace or (None if isinstance(hardware, str) else hardware),

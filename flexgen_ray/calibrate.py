@@ -89,7 +89,7 @@ def memory_sizes(machine: Machine, gpu_memory: int | None) -> MemorySizes:
 
     Raises ValueError if that is more than there is.
     """
-    on_cuda = machine.device == "cuda"
+    on_cuda = machine.on_cuda
     free = machine.gpu_bytes if on_cuda else machine.cpu_bytes // 2
     gpu = free if gpu_memory is None else gpu_memory
     if gpu > machine.gpu_bytes:

@@ -22,7 +22,6 @@ from flexgen_ray.exits import exit_status, told_how_to_resume
 from flexgen_ray.io.files import write_text
 from flexgen_ray.options import (
     AddressOption,
-    Device,
     DeviceOption,
     GpuOption,
     InputOption,
@@ -195,7 +194,7 @@ def calibrate(
         typer.Option(writable=True, help="YAML to write. [default: in the user's cache]"),
     ] = None,
     offload_dir: OffloadOption = None,
-    device: DeviceOption = Device.auto,
+    device: DeviceOption = "auto",
     gpu_memory: GpuOption = None,
     quick: Annotated[bool, typer.Option("--quick", help="Seconds, not minutes; rough.")] = False,
     no_ray: Annotated[
@@ -212,7 +211,7 @@ def calibrate(
 
     gpu_bytes = None if gpu_memory is None else parse_bytes(gpu_memory)
     folder = offload_dir or default_offload_dir()
-    hardware = machine.calibrate(device.value, folder, gpu_bytes, quick, not no_ray)
+    hardware = machine.calibrate(device, folder, gpu_bytes, quick, not no_ray)
     path = output or hardware_file()
     machine.save(hardware, path)
     for what, figures in machine.summary(hardware):
@@ -221,7 +220,7 @@ def calibrate(
 
 
 @app.command(short_help="Show this node and what runs would use.")
-def info(device: DeviceOption = Device.auto, offload_dir: OffloadOption = None) -> None:
+def info(device: DeviceOption = "auto", offload_dir: OffloadOption = None) -> None:
     """Show this node's device and memory, what a run would use of them, and versions.
 
     Example: flexgen-ray info
@@ -229,7 +228,7 @@ def info(device: DeviceOption = Device.auto, offload_dir: OffloadOption = None) 
     from flexgen_ray.info import lines
     from flexgen_ray.paths import default_offload_dir
 
-    for what, figures in lines(device.value, offload_dir or default_offload_dir()):
+    for what, figures in lines(device, offload_dir or default_offload_dir()):
         typer.echo(f"{what:18}{figures}")
 
 

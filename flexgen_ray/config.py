@@ -5,11 +5,16 @@ Knows names, shapes and fractions. Does not know bytes per tier (cost/sizes.py) 
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from math import ceil
+from numbers import Real
 from pathlib import Path
 
 import yaml
+
+from flexgen_ray.names import explains_unknown, unknown_name
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 TRANSPORTS = ("auto", "nccl", "gloo")  # of hidden states, from stage to stage
@@ -17,8 +22,31 @@ TIERS = ("gpu", "cpu", "disk")
 BITS = (4, 8)
 _BITS = ("weight_bits", "embedding_bits", "cache_bits")
 LOSSY = (*_BITS, "attention_sparsity")  # what of a policy changes answers
+DEVICES = '"auto", "cpu", "cuda", or "cuda:N" for the GPU of number N'
+# FlexGen's own names, whose shares were percents.
+_FLEXGEN_PLACEMENT = "use {}=Placement(gpu=..., cpu=..., disk=...), fractions that sum to 1"
+_FLEXGEN_POLICY = {
+    **{f"{short}_{tier}_percent": _FLEXGEN_PLACEMENT.format(name)
+       for short, name in (("w", "weights"), ("cache", "cache"), ("act", "activations"))
+       for tier in ("gpu", "cpu", "disk")},
+    "compress_weight": "use weight_bits=4 or 8",
+    "compress_cache": "use cache_bits=4 or 8",
+    "attn_sparsity": "use attention_sparsity",
+    "cpu_cache_compute": "use cpu_attention=1.0",
+    "overlap": "give executor to LLM: \"async\" overlaps, \"serial\" doesn't",
+    "sep_layer": "attention and MLP are always planned together; leave it out",
+    "pin_weight": "host memory is always pinned; leave it out",
+}  # fmt: skip
+_OTHER_TIERS = {"host": "use cpu", "ram": "use cpu", "cuda": "use gpu", "device": "use gpu",
+                "ssd": "use disk", "nvme": "use disk"}  # fmt: skip
 
 
+def is_device(name: object) -> bool:
+    """True for the name of a device that a run may be put on, whether or not it is there."""
+    return isinstance(name, str) and re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", name) is not None
+
+
+@explains_unknown(_OTHER_TIERS)
 @dataclass(frozen=True)
 class Placement:
     """Fractions of something that lie on each tier; they sum to one."""
@@ -29,7 +57,7 @@ class Placement:
 
     def __post_init__(self) -> None:
         parts = (self.gpu, self.cpu, self.disk)
-        if any(not isinstance(part, int | float) or not 0 <= part <= 1 for part in parts):
+        if not all(_is_share(part) for part in parts):
             raise ValueError(f"{self} has a fraction outside 0 to 1; give fractions, not percents")
         if abs(sum(parts) - 1) > 1e-6:
             raise ValueError(f"{self} sums to {sum(parts):g}; the three fractions must sum to 1")
@@ -39,6 +67,7 @@ class Placement:
         return self.gpu, self.cpu, self.disk
 
 
+@explains_unknown(_FLEXGEN_POLICY)
 @dataclass(frozen=True)
 class Policy:
     """How a stage lays out and walks its work (FlexGen's policy, with its fractions named).
@@ -68,7 +97,8 @@ class Policy:
 
     def __post_init__(self) -> None:
         for name in _BITS:
-            if getattr(self, name) not in (None, *BITS):
+            bits = getattr(self, name)
+            if bits not in (None, *BITS) or not isinstance(bits, int | None):
                 known = ", ".join(map(str, BITS))
                 raise ValueError(
                     f"policy: {name} is {getattr(self, name)!r}; it must be one of {known}, or "
@@ -80,17 +110,21 @@ class Policy:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"policy: {name} is {value!r}; it must be an integer from 1 up")
-        if not isinstance(self.attention_sparsity, int | float) or not (
-            0 < self.attention_sparsity <= 1
-        ):
+        if not _is_share(self.attention_sparsity) or not self.attention_sparsity:
             raise ValueError(
                 f"policy: attention_sparsity is {self.attention_sparsity!r}; it is the share of "
                 "tokens that are attended, above 0 and at most 1"
             )
-        if not isinstance(self.cpu_attention, int | float) or not 0 <= self.cpu_attention <= 1:
+        if not _is_share(self.cpu_attention):
             raise ValueError(
                 f"policy: cpu_attention is {self.cpu_attention!r}; it is a share (0-1)"
             )
+        for name in ("weights", "cache", "activations"):
+            if not isinstance(getattr(self, name), Placement):
+                raise ValueError(
+                    f"policy: {name} is {getattr(self, name)!r}; it must be "
+                    "Placement(gpu=..., cpu=..., disk=...)"
+                )
 
     @property
     def block_size(self) -> int:
@@ -103,7 +137,7 @@ class Policy:
     @staticmethod
     def from_dict(values: dict) -> Policy:
         """Every key optional, unknown keys refused; ValueError names the key."""
-        _refuse_unknown("policy", values, Policy)
+        _refuse_unknown("policy", values, Policy, _FLEXGEN_POLICY)
         fields = dict(values)
         for name in ("weights", "cache", "activations"):
             if name in fields:
@@ -125,18 +159,21 @@ class Policy:
 def _placement(name: str, values: object) -> Placement:
     if not isinstance(values, dict):
         raise ValueError(f"policy: {name} is {values!r}; write e.g. {{gpu: 0.5, cpu: 0.5}}")
-    _refuse_unknown(f"policy: {name}", values, Placement)
+    _refuse_unknown(f"policy: {name}", values, Placement, _OTHER_TIERS)
     try:
         return Placement(**{tier: values.get(tier, 0.0) for tier in TIERS})
     except ValueError as error:
         raise ValueError(f"policy: {name}: {error}") from error
 
 
-def _refuse_unknown(where: str, values: dict, cls: type) -> None:
+def _refuse_unknown(where: str, values: dict, cls: type, hints: Mapping[str, str]) -> None:
     known = list(cls.__dataclass_fields__)  # type: ignore[attr-defined]
-    unknown = [key for key in values if key not in known]
-    if unknown:
-        raise ValueError(f"{where}: unknown key {unknown[0]!r}; known are {', '.join(known)}")
+    if sentence := unknown_name(where, "key", values, known, hints):
+        raise ValueError(sentence)
+
+
+def _is_share(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and 0 <= float(value) <= 1
 
 
 @dataclass(frozen=True)
@@ -230,11 +267,12 @@ class Faults:
     restart_seconds: float = 120.0
 
     def __post_init__(self) -> None:
-        if self.max_restarts < 0:
-            raise ValueError(f"max_restarts is {self.max_restarts}; it must be 0 or more")
+        if not isinstance(self.max_restarts, int) or self.max_restarts < 0:
+            raise ValueError(f"max_restarts is {self.max_restarts!r}; it must be 0 or more")
         for name in ("stall_seconds", "restart_seconds"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
+            seconds = getattr(self, name)
+            if not isinstance(seconds, int | float) or not seconds > 0:
+                raise ValueError(f"{name} is {seconds!r}; it must be a number above 0")
 
 
 @dataclass(frozen=True)

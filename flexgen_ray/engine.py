@@ -71,7 +71,7 @@ class Engine:
         try:
             folder = str(settings.offload_dir)
             self.machines = self._backend.probe(settings.deployment.device, folder)
-            if settings.execution["time_scale"] and self.machines[0].device == "cuda":
+            if settings.execution["time_scale"] and self.machines[0].on_cuda:
                 raise ValueError("pace emulates hardware with CPU ops; give device=cpu with it")
             self.budgets = settle_budgets(self.machines, settings.limits, reserved)
             self.dtype = settle_dtype(settings.dtype, config.dtype, self.machines)
@@ -99,7 +99,7 @@ class Engine:
         )
         if self._plans is not None and self._plans[0].workload.covers(workload):
             return
-        on_cuda = self.machines[0].device == "cuda"
+        on_cuda = self.machines[0].on_cuda
         stages_disk = on_cuda or settings.execution["time_scale"] is not None
         hops_on_device = on_cuda and self._backend.uses_nccl
         run = Run(self.config, self.dtype, stages_disk, hops_on_device, workload, settings.base)

@@ -20,7 +20,7 @@ def lines(device: str, offload_dir: Path) -> list[tuple[str, str]]:
     free = (machine.gpu_bytes, machine.cpu_bytes, machine.disk_bytes)
     used = (budget.gpu, budget.cpu, budget.disk)
     kinds = ("GPU memory", "host memory", "disk")
-    if machine.device != "cuda":
+    if not machine.on_cuda:
         kinds = ("device memory", *kinds[1:])
     return [
         ("node", f"{machine.host}, {machine.num_threads} cores of {known['hardware']['cpu']}"),

@@ -16,11 +16,13 @@ from flexgen_ray.config import Deployment, Faults, HardwareSpec, Policy
 from flexgen_ray.engine import Engine, Settings
 from flexgen_ray.events import OnProgress, ignore
 from flexgen_ray.fitting import generation, scoring
+from flexgen_ray.llm_options import ELSEWHERE, check_values
 from flexgen_ray.messages import ChatOptions, parse_messages
 from flexgen_ray.model_defaults import model_defaults
 from flexgen_ray.models.checkpoint import checkpoint_config
 from flexgen_ray.models.registry import load_config
 from flexgen_ray.models.shapes import shape_config
+from flexgen_ray.names import explains_unknown
 from flexgen_ray.paths import default_offload_dir, find_model
 from flexgen_ray.progress import counted, show_progress
 from flexgen_ray.prompts import (
@@ -42,6 +44,7 @@ from flexgen_ray.tokenizer import Tokenizer
 from flexgen_ray.units import parse_bytes
 
 
+@explains_unknown(ELSEWHERE)
 class LLM(Engine):
     """A model ready to generate, larger than the GPU if need be.
 
@@ -88,11 +91,19 @@ class LLM(Engine):
         hardware: HardwareSpec | str | None = None,
         trace: bool = False,
         load_format: str = "auto",
+        weight_bits: int | None = None,
+        embedding_bits: int | None = None,
+        cache_bits: int | None = None,
+        attention_sparsity: float | None = None,
         on_progress: OnProgress = ignore,
-        **lossy: int | float | None,
     ) -> None:
-        if load_format not in ("auto", "dummy"):
-            raise ValueError(f"load_format is {load_format!r}; it must be auto or dummy")
+        check_values(locals())
+        lossy: dict[str, int | float | None] = {
+            "weight_bits": weight_bits,
+            "embedding_bits": embedding_bits,
+            "cache_bits": cache_bits,
+            "attention_sparsity": attention_sparsity,
+        }
         self._is_dummy = load_format == "dummy"
         is_shape = self._is_dummy and not Path(model).exists()
         self.model = Path(model) if is_shape else find_model(model)
@@ -122,7 +133,7 @@ class LLM(Engine):
                 faults=faults or Faults(),
                 threads=threads,
             ),
-            seed=seed,
+            seed=int(seed),
             execution=execution(executor, pace, time_scale, hardware, trace),
             measures=hardware == "measured" and pace is None,
         )

@@ -19,10 +19,12 @@ class Dtype(StrEnum):
     bfloat16 = "bfloat16"
 
 
-class Device(StrEnum):
-    auto = "auto"
-    cuda = "cuda"
-    cpu = "cpu"
+def _device(name: str) -> str:
+    from flexgen_ray.config import DEVICES, is_device
+
+    if not is_device(name):
+        raise typer.BadParameter(f"{name!r} must be {DEVICES}")
+    return name
 
 
 ModelOption = Annotated[
@@ -71,7 +73,14 @@ DtypeOption = Annotated[
         help="auto: the checkpoint's on a GPU; on a CPU float32, or bfloat16 if both have it."
     ),
 ]
-DeviceOption = Annotated[Device, typer.Option(help="auto: a CUDA GPU if there is one.")]
+DeviceOption = Annotated[
+    str,
+    typer.Option(
+        metavar="[auto|cpu|cuda|cuda:N]",
+        callback=_device,
+        help="Where the layers run; auto is a CUDA GPU if there is one, cuda:1 the second one.",
+    ),
+]
 PolicyOption = Annotated[
     Path | None,
     typer.Option(
@@ -148,7 +157,7 @@ JsonOption = Annotated[
 def _engine(
     model: ModelOption,
     dtype: DtypeOption = Dtype.auto,
-    device: DeviceOption = Device.auto,
+    device: DeviceOption = "auto",
     policy: PolicyOption = None,
     weight_bits: WeightBitsOption = None,
     cache_bits: CacheBitsOption = None,
@@ -171,7 +180,7 @@ def _engine(
     from flexgen_ray.config import Faults
 
     return {
-        "model": model, "dtype": dtype.value, "device": device.value, "policy": policy,
+        "model": model, "dtype": dtype.value, "device": device, "policy": policy,
         "weight_bits": weight_bits, "cache_bits": cache_bits, "embedding_bits": embedding_bits,
         "attention_sparsity": sparsity,
         "gpu_memory": gpu_memory, "cpu_memory": cpu_memory, "disk_memory": disk_memory,

@@ -7,10 +7,36 @@ from dataclasses import dataclass, field
 from numbers import Number
 from typing import NamedTuple
 
+from flexgen_ray.names import explains_unknown
+
+# Names of vLLM, OpenAI and transformers that have another one here, or none.
+_ELSEWHERE = {
+    "best_of": "use n, and choose among the answers by cumulative_logprob",
+    "num_return_sequences": "use n",
+    "max_new_tokens": "use max_tokens",
+    "max_length": "use max_tokens, which counts new tokens alone",
+    "min_new_tokens": "use min_tokens",
+    "do_sample": "use temperature=0 for greedy answers",
+    "stop_strings": "use stop",
+    "eos_token_id": "use stop_token_ids",
+    "top_logprobs": "use logprobs",
+    **dict.fromkeys(
+        ("use_beam_search", "num_beams", "beam_width", "length_penalty", "early_stopping"),
+        "there is no beam search here; leave it out",
+    ),
+    **dict.fromkeys(
+        ("guided_decoding", "structured_outputs", "response_format", "guided_json"),
+        "answers can't be held to a grammar here; say the form in the prompt",
+    ),
+    "logits_processors": "code of yours can't run between tokens here; leave it out",
+    "truncate_prompt_tokens": "cut the prompt's token ids yourself",
+    "detokenize": "answers always have their text; leave it out",
+}
 MAX_LOGPROBS = 20
 MAX_SAMPLES = 128
 
 
+@explains_unknown(_ELSEWHERE)
 @dataclass(frozen=True)
 class SamplingParams:
     """How to choose tokens, and when to stop.

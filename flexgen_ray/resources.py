@@ -34,7 +34,7 @@ def _settle_share(
 ) -> Budget:
     if num_stages == 1:
         return settle_budget(machine, limits, reserved)
-    on_cuda = machine.device == "cuda"
+    on_cuda = machine.on_cuda
     gpu = machine.gpu_bytes // on_gpu if on_cuda else machine.cpu_bytes // num_stages
     share = replace(
         machine,
@@ -58,7 +58,7 @@ def settle_budget(machine: Machine, limits: dict[str, int | None], reserved: int
     gpu, cpu, disk = limits["gpu"], limits["cpu"], limits["disk"]
     disk = int(machine.disk_bytes * DISK_SHARE) if disk is None else disk
     host = int(machine.cpu_bytes * HOST_SHARE)
-    if machine.device == "cuda":
+    if machine.on_cuda:
         gpu = int(machine.gpu_bytes * GPU_SHARE) if gpu is None else gpu
         cpu = host if cpu is None else cpu
     else:
@@ -85,7 +85,7 @@ def settle_budget(machine: Machine, limits: dict[str, int | None], reserved: int
                 f"--{tier}-memory {format_bytes(size)} is more than the {format_bytes(free)} free "
                 f"on {machine.host}; lower it"
             )
-    if machine.device == "cuda":
+    if machine.on_cuda:
         gpu = max(gpu - CUDA_RESERVE, 0)
     return Budget(gpu, cpu - reserved, disk)
 
@@ -97,7 +97,7 @@ def settle_dtype(wanted: str, checkpoint: str, machines: list[Machine]) -> str:
     if wanted != "auto":
         return wanted
     are_fast = all(machine.is_fast_in_bfloat16 for machine in machines)
-    if machines[0].device == "cuda":
+    if machines[0].on_cuda:
         return "float16" if checkpoint == "bfloat16" and not are_fast else checkpoint
     is_bfloat16 = checkpoint == "bfloat16" and are_fast
     return "bfloat16" if is_bfloat16 else "float32"

@@ -1,6 +1,7 @@
 """Bytes and seconds as people write them: `16GiB` in, `15.2 GiB` and `3.2 h` out."""
 
 import re
+from operator import index
 
 _UNITS = {"": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 _UNITS |= {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
@@ -8,8 +9,8 @@ _UNITS |= {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 
 def parse_bytes(text: str | int) -> int:
     """`16GiB`, `512 MiB`, `1.5GB` or a plain number, in bytes; ValueError otherwise."""
-    if isinstance(text, int):
-        return text
+    if not isinstance(text, str):
+        return index(text)
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     if match is None or match[2].lower() not in _UNITS:
         raise ValueError(f"{text!r} is not a size; write 16GiB, 512MiB or a number of bytes")

@@ -199,3 +199,10 @@ def test_a_quick_calibration_measures_the_gpu(tmp_path):
     assert hardware.rates("float16", 1, 16, 1024).device_bytes_per_s > 0
     assert list(tmp_path.iterdir()) == []
     assert torch.ones(1, device="cuda").item() == 1  # no error was left behind
+
+
+def test_the_gpu_of_a_number_is_the_one_that_is_used(text_model):
+    last = f"cuda:{torch.cuda.device_count() - 1}"
+    with LLM(text_model, device=last, use_ray=False, dtype="float32") as llm:
+        assert llm.machines[0].device == last
+        assert llm.generate("x", SamplingParams(2)) and torch.cuda.memory_allocated(last)

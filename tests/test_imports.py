@@ -14,18 +14,20 @@ import flexgen_ray
 ROOT = Path(flexgen_ray.__file__).parent
 FOUNDATION = {
     "units", "config", "model_config", "events", "request", "messages", "prompts", "rows",
+    "names",
 }  # fmt: skip
 MAY_IMPORT = {
+    "names": set(),
     "units": set(),
-    "config": set(),
+    "config": {"names"},
     "model_config": set(),
-    "request": set(),
+    "request": {"names"},
     "events": {"request"},
     "messages": set(),
     "prompts": {"request"},
     "rows": set(),
     "schedule": set(),
-    "cost": {"config", "model_config", "units", "rows", "schedule", "paths", "quant"},
+    "cost": {"config", "names", "model_config", "units", "rows", "schedule", "paths", "quant"},
     "quant": FOUNDATION,
     "models": FOUNDATION | {"quant"},
     "store": FOUNDATION | {"schedule", "cost", "models", "quant"},

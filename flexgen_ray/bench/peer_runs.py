@@ -23,6 +23,7 @@ from flexgen_ray.bench.work import OURS, Run, Work
 from flexgen_ray.llm import LLM
 from flexgen_ray.report import environment
 from flexgen_ray.request import Request, SamplingParams
+from flexgen_ray.runtime.worker import find_device
 
 WARM_UP_PROMPTS, WARM_UP_TOKENS = 2, 2
 
@@ -73,8 +74,8 @@ class Ours:
 def run(work: Work, peer: str, batch_size: int | None) -> Run:
     """One timed run; raises whatever the contestant raises."""
     torch.set_num_threads(work.threads)
-    uses_cuda = work.device != "cpu" and torch.cuda.is_available()
-    device = torch.device("cuda", 0) if uses_cuda else torch.device("cpu")
+    device = find_device(work.device)
+    uses_cuda = device.type == "cuda"
     if uses_cuda and work.gpu_memory is not None:
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(work.gpu_memory / total, 1.0))

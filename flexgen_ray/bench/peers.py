@@ -24,7 +24,7 @@ from flexgen_ray.bench.shapes import SHAPES, make_checkpoint
 from flexgen_ray.bench.standings import reference, standings, table
 from flexgen_ray.bench.work import OURS, Run, Work
 from flexgen_ray.config import DTYPE_BYTES
-from flexgen_ray.options import JsonOption
+from flexgen_ray.options import DeviceOption, JsonOption
 from flexgen_ray.tokenizer import Tokenizer
 from flexgen_ray.units import format_bytes, parse_bytes
 
@@ -54,7 +54,7 @@ def peers(
     num_prompts: Annotated[int, typer.Option(help="At most so many prompts.")] = 32,
     max_tokens: Annotated[int, typer.Option(help="Exactly so many new tokens a prompt.")] = 64,
     dtype: Annotated[str, typer.Option(help=f"Everyone's: {', '.join(DTYPE_BYTES)}.")] = "float32",
-    device: Annotated[str, typer.Option(help="auto, cuda or cpu.")] = "auto",
+    device: DeviceOption = "auto",
     threads: Annotated[int | None, typer.Option(help="Everyone's; all cores.")] = None,
     peers: Annotated[str, typer.Option(help=f"Any of {', '.join(PACKAGES)}.")] = _DEFAULT,
     batch_sizes: Annotated[

@@ -17,7 +17,6 @@ from flexgen_ray.bench.result import finish
 from flexgen_ray.llm import LLM
 from flexgen_ray.options import (
     CpuOption,
-    Device,
     DeviceOption,
     DiskOption,
     Dtype,
@@ -44,7 +43,7 @@ def throughput(
     ] = None,
     policy: PolicyOption = None,
     dtype: DtypeOption = Dtype.auto,
-    device: DeviceOption = Device.auto,
+    device: DeviceOption = "auto",
     gpu_memory: GpuOption = None,
     cpu_memory: CpuOption = None,
     disk_memory: DiskOption = None,
@@ -58,7 +57,7 @@ def throughput(
     Example: flexgen-ray bench throughput --model opt-30b --gpu-memory 16GiB --policy 30b.yaml
     """
     options: dict[str, Any] = {
-        "policy": policy, "dtype": dtype.value, "device": device.value, "gpu_memory": gpu_memory,
+        "policy": policy, "dtype": dtype.value, "device": device, "gpu_memory": gpu_memory,
         "cpu_memory": cpu_memory, "disk_memory": disk_memory, "offload_dir": offload_dir,
         "executor": executor, "hardware": "measured", "trace": trace is not None, "use_ray": False,
         "load_format": "auto" if Path(model).is_dir() else "dummy",

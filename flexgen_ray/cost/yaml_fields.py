@@ -17,6 +17,7 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 
+from flexgen_ray.names import NO_HINTS, unknown_name
 from flexgen_ray.units import parse_bytes
 
 Table = tuple[tuple[int, float], ...]  # {number: rate} in YAML, numbers rising
@@ -38,8 +39,8 @@ def from_values(cls: type[T], values: object, where: str) -> T:
     if not isinstance(values, dict):
         raise ValueError(f"{where} is {values!r}; it must hold keys and values")
     kinds = get_type_hints(cls)
-    if unknown := [key for key in values if key not in kinds]:
-        raise ValueError(f"{where}: unknown key {unknown[0]!r}; known are {', '.join(kinds)}")
+    if sentence := unknown_name(where, "key", values, kinds, NO_HINTS):
+        raise ValueError(sentence)
     own: Any = cls
     wanted = [it.name for it in fields(own) if it.default is it.default_factory is MISSING]
     if missing := [name for name in wanted if name not in values]:

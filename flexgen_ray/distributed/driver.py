@@ -98,7 +98,8 @@ class Driver:
         return OBJECT_STORE_BYTES if self._own_cluster else 0
 
     def probe(self, device: str, offload_dir: str) -> list[Machine]:
-        return self._each("probe", device, offload_dir)
+        # Of cuda:1 too, for a stage sees no other GPU than its own.
+        return self._each("probe", device.partition(":")[0], offload_dir)
 
     def pids(self) -> list[int]:
         """Of the stages' processes, each on its node."""

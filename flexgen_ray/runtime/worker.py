@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from flexgen_ray.config import HardwareSpec
+from flexgen_ray.config import DEVICES, HardwareSpec, is_device
 from flexgen_ray.cost.hardware import Hardware
 from flexgen_ray.events import OnProgress, Progress, ignore
 from flexgen_ray.paths import find_model
@@ -49,6 +49,11 @@ class Machine:
     hardware: Hardware | None = None
     gpu_id: str = ""
 
+    @property
+    def on_cuda(self) -> bool:
+        """True where layers run on a GPU, rather than on the host's cores."""
+        return self.device.startswith("cuda")
+
 
 class Worker:
     """One stage in this process. threads: see own_threads for None."""
@@ -61,20 +66,19 @@ class Worker:
         torch.set_num_threads(self._num_threads)
 
     def probe(self, device: str, offload_dir: str, is_calibrated: bool = True) -> Machine:
-        """device: auto, cuda or cpu; ValueError if cuda is asked for and not there.
+        """Find out what this machine has free; ValueError if it lacks the device.
 
-        is_calibrated: what was measured of this node counts, if it was.
+        device: auto, cpu, cuda or cuda:N, which becomes the process's current CUDA device.
+        is_calibrated: use the rates that were measured on this node, if they were.
         """
-        if device == "cuda" and not torch.cuda.is_available():
-            raise ValueError(
-                f"--device cuda, but {socket.gethostname()} has no CUDA device that torch can use; "
-                "use --device cpu, or install a CUDA build of torch"
-            )
-        uses_cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+        chosen = find_device(device)
+        uses_cuda = chosen.type == "cuda"
+        if uses_cuda:
+            torch.cuda.set_device(chosen)
         memory = free_memory()
         return Machine(
             host=socket.gethostname(),
-            device="cuda" if uses_cuda else "cpu",
+            device=str(chosen),
             device_name=torch.cuda.get_device_name() if uses_cuda else "CPU",
             gpu_bytes=torch.cuda.mem_get_info()[0] if uses_cuda else memory,
             cpu_bytes=memory,
@@ -164,6 +168,30 @@ class Worker:
                 # Each stream that has multiplied has one, which the next stage's won't use.
                 torch._C._cuda_clearCublasWorkspaces()  # type: ignore[attr-defined]
                 torch.cuda.empty_cache()
+
+
+def find_device(name: str) -> torch.device:
+    """torch's device for auto, cpu, cuda or cuda:N; auto is the current GPU if there is one.
+
+    Raises ValueError for other names, and for a GPU that isn't there.
+    """
+    if not is_device(name):
+        raise ValueError(f"device is {name!r}; it must be {DEVICES}")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "cpu" or (name == "auto" and not count):
+        return torch.device("cpu")
+    if not count:
+        raise ValueError(
+            f"--device {name}, but {socket.gethostname()} has no CUDA device that torch can use; "
+            "use --device cpu, or install a CUDA build of torch"
+        )
+    index = int(name[5:]) if name.startswith("cuda:") else torch.cuda.current_device()
+    if index >= count:
+        raise ValueError(
+            f"--device {name}, but {socket.gethostname()} has {count} CUDA devices that torch can "
+            f"use; the last one is cuda:{count - 1}"
+        )
+    return torch.device("cuda", index)
 
 
 def _calibrated(uses_cuda: bool) -> Hardware | None:

@@ -1,0 +1,56 @@
+"""Unknown names, refused with the nearest known one, or with what to use in their place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from difflib import get_close_matches
+from functools import wraps
+from inspect import signature
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+NO_HINTS: Mapping[str, str] = {}
+
+
+def unknown_name(
+    owner: str, kind: str, names: Iterable[object], known: Iterable[str], hints: Mapping[str, str]
+) -> str | None:
+    """A sentence on the first name that isn't known; None if all are.
+
+    hints: for names of other systems, what to use here. Else the nearest known name is said.
+    """
+    known = list(known)
+    name = next((name for name in names if name not in known), None)
+    if name is None:
+        return None
+    start = f"{owner}: unknown {kind} {name!r}"
+    if name in hints:
+        return f"{start}; {hints[str(name)]}"
+    near = get_close_matches(str(name), known, n=1, cutoff=0.6)
+    if near:
+        return f"{start}; did you mean {near[0]}?"
+    return f"{start}; known are {', '.join(known)}"
+
+
+def explains_unknown(hints: Mapping[str, str] = NO_HINTS) -> Callable[[type[T]], type[T]]:
+    """Class decorator: a constructor's TypeError for an unknown option says what to use instead."""
+
+    def decorate(cls: type[T]) -> type[T]:
+        own: Any = cls
+        construct = own.__init__
+        known = list(signature(construct).parameters)[1:]
+
+        @wraps(construct)
+        def explained(self: T, *values: Any, **options: Any) -> None:
+            try:
+                construct(self, *values, **options)
+            except TypeError:
+                sentence = unknown_name(cls.__name__, "option", options, known, hints)
+                if sentence is None:
+                    raise
+                raise TypeError(sentence) from None
+
+        own.__init__ = explained
+        return cls
+
+    return decorate
