@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 
 import pytest
 
 from flexgen_ray import LLM
+from flexgen_ray.runtime.cgroups import usable_cores
 from flexgen_ray.runtime.threads import own_threads, users_threads
 
 JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
-CORES = len(os.sched_getaffinity(0))
+CORES = usable_cores()
 
 
 def of_job(**env_vars: str) -> str:

@@ -1,10 +1,14 @@
-"""How many host threads a process that does a stage's work uses. Knows the environment only."""
+"""How many host threads a process that does a stage's work uses.
+
+Knows environment variables and the cores that there are.
+"""
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
+
+from flexgen_ray.runtime.cgroups import usable_cores
 
 _OPENMP = "OMP_NUM_THREADS"
 _JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # in the driver of a submitted job
@@ -24,12 +28,12 @@ def users_threads(environment: Mapping[str, str]) -> int | None:
 
 
 def own_threads(environment: Mapping[str, str]) -> int:
-    """Threads for work in this process: the user's number, a Ray task's cores, or all cores."""
+    """Threads for work in this process: the user's number, a Ray task's cores, or all usable."""
     threads = users_threads(environment)
     if threads is None and _is_in_ray(environment) and _JOB_CONFIG not in environment:
         # A task's or an actor's: others may have the rest of the node.
         threads = _first_number(environment.get(_OPENMP)) if "RAY_JOB_ID" in environment else None
-    return threads or len(os.sched_getaffinity(0))
+    return threads or usable_cores()
 
 
 def _is_in_ray(environment: Mapping[str, str]) -> bool:

@@ -20,7 +20,7 @@ from flexgen_ray.events import OnProgress, Progress, ignore
 from flexgen_ray.paths import find_model
 from flexgen_ray.request import Finished, Request
 from flexgen_ray.runtime.cells import LogitsHook
-from flexgen_ray.runtime.free_memory import free_memory
+from flexgen_ray.runtime.cgroups import free_memory
 from flexgen_ray.runtime.link import Link
 from flexgen_ray.runtime.meter import Measured
 from flexgen_ray.runtime.openmp import release_team

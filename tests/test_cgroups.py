@@ -1,7 +1,8 @@
-"""Free memory is what the nearest limit leaves, machine's or container's; page cache is free."""
+"""Memory and cores are those that the nearest limit leaves, the machine's or a container's."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -9,7 +10,7 @@ import psutil
 import pytest
 
 from flexgen_ray.bench.cgroup import MemoryCgroup
-from flexgen_ray.runtime.free_memory import free_memory
+from flexgen_ray.runtime.cgroups import free_memory, usable_cores
 
 MIB = 2**20
 
@@ -77,7 +78,7 @@ def test_without_a_limit_the_machine_s_memory_counts(tmp_path, most):
 
 
 def test_a_process_in_a_cgroup_finds_its_limit():
-    code = "from flexgen_ray.runtime.free_memory import free_memory; print(free_memory())"
+    code = "from flexgen_ray.runtime.cgroups import free_memory; print(free_memory())"
     try:
         with MemoryCgroup(900 * MIB) as cgroup:
             command = cgroup.wrap([sys.executable, "-c", code])
@@ -85,3 +86,31 @@ def test_a_process_in_a_cgroup_finds_its_limit():
     except OSError as error:
         pytest.skip(f"no cgroup can be made here: {error}")
     assert 500 * MIB < int(done.stdout) <= 900 * MIB
+
+
+CORES = len(os.sched_getaffinity(0))
+
+
+@pytest.mark.parametrize(
+    ("files", "lines", "cores"),
+    [
+        ({"pod/cpu.max": "100000 100000\n"}, ["0::/pod/job"], 1),
+        ({"pod/job/cpu.max": "20000 100000\n"}, ["0::/pod/job"], 1),
+        ({"pod/cpu.max": "100000 100000", "pod/job/cpu.max": "max 100000"}, ["0::/pod/job"], 1),
+        ({"cpu.max": "max 100000\n"}, ["0::/"], CORES),
+        ({"cpu.max": f"{CORES * 100000 + 1} 100000\n"}, ["0::/"], CORES),
+        (
+            {"cpu,cpuacct/a/cpu.cfs_quota_us": "50000", "cpu,cpuacct/a/cpu.cfs_period_us": "50000"},
+            ["5:cpu,cpuacct:/a"],
+            1,
+        ),
+        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "1"}, ["5:cpu:/docker/1"], CORES),
+        ({}, ["0::/", "1:cpuset:/"], CORES),
+    ],
+)
+def test_cores_are_those_of_the_nearest_quota(tmp_path, files, lines, cores):
+    for name, text in files.items():
+        (tmp_path / "root" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "root" / name).write_text(text)
+    (tmp_path / "membership").write_text("".join(f"{line}\n" for line in lines))
+    assert usable_cores(tmp_path / "root", tmp_path / "membership") == cores
