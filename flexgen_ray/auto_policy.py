@@ -7,7 +7,7 @@ job's requests need; no Ray.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import fmean
 
 from flexgen_ray.config import Budget, HardwareSpec, Policy, Workload
@@ -62,7 +62,7 @@ class Run:
         planner = Planner(
             self.config,
             devices,
-            job_of(requests),
+            self._job(requests),
             self.dtype,
             Search(base=self.base),
             stages_disk=self.stages_disk,
@@ -75,6 +75,12 @@ class Run:
             tuple(stage.num_decoder_layers for stage in plan.stages),
         )
         return Settled(self._stages(chosen, budgets), plan, planner.rates(plan.stages[0].policy))
+
+    def _job(self, requests: Sequence[Request]) -> Job:
+        """What the requests need on average, and at most what the workload has room for."""
+        longest, prompt_len = self.workload.max_seq_len, self.workload.max_prompt_len
+        max_tokens = max(longest - prompt_len, 1)
+        return replace(job_of(requests), prompt_len=prompt_len, max_tokens=max_tokens)
 
     def _stages(self, policies: StagePolicies | None, budgets: list[Budget]) -> list[StagePlan]:
         return plan_stages(

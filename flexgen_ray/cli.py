@@ -116,7 +116,7 @@ def generate(
     facts = lossy_facts(engine["policy"], **lossy) | {"keep_order": keep_order, "seed": seed}
     is_dummy = engine["load_format"] == "dummy"
     model = f"dummy {engine['model']}" if is_dummy else str(find_model(engine["model"], _say))
-    facts |= {"model": model, "dtype": engine["dtype"]}
+    facts |= {"model": model, "dtype": engine["dtype"], "max_model_len": engine["max_model_len"]}
     defaults = SamplingParams(**({} if is_dummy else model_defaults(Path(model))) | given)
     with Journal(output, overwrite, keep_order) as journal, told_how_to_resume(journal):
         with show_progress() as show:

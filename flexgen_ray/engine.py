@@ -35,7 +35,8 @@ class Settings:
     weights: a folder or hub name, looked up on each stage's node; None makes weights up. base: what
     a policy that is chosen takes over, its lossy options. limits: bytes of each tier, None for what
     is free. execution: fields of StageSpec that say how to run. measures: measure this machine's
-    rates before the weights are loaded.
+    rates before the weights are loaded. max_model_len: plan for requests of so many tokens, however
+    short they are.
     """
 
     weights: str | None
@@ -48,6 +49,7 @@ class Settings:
     seed: int
     execution: dict[str, Any]
     measures: bool
+    max_model_len: int | None = None
 
 
 class Engine:
@@ -90,13 +92,7 @@ class Engine:
         self.tokenizer.check()
         requests = Samples(requests).requests
         settings = self.settings
-        workload = Workload(
-            # How many there are matters to the default policy alone.
-            num_requests=1 if settings.policies else len(requests),
-            max_prompt_len=max(len(request.prompt_token_ids) for request in requests),
-            max_seq_len=max(request.max_seq_len for request in requests),
-            resumes=self._backend.resumes,
-        )
+        workload = self._workload(requests)
         if self._plans is not None and self._plans[0].workload.covers(workload):
             return
         on_cuda = self.machines[0].on_cuda
@@ -105,11 +101,29 @@ class Engine:
         run = Run(self.config, self.dtype, stages_disk, hops_on_device, workload, settings.base)
         self.on_progress(Progress(phase="planning"))
         found = run.plan(settings.policies, self.machines, self.budgets, requests)
+        if self._plans is not None and list(map(_shape, found.stages)) == list(
+            map(_shape, self._plans)
+        ):
+            self._plans = found.stages
+            return
         self._plans = None
         started = time.perf_counter()
         self._load(found)
         self._plans = found.stages
         self.report = Report(time.perf_counter() - started, found.predicted)
+
+    def _workload(self, requests: list[Request]) -> Workload:
+        """What these requests ask of the stores; with max_model_len, what any such request may."""
+        longest = self.settings.max_model_len
+        prompts = (len(request.prompt_token_ids) for request in requests)
+        return Workload(
+            # How many there are matters to the default policy alone.
+            num_requests=1 if self.settings.policies else len(requests),
+            max_prompt_len=longest or max(prompts),
+            # The last token of a text that is scored needs no place in the context.
+            max_seq_len=longest + 1 if longest else max(it.max_seq_len for it in requests),
+            resumes=self._backend.resumes,
+        )
 
     def _load(self, settled: Settled) -> None:
         """Bring every stage up with its plan, and with the rates that its ops are modelled by."""
@@ -203,3 +217,8 @@ class Engine:
             self._run.close()
             self._run = None
             self._plans = None
+
+
+def _shape(plan: StagePlan) -> StagePlan:
+    """The plan for any number of requests: a stage of this plan serves them all."""
+    return replace(plan, workload=replace(plan.workload, num_requests=1))

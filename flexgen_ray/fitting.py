@@ -9,20 +9,22 @@ from flexgen_ray.request import Request, SamplingParams
 
 
 def generation(
-    index: int, token_ids: list[int], params: SamplingParams, config: ModelConfig
+    index: int, token_ids: list[int], params: SamplingParams, config: ModelConfig, limit: int
 ) -> Request:
-    """An answer that would outgrow the context ends there. Without one, the prompt is scored."""
-    limit = config.max_seq_len
+    """A request for an answer, which ends where prompt and answer reach `limit` tokens.
+
+    Without an answer the prompt is scored. ValueError says why the prompt doesn't fit.
+    """
     if not token_ids:
         raise ValueError("the prompt is empty; give at least one token")
     if not params.max_tokens:
-        scored = scoring(index, token_ids, 1, False, config)
+        scored = scoring(index, token_ids, 1, False, config, limit)
         asked = replace(params, max_tokens=1, temperature=0.0)
         return replace(scored, params=asked, top=params.prompt_logprobs or 0)
     if len(token_ids) >= limit:
         raise ValueError(
-            f"the prompt has {len(token_ids)} tokens, but the model's context is {limit} "
-            "tokens, and one must be left for the answer; shorten the prompt"
+            f"the prompt has {len(token_ids)} tokens, but {_named(limit, config)}, and one must be "
+            "left for the answer; shorten the prompt"
         )
     _check_vocabulary([*token_ids, *params.stop_token_ids], config)
     _check_ends(params, config)
@@ -36,14 +38,17 @@ def generation(
 
 
 def scoring(
-    index: int, token_ids: list[int], first: int, in_decode: bool, config: ModelConfig
+    index: int, token_ids: list[int], first: int, in_decode: bool, config: ModelConfig, limit: int
 ) -> Request:
-    """The last token, at least, is given rather than prefilled: it needs no pass of its own."""
-    count, limit = len(token_ids), config.max_seq_len
+    """A request that scores tokens from `first` on, with `limit` tokens before the last at most.
+
+    The last token, at least, is given rather than prefilled: it needs no pass of its own.
+    """
+    count = len(token_ids)
     if count > limit + 1:
         raise ValueError(
-            f"{count} tokens are to be scored with what precedes them, but the model's context is "
-            f"{limit} tokens, in which the last needs no place; give them in windows"
+            f"{count} tokens are to be scored with what precedes them, but {_named(limit, config)}"
+            ", in which the last needs no place; give them in windows"
         )
     if not 0 < first < count:
         raise ValueError(
@@ -54,6 +59,12 @@ def scoring(
     cut = first if in_decode else count - 1
     params = SamplingParams(max_tokens=count - cut, temperature=0.0)
     return Request(index, token_ids[:cut], params, token_ids[cut:], first)
+
+
+def _named(limit: int, config: ModelConfig) -> str:
+    if limit < config.max_seq_len:
+        return f"max_model_len is {limit} tokens (the model's context is {config.max_seq_len})"
+    return f"the model's context is {limit} tokens"
 
 
 def _check_ends(params: SamplingParams, config: ModelConfig) -> None:

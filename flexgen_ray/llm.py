@@ -18,6 +18,7 @@ from flexgen_ray.events import OnProgress, ignore
 from flexgen_ray.fitting import generation, scoring
 from flexgen_ray.llm_options import ELSEWHERE, check_values
 from flexgen_ray.messages import ChatOptions, parse_messages
+from flexgen_ray.model_config import ModelConfig
 from flexgen_ray.model_defaults import model_defaults
 from flexgen_ray.models.checkpoint import checkpoint_config
 from flexgen_ray.models.registry import load_config
@@ -56,6 +57,10 @@ class LLM(Engine):
     stages, or auto, one for every GPU. use_ray: run each in a Ray actor, on the cluster at
     `address` (or RAY_ADDRESS), or on one started for this run; faults: what is borne there.
     threads: host threads of each stage; its share of the node's cores if None.
+    max_model_len: the longest prompt and answer together, in tokens. Weights are then loaded once
+    for calls of any length within it, which take as much memory as the longest; if None, a request
+    that is longer than those before loads them again. Without a policy, so may a call with more
+    prompts, for which a larger block is planned.
     executor: async runs loads, stores, disk and host attention beside the device's work; serial,
     its oracle, gives the same bits. pace: emulate this hardware, each modelled second taking
     time_scale seconds. hardware: sum beside the run what its ops should take there; "measured"
@@ -84,6 +89,7 @@ class LLM(Engine):
         transport: str = "auto",
         faults: Faults | None = None,
         threads: int | None = None,
+        max_model_len: int | None = None,
         seed: int = 0,
         executor: str = "async",
         pace: HardwareSpec | None = None,
@@ -110,6 +116,7 @@ class LLM(Engine):
         name = str(self.model if Path(model).is_dir() else model)
         read_config = load_config if self._is_dummy else checkpoint_config
         config = shape_config(str(model)) if is_shape else read_config(self.model)
+        self.max_model_len = _limit(max_model_len, config)
         packed = {it: getattr(config, it) for it in ("weight_bits", "embedding_bits")}
         given = StagePolicies.given(policy)
         self.policies = given and given.compressed(**lossy).completed(**packed)
@@ -136,6 +143,7 @@ class LLM(Engine):
             seed=int(seed),
             execution=execution(executor, pace, time_scale, hardware, trace),
             measures=hardware == "measured" and pace is None,
+            max_model_len=max_model_len,
         )
         tokenizer = Tokenizer(self.model, config.vocab_size)
         self._stops = StopStrings(tokenizer)
@@ -240,7 +248,7 @@ class LLM(Engine):
         if params.stop and not self.tokenizer.exists:
             raise ValueError(f"stop strings need a tokenizer, which {self.model} lacks")
         self._stops.check(params.stop)
-        return generation(index, token_ids, params, self.config)
+        return generation(index, token_ids, params, self.config, self.max_model_len)
 
     def score_request(
         self, index: int, prompt: Prompt, first: int, in_decode: bool = False
@@ -250,10 +258,21 @@ class LLM(Engine):
         in_decode: these are fed one by one, and show what decoding does; else they are prefilled.
         ValueError says why it doesn't fit the model.
         """
-        return scoring(index, self._token_ids(prompt), first, in_decode, self.config)
+        token_ids = self._token_ids(prompt)
+        return scoring(index, token_ids, first, in_decode, self.config, self.max_model_len)
 
     def __enter__(self) -> LLM:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _limit(max_model_len: int | None, config: ModelConfig) -> int:
+    """Tokens that a prompt and its answer may have together; ValueError above the context."""
+    if max_model_len is not None and max_model_len > config.max_seq_len:
+        raise ValueError(
+            f"max_model_len is {max_model_len}, but the model's context is {config.max_seq_len} "
+            "tokens; lower it"
+        )
+    return max_model_len or config.max_seq_len

@@ -151,6 +151,7 @@ _CHECKS: dict[str, Check] = {
     "hardware": (lambda it: it == "measured" or isinstance(it, HardwareSpec | None),
                  'a HardwareSpec, "measured" or None'),
     "trace": _FLAG,
+    "max_model_len": (lambda it: it is None or _is_count(it), "None or a number of tokens"),
     "threads": (lambda it: it is None or _is_count(it), "None or a number from 1 up"),
     "on_progress": (callable, "a function, such as what progress.show_progress yields"),
     "load_format": _one_of("auto", "dummy"),

@@ -134,6 +134,13 @@ StallOption = Annotated[
     float, typer.Option(help="Seconds without progress after which a stage counts as lost.")
 ]
 NoRayOption = Annotated[bool, typer.Option("--no-ray", help="Run in this process, without Ray.")]
+MaxModelLenOption = Annotated[
+    int | None,
+    typer.Option(
+        help="Longest prompt and answer together, in tokens: longer prompts get an error row, and "
+        "answers end there. [default: the model's context; memory is planned for the longest line]"
+    ),
+]
 ThreadsOption = Annotated[
     int | None,
     typer.Option(
@@ -172,6 +179,7 @@ def _engine(
     max_restarts: RestartsOption = 3,
     stall_timeout: StallOption = 300.0,
     threads: ThreadsOption = None,
+    max_model_len: MaxModelLenOption = None,
     no_ray: NoRayOption = False,
     address: AddressOption = None,
     dummy_weights: DummyOption = False,
@@ -187,6 +195,7 @@ def _engine(
         "offload_dir": offload_dir, "pipeline_parallel_size": num_stages(stages),
         "use_ray": not no_ray, "address": address, "transport": transport,
         "faults": Faults(max_restarts, stall_timeout), "threads": threads,
+        "max_model_len": max_model_len,
         "load_format": "dummy" if dummy_weights else "auto",
     }  # fmt: skip
 

@@ -156,6 +156,7 @@ WRONG = {
     "hardware": ["t4", 5],
     "trace": ["yes", "trace.json"],
     "threads": [0, "2", True, 1.5],
+    "max_model_len": [0, -1, "2048", 1.5, True],
     "on_progress": [None, True],
     "load_format": ["safetensors", None],
     "weight_bits": [3, 16, "4", 4.0],

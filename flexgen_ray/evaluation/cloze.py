@@ -51,5 +51,5 @@ def _request(llm: LLM, index: int, text: str, in_decode: bool) -> Request:
         raise ValueError(f"the text is {text!r}; a last word needs another one before it")
     token_ids = llm.tokenizer.encode(text)
     first = len(llm.tokenizer.encode(context.rstrip()))
-    cut = max(len(token_ids) - llm.config.max_seq_len, 0)
+    cut = max(len(token_ids) - llm.max_model_len, 0)
     return llm.score_request(index, token_ids[cut:], first - cut, in_decode)

@@ -63,7 +63,7 @@ class FlexGenRay(TemplateLM):
 
     @property
     def max_length(self) -> int:
-        return self.llm.config.max_seq_len
+        return self.llm.max_model_len
 
     @property
     def tokenizer_name(self) -> str:
