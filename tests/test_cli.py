@@ -314,7 +314,7 @@ def test_help_comes_at_once(arguments):
     code = "import sys; from flexgen_ray.cli import main\n"
     code += f"sys.argv[1:] = {arguments}\n"
     code += "try: main()\nexcept SystemExit: pass\n"
-    code += "print({'torch', 'ray', 'numpy', 'pulp', 'rich'} & set(sys.modules))"
+    code += "print({'torch', 'ray', 'numpy', 'highspy', 'rich'} & set(sys.modules))"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
+from itertools import product
 
 import pytest
 from hypothesis import given, settings
@@ -10,14 +11,17 @@ from hypothesis import strategies as st
 
 from flexgen_ray.bench import t4
 from flexgen_ray.config import TIERS, Budget, HardwareSpec, Placement, Policy
-from flexgen_ray.cost.corners import PHASES, Corners, policy_of, shares_of
+from flexgen_ray.cost.corners import ON_DEVICE, Corners, policy_of, shares_of
 from flexgen_ray.cost.grid import Search
+from flexgen_ray.cost.hardware import Hardware
 from flexgen_ray.cost.lp import whole
-from flexgen_ray.cost.pipeline_plan import Device, Job
+from flexgen_ray.cost.pipeline_plan import ONE_BATCH, PLAYED, Device, Job
 from flexgen_ray.cost.planner import Infeasible, Planner, choose
 from flexgen_ray.cost.predict import decoding, visit_seconds
 from flexgen_ray.cost.sizes import stage_bytes, totals
+from flexgen_ray.cost.visit import PHASES
 from flexgen_ray.models.shapes import shape_config
+from flexgen_ray.planning import Node, devices_of
 
 GIB = 2**30
 OPT = shape_config("opt-1.3b")
@@ -171,6 +175,69 @@ def test_a_block_answers_within_the_latency_that_is_asked_for():
     assert quick.tokens_per_s <= free.tokens_per_s
     with pytest.raises(Infeasible, match="no placement answers a block within 1e-05 s"):
         choose(Planner(OPT, (device(),), JOB, "float16", replace(FEW_SHAPES, max_seconds=1e-5)))
+
+
+TINY = replace(OPT, num_layers=4)
+TRIED = Search(batch_sizes=(2, 8, 32), batches=(1, 2, 4), tiles=(512,))
+WEIGHTS = (Placement(1, 0, 0), Placement(0.5, 0.5, 0), Placement(0, 1, 0))
+CACHES = ((Placement(1, 0, 0), 1.0), (Placement(0, 1, 0), 1.0), (Placement(0, 1, 0), 0.0))
+
+
+@settings(max_examples=6)
+@given(
+    gpu=st.floats(0.5, 3), h2d=st.floats(1e9, 30e9), flops=st.floats(5e11, 1e14),
+    attention=st.floats(1e9, 40e9), max_tokens=st.sampled_from([4, 64]),
+)  # fmt: skip
+def test_no_policy_of_a_grid_is_played_faster_than_the_choice(
+    gpu, h2d, flops, attention, max_tokens
+):
+    """Within 5 %; blocks of one batch, in which nothing overlaps but weights, included."""
+    rates = replace(
+        RATES,
+        h2d_bytes_per_s=h2d,
+        host_attention_bytes_per_s=attention,
+        device_flops_per_s=flops,
+        device_decode_flops_per_s=flops / 2,
+    )
+    budget = Budget(int(gpu * GIB), 4 * GIB, 0)
+    planner = Planner(
+        TINY, (device(budget, rates),), Job.uniform(1000, 128, max_tokens), "float16", TRIED
+    )
+    chosen = choose(planner)
+    shapes = product(TRIED.batch_sizes, TRIED.batches, WEIGHTS, CACHES)
+    for size, batches, weights, (cache, attended) in shapes:
+        policy = Policy(size, batches, 512, weights, cache, Placement(1, 0, 0), attended)
+        plan = planner.evaluate((TINY.num_layers,), [policy])
+        need = totals(stage_bytes(plan.stages[0]))
+        fits = all(getattr(need, tier) <= getattr(budget, tier) for tier in TIERS)
+        # No plan is played faster than its lanes are.
+        if fits and plan.tokens_per_s > chosen.tokens_per_s:
+            assert chosen.tokens_per_s >= 0.95 * planner.played(plan).tokens_per_s
+
+
+def test_a_model_that_fits_the_gpu_is_planned_in_one_batch_if_that_is_faster():
+    """Llama-3-8B on an RTX 4090: with lanes that overlap everywhere two batches would look best."""
+    config, node = shape_config("llama-3-8b"), Node(Hardware.preset("rtx4090"))
+    planner = Planner(
+        config, devices_of([node], config, "float16"), Job.uniform(1000, 256, 128), "float16"
+    )
+    resident = replace(planner, search=Search(batches=(1,), shares=ON_DEVICE))
+    chosen, alone = choose(planner), choose(resident)
+    assert alone.stages[0].policy.num_gpu_batches == 1
+    assert alone.tokens_per_s > 2200
+    assert chosen.tokens_per_s >= 0.99 * alone.tokens_per_s
+
+
+@settings(max_examples=10)
+@given(policy=policies, batches=st.integers(1, 3), is_prefill=st.booleans())
+def test_no_schedule_is_quicker_than_one_batchs_way(policy, batches, is_prefill):
+    policy = replace(policy, num_gpu_batches=batches)
+    planner = Planner(TINY, (device(),), JOB, "float16")
+    plan = planner.evaluate((TINY.num_layers,), [policy])
+    phase = PHASES[not is_prefill]
+    (seconds,) = plan.seconds
+    played = planner.played(plan).seconds[0][phase][PLAYED]
+    assert played >= 0.97 * seconds[phase][ONE_BATCH]
 
 
 @pytest.mark.slow

@@ -3,24 +3,23 @@
 Costs and sizes add up over layers, and over the shares of weights, cache and hidden states on each
 tier. So what they are when all of a thing lies in one place, a *corner*, for one layer and for two,
 tells what they are for any number of layers and any division, up to the rounding to whole tensors
-and rows. Corners are asked of the same functions that cost real ops and size real buffers. The
-same coefficients take numbers or the variables of a linear program.
+and rows. Corners are asked of the same functions that cost real ops and size real buffers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
-from typing import Any
+from functools import cached_property
+
+import numpy as np
 
 from flexgen_ray.config import TIERS, HardwareSpec, Placement, Policy
 from flexgen_ray.cost.plan import StagePlan
-from flexgen_ray.cost.predict import decoding, prefilling, visit_seconds
 from flexgen_ray.cost.sizes import stage_bytes, totals
+from flexgen_ray.cost.visit import Quantity, seconds_of_visit
 from flexgen_ray.schedule.zigzag import StageLayers
 
-PHASES = ("prefill", "decode")
 _ON = {tier: Placement(*(float(it == tier) for it in TIERS)) for tier in TIERS}
 
 
@@ -43,7 +42,7 @@ GROUPS = {
 }
 SHARES = tuple(Share(what, where) for what, places in GROUPS.items() for where in places)
 ON_DEVICE = tuple(Share(what, places[0]) for what, places in GROUPS.items())
-Quantity = tuple[str, str]  # (phase, lane or resource): seconds; ("bytes", tier): bytes
+_AT = {share: number for number, share in enumerate(SHARES, start=2)}  # in a row of `linear`
 
 
 @dataclass(frozen=True)
@@ -59,64 +58,60 @@ class Corners:
     position: int
 
     def value(
-        self, quantity: Quantity, layers: Any, shares: Mapping[Share, Any], near: float
-    ) -> Any:
+        self, quantity: Quantity, layers: float, shares: Mapping[Share, float], near: float
+    ) -> float:
         """The quantity for so many layers, `shares` of them lying where (in layers, each group
         summing to `layers`). near: about how many layers, for what a share takes once."""
-        once, each = self._once_and_each(SHARES[0], quantity)
-        total = once + each * layers
-        for share, amount in shares.items():
-            its_once, its_each = self._once_and_each(share, quantity)
-            slope = its_each - each + (its_once - once) / near
-            if slope:
-                total = total + slope * amount
-        return total
+        row = self.linear(near).get(quantity)
+        if row is None:
+            return 0.0
+        parts = (row[_AT[share]] * amount for share, amount in shares.items())
+        return float(row[0] + row[1] * layers + sum(parts))
 
-    @cached_property
+    def linear(self, near: float) -> dict[Quantity, np.ndarray]:
+        """{quantity: its constant, and its coefficients for layers and for each of SHARES}, of all
+        that are ever above zero."""
+        once, each = self._values[..., 0], self._values[..., 1]
+        slopes = each - each[:, :1] + (once - once[:, :1]) / near
+        rows = np.concatenate((once[:, :1], each[:, :1], slopes), axis=1)
+        return dict(zip(self._known, rows, strict=True))
+
+    @property
     def quantities(self) -> list[Quantity]:
-        """All that is ever above zero."""
-        corners = self._values.values()
-        return sorted({it for values in corners for it, amount in values.items() if amount})
-
-    def _once_and_each(self, share: Share, quantity: Quantity) -> tuple[float, float]:
-        """What a stage takes at this corner once, and for each layer."""
-        one, two = (self._values[share, count].get(quantity, 0.0) for count in (1, 2))
-        return 2 * one - two, two - one
+        """All that are ever above zero."""
+        return self._known
 
     @cached_property
-    def _values(self) -> dict[tuple[Share, int], dict[Quantity, float]]:
-        base = {count: self._at(SHARES[0], count) for count in (1, 2)}
-        return {
-            (share, count): base[count] if _is_base(share) else self._at(share, count)
-            for share in SHARES
-            for count in (1, 2)
-        }
+    def _known(self) -> list[Quantity]:
+        return sorted({it for at in self._corners for it, amount in at.items() if any(amount)})
 
-    def _at(self, share: Share, layers: int) -> dict[Quantity, float]:
-        plan = _small(self.plan, layers, corner(self.plan.policy, share))
-        need = totals(stage_bytes(plan))
-        found: dict[Quantity, float] = {("bytes", tier): getattr(need, tier) for tier in TIERS}
-        one, two = (self._seconds(plan, batches) for batches in (1, 2))
-        more = plan.policy.num_gpu_batches - 1
-        for key, seconds in one.items():
-            found[key] = seconds + more * (two[key] - seconds)
+    @cached_property
+    def _values(self) -> np.ndarray:
+        """What a stage takes at each corner once, and for each layer: [quantities, shares, 2]."""
+        nothing = (0.0, 0.0)
+        return np.array([[at.get(it, nothing) for at in self._corners] for it in self._known])
+
+    @cached_property
+    def _corners(self) -> list[dict[Quantity, tuple[float, float]]]:
+        """The same, at each of SHARES."""
+        base = self._at(SHARES[0])
+        return [base if _is_base(share) else self._at(share) for share in SHARES]
+
+    def _at(self, share: Share) -> dict[Quantity, tuple[float, float]]:
+        policy = corner(self.plan.policy, share)
+        needs = [totals(stage_bytes(_small(self.plan, layers, policy))) for layers in (1, 2)]
+        found: dict[Quantity, tuple[float, float]] = {}
+        for tier in TIERS:
+            one, two = (getattr(need, tier) for need in needs)
+            found["bytes", tier] = 2 * one - two, two - one
+        # What batches bring doesn't depend on how many there are, nor on the blocks.
+        alike = replace(policy, num_gpu_batches=2, blocks_in_flight=None)
+        small = replace(_small(self.plan, 1, alike), num_blocks=1)
+        small = replace(small, workload=replace(small.workload, num_requests=1))
+        more = self.plan.policy.num_gpu_batches - 1
+        for key, taken in seconds_of_visit(small, self.hardware, self.position).items():
+            found[key] = taken.once + more * taken.once_more, taken.each + more * taken.each_more
         return found
-
-    def _seconds(self, plan: StagePlan, batches: int) -> dict[Quantity, float]:
-        """Of a visit of so many batches; each further one takes the same."""
-        policy = replace(plan.policy, num_gpu_batches=batches, blocks_in_flight=None)
-        return _seconds(replace(plan, policy=policy, num_blocks=1), self.hardware, self.position)
-
-
-@lru_cache(maxsize=4096)
-def _seconds(plan: StagePlan, hardware: HardwareSpec, position: int) -> dict[Quantity, float]:
-    """The same for blocks of any number of batches, so it is asked for once."""
-    rows = {"prefill": prefilling(plan)[0], "decode": decoding(plan, position)}
-    return {
-        (phase, name): seconds
-        for phase in PHASES
-        for name, seconds in visit_seconds(plan, hardware, rows[phase]).items()
-    }
 
 
 def corner(policy: Policy, share: Share) -> Policy:

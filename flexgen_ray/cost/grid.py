@@ -11,8 +11,7 @@ from flexgen_ray.cost.corners import SHARES, Share
 from flexgen_ray.cost.pipeline_plan import Job
 
 BATCH_SIZES = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
-# With one batch nothing overlaps.
-BATCHES = (2, 3, 4, 6, 8, 12, 16)
+BATCHES = (1, 2, 3, 4, 6, 8, 12, 16)
 # A coarse grid of every so many is tried first.
 COARSE = 2
 TILES = (512, 2048)

@@ -2,22 +2,24 @@
 
 FlexGen's (Sheng et al., 2023, section 4.3), for any number of stages: minimise the time of a
 block's prefill and decode, T >= seconds of every lane and resource of every stage, and of what the
-stages of a node share, with every tier within its budget. Knows corners; chooses no block's shape.
+stages of a node share, with every tier within its budget; and T, times the blocks in flight, no
+less than one batch's way through all stages, on which nothing of its own overlaps. Knows corners;
+chooses no block's shape.
 """
 
 from __future__ import annotations
 
-import os
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cached_property
+from math import inf
 
-import highspy
-import pulp
+import numpy as np
 
 from flexgen_ray.config import Budget
-from flexgen_ray.cost.corners import GROUPS, PHASES, SHARES, Corners, Share
+from flexgen_ray.cost.corners import GROUPS, SHARES, Corners, Share
+from flexgen_ray.cost.solver import Linear, Row, minimise
+from flexgen_ray.cost.visit import PHASES, WAYS, Quantity
 from flexgen_ray.schedule.ops import Lane
 from flexgen_ray.units import format_bytes
 
@@ -49,11 +51,12 @@ class StageProblem:
 @dataclass(frozen=True)
 class Aim:
     """What is minimised: seconds of a block's visits, prefill_visits that bring prompts and
-    decode_visits that don't. max_seconds: of these, at most. shares: where things may lie.
-    overlaps: lanes work at once; else their seconds add up."""
+    decode_visits that don't. num_blocks: in flight. max_seconds: of a block's visits, at most.
+    shares: where things may lie. overlaps: lanes work at once; else their seconds add up."""
 
     prefill_visits: float
     decode_visits: float
+    num_blocks: int = 1
     max_seconds: float | None = None
     shares: tuple[Share, ...] = SHARES
     overlaps: bool = True
@@ -75,13 +78,14 @@ class Infeasible(ValueError):
     """No placement fits; the message names the budget that lacks most, and by how much."""
 
 
-def solve(stages: list[StageProblem], num_layers: int, aim: Aim) -> Solution:
-    """The optimum. Raises Infeasible with what lacks."""
-    program = _Program(stages, num_layers, aim)
-    solution = program.solve()
-    if solution is None:
-        raise Infeasible(program.what_lacks())
-    return solution
+def solve(stages: list[StageProblem], num_layers: int, aim: Aim) -> Solution | None:
+    """The optimum; None if no placement fits."""
+    return _Program(stages, num_layers, aim).solve()
+
+
+def what_lacks(stages: list[StageProblem], num_layers: int, aim: Aim) -> str:
+    """The budget that lacks most for the smallest need there is, and by how much."""
+    return _Program(stages, num_layers, aim).what_lacks()
 
 
 def whole(layers: list[float], total: int) -> tuple[int, ...]:
@@ -95,143 +99,175 @@ def whole(layers: list[float], total: int) -> tuple[int, ...]:
 
 
 class _Program:
-    """Its variables and constraints."""
+    """Its variables and constraints.
+
+    Variables: the seconds of each phase's visit; then each stage's shares and its layers; at the
+    end, for `what_lacks`, what each budget lacks.
+    """
 
     def __init__(self, stages: list[StageProblem], num_layers: int, aim: Aim) -> None:
         self._stages = stages
         self._num_layers = num_layers
         self._aim = aim
-        self._times = {phase: pulp.LpVariable(f"seconds_{phase}", 0) for phase in PHASES}
-        self._shares = [
-            {share: pulp.LpVariable(f"s{i}_{share.what}_{share.where}", 0) for share in aim.shares}
-            for i, _ in enumerate(stages)
-        ]
-        self._layers = [
-            pulp.LpVariable(f"s{i}_layers", 1, num_layers) if stage.layers is None else stage.layers
-            for i, stage in enumerate(stages)
-        ]
+        self._of_stage = len(aim.shares) + 1
+        self._placed = len(PHASES) + len(stages) * self._of_stage
+        self._size = self._placed + len(stages) + len(SHARED_TIERS) * len(self._nodes)
 
     def solve(self) -> Solution | None:
-        problem = pulp.LpProblem("placement", pulp.LpMinimize)
         seconds = list(self._seconds())
-        problem += self._total() + SPARE_WEIGHT * pulp.lpSum(
-            self._aim.visits(phase) * it for phase, it in seconds
-        )
+        total = self._sum(self._aim.visits(phase) * self._time(phase) for phase in PHASES)
+        spared = self._sum(self._aim.visits(phase) * it for phase, it in seconds)
+        rows = [*self._of_placement(), *((over, -inf, 0.0) for over, _, _ in self._over_budgets())]
+        rows += [(self._time(phase) - it, 0.0, inf) for phase, it in seconds]
+        rows += [(self._time(phase) - it, 0.0, inf) for phase, it in self._ways()]
         if self._aim.max_seconds is not None:
-            problem += self._total() <= self._aim.max_seconds
-        for constraint in self._of_placement():
-            problem += constraint
-        for over, _, _ in self._over_budgets():
-            problem += over <= 0
-        for phase, it in seconds:
-            problem += self._times[phase] >= it
-        if not _is_solved(problem):
+            rows.append((total, -inf, self._aim.max_seconds))
+        found = minimise(total + SPARE_WEIGHT * spared, rows, *self._bounds)
+        if found is None:
             return None
         return Solution(
-            {phase: _value(it) for phase, it in self._times.items()},
-            [{share: _value(it) for share, it in shares.items()} for shares in self._shares],
-            [_value(it) for it in self._layers],
+            {phase: float(self._time(phase) @ found) for phase in PHASES},
+            [
+                {share: float(self._share(number, share) @ found) for share in self._aim.shares}
+                for number, _ in enumerate(self._stages)
+            ],
+            [float(self._layers(number) @ found) for number, _ in enumerate(self._stages)],
         )
 
     def what_lacks(self) -> str:
         """The least by which budgets would have to grow, whatever the time."""
-        problem = pulp.LpProblem("lack", pulp.LpMinimize)
-        slacks = []
-        for number, (over, where, budget) in enumerate(self._over_budgets()):
-            slack = pulp.LpVariable(f"lack{number}", 0)
-            problem += over <= slack
-            slacks.append((slack, where, budget))
-        problem += pulp.lpSum(slack for slack, _, _ in slacks)
-        for constraint in self._of_placement():
-            problem += constraint
-        if not _is_solved(problem):
+        budgets = list(self._over_budgets())
+        slacks = [self._variable(self._placed + it) for it, _ in enumerate(budgets)]
+        rows = list(self._of_placement())
+        for (over, _, _), slack in zip(budgets, slacks, strict=True):
+            rows.append((over - slack, -inf, 0.0))
+        found = minimise(self._sum(slacks), rows, *self._bounds)
+        if found is None:
             return f"{len(self._stages)} stages don't divide {self._num_layers} layers"
-        lacks = [(_value(slack) * _GB, where, budget) for slack, where, budget in slacks]
+        lacks = [
+            (float(slack @ found) * _GB, where, budget)
+            for slack, (_, where, budget) in zip(slacks, budgets, strict=True)
+        ]
         most, where, budget = max(lacks, key=lambda it: it[0])
         if most < 1:
             limit = self._aim.max_seconds
             return f"no placement answers a block within {limit:g} s; raise --max-latency"
         return (
             f"{where} lacks {format_bytes(int(most))} beyond its budget of {format_bytes(budget)}; "
-            "raise that (in a run --gpu-memory, --cpu-memory or --disk-memory), or use more stages"
+            "raise that (--gpu-memory, --cpu-memory or --disk-memory), or use more stages"
         )
 
-    def _total(self):
-        return pulp.lpSum(self._aim.visits(phase) * it for phase, it in self._times.items())
+    @property
+    def _bounds(self) -> tuple[Linear, Linear]:
+        """The least and the most that variables may be."""
+        low, high = np.zeros(self._size), np.full(self._size, inf)
+        for number, stage in enumerate(self._stages):
+            at = self._at(number, len(self._aim.shares))
+            low[at] = 1 if stage.layers is None else stage.layers
+            high[at] = self._num_layers if stage.layers is None else stage.layers
+        return low, high
 
-    def _of_placement(self) -> Iterator[pulp.LpConstraint]:
+    def _at(self, stage: int, of_stage: int) -> int:
+        return len(PHASES) + stage * self._of_stage + of_stage
+
+    def _sum(self, linears: Iterable[Linear]) -> Linear:
+        return sum(linears, np.zeros(self._size + 1))
+
+    def _variable(self, at: int) -> Linear:
+        found = np.zeros(self._size + 1)
+        found[at] = 1
+        return found
+
+    def _time(self, phase: str) -> Linear:
+        return self._variable(PHASES.index(phase))
+
+    def _share(self, stage: int, share: Share) -> Linear:
+        return self._variable(self._at(stage, self._aim.shares.index(share)))
+
+    def _layers(self, stage: int) -> Linear:
+        return self._variable(self._at(stage, len(self._aim.shares)))
+
+    def _of_placement(self) -> Iterator[Row]:
         """Every layer has its weights, cache and hidden states somewhere."""
-        for layers, shares in zip(self._layers, self._shares, strict=True):
-            for what, places in GROUPS.items():
-                there = (Share(what, where) for where in places)
-                yield pulp.lpSum(shares[it] for it in there if it in shares) == layers
+        for number, _ in enumerate(self._stages):
+            for what in GROUPS:
+                places = (self._share(number, it) for it in self._aim.shares if it.what == what)
+                yield self._sum(places) - self._layers(number), 0.0, 0.0
         if any(stage.layers is None for stage in self._stages):
-            yield pulp.lpSum(self._layers) == self._num_layers
+            layers = self._sum(self._layers(number) for number, _ in enumerate(self._stages))
+            yield layers, self._num_layers, self._num_layers
 
-    def _over_budgets(self) -> Iterator[tuple[pulp.LpAffineExpression, str, int]]:
+    def _over_budgets(self) -> Iterator[tuple[Linear, str, int]]:
         """(GB over the budget, what has it, its bytes)."""
         for number, stage in enumerate(self._stages):
-            over = (self._of(number, ("bytes", "gpu")) - stage.budget.gpu) * (1 / _GB)
-            yield over, f"the GPU of stage {number}", stage.budget.gpu
-        for node, numbers in self._nodes().items():
+            used = self._of(number, ("bytes", "gpu"))
+            yield self._over(used, stage.budget.gpu), f"the GPU of stage {number}", stage.budget.gpu
+        for node, numbers in self._nodes.items():
             for tier in SHARED_TIERS:
                 budget = getattr(self._stages[numbers[0]].budget, tier)
-                used = pulp.lpSum(self._of(it, ("bytes", tier)) for it in numbers)
+                used = self._sum(self._of(it, ("bytes", tier)) for it in numbers)
                 name = {"cpu": "host memory", "disk": "the disk"}[tier]
-                yield (used - budget) * (1 / _GB), f"{name} of {node or 'the node'}", budget
+                yield self._over(used, budget), f"{name} of {node or 'the node'}", budget
 
-    def _seconds(self) -> Iterator[tuple[str, pulp.LpAffineExpression]]:
+    def _over(self, used: Linear, budget: int) -> Linear:
+        over = used.copy()
+        over[-1] -= budget
+        return over / _GB
+
+    def _seconds(self) -> Iterator[tuple[str, Linear]]:
         """(phase, seconds that its visits can't be shorter than)."""
         for phase in PHASES:
             for number, stage in enumerate(self._stages):
-                names = [name for of, name in stage.corners.quantities if of == phase]
+                known = stage.corners.quantities
+                names = [name for of, name in known if of == phase and name not in WAYS]
                 if self._aim.overlaps:
                     yield from ((phase, self._of(number, (phase, name))) for name in names)
                 else:
-                    lanes = (name for name in names if name in LANES)
-                    yield phase, pulp.lpSum(self._of(number, (phase, it)) for it in lanes)
+                    yield (
+                        phase,
+                        self._sum(self._of(number, (phase, it)) for it in names if it in LANES),
+                    )
                 if stage.core_shares:
-                    yield phase, self._cores(number, phase, stage.core_shares)
-            for numbers in self._nodes().values():
+                    shares = stage.core_shares.items()
+                    yield (
+                        phase,
+                        self._sum(own * self._of(number, (phase, it)) for it, own in shares),
+                    )
+            for numbers in self._nodes.values():
                 for name in SHARED_SECONDS if len(numbers) > 1 else ():
-                    yield phase, pulp.lpSum(self._of(it, (phase, name)) for it in numbers)
+                    yield phase, self._sum(self._of(it, (phase, name)) for it in numbers)
 
-    def _cores(self, number: int, phase: str, shares: dict[str, float]):
-        return pulp.lpSum(share * self._of(number, (phase, name)) for name, share in shares.items())
+    def _ways(self) -> Iterator[tuple[str, Linear]]:
+        """(phase, a batch's way through all stages, by the blocks that are under way meanwhile)."""
+        for phase in PHASES if self._aim.overlaps else ():
+            for way in WAYS:
+                through = self._sum(self._of(it, (phase, way)) for it, _ in enumerate(self._stages))
+                yield phase, through / self._aim.num_blocks
 
-    def _of(self, number: int, quantity: tuple[str, str]):
-        stage, near = self._stages[number], self._num_layers / len(self._stages)
-        if stage.layers is not None:
-            near = stage.layers
-        # An expression even where nothing of it may vary.
-        value = stage.corners.value(quantity, self._layers[number], self._shares[number], near)
-        return pulp.lpSum([value])
+    def _of(self, number: int, quantity: Quantity) -> Linear:
+        """A quantity of a stage, by its layers and shares."""
+        found = np.zeros(self._size + 1)
+        row = self._rows[number].get(quantity)
+        if row is not None:
+            at = self._at(number, 0)
+            found[-1] = row[0]
+            found[at : at + len(self._columns)] = row[self._columns]
+        return found
 
+    @cached_property
+    def _rows(self) -> list[dict[Quantity, np.ndarray]]:
+        """The coefficients of each stage's quantities."""
+        usual = self._num_layers / len(self._stages)
+        return [stage.corners.linear(stage.layers or usual) for stage in self._stages]
+
+    @cached_property
+    def _columns(self) -> list[int]:
+        """Where in those the aim's shares and the layers are."""
+        return [2 + SHARES.index(share) for share in self._aim.shares] + [1]
+
+    @cached_property
     def _nodes(self) -> dict[str, list[int]]:
         nodes: dict[str, list[int]] = {}
         for number, stage in enumerate(self._stages):
             nodes.setdefault(stage.node, []).append(number)
         return nodes
-
-
-def _is_solved(problem: pulp.LpProblem) -> bool:
-    return pulp.LpStatus[problem.solve(_solver())] == "Optimal"
-
-
-@cache
-def _solver() -> pulp.HiGHS:
-    """HiGHS says its name on standard output, which is for results, when it is first made."""
-    sys.stdout.flush()
-    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(nowhere, 1)
-        highspy.Highs()
-    finally:
-        os.dup2(kept, 1)
-        os.close(kept)
-        os.close(nowhere)
-    return pulp.HiGHS(msg=False)
-
-
-def _value(variable: pulp.LpVariable | float) -> float:
-    return float(pulp.value(variable) or 0.0)

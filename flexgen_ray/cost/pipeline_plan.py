@@ -9,12 +9,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from flexgen_ray.config import Budget, HardwareSpec
-from flexgen_ray.cost.corners import PHASES
 from flexgen_ray.cost.hardware import Hardware
 from flexgen_ray.cost.plan import StagePlan
+from flexgen_ray.cost.visit import PHASES
 from flexgen_ray.model_config import ModelConfig
 
-PLAYED = "the schedule"  # among the seconds: what playing the ops gave
+# Among the seconds, where no lane and no resource is: what playing the ops gave, and a batch's way
+# through all stages, on which its ops wait for each other.
+PLAYED = "the schedule"
+ONE_BATCH = "one batch"
 Rates = Callable[[int, int], HardwareSpec]
 
 
@@ -115,7 +118,7 @@ class Plan:
             (i, name)
             for i, stage in enumerate(self.seconds)
             for name in stage["decode"]
-            if name != PLAYED
+            if name not in (PLAYED, ONE_BATCH)
         )
         return max(names, key=lambda it: self._block_seconds(*it))
 

@@ -6,6 +6,7 @@ Knows model, policy and longest sequences; no bytes of buffers (sizes.py), no to
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from flexgen_ray.config import DTYPE_BYTES, Policy, Workload, kept_tokens
 from flexgen_ray.cost.formats import WeightFormat
@@ -94,7 +95,7 @@ class StagePlan:
         """True if some batch's prompts don't fit one pass."""
         return self.policy.gpu_batch_size * self.workload.max_prefill_len > self.cell_tokens
 
-    @property
+    @cached_property
     def splits(self) -> dict[tuple[int, int], RowSplit]:
         return split_rows(self.policy, self.stage, self.num_blocks)
 
@@ -187,7 +188,7 @@ class StagePlan:
         gpu, cpu, disk = (count + extra for count, extra in zip(split, spare, strict=True))
         return gpu, cpu, disk
 
-    @property
+    @cached_property
     def weights(self) -> WeightLayout:
         return lay_out_weights(self.config, self.stage, self.policy.weights, self.weight_format)
 

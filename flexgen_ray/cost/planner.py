@@ -7,31 +7,32 @@ stores can hold, checked against every budget, and judged anew. Knows rates and 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
-from itertools import chain, islice
+from dataclasses import dataclass, field, replace
+from itertools import chain
 
 from flexgen_ray.config import TIERS, Budget, HardwareSpec, Policy, Workload
-from flexgen_ray.cost.corners import ON_DEVICE, PHASES, Corners, policy_of, shares_of
+from flexgen_ray.cost.corners import ON_DEVICE, Corners, policy_of, shares_of
 from flexgen_ray.cost.grid import Grid, Search
 from flexgen_ray.cost.lp import (
-    LANES,
-    SHARED_SECONDS,
     Aim,
     Infeasible,
     Solution,
     StageProblem,
     solve,
+    what_lacks,
     whole,
 )
+from flexgen_ray.cost.nodes import add_one_batch, add_shared, over_budgets
 from flexgen_ray.cost.pipeline_plan import PLAYED, Device, Job, Plan
 from flexgen_ray.cost.plan import StagePlan
 from flexgen_ray.cost.predict import decoding, prefilling
-from flexgen_ray.cost.sizes import stage_bytes, totals
 from flexgen_ray.cost.steady import simulate_pipeline
+from flexgen_ray.cost.visit import PHASES, WAYS
 from flexgen_ray.model_config import ModelConfig
 from flexgen_ray.schedule.zigzag import StageLayers
 
-FINALISTS = 2
+FINALISTS = 4  # that are played
+CENTRES = 3  # of the best shapes, around which others are tried
 ROUNDS = 6  # of tightening budgets until whole tensors and rows fit them
 
 
@@ -50,13 +51,21 @@ def choose(planner: Planner) -> Plan:
 
     Raises Infeasible with what the smallest block lacks if nothing fits.
     """
-    shapes = (sketch.shape for sketch in planner.promising())
-    plans = list(islice(filter(None, map(planner.plan, shapes)), FINALISTS))
-    if not plans:
+    best: Plan | None = None
+    tried = 0
+    for sketch in planner.promising():
+        # No plan is faster than its sketch, and none is played faster than it is planned.
+        if tried == FINALISTS or (best and planner.rate_of(sketch) <= best.tokens_per_s):
+            break
+        plan = planner.plan(sketch.shape)
+        if plan is None or (best and plan.tokens_per_s <= best.tokens_per_s):
+            continue
+        tried += 1
+        plan = planner.played(plan) if planner.search.overlaps else plan
+        best = max(best or plan, plan, key=lambda it: it.tokens_per_s)
+    if best is None:
         raise planner.refusal()
-    if planner.search.overlaps:
-        plans = list(map(planner.played, plans))
-    return max(plans, key=lambda plan: plan.tokens_per_s)
+    return best
 
 
 @dataclass(frozen=True)
@@ -75,6 +84,9 @@ class Planner:
     stages_disk: bool = True
     hops_on_device: bool = False
     resumes: bool = False
+    _known: dict[tuple, Corners] = field(
+        default_factory=dict, init=False, compare=False, repr=False
+    )
 
     def __post_init__(self) -> None:
         if len(self.devices) > self.config.num_layers:
@@ -89,13 +101,13 @@ class Planner:
         grid = self._grid
         found = self._sketched(grid.coarse())
         tried = {sketch.shape for sketch in found}
-        centre = None
-        while found and found[0] is not centre:
-            centre = found[0]
-            near = set(grid.around(centre.shape)) - tried
+        centres: set[Policy] = set()
+        while more := {it.shape for it in found[:CENTRES]} - centres:
+            centres |= more
+            near = set(chain.from_iterable(map(grid.around, more))) - tried
             found = _fastest(found, self._sketched(near))
             tried |= near
-        best = [sketch.shape for sketch in found[:FINALISTS]]
+        best = [sketch.shape for sketch in found[:CENTRES]]
         found = _fastest(found, self._sketched(grid.with_larger_tiles(best)))
         return found or self._sketched(grid.smallest())
 
@@ -103,21 +115,24 @@ class Planner:
         """Of the whole grid; slower."""
         return self._sketched(self._grid.all())
 
+    def rate_of(self, sketch: Sketch) -> float:
+        """Its tokens/s."""
+        return self.job.mean_tokens / sketch.seconds_per_sequence
+
     def plan(self, shape: Policy) -> Plan | None:
         """The shape's best placement in whole layers, tensors and rows; None if there is none."""
-        budgets = [device.budget for device in self.devices]
+        budgets = self._budgets
         layers = self._settled_layers
         for _ in range(ROUNDS):
-            try:
-                solution = self._solve(shape, budgets, layers)
-            except Infeasible:
+            solution = self._solve(shape, budgets, layers)
+            if solution is None:
                 return None
             if layers is None:
                 layers = whole(solution.layers, self.config.num_layers)
                 continue
             policies = map(policy_of, [shape] * len(layers), layers, solution.shares)
             plan = self.evaluate(layers, list(policies))
-            over = self._over_budgets(plan.stages)
+            over = over_budgets(self.devices, plan.stages)
             if not any(over):
                 return plan
             budgets = [_less(budget, more) for budget, more in zip(budgets, over, strict=True)]
@@ -132,11 +147,14 @@ class Planner:
             corners, shares = self._corners(number, policy), shares_of(policy, count)
             found: dict[str, dict[str, float]] = {phase: {} for phase in PHASES}
             for phase, name in corners.quantities:
-                if phase in found:
+                if phase in found and (name not in WAYS or self.search.overlaps):
                     found[phase][name] = corners.value((phase, name), count, shares, count)
             seconds.append(found)
         for phase in PHASES:
-            self._add_shared([stage[phase] for stage in seconds])
+            own = [stage[phase] for stage in seconds]
+            if self.search.overlaps:
+                add_one_batch(own, stages[0].num_blocks)
+            add_shared(self.devices, own, self.search.overlaps)
         return Plan(self.job, stages, seconds, self._prefill_visits(stages[0]))
 
     def played(self, plan: Plan) -> Plan:
@@ -166,11 +184,14 @@ class Planner:
             max_batch_tokens=self.search.tiles[0],
             blocks_in_flight=len(self.devices),
         )
-        try:
-            self._sketch(smallest)
-        except Infeasible as error:
-            return error
+        if self._sketch(smallest) is None:
+            problems = self._problems(smallest, self._budgets, self._settled_layers)
+            return Infeasible(what_lacks(problems, self.config.num_layers, self._aim(smallest)))
         return Infeasible("no placement fits in whole tensors and rows; raise the budgets")
+
+    @property
+    def _budgets(self) -> list[Budget]:
+        return [device.budget for device in self.devices]
 
     @property
     def _settled_layers(self) -> tuple[int, ...] | None:
@@ -182,31 +203,24 @@ class Planner:
 
     def _sketched(self, shapes: Iterable[Policy]) -> list[Sketch]:
         """The fastest first, of those for which there is a placement."""
-        found = []
-        for shape in shapes:
-            try:
-                found.append(self._sketch(shape))
-            except Infeasible:
-                continue
-        return _fastest(found)
+        return _fastest(list(filter(None, map(self._sketch, shapes))))
 
-    def _sketch(self, shape: Policy) -> Sketch:
-        budgets = [device.budget for device in self.devices]
-        solution, aim = self._solve(shape, budgets, self._settled_layers), self._aim(shape)
+    def _sketch(self, shape: Policy) -> Sketch | None:
+        solution, aim = self._solve(shape, self._budgets, self._settled_layers), self._aim(shape)
+        if solution is None:
+            return None
         seconds = sum(aim.visits(it) * solution.seconds[it] for it in PHASES)
         return Sketch(seconds / shape.block_size, seconds * (shape.blocks_in_flight or 1), shape)
 
     def _solve(
         self, shape: Policy, budgets: list[Budget], layers: tuple[int, ...] | None
-    ) -> Solution:
+    ) -> Solution | None:
         """With hidden states on the device if that fits: their trips take little of any lane, but
         every layer would wait for them, which the program doesn't see."""
         problems, aim = self._problems(shape, budgets, layers), self._aim(shape)
         near = tuple(it for it in aim.shares if it.what != "activations" or it in ON_DEVICE)
-        try:
-            return solve(problems, self.config.num_layers, replace(aim, shares=near))
-        except Infeasible:
-            return solve(problems, self.config.num_layers, aim)
+        total = self.config.num_layers
+        return solve(problems, total, replace(aim, shares=near)) or solve(problems, total, aim)
 
     def _aim(self, shape: Policy) -> Aim:
         whole_model = StageLayers.whole(self.config.num_layers)
@@ -214,6 +228,7 @@ class Planner:
         return Aim(
             self._prefill_visits(self._stage(whole_model, shape)),
             max(self.job.mean_tokens - 1, 0),
+            blocks,
             None if limit is None else limit / blocks,
             self.search.shares,
             self.search.overlaps,
@@ -241,8 +256,12 @@ class Planner:
         """Of the stage's kind: what its ends are is all of its layers that counts there."""
         count, last = self.config.num_layers, len(self.devices) - 1
         ends = 0 if number == 0 else 2, count + 1 if number == last else count - 1
-        stage = self._stage(StageLayers(*ends, count), shape)
-        return Corners(stage, self.rates(shape)[number], self.job.middle_position)
+        key = ends, shape, id(self.devices[number].rates)
+        found = self._known.get(key)
+        if found is None:
+            stage, rates = self._stage(StageLayers(*ends, count), shape), self.rates(shape)[number]
+            found = self._known[key] = Corners(stage, rates, self.job.middle_position)
+        return found
 
     def _stage(self, stage: StageLayers, policy: Policy) -> StagePlan:
         job, size = self.job, policy.block_size
@@ -257,36 +276,6 @@ class Planner:
             policy.blocks_in_flight or 1,
             self.hops_on_device,
         )
-
-    def _mates(self, number: int) -> list[int]:
-        """The stages on its node."""
-        node = self.devices[number].node
-        return [it for it, device in enumerate(self.devices) if device.node == node]
-
-    def _over_budgets(self, stages: list[StagePlan]) -> list[dict[str, int]]:
-        """{tier: bytes beyond the budget} of each stage; of the host's tiers, those of its node."""
-        needs = [totals(stage_bytes(stage)) for stage in stages]
-        found = []
-        for number, device in enumerate(self.devices):
-            over = {}
-            for tier in TIERS:
-                who = [number] if tier == "gpu" else self._mates(number)
-                nbytes = sum(getattr(needs[it], tier) for it in who) - getattr(device.budget, tier)
-                if nbytes > 0:
-                    over[tier] = nbytes
-            found.append(over)
-        return found
-
-    def _add_shared(self, seconds: list[dict[str, float]]) -> None:
-        """What the lanes of a stage, or the stages of a node, share; for one phase."""
-        for number, (device, own) in enumerate(zip(self.devices, seconds, strict=True)):
-            mates = self._mates(number)
-            for name in SHARED_SECONDS if len(mates) > 1 else ():
-                own[f"the node's {name}"] = sum(seconds[it].get(name, 0.0) for it in mates)
-            if device.core_shares:
-                own["cores"] = sum(share * own.get(lane, 0) for lane, share in device.core_shares)
-            if not self.search.overlaps:
-                own["all lanes"] = sum(it for lane, it in own.items() if lane in LANES)
 
 
 def _fastest(*sketches: list[Sketch]) -> list[Sketch]:
