@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 
 import pytest
 import tiny
+import torch
 import yaml
-from transformers import AutoTokenizer
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 pytest.importorskip("lm_eval", reason="pip install 'flexgen-ray[lm-eval]'")
 
@@ -138,3 +141,124 @@ def test_the_command_knows_this_model_and_lm_evals_own(model, tasks, tmp_path):
     script += "print(get_model('hf').__name__, get_model('flexgen_ray').__name__)"
     shown = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert shown.stdout.split() == ["HFLM", "FlexGenRay"]
+
+
+@pytest.fixture(scope="module")
+def bos_model(tmp_path_factory):
+    """Its tokenizer begins every text with a BOS token, as Llama's do."""
+    folder = tiny.save("llama", tmp_path_factory.mktemp("bos"))
+    tiny.add_tokenizer(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    begin = {"single": "¤ $A", "pair": "¤ $A $B", "special_tokens": [("¤", 0)]}
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(**begin)
+    tokenizer.add_special_tokens({"bos_token": "¤", "eos_token": "¦"})
+    tokenizer.save_pretrained(folder)
+    turn = "<{{ message.role }}>{{ message.content }}"
+    refuse = "{% if message.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    (folder / "chat_template.jinja").write_text(
+        f"{{% for message in messages %}}{refuse}{turn}{{% endfor %}}"
+        "{% if enable_thinking is defined %}{{ enable_thinking }}{% endif %}"
+    )
+    return folder
+
+
+def ours(folder, **options):
+    from flexgen_ray.integrations.lm_eval import FlexGenRay
+
+    options |= {"use_ray": False, "dtype": "float32", "device": "cpu"}
+    return FlexGenRay(str(folder), **options)
+
+
+def theirs(folder, **options):
+    from lm_eval.models.huggingface import HFLM
+
+    return HFLM(str(folder), dtype="float32", device="cpu", batch_size=1, **options)
+
+
+def instances(kind: str, *arguments: tuple) -> list:
+    from lm_eval.api.instance import Instance
+
+    return [Instance(request_type=kind, doc={}, arguments=it, idx=0) for it in arguments]
+
+
+@pytest.mark.parametrize("add_bos_token", [None, True, False])
+def test_a_text_is_scored_once_after_its_bos(bos_model, add_bos_token):
+    texts = [TEXT, TEXT[:40], "¤" + TEXT, TEXT * 5]
+    llm = ours(bos_model, add_bos_token=add_bos_token)
+    found = llm.loglikelihood_rolling(instances("loglikelihood_rolling", *((it,) for it in texts)))
+    model = AutoModelForCausalLM.from_pretrained(bos_model, dtype=torch.float32)
+    for text, value in zip(texts[:3], found, strict=False):
+        ids = torch.tensor([[0, *(ord(it) - 30 for it in text.removeprefix("¤"))]])
+        with torch.inference_mode():
+            logprobs = model(ids).logits.log_softmax(-1)
+        wanted = logprobs[0, :-1].gather(1, ids[0, 1:, None]).sum()
+        assert value == pytest.approx(float(wanted), rel=1e-5)
+    # In windows too; transformers' own counts P(BOS | BOS) unless it adds none itself.
+    long = instances("loglikelihood_rolling", (texts[3],))
+    (wanted,) = theirs(bos_model, add_bos_token=False).loglikelihood_rolling(
+        long, disable_tqdm=True
+    )
+    assert found[3] == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"add_bos_token": True}, {"add_bos_token": False}])
+def test_bos_and_max_length_are_the_harness_s_own(bos_model, options):
+    options |= {"max_length": 50}
+    pairs = instances(
+        "loglikelihood", ("It was a", " day"), ("", "It was"), ("¤It was", " bright"),
+        (TEXT, " red"),
+    )  # fmt: skip
+    llm, peer = ours(bos_model, **options), theirs(bos_model, **options)
+    assert llm.max_length == peer.max_length == 50
+    for text in (TEXT, "¤" + TEXT, "x"):
+        assert llm.tok_encode(text) == peer.tok_encode(text)
+    for own, wanted in zip(
+        llm.loglikelihood(pairs, disable_tqdm=True),
+        peer.loglikelihood(pairs, disable_tqdm=True),
+        strict=True,
+    ):
+        assert own[0] == pytest.approx(wanted[0], rel=1e-5) and own[1] == wanted[1]
+
+
+def test_add_bos_token_adds_one_where_the_tokenizer_adds_none(model, bos_model, tmp_path):
+    folder = shutil.copytree(bos_model, tmp_path / "model")
+    shutil.copy(model / "tokenizer.json", folder)
+    assert ours(folder).tok_encode("x") == [90] and ours(folder, add_bos_token=True).tok_encode(
+        "x"
+    ) == [0, 90]
+
+
+def test_thinking_is_the_template_s_and_ends_before_the_answer(bos_model):
+    chat = [{"role": "user", "content": "Hi"}]
+    assert ours(bos_model).apply_chat_template(chat) == "<user>Hi"
+    quiet = ours(bos_model, enable_thinking=False)
+    assert quiet.apply_chat_template(chat) == "<user>HiFalse"
+    with pytest.warns(UserWarning, match="no system.*system messages are left out"):
+        system = {"role": "system", "content": "Be brief."}
+        assert quiet.apply_chat_template([system, *chat]) == "<user>HiFalse"
+    asked = instances("generate_until", ("Hello", {"max_gen_toks": 12, "until": []}))
+    (whole,) = ours(bos_model).generate_until(asked)
+    thoughtful = ours(bos_model, enable_thinking=True, think_end_token=whole[4])
+    assert thoughtful.apply_chat_template(chat) == "<user>HiTrue"
+    assert thoughtful.generate_until(asked) == [whole.split(whole[4])[-1].lstrip()]
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ({"add_bos_token": "yes"}, "add_bos_token is 'yes'; it must be True, False or None"),
+        ({"enable_thinking": 1}, "enable_thinking is 1; it must be True, False or None"),
+        ({"enable_thinking": True}, "needs the text that ends the thoughts"),
+        ({"max_length": 161}, "max_model_len is 161, but the model's context is 160"),
+        ({"max_length": "long"}, "max_model_len is 'long'; it must be"),
+        ({"device": "gpu"}, "device is 'gpu'"),
+        ({"parallelize": True}, "LLM: unknown option 'parallelize'"),
+        ({"trust_remote_code": True}, "code from a model's folder is never run"),
+    ],
+)
+def test_options_are_checked_where_they_enter(bos_model, options, said):
+    from flexgen_ray.integrations.lm_eval import FlexGenRay
+
+    with pytest.raises((ValueError, TypeError)) as refused:
+        FlexGenRay(str(bos_model), use_ray=False, **options)
+    assert said in str(refused.value)

@@ -45,5 +45,7 @@ def answers(llm: LLM, requests: list[Request]) -> list[RequestOutput]:
     with show_progress() as llm.on_progress:
         llm.prepare(requests)
         for output in llm.stream(requests):
+            if output.error:
+                raise ValueError(f"text {output.index} can't be scored: {output.error}")
             outputs[output.index] = output
     return [outputs[request.index] for request in requests]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import math
+import warnings
 from typing import Any
 
 # First: a registry with a model in it would be taken to have its own already.
@@ -34,8 +35,15 @@ Pair = tuple[Any, list[int], list[int]]  # its texts, and the tokens of context 
 
 @register_model("flexgen_ray")
 class FlexGenRay(TemplateLM):
-    """pretrained: a model folder; options: the other arguments of LLM, such as policy, dtype and
-    gpu_memory. batch_size and max_batch_size are the harness's; here the policy decides."""
+    """An LLM as lm-evaluation-harness asks it.
+
+    pretrained: a model folder, or a name on the hub. options: the other arguments of LLM, such as
+    policy, dtype and gpu_memory. batch_size, max_batch_size: ignored, for the policy decides.
+    max_length: tokens of a request at most, LLM's max_model_len. add_bos_token: begin texts with
+    the BOS token, or don't; None does as the tokenizer. enable_thinking: passed to the chat
+    template, if not None. think_end_token: an answer is what follows this text.
+    Raises ValueError or TypeError, by name, for options that can't be.
+    """
 
     def __init__(
         self,
@@ -43,9 +51,27 @@ class FlexGenRay(TemplateLM):
         batch_size: int | str | None = None,
         max_batch_size: int | None = None,
         device: str | None = None,
+        max_length: int | None = None,
+        add_bos_token: bool | None = None,
+        enable_thinking: bool | None = None,
+        think_end_token: str | None = None,
         **options: Any,
     ) -> None:
         super().__init__()
+        flags = {"add_bos_token": add_bos_token, "enable_thinking": enable_thinking}
+        for name, value in flags.items():
+            if not isinstance(value, bool | None):
+                raise ValueError(f"{name} is {value!r}; it must be True, False or None")
+        if enable_thinking and not isinstance(think_end_token, str):
+            raise ValueError(
+                "enable_thinking is True, which needs the text that ends the thoughts, such as "
+                "think_end_token=</think>"
+            )
+        self._add_bos_token = add_bos_token
+        self._think_end_token = think_end_token
+        self._template = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
+        if max_length is not None:
+            options["max_model_len"] = max_length
         self.llm = LLM(pretrained, device=device or "auto", **options)
         # The harness doesn't say when it is done.
         atexit.register(self.llm.close)
@@ -72,25 +98,49 @@ class FlexGenRay(TemplateLM):
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        options = ChatOptions(None, add_generation_prompt, not add_generation_prompt)
-        return self.llm.tokenizer.format_chat(chat_history, options)
+        """The text of a chat. ValueError if the model's template refuses it.
+
+        A template that refuses system messages gets the others, as in the harness's own models.
+        """
+        options = ChatOptions(
+            None, add_generation_prompt, not add_generation_prompt, self._template
+        )
+        try:
+            return self.llm.tokenizer.format_chat(chat_history, options)
+        except ValueError as error:
+            others = [message for message in chat_history if message["role"] != "system"]
+            if len(others) == len(chat_history):
+                raise
+            warnings.warn(f"{error}; system messages are left out", stacklevel=2)
+            return self.llm.tokenizer.format_chat(others, options)
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: Any
     ) -> list[int]:
-        """A text that begins with the beginning's own token gets no second one."""
-        if add_special_tokens is None:
-            add_special_tokens = not has_bos_prefix(string, self.tokenizer.bos_token)
-        return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
+        """Token ids of a text, which gets no second BOS token if it begins with one."""
+        if add_special_tokens is not None:
+            return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
+        has_bos = has_bos_prefix(string, self.tokenizer.bos_token)
+        adds = not has_bos and self._add_bos_token is not False
+        token_ids = self.tokenizer.encode(string, add_special_tokens=adds)
+        bos = self.tokenizer.bos_token_id
+        if self._add_bos_token and bos is not None and token_ids[:1] != [bos]:
+            return [bos, *token_ids]
+        return token_ids
 
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
-        """Of whole texts, in windows as long as the context."""
+        """Log-probabilities of whole texts, in windows as long as the context.
+
+        A text follows the prefix token; the BOS that the tokenizer adds is not scored after it.
+        """
         pairs: list[Pair] = []
         owners: list[int] = []
         for owner, request in enumerate(requests):
             token_ids = self.tok_encode(request.args[0])
+            if token_ids[:1] == [self.prefix_token_id]:
+                token_ids = token_ids[1:]
             windows = get_rolling_token_windows(
                 token_ids, self.prefix_token_id, self.max_length, context_len=1
             )
@@ -142,6 +192,7 @@ class FlexGenRay(TemplateLM):
             made.append(self.llm.request(index, token_ids, params))
         texts = []
         for request, stop, output in zip(requests, stops, answers(self.llm, made), strict=True):
-            texts.append(postprocess_generated_text(output.outputs[0].text, stop, None))
+            text = output.outputs[0].text
+            texts.append(postprocess_generated_text(text, stop, self._think_end_token))
             self.cache_hook.add_partial("generate_until", request.args, texts[-1])
         return texts
