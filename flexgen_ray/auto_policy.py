@@ -105,6 +105,6 @@ def job_of(requests: Sequence[Request]) -> Job:
         max(prompts),
         max(longest - max(prompts), 1),
         fmean(prompts),
-        fmean(request.params.max_tokens for request in requests),
+        fmean(request.max_tokens for request in requests),
         fmean(drawn_share(it.params.temperature, it.params.top_k) for it in requests),
     )

@@ -33,6 +33,7 @@ from flexgen_ray.options import (
     OverwriteOption,
     ReportOption,
     StagesOption,
+    StopOption,
     TemperatureOption,
     TraceOption,
     num_stages,
@@ -86,6 +87,7 @@ def generate(
     output: OutputOption,
     max_tokens: MaxTokensOption = None,
     temperature: TemperatureOption = None,
+    stop: StopOption = None,
     seed: Annotated[int, typer.Option(help="For requests without a seed of their own.")] = 0,
     overwrite: OverwriteOption = False,
     keep_order: KeepOrderOption = False,
@@ -108,7 +110,7 @@ def generate(
     from flexgen_ray.progress import show_progress
     from flexgen_ray.request import SamplingParams
 
-    options = {"max_tokens": max_tokens, "temperature": temperature}
+    options = {"max_tokens": max_tokens, "temperature": temperature, "stop": stop or None}
     given: dict[str, Any] = {name: it for name, it in options.items() if it is not None}
     SamplingParams(**given)
     # Where data lies changes no answer; a resumed run may have other memory, and another policy.
@@ -117,7 +119,9 @@ def generate(
     is_dummy = engine["load_format"] == "dummy"
     model = f"dummy {engine['model']}" if is_dummy else str(find_model(engine["model"], _say))
     facts |= {"model": model, "dtype": engine["dtype"], "max_model_len": engine["max_model_len"]}
-    defaults = SamplingParams(**({} if is_dummy else model_defaults(Path(model))) | given)
+    # Without a number of anyone's it depends on the line.
+    own = {"max_tokens": None} | ({} if is_dummy else model_defaults(Path(model)))
+    defaults = SamplingParams(**own | given)
     with Journal(output, overwrite, keep_order) as journal, told_how_to_resume(journal):
         with show_progress() as show:
             lines = read_job(input, journal, defaults, facts, show)
@@ -127,6 +131,7 @@ def generate(
                 _say(done if journal.answered else f"{input} holds no requests")
                 return exit_status(journal)
             with LLM(**engine, seed=seed, trace=trace is not None, on_progress=show) as llm:
+                llm.check_stops(defaults.stop)
                 run_job(llm, journal, lines)
                 if trace is not None:
                     llm.write_trace(trace)

@@ -201,6 +201,7 @@ class Engine:
             output = samples.take(finished, self.tokenizer)
             if output is not None:
                 self.report.num_requests += 1
+                self.report.cut.update(samples.cut(output))
                 yield output
         if samples.num_unanswered:
             raise RuntimeError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from flexgen_ray.model_config import ModelConfig
-from flexgen_ray.request import Request, SamplingParams
+from flexgen_ray.request import MAX_TOKENS_UNSET, Request, SamplingParams
 
 
 def generation(
@@ -13,14 +13,15 @@ def generation(
 ) -> Request:
     """A request for an answer, which ends where prompt and answer reach `limit` tokens.
 
-    Without an answer the prompt is scored. ValueError says why the prompt doesn't fit.
+    Without max_tokens it ends at 2,048 tokens at most; with 0 the prompt is scored. ValueError says
+    why the prompt doesn't fit.
     """
     if not token_ids:
         raise ValueError("the prompt is empty; give at least one token")
-    if not params.max_tokens:
+    if params.max_tokens == 0:
         scored = scoring(index, token_ids, 1, False, config, limit)
-        asked = replace(params, max_tokens=1, temperature=0.0)
-        return replace(scored, params=asked, top=params.prompt_logprobs or 0)
+        one = replace(params, max_tokens=1, temperature=0.0)
+        return replace(scored, params=one, top=params.prompt_logprobs or 0)
     if len(token_ids) >= limit:
         raise ValueError(
             f"the prompt has {len(token_ids)} tokens, but {_named(limit, config)}, and one must be "
@@ -30,11 +31,14 @@ def generation(
     _check_ends(params, config)
     first = 1 if params.prompt_logprobs is not None else len(token_ids)
     tops = [top for top in (params.logprobs, params.prompt_logprobs) if top is not None]
-    most = min(params.max_tokens, limit - len(token_ids))
+    asked, room = params.max_tokens or MAX_TOKENS_UNSET, limit - len(token_ids)
+    limited_by = "default" if params.max_tokens is None else "max_tokens"
+    limited_by = "context" if room < asked else limited_by
+    most = min(asked, room)
     params = replace(params, max_tokens=most, min_tokens=min(params.min_tokens, most))
     if not tops:
-        return Request(index, token_ids, params)
-    return Request(index, token_ids, params, scored_from=first, top=max(tops))
+        return Request(index, token_ids, params, limit=limited_by)
+    return Request(index, token_ids, params, scored_from=first, top=max(tops), limit=limited_by)
 
 
 def scoring(

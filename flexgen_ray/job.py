@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from flexgen_ray.config import Policy
-from flexgen_ray.events import OnProgress, ignore
+from flexgen_ray.events import OnProgress, Progress, ignore
 from flexgen_ray.io.files import check_distinct
 from flexgen_ray.io.journal import Journal
 from flexgen_ray.io.lines import open_input
@@ -21,7 +21,7 @@ from flexgen_ray.io.openai_batch import (
 from flexgen_ray.io.openai_logprobs import Echo
 from flexgen_ray.llm import LLM
 from flexgen_ray.progress import counted
-from flexgen_ray.request import Request, RequestOutput, SamplingParams
+from flexgen_ray.request import DEFAULT_MAX_TOKENS, Request, RequestOutput, SamplingParams
 from flexgen_ray.stage_policies import StagePolicies
 
 
@@ -68,6 +68,8 @@ def run_job(llm: LLM, journal: Journal, lines: list[BatchLine]) -> None:
     """
     llm.tokenizer.now = journal.begun_at
     requests, errors = _requests(llm, lines)
+    for note in _notes(lines):
+        llm.on_progress(Progress(note=note))
     llm.prepare(requests)
     journal.begin()
     for line in lines:
@@ -106,7 +108,22 @@ def _request(llm: LLM, line: BatchLine) -> Request:
     assert prompt is not None
     if line.echo:
         llm.tokenizer.load()
-    return llm.request(line.number, prompt, line.params)
+    request = llm.request(line.number, prompt, line.params)
+    return request if request.limit == "context" else replace(request, limit=line.limit)
+
+
+def _notes(lines: list[BatchLine]) -> list[str]:
+    """What the job's owner may not have meant."""
+    count = sum(
+        line.limit == "default" and line.params is not None and line.params.max_tokens is not None
+        for line in lines
+    )
+    if not count:
+        return []
+    return [
+        f"{count} of {len(lines)} lines have no max_tokens: their answers end after "
+        f"{DEFAULT_MAX_TOKENS} tokens, the default of completions; --max-tokens sets another number"
+    ]
 
 
 def _echo(llm: LLM, line: BatchLine, answer: RequestOutput) -> Echo | None:

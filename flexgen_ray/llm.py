@@ -186,7 +186,8 @@ class LLM(Engine):
         """Answer every chat, formatted with the model's chat template; one output a chat, in order.
 
         messages: a list of {"role": ..., "content": ...}, or an iterable of such lists.
-        sampling_params, errors, use_tqdm: as for `generate`. add_generation_prompt: end with what
+        sampling_params, errors, use_tqdm: as for `generate`; but where neither sampling_params nor
+        the model sets max_tokens, it is None. add_generation_prompt: end with what
         begins an answer; the default, unless the final message is continued.
         continue_final_message: let the answer go on with the final message. tools: functions that
         the model may call, as OpenAI describes them; calls are part of the answer's text.
@@ -200,7 +201,10 @@ class LLM(Engine):
 
         chats = several_chats(messages)
         with self._shown(use_tqdm):
-            return self._answer("messages", chats, sampling_params, request, errors)
+            params = sampling_params
+            if params is None:
+                params = self._default_params(max_tokens=None)
+            return self._answer("messages", chats, params, request, errors)
 
     @contextmanager
     def _shown(self, wanted: bool) -> Iterator[None]:
@@ -237,7 +241,11 @@ class LLM(Engine):
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What the model's generation_config.json says, and the usual for the rest."""
-        return SamplingParams(**({} if self._is_dummy else model_defaults(self.model)))
+        return self._default_params()
+
+    def _default_params(self, **unless: Any) -> SamplingParams:
+        """unless: values of parameters that the model doesn't set."""
+        return SamplingParams(**unless | ({} if self._is_dummy else model_defaults(self.model)))
 
     def request(self, index: int, prompt: Prompt, params: SamplingParams) -> Request:
         """A request that will fit the model; ValueError says why it can't.
@@ -245,10 +253,14 @@ class LLM(Engine):
         An answer that would outgrow the context ends there, with finish_reason "length".
         """
         token_ids = self._token_ids(prompt)
-        if params.stop and not self.tokenizer.exists:
-            raise ValueError(f"stop strings need a tokenizer, which {self.model} lacks")
-        self._stops.check(params.stop)
+        self.check_stops(params.stop)
         return generation(index, token_ids, params, self.config, self.max_model_len)
+
+    def check_stops(self, stops: tuple[str, ...]) -> None:
+        """ValueError for stop strings that no answer of the model can contain."""
+        if stops and not self.tokenizer.exists:
+            raise ValueError(f"stop strings need a tokenizer, which {self.model} lacks")
+        self._stops.check(stops)
 
     def score_request(
         self, index: int, prompt: Prompt, first: int, in_decode: bool = False

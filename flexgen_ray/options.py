@@ -55,7 +55,21 @@ KeepOrderOption = Annotated[
     bool, typer.Option("--keep-order", help="In the input's order, not as answers are finished.")
 ]
 MaxTokensOption = Annotated[
-    int | None, typer.Option(help="For lines that don't say; if not given, the model's own, or 16.")
+    int | None,
+    typer.Option(
+        help="Most tokens of an answer, for lines that don't set it. [default: the model's "
+        "generation_config.json; else 16 for prompts, and what the context leaves, up to 2,048, "
+        "for chats]"
+    ),
+]
+StopOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--stop",
+        help="Text that ends an answer, for lines that set no stop; may be given several times. "
+        "Special tokens work too, such as '<|im_end|>'. A newline is $'\\n' in bash. "
+        "[default: none]",
+    ),
 ]
 TemperatureOption = Annotated[
     float | None, typer.Option(help="Likewise; the model's own, or 1; 0 is greedy.")

@@ -6,6 +6,7 @@ import os
 import platform
 import sys
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -15,12 +16,21 @@ from flexgen_ray.cost.pipeline_plan import Plan
 from flexgen_ray.cost.plan import StagePlan
 from flexgen_ray.cost.sizes import weight_bytes
 from flexgen_ray.events import Progress, Recovery
+from flexgen_ray.request import DEFAULT_MAX_TOKENS, MAX_TOKENS_UNSET
 from flexgen_ray.runtime.meter import Measured
 from flexgen_ray.runtime.worker import Machine
 from flexgen_ray.units import format_bytes
 
 TELLING_SHARE = 0.2  # of a run, from which a lane's rate is judged
 RIGHT_WITHIN = 1.15
+# Kinds of limits at which an answer ends, and their names for people.
+_LIMITS = {
+    "max_tokens": "max_tokens",
+    "line": "their line's max_tokens",
+    "job": "the job's max_tokens (--max-tokens or the model's generation_config.json)",
+    "default": f"the default length ({DEFAULT_MAX_TOKENS} tokens, or {MAX_TOKENS_UNSET} for chats)",
+    "context": "the end of the context",
+}
 
 
 @dataclass(frozen=True)
@@ -131,7 +141,7 @@ class StageReport:
 @dataclass
 class Report:
     """Tokens, seconds, bytes. A pass that brings prompt tokens counts as prefill. planned: what was
-    predicted, if the policy was planned."""
+    predicted, if the policy was planned. cut: answers that ended at a limit, by its kind."""
 
     load_seconds: float = 0.0
     planned: Plan | None = None
@@ -143,6 +153,7 @@ class Report:
     decode_tokens: int = 0
     stages: list[StageReport] = field(default_factory=list)
     recoveries: list[Recovery] = field(default_factory=list)
+    cut: Counter[str] = field(default_factory=Counter)
 
     @property
     def device(self) -> str:
@@ -176,6 +187,11 @@ class Report:
             f"load {self.load_seconds:.1f} s, prefill {self.prefill_seconds:.1f} s, "
             f"decode {self.decode_seconds:.1f} s: {self.tokens_per_s:.1f} generated tokens/s",
         ]
+        if self.cut:
+            each = ", ".join(
+                f"{self.cut[it]} at {name}" for it, name in _LIMITS.items() if self.cut[it]
+            )
+            lines.append(f"answers cut: {each}")
         if self.stages:
             lines.append(_block(self.stages[0].plan))
         for number, stage in enumerate(self.stages):
@@ -207,6 +223,8 @@ class Report:
             "decode_s": round(self.decode_seconds, 3),
             "generated_tokens_per_s": round(self.tokens_per_s, 3),
         }
+        if self.cut:
+            result["answers_cut"] = dict(self.cut)
         if self.planned is not None:
             result["predicted_tokens_per_s"] = round(self.planned.tokens_per_s, 3)
         if self.recoveries:

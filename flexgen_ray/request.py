@@ -34,6 +34,8 @@ _ELSEWHERE = {
 }
 MAX_LOGPROBS = 20
 MAX_SAMPLES = 128
+DEFAULT_MAX_TOKENS = 16  # vLLM's and OpenAI's, of completions
+MAX_TOKENS_UNSET = 2048  # most tokens of an answer that nobody limits
 
 
 @explains_unknown(_ELSEWHERE)
@@ -44,8 +46,9 @@ class SamplingParams:
     temperature 0 is greedy. With a `seed` the same prompt gives the same answer wherever it stands;
     without one the run's seed and the request's index decide. logprobs, prompt_logprobs: of each
     token of the answer and the prompt, its logarithm of the probability before temperature, and
-    those of as many likeliest ones; None asks for nothing. max_tokens may be 0 if the prompt's are
-    asked for.
+    those of as many likeliest ones; None asks for nothing. max_tokens: most tokens of the
+    answer; None for the rest of the model's context, 2,048 at most; 0 if only the prompt's
+    log-probabilities are asked for.
 
     top_k: only so many of the likeliest tokens may be chosen; 0 or -1 for all. min_p: only those
     at least this share as likely as the likeliest. presence_penalty, frequency_penalty: taken from
@@ -56,7 +59,7 @@ class SamplingParams:
     answers, each drawn by itself. include_stop_str_in_output: the text keeps what ended it.
     """
 
-    max_tokens: int = 16
+    max_tokens: int | None = DEFAULT_MAX_TOKENS
     temperature: float = 1.0
     top_p: float = 1.0
     seed: int | None = None
@@ -82,11 +85,11 @@ class SamplingParams:
         if stop is None or isinstance(stop, str | list):
             strings = (stop,) if isinstance(stop, str) else tuple(stop or ())
             object.__setattr__(self, "stop", strings)
-        least = 1 if self.prompt_logprobs is None else 0
-        if not _is_number(self.max_tokens, int) or self.max_tokens < least:
+        least, most = 1 if self.prompt_logprobs is None else 0, self.max_tokens
+        if most is not None and (not _is_number(most, int) or most < least):
             raise ValueError(
-                f"max_tokens is {self.max_tokens!r}; it must be an integer from 1 up, or 0 if the "
-                "prompt's log-probabilities are asked for"
+                f"max_tokens is {most!r}; it must be an integer from 1 up, None for the rest of "
+                "the model's context, or 0 if the prompt's log-probabilities are asked for"
             )
         if not _is_number(self.temperature, int | float) or not 0 <= self.temperature <= 2:
             raise ValueError(f"temperature is {self.temperature!r}; it must be 0 (greedy) to 2")
@@ -107,7 +110,7 @@ class SamplingParams:
         self._check_ends()
         if not _is_number(self.n, int) or not 1 <= self.n <= MAX_SAMPLES:
             raise ValueError(f"n is {self.n!r}; it must be an integer, 1 to {MAX_SAMPLES}")
-        if self.n > 1 and not (self.temperature and self.max_tokens):
+        if self.n > 1 and (not self.temperature or self.max_tokens == 0):
             raise ValueError(
                 f"n is {self.n}, but with temperature {self.temperature} and max_tokens "
                 f"{self.max_tokens} all answers would be alike; give n=1, or both above 0"
@@ -143,7 +146,8 @@ class SamplingParams:
             raise ValueError(
                 f"stop_token_ids is {ids!r}; it must be a list of token ids, integers from 0 up"
             )
-        if not _is_number(self.min_tokens, int) or not 0 <= self.min_tokens <= self.max_tokens:
+        most = self.min_tokens if self.max_tokens is None else self.max_tokens
+        if not _is_number(self.min_tokens, int) or not 0 <= self.min_tokens <= most:
             raise ValueError(
                 f"min_tokens is {self.min_tokens!r}; it must be an integer, 0 to max_tokens "
                 f"({self.max_tokens})"
@@ -187,7 +191,8 @@ class Request:
     prompt and answer together, that is scored, with all after it; the very first never is, for
     nothing precedes it. top: the likeliest tokens told with each score. generated, scores: of its
     answer, and of tokens from scored_from on, what is there already; it goes on from them.
-    sample: which of several answers to the request of index `first` this is.
+    sample: which of several answers to the request of index `first` this is. limit: what sets its
+    longest answer: max_tokens, default or context; in files also line or job.
     """
 
     index: int
@@ -200,13 +205,20 @@ class Request:
     scores: list[Score] = field(default_factory=list)
     sample: int = 0
     first: int | None = None
+    limit: str = "max_tokens"
 
     def __post_init__(self) -> None:
         assert self.scored_from is None or self.scored_from > 0
 
     @property
     def max_seq_len(self) -> int:
-        return len(self.prompt_token_ids) + self.params.max_tokens
+        return len(self.prompt_token_ids) + self.max_tokens
+
+    @property
+    def max_tokens(self) -> int:
+        """Most tokens of its answer, which its fit to the model has settled."""
+        assert self.params.max_tokens is not None
+        return self.params.max_tokens
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ class Samples:
 
     def __init__(self, requests: list[Request]) -> None:
         self.requests: list[Request] = []
+        self._limits = {request.index: request.limit for request in requests if not request.given}
         self._asked: dict[int, tuple[Request, int]] = {}
         self._outputs: dict[int, dict[int, RequestOutput]] = {}
         unused = count(1 + max((request.index for request in requests), default=0))
@@ -34,6 +35,11 @@ class Samples:
     def num_unanswered(self) -> int:
         """Samples that aren't there yet."""
         return len(self._asked)
+
+    def cut(self, output: RequestOutput) -> list[str]:
+        """Limits at which answers of the output were cut, one an answer that was."""
+        cuts = [answer.finish_reason == "length" for answer in output.outputs]
+        return [self._limits[output.index]] * sum(cuts) if output.index in self._limits else []
 
     def take(self, finished: Finished, tokenizer: Tokenizer) -> RequestOutput | None:
         """The request's output once all its samples are there, in their order."""

@@ -30,9 +30,9 @@ class Tally:
             owner = request.index if request.first is None else request.first
             self._owner[request.index] = owner
             self._unanswered[owner] += 1
-            self._most[request.index] = request.params.max_tokens
+            self._most[request.index] = request.max_tokens
             self._prompt_left += len(request.prompt_token_ids)
-            self._new_left += request.params.max_tokens - len(request.generated)
+            self._new_left += request.max_tokens - len(request.generated)
         self._num_requests = len(self._unanswered)
         self._prompt = self._new = self._decoded = 0
         self._prefill_seconds = self._decode_seconds = 0.0

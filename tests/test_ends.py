@@ -13,6 +13,8 @@ from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flexgen_ray import LLM, SamplingParams
+from flexgen_ray.fitting import generation
+from flexgen_ray.io.openai_batch import read_lines
 
 SPECIAL = "~"
 LONG = 40
@@ -98,3 +100,101 @@ def test_a_stop_string_that_the_tokenizer_cannot_make_is_refused_with_the_reason
     with pytest.raises(ValueError, match="stop 'Stöp' can't come up in an answer.*makes 'St.p'"):
         llm.generate(["Hello"], SamplingParams(stop=["ok", "Stöp"]))
     llm.generate(["Hello"], SamplingParams(stop=["ok", f"o{SPECIAL}k", " ", "  x "]))
+
+
+CHAT = {"messages": [{"role": "user", "content": "Hi"}]}
+LENGTHS = {
+    "chat": CHAT,
+    "chat null": CHAT | {"max_tokens": None},
+    "chat own": CHAT | {"max_completion_tokens": 5},
+    "chat own, null": CHAT | {"max_completion_tokens": 5, "max_tokens": None},
+    "prompt": {"prompt": "Hi"},
+    "prompt null": {"prompt": "Hi", "max_tokens": None},
+    "prompt own": {"prompt": "Hi", "max_tokens": 7},
+}
+
+
+@pytest.mark.parametrize("job", [None, 9])
+def test_chats_and_null_may_fill_the_context_and_prompts_end_after_16_tokens(llm, job):
+    """Where neither the line nor the job says how long an answer may be."""
+    lines = [json.dumps({"custom_id": name, **line}).encode() for name, line in LENGTHS.items()]
+    found = {it.custom_id: it for it in read_lines(lines, SamplingParams(max_tokens=job))}
+    lengths = {name: it.params.max_tokens for name, it in found.items()}
+    own = {"chat own": 5, "chat own, null": 5, "prompt own": 7}
+    assert lengths == dict.fromkeys(LENGTHS, job) | {"prompt": job or 16} | own
+    for name, line in found.items():
+        assert line.limit == ("line" if name in own else "job" if job else "default")
+
+
+def test_an_answer_that_nobody_limits_has_what_the_context_leaves_up_to_2048_tokens(llm):
+    whole = SamplingParams(max_tokens=None, min_tokens=3)
+    for context, limit, most in ((160, "context", 150), (2058, "default", 2048),
+                                 (9000, "default", 2048)):  # fmt: skip
+        request = generation(0, [5] * 10, whole, llm.config, context)
+        assert (request.max_tokens, request.limit) == (most, limit)
+    (output,) = llm.generate(["Hello"], whole)
+    assert len(output.prompt_token_ids + output.outputs[0].token_ids) == 160
+    assert llm.report.cut == {"context": 1}
+
+
+@pytest.fixture
+def job(model, tmp_path, run_here):
+    """Runs `generate` on lines; its answers by custom_id, and what it said."""
+    (model / "chat_template.jinja").write_text("{{ messages[0].content }}")
+
+    def call(lines: list[dict], *options: object):
+        (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        files = ("--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl")
+        done = run_here(
+            "generate", "--no-ray", "--dtype", "float32", "--model", model, *files,
+            "--report", tmp_path / "report.json", *options,
+        )  # fmt: skip
+        rows = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
+        answers = {it["custom_id"]: it["response"]["body"] for it in rows}
+        return answers, done, tmp_path / "report.json"
+
+    return call
+
+
+def test_the_report_counts_answers_cut_by_whose_limit(job):
+    """And the run says at once how many lines have the default of 16."""
+    lines = [
+        {"custom_id": "16", "prompt": "Hello"},
+        {"custom_id": "own", "prompt": "Hello", "max_tokens": 3, "n": 2},
+        {"custom_id": "context", "max_tokens": 1000, "prompt": "Hello", "temperature": 0},
+        {"custom_id": "chat"} | CHAT,
+        {"custom_id": "scored", "prompt": "Hello", "max_tokens": 0, "echo": True, "logprobs": 0},
+    ]
+    answers, done, report = job(lines)
+    assert done.returncode == 0, done.stderr
+    lengths = {name: it["usage"]["completion_tokens"] for name, it in answers.items()}
+    assert lengths == {"16": 16, "own": 6, "context": 155, "chat": 158, "scored": 0}
+    assert "1 of 5 lines have no max_tokens: their answers end after 16 tokens" in done.stderr
+    assert json.loads(report.read_text())["answers_cut"] == {"default": 1, "line": 2, "context": 2}
+    assert "answers cut: 2 at their line's max_tokens, 1 at the default length" in done.stderr
+    answers, done, report = job(lines, "--overwrite", "--max-tokens", 5)
+    assert "lines have no max_tokens" not in done.stderr
+    assert json.loads(report.read_text())["answers_cut"] == {"job": 2, "line": 2, "context": 1}
+
+
+def test_stop_strings_of_a_job_are_for_lines_without_and_part_of_the_job(job):
+    lines = [{"custom_id": str(seed), "prompt": "Hello", "seed": seed} for seed in range(8)]
+    lines += [{"custom_id": "own", "prompt": "Hello", "seed": 0, "stop": ["zzzz"]}]
+    options = ("--temperature", 2, "--max-tokens", LONG)
+    whole, done, _ = job(lines, *options)
+    text = whole["0"]["choices"][0]["text"]
+    stops = [text[5:7], SPECIAL]
+    stopped, done, _ = job(lines, *options, "--overwrite", *(f"--stop={it}" for it in stops))
+    assert stopped["0"]["choices"][0] | {"text": ""} == {
+        "index": 0, "text": "", "logprobs": None, "finish_reason": "stop"
+    }  # fmt: skip
+    assert stopped["own"]["choices"] == whole["own"]["choices"]
+    for name in map(str, range(8)):
+        before, after = whole[name]["choices"][0]["text"], stopped[name]["choices"][0]["text"]
+        assert before.startswith(after) and stops[0] not in after
+    reasons = [it["choices"][0]["finish_reason"] for it in stopped.values()]
+    assert reasons.count("stop") >= 2
+    _, done, _ = job(lines, *options, "--stop=Another")
+    assert done.returncode == 1 and "was begun with stop" in done.stderr
+    _, done, _ = job(lines, *options, "--overwrite", "--stop=Stöp")
+    assert done.returncode == 1 and "stop 'Stöp' can't come up" in done.stderr

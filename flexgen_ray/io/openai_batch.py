@@ -25,12 +25,18 @@ from flexgen_ray.io.request_fields import (
     used_fields,
 )
 from flexgen_ray.messages import ChatOptions, Messages, parse_messages
-from flexgen_ray.request import MAX_LOGPROBS, RequestOutput, SamplingParams
+from flexgen_ray.request import (
+    DEFAULT_MAX_TOKENS,
+    MAX_LOGPROBS,
+    RequestOutput,
+    SamplingParams,
+)
 
 # What a request to each url asks with.
 _ASKS = {COMPLETION: "prompt", CHAT: "messages"}
 # OpenAI's paths and Azure's, which may name a deployment.
 _PATH = re.compile(r"(/v1|/openai/v1|/openai/deployments/[^/?]+)?(/chat)?/completions([?].*)?")
+_LENGTHS = ("max_tokens", "max_completion_tokens")  # the older name and the newer
 _LINE_KEYS = {"custom_id", "method", "url", "body"}
 _MAX_MESSAGE = 1000
 MAX_ID_LEN = 1000  # characters of a custom_id
@@ -42,8 +48,9 @@ Prompt = str | list[int]
 class BatchLine:
     """One input line: what is asked, a prompt or a chat's messages, or what is wrong with it.
 
-    chat: how messages are formatted. echo: the prompt comes with the answer. columns: what else the
-    line has, for its output line.
+    chat: how messages are formatted. echo: the prompt comes with the answer. limit: where its
+    max_tokens come from: line, job or default. columns: what else the line has, for its output
+    line.
     """
 
     custom_id: str
@@ -54,6 +61,7 @@ class BatchLine:
     params: SamplingParams | None = None
     error: str | None = None
     echo: bool = False
+    limit: str = "line"
     columns: dict = field(default_factory=dict)
 
 
@@ -98,7 +106,8 @@ def _read_line(
 
 def _asked(line: BatchLine, body: dict, defaults: SamplingParams) -> BatchLine:
     """The line with what its body asks, of which only fields that change the answer are there."""
-    params = _params(body, defaults)
+    params, limit = _params(body, defaults)
+    line = replace(line, limit=limit)
     if "messages" in body:
         messages = parse_messages(body["messages"])
         return replace(line, messages=messages, chat=_chat_options(body), params=params)
@@ -148,7 +157,7 @@ def _parts(value: dict) -> tuple[str, dict, dict]:
         raise ValueError("body is missing, which holds what is asked")
     else:
         url, body, columns = COMPLETION, {}, rest
-    body = {name: it for name, it in body.items() if it is not None}
+    body = {name: it for name, it in body.items() if it is not None or name in _LENGTHS}
     if body.get("logprobs") is False:  # as chats say that nobody wants them
         del body["logprobs"]
     return url, body, _finite(columns)
@@ -199,22 +208,32 @@ def _finite(columns: dict) -> dict:
     return columns and json.loads(json.dumps(columns), parse_constant=lambda _: None)
 
 
-def _params(body: dict, defaults: SamplingParams) -> SamplingParams:
+def _params(body: dict, defaults: SamplingParams) -> tuple[SamplingParams, str]:
+    """What the line asks for, and where its max_tokens come from."""
     given = {name: body[name] for name in PARAMS if name in body}
-    if "max_completion_tokens" in body:
-        most = body["max_completion_tokens"]
-        if given.setdefault("max_tokens", most) != most:
-            raise ValueError(
-                f"max_tokens is {given['max_tokens']!r} and max_completion_tokens {most!r}; give "
-                "one of them"
-            )
+    given["max_tokens"], limit = _max_tokens(body, defaults)
     if not isinstance(given.get("stop", []), str | list):
         raise ValueError(f"stop is {given['stop']!r}; it must be a string or a list of strings")
     if "messages" in body:
         given |= _chat_params(body)
     if _echo(body):
         given["prompt_logprobs"] = given.get("logprobs", defaults.logprobs)
-    return replace(defaults, **given)
+    return replace(defaults, **given), limit
+
+
+def _max_tokens(body: dict, defaults: SamplingParams) -> tuple[int | None, str]:
+    """The line's own, the job's or the default: 16, but what the context leaves for chats and
+    lines with null, as OpenAI and vLLM have it."""
+    asked = [(name, body[name]) for name in _LENGTHS if name in body]
+    own = [pair for pair in asked if pair[1] is not None]
+    if len(own) == 2 and own[0][1] != own[1][1]:
+        both = " and ".join(f"{name} {most!r}" for name, most in own)
+        raise ValueError(f"the line has {both}; give one of them")
+    if own:
+        return own[0][1], "line"
+    if defaults.max_tokens is not None:
+        return defaults.max_tokens, "job"
+    return None if asked or "messages" in body else DEFAULT_MAX_TOKENS, "default"
 
 
 def _echo(body: dict) -> bool:

@@ -220,7 +220,7 @@ class Batcher:
     def _finished_by(self, sequence: _Sequence, token: int) -> Finished | None:
         """The request's end, if the newest token is its last."""
         request, params, count = sequence.request, sequence.request.params, len(sequence.generated)
-        reason = "length" if count >= params.max_tokens else None
+        reason = "length" if count >= request.max_tokens else None
         stop: int | str | None = None
         if count > len(request.given):
             ends = token in self._ends(params)
