@@ -1,7 +1,7 @@
 """The policy of a run where nobody gives one: planned, if the machines' rates are known.
 
-`flexgen-ray calibrate` makes them known, node by node. Knows machines as they were found and what a
-job's requests need; no Ray.
+`flexgen-ray calibrate` makes them known, node by node; a GPU with a preset has assumed ones. Knows
+machines as they were probed and what a job's requests need; no Ray.
 """
 
 from __future__ import annotations
@@ -15,26 +15,34 @@ from flexgen_ray.cost.between import drawn_share
 from flexgen_ray.cost.grid import Search
 from flexgen_ray.cost.pipeline_plan import Device, Job, ModelRates, Plan
 from flexgen_ray.cost.plan import StagePlan
-from flexgen_ray.cost.planner import Planner, choose
+from flexgen_ray.cost.planner import Infeasible, Planner, choose
+from flexgen_ray.forecast import NOTHING_FITS, UNKNOWN, Forecast, suggestion
 from flexgen_ray.model_config import ModelConfig
 from flexgen_ray.request import Request
+from flexgen_ray.runtime.known_rates import ASSUMED
 from flexgen_ray.runtime.worker import Machine
 from flexgen_ray.stage_policies import StagePolicies, plan_stages
+
+LONG_SECONDS = 600  # from which a job is worth a suggestion
 
 
 @dataclass(frozen=True)
 class Settled:
-    """Each stage's plan; if it was predicted, the prediction and the rates that it rests on."""
+    """Each stage's plan; if it was chosen by a prediction, that and the rates that it rests on.
+
+    notes: lines for people. forecast: the prediction of a policy that was chosen or given."""
 
     stages: list[StagePlan]
     predicted: Plan | None = None
     rates: list[HardwareSpec] = field(default_factory=list)
+    notes: tuple[str, ...] = ()
+    forecast: Plan | None = None
 
 
 @dataclass(frozen=True)
 class Run:
     """What of a run its plan depends on, beside machines and requests; as in StagePlan. base: has
-    what of a policy is never chosen: its lossy options."""
+    what of a policy is never chosen: its lossy options. max_seconds: that a block may take."""
 
     config: ModelConfig
     dtype: str
@@ -42,6 +50,7 @@ class Run:
     hops_on_device: bool
     workload: Workload
     base: Policy = Policy()
+    max_seconds: float | None = None
 
     def plan(
         self,
@@ -55,26 +64,88 @@ class Run:
 
         Raises ValueError, with what lacks, if nothing fits.
         """
-        are_known = all(it.hardware and it.hardware.knows(self.dtype) for it in machines)
-        if policies is not None or not are_known:
-            return Settled(self._stages(policies, budgets))
-        devices = tuple(map(self._device, range(len(machines)), machines, budgets))
-        planner = Planner(
-            self.config,
-            devices,
-            self._job(requests),
-            self.dtype,
-            Search(base=self.base),
-            stages_disk=self.stages_disk,
-            hops_on_device=self.hops_on_device,
-            resumes=self.workload.resumes,
-        )
-        plan = choose(planner)
+        if not all(it.hardware and it.hardware.knows(self.dtype) for it in machines):
+            if self.max_seconds is not None:
+                raise ValueError(
+                    "--max-latency needs a plan, and this machine's rates aren't known; run "
+                    "`flexgen-ray calibrate` first, or give --hardware"
+                )
+            return Settled(self._stages(policies, budgets), notes=(UNKNOWN,))
+        planner = self._planner(machines, budgets, requests, self.base)
+        if policies is not None:
+            return self._foretold(self._stages(policies, budgets), planner, machines, requests)
+        try:
+            plan = choose(planner)
+        except Infeasible:
+            if self.max_seconds is not None or machines[0].rates_are != ASSUMED:
+                raise
+            return Settled(self._stages(None, budgets), notes=(NOTHING_FITS,))
         chosen = StagePolicies(
             tuple(stage.policy for stage in plan.stages),
             tuple(stage.num_decoder_layers for stage in plan.stages),
         )
-        return Settled(self._stages(chosen, budgets), plan, planner.rates(plan.stages[0].policy))
+        forecast = Forecast.of(plan, requests)
+        suggested = self._suggestions(forecast, machines, budgets, requests)
+        notes = (forecast.line(machines[0]), *suggested)
+        rates = planner.rates(plan.stages[0].policy)
+        return Settled(self._stages(chosen, budgets), plan, rates, notes, plan)
+
+    def _planner(
+        self,
+        machines: Sequence[Machine],
+        budgets: list[Budget],
+        requests: Sequence[Request],
+        base: Policy,
+    ) -> Planner:
+        bits = base.cache_bits
+        return Planner(
+            self.config,
+            tuple(
+                self._device(number, machine, budget, bits)
+                for number, (machine, budget) in enumerate(zip(machines, budgets, strict=True))
+            ),
+            self._job(requests),
+            self.dtype,
+            Search(base=base, max_seconds=self.max_seconds),
+            stages_disk=self.stages_disk,
+            hops_on_device=self.hops_on_device,
+            resumes=self.workload.resumes,
+        )
+
+    def _foretold(
+        self,
+        stages: list[StagePlan],
+        planner: Planner,
+        machines: Sequence[Machine],
+        requests: Sequence[Request],
+    ) -> Settled:
+        """A given policy, and how long it will take."""
+        layers = tuple(stage.num_decoder_layers for stage in stages)
+        plan = planner.played(planner.evaluate(layers, [stage.policy for stage in stages]))
+        note = Forecast.of(plan, requests).line(machines[0])
+        return Settled(stages, notes=(note,), forecast=plan)
+
+    def _suggestions(
+        self,
+        forecast: Forecast,
+        machines: Sequence[Machine],
+        budgets: list[Budget],
+        requests: Sequence[Request],
+    ) -> list[str]:
+        """A line if 4-bit weights and cache would be much faster."""
+        stages = [stage.policy for stage in forecast.plan.stages]
+        is_resident = all(it.weights.gpu == it.cache.gpu == 1 for it in stages)
+        if self.base != Policy() or is_resident or forecast.seconds < LONG_SECONDS:
+            return []
+        shape = stages[0].compressed(weight_bits=4, cache_bits=4)
+        base = Policy().compressed(weight_bits=4, cache_bits=4)
+        packed = self._planner(machines, budgets, requests, base)
+        # Blocks of the same shape: larger ones may be faster still, but take longer to plan.
+        plan = packed.plan(shape)
+        if plan is None:
+            return []
+        found = suggestion(forecast, Forecast.of(packed.played(plan), requests))
+        return [found] if found else []
 
     def _job(self, requests: Sequence[Request]) -> Job:
         """What the requests need on average, and at most what the workload has room for."""
@@ -88,11 +159,13 @@ class Run:
             self.hops_on_device, self.base,
         )  # fmt: skip
 
-    def _device(self, number: int, machine: Machine, budget: Budget) -> Device:
+    def _device(
+        self, number: int, machine: Machine, budget: Budget, cache_bits: int | None
+    ) -> Device:
         """Its budget is its share of its host's memory already."""
-        assert machine.hardware is not None
-        hardware, bits = machine.hardware, self.base.cache_bits
-        rates = ModelRates.of(hardware, self.config, self.dtype, bits)
+        hardware = machine.hardware
+        assert hardware is not None
+        rates = ModelRates.of(hardware, self.config, self.dtype, cache_bits)
         return Device(rates, budget, f"stage {number}", hardware.core_shares)
 
 

@@ -55,7 +55,7 @@ def calibrate(
     from flexgen_ray.runtime.crews import divide_cores
     from flexgen_ray.runtime.worker import Worker
 
-    machine = Worker().probe(device, str(offload_dir), is_calibrated=False)
+    machine = Worker().probe(device, str(offload_dir), with_rates=False)
     memory = memory_sizes(machine, gpu_memory)
     on = torch.device(machine.device)
     cores = divide_cores(machine.num_threads, on.type == "cuda", attends_on_host=True)

@@ -101,6 +101,8 @@ class Engine:
         run = Run(self.config, self.dtype, stages_disk, hops_on_device, workload, settings.base)
         self.on_progress(Progress(phase="planning"))
         found = run.plan(settings.policies, self.machines, self.budgets, requests)
+        for note in found.notes:
+            self.on_progress(Progress(note=note))
         if self._plans is not None and list(map(_shape, found.stages)) == list(
             map(_shape, self._plans)
         ):

@@ -7,6 +7,7 @@ from pathlib import Path
 from flexgen_ray.paths import calibration_dir, hardware_file
 from flexgen_ray.report import environment
 from flexgen_ray.resources import settle_budgets
+from flexgen_ray.runtime.known_rates import CALIBRATED
 from flexgen_ray.runtime.worker import Worker
 from flexgen_ray.units import format_bytes
 
@@ -34,6 +35,8 @@ def lines(device: str, offload_dir: Path) -> list[tuple[str, str]]:
         (
             "calibrated",
             f"on {hardware.date}: {hardware_file()}"
+            if hardware and machine.rates_are == CALIBRATED
+            else f"no, so runs are planned by the rates of preset {hardware.name}, not its own"
             if hardware
             else "no, so runs without a policy aren't planned; `flexgen-ray calibrate` does it",
         ),

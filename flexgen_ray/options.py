@@ -98,8 +98,8 @@ DeviceOption = Annotated[
 PolicyOption = Annotated[
     Path | None,
     typer.Option(
-        help="YAML policy, or auto: planned if the machines were calibrated, else the tiers are "
-        "filled, fastest first."
+        help="YAML policy, or auto: planned if the machines were calibrated or their GPUs have a "
+        "preset, else the tiers are filled, fastest first."
     ),
 ]
 WeightBitsOption = Annotated[

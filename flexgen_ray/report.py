@@ -17,6 +17,7 @@ from flexgen_ray.cost.plan import StagePlan
 from flexgen_ray.cost.sizes import weight_bytes
 from flexgen_ray.events import Progress, Recovery
 from flexgen_ray.request import DEFAULT_MAX_TOKENS, MAX_TOKENS_UNSET
+from flexgen_ray.runtime.known_rates import CALIBRATED
 from flexgen_ray.runtime.meter import Measured
 from flexgen_ray.runtime.worker import Machine
 from flexgen_ray.units import format_bytes
@@ -96,9 +97,11 @@ class StageReport:
     def wrong_rates(self) -> list[str]:
         """Of lanes that were busy for long, those whose seconds were foretold badly."""
         lanes, foretold = self.lanes(), self.measured.modelled_lanes
+        rates = self.machine.rates_are
+        again = " again" if rates == CALIBRATED else ""
         return [
-            f"{lane} took {it['busy_s']:.1f} s, by the calibrated rates {foretold[lane]:.1f} s: "
-            "run `flexgen-ray calibrate` again, with nothing else running"
+            f"{lane} took {it['busy_s']:.1f} s, by the {rates} rates {foretold[lane]:.1f} s: run "
+            f"`flexgen-ray calibrate`{again}, with nothing else running"
             for lane, it in lanes.items()
             if it["fraction"] > TELLING_SHARE
             and foretold.get(lane)

@@ -139,6 +139,8 @@ def test_generate_shows_progress_only_when_asked(text_model, capfd):
         assert capfd.readouterr().err == ""
         phases = list(dict.fromkeys(event.current_phase for event in seen if not event.note))
         assert phases == ["tokenizing", "planning", "loading weights", "prefill", "decode"]
+        notes = [event.note for event in seen if event.note]
+        assert len(notes) == 1 and notes[0].startswith("no prediction: this machine isn't cali")
         last = seen[-1].standing
         assert last and (last.requests_done, last.new_tokens, last.seconds_left) == (2, 6, 0)
         count = len(seen)

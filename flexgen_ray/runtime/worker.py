@@ -16,11 +16,13 @@ import torch
 
 from flexgen_ray.config import DEVICES, HardwareSpec, is_device
 from flexgen_ray.cost.hardware import Hardware
+from flexgen_ray.cost.machine_rates import MemorySizes
 from flexgen_ray.events import OnProgress, Progress, ignore
 from flexgen_ray.paths import find_model
 from flexgen_ray.request import Finished, Request
 from flexgen_ray.runtime.cells import LogitsHook
 from flexgen_ray.runtime.cgroups import free_memory
+from flexgen_ray.runtime.known_rates import ASSUMED, CALIBRATED, assumed, calibrated
 from flexgen_ray.runtime.link import Link
 from flexgen_ray.runtime.meter import Measured
 from flexgen_ray.runtime.openmp import release_team
@@ -36,7 +38,8 @@ from flexgen_ray.tokenizer import Tokenizer
 @dataclass(frozen=True)
 class Machine:
     """What a worker finds where it runs; bytes are those free now. hardware: its rates, if they
-    were calibrated; gpu_id: of no other GPU anywhere."""
+    are known; gpu_id: of no other GPU anywhere; rates_are: calibrated, given, or assumed by the
+    GPU's name."""
 
     host: str
     device: str
@@ -48,6 +51,7 @@ class Machine:
     is_fast_in_bfloat16: bool
     hardware: Hardware | None = None
     gpu_id: str = ""
+    rates_are: str = CALIBRATED
 
     @property
     def on_cuda(self) -> bool:
@@ -65,18 +69,18 @@ class Worker:
         self._num_threads = threads or own_threads(os.environ)
         torch.set_num_threads(self._num_threads)
 
-    def probe(self, device: str, offload_dir: str, is_calibrated: bool = True) -> Machine:
+    def probe(self, device: str, offload_dir: str, with_rates: bool = True) -> Machine:
         """Find out what this machine has free; ValueError if it lacks the device.
 
         device: auto, cpu, cuda or cuda:N, which becomes the process's current CUDA device.
-        is_calibrated: use the rates that were measured on this node, if they were.
+        with_rates: with what is known of this node's rates.
         """
         chosen = find_device(device)
         uses_cuda = chosen.type == "cuda"
         if uses_cuda:
             torch.cuda.set_device(chosen)
         memory = free_memory()
-        return Machine(
+        machine = Machine(
             host=socket.gethostname(),
             device=str(chosen),
             device_name=torch.cuda.get_device_name() if uses_cuda else "CPU",
@@ -85,9 +89,9 @@ class Worker:
             disk_bytes=_free_disk(Path(offload_dir)),
             num_threads=self._num_threads,
             is_fast_in_bfloat16=_gpu_has_bfloat16() if uses_cuda else _cpu_has_bfloat16(),
-            hardware=_calibrated(uses_cuda) if is_calibrated else None,
             gpu_id=str(torch.cuda.get_device_properties().uuid) if uses_cuda else "",
         )
+        return _with_rates(machine, Path(offload_dir)) if with_rates else machine
 
     def rates(self, spec: StageSpec) -> HardwareSpec:
         """What this machine gives for the stage's shapes, measured now; takes a few seconds."""
@@ -194,10 +198,16 @@ def find_device(name: str) -> torch.device:
     return torch.device("cuda", index)
 
 
-def _calibrated(uses_cuda: bool) -> Hardware | None:
-    """What was measured of this node, of the device that is used."""
-    found = Hardware.local()
-    return found if found is not None and found.device.is_cpu != uses_cuda else None
+def _with_rates(machine: Machine, offload_dir: Path) -> Machine:
+    """With the node's calibrated rates, or those of the preset for its GPU, if there are any."""
+    uses_cuda = machine.on_cuda
+    if hardware := calibrated(uses_cuda):
+        return replace(machine, hardware=hardware)
+    if not uses_cuda:
+        return machine
+    sizes = MemorySizes(machine.gpu_bytes, machine.cpu_bytes, max(machine.disk_bytes, 1))
+    hardware = assumed(machine.device_name, sizes, machine.num_threads, offload_dir)
+    return replace(machine, hardware=hardware, rates_are=ASSUMED)
 
 
 def _free_disk(folder: Path) -> int:

@@ -1,0 +1,114 @@
+"""Lines before a run: how long it will take, by rates that are calibrated or assumed."""
+
+from __future__ import annotations
+
+import pytest
+
+from flexgen_ray.auto_policy import Run, Settled
+from flexgen_ray.config import Policy, Workload
+from flexgen_ray.cost.hardware import Hardware
+from flexgen_ray.cost.machine_rates import DiskRates, MemorySizes
+from flexgen_ray.cost.presets import adapted, preset_for
+from flexgen_ray.forecast import Forecast
+from flexgen_ray.models.shapes import shape_config
+from flexgen_ray.request import Request, SamplingParams
+from flexgen_ray.resources import settle_budgets
+from flexgen_ray.runtime.known_rates import ASSUMED, disk_rates
+from flexgen_ray.runtime.worker import Machine
+from flexgen_ray.stage_policies import StagePolicies, plan_stages
+
+GIB = 2**30
+GEFORCE = "NVIDIA GeForce RTX 4090"
+
+
+@pytest.mark.parametrize(
+    ("name", "preset"),
+    [
+        ("Tesla T4", "t4"),
+        (GEFORCE, "rtx4090"),
+        ("NVIDIA A100-SXM4-80GB", "a100-80"),
+        ("NVIDIA A100 80GB PCIe", "a100-80"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H200", "h100"),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA A100-SXM4-80GB MIG 1g.10gb", None),
+        ("NVIDIA T400 4GB", None),
+        ("NVIDIA GH200 480GB", None),
+        ("CPU", None),
+    ],
+)
+def test_a_preset_is_found_by_the_name_that_torch_gives_its_gpu(name, preset):
+    found = preset_for(name)
+    assert (found and found.name) == preset
+
+
+def test_an_adapted_preset_has_the_machines_memory_cores_and_disk():
+    preset = Hardware.preset("rtx4090")
+    sizes, disk = MemorySizes(20 * GIB, 30 * GIB, 40 * GIB), DiskRates(1e8, 2e8)
+    small = adapted(preset, sizes, 2, disk)
+    assert small.memory == sizes and small.disk == disk
+    assert small.device == preset.device and small.link == preset.link
+    for ours, whole in zip(small.host.attention, preset.host.attention, strict=True):
+        assert ours.bytes_per_s == whole.bytes_per_s / 4
+    large = adapted(preset, sizes, 64, None)
+    assert large.host.attention == preset.host.attention and large.disk == preset.disk
+
+
+def test_a_disks_rate_is_measured_where_there_is_room(tmp_path):
+    found = disk_rates(tmp_path, 2**40)
+    assert found is None or min(found.read_bytes_per_s, found.write_bytes_per_s) > 1e6
+    assert disk_rates(tmp_path, 2**20) is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def machine(hardware: Hardware | None, gpu: float = 23, cpu: float = 64) -> Machine:
+    sizes = int(gpu * GIB), int(cpu * GIB), 1000 * GIB
+    return Machine("here", "cuda", GEFORCE, *sizes, 16, True, hardware, "0", ASSUMED)
+
+
+def settled(model: str, count: int, max_tokens: int, policies=None, **sizes) -> Settled:
+    hardware = adapted(preset_for(GEFORCE), MemorySizes(GIB, GIB, GIB), 16, None)
+    here = [machine(hardware, **sizes)]
+    budgets = settle_budgets(here, {"gpu": None, "cpu": None, "disk": None}, 0)
+    requests = [
+        Request(i, [1] * 100, SamplingParams(max_tokens=max_tokens - i % 2)) for i in range(count)
+    ]
+    run = Run(shape_config(model), "float16", True, False, Workload(count, 100, 100 + max_tokens))
+    return run.plan(policies, here, budgets, requests)
+
+
+def test_an_uncalibrated_gpu_with_a_preset_is_planned_and_told_that_rates_are_assumed():
+    found = settled("opt-6.7b", 8, 32, gpu=6, cpu=30)
+    assert found.predicted and found.rates
+    (line,) = found.notes
+    assert "8 answers of 252 new tokens at most take about" in line
+    assert "the first are there after" in line
+    assert f"rates assumed, those of preset rtx4090 for {GEFORCE}" in line
+    assert "flexgen-ray calibrate" in line
+
+    budgets = settle_budgets([machine(None, 6, 30)], {"gpu": None, "cpu": None, "disk": None}, 0)
+    config, workload = shape_config("opt-6.7b"), Workload(8, 100, 132)
+    filled = plan_stages(config, None, workload, "float16", budgets, True)[0].policy
+    by_filling = settled("opt-6.7b", 8, 32, StagePolicies((filled,)), gpu=6, cpu=30)
+    assert by_filling.stages[0].policy.block_size == filled.block_size
+    assert not by_filling.predicted and "8 answers" in by_filling.notes[0]
+    assert found.predicted.tokens_per_s >= by_filling.forecast.tokens_per_s
+
+
+def test_four_bits_are_suggested_where_they_are_much_faster():
+    slow = settled("opt-66b", 4, 300)
+    assert "suggestion: --weight-bits 4 --cache-bits 4" in slow.notes[-1]
+    assert "lossy" in slow.notes[-1] and len(slow.notes) == 2
+    fits = settled("opt-1.3b", 4, 300)
+    assert len(fits.notes) == 1
+
+
+def test_a_forecast_counts_whole_blocks():
+    found = settled("opt-1.3b", 4, 32, StagePolicies((Policy(gpu_batch_size=2),)))
+    plan = found.forecast
+    requests = [Request(i, [1] * 100, SamplingParams(max_tokens=32)) for i in range(5)]
+    forecast = Forecast.of(plan, requests)
+    assert forecast.seconds == 3 * plan.block_seconds
+    assert forecast.first_answer_seconds <= plan.block_seconds
+    requests[0] = Request(0, [1] * 100, SamplingParams(max_tokens=1))
+    assert Forecast.of(plan, requests).first_answer_seconds < forecast.first_answer_seconds
