@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import chain
 
 from flexgen_ray.model_config import ModelConfig
 from flexgen_ray.request import MAX_TOKENS_UNSET, Request, SamplingParams
 
 
 def generation(
-    index: int, token_ids: list[int], params: SamplingParams, config: ModelConfig, limit: int
+    index: int,
+    token_ids: list[int],
+    params: SamplingParams,
+    config: ModelConfig,
+    limit: int,
+    bad_words: tuple[tuple[int, ...], ...] = (),
 ) -> Request:
     """A request for an answer, which ends where prompt and answer reach `limit` tokens.
 
-    Without max_tokens it ends at 2,048 tokens at most; with 0 the prompt is scored. ValueError says
-    why the prompt doesn't fit.
+    Without max_tokens it ends at 2,048 tokens at most; with 0 the prompt is scored. bad_words:
+    token ids of those of the params. ValueError says why the prompt doesn't fit.
     """
     if not token_ids:
         raise ValueError("the prompt is empty; give at least one token")
@@ -29,6 +35,10 @@ def generation(
         )
     _check_vocabulary([*token_ids, *params.stop_token_ids], config)
     _check_ends(params, config)
+    if params.allowed_token_ids or params.logit_bias or bad_words:
+        named = [*(params.allowed_token_ids or ()), *(params.logit_bias or ()), *chain(*bad_words)]
+        _check_vocabulary(named, config)
+        _check_choice(params, bad_words, config)
     first = 1 if params.prompt_logprobs is not None else len(token_ids)
     tops = [top for top in (params.logprobs, params.prompt_logprobs) if top is not None]
     asked, room = params.max_tokens or MAX_TOKENS_UNSET, limit - len(token_ids)
@@ -37,8 +47,9 @@ def generation(
     most = min(asked, room)
     params = replace(params, max_tokens=most, min_tokens=min(params.min_tokens, most))
     if not tops:
-        return Request(index, token_ids, params, limit=limited_by)
-    return Request(index, token_ids, params, scored_from=first, top=max(tops), limit=limited_by)
+        return Request(index, token_ids, params, limit=limited_by, bad_words=bad_words)
+    top = max(tops)
+    return Request(index, token_ids, params, [], first, top, limit=limited_by, bad_words=bad_words)
 
 
 def scoring(
@@ -80,6 +91,27 @@ def _check_ends(params: SamplingParams, config: ModelConfig) -> None:
             f"all {config.vocab_size} of the vocabulary, and none of them may come before; stop at "
             "fewer, or give min_tokens 0"
         )
+
+
+def _check_choice(
+    params: SamplingParams, bad_words: tuple[tuple[int, ...], ...], config: ModelConfig
+) -> None:
+    """ValueError if at some place of the answer no token could be chosen."""
+    ends = {*params.stop_token_ids, *(() if params.ignore_eos else config.eos_token_ids)}
+    allowed = params.allowed_token_ids or range(config.vocab_size)
+    never = {word[0] for word in bad_words if len(word) == 1}
+    never |= ends if params.min_tokens else set()
+    if len(allowed) > len(never.union(word[-1] for word in bad_words)):
+        return
+    left = set(allowed) - never
+    # What was said last decides which bad words are about to be completed.
+    for said in {(), *(word[:-1] for word in bad_words if left.issuperset(word[:-1]))}:
+        begun = (word for word in bad_words if said[len(said) + 1 - len(word) :] == word[:-1])
+        if left.issubset(word[-1] for word in begun if len(word) <= len(said) + 1):
+            raise ValueError(
+                "allowed_token_ids, bad_words and min_tokens leave no token to choose"
+                f"{f' after {list(said)}' if said else ''}; allow more"
+            )
 
 
 def _check_vocabulary(token_ids: list[int], config: ModelConfig) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -254,7 +255,9 @@ class LLM(Engine):
         """
         token_ids = self._token_ids(prompt)
         self.check_stops(params.stop)
-        return generation(index, token_ids, params, self.config, self.max_model_len)
+        bad_words = tuple(chain.from_iterable(map(self.tokenizer.bad_word, params.bad_words)))
+        limit = self.max_model_len
+        return generation(index, token_ids, params, self.config, limit, bad_words)
 
     def check_stops(self, stops: tuple[str, ...]) -> None:
         """ValueError for stop strings that no answer of the model can contain."""

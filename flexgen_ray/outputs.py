@@ -44,7 +44,8 @@ def _text(
     and with it if the request says so."""
     if finished.finish_reason == "stop" and not isinstance(finished.stop_reason, str):
         keeps = params.include_stop_str_in_output
-        return tokenizer.text(token_ids, begin, len(token_ids) - (not keeps))
+        last = len(token_ids) - (not keeps)
+        return tokenizer.text(token_ids, begin, last, params.skip_special_tokens)
     return StopStrings(tokenizer).text(token_ids, begin, params)
 
 

@@ -57,6 +57,11 @@ class SamplingParams:
     stop_token_ids end an answer as an end token does, even with ignore_eos; before min_tokens
     neither these nor end tokens can be chosen, and stop strings are not looked for. n: how many
     answers, each drawn by itself. include_stop_str_in_output: the text keeps what ended it.
+
+    logit_bias: by token id, -100 to 100, added to its logit before penalties. allowed_token_ids:
+    only these may be chosen. bad_words: texts, or sequences of token ids, that the answer never
+    has; a text counts with and without a space before it, where both take as many tokens.
+    skip_special_tokens: leave special tokens out of the text.
     """
 
     max_tokens: int | None = DEFAULT_MAX_TOKENS
@@ -76,6 +81,10 @@ class SamplingParams:
     min_tokens: int = 0
     n: int = 1
     include_stop_str_in_output: bool = False
+    logit_bias: dict[int, float] | None = field(default=None, hash=False)
+    allowed_token_ids: tuple[int, ...] | None = None
+    bad_words: tuple[str | tuple[int, ...], ...] = ()
+    skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -97,7 +106,7 @@ class SamplingParams:
             raise ValueError(f"top_p is {self.top_p!r}; it must be above 0 and at most 1")
         if self.seed is not None and not _is_number(self.seed, int):
             raise ValueError(f"seed is {self.seed!r}; it must be an integer")
-        for name in ("ignore_eos", "include_stop_str_in_output"):
+        for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be true or false")
         for name in ("logprobs", "prompt_logprobs"):
@@ -108,6 +117,9 @@ class SamplingParams:
             raise ValueError(f"stop is {self.stop!r}; it must be non-empty strings")
         self._check_ranges()
         self._check_ends()
+        object.__setattr__(self, "logit_bias", _parse_bias(self.logit_bias))
+        object.__setattr__(self, "allowed_token_ids", _parse_allowed(self.allowed_token_ids))
+        object.__setattr__(self, "bad_words", _parse_words(self.bad_words))
         if not _is_number(self.n, int) or not 1 <= self.n <= MAX_SAMPLES:
             raise ValueError(f"n is {self.n!r}; it must be an integer, 1 to {MAX_SAMPLES}")
         if self.n > 1 and (not self.temperature or self.max_tokens == 0):
@@ -161,6 +173,54 @@ def first_stop(text: str, stops: tuple[str, ...], after: int = 0) -> tuple[int, 
     return min(found, default=None)
 
 
+def _parse_bias(bias: object) -> dict[int, float] | None:
+    """Token ids may be strings, as in JSON."""
+    if bias is None:
+        return None
+    if not isinstance(bias, dict):
+        raise ValueError(f"logit_bias is {bias!r}; it must be an object, token ids to -100 to 100")
+    parsed = {}
+    for token, value in bias.items():
+        known = token.isdecimal() if isinstance(token, str) else _is_token(token)
+        if not known or not _is_number(value, int | float) or not -100 <= value <= 100:
+            raise ValueError(
+                f"logit_bias has {token!r}: {value!r}; it must map token ids, integers from 0 up, "
+                "to -100 to 100"
+            )
+        parsed[int(token)] = float(value)
+    return parsed or None
+
+
+def _parse_allowed(ids: object) -> tuple[int, ...] | None:
+    if ids is None:
+        return None
+    if not isinstance(ids, list | tuple) or not ids or not all(map(_is_token, ids)):
+        raise ValueError(
+            f"allowed_token_ids is {ids!r}; it must be a list of token ids, integers from 0 up, "
+            "one at least"
+        )
+    return tuple(sorted(set(ids)))
+
+
+def _parse_words(words: object) -> tuple[str | tuple[int, ...], ...]:
+    several = [words] if isinstance(words, str) else words or []
+    if isinstance(several, list | tuple):
+        parsed = [tuple(it) if isinstance(it, list) else it for it in several]
+        if all(it and (isinstance(it, str) or _are_tokens(it)) for it in parsed):
+            return tuple(parsed)
+    raise ValueError(
+        f"bad_words is {words!r}; it must be a list of non-empty strings, or of lists of token ids"
+    )
+
+
+def _are_tokens(value: object) -> bool:
+    return isinstance(value, tuple) and all(map(_is_token, value))
+
+
+def _is_token(value: object) -> bool:
+    return _is_number(value, int) and value >= 0  # type: ignore[operator]
+
+
 def _is_number(value: object, kind) -> bool:
     return isinstance(value, kind) and not isinstance(value, bool)
 
@@ -192,7 +252,8 @@ class Request:
     nothing precedes it. top: the likeliest tokens told with each score. generated, scores: of its
     answer, and of tokens from scored_from on, what is there already; it goes on from them.
     sample: which of several answers to the request of index `first` this is. limit: what sets its
-    longest answer: max_tokens, default or context; in files also line or job.
+    longest answer: max_tokens, default or context; in files also line or job. bad_words: token ids
+    of each sequence that the answer never has.
     """
 
     index: int
@@ -206,6 +267,7 @@ class Request:
     sample: int = 0
     first: int | None = None
     limit: str = "max_tokens"
+    bad_words: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self) -> None:
         assert self.scored_from is None or self.scored_from > 0

@@ -37,17 +37,19 @@ class StopStrings:
 
     def newest(self, token_ids: list[int], begin: int, params: SamplingParams) -> str | None:
         """The stop string that the newest token completes, if the answer had none before."""
-        return self._newest(token_ids, begin, params.min_tokens, params.stop, True) or self._newest(
-            token_ids, begin, params.min_tokens, self._written(params.stop), False
+        least, skips = params.min_tokens, params.skip_special_tokens
+        return self._newest(token_ids, begin, least, params.stop, skips) or self._newest(
+            token_ids, begin, least, self._written(params.stop), False
         )
 
     def text(self, token_ids: list[int], begin: int, params: SamplingParams) -> str:
         """The answer's text up to its first stop string, and with it if the request says so."""
-        text = self._tokenizer.text(token_ids, begin)
+        skips = params.skip_special_tokens
+        text = self._tokenizer.text(token_ids, begin, None, skips)
         if not params.stop:
             return text
         keeps, early = params.include_stop_str_in_output, begin + params.min_tokens
-        searched_from = len(self._tokenizer.text(token_ids, begin, early))
+        searched_from = len(self._tokenizer.text(token_ids, begin, early, skips))
         place = first_stop(text, params.stop, searched_from)
         if place is not None:
             return text[: place[keeps]]

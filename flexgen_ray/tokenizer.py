@@ -27,6 +27,7 @@ class Tokenizer:
         self.folder = Path(folder)
         self._vocab_size = vocab_size
         self._templates: dict[str, ChatTemplate] = {}  # by their source
+        self._bad_words: dict[str, list[tuple[int, ...]]] = {}
         self.now = datetime.now()
 
     def load(self) -> None:
@@ -72,6 +73,24 @@ class Tokenizer:
         if source not in self._templates:
             self._templates[source] = ChatTemplate(source, self.hf.special_tokens_map)
         return self._templates[source]
+
+    def bad_word(self, word: str | tuple[int, ...]) -> list[tuple[int, ...]]:
+        """Token sequences that make up a word; with a space before it too if that is as long.
+
+        As in vLLM. ValueError for a word without tokens, and as `hf`.
+        """
+        if not isinstance(word, str):
+            return [word]
+        if word not in self._bad_words:
+            plain, spaced = (
+                tuple(self.hf.encode(f"{space}{word.lstrip()}", add_special_tokens=False))
+                for space in ("", " ")
+            )
+            if not plain:
+                raise ValueError(f"bad_words has {word!r}, of which the tokenizer makes no token")
+            differs = len(spaced) == len(plain) and spaced[0] != plain[0]
+            self._bad_words[word] = [plain, spaced] if differs else [plain]
+        return self._bad_words[word]
 
     def close(self) -> None:
         """Ends what formats chats; the next chat starts it again."""

@@ -168,6 +168,11 @@ _PARAMS = {
     "frequency_penalty": st.floats(-2, 2) | _ANY,
     "repetition_penalty": st.sampled_from([5e-324, 1e-9, 1.2, 1e9, 1e308]) | _ANY,
     "include_stop_str_in_output": st.booleans() | _ANY,
+    "logit_bias": st.dictionaries(st.sampled_from(["0", "5", "96", "97"]), st.floats(-99, 99))
+    | _ANY,
+    "allowed_token_ids": st.lists(st.integers(0, 97)) | _ANY,
+    "bad_words": st.lists(st.text() | st.lists(st.integers(0, 97))) | _ANY,
+    "skip_special_tokens": st.booleans() | _ANY,
 }
 _PROMPT = st.text() | st.lists(st.integers(-1, 99)) | _ANY
 _MESSAGES = st.lists(st.fixed_dictionaries({"role": st.text(), "content": st.text()})) | _ANY

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections import Counter
 from dataclasses import replace
 
@@ -11,12 +12,13 @@ import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flexgen_ray import LLM, Policy, SamplingParams
 from flexgen_ray.rows import Rows
 from flexgen_ray.runtime.link import Header
 from flexgen_ray.runtime.sampler import Draw, Penalties, likeliest, penalise, sample, uniform
+from flexgen_ray.tokenizer import Tokenizer
 
 DRAWS = 4000
 CHI_SQUARE_LIMIT = {3: 16.3, 4: 18.5, 5: 20.5, 7: 24.3}  # p = 0.001 by degrees of freedom
@@ -120,10 +122,12 @@ def test_the_same_seed_gives_the_same_answer_wherever_the_request_stands(tiny_mo
 
 
 def reference_token(logits: list[float], draw: Draw) -> int:
-    """One token by plain loops: penalties, bans, temperature, min_p, top_k, top_p."""
+    """One token by plain loops: bias, penalties, bans, temperature, min_p, top_k, top_p."""
     if draw.given is not None:
         return draw.given
     values = list(logits)
+    for token, bias in draw.bias:
+        values[token] += bias
     its = draw.penalties
     for token in range(len(values)):
         said = dict(its.answer) if its else {}
@@ -132,7 +136,7 @@ def reference_token(logits: list[float], draw: Draw) -> int:
             values[token] *= 1 / its.repetition if positive else its.repetition
         if its and token in said:
             values[token] -= its.frequency * said[token] + its.presence
-        if token in draw.banned:
+        if token in draw.banned or (draw.allowed is not None and token not in draw.allowed):
             values[token] = float("-inf")
     order = sorted(range(len(values)), key=lambda token: -values[token])
     if draw.temperature == 0:
@@ -159,6 +163,9 @@ def draws_of(draw, size=13):
     penalty, maybe = st.floats(-2, 2), draw(st.integers(0, 3))
     said = tokens.map(lambda them: tuple(Counter(them).items()))
     penalties = st.builds(Penalties, penalty, penalty, st.floats(0.3, 3), tokens, said)
+    banned = draw(st.lists(st.integers(0, size - 1), max_size=4).map(tuple))
+    allowed = st.sets(st.integers(0, size - 1), min_size=5).map(sorted).map(tuple)
+    bias = st.dictionaries(st.integers(0, size - 1), st.integers(-100, 100), max_size=4)
     return Draw(
         temperature=draw(st.sampled_from([0.0, 0.3, 1.0, 1.7])),
         top_p=draw(st.floats(0.05, 1)),
@@ -166,8 +173,10 @@ def draws_of(draw, size=13):
         given=draw(st.none() | st.integers(0, size - 1)) if maybe == 0 else None,
         top_k=draw(st.integers(0, size + 2)),
         min_p=draw(st.sampled_from([0.0, 0.05, 0.4, 1.0])),
-        banned=draw(st.lists(st.integers(0, size - 1), max_size=4).map(tuple)),
+        banned=banned,
         penalties=draw(st.none() | penalties),
+        allowed=draw(st.none() | allowed),
+        bias=tuple(draw(bias).items()),
     )
 
 
@@ -242,6 +251,87 @@ def test_greedy_with_repetition_penalty_equals_transformers(tiny_models, stages)
     assert wanted[0] != plain
 
 
+@pytest.mark.parametrize("stages", [1, 2])
+def test_biased_and_limited_tokens_are_those_of_transformers(tiny_models, stages):
+    """Greedily; and drawn ones keep to the same limits, whatever the number of stages."""
+    folder, _ = tiny_models["llama"]
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    (prompt,) = tiny.prompts(1, 20, seed=3)
+    plain = tiny.generate(model, prompt, 16).tokens
+    bias = {plain[0]: -100.0, plain[1]: 2.5, 9: 1.5}
+    allowed = sorted({*range(5, 60), plain[3]} - {plain[2]})
+    words = [[plain[1]], plain[3:5], plain[4:8]]
+    asked = [
+        ({"logit_bias": bias}, {"sequence_bias": {(token,): it for token, it in bias.items()}}),
+        ({"bad_words": words}, {"bad_words_ids": words}),
+        ({"allowed_token_ids": allowed}, {"prefix_allowed_tokens_fn": lambda _, ids: allowed}),
+    ]
+    asked.append(tuple({k: v for it in asked for k, v in it[i].items()} for i in (0, 1)))
+    wanted = [tiny.generate(model, prompt, 16, **theirs).tokens for _, theirs in asked]
+    drawn = SamplingParams(16, 1.5, seed=5, **asked[-1][0])
+    params = [SamplingParams(16, 0.0, **ours) for ours, _ in asked] + [drawn]
+    pipeline = {"pipeline_parallel_size": stages}
+    with LLM(folder, policy=Policy(3, 2), use_ray=False, dtype="float32", **pipeline) as llm:
+        outputs = llm.generate([prompt] * 5, params)
+    tokens = [output.outputs[0].token_ids for output in outputs]
+    assert tokens[:4] == wanted and plain not in wanted
+    assert set(tokens[4]) <= set(allowed) - {plain[1]}
+    for word in words:
+        pieces = [tokens[4][at : at + len(word)] for at in range(16)]
+        assert word not in pieces
+
+
+def test_a_bad_word_is_looked_for_in_the_answer_alone(text_model):
+    """With a space before it too; and what a resumed answer has already counts."""
+    greedy = SamplingParams(12, 0.0)
+    with LLM(text_model, policy=Policy(2, 1), use_ray=False, dtype="float32") as llm:
+        (free,) = llm.generate("Hello", greedy)
+        text, tokens = free.outputs[0].text, free.outputs[0].token_ids
+        (without,) = llm.generate("Hello", replace(greedy, bad_words=text[2:4]))
+        (kept,) = llm.generate("Hello", replace(greedy, bad_words=["o" + text[0]]))
+        request = llm.request(0, "Hello", replace(greedy, bad_words=[text[2:4]]))
+        llm.prepare([request])
+        (resumed,) = llm.stream([replace(request, generated=tokens[:3])])
+    assert without.outputs[0].text[:3] == text[:3] and without.outputs[0].text[3] != text[3]
+    assert resumed.outputs == without.outputs and kept.outputs[0].text[0] == text[0]
+
+
+def test_words_are_banned_with_and_without_a_space_as_in_vllm(text_model, monkeypatch):
+    """With a space only where that makes as many tokens and another first one."""
+    tokenizer = Tokenizer(text_model)
+    assert tokenizer.bad_word(" Hi") == [tuple(ord(it) - 30 for it in "Hi")]
+    assert tokenizer.bad_word((5, 6)) == [(5, 6)]
+    ids = {"Hi": [7, 8], " Hi": [9, 8], "no": [7], " no": [7], "": [], " ": [3]}
+    monkeypatch.setattr(tokenizer.hf, "encode", lambda text, **_: ids[text])
+    assert tokenizer.bad_word("Hi") == [(7, 8), (9, 8)]
+    assert tokenizer.bad_word("no") == [(7,)]
+    with pytest.raises(ValueError, match="of which the tokenizer makes no token"):
+        tokenizer.bad_word("")
+
+
+@pytest.mark.parametrize(
+    ("params", "said"),
+    [
+        ({"allowed_token_ids": [5], "bad_words": [[5]]}, "leave no token to choose; allow more"),
+        ({"allowed_token_ids": [5, 6], "bad_words": [[5, 5], [6]]}, r"choose after \[5\]"),
+        ({"allowed_token_ids": [5, 6], "bad_words": [[5, 6], [6, 5], [6, 6], [5, 5]]}, "choose a"),
+        ({"allowed_token_ids": [5, 6], "bad_words": [[6, 5, 5], [5, 6]]}, r"after \[6, 5\]"),
+        ({"allowed_token_ids": [5], "stop_token_ids": [5], "min_tokens": 2}, "no token to choose"),
+        ({"allowed_token_ids": [97]}, "token id 97 is outside the vocabulary of 97"),
+        ({"logit_bias": {"97": 1}}, "token id 97 is outside the vocabulary of 97"),
+        ({"bad_words": [[5, 97]]}, "token id 97 is outside the vocabulary of 97"),
+    ],
+)
+def test_limits_that_leave_no_token_are_refused_before_the_run(text_model, params, said):
+    with LLM(text_model, use_ray=False) as llm:
+        with pytest.raises(ValueError, match=said):
+            llm.request(0, "Hello", SamplingParams(**params))
+        # What can't come about is no fault.
+        llm.request(
+            0, "Hello", SamplingParams(allowed_token_ids=[5, 6], bad_words=[[7, 5], [7, 6]])
+        )
+
+
 def test_a_resumed_answer_is_penalised_for_all_of_its_tokens(tiny_models):
     folder, _ = tiny_models["llama"]
     (prompt,) = tiny.prompts(1, 20, seed=9)
@@ -293,10 +383,46 @@ def test_stop_tokens_end_an_answer_but_not_before_min_tokens(text_model):
     [
         {"top_k": -2}, {"top_k": 1.5}, {"min_p": 1.1}, {"presence_penalty": 2.1},
         {"frequency_penalty": float("nan")}, {"repetition_penalty": 0}, {"stop_token_ids": [-1]},
-        {"stop_token_ids": 5}, {"min_tokens": 17}, {"min_tokens": True},
+        {"stop_token_ids": 5}, {"min_tokens": 17}, {"min_tokens": True}, {"logit_bias": [5]},
+        {"allowed_token_ids": []}, {"allowed_token_ids": [-1]}, {"bad_words": [[-1]]},
+        {"bad_words": [""]}, {"bad_words": 5},
     ],
 )  # fmt: skip
 def test_a_wrong_value_is_named_with_its_limits(wrong):
     ((name, _),) = wrong.items()
     with pytest.raises(ValueError, match=rf"{name} is .*; it must be .*\d|{name} is .*list of"):
         SamplingParams(**wrong)
+
+
+@pytest.mark.parametrize("bias", [{5: 101}, {5: float("nan")}, {-1: 5}, {"x": 5}, {5: "y"}])
+def test_a_bias_beyond_its_limits_is_named(bias):
+    with pytest.raises(ValueError, match="logit_bias has .* to -100 to 100"):
+        SamplingParams(logit_bias=bias)
+    assert SamplingParams(logit_bias={"7": 5}).logit_bias == {7: 5.0}
+    assert SamplingParams(logit_bias={}) == SamplingParams(bad_words=[])
+
+
+def test_special_tokens_are_part_of_the_text_if_they_are_asked_for(text_model, tmp_path):
+    """Stop strings are looked for in the same text; here each answer is made of special tokens."""
+    folder = shutil.copytree(text_model, tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["A", "B"]})
+    tokenizer.save_pretrained(folder)
+    ids = [tokenizer.convert_tokens_to_ids(it) for it in "AB"]
+    only = {"allowed_token_ids": [*ids, ord("c") - 30], "seed": 1}
+    with LLM(folder, policy=Policy(2, 1), use_ray=False, dtype="float32") as llm:
+        skipped, shown, stopped = llm.generate(
+            ["Hello"] * 3,
+            [
+                SamplingParams(12, **only),
+                SamplingParams(12, **only, skip_special_tokens=False),
+                SamplingParams(12, **only, skip_special_tokens=False, stop="B"),
+            ],
+        )
+    tokens = shown.outputs[0].token_ids
+    whole = "".join({ids[0]: "A", ids[1]: "B"}.get(token, "c") for token in tokens)
+    assert skipped.outputs[0].token_ids == tokens and {*whole} == {*"ABc"}
+    assert shown.outputs[0].text == whole
+    assert skipped.outputs[0].text == whole.replace("A", "").replace("B", "")
+    assert stopped.outputs[0].text == whole[: whole.index("B")]
+    assert stopped.outputs[0].finish_reason == "stop"

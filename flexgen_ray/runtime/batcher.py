@@ -208,9 +208,24 @@ class Batcher:
             top,
             max(params.top_k, 0),
             params.min_p,
-            tuple(sorted(self._ends(params))) if position < params.min_tokens else (),
+            self._banned(sequence),
             _penalties(sequence) if params.has_penalties else None,
+            params.allowed_token_ids,
+            tuple(params.logit_bias.items()) if params.logit_bias else (),
         )
+
+    def _banned(self, sequence: _Sequence) -> tuple[int, ...]:
+        """Ends before min_tokens, and the last tokens of bad words whose others precede it."""
+        params, position = sequence.request.params, len(sequence.generated)
+        banned = {*self._ends(params)} if position < params.min_tokens else set()
+        for *before, last in sequence.request.bad_words:
+            count = len(before)
+            if (
+                count <= position
+                and sequence.token_ids[len(sequence.token_ids) - count :] == before
+            ):
+                banned.add(last)
+        return tuple(sorted(banned))
 
     def _ends(self, params: SamplingParams) -> frozenset[int]:
         """Tokens that end an answer."""

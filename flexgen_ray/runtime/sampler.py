@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,7 +39,8 @@ class Draw:
     given: the token that it is, whatever is likely. top: how many of the likeliest are told with
     the token's score; None asks for no score. top_k: how many of the likeliest may be chosen, 0
     for all; min_p: how likely a token must be, as a share of the likeliest. banned: tokens that
-    may not be chosen.
+    may not be chosen; allowed: the only ones that may, if not None. bias: (token, what is added to
+    its logit before penalties).
     """
 
     temperature: float
@@ -50,12 +52,14 @@ class Draw:
     min_p: float = 0.0
     banned: tuple[int, ...] = ()
     penalties: Penalties | None = None
+    allowed: tuple[int, ...] | None = None
+    bias: tuple[tuple[int, float], ...] = ()
 
     def encode(self) -> list:
         """For JSON, without what few draws have."""
-        values, usual = [*vars(self).values()], [it.default for it in fields(self)]
-        if self.penalties is not None:
-            values[-1] = [*vars(self.penalties).values()]
+        its = self.penalties and [*vars(self.penalties).values()]
+        values = [*(vars(self) | {"penalties": its}).values()]
+        usual = [it.default for it in fields(self)]
         while values[-1] == usual[len(values) - 1]:
             values.pop()
         return values
@@ -64,10 +68,15 @@ class Draw:
     def decode(values: list) -> Draw:
         """The inverse."""
         draw = Draw(*values)
-        banned, its = tuple(draw.banned), values[8] if len(values) > 8 else None
+        its: Any = draw.penalties
         answer = tuple((token, count) for token, count in its[4]) if its else ()
-        penalties = its and Penalties(its[0], its[1], its[2], tuple(its[3]), answer)
-        return replace(draw, banned=banned, penalties=penalties)
+        return replace(
+            draw,
+            banned=tuple(draw.banned),
+            penalties=its and Penalties(its[0], its[1], its[2], tuple(its[3]), answer),
+            allowed=None if draw.allowed is None else tuple(draw.allowed),
+            bias=tuple((token, value) for token, value in draw.bias),
+        )
 
 
 def uniform(seed: int, stream: int, position: int, sample: int = 0) -> float:
@@ -99,14 +108,23 @@ def sample(logits: Tensor, draws: list[Draw]) -> Tensor:
 
 
 def _is_special(draw: Draw) -> bool:
-    return bool(draw.temperature > 0 or draw.banned or draw.penalties)
+    masked = draw.banned or draw.allowed is not None
+    return bool(draw.temperature > 0 or masked or draw.penalties or draw.bias)
 
 
 def _choose(logits: Tensor, draws: list[Draw]) -> Tensor:
     """Of rows that may be overwritten."""
     for row, draw in zip(logits, draws, strict=True):
+        if draw.bias:
+            biased, values = zip(*draw.bias, strict=True)
+            added = place_indices(values, row.device, row.dtype)
+            row.index_add_(0, place_indices(biased, row.device), added)
         if draw.penalties:
             penalise(row, draw.penalties)
+        if draw.allowed is not None:
+            places = place_indices(draw.allowed, row.device)
+            kept = row[places]
+            row.fill_(float("-inf")).index_copy_(0, places, kept)
         if draw.banned:
             row.index_fill_(0, place_indices(draw.banned, row.device), float("-inf"))
     drawn = [row for row, draw in enumerate(draws) if draw.temperature > 0]
