@@ -147,6 +147,10 @@ class Run:
         found = suggestion(forecast, Forecast.of(packed.played(plan), requests))
         return [found] if found else []
 
+    def filled(self, budgets: list[Budget]) -> list[StagePlan]:
+        """Each stage's plan if the tiers are filled; ValueError, with what lacks, if none fits."""
+        return self._stages(None, budgets)
+
     def _job(self, requests: Sequence[Request]) -> Job:
         """What the requests need on average, and at most what the workload has room for."""
         longest, prompt_len = self.workload.max_seq_len, self.workload.max_prompt_len

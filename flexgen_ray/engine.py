@@ -17,6 +17,7 @@ from flexgen_ray.config import Deployment, Policy, Workload
 from flexgen_ray.cost.plan import StagePlan
 from flexgen_ray.events import OnProgress, Progress, ignore
 from flexgen_ray.model_config import ModelConfig
+from flexgen_ray.outliers import Name, cost_of_longest, numbered
 from flexgen_ray.report import Report, StageReport
 from flexgen_ray.request import Finished, Request, RequestOutput
 from flexgen_ray.resources import settle_budgets, settle_dtype
@@ -81,18 +82,18 @@ class Engine:
             self.close()
             raise
 
-    def prepare(self, requests: list[Request]) -> None:
+    def prepare(self, requests: list[Request], name: Name = numbered) -> None:
         """Settle the policy, check the budget, and load the weights unless what is loaded serves.
 
-        Raises ValueError, with the numbers, for what doesn't fit.
+        name: a request's name for people, from its index, for what is said of single ones. Raises
+        ValueError, with the numbers, for what doesn't fit.
         """
         self._refuse_while_running()
         if not requests:
             return
         self.tokenizer.check()
-        requests = Samples(requests).requests
-        settings = self.settings
-        workload = self._workload(requests)
+        settings, asked = self.settings, Samples(requests).requests
+        workload = self._workload(asked)
         if self._plans is not None and self._plans[0].workload.covers(workload):
             return
         on_cuda = self.machines[0].on_cuda
@@ -100,8 +101,15 @@ class Engine:
         hops_on_device = on_cuda and self._backend.uses_nccl
         run = Run(self.config, self.dtype, stages_disk, hops_on_device, workload, settings.base)
         self.on_progress(Progress(phase="planning"))
-        found = run.plan(settings.policies, self.machines, self.budgets, requests)
-        for note in found.notes:
+        chooses_block = settings.policies is None and settings.max_model_len is None
+        longest = cost_of_longest(run, self.budgets, requests, name) if chooses_block else None
+        try:
+            found = run.plan(settings.policies, self.machines, self.budgets, asked)
+        except ValueError as error:
+            if longest is None:
+                raise
+            raise ValueError(f"{error}; {longest}") from error
+        for note in filter(None, (longest, *found.notes)):
             self.on_progress(Progress(note=note))
         if self._plans is not None and list(map(_shape, found.stages)) == list(
             map(_shape, self._plans)

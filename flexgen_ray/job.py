@@ -70,7 +70,9 @@ def run_job(llm: LLM, journal: Journal, lines: list[BatchLine]) -> None:
     requests, errors = _requests(llm, lines)
     for note in _notes(lines):
         llm.on_progress(Progress(note=note))
-    llm.prepare(requests)
+    custom_ids = {line.number: line.custom_id for line in lines}
+    # Escaped, as terminals do what a raw name may say.
+    llm.prepare(requests, lambda number: f"line {number} (custom_id {custom_ids[number]!r})")
     journal.begin()
     for line in lines:
         if line.custom_id in errors:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -198,3 +199,27 @@ def test_stop_strings_of_a_job_are_for_lines_without_and_part_of_the_job(job):
     assert done.returncode == 1 and "was begun with stop" in done.stderr
     _, done, _ = job(lines, *options, "--overwrite", "--stop=Stöp")
     assert done.returncode == 1 and "stop 'Stöp' can't come up" in done.stderr
+
+
+def test_a_line_that_makes_the_block_smaller_is_named_before_the_run_starts(job, tmp_path):
+    """With how many sequences fit at a time, and how many would without it."""
+    lines = [{"custom_id": f"r{i}", "prompt": "Hello", "max_tokens": 4} for i in range(15)]
+    outlier = {"custom_id": "long\x1b[2J", "prompt": "Hello", "max_tokens": 150, "stop": "a"}
+    memory = ("--gpu-memory", "250KiB", "--cpu-memory", "400KiB", "--disk-memory", "2MiB")
+    _, done, _ = job([*lines, outlier], *memory)
+    said = re.search(
+        r"line 16 \(custom_id 'long\\x1b\[2J'\) \(5 prompt tokens, max_tokens 150\) makes every "
+        r"slot 155 tokens long: memory then takes (\d+) sequences at a time, and (\d+), in slots "
+        r"of 9 tokens, without it",
+        done.stderr,
+    )
+    assert said is not None, done.stderr
+    assert said.start() < done.stderr.index("answers cut")
+    blocks = [re.search(r"block of (\d+) x (\d+) seq", done.stderr).groups()]
+    _, done, _ = job([*lines, outlier | {"max_tokens": 4}], *memory, "--overwrite")
+    assert "makes every slot" not in done.stderr
+    blocks.append(re.search(r"block of (\d+) x (\d+) seq", done.stderr).groups())
+    sizes = [int(batches) * int(size) for batches, size in blocks]
+    assert sizes == [*map(int, said.groups())] and sizes[0] < sizes[1]
+    _, done, _ = job([*lines, outlier], "--overwrite", *memory, "--gpu-memory", "200KiB")
+    assert done.returncode == 1 and "memory then takes 0 sequences at a time" in done.stderr
