@@ -258,19 +258,24 @@ class Budget:
 
 @dataclass(frozen=True)
 class Faults:
-    """What a run on Ray bears. max_restarts: times that lost stages are replaced; stall_seconds:
-    without any op's end, after which stages count as lost; restart_seconds: that Ray gets to start
-    them elsewhere."""
+    """Limits on the failures that a Ray run tolerates.
+
+    max_restarts: times that lost stages are replaced. stall_seconds: without any op's end, after
+    which stages count as lost. restart_seconds: that Ray gets to start them elsewhere; None is 120,
+    or 600 where the cluster may start machines.
+    """
 
     max_restarts: int = 3
     stall_seconds: float = 300.0
-    restart_seconds: float = 120.0
+    restart_seconds: float | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.max_restarts, int) or self.max_restarts < 0:
             raise ValueError(f"max_restarts is {self.max_restarts!r}; it must be 0 or more")
         for name in ("stall_seconds", "restart_seconds"):
             seconds = getattr(self, name)
+            if seconds is None and name == "restart_seconds":
+                continue
             if not isinstance(seconds, int | float) or not seconds > 0:
                 raise ValueError(f"{name} is {seconds!r}; it must be a number above 0")
 
@@ -282,7 +287,8 @@ class Deployment:
     num_stages: auto is a stage for every GPU of the cluster, or one without Ray or GPUs. device:
     auto, cuda, cuda:N or cpu. use_ray: stages are Ray actors on the cluster at `address`, or on one
     that is started; else they run in this process. threads: host threads of each stage; None is its
-    share of the node's cores. Raises ValueError for what can't be.
+    share of the node's cores. wait_seconds: for room on the cluster; None is 10 s, or 15 minutes
+    where the cluster may start machines. Raises ValueError for what can't be.
     """
 
     num_stages: int | str = 1
@@ -292,6 +298,7 @@ class Deployment:
     transport: str = "auto"
     faults: Faults = field(default_factory=Faults)
     threads: int | None = None
+    wait_seconds: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("num_stages", "threads"):
@@ -300,6 +307,8 @@ class Deployment:
             if not is_number and value != none:
                 shown = name.removeprefix("num_")
                 raise ValueError(f"{shown} is {value!r}; it must be {none} or a number from 1 up")
+        if self.wait_seconds is not None and not self.wait_seconds >= 0:
+            raise ValueError(f"wait is {self.wait_seconds!r}; it must be seconds, 0 or more")
         if self.transport not in TRANSPORTS:
             known = ", ".join(TRANSPORTS)
             raise ValueError(f"transport is {self.transport!r}; it must be one of {known}")

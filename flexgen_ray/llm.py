@@ -57,7 +57,8 @@ class LLM(Engine):
     bytes or `16GiB`; what is free, less a margin, if None. pipeline_parallel_size: the number of
     stages, or auto, one for every GPU. use_ray: run each in a Ray actor, on the cluster at
     `address` (or RAY_ADDRESS), or on one started for this run; faults: what is borne there.
-    threads: host threads of each stage; its share of the node's cores if None.
+    threads: host threads of each stage; its share of the node's cores if None. wait:
+    seconds for room on the cluster; 10 if None, or 900 where it may start machines.
     max_model_len: the longest prompt and answer together, in tokens. Weights are then loaded once
     for calls of any length within it, which take as much memory as the longest; if None, a request
     that is longer than those before loads them again. Without a policy, so may a call with more
@@ -90,6 +91,7 @@ class LLM(Engine):
         transport: str = "auto",
         faults: Faults | None = None,
         threads: int | None = None,
+        wait: float | None = None,
         max_model_len: int | None = None,
         seed: int = 0,
         executor: str = "async",
@@ -140,6 +142,7 @@ class LLM(Engine):
                 transport=transport,
                 faults=faults or Faults(),
                 threads=threads,
+                wait_seconds=wait,
             ),
             seed=int(seed),
             execution=execution(executor, pace, time_scale, hardware, trace),

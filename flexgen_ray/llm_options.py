@@ -153,6 +153,8 @@ _CHECKS: dict[str, Check] = {
     "trace": _FLAG,
     "max_model_len": (lambda it: it is None or _is_count(it), "None or a number of tokens"),
     "threads": (lambda it: it is None or _is_count(it), "None or a number from 1 up"),
+    "wait": (lambda it: it is None or (isinstance(it, Real) and float(it) >= 0),
+             "None or a number of seconds, from 0 up"),
     "on_progress": (callable, "a function, such as what progress.show_progress yields"),
     "load_format": _one_of("auto", "dummy"),
 }  # fmt: skip

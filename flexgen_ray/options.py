@@ -155,6 +155,20 @@ MaxModelLenOption = Annotated[
         "answers end there. [default: the model's context; memory is planned for the longest line]"
     ),
 ]
+WaitOption = Annotated[
+    float | None,
+    typer.Option(
+        help="Seconds to wait for room on the Ray cluster. [default: 10, or 900 where it may start "
+        "machines]"
+    ),
+]
+RestartTimeoutOption = Annotated[
+    float | None,
+    typer.Option(
+        help="Seconds that lost stages may take to start elsewhere. [default: 120, or 600 where "
+        "the cluster may start machines]"
+    ),
+]
 ThreadsOption = Annotated[
     int | None,
     typer.Option(
@@ -192,6 +206,8 @@ def _engine(
     transport: TransportOption = "auto",
     max_restarts: RestartsOption = 3,
     stall_timeout: StallOption = 300.0,
+    restart_timeout: RestartTimeoutOption = None,
+    wait: WaitOption = None,
     threads: ThreadsOption = None,
     max_model_len: MaxModelLenOption = None,
     no_ray: NoRayOption = False,
@@ -208,8 +224,8 @@ def _engine(
         "gpu_memory": gpu_memory, "cpu_memory": cpu_memory, "disk_memory": disk_memory,
         "offload_dir": offload_dir, "pipeline_parallel_size": num_stages(stages),
         "use_ray": not no_ray, "address": address, "transport": transport,
-        "faults": Faults(max_restarts, stall_timeout), "threads": threads,
-        "max_model_len": max_model_len,
+        "faults": Faults(max_restarts, stall_timeout, restart_timeout), "threads": threads,
+        "wait": wait, "max_model_len": max_model_len,
         "load_format": "dummy" if dummy_weights else "auto",
     }  # fmt: skip
 

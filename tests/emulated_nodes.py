@@ -5,7 +5,7 @@
 JOB is JSON: model, prompts, max_tokens, num_stages, nodes (CPUs of each, besides a head without
 any), lose (the stage whose node goes when the first answers are there, or null), faults, and
 output, a file for JSON: answers, the stages' nodes before and after, recoveries, what the run
-ended with.
+ended with, and what a run says on a node whose GPU torch can't find.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import ray
+import torch
 from ray.cluster_utils import Cluster
 
 from flexgen_ray import LLM, Placement, Policy, SamplingParams
@@ -101,6 +102,12 @@ def main() -> None:
             result["error"] = str(error)
             result["seconds"] = time.time() - result["lost_at"]
         result["recoveries"] = [vars(it) for it in llm._backend.recoveries]
+    if job["lose"] is not None and not torch.cuda.is_available():
+        nodes.cluster.add_node(num_cpus=1, num_gpus=1, object_store_memory=80 * 2**20)
+        try:
+            LLM(job["model"], address=nodes.cluster.address, wait=60)
+        except ValueError as error:
+            result["without_cuda"] = str(error)
     # Not printed, where Ray has its say when a node goes.
     Path(job["output"]).write_text(json.dumps(result))
     ray.shutdown()

@@ -9,8 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import ray
 
 from flexgen_ray import LLM, SamplingParams
+from flexgen_ray.distributed.cluster import connect
 from flexgen_ray.distributed.own_cluster import LOOPBACK_ONLY, OpenToOthers, is_loopback
 
 # Ray takes another address for 127.0.0.1, unless it is told that there is no other machine.
@@ -100,3 +102,9 @@ def test_the_token_is_its_owners_alone(local_ray):
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     assert stat.S_IMODE(token.stat().st_mode) == 0o600
     assert len(token.read_text()) == 64
+
+
+def test_ray_client_is_refused_at_once_with_the_remedy(monkeypatch):
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    with pytest.raises(ValueError, match="ray://head:10001 is Ray Client.*ray job submit"):
+        connect("ray://head:10001")

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import os
+import socket
 import time
 from collections.abc import Iterator
 
 import ray
+import torch
 
 from flexgen_ray.distributed.metrics import StageMetrics
 from flexgen_ray.distributed.transport import GlooLink, Meeting
 from flexgen_ray.events import Progress
 from flexgen_ray.request import Finished
 from flexgen_ray.runtime.link import LinkClosed
-from flexgen_ray.runtime.worker import Worker
+from flexgen_ray.runtime.worker import Machine, Worker
 
 TELL_SECONDS = 0.05  # events within this time are told together
 
@@ -25,6 +27,17 @@ class StageWorker(Worker):
         super().__init__(threads)
         self._link: GlooLink | None = None
         self._rank = 0
+
+    def probe(self, device: str, offload_dir: str, is_calibrated: bool = True) -> Machine:
+        """As Worker.probe; a GPU that Ray gave this stage and torch can't use is a ValueError."""
+        if device != "cpu" and ray.get_gpu_ids() and not torch.cuda.is_available():
+            where = f"{socket.gethostname()} ({ray.util.get_node_ip_address()})"
+            raise ValueError(
+                f"Ray gave a stage on node {where} a GPU, but torch {torch.__version__} finds none "
+                "there; install a CUDA build of torch and NVIDIA's driver on that node, or use "
+                "--device cpu"
+            )
+        return super().probe(device, offload_dir, is_calibrated)
 
     def join(self, meeting: Meeting, rank: int) -> None:
         """Joins the ring of this meeting's epoch; leaves that of an earlier one.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import time
+import weakref
 from collections.abc import Generator, Iterable
 from dataclasses import replace
 from typing import Any
@@ -17,19 +18,14 @@ import ray
 from ray.exceptions import RayTaskError
 
 from flexgen_ray.config import Deployment, HardwareSpec
-from flexgen_ray.distributed.actor import StageActor
-from flexgen_ray.distributed.attempt import Attempt, StageLost, Stalled, ask, get
-from flexgen_ray.distributed.cluster import (
-    actor_options,
-    connect,
-    free_resources,
-    has_room,
-    plan_bundles,
-    reserve,
-)
+from flexgen_ray.distributed.attempt import Attempt, StageLost, ask, get
+from flexgen_ray.distributed.cluster import connect
+from flexgen_ray.distributed.crew import Crew, NotStarted
 from flexgen_ray.distributed.loading import load
 from flexgen_ray.distributed.metrics import count_restarts
 from flexgen_ray.distributed.own_cluster import OBJECT_STORE_BYTES
+from flexgen_ray.distributed.reservation import Waiting
+from flexgen_ray.distributed.room import Bundle
 from flexgen_ray.distributed.transport import JOIN_SECONDS, Meeting, MeetingPlace
 from flexgen_ray.events import OnProgress, Progress, Recovery, ignore
 from flexgen_ray.request import Finished, Request
@@ -40,14 +36,9 @@ from flexgen_ray.runtime.worker import Machine
 from flexgen_ray.schedule.span import Span
 
 REQUESTS_PER_CALL = 256
-START_SECONDS = 120
 LEAVE_SECONDS = 5
 RETRY_SECONDS = 0.5
 ANSWER_SECONDS = 1.5 * JOIN_SECONDS
-
-
-class NotStarted(RuntimeError):
-    """Ray has nowhere to put a stage, or could not start it in time."""
 
 
 class Driver:
@@ -56,24 +47,36 @@ class Driver:
     def __init__(self, wanted: Deployment, on_progress: OnProgress = ignore) -> None:
         self._transport = wanted.transport
         self._faults = wanted.faults
-        self._actors: list[Any] = []
-        self._group: Any = None
+        self._on_progress = on_progress
         self._specs: list[StageSpec] = []
         self._loaded: set[int] = set()  # stages that have their weights
         self._epoch = 0
         self._meeting_place: MeetingPlace | None = None
         self._unfinished: dict[int, Request] = {}
         self.recoveries: list[Recovery] = []
-        self._own_cluster = connect(wanted.address)
+        was_there = ray.is_initialized()
+        own_cluster = connect(wanted.address)
+        self._brought_cluster = own_cluster is not None and not was_there
+        self._crew = Crew(own_cluster, on_progress)
+        # An LLM that is dropped without `close` gives back what it holds, too.
+        self._give_back = weakref.finalize(self, self._crew.close)
         try:
             num_stages = None if wanted.num_stages == "auto" else int(wanted.num_stages)
             threads = wanted.threads or users_threads(os.environ)
-            self._bundles = plan_bundles(wanted.device, num_stages, threads)
             on_progress(Progress(phase="waiting for room on the Ray cluster"))
-            self._start_actors()
+            self._crew.reserve(wanted.device, num_stages, threads, wanted.wait_seconds)
+            self._crew.start()
         except BaseException:
             self.close()
             raise
+
+    @property
+    def _actors(self) -> list[Any]:
+        return self._crew.actors
+
+    @property
+    def _bundles(self) -> list[Bundle]:
+        return self._crew.placed.bundles
 
     @property
     def num_stages(self) -> int:
@@ -95,7 +98,7 @@ class Driver:
     @property
     def reserved_cpu_bytes(self) -> int:
         """Host memory that Ray's object store may take, if this run brought it along."""
-        return OBJECT_STORE_BYTES if self._own_cluster else 0
+        return OBJECT_STORE_BYTES if self._brought_cluster else 0
 
     def probe(self, device: str, offload_dir: str) -> list[Machine]:
         # Of cuda:1 too, for a stage sees no other GPU than its own.
@@ -106,12 +109,12 @@ class Driver:
         return self._each("pid")
 
     def rates(self, spec: StageSpec) -> HardwareSpec:
-        self._start_actors()
+        self._crew.start()
         return get(self._actors[0].rates.remote(spec))
 
     def load(self, specs: list[StageSpec], on_progress: OnProgress = ignore) -> None:
         """Of every stage at the same time."""
-        self._start_actors()
+        self._crew.start()
         self._specs = specs
         try:
             load(self._actors, specs, on_progress)
@@ -160,17 +163,14 @@ class Driver:
     def abort(self) -> None:
         """Ends a run by ending its processes; fresh ones take their place when they are needed."""
         self._unfinished.clear()
-        self._stop_actors(range(len(self._actors)))
-        self._actors = []
+        self._stop(range(len(self._actors)))
+        self._crew.actors = []
 
     def close(self) -> None:
-        """Stops the actors, and Ray if this run started it."""
-        self.abort()
-        if self._group is not None and ray.is_initialized():
-            ray.util.remove_placement_group(self._group)
-        self._group = None
-        if self._own_cluster is not None:
-            self._own_cluster.close()
+        """Stops the actors, and Ray if this process started it and uses it no more."""
+        self._unfinished.clear()
+        self._loaded.clear()
+        self._give_back()
 
     def _begin(self) -> Attempt:
         """A new attempt at what is unfinished."""
@@ -212,10 +212,10 @@ class Driver:
             raise _gave_up(lost, f"{self._faults.max_restarts} restarts were not enough")
         recovery = Recovery(str(lost), sorted(lost.reasons))
         self.recoveries.append(recovery)
-        self._stop_actors(lost.reasons)
+        self._stop(lost.reasons)
         stages = [stage for stage, actor in enumerate(self._actors) if actor is not None]
         ask([self._actors[it].leave.remote() for it in stages], stages, LEAVE_SECONDS)
-        self._restart_actors(lost)
+        self._restart(lost)
         recovery.note_restart()
         # Of an earlier recovery too, if that was cut short.
         missing = [it for it in range(self.num_stages) if it not in self._loaded]
@@ -224,59 +224,28 @@ class Driver:
         recovery.note_weights()
         count_restarts(missing)
 
-    def _restart_actors(self, lost: StageLost) -> None:
+    def _restart(self, lost: StageLost) -> None:
         """As often as it takes: Ray may not know yet that a node has gone, and start them there."""
-        deadline = time.monotonic() + self._faults.restart_seconds
+        seconds = self._crew.restart_seconds(self._faults.restart_seconds)
+        waiting = Waiting(seconds, self._on_progress)
         while True:
             try:
-                return self._start_actors(max(deadline - time.monotonic(), 1))
+                return self._crew.start(waiting)
             except NotStarted as error:
-                raise _gave_up(lost, str(error)) from error
+                raise _gave_up(lost, f"{error}; --restart-timeout gives it longer") from error
             except StageLost as error:
-                if time.monotonic() > deadline:
+                if not waiting.left:
                     raise
-                self._stop_actors(error.reasons)
+                self._stop(error.reasons)
                 time.sleep(RETRY_SECONDS)
 
-    def _start_actors(self, seconds: float = START_SECONDS) -> None:
-        """Those that aren't there."""
-        if not ray.is_initialized():
-            raise RuntimeError("this LLM is closed; make another one")
-        if self._group is None:
-            self._group = reserve(self._bundles, START_SECONDS)
-        if not self._actors:
-            self._actors = [None] * self.num_stages
-        actor_class: Any = StageActor
-        new = [stage for stage, actor in enumerate(self._actors) if actor is None]
-        for stage in new:
-            options = actor_options(self._bundles[stage], stage, self._group)
-            threads = self._bundles[stage].threads
-            self._actors[stage] = actor_class.options(**options).remote(threads)
-        waiting = [self._actors[it].pid.remote() for it in new]
-        try:
-            ask(waiting, new, seconds)
-        except StageLost as error:
-            late = [it for it, why in error.reasons.items() if isinstance(why, Stalled)]
-            if not late:
-                raise
-            which = f"stage {', '.join(map(str, late))}"
-            if has_room(self._group):
-                raise NotStarted(f"{which} did not start within {seconds:.0f} s") from error
-            needed = f"{self._bundles[late[0]].resources}, free are {free_resources()}"
-            raise NotStarted(f"no node has room for {which}: {needed}") from error
-        if new and self._own_cluster is not None:
-            self._own_cluster.check_sockets()
-
-    def _stop_actors(self, stages: Iterable[int]) -> None:
-        for stage in stages:
-            if self._actors[stage] is not None and ray.is_initialized():
-                ray.kill(self._actors[stage])
-            self._actors[stage] = None
-            self._loaded.discard(stage)
+    def _stop(self, stages: Iterable[int]) -> None:
+        self._crew.stop(stages)
+        self._loaded.difference_update(stages)
 
     def _each(self, method: str, *arguments: Any) -> list:
         """Every stage's answer."""
-        self._start_actors()
+        self._crew.start()
         return get([getattr(actor, method).remote(*arguments) for actor in self._actors])
 
 

@@ -16,7 +16,7 @@ import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import psutil
 import ray
@@ -37,11 +37,22 @@ class OpenToOthers(RuntimeError):
 
 
 class OwnCluster:
-    """A cluster that is there until `close`, which leaves no token behind.
+    """A cluster that is there until its last user's `close`, which leaves no token behind.
 
     The environment is changed only while Ray starts. Raises OpenToOthers, with the cluster stopped,
     if it listens beyond the loopback interface.
     """
+
+    _running: ClassVar[weakref.ref[OwnCluster] | None] = None  # a process has one Ray
+
+    @classmethod
+    def running(cls) -> OwnCluster | None:
+        """The one that this process has, for another user, who closes it too; or None."""
+        found = cls._running and cls._running()
+        if not found or not found._users or ray.get_runtime_context().gcs_address != found.address:
+            return None
+        found._users += 1
+        return found
 
     def __init__(self, **options: Any) -> None:
         folder = Path(tempfile.mkdtemp(prefix="flexgen-ray-"))  # mode 0700
@@ -49,6 +60,7 @@ class OwnCluster:
         self._others = {it.pid for it in psutil.Process().children(recursive=True)}
         self._other_sockets = set(listening([psutil.Process()]))
         self.address = ""
+        self._users = 1
         try:
             _write_token(folder / "token")
             with _environment(folder / "token"):
@@ -63,6 +75,7 @@ class OwnCluster:
         except BaseException:
             self.close()
             raise
+        OwnCluster._running = weakref.ref(self)
 
     def sockets(self) -> set[tuple[str, int, str]]:
         """(address, port, process name) of each socket that Ray's processes here listen on."""
@@ -82,7 +95,10 @@ class OwnCluster:
             )
 
     def close(self) -> None:
-        """Stops Ray, removes the token, and lets this process forget it."""
+        """Stops Ray with its last user, removes the token, and lets this process forget it."""
+        self._users -= 1
+        if self._users:
+            return
         if ray.is_initialized():
             ray.shutdown()
         Config.initialize("")
