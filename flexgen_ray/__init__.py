@@ -6,6 +6,14 @@ use so that importing the package costs nothing.
 
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from flexgen_ray.config import Faults, HardwareSpec, Placement, Policy
+    from flexgen_ray.cost.hardware import Hardware
+    from flexgen_ray.llm import LLM
+    from flexgen_ray.request import CompletionOutput, RequestOutput, SamplingParams
+    from flexgen_ray.stage_policies import StagePolicies
 
 try:
     __version__ = version("flexgen-ray")
@@ -13,26 +21,36 @@ except PackageNotFoundError:  # a checkout that was never installed
     __version__ = "0.0.0"
 
 _HOME = {
+    "CompletionOutput": "flexgen_ray.request",
+    "Faults": "flexgen_ray.config",
     "Hardware": "flexgen_ray.cost.hardware",
     "HardwareSpec": "flexgen_ray.config",
     "LLM": "flexgen_ray.llm",
     "Placement": "flexgen_ray.config",
     "Policy": "flexgen_ray.config",
-    "SamplingParams": "flexgen_ray.request",
     "RequestOutput": "flexgen_ray.request",
+    "SamplingParams": "flexgen_ray.request",
+    "StagePolicies": "flexgen_ray.stage_policies",
 }
 __all__ = [
     "LLM",
+    "CompletionOutput",
+    "Faults",
     "Hardware",
     "HardwareSpec",
     "Placement",
     "Policy",
     "RequestOutput",
     "SamplingParams",
+    "StagePolicies",
 ]
 
+if not TYPE_CHECKING:
 
-def __getattr__(name: str):
-    if name in _HOME:
-        return getattr(import_module(_HOME[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    def __getattr__(name: str) -> Any:
+        if name in _HOME:
+            return getattr(import_module(_HOME[name]), name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})

@@ -20,6 +20,7 @@ from flexgen_ray.model_config import ModelConfig
 from flexgen_ray.outliers import Name, cost_of_longest, numbered
 from flexgen_ray.report import Report, StageReport
 from flexgen_ray.request import Finished, Request, RequestOutput
+from flexgen_ray.request_times import RequestTimes
 from flexgen_ray.resources import settle_budgets, settle_dtype
 from flexgen_ray.runtime.stage import StageSpec
 from flexgen_ray.samples import Samples
@@ -176,11 +177,13 @@ class Engine:
         assert self._plans is not None, "prepare comes first"
         samples = Samples(requests)
         tally = Tally(samples.requests, self.report.planned)
+        times = RequestTimes(samples.requests)
         self._backend.add(samples.requests)
         self._run = cast(Generator[Finished | Progress], self._backend.run())
         try:
-            finished = tally.follow(self._run, self.report.add, on_progress or self.on_progress)
-            yield from self._outputs(finished, samples)
+            listeners = self.report.add, times.note, on_progress or self.on_progress
+            for output in self._outputs(tally.follow(self._run, *listeners), samples):
+                yield times.finish(output)
             self.report.recoveries = self._backend.recoveries
             found = self._plans, self.budgets, self.machines
             used, measured = self._backend.used(), self._backend.measured()

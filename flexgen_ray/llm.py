@@ -5,12 +5,12 @@ Checks options, turns prompts into requests, and gives them to the engine. Knows
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flexgen_ray.backend import execution
 from flexgen_ray.config import Deployment, Faults, HardwareSpec, Policy
@@ -44,6 +44,9 @@ from flexgen_ray.stage_policies import StagePolicies
 from flexgen_ray.stops import StopStrings
 from flexgen_ray.tokenizer import Tokenizer
 from flexgen_ray.units import parse_bytes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @explains_unknown(ELSEWHERE)
@@ -251,6 +254,10 @@ class LLM(Engine):
         """unless: values of parameters that the model doesn't set."""
         return SamplingParams(**unless | ({} if self._is_dummy else model_defaults(self.model)))
 
+    def get_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer, transformers' own. ValueError if the folder has none."""
+        return self.tokenizer.hf
+
     def request(self, index: int, prompt: Prompt, params: SamplingParams) -> Request:
         """A request that will fit the model; ValueError says why it can't.
 
@@ -262,7 +269,7 @@ class LLM(Engine):
         limit = self.max_model_len
         return generation(index, token_ids, params, self.config, limit, bad_words)
 
-    def check_stops(self, stops: tuple[str, ...]) -> None:
+    def check_stops(self, stops: Sequence[str]) -> None:
         """ValueError for stop strings that no answer of the model can contain."""
         if stops and not self.tokenizer.exists:
             raise ValueError(f"stop strings need a tokenizer, which {self.model} lacks")

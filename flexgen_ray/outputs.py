@@ -29,7 +29,8 @@ def request_output(request: Request, finished: Finished, tokenizer: Tokenizer) -
     scores = [None] * (len(token_ids) - len(finished.scores)) + finished.scores
     of_answer = _logprobs(token_ids, scores, begin, params.logprobs, tokenizer)
     of_prompt = _logprobs(prompt, scores[:begin], 0, params.prompt_logprobs, tokenizer)
-    output = CompletionOutput(text, answer, finished.finish_reason, of_answer)
+    stopped = finished.stop_reason
+    output = CompletionOutput(text, answer, finished.finish_reason, of_answer, stop_reason=stopped)
     return RequestOutput(request.index, None, prompt, [output], of_prompt, finished.scores)
 
 

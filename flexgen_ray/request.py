@@ -68,7 +68,7 @@ class SamplingParams:
     temperature: float = 1.0
     top_p: float = 1.0
     seed: int | None = None
-    stop: tuple[str, ...] = ()
+    stop: Sequence[str] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
@@ -77,23 +77,21 @@ class SamplingParams:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
-    stop_token_ids: tuple[int, ...] = ()
+    stop_token_ids: Sequence[int] = ()
     min_tokens: int = 0
     n: int = 1
     include_stop_str_in_output: bool = False
     logit_bias: dict[int, float] | None = field(default=None, hash=False)
-    allowed_token_ids: tuple[int, ...] | None = None
-    bad_words: tuple[str | tuple[int, ...], ...] = ()
+    allowed_token_ids: Sequence[int] | None = None
+    bad_words: Sequence[str | Sequence[int]] = ()
     skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             if isinstance(value, Number) and hasattr(value, "item"):  # numpy's
                 object.__setattr__(self, name, value.item())
-        stop: object = self.stop
-        if stop is None or isinstance(stop, str | list):
-            strings = (stop,) if isinstance(stop, str) else tuple(stop or ())
-            object.__setattr__(self, "stop", strings)
+        for name in ("stop", "stop_token_ids"):
+            object.__setattr__(self, name, _as_tuple(getattr(self, name)))
         least, most = 1 if self.prompt_logprobs is None else 0, self.max_tokens
         if most is not None and (not _is_number(most, int) or most < least):
             raise ValueError(
@@ -113,7 +111,8 @@ class SamplingParams:
             top = getattr(self, name)
             if top is not None and (not _is_number(top, int) or not 0 <= top <= MAX_LOGPROBS):
                 raise ValueError(f"{name} is {top!r}; it must be an integer, 0 to {MAX_LOGPROBS}")
-        if any(not isinstance(text, str) or not text for text in self.stop):
+        is_tuple = isinstance(self.stop, tuple)
+        if not is_tuple or any(not isinstance(text, str) or not text for text in self.stop):
             raise ValueError(f"stop is {self.stop!r}; it must be non-empty strings")
         self._check_ranges()
         self._check_ends()
@@ -149,9 +148,7 @@ class SamplingParams:
             raise ValueError(f"repetition_penalty is {value!r}; it must be above 0, and 1 for none")
 
     def _check_ends(self) -> None:
-        ids: object = self.stop_token_ids
-        if ids is None or isinstance(ids, list):
-            object.__setattr__(self, "stop_token_ids", tuple(ids or ()))
+        ids = self.stop_token_ids
         if not isinstance(self.stop_token_ids, tuple) or any(
             not _is_number(token, int) or token < 0 for token in self.stop_token_ids
         ):
@@ -166,7 +163,7 @@ class SamplingParams:
             )
 
 
-def first_stop(text: str, stops: tuple[str, ...], after: int = 0) -> tuple[int, int] | None:
+def first_stop(text: str, stops: Sequence[str], after: int = 0) -> tuple[int, int] | None:
     """Begin and end of the first stop string that ends beyond the first `after` characters."""
     begins = [text.find(stop, max(0, after - len(stop) + 1)) for stop in stops]
     found = [(at, at + len(stop)) for at, stop in zip(begins, stops, strict=True) if at >= 0]
@@ -194,7 +191,8 @@ def _parse_bias(bias: object) -> dict[int, float] | None:
 def _parse_allowed(ids: object) -> tuple[int, ...] | None:
     if ids is None:
         return None
-    if not isinstance(ids, list | tuple) or not ids or not all(map(_is_token, ids)):
+    ids = _as_tuple(ids)
+    if not isinstance(ids, tuple) or not ids or not all(map(_is_token, ids)):
         raise ValueError(
             f"allowed_token_ids is {ids!r}; it must be a list of token ids, integers from 0 up, "
             "one at least"
@@ -203,8 +201,8 @@ def _parse_allowed(ids: object) -> tuple[int, ...] | None:
 
 
 def _parse_words(words: object) -> tuple[str | tuple[int, ...], ...]:
-    several = [words] if isinstance(words, str) else words or []
-    if isinstance(several, list | tuple):
+    several = _as_tuple(words)
+    if isinstance(several, tuple):
         parsed = [tuple(it) if isinstance(it, list) else it for it in several]
         if all(it and (isinstance(it, str) or _are_tokens(it)) for it in parsed):
             return tuple(parsed)
@@ -219,6 +217,20 @@ def _are_tokens(value: object) -> bool:
 
 def _is_token(value: object) -> bool:
     return _is_number(value, int) and value >= 0  # type: ignore[operator]
+
+
+def _as_tuple(value: object) -> object:
+    """The items of any collection, a text as one item; what is no collection as it is."""
+    if value is None or isinstance(value, str):
+        return () if value is None else (str(value),)
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, set | frozenset):
+        value = sorted(value, key=repr)
+    if not isinstance(value, Sequence) or isinstance(value, bytes):
+        return value
+    are_numpy = (isinstance(it, Number) and hasattr(it, "item") for it in value)
+    return tuple(it.item() if numpy else it for it, numpy in zip(value, are_numpy, strict=True))
 
 
 def _is_number(value: object, kind) -> bool:
@@ -299,7 +311,8 @@ Logprobs = dict[int, Logprob]  # by token id, the token that stands there first
 class CompletionOutput:
     """One answer; finish_reason is "stop" (end token, stop token or stop string) or "length".
 
-    index: its place among several answers to one request.
+    index: its place among several answers to one request. stop_reason: the stop string, or the
+    token of stop_token_ids, that ended it; None for an end token of the model, and for "length".
     """
 
     text: str
@@ -307,6 +320,7 @@ class CompletionOutput:
     finish_reason: str
     logprobs: list[Logprobs | None] | None = None
     index: int = 0
+    stop_reason: int | str | None = None
 
     @property
     def cumulative_logprob(self) -> float | None:
@@ -318,11 +332,25 @@ class CompletionOutput:
 
 
 @dataclass(frozen=True)
+class RequestMetrics:
+    """When a request was passed to the engine, had its first token and was finished.
+
+    Seconds since 1970, as this process saw it; on Ray news of a token takes up to 0.05 s.
+    first_token_time is None if no token was made.
+    """
+
+    arrival_time: float
+    first_token_time: float | None
+    finished_time: float
+
+
+@dataclass(frozen=True)
 class RequestOutput:
     """A request's prompt and answers, as vLLM names them.
 
     scores: the score of each token, from the first that was to be scored on. error: why the request
-    failed, in a sentence; it then has no `outputs`. None if it was answered.
+    failed, in a sentence; it then has no `outputs`. None if it was answered. metrics: when it came
+    and was finished; None if it never ran.
     """
 
     index: int
@@ -332,6 +360,17 @@ class RequestOutput:
     prompt_logprobs: list[Logprobs | None] | None = None
     scores: list[Score] = field(default_factory=list)
     error: str | None = None
+    metrics: RequestMetrics | None = field(default=None, compare=False)
+
+    @property
+    def request_id(self) -> str:
+        """The request's place in its call, from 0, as text."""
+        return str(self.index)
+
+    @property
+    def finished(self) -> bool:
+        """True, for an output comes once its request is answered or has failed."""
+        return True
 
 
 @dataclass(frozen=True)

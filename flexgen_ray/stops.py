@@ -6,6 +6,7 @@ text with special tokens as they are written. Knows tokenizers and sampling para
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 from flexgen_ray.request import SamplingParams, first_stop
@@ -25,7 +26,7 @@ class StopStrings:
         self._written = lru_cache(_CACHED)(self._find_written)
         self._spelt = lru_cache(_CACHED)(self._spell)
 
-    def check(self, stops: tuple[str, ...]) -> None:
+    def check(self, stops: Sequence[str]) -> None:
         """ValueError for a string that no answer can contain."""
         for stop in stops:
             spelt = self._spelt(stop)
@@ -57,7 +58,7 @@ class StopStrings:
         return text if cut is None else cut
 
     def _newest(
-        self, token_ids: list[int], begin: int, min_tokens: int, stops: tuple[str, ...], skip: bool
+        self, token_ids: list[int], begin: int, min_tokens: int, stops: Sequence[str], skip: bool
     ) -> str | None:
         """Looks at as many last tokens as have the characters that a stop string can span.
 
@@ -80,7 +81,7 @@ class StopStrings:
         return tail[slice(*place)] if place else None
 
     def _cut_written(
-        self, token_ids: list[int], begin: int, early: int, stops: tuple[str, ...], keeps: bool
+        self, token_ids: list[int], begin: int, early: int, stops: Sequence[str], keeps: bool
     ) -> str | None:
         """The text up to a stop string with special tokens in it; None if there is none."""
         if not stops:
@@ -98,7 +99,7 @@ class StopStrings:
             at += len(piece)
         return "".join(shown) + (written[slice(*place)] if keeps else "")
 
-    def _find_written(self, stops: tuple[str, ...]) -> tuple[str, ...]:
+    def _find_written(self, stops: Sequence[str]) -> tuple[str, ...]:
         names = self._tokenizer.detokenizer.special_names
         return tuple(stop for stop in stops if any(name in stop for name in names))
 

@@ -74,13 +74,13 @@ class Tokenizer:
             self._templates[source] = ChatTemplate(source, self.hf.special_tokens_map)
         return self._templates[source]
 
-    def bad_word(self, word: str | tuple[int, ...]) -> list[tuple[int, ...]]:
+    def bad_word(self, word: str | Sequence[int]) -> list[tuple[int, ...]]:
         """Token sequences that make up a word; with a space before it too if that is as long.
 
         As in vLLM. ValueError for a word without tokens, and as `hf`.
         """
         if not isinstance(word, str):
-            return [word]
+            return [tuple(word)]
         if word not in self._bad_words:
             plain, spaced = (
                 tuple(self.hf.encode(f"{space}{word.lstrip()}", add_special_tokens=False))

@@ -7,6 +7,7 @@ changes its tokens.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -52,7 +53,7 @@ class Draw:
     min_p: float = 0.0
     banned: tuple[int, ...] = ()
     penalties: Penalties | None = None
-    allowed: tuple[int, ...] | None = None
+    allowed: Sequence[int] | None = None
     bias: tuple[tuple[int, float], ...] = ()
 
     def encode(self) -> list:
