@@ -16,6 +16,7 @@ def main() -> None:
     try:
         from flexgen_ray.cli import main as command
     except Stopped:
+        print("flexgen-ray: stopped", file=sys.stderr)
         sys.exit(EXIT_STOPPED)
     try:
         command()

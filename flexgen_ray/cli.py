@@ -1,13 +1,8 @@
-"""The `flexgen-ray` command. Parses, shows, and sets the exit status; the work is elsewhere.
-
-Exit status: 0 if every line was answered, 2 if some got an error row, 1 if the job could not run,
-130 if it was stopped.
-"""
+"""The `flexgen-ray` command. Parses and shows; the work is elsewhere, exit statuses in exits.py."""
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,7 +13,7 @@ from flexgen_ray.bench.group import Benchmarks
 from flexgen_ray.commands import App
 from flexgen_ray.completion import CompletionOption
 from flexgen_ray.evaluation.commands import app as evaluation
-from flexgen_ray.exits import exit_status, told_how_to_resume
+from flexgen_ray.exits import exit_status, run, told_how_to_resume
 from flexgen_ray.io.files import write_text
 from flexgen_ray.options import (
     AddressOption,
@@ -26,12 +21,14 @@ from flexgen_ray.options import (
     GpuOption,
     InputOption,
     KeepOrderOption,
+    MaxErrorsOption,
     MaxTokensOption,
     NoRayOption,
     OffloadOption,
     OutputOption,
     OverwriteOption,
     ReportOption,
+    RetryOption,
     StagesOption,
     StopOption,
     TemperatureOption,
@@ -41,7 +38,7 @@ from flexgen_ray.options import (
 )
 from flexgen_ray.plan_command import plan
 from flexgen_ray.quantize_command import quantize
-from flexgen_ray.signals import EXIT_STOPPED, raise_on_stop
+from flexgen_ray.terminal import display, say
 
 if TYPE_CHECKING:
     from flexgen_ray.report import Report
@@ -65,7 +62,7 @@ app.command(short_help="Write a packed copy of a model folder.")(quantize)
 
 def _version(wanted: bool) -> None:
     if wanted:
-        typer.echo(__version__)
+        display(__version__)
         raise typer.Exit
 
 
@@ -90,7 +87,9 @@ def generate(
     stop: StopOption = None,
     seed: Annotated[int, typer.Option(help="For requests without a seed of their own.")] = 0,
     overwrite: OverwriteOption = False,
+    retry_errors: RetryOption = False,
     keep_order: KeepOrderOption = False,
+    max_errors: MaxErrorsOption = None,
     report: ReportOption = None,
     trace: TraceOption = None,
 ) -> None:
@@ -99,10 +98,14 @@ def generate(
     Example: flexgen-ray generate --model ./opt-30b --input in.jsonl --output out.jsonl
     --gpu-memory 16GiB --cpu-memory 64GiB --offload-dir /data/offload
 
-    Exit status: 0 all answered, 2 some lines got an error row, 1 could not run, 130 stopped.
+    Exit status: 0 all answered (or all but --max-errors), 2 more lines got an error row, 1 could
+    not run, 64 wrong usage, 130 stopped.
     """
     from flexgen_ray.config import LOSSY
+    from flexgen_ray.fingerprint import fingerprint
+    from flexgen_ray.io.job_facts import MODEL_FILES
     from flexgen_ray.io.journal import Journal
+    from flexgen_ray.io.lines import STANDARD
     from flexgen_ray.job import lossy_facts, read_job, run_job
     from flexgen_ray.llm import LLM
     from flexgen_ray.model_defaults import model_defaults
@@ -113,30 +116,41 @@ def generate(
     options = {"max_tokens": max_tokens, "temperature": temperature, "stop": stop or None}
     given: dict[str, Any] = {name: it for name, it in options.items() if it is not None}
     SamplingParams(**given)
+    if retry_errors and (overwrite or output == STANDARD):
+        raise typer.BadParameter(
+            "it needs an --output that has rows, without --overwrite", param_hint="--retry-errors"
+        )
     # Where data lies changes no answer; a resumed run may have other memory, and another policy.
     lossy = {name: engine[name] for name in LOSSY}
     facts = lossy_facts(engine["policy"], **lossy) | {"keep_order": keep_order, "seed": seed}
     is_dummy = engine["load_format"] == "dummy"
-    model = f"dummy {engine['model']}" if is_dummy else str(find_model(engine["model"], _say))
+    model = f"dummy {engine['model']}" if is_dummy else str(find_model(engine["model"], say))
     facts |= {"model": model, "dtype": engine["dtype"], "max_model_len": engine["max_model_len"]}
+    facts |= {} if is_dummy else {MODEL_FILES: fingerprint(Path(model))}
     # Without a number of anyone's it depends on the line.
     own = {"max_tokens": None} | ({} if is_dummy else model_defaults(Path(model)))
     defaults = SamplingParams(**own | given)
-    with Journal(output, overwrite, keep_order) as journal, told_how_to_resume(journal):
+    with (
+        Journal(output, overwrite, keep_order, retry_errors) as journal,
+        told_how_to_resume(journal),
+    ):
         with show_progress() as show:
             lines = read_job(input, journal, defaults, facts, show)
+            for note in journal.notes:
+                say(note)
             if not lines:
                 journal.begin()
                 done = f"{output} answers all of {input} already; --overwrite would do it anew"
-                _say(done if journal.answered else f"{input} holds no requests")
-                return exit_status(journal)
+                say(done if journal.answered else f"{input} holds no requests")
+                return exit_status(journal, max_errors or 0)
             with LLM(**engine, seed=seed, trace=trace is not None, on_progress=show) as llm:
                 llm.check_stops(defaults.stop)
                 run_job(llm, journal, lines)
                 if trace is not None:
                     llm.write_trace(trace)
         _show_report(llm.report, report)
-        exit_status(journal)
+        journal.confirm()
+        exit_status(journal, max_errors or 0)
 
 
 @app.command(short_help="Run a real small model, offloaded.")
@@ -162,7 +176,7 @@ def demo(
     from flexgen_ray.progress import show_progress
     from flexgen_ray.request import SamplingParams
 
-    folder = model or smollm.prepare_model(status=_say)
+    folder = model or smollm.prepare_model(status=say)
     params = SamplingParams(max_tokens=max_tokens, temperature=0.0)
     prompts = smollm.load_prompts()
     with (
@@ -187,8 +201,8 @@ def demo(
         if trace is not None:
             llm.write_trace(trace)
     for index, prompt in enumerate(prompts):
-        typer.echo(f"\n> {prompt}\n{answers[index].strip()}")
-    typer.echo()
+        display(f"\n> {prompt}\n{answers[index].strip()}")
+    display()
     _show_report(llm.report, report)
 
 
@@ -220,8 +234,8 @@ def calibrate(
     path = output or hardware_file()
     machine.save(hardware, path)
     for what, figures in machine.summary(hardware):
-        typer.echo(f"{what:16}{figures}")
-    _say(f"written to {path}")
+        display(f"{what:16}{figures}")
+    say(f"written to {path}")
 
 
 @app.command(short_help="Show this node and what runs would use.")
@@ -234,28 +248,16 @@ def info(device: DeviceOption = "auto", offload_dir: OffloadOption = None) -> No
     from flexgen_ray.paths import default_offload_dir
 
     for what, figures in lines(device, offload_dir or default_offload_dir()):
-        typer.echo(f"{what:18}{figures}")
+        display(f"{what:18}{figures}")
 
 
 def _show_report(report: Report, path: Path | None) -> None:
     for line in report.lines():
-        _say(line)
+        say(line)
     if path is not None:
         write_text(path, json.dumps(report.as_dict(), indent=2) + "\n")
 
 
-def _say(text: str) -> None:
-    typer.echo(text, err=True)
-
-
 def main() -> None:
     """Runs a command; faults end it with one line, not a traceback."""
-    raise_on_stop()
-    try:
-        app()
-    except (ValueError, OSError, RuntimeError) as error:
-        _say(f"flexgen-ray: error: {error}")
-        sys.exit(1)
-    except KeyboardInterrupt:
-        _say("flexgen-ray: stopped")
-        sys.exit(EXIT_STOPPED)
+    run(app)

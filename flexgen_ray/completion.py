@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 from typer.completion import completion_init, get_completion_script
 
+from flexgen_ray.terminal import display
+
 _PROGRAM = "flexgen-ray"
 
 
@@ -20,9 +22,7 @@ class Shell(StrEnum):
 def _show(shell: Shell | None) -> None:
     if shell is not None:
         variable = f"_{_PROGRAM}_COMPLETE".replace("-", "_").upper()
-        typer.echo(
-            get_completion_script(prog_name=_PROGRAM, complete_var=variable, shell=shell.value)
-        )
+        display(get_completion_script(prog_name=_PROGRAM, complete_var=variable, shell=shell.value))
         raise typer.Exit
 
 

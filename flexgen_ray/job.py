@@ -35,7 +35,7 @@ def read_job(
     """The lines that the journal's file doesn't answer yet; a bad line is only its own fault.
 
     facts: what answers depend on besides, by name. Raises OSError or ValueError if the input can't
-    be read, or is not that of the output.
+    be read, holds bad lines only, or is not that of the output.
     """
     check_distinct({"--output": journal.path}, {"--input": input})
     custom_ids: list[str] = []
@@ -47,8 +47,21 @@ def read_job(
             if line.custom_id not in journal.answered:
                 missing.append(line)
         facts = {"input_sha256": lines.sha256(), **asdict(defaults), **facts}
-    journal.check(facts, custom_ids)
+    journal.check(facts, custom_ids, asdict(SamplingParams()))
+    _refuse_hopeless(journal, [line.error for line in missing])
     return missing
+
+
+def _refuse_hopeless(journal: Journal, errors: list[str | None]) -> None:
+    """ValueError if no line can be answered, nor has been: the fault is not the lines'.
+
+    errors: what is wrong with each line that is to be answered, or None.
+    """
+    if errors and not journal.answered and None not in errors:
+        raise ValueError(
+            f"none of the {len(errors)} lines can be answered, so the output is left as it is; "
+            f"the first fault is {errors[0]}"
+        )
 
 
 def lossy_facts(policy: Path | None, **lossy: int | float | None) -> dict:
@@ -68,6 +81,7 @@ def run_job(llm: LLM, journal: Journal, lines: list[BatchLine]) -> None:
     """
     llm.tokenizer.now = journal.begun_at
     requests, errors = _requests(llm, lines)
+    _refuse_hopeless(journal, [errors.get(line.custom_id) for line in lines])
     for note in _notes(lines):
         llm.on_progress(Progress(note=note))
     custom_ids = {line.number: line.custom_id for line in lines}
@@ -81,6 +95,10 @@ def run_job(llm: LLM, journal: Journal, lines: list[BatchLine]) -> None:
     by_number = {line.number: line for line in lines}
     for answer in llm.stream(requests):
         line = by_number[answer.index]
+        if answer.error is not None:
+            fault = line_error(line.number, ValueError(answer.error))
+            journal.append(with_columns(error_row(line.custom_id, fault), line.columns))
+            continue
         is_chat, echo = line.messages is not None, _echo(llm, line, answer)
         top = (line.params.logprobs or 0) if line.params else 0
         row = response_row(line.custom_id, str(llm.model), answer, is_chat, echo, top)

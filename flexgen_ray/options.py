@@ -11,6 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
+from flexgen_ray.exits import parse_max_errors
+
 
 class Dtype(StrEnum):
     auto = "auto"
@@ -51,8 +53,25 @@ OverwriteOption = Annotated[
     bool,
     typer.Option("--overwrite/--resume", help="Answer all anew, or what the output lacks yet."),
 ]
+RetryOption = Annotated[
+    bool,
+    typer.Option(
+        "--retry-errors",
+        help="Answer again the lines that have an error row, which new rows replace, as after an "
+        "update or once the model has the tokenizer that it lacked.",
+    ),
+]
 KeepOrderOption = Annotated[
     bool, typer.Option("--keep-order", help="In the input's order, not as answers are finished.")
+]
+MaxErrorsOption = Annotated[
+    float | None,
+    typer.Option(
+        parser=parse_max_errors,
+        metavar="N|SHARE",
+        help="Error rows with which the exit status still is 0: a number of lines, such as 5, or "
+        "a share, such as 0.001. [default: 0]",
+    ),
 ]
 MaxTokensOption = Annotated[
     int | None,

@@ -18,6 +18,7 @@ from flexgen_ray.options import (
     SparsityOption,
     WeightBitsOption,
 )
+from flexgen_ray.terminal import display
 
 HardwareOption = Annotated[
     list[str] | None,
@@ -97,7 +98,7 @@ def plan(
     report = PlanReport(model, names, comparison, price_per_hour)
     result = report.as_dict()
     for line in report.lines():
-        typer.echo(line)
+        display(line)
     if frontier:
         planner = Planner(
             config, devices_of(machines, config, dtype, cache_bits), job, dtype, search

@@ -18,6 +18,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from flexgen_ray.events import OnProgress, Standing
 from flexgen_ray.events import Progress as Event
+from flexgen_ray.terminal import printable
 from flexgen_ray.units import format_bytes, format_seconds
 
 LINE_SECONDS = 30  # between plain lines
@@ -141,7 +142,7 @@ def _lines() -> Iterator[OnProgress]:
 def _write(line: str) -> None:
     """In one piece, at once, whatever else is written; a reader that has gone is no fault."""
     try:
-        sys.stderr.write(line)
+        sys.stderr.write(printable(line))
         sys.stderr.flush()
     except (OSError, ValueError):
         pass
@@ -163,7 +164,9 @@ def _bar(console: Console) -> Iterator[OnProgress]:
         def show(event: Event) -> None:
             nonlocal began, phase
             if event.note:
-                bar.console.print(event.note, highlight=False, markup=False, soft_wrap=True)
+                bar.console.print(
+                    printable(event.note), highlight=False, markup=False, soft_wrap=True
+                )
                 return
             if event.current_phase != phase:
                 began, phase = time.monotonic(), event.current_phase

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from flexgen_ray.options import EmbeddingBitsOption, JsonOption, ModelOption
+from flexgen_ray.terminal import say
 
 
 def quantize(
@@ -41,10 +42,9 @@ def quantize(
     with show_steps("quantizing", config.num_layers + 2) as announce:
         before, after = packed_copy(folder, output, bits, announce)
     seconds = time.perf_counter() - started
-    typer.echo(
+    say(
         f"{output}: {format_bytes(before)} of {config.dtype} became {format_bytes(after)}, "
-        f"{before / after:.2f} x smaller, in {seconds:.1f} s",
-        err=True,
+        f"{before / after:.2f} x smaller, in {seconds:.1f} s"
     )
     sizes = {"dtype": config.dtype, "bytes_before": before, "bytes_after": after}
     result = {"model": folder.name} | bits | sizes | {"seconds": round(seconds, 2)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 
 EXIT_STOPPED = 130
-_STOPS = (signal.SIGINT, signal.SIGTERM)
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Stopped(KeyboardInterrupt):
@@ -14,12 +14,25 @@ class Stopped(KeyboardInterrupt):
 
 
 def raise_on_stop() -> None:
-    """Of the first signal; the next ends the process at once."""
-    for number in _STOPS:
-        signal.signal(number, _stop)
+    """Makes the first signal an exception; the next ends the process at once.
+
+    An ignored SIGHUP stays ignored: so nohup lets a command outlive its terminal.
+    """
+    for number in STOPS:
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, _stop)
+
+
+def was_stopped() -> bool:
+    """Whether a signal came, though some library may have swallowed the exception."""
+    return signal.getsignal(signal.SIGINT) == signal.SIG_DFL
 
 
 def _stop(*_: object) -> None:
-    for number in _STOPS:
-        signal.signal(number, signal.SIG_DFL)
+    for number in STOPS:
+        if number != signal.SIGHUP:
+            signal.signal(number, signal.SIG_DFL)
+        elif signal.getsignal(number) is _stop:
+            # A terminal that is closed sends it twice, by the kernel and by the shell.
+            signal.signal(number, signal.SIG_IGN)
     raise Stopped

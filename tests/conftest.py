@@ -108,7 +108,7 @@ def run_here(monkeypatch, capsys):
 
     def call(*arguments: object) -> subprocess.CompletedProcess:
         monkeypatch.setattr(sys, "argv", ["flexgen-ray", *map(str, arguments)])
-        numbers = (signal.SIGINT, signal.SIGTERM)
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
         before = [*zip(numbers, map(signal.getsignal, numbers), strict=True)]
         try:
             with pytest.raises(SystemExit) as ended:

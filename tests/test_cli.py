@@ -139,13 +139,6 @@ def test_output_with_content_is_spared(run_here, files, text_model):
     assert_answers(files)
 
 
-def test_a_job_without_a_good_line_still_answers_each(run_here, files, text_model):
-    (files / "in.jsonl").write_text("no json\n{}\n")
-    done = run_here(*arguments(files, text_model, "--no-ray"))
-    assert done.returncode == 2
-    assert set(rows(files / "out.jsonl")) == {"line-1", "line-2"}
-
-
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [

@@ -36,15 +36,15 @@ MAY_IMPORT = {
     "chat_template": {"messages"},
     "tokenizer": {"chat_template", "detokenizer", "messages"},
     "stops": {"request", "tokenizer"},
-    "io": FOUNDATION,
+    "io": FOUNDATION | {"signals"},
     "paths": set(),
     "runtime": FOUNDATION
     | {"paths", "quant", "schedule", "cost", "models", "store", "tokenizer", "stops"},
-    "distributed": FOUNDATION | {"schedule", "runtime"},
+    "distributed": FOUNDATION | {"schedule", "runtime", "signals"},
     "resources": {"config", "runtime", "units"},
     "calibrate": {"units", "cost", "io", "progress", "models", "runtime", "distributed"},
     "report": FOUNDATION | {"cost", "runtime"},
-    "progress": {"events", "units"},
+    "progress": {"events", "units", "terminal"},
     "trace": {"schedule", "io"},
 }
 WITHOUT_TORCH = FOUNDATION | {"schedule", "cost", "io", "trace", "paths"}

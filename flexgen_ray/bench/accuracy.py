@@ -21,6 +21,7 @@ from flexgen_ray.evaluation.perplexity import measure
 from flexgen_ray.llm import LLM
 from flexgen_ray.options import JsonOption, PlotOption
 from flexgen_ray.paths import find_model
+from flexgen_ray.terminal import say
 
 CHECKPOINT = "the checkpoint"
 
@@ -97,7 +98,7 @@ def _scored(folder: Path, text: str, windows: dict[str, int]) -> Iterator[dict]:
         with LLM(folder, **options, **variant.lossy) as llm:
             figures = measure(llm, text, **windows, scored_in=variant.scored_in)
         found = {"name": variant.name, "scored_in": variant.scored_in} | figures
-        typer.echo(str(found), err=True)
+        say(str(found))
         yield found
 
 
@@ -106,5 +107,5 @@ def _peers(folder: Path, text: str, windows: dict[str, int]) -> Iterator[dict]:
         figures = peer_perplexity(folder, text, peer, **windows)
         if figures is not None:
             found = {"name": name, "scored_in": "transformers"} | figures
-            typer.echo(str(found), err=True)
+            say(str(found))
             yield found

@@ -27,6 +27,7 @@ import typer
 
 from flexgen_ray.io.files import write_text
 from flexgen_ray.options import JsonOption
+from flexgen_ray.terminal import display, say
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -246,7 +247,7 @@ def _say_row(row: dict) -> None:
 
 
 def _say(first: str, *others: str) -> None:
-    typer.echo(first + "".join(f"{other:>14}" for other in others), err=True)
+    say(first + "".join(f"{other:>14}" for other in others))
 
 
 def _finish(measured: dict, path: Path | None) -> None:
@@ -262,4 +263,4 @@ def _finish(measured: dict, path: Path | None) -> None:
     result = made_by | measured
     if path is not None:
         write_text(path, json.dumps(result, indent=2) + "\n")
-    typer.echo(json.dumps(result))
+    display(json.dumps(result))

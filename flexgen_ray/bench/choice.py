@@ -25,6 +25,7 @@ from flexgen_ray.cost.sizes import stage_bytes, totals
 from flexgen_ray.models.shapes import shape_config
 from flexgen_ray.options import JsonOption
 from flexgen_ray.runtime.worker import Worker
+from flexgen_ray.terminal import say
 
 SHAPE, LAYERS, REQUESTS = "opt-1.3b", 8, 1024
 RATES = HardwareSpec(
@@ -101,7 +102,7 @@ def _compared(planner: Planner, plan: Plan, cell_seconds: float) -> dict:
         "measured_tokens_per_s": round(measured, 3),
         "measured_to_predicted": round(measured / predicted, 4),
     }
-    typer.echo(f"{planner.job.prompt_len} + {planner.job.max_tokens}: {found}", err=True)
+    say(f"{planner.job.prompt_len} + {planner.job.max_tokens}: {found}")
     return found
 
 

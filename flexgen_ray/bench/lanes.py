@@ -30,6 +30,7 @@ from flexgen_ray.runtime.stage import StageSpec
 from flexgen_ray.runtime.worker import Worker
 from flexgen_ray.schedule.ops import Op, OpKind
 from flexgen_ray.schedule.zigzag import StageLayers
+from flexgen_ray.terminal import say
 
 PROMPT_LEN = 64  # long beside the answers, so that passes take alike
 BATCH_SIZE = 4
@@ -82,7 +83,7 @@ def lanes(
     results = {}
     for name, case in CASES.items():
         results[name] = run_case(case, plan_of(case, layers, batches, passes), op_ms / 1e3)
-        typer.echo(f"{name:>15}: {results[name]}", err=True)
+        say(f"{name:>15}: {results[name]}")
     settings = {"layers": layers, "batches": batches, "passes": passes, "op_ms": op_ms}
     finish({"emulated": True, "settings": settings, "cases": results}, "emulated", json_file)
 

@@ -10,8 +10,6 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from math import inf
 
-import typer
-
 from flexgen_ray.bench import t4
 from flexgen_ray.bench.result import finish
 from flexgen_ray.config import Budget, Placement, Policy
@@ -24,6 +22,7 @@ from flexgen_ray.cost.planner import Planner, choose
 from flexgen_ray.models.shapes import shape_config
 from flexgen_ray.options import JsonOption, PlotOption
 from flexgen_ray.plot import draw_frontier
+from flexgen_ray.terminal import say
 
 _HOST, _DISK = Placement(0, 1, 0), Placement(0, 0, 1)
 MAX_TOKENS = 32
@@ -73,13 +72,13 @@ def paper(
     """
     cases = [_case(case) for case in CASES]
     for case in cases:
-        typer.echo(f"{case}", err=True)
+        say(f"{case}")
     ablation = _ablation()
     for name, found in ablation.items():
-        typer.echo(f"{name:>20}: {found:.2f}, published {ABLATION[name]}", err=True)
+        say(f"{name:>20}: {found:.2f}, published {ABLATION[name]}")
     curves = {model: frontiers(_planner(model, 512)) for model in ("opt-30b", "opt-175b")}
     claims = _claims(curves["opt-175b"])
-    typer.echo(f"OPT-175B against row by row: {claims}", err=True)
+    say(f"OPT-175B against row by row: {claims}")
     if plot is not None:
         draw_frontier("opt-175b on the paper's T4", curves["opt-175b"], plot)
     result = {

@@ -25,6 +25,7 @@ from flexgen_ray.bench.standings import reference, standings, table
 from flexgen_ray.bench.work import OURS, Run, Work
 from flexgen_ray.config import DTYPE_BYTES
 from flexgen_ray.options import DeviceOption, JsonOption
+from flexgen_ray.terminal import say
 from flexgen_ray.tokenizer import Tokenizer
 from flexgen_ray.units import format_bytes, parse_bytes
 
@@ -210,4 +211,4 @@ def _result(work: Work, rules: Rules, runs: list[Run]) -> dict:
 
 
 def _say(text: str) -> None:
-    typer.echo(text, err=True)
+    say(text)

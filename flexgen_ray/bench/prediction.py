@@ -30,6 +30,7 @@ from flexgen_ray.models.shapes import shape_config
 from flexgen_ray.options import JsonOption
 from flexgen_ray.report import Report
 from flexgen_ray.runtime.calibration import Scope
+from flexgen_ray.terminal import say
 
 SHAPES = ((8, 2), (16, 2))
 ATTEMPTS = 3
@@ -59,7 +60,7 @@ def prediction(
         while len(attempts) < ATTEMPTS and not any(_drift(it) < STEADY for it in attempts):
             attempt, machine = _attempt(policy, job, model, dtype, machine)
             attempts.append(attempt)
-            typer.echo(str(attempts[-1]), err=True)
+            say(str(attempts[-1]))
         runs.append(min(attempts, key=_drift))
     settings = {"model": model, "dtype": dtype, "prompt_len": prompt_len, "max_tokens": max_tokens}
     finish({"settings": settings} | off_by(runs) | {"runs": runs}, "CPU", json_file)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import typer
-
 from flexgen_ray.io.files import write_text
 from flexgen_ray.report import environment
+from flexgen_ray.terminal import display
 
 NEAR = 0.15  # how far a prediction may be off
 
@@ -30,6 +29,6 @@ def finish(result: dict, device: str, path: Path | None) -> None:
 
 def emit(result: dict, path: Path | None) -> None:
     """Prints a whole result as one line, and writes it if asked."""
-    typer.echo(json.dumps(result))
+    display(json.dumps(result))
     if path is not None:
         write_text(path, json.dumps(result, indent=2) + "\n")

@@ -23,6 +23,7 @@ from flexgen_ray.bench.shapes import make_checkpoint
 from flexgen_ray.llm import LLM
 from flexgen_ray.options import JsonOption
 from flexgen_ray.request import SamplingParams
+from flexgen_ray.terminal import say
 
 SIZES = (64 << 10, 4 << 20, 64 << 20)
 STAGES = 3
@@ -43,13 +44,13 @@ def ring(
     # Large ones in fewer trips.
     trips = {size: max(3, min(rounds, (200 << 20) // size)) for size in SIZES}
     milliseconds = hops(trips)
-    typer.echo(f"ms a hop: {milliseconds}", err=True)
+    say(f"ms a hop: {milliseconds}")
     hidden = hidden_hops()
-    typer.echo(f"hidden hops: {hidden}", err=True)
+    say(f"hidden hops: {hidden}")
     with tempfile.TemporaryDirectory(prefix="flexgen-bench-") as folder:
         model = make_checkpoint(shape, Path(folder, "model"))
         found = [_recovery(model, kill % STAGES) for kill in range(kills)]
-    typer.echo(f"recoveries: {found}", err=True)
+    say(f"recoveries: {found}")
     settings = {"rounds": rounds, "shape": shape, "stages": STAGES}
     result = {"hop_ms": milliseconds, "hidden_hops": hidden, "recoveries": found}
     finish({"settings": settings} | result, "CPU", json_file)

@@ -26,6 +26,7 @@ from flexgen_ray.models.shapes import shape_config
 from flexgen_ray.options import JsonOption, PlotOption
 from flexgen_ray.plot import draw_scaling
 from flexgen_ray.runtime.meter import Measured, Visit
+from flexgen_ray.terminal import say
 
 # More batches would be shorter ops than can be emulated.
 GRID = Search(batches=tuple(number for number in BATCHES if number <= 8))
@@ -176,4 +177,4 @@ def _ratios(runs: dict[str, dict]) -> dict:
 
 
 def _say(text: str) -> None:
-    typer.echo(text, err=True)
+    say(text)

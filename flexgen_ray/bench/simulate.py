@@ -20,6 +20,7 @@ from flexgen_ray.cost.simulate import simulate as play
 from flexgen_ray.options import JsonOption
 from flexgen_ray.rows import NO_ROWS, Rows
 from flexgen_ray.runtime.batcher import Batcher
+from flexgen_ray.terminal import say
 
 
 def simulate(
@@ -40,7 +41,7 @@ def simulate(
             run_case(case, plan, op_ms / 1e3),
             _simulated(plan, hardware_of(case, plan, op_ms / 1e3)),
         )
-        typer.echo(f"{name:>15}: {results[name]}", err=True)
+        say(f"{name:>15}: {results[name]}")
     settings = {"layers": layers, "batches": batches, "passes": passes, "op_ms": op_ms}
     finish({"emulated": True, "settings": settings, "cases": results}, "emulated", json_file)
 

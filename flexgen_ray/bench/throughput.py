@@ -29,6 +29,7 @@ from flexgen_ray.options import (
 )
 from flexgen_ray.report import Report
 from flexgen_ray.request import Request, SamplingParams
+from flexgen_ray.terminal import say
 
 
 def throughput(
@@ -71,7 +72,7 @@ def throughput(
         if trace is not None:
             llm.write_trace(trace)
         for line in llm.report.lines():
-            typer.echo(line, err=True)
+            say(line)
         settings = {"model": model, "prompt_len": prompt_len, "max_tokens": max_tokens}
         result = settings | {"num_prompts": count} | _result(llm.report)
     finish(result, llm.report.device, json_file)

@@ -24,6 +24,7 @@ from flexgen_ray.cost.pipeline_plan import Device, Job, ModelRates, Plan
 from flexgen_ray.cost.planner import Planner, choose
 from flexgen_ray.models.shapes import shape_config
 from flexgen_ray.options import JsonOption
+from flexgen_ray.terminal import say
 
 CLUSTERS = ("t4,rtx4090", "t4,t4,a100-80")
 DTYPE = "float16"
@@ -44,7 +45,7 @@ def unequal(
     results = {}
     for cluster in clusters.split(";"):
         results[cluster] = _cluster(cluster.split(","), model, requests, step)
-        typer.echo(f"{cluster}: {results[cluster]}", err=True)
+        say(f"{cluster}: {results[cluster]}")
     settings = {"model": model, "prompt_len": t4.PROMPT_LEN, "max_tokens": t4.MAX_TOKENS}
     found = {"emulated": True, "settings": settings | {"step": step}, "clusters": results}
     finish(found, "emulated machines", json_file)

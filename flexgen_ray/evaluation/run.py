@@ -6,12 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import typer
-
 from flexgen_ray.bench.result import finish
 from flexgen_ray.llm import LLM
 from flexgen_ray.progress import show_progress
 from flexgen_ray.request import Request, RequestOutput
+from flexgen_ray.terminal import say
 
 Measure = Callable[..., dict[str, Any]]
 
@@ -31,7 +30,7 @@ def evaluate(
     with LLM(**engine) as llm:
         figures = measure(llm, text, **settings)
         for line in llm.report.lines():
-            typer.echo(line, err=True)
+            say(line)
         seconds = {"seconds": round(llm.report.seconds, 3)}
         stages = [stage.as_dict() for stage in llm.report.stages]
         device = llm.report.device

@@ -20,10 +20,12 @@ from flexgen_ray.io.lines import STANDARD
 
 
 def siblings(output: Path) -> list[Path]:
-    """The files that a job keeps beside its output: what it is, and rows that wait for theirs."""
+    """The files that a job keeps beside its output: what it is, a draft of that, waiting rows."""
     if output == STANDARD:
         return []
-    return [output.with_name(f"{output.name}.{kind}") for kind in ("job.json", "waiting")]
+    return [
+        output.with_name(f"{output.name}.{kind}") for kind in ("job.json", "job.tmp", "waiting")
+    ]
 
 
 def check_folders(written: Mapping[str, Path]) -> None:
@@ -57,17 +59,18 @@ def check_distinct(written: Mapping[str, Path], read: Mapping[str, Path]) -> Non
                 )
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replaces a file's content as a whole; OSError if that can't be done."""
-    with replacing(path) as file:
+def write_text(path: Path, text: str, draft: Path | None = None) -> None:
+    """Replaces a file's content as a whole, as `replacing`; OSError if that can't be done."""
+    with replacing(path, draft=draft) as file:
         file.write(text)
 
 
 @contextmanager
-def replacing(path: Path, mode: str = "w") -> Iterator[IO]:
+def replacing(path: Path, mode: str = "w", draft: Path | None = None) -> Iterator[IO]:
     """A file that takes the place of `path` when the block ends without an error.
 
-    mode: "w" (UTF-8) or "wb". Devices and pipes are written directly.
+    mode: "w" (UTF-8) or "wb". draft: the file's name until then, of which a killed run may have
+    left one; a new name if None. Devices and pipes are written directly.
     """
     encoding = None if "b" in mode else "utf-8"
     if path.parts[:2] in (("/", "dev"), ("/", "proc")) or (path.exists() and not path.is_file()):
@@ -75,7 +78,9 @@ def replacing(path: Path, mode: str = "w") -> Iterator[IO]:
             yield file
         return
     target = Path(os.path.realpath(path))
-    draft = target.with_name(f".{target.name[:200]}.{secrets.token_hex(4)}")
+    if draft is None:
+        draft = target.with_name(f".{target.name[:200]}.{secrets.token_hex(4)}")
+    draft.unlink(missing_ok=True)
     descriptor = create(draft)
     try:
         with os.fdopen(descriptor, mode, encoding=encoding) as file:

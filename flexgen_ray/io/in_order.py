@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from flexgen_ray.io.line_file import LineFile
 
@@ -22,19 +22,24 @@ class InOrder:
     @property
     def is_empty(self) -> bool:
         """Whether no row waits, nor might still be wanted."""
-        return self._waiting.path.stat().st_size == 0
+        return self._waiting.is_empty
 
-    def recover(self, written: set[str]) -> Iterator[dict]:
-        """Rows that wait since an earlier run; of written ids some may still be there."""
+    def recover(self, is_wanted: Callable[[dict], bool]) -> Iterator[dict]:
+        """Rows that wait since an earlier run and are wanted; others may still be there."""
         for start, end, row in self._waiting.rows():
             self._end = end
-            if row["custom_id"] not in written:
+            if is_wanted(row):
                 self._places[row["custom_id"]] = start, end
                 yield row
 
-    def begin(self, custom_ids: Iterable[str]) -> None:
-        """custom_ids: of all rows that are to come or wait, in their order."""
+    def begin(self, num_bytes: int, custom_ids: Iterable[str], moved: Iterable[dict] = ()) -> None:
+        """num_bytes: of the file's rows that stay; custom_ids: of all that are to come or wait, in
+        their order; moved: rows beyond those bytes that wait from now on."""
         self._waiting.truncate(self._end)
+        for row in moved:
+            self._keep(row)
+        self._waiting.sync()
+        self._file.truncate(num_bytes)
         self._order = iter(custom_ids)
         self._advance()
 
@@ -44,6 +49,9 @@ class InOrder:
             self._file.append(row)
             self._advance()
             return
+        self._keep(row)
+
+    def _keep(self, row: dict) -> None:
         start = self._waiting.num_bytes
         self._waiting.append(row)
         self._places[row["custom_id"]] = start, self._waiting.num_bytes

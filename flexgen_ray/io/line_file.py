@@ -20,25 +20,35 @@ from pathlib import Path
 from typing import BinaryIO
 
 from flexgen_ray.io.lines import STANDARD
+from flexgen_ray.signals import STOPS
 
 # Small, as what follows a member's end is copied for each member that a piece holds.
 _PIECE_BYTES = 8192
 
 
+class OutputLost(OSError):
+    """What was written is no longer where it was written to."""
+
+
 class LineFile:
     """Opened and locked, its content as it was. num_bytes: where the next line goes."""
 
-    def __init__(self, path: Path) -> None:
-        """OSError if it can't be written; RuntimeError if another process is writing it."""
+    def __init__(self, path: Path, is_own: bool = False) -> None:
+        """is_own: nothing but a file made by this project is to have that name.
+
+        OSError if it can't be written or locked, or isn't such a file; RuntimeError if another
+        process is writing it.
+        """
         self.path = path
         self._is_gzip = path.suffix == ".gz"
         self.is_new = False
+        self._is_begun = False
         if path == STANDARD:
             self._fd = os.dup(1)
             # Whatever else is printed in this process must not end up among the lines.
             os.dup2(2, 1)
         else:
-            self._fd, self.is_new = _open_locked(path)
+            self._fd, self.is_new = _open_locked(path, is_own)
         self.is_file = path != STANDARD and stat.S_ISREG(os.fstat(self._fd).st_mode)
         self.num_bytes = 0
 
@@ -62,14 +72,66 @@ class LineFile:
         return json.loads(gzip.decompress(content) if self._is_gzip else content)
 
     def truncate(self, num_bytes: int) -> None:
-        """The next line goes there."""
+        """The next line goes there. OutputLost as `check`."""
         if self.is_file:
             os.ftruncate(self._fd, num_bytes)
         self.num_bytes = num_bytes
+        self._is_begun = True
+        self.check()
+
+    def check(self) -> None:
+        """OutputLost if the file was removed, moved or changed by others since `truncate`."""
+        if not self.is_file or not self._is_begun:
+            return
+        status = os.fstat(self._fd)
+        if status.st_size != self.num_bytes:
+            raise OutputLost(
+                f"{self.path} has {status.st_size} bytes, but this run has left {self.num_bytes} "
+                "there: another program cut or wrote it; the same command answers again what is "
+                "missing, if whole lines are left"
+            )
+        try:
+            is_there = os.path.samestat(status, self.path.stat())
+        except OSError:
+            is_there = False
+        if not is_there:
+            raise OutputLost(_where_it_went(self._fd, status, self.path))
+
+    def replace(self, rows: Iterator[dict]) -> None:
+        """Has these rows instead, in one step: a kill leaves the old rows or the new ones."""
+        draft = self.remove_draft()
+        new = LineFile(draft, is_own=True)
+        try:
+            os.fchmod(new._fd, stat.S_IMODE(os.fstat(self._fd).st_mode))
+            new.truncate(0)
+            for row in rows:
+                new.append(row)
+            os.fsync(new._fd)
+            self.check()
+            draft.replace(os.path.realpath(self.path))
+        except BaseException:
+            new.close()
+            draft.unlink(missing_ok=True)
+            raise
+        os.close(self._fd)
+        self._fd, self.num_bytes, self._is_begun = new._fd, new.num_bytes, True
+
+    def remove_draft(self) -> Path:
+        """Where `replace` writes first, and a run that was killed may have left something."""
+        target = Path(os.path.realpath(self.path))
+        draft = target.with_name(f".retry-{target.name}")
+        if self.is_file:
+            draft.unlink(missing_ok=True)
+        return draft
+
+    @property
+    def is_empty(self) -> bool:
+        return os.fstat(self._fd).st_size == 0
 
     def append(self, row: dict) -> None:
         """Ctrl-C and SIGTERM wait until the line is written; OSError names the file, which then
-        ends with the line before."""
+        ends with the line before. OutputLost as `check`."""
+        self.check()
         line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
         if self._is_gzip:
             line = gzip.compress(line, mtime=0)
@@ -83,11 +145,22 @@ class LineFile:
                 raise OSError(error.errno, os.strerror(error.errno or 0), str(self.path)) from error
             self.num_bytes += len(line)
 
+    def sync(self) -> None:
+        """What was written to a file is on disk when this returns."""
+        if self.is_file:
+            os.fsync(self._fd)
+
+    def remove_if_empty(self) -> bool:
+        """Whether it was, and still had its name."""
+        has_name = self.path.exists() and os.path.samestat(os.fstat(self._fd), self.path.stat())
+        if has_name and self.is_empty:
+            self.path.unlink()
+        return has_name and self.is_empty
+
     def close(self) -> None:
         """What was written to a file is on disk when this returns."""
         try:
-            if self.is_file:
-                os.fsync(self._fd)
+            self.sync()
         finally:
             if self.path == STANDARD:
                 os.dup2(self._fd, 1)
@@ -106,18 +179,60 @@ class LineFile:
         return row
 
 
-def _open_locked(path: Path) -> tuple[int, bool]:
+def refuse_others(path: Path) -> None:
+    """ValueError if something else than a plain file has the name, such as a symlink or FIFO."""
+    if os.path.lexists(path) and not stat.S_ISREG(path.lstat().st_mode):
+        raise ValueError(
+            f"{path} is a symlink or no plain file, but the job keeps a file of its own there; "
+            "remove it, or choose another --output"
+        )
+
+
+def _where_it_went(fd: int, status: os.stat_result, path: Path) -> str:
+    """What happened to an open file that is not at its path any more, and the remedy."""
+    if status.st_nlink == 0:
+        return (
+            f"{path} was removed or replaced while this run wrote it, and with it "
+            f"{status.st_size} bytes of answers; run again to answer all anew"
+        )
+    return (
+        f"{path} was moved to {os.readlink(f'/proc/self/fd/{fd}')} while this run wrote it; move "
+        "it back, and the same command goes on from there"
+    )
+
+
+def _lock(fd: int, path: Path, is_new: bool) -> None:
+    """BlockingIOError if another process has it; OSError where the file system has no locks."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        if is_new:
+            path.unlink(missing_ok=True)
+        os.close(fd)
+        raise OSError(
+            f"{path} can't be locked ({os.strerror(error.errno or 0)}), so two runs might write it "
+            "at once; choose an --output on a file system with locks, such as a local disk, and "
+            "copy it later"
+        ) from error
+
+
+def _open_locked(path: Path, is_own: bool) -> tuple[int, bool]:
     """A descriptor, and whether the file was made. The lock goes with the process."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+    if is_own:
+        refuse_others(path)
+        flags |= os.O_NOFOLLOW | os.O_NONBLOCK
     while True:
         try:
-            fd, is_new = os.open(path, flags | os.O_EXCL, 0o644), True
+            fd, is_new = os.open(path, flags | os.O_EXCL, 0o666), True
         except FileExistsError:
-            fd, is_new = os.open(path, flags, 0o644), False
+            fd, is_new = os.open(path, flags, 0o666), False
         try:
             if not stat.S_ISREG(os.fstat(fd).st_mode):
                 return fd, False
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(fd, path, is_new)
             # Another run may have removed it between the two.
             if path.exists() and os.path.samestat(os.fstat(fd), path.stat()):
                 return fd, is_new
@@ -162,15 +277,15 @@ def _members(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
 
 @contextmanager
 def _signals_wait() -> Iterator[None]:
-    """SIGINT and SIGTERM are answered when the block has ended."""
+    """Signals that stop a command are answered when the block has ended."""
     came: list[int] = []
     before = {}
     try:
         # Handlers belong to the main thread; no other is interrupted by them.
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in STOPS:
                 # None is an answer that isn't Python's, which can't be put back.
-                if (handler := signal.getsignal(number)) is not None:
+                if (handler := signal.getsignal(number)) not in (None, signal.SIG_IGN):
                     before[number] = handler
                     signal.signal(number, lambda number, _: came.append(number))
         yield
