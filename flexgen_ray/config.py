@@ -12,15 +12,17 @@ from math import ceil
 from numbers import Real
 from pathlib import Path
 
-import yaml
-
 from flexgen_ray.names import explains_unknown, unknown_name
+from flexgen_ray.text_files import read_yaml
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 TRANSPORTS = ("auto", "nccl", "gloo")  # of hidden states, from stage to stage
 TIERS = ("gpu", "cpu", "disk")
 BITS = (4, 8)
 _BITS = ("weight_bits", "embedding_bits", "cache_bits")
+# What no machine has room for; each batch and block is planned one by one.
+_MOST = {"gpu_batch_size": 2**40, "max_batch_tokens": 2**40}
+_MOST |= {"num_gpu_batches": 4096, "blocks_in_flight": 4096}
 LOSSY = (*_BITS, "attention_sparsity")  # what of a policy changes answers
 DEVICES = '"auto", "cpu", "cuda", or "cuda:N" for the GPU of number N'
 # FlexGen's own names, whose shares were percents.
@@ -110,6 +112,8 @@ class Policy:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"policy: {name} is {value!r}; it must be an integer from 1 up")
+            if value > (most := _MOST[name]):
+                raise ValueError(f"policy: {name} is {value:.4g}; it may be {most} at most")
         if not _is_share(self.attention_sparsity) or not self.attention_sparsity:
             raise ValueError(
                 f"policy: attention_sparsity is {self.attention_sparsity!r}; it is the share of "
@@ -147,12 +151,12 @@ class Policy:
     @staticmethod
     def from_yaml(path: str | Path) -> Policy:
         """ValueError (bad content) and OSError (no such file) name the path."""
+        values = read_yaml(path)
         try:
-            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
             if not isinstance(values or {}, dict):
                 raise ValueError("the file must hold keys and values, such as `gpu_batch_size: 8`")
             return Policy.from_dict(values or {})
-        except (ValueError, yaml.YAMLError) as error:
+        except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
 
 

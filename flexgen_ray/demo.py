@@ -99,7 +99,7 @@ def prepare_model(cache_dir: Path | None = None, status: Callable[[str], None] =
 def load_prompts() -> list[str]:
     """The shipped prompts, short questions and a few paragraphs to summarise."""
     lines = resources.files("flexgen_ray").joinpath("demo_prompts.jsonl").read_text("utf-8")
-    return [json.loads(line)["prompt"] for line in lines.splitlines()]
+    return [json.loads(line)["prompt"] for line in lines.split("\n") if line]
 
 
 def chat_prompts(tokenizer: PreTrainedTokenizerBase, prompts: list[str]) -> list[str]:

@@ -13,8 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 
-import yaml
-
 from flexgen_ray.config import Budget, HardwareSpec, Policy
 from flexgen_ray.cost.corners import ON_DEVICE
 from flexgen_ray.cost.grid import Search
@@ -22,7 +20,10 @@ from flexgen_ray.cost.hardware import Hardware
 from flexgen_ray.cost.pipeline_plan import Device, Job, ModelRates, Plan, Rates
 from flexgen_ray.cost.planner import Infeasible, Planner, choose
 from flexgen_ray.model_config import ModelConfig
+from flexgen_ray.text_files import read_lines, read_yaml
 
+MAX_MACHINES = 1024
+_MAX_DIGITS = 12  # of a length in tokens
 NODE_KEYS = ("hardware", "count", "gpus")
 
 
@@ -39,12 +40,12 @@ def read_nodes(path: str | Path) -> list[Node]:
 
     ValueError (bad content) and OSError name the path.
     """
+    entries = read_yaml(path)
     try:
-        entries = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         if not isinstance(entries, list) or not all(isinstance(it, dict) for it in entries):
             raise ValueError("must hold a list, such as `- {hardware: t4, count: 2, gpus: 1}`")
         return [node for entry in entries for node in _nodes(entry)]
-    except (ValueError, yaml.YAMLError) as error:
+    except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
@@ -53,8 +54,8 @@ def _nodes(entry: dict) -> list[Node]:
     if unknown or "hardware" not in entry:
         raise ValueError(f"{entry} needs hardware, and takes {', '.join(NODE_KEYS)}")
     for key in ("count", "gpus"):
-        if not isinstance(entry.get(key, 1), int) or entry.get(key, 1) < 1:
-            raise ValueError(f"{key} is {entry[key]!r}; it must be an integer from 1 up")
+        if not isinstance(entry.get(key, 1), int) or not 1 <= entry.get(key, 1) <= MAX_MACHINES:
+            raise ValueError(f"{key} is {entry[key]!r}; it must be an integer, 1 to {MAX_MACHINES}")
     return [Node(Hardware.load(entry["hardware"]), entry.get("gpus", 1))] * entry.get("count", 1)
 
 
@@ -64,14 +65,16 @@ def read_job(path: str | Path, num_requests: int | None = None) -> Job:
     num_requests: as many of that kind; those of the file, if None. ValueError names the line.
     """
     prompts, outputs = [], []
-    with Path(path).open(newline="", encoding="utf-8") as file:
-        for number, row in enumerate(csv.reader(file), 1):
-            cells = [cell.strip() for cell in row[-2:]]
-            if len(cells) == 2 and all(cell.isdecimal() and int(cell) for cell in cells):
-                prompts.append(int(cells[0]))
-                outputs.append(int(cells[1]))
-            elif number > 1 and row:
-                raise ValueError(f"{path}, line {number}: {row[-2:]} are no two lengths from 1 up")
+    for number, row in enumerate(csv.reader(read_lines(path)), 1):
+        cells = [cell.strip() for cell in row[-2:]]
+        if len(cells) == 2 and all(_is_length(cell) for cell in cells):
+            prompts.append(int(cells[0]))
+            outputs.append(int(cells[1]))
+        elif number > 1 and row:
+            raise ValueError(
+                f"{path}, line {number}: {row[-2:]} are no two lengths, 1 or more "
+                f"and of {_MAX_DIGITS} digits at most"
+            )
     if not prompts:
         raise ValueError(f"{path} has no line with two lengths, of a prompt and its output")
     longest = max(map(sum, zip(prompts, outputs, strict=True)))
@@ -82,6 +85,10 @@ def read_job(path: str | Path, num_requests: int | None = None) -> Job:
         fmean(prompts),
         fmean(outputs),
     )
+
+
+def _is_length(cell: str) -> bool:
+    return cell.isdecimal() and len(cell) <= _MAX_DIGITS and int(cell) > 0
 
 
 def devices_of(

@@ -9,14 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import yaml
-
 from flexgen_ray.config import Budget, Policy, Workload
 from flexgen_ray.cost.default_policy import default_policies
 from flexgen_ray.cost.plan import StagePlan
 from flexgen_ray.cost.sizes import check_budgets
 from flexgen_ray.model_config import ModelConfig
 from flexgen_ray.schedule.zigzag import StageLayers
+from flexgen_ray.text_files import read_yaml
 
 AUTO = "auto"  # in place of a file: as if no policy were given
 # What every stage must agree on, for all of them follow the first one's rows.
@@ -90,8 +89,8 @@ class StagePolicies:
 
         ValueError (bad content) and OSError (no such file) name the path.
         """
+        values = read_yaml(path) or {}
         try:
-            values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
             if not isinstance(values, dict):
                 raise ValueError("the file must hold keys and values, such as `gpu_batch_size: 8`")
             stages = values.pop("stages", None)
@@ -103,7 +102,7 @@ class StagePolicies:
             counts = [stage.pop("layers", None) for stage in stages]
             policies = tuple(Policy.from_dict(values | stage) for stage in stages)
             return StagePolicies(policies, _layers(counts))
-        except (ValueError, yaml.YAMLError) as error:
+        except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
 
 

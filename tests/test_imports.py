@@ -14,12 +14,13 @@ import flexgen_ray
 ROOT = Path(flexgen_ray.__file__).parent
 FOUNDATION = {
     "units", "config", "model_config", "events", "request", "messages", "prompts", "rows",
-    "names",
+    "names", "text_files",
 }  # fmt: skip
 MAY_IMPORT = {
     "names": set(),
+    "text_files": set(),
     "units": set(),
-    "config": {"names"},
+    "config": {"names", "text_files"},
     "model_config": set(),
     "request": {"names"},
     "events": {"request"},
@@ -27,7 +28,17 @@ MAY_IMPORT = {
     "prompts": {"request"},
     "rows": set(),
     "schedule": set(),
-    "cost": {"config", "names", "model_config", "units", "rows", "schedule", "paths", "quant"},
+    "cost": {
+        "text_files",
+        "config",
+        "names",
+        "model_config",
+        "units",
+        "rows",
+        "schedule",
+        "paths",
+        "quant",
+    },
     "quant": FOUNDATION,
     "models": FOUNDATION | {"quant"},
     "store": FOUNDATION | {"schedule", "cost", "models", "quant"},

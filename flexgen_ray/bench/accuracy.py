@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
+from flexgen_ray import text_files
 from flexgen_ray.bench.result import finish
 from flexgen_ray.bench.rounding import PEERS, peer_perplexity
 from flexgen_ray.evaluation.perplexity import measure
@@ -84,10 +85,10 @@ def accuracy(
 
 def read_text(path: Path) -> str:
     """A text file, or questions and answers from JSON lines, without GSM8K's sums in brackets."""
-    text = path.read_text(encoding="utf-8")
+    text = text_files.read_text(path)
     if path.suffix != ".jsonl":
         return text
-    rows = map(json.loads, text.splitlines())
+    rows = map(json.loads, filter(str.strip, text.split("\n")))
     pairs = (f"Question: {row['question']}\nAnswer: {row['answer']}\n\n" for row in rows)
     return re.sub(r"<<.*?>>", "", "".join(pairs))
 

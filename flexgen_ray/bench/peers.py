@@ -26,6 +26,7 @@ from flexgen_ray.bench.work import OURS, Run, Work
 from flexgen_ray.config import DTYPE_BYTES
 from flexgen_ray.options import DeviceOption, JsonOption
 from flexgen_ray.terminal import say
+from flexgen_ray.text_files import read_lines
 from flexgen_ray.tokenizer import Tokenizer
 from flexgen_ray.units import format_bytes, parse_bytes
 
@@ -152,8 +153,9 @@ def _prompts(
         if not tokenizer.exists:
             raise ValueError(f"{model} has no tokenizer; use --prompt-len for random prompts")
         shipped = resources.files("flexgen_ray.bench").joinpath("gsm8k_32.jsonl")
-        text = shipped.read_text("utf-8") if file is None else file.read_text("utf-8")
-        lines = [json.loads(line) for line in text.splitlines() if line.strip()]
+        with resources.as_file(shipped) as path:
+            texts = read_lines(file or path)
+        lines = [json.loads(line) for line in texts if line.strip()]
         found = [tokenizer.encode(line["prompt"]) for line in lines[:count]]
     longest = max(map(len, found), default=0)
     if not longest or longest + max_tokens > config.max_seq_len:

@@ -17,6 +17,7 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 
+from flexgen_ray import text_files
 from flexgen_ray.names import NO_HINTS, unknown_name
 from flexgen_ray.units import parse_bytes
 
@@ -27,11 +28,7 @@ _MIB = 2**20
 
 def read_yaml(cls: type[T], path: Path) -> T:
     """ValueError (bad content) and OSError (no such file) name the path."""
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"{path}: {error}") from error
-    return from_values(cls, values, str(path))
+    return from_values(cls, text_files.read_yaml(path), str(path))
 
 
 def from_values(cls: type[T], values: object, where: str) -> T:

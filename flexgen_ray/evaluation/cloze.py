@@ -18,7 +18,7 @@ def measure(llm: LLM, text: str, scored_in: str, max_texts: int | None) -> dict[
 
     text: lines of {"text": ...}. ValueError names the line that has no text of two words.
     """
-    lines = [pair for pair in enumerate(text.splitlines(), start=1) if pair[1].strip()]
+    lines = [pair for pair in enumerate(text.split("\n"), start=1) if pair[1].strip()]
     requests: list[Request] = []
     for number, line in lines[:max_texts]:
         try:

@@ -11,6 +11,7 @@ from flexgen_ray.llm import LLM
 from flexgen_ray.progress import show_progress
 from flexgen_ray.request import Request, RequestOutput
 from flexgen_ray.terminal import say
+from flexgen_ray.text_files import read_text
 
 Measure = Callable[..., dict[str, Any]]
 
@@ -26,7 +27,7 @@ def evaluate(
 
     OSError or ValueError if the file can't be read as text, or the result not be written.
     """
-    text = data.read_text(encoding="utf-8")
+    text = read_text(data)
     with LLM(**engine) as llm:
         figures = measure(llm, text, **settings)
         for line in llm.report.lines():

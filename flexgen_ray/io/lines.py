@@ -14,13 +14,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, cast
 
+from flexgen_ray.text_files import UTF8_MARK, check_encoding
+
 STANDARD = Path("-")
 MAX_LINE_BYTES = 16 * 2**20
 _PIECE_BYTES = 2**20
 
 
 class InputLines:
-    """Iterates over lines; of one longer than MAX_LINE_BYTES that much and one byte, as a sign."""
+    """Iterates over lines; of one longer than MAX_LINE_BYTES that much and one byte, as a sign.
+
+    ValueError if the stream is damaged, or in another encoding than UTF-8.
+    """
 
     def __init__(self, stream: BinaryIO, name: str = "the input") -> None:
         self._stream = stream
@@ -28,10 +33,14 @@ class InputLines:
         self._hash = hashlib.sha256()
 
     def __iter__(self) -> Iterator[bytes]:
+        is_first = True
         while line := self._read(MAX_LINE_BYTES + 1):
             piece = line
             while piece and not piece.endswith(b"\n"):
                 piece = self._read(_PIECE_BYTES)
+            if is_first:
+                check_encoding(line[:4], self._name)
+                line, is_first = line.removeprefix(UTF8_MARK), False
             yield line
 
     def sha256(self) -> str:
