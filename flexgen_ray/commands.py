@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from functools import wraps
 from inspect import Parameter, signature
@@ -11,6 +12,7 @@ from typing import Any
 import typer
 
 from flexgen_ray.io.files import check_distinct, check_folders, siblings
+from flexgen_ray.io.lost import check_kept
 
 # Texts that may be paths of files to read; an --offload-dir is a place, not what lies there.
 _PERHAPS_PATHS = ("model", "hardware")
@@ -44,6 +46,8 @@ def _checked(function: Callable[..., None]) -> Callable[..., None]:
         if function.__name__ == "generate":
             beside = siblings(written["--output"])
             written |= {f"--output's {path.suffix}": path for path in beside}
+        folder = {"--output": values["output"]} if function.__name__ == "quantize" else {}
+        check_kept(written | folder, os.environ)
         check_distinct(written, read)
         if function.__name__ == "calibrate":
             for path in written.values():

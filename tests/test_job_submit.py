@@ -142,10 +142,13 @@ def test_nobody_submits_without_the_token(cluster, text_model, tmp_path, without
     assert not (tmp_path / "out.jsonl").exists()
 
 
-def test_a_failed_job_fails_the_submission(cluster, tmp_path):
-    done = cluster.submit(tmp_path / "out.jsonl", Path("/nowhere"))
+def test_a_job_whose_answers_would_be_lost_fails_the_submission(cluster, text_model):
+    """Ray deletes the folder in which the job runs."""
+    done = cluster.submit(Path("out.jsonl"), text_model)
     assert done.returncode != 0
-    assert "has no folder /nowhere" in done.stdout + done.stderr
+    shown = done.stdout + done.stderr
+    assert "error: --output out.jsonl would be /" in shown
+    assert "a folder that Ray deletes after the job; give an absolute path" in shown
 
 
 def test_ray_submit_runs_the_script_on_the_head(cluster, text_model, tmp_path):
