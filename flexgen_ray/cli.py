@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +14,7 @@ from flexgen_ray.completion import CompletionOption
 from flexgen_ray.evaluation.commands import app as evaluation
 from flexgen_ray.exits import exit_status, run, told_how_to_resume
 from flexgen_ray.io.files import write_text
+from flexgen_ray.io.json_text import to_json
 from flexgen_ray.options import (
     AddressOption,
     DeviceOption,
@@ -197,7 +197,8 @@ def demo(
         answers: dict[int, str] = {}
         llm.prepare(requests)
         for output in llm.stream(requests):
-            answers[output.index] = output.outputs[0].text
+            text = output.outputs[0].text if output.outputs else f"({output.error})"
+            answers[output.index] = text
         if trace is not None:
             llm.write_trace(trace)
     for index, prompt in enumerate(prompts):
@@ -255,7 +256,7 @@ def _show_report(report: Report, path: Path | None) -> None:
     for line in report.lines():
         say(line)
     if path is not None:
-        write_text(path, json.dumps(report.as_dict(), indent=2) + "\n")
+        write_text(path, to_json(report.as_dict(), indent=2) + "\n")
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ from flexgen_ray.io.files import check_distinct
 from flexgen_ray.io.journal import Journal
 from flexgen_ray.io.lines import open_input
 from flexgen_ray.io.openai_batch import (
+    SERVER_ERROR,
     BatchLine,
     error_row,
     line_error,
@@ -97,7 +98,9 @@ def run_job(llm: LLM, journal: Journal, lines: list[BatchLine]) -> None:
         line = by_number[answer.index]
         if answer.error is not None:
             fault = line_error(line.number, ValueError(answer.error))
-            journal.append(with_columns(error_row(line.custom_id, fault), line.columns))
+            journal.append(
+                with_columns(error_row(line.custom_id, fault, SERVER_ERROR), line.columns)
+            )
             continue
         is_chat, echo = line.messages is not None, _echo(llm, line, answer)
         top = (line.params.logprobs or 0) if line.params else 0

@@ -5,6 +5,7 @@ Checks options, turns prompts into requests, and gives them to the engine. Knows
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -171,7 +172,9 @@ class LLM(Engine):
         A prompt is a text, a sequence of token ids, {"prompt": text} or {"prompt_token_ids": ids}.
         sampling_params: for all prompts, or an iterable of one for each; the model's own if None.
         errors: "raise" refuses all if a prompt can't be answered (ValueError, with its index);
-        "return" gives an output with `.error` for it, and answers the others.
+        "return" gives an output with `.error` for it, and answers the others. A request that fails
+        during the run, as its activations become NaN or infinite, has `.error` in any case, and a
+        warning says so.
         use_tqdm: show the progress on standard error, as a bar on a terminal, else in plain lines.
         """
         several = several_prompts(prompts)
@@ -235,7 +238,9 @@ class LLM(Engine):
         told = counted(items, self.on_progress, "tokenizing", what, len(items))
         requests, outputs = make_requests(what, told, params, make, errors)
         self.prepare(requests)
-        outputs += self.stream(requests)
+        answered = list(self.stream(requests))
+        _warn_of_failed(answered)
+        outputs += answered
         texts = map(text_of, items)
         outputs.sort(key=lambda output: output.index)
         return [replace(it, prompt=text) for it, text in zip(outputs, texts, strict=True)]
@@ -301,3 +306,12 @@ def _limit(max_model_len: int | None, config: ModelConfig) -> int:
             "tokens; lower it"
         )
     return max_model_len or config.max_seq_len
+
+
+def _warn_of_failed(outputs: list[RequestOutput]) -> None:
+    """One warning for all requests that failed during the run."""
+    failed = sorted((it for it in outputs if it.error), key=lambda it: it.index)
+    if failed:
+        first = f"request {failed[0].index}: {failed[0].error}"
+        told = f"{len(failed)} of {len(outputs)} requests failed; {first}"
+        warnings.warn(told, stacklevel=4)

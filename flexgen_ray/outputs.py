@@ -22,6 +22,8 @@ from flexgen_ray.tokenizer import Tokenizer
 def request_output(request: Request, finished: Finished, tokenizer: Tokenizer) -> RequestOutput:
     """Tokens that were given count as the prompt's, and only what came after them as the answer."""
     params, prompt = request.params, request.prompt_token_ids + request.given
+    if finished.error is not None:
+        return RequestOutput(request.index, None, prompt, error=finished.error)
     answer = finished.token_ids[len(request.given) :]
     token_ids, begin = prompt + answer, len(prompt)
     text = _text(token_ids, begin, finished, params, tokenizer) if tokenizer.exists else ""

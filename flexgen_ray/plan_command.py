@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +9,7 @@ import typer
 
 from flexgen_ray.config import DTYPE_BYTES
 from flexgen_ray.io.files import write_text
+from flexgen_ray.io.json_text import to_json
 from flexgen_ray.model_config import ModelConfig
 from flexgen_ray.options import (
     CacheBitsOption,
@@ -107,7 +107,7 @@ def plan(
     if policy_out:
         write_text(policy_out, report.policy_yaml())
     if json_file:
-        write_text(json_file, json.dumps(result, indent=2) + "\n")
+        write_text(json_file, to_json(result, indent=2) + "\n")
 
 
 def _machines(names: list[str], stages: int | None) -> list:

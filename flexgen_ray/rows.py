@@ -17,7 +17,8 @@ class Row:
 
     position: tokens already in its cache; offset: its first new token among the packed ones;
     is_sampled: whether its last new token is followed by one to be chosen; is_prefill: whether its
-    new tokens were known when it took its slot, however few of them this pass brings.
+    new tokens were known when it took its slot, however few of them this pass brings. stale: tokens
+    in its cache before its first pass, of an earlier request; those beyond its own are cleared.
     """
 
     slot: int
@@ -26,6 +27,7 @@ class Row:
     offset: int
     is_sampled: bool
     is_prefill: bool
+    stale: int = 0
 
     @property
     def tokens(self) -> slice:

@@ -42,13 +42,17 @@ class Samples:
         return [self._limits[output.index]] * sum(cuts) if output.index in self._limits else []
 
     def take(self, finished: Finished, tokenizer: Tokenizer) -> RequestOutput | None:
-        """The request's output once all its samples are there, in their order."""
+        """The request's output once all its samples are there, in their order; without answers if
+        one of them failed."""
         request, sample = self._asked.pop(finished.index)
         found = self._outputs.setdefault(request.index, {})
         found[sample] = request_output(request, finished, tokenizer)
         if len(found) < request.params.n:
             return None
         del self._outputs[request.index]
+        failed = next((found[it] for it in sorted(found) if found[it].error), None)
+        if failed is not None:
+            return failed
         answers = [replace(found[i].outputs[0], index=i) for i in range(request.params.n)]
         return replace(found[0], outputs=answers)
 

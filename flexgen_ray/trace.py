@@ -6,11 +6,11 @@ For ui.perfetto.dev or chrome://tracing. The format is Google's Trace Event Form
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from flexgen_ray.io.files import replacing
+from flexgen_ray.io.json_text import to_json
 from flexgen_ray.schedule.ops import LANE, Lane
 from flexgen_ray.schedule.span import Span
 
@@ -50,4 +50,4 @@ def _named(what: str, stage: int, row: int, name: str) -> str:
 
 def _event(phase: str, name: str, stage: int, row: int, **fields: object) -> str:
     event = {"ph": phase, "name": name, "pid": stage, "tid": row} | fields
-    return json.dumps(event, separators=(",", ":"))
+    return to_json(event, separators=(",", ":"))

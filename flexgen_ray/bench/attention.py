@@ -11,7 +11,6 @@ second, against the plain cache and all of its tokens. Measures; decides nothing
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import sys
@@ -26,6 +25,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flexgen_ray.io.files import write_text
+from flexgen_ray.io.json_text import to_json
 from flexgen_ray.options import JsonOption
 from flexgen_ray.terminal import display, say
 
@@ -262,5 +262,5 @@ def _finish(measured: dict, path: Path | None) -> None:
     }
     result = made_by | measured
     if path is not None:
-        write_text(path, json.dumps(result, indent=2) + "\n")
-    display(json.dumps(result))
+        write_text(path, to_json(result, indent=2) + "\n")
+    display(to_json(result))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from flexgen_ray.io.files import write_text
+from flexgen_ray.io.json_text import to_json
 from flexgen_ray.report import environment
 from flexgen_ray.terminal import display
 
@@ -29,6 +29,6 @@ def finish(result: dict, device: str, path: Path | None) -> None:
 
 def emit(result: dict, path: Path | None) -> None:
     """Prints a whole result as one line, and writes it if asked."""
-    display(json.dumps(result))
+    display(to_json(result))
     if path is not None:
-        write_text(path, json.dumps(result, indent=2) + "\n")
+        write_text(path, to_json(result, indent=2) + "\n")

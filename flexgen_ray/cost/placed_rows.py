@@ -61,6 +61,11 @@ class PlacedRows:
             if row.slot >= first or row.is_prefill
         ]
 
+    @cached_property
+    def streamed_end(self) -> int:
+        """Tokens of the longest streamed row that decodes, with its new one."""
+        return max((row.seq_len for row, _ in self.streamed if not row.is_prefill), default=0)
+
     def choosing(self, most: int) -> list[tuple[int, list[Row]]]:
         """(first place in the streaming slot, rows) of the streamed rows that decode, neighbours
         together, `most` at a time."""

@@ -57,4 +57,5 @@ def measure(
     ]
     logprobs = [it.logprob for output in answers(llm, requests) for it in output.scores]
     nll = -math.fsum(logprobs) / len(logprobs)
-    return {"perplexity": math.exp(nll), "nll": nll, "tokens": len(logprobs)}
+    perplexity = math.exp(nll) if nll < 700 else math.inf  # a float ends there
+    return {"perplexity": perplexity, "nll": nll, "tokens": len(logprobs)}

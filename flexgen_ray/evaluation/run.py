@@ -40,7 +40,7 @@ def evaluate(
 
 
 def answers(llm: LLM, requests: list[Request]) -> list[RequestOutput]:
-    """Each request's output, in their order."""
+    """Each request's output, in their order; ValueError if one failed."""
     outputs: dict[int, RequestOutput] = {}
     with show_progress() as llm.on_progress:
         llm.prepare(requests)

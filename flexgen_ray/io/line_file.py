@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from flexgen_ray.io.json_text import to_json
 from flexgen_ray.io.lines import STANDARD
 from flexgen_ray.signals import STOPS
 
@@ -132,7 +133,7 @@ class LineFile:
         """Ctrl-C and SIGTERM wait until the line is written; OSError names the file, which then
         ends with the line before. OutputLost as `check`."""
         self.check()
-        line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
+        line = (to_json(row, ensure_ascii=False) + "\n").encode()
         if self._is_gzip:
             line = gzip.compress(line, mtime=0)
         rest = memoryview(line)

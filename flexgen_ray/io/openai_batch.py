@@ -38,6 +38,7 @@ _ASKS = {COMPLETION: "prompt", CHAT: "messages"}
 _PATH = re.compile(r"(/v1|/openai/v1|/openai/deployments/[^/?]+)?(/chat)?/completions([?].*)?")
 _LENGTHS = ("max_tokens", "max_completion_tokens")  # the older name and the newer
 _LINE_KEYS = {"custom_id", "method", "url", "body"}
+SERVER_ERROR = 500
 _MAX_MESSAGE = 1000
 MAX_ID_LEN = 1000  # characters of a custom_id
 
@@ -336,10 +337,14 @@ def with_columns(row: dict, columns: dict) -> dict:
     return row | {"columns": columns} if columns else row
 
 
-def error_row(custom_id: str, message: str) -> dict:
-    """The response line of a request that can't be answered, as OpenAI writes it."""
-    error = {"message": message, "type": "invalid_request_error", "param": None, "code": None}
-    return _row(custom_id, 400, {"error": error})
+def error_row(custom_id: str, message: str, status_code: int = 400) -> dict:
+    """The response line of a request that can't be answered, as OpenAI writes it.
+
+    status_code: 400 where the request is at fault, SERVER_ERROR where answering it failed.
+    """
+    kind = "server_error" if status_code == SERVER_ERROR else "invalid_request_error"
+    error = {"message": message, "type": kind, "param": None, "code": None}
+    return _row(custom_id, status_code, {"error": error})
 
 
 def _row(custom_id: str, status_code: int, body: dict) -> dict:

@@ -94,6 +94,8 @@ def choose(
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
     weights = scores.softmax(-1).sum(2)
+    # NaN if any score is, zero otherwise: the tokens that are kept might not tell of it.
+    fault = (weights[..., :1] * 0)[:, :, None]
     if mask is not None:
         weights = weights.masked_fill(~mask[:, 0], -1)  # below those that vanish
     kept = [kept_tokens(min(end, window or end), sparsity) for end in lens]
@@ -104,7 +106,7 @@ def choose(
         # What lies beyond a row's tokens may not be a number, which no weight of zero would mend.
         chosen = chosen.where(used[:, 0], chosen[..., :1])
         scores = scores.masked_fill(~used, -torch.inf)
-    return Chosen(chosen, scores.softmax(-1))
+    return Chosen(chosen, scores.softmax(-1).add_(fault))
 
 
 def weigh(weights: Tensor, values: Tensor) -> Tensor:

@@ -203,6 +203,8 @@ def _attend_kept(kind, end, count, caches, shape, memory, spare):
         weigh(n, end, scores[h * room :].ctypes.data, weights.ctypes.data)
         h += n
     found = keep(weights, end, count, kept)
+    if weights[0] != weights[0]:
+        found = 0  # a score isn't a number, nor is then the result: of no tokens it is 0 / 0
     for first in range(0, found, BLOCK):
         picks = kept[first : min(first + BLOCK, found)]
         h = 0

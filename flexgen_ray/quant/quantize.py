@@ -21,7 +21,13 @@ _log = logging.getLogger(__name__)
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def pack(x: Tensor, bits: int, out: Tensor | None = None, least_squares: bool = False) -> Tensor:
+def pack(
+    x: Tensor,
+    bits: int,
+    out: Tensor | None = None,
+    least_squares: bool = False,
+    raises: bool = True,
+) -> Tensor:
     """Quantize each vector of x, its last dimension, to the nearest codes.
 
     x: [..., size], of any float dtype, rounded to float32; bits: 4 or 8.
@@ -29,8 +35,9 @@ def pack(x: Tensor, bits: int, out: Tensor | None = None, least_squares: bool = 
     The minimum is rounded to float16, and the scale up to the next float16 that reaches the
     largest value; with least_squares both are searched, group by group, for less squared error
     than that has, at many times the cost. Groups of fewer than 64 values are not searched.
-    Raises ValueError for a value that is not finite or beyond LARGEST; on CUDA, where that would
-    wait for the device, such a value's group becomes NaN. Nothing is searched there: ValueError.
+    Raises ValueError for a value that is not finite or beyond LARGEST; without `raises`, and on
+    CUDA, where that would wait for the device, such a value's group becomes NaN. Nothing is
+    searched there: ValueError.
     """
     shape = (*x.shape[:-1], packed_bytes(x.shape[-1], bits))
     if out is None:
@@ -45,7 +52,7 @@ def pack(x: Tensor, bits: int, out: Tensor | None = None, least_squares: bool = 
         return out
     from flexgen_ray.quant import host
 
-    if not host.pack(values, bits, out, least_squares):
+    if not host.pack(values, bits, out, least_squares) and raises:
         raise ValueError(
             f"values from {x.min():g} to {x.max():g} can't be packed: beyond {LARGEST:g} their"
             " scale leaves float16; check the weights, or keep them unpacked"

@@ -15,6 +15,7 @@ from itertools import islice
 
 from flexgen_ray.request import Finished, Request, SamplingParams, Score, SlotScores
 from flexgen_ray.rows import Row, Rows, ScoredRow
+from flexgen_ray.runtime.not_finite import not_finite
 from flexgen_ray.runtime.sampler import Draw, Penalties, uniform
 
 FindStop = Callable[[list[int], int, SamplingParams], str | None]
@@ -73,6 +74,7 @@ class Batcher:
     eos_token_ids: frozenset[int]
     find_stop: FindStop | None = None
     seed: int = 0
+    explain: Callable[[int], str] = not_finite
     _waiting: deque[Request] = field(default_factory=deque)
     _finished: deque[Finished] = field(default_factory=deque)
     _accepted: deque[tuple[int, int]] = field(default_factory=deque)
@@ -125,13 +127,28 @@ class Batcher:
         return [self._slots[batch][slot].request.index for slot in slots]
 
     def accept(
-        self, batch: int, slots: list[int], token_ids: list[int], scores: SlotScores | None = None
+        self,
+        batch: int,
+        slots: list[int],
+        token_ids: list[int],
+        scores: SlotScores | None = None,
+        faults: dict[int, int] | None = None,
     ) -> None:
-        """Appends the chosen tokens, and scores; finished requests leave their slots."""
+        """Appends the chosen tokens, and scores; finished requests leave their slots.
+
+        faults: as of runtime.link.Chosen; those requests fail.
+        """
+        faults = faults or {}
+        for slot, place in faults.items():
+            index = self._slots[batch][slot].request.index
+            self._finished.append(Finished(index, [], "error", error=self.explain(place)))
+            del self._slots[batch][slot]
         told = [(self._slots[batch][slot], found) for slot, found in scores or ()]
         for sequence, found in told:
             sequence.scores += found
         for slot, token in zip(slots, token_ids, strict=True):
+            if slot in faults:
+                continue
             sequence = self._slots[batch][slot]
             sequence.append(token)
             self._accepted.append((sequence.request.index, token))

@@ -20,7 +20,7 @@ from flexgen_ray.rows import Rows
 from flexgen_ray.runtime.batcher import Batcher
 from flexgen_ray.runtime.device_attention import DeviceAttention
 from flexgen_ray.runtime.passes import Pass, Passes
-from flexgen_ray.runtime.sampler import sample
+from flexgen_ray.runtime.sampler import NOT_FINITE, sample
 from flexgen_ray.runtime.scorer import Scores, score
 from flexgen_ray.schedule.ops import CELL_SLOTS, Op, OpKind
 from flexgen_ray.store.activations import HiddenStore, Work
@@ -59,6 +59,9 @@ class Cells:
         shape = (CELL_SLOTS, plan.policy.gpu_batch_size)
         pinned = self.device.type == "cuda"
         self._chosen = torch.empty(shape, dtype=torch.int64, pin_memory=pinned)
+        # NaN for a slot whose prompt has hidden states that aren't finite, else 0.
+        slots = plan.num_batches, plan.policy.gpu_batch_size
+        self._faults = torch.zeros(slots, device=self.device)
 
     def begin(self, on_logits: LogitsHook | None) -> None:
         """A new run, whose visits are counted from 0."""
@@ -207,11 +210,21 @@ class Cells:
         tokens that are only scored, their scores."""
         rows = self.rows(op)
         self.hidden.fetch_resident(op, rows.num_tokens)
+        if self._pass(op).prefills:
+            self._look_at_prompts(op)
         if rows.scored:
             self._prompt_scores[op.cell_slot] = self._score_prompts(op)
         if rows.sampled:
             x = self._work(op).hidden[self._pass(op).last_tokens]
             self._logits[op.cell_slot] = self.family.head(self.config, self.weights.tensors(op), x)
+
+    def _look_at_prompts(self, op: Op) -> None:
+        """Notes hidden states that aren't finite: the logits of a prompt's last token need not tell
+        of those before it, if layers have windows. Waits for nothing."""
+        its, faults = self._pass(op), self._faults[op.batch]
+        low, high = self._work(op).hidden[: its.rows.num_tokens].aminmax(dim=-1)
+        faults.index_fill_(0, its.new_slots, 0)
+        faults.index_add_(0, its.slots, (low * 0 + high * 0).float())
 
     def _score_prompts(self, op: Op) -> list[Scores]:
         """As many tokens at a time as there is room for logits of."""
@@ -238,9 +251,12 @@ class Cells:
         if self.on_logits is not None:
             self.on_logits(its.header.indices, logits)
         tokens = sample(logits, its.header.draws)
+        if its.prefills:
+            fails = self._faults[op.batch][its.sampled_slots].isnan()
+            tokens.masked_fill_(fails, NOT_FINITE)
         self._chosen[slot, : len(tokens)].copy_(tokens, non_blocking=True)
         if its.scores_sampled:
-            self._scores[slot].append(score(logits, tokens, its.top))
+            self._scores[slot].append(score(logits, tokens.clamp(min=0), its.top))
 
     def _accept(self, op: Op) -> None:
         rows, slot = self.rows(op), op.cell_slot

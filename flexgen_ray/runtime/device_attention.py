@@ -38,13 +38,16 @@ class DeviceAttention:
         self._weights: dict[int, list[Tensor]] = {}  # of tokens chosen, by cell slot
 
     def pack(self, work: Work, num_tokens: int) -> None:
-        """New keys and values as a quantized cache keeps them; nothing for another cache."""
+        """New keys and values as a quantized cache keeps them; nothing for another cache.
+
+        Those that can't be packed become NaN, and so do the logits of their row alone.
+        """
         if self._bits is None or work.packed is None:
             return
         heads = self._config.num_kv_heads, -1
         for values, packed in zip((work.k, work.v), work.packed, strict=True):
             into = packed[:num_tokens].unflatten(-1, heads)
-            pack(values[:num_tokens].unflatten(-1, heads), self._bits, into)
+            pack(values[:num_tokens].unflatten(-1, heads), self._bits, into, raises=False)
 
     def choose(self, op: Op, placed: PlacedRows, work: Work) -> None:
         """CHOOSE: the tokens that streamed rows attend, whose keys have come."""

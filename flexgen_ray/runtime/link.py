@@ -74,24 +74,32 @@ def _told(row: Row) -> tuple:
 @dataclass(frozen=True)
 class Chosen:
     """The tokens that the last stage chose in a pass, in the order of its sampled rows, and the
-    scores that were asked for."""
+    scores that were asked for.
+
+    faults: by slot, the place in its sequence of the first token whose logits aren't finite; what
+    was chosen for it is void, and its scores are left out.
+    """
 
     visit: int
     batch: int
     token_ids: list[int]
     scores: SlotScores = field(default_factory=list)
+    faults: dict[int, int] = field(default_factory=dict)
 
     def encode(self) -> bytes:
         told: list = [self.visit, self.batch, self.token_ids]
-        if self.scores:
+        if self.scores or self.faults:
             told.append(self.scores)
+        if self.faults:
+            told.append([*self.faults.items()])
         return json.dumps(told).encode()
 
     @staticmethod
     def decode(message: bytes) -> Chosen:
         visit, batch, token_ids, *more = json.loads(message)
-        scores = [(slot, list(map(Score.of, found))) for told in more for slot, found in told]
-        return Chosen(visit, batch, token_ids, scores)
+        told, faults = (*more, [], [])[:2]
+        scores = [(slot, list(map(Score.of, found))) for slot, found in told]
+        return Chosen(visit, batch, token_ids, scores, dict(faults))
 
 
 class Link(Protocol):

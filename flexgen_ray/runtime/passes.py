@@ -6,9 +6,10 @@ Tensors here are made by the lane that uses them, and not before.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
+from math import isnan
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from flexgen_ray.request import Score, SlotScores
 from flexgen_ray.rows import NO_ROWS, Row, Rows, runs
 from flexgen_ray.runtime.batcher import Batcher
 from flexgen_ray.runtime.link import Chosen, Header, Link
+from flexgen_ray.runtime.sampler import NOT_FINITE
 from flexgen_ray.schedule.ops import Op
 from flexgen_ray.store.new_tokens import place_indices
 
@@ -46,6 +48,28 @@ class Pass(Composition):
     def last_tokens(self) -> Tensor:
         """[sampled rows] the packed token that each is to be followed after."""
         return self._indices([row.tokens.stop - 1 for row in self.rows.sampled])
+
+    @cached_property
+    def prefills(self) -> bool:
+        """True if any row brings tokens of a prompt."""
+        return any(row.is_prefill for row in self.rows.rows)
+
+    @cached_property
+    def slots(self) -> Tensor:
+        """[tokens] the slot of each packed token's row."""
+        return self._indices(
+            [row.slot for row in self.rows.rows for _ in range(row.num_new_tokens)]
+        )
+
+    @cached_property
+    def new_slots(self) -> Tensor:
+        """Slots of the rows that begin with this pass."""
+        return self._indices([row.slot for row in self.rows.rows if not row.position])
+
+    @cached_property
+    def sampled_slots(self) -> Tensor:
+        """[sampled rows]"""
+        return self._indices([row.slot for row in self.rows.sampled])
 
     @cached_property
     def scored_tokens(self) -> Tensor:
@@ -81,6 +105,21 @@ class Pass(Composition):
         sampled = zip(self.rows.sampled, self.header.draws, rest, strict=False)
         return told + [(row.slot, [it]) for row, draw, it in sampled if draw.top is not None]
 
+    def faults(self, token_ids: list[int], scores: SlotScores) -> dict[int, int]:
+        """By slot, the place in its sequence of the first token whose logits aren't finite.
+
+        token_ids: chosen for the sampled rows; scores: as slot_scores has them.
+        """
+        sampled = zip(self.rows.sampled, token_ids, strict=True)
+        found = {row.slot: row.seq_len for row, token in sampled if token == NOT_FINITE}
+        rows = {row.slot: row for row in self.rows.rows} if self.rows.scored else {}
+        for scored, (slot, its) in zip(self.rows.scored, scores, strict=False):
+            bad = next((i for i, score in enumerate(its) if isnan(score.logprob)), None)
+            if bad is not None:
+                row = rows[slot]
+                found[slot] = row.position + scored.first - row.offset + 1 + bad
+        return found
+
     def _indices(self, values: list[int]) -> Tensor:
         return place_indices(values, self._device)
 
@@ -103,6 +142,7 @@ class Passes:
         self._expected: dict[int, Rows] = {}
         self._counts: dict[int, list[int]] = {}
         self._num_empty: dict[int, int] = {}
+        self._filled: dict[int, dict[int, int]] = {}  # tokens that each batch's slots hold
         self._last_visit = 0
 
     @property
@@ -173,21 +213,25 @@ class Passes:
             chosen = Chosen.decode(self.joined.next())
             if chosen.batch != op.batch:
                 raise RuntimeError(f"tokens of batch {chosen.batch} came for {op}")
-            self._accept(op, rows, chosen.token_ids, chosen.scores)
+            self._accept(op, rows, chosen)
 
     def accept(self, op: Op, token_ids: list[int], scores: Iterable[Score]) -> None:
         """What was chosen for the pass's sampled rows, and all scores: noted, or told to the first
         stage."""
         self._last_visit = op.visit
-        found = self.of(op).slot_scores(scores)
+        its = self.of(op)
+        found = its.slot_scores(scores)
+        faults = its.faults(token_ids, found)
+        found = [it for it in found if it[0] not in faults]
+        chosen = Chosen(op.visit, op.batch, token_ids, found, faults)
         if self.link is not None:
-            self.link.post(Chosen(op.visit, op.batch, token_ids, found).encode())
+            self.link.post(chosen.encode())
         else:
-            self._accept(op, self.of(op).rows, token_ids, found)
+            self._accept(op, its.rows, chosen)
 
-    def _accept(self, op: Op, rows: Rows, token_ids: list[int], scores: SlotScores) -> None:
+    def _accept(self, op: Op, rows: Rows, chosen: Chosen) -> None:
         slots = [row.slot for row in rows.sampled]
-        self._batcher.accept(op.batch, slots, token_ids, scores)
+        self._batcher.accept(op.batch, slots, chosen.token_ids, chosen.scores, chosen.faults)
 
     def _has_ended(self, visit: int) -> bool:
         """Whether the run ended before this visit."""
@@ -195,12 +239,28 @@ class Passes:
 
     def _begin_pass(self, op: Op, header: Header) -> None:
         rows, spare = header.rows, self._plan.streamed_rows - 1
+        header = replace(header, rows=self._with_stale(op.batch, rows))
         self._under_way[op.turn, op.batch] = Pass(header, spare, self._device)
         counts = self._counts.setdefault(op.visit, [0, 0])
         counts[0] += len(rows.sampled)
         counts[1] += rows.prefill_tokens
         if not rows.rows:
             self._num_empty[op.visit] = self._num_empty.get(op.visit, 0) + 1
+
+    def _with_stale(self, batch: int, rows: Rows) -> Rows:
+        """The rows, those that are new to their slots with what an earlier request left there.
+
+        Kept by each stage for itself, over all its runs: a replaced stage's slots are empty.
+        """
+        filled = self._filled.setdefault(batch, {})
+        first = [row for row in rows.rows if not row.position]
+        stale = {row.slot: filled.get(row.slot, 0) for row in first}
+        filled.update((row.slot, row.seq_len) for row in rows.rows)
+        if not any(stale[row.slot] > row.seq_len for row in first):
+            return rows
+        return replace(
+            rows, rows=tuple(replace(row, stale=stale.get(row.slot, 0)) for row in rows.rows)
+        )
 
 
 @dataclass(frozen=True)

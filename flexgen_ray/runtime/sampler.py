@@ -16,6 +16,8 @@ from torch import Tensor
 
 from flexgen_ray.store.new_tokens import place_indices
 
+NOT_FINITE = -1  # stands for the token of a row whose logits are NaN or infinite
+
 
 @dataclass(frozen=True)
 class Penalties:
@@ -90,10 +92,15 @@ def uniform(seed: int, stream: int, position: int, sample: int = 0) -> float:
 def sample(logits: Tensor, draws: list[Draw]) -> Tensor:
     """logits: [rows, vocabulary], float32; returns [rows] token ids, still on its device.
 
-    The logits stay as they are; rows that are changed or drawn from are copied, a few at a time.
-    Nothing here waits for the device, whose thread issues other lanes' ops too.
+    A row of which a logit is NaN or +inf, or all are -inf, gets NOT_FINITE; a few of -inf are
+    tokens that can't be chosen. The logits stay as they are; rows that are changed or drawn from
+    are copied, a few at a time. Nothing here waits for the device, whose thread issues other lanes'
+    ops too.
     """
     tokens = logits.argmax(dim=-1)
+    # To argmax a NaN is the largest, so the largest logit tells of all; less itself it is 0 or NaN.
+    largest = logits.gather(-1, tokens[:, None]).squeeze(-1)
+    fails = largest.sub_(largest).isnan()
     given = [row for row, draw in enumerate(draws) if draw.given is not None]
     if given:
         values = place_indices([draws[row].given for row in given], tokens.device)
@@ -105,7 +112,7 @@ def sample(logits: Tensor, draws: list[Draw]) -> Tensor:
         some = rows[start : start + step]
         places = place_indices(some, tokens.device)
         tokens[places] = _choose(logits[places], [draws[row] for row in some])
-    return tokens
+    return tokens.masked_fill_(fails, NOT_FINITE)
 
 
 def _is_special(draw: Draw) -> bool:
@@ -170,7 +177,8 @@ def _invert(logits: Tensor, draws: list[Draw]) -> Tensor:
     last = column([min(draw.top_k or size, size) - 1 for draw in draws]).long()
     if any(draw.min_p for draw in draws):
         least = column([draw.min_p for draw in draws])
-        last = torch.minimum(last, (weights >= least).sum(dim=-1, keepdim=True) - 1)
+        likely = (weights >= least).sum(dim=-1, keepdim=True)  # 0 where weights are NaN
+        last = torch.minimum(last, (likely - 1).clamp_(min=0))
     cumulative = weights.cumsum(dim=-1)
     top_p = column([draw.top_p for draw in draws])
     # The nucleus is the fewest tokens that reach top_p (Holtzman et al. 2020).

@@ -12,7 +12,10 @@ from flexgen_ray.request import Score
 
 @dataclass(frozen=True)
 class Scores:
-    """Of several tokens, on the logits' device: a float and an int each, and [tokens, top]."""
+    """Of several tokens, on the logits' device: a float and an int each, and [tokens, top].
+
+    A logprob is NaN where the logits are not finite, as of sampler.NOT_FINITE.
+    """
 
     logprobs: Tensor
     ranks: Tensor
@@ -40,5 +43,6 @@ def score(logits: Tensor, token_ids: Tensor, top: int) -> Scores:
     # As a sum of 64-bit numbers it would be taken from a copy twice as large as the logits.
     ranks = 1 + ahead.sum(dim=-1, dtype=torch.int32)
     best = logits.topk(min(top, logits.shape[-1]), dim=-1)
-    logprobs = (own - normaliser).squeeze(-1)
+    # Infinity less itself is NaN, and zero otherwise.
+    logprobs = (own - normaliser + (normaliser - normaliser)).squeeze(-1)
     return Scores(logprobs, ranks, best.indices.int(), best.values - normaliser)

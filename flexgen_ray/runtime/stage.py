@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from pathlib import Path
 
@@ -37,6 +38,7 @@ from flexgen_ray.runtime.lanes import Crew, Run
 from flexgen_ray.runtime.link import Link
 from flexgen_ray.runtime.meter import Measured, Meter, Visit
 from flexgen_ray.runtime.modelled import Modelled
+from flexgen_ray.runtime.not_finite import not_finite
 from flexgen_ray.runtime.watch import Pulse, Watch
 from flexgen_ray.schedule.span import Span
 from flexgen_ray.schedule.window import window_ops
@@ -112,6 +114,7 @@ class Stage:
                 frozenset(plan.config.eos_token_ids),
                 find_stop,
                 spec.seed,
+                partial(not_finite, dtype=plan.dtype, cache_bits=plan.policy.cache_bits),
             )
             self._cells = Cells(plan, weights, self.batcher, self.tiers, attend)
             self._crews: list[Crew] | None = None

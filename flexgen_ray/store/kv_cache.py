@@ -101,17 +101,23 @@ class KVCache:
 
     def load(self, op: Op, placed: PlacedRows) -> None:
         """LOAD_CACHE: the tokens so far of every streamed row, into the cell's device slot; their
-        keys, if values are to be chosen."""
+        keys, if values are to be chosen.
+
+        Decoding rows are attended together, as far as the longest: beyond a row's own tokens come
+        its home's zeros, or zeros, in place of what another row left in the slot.
+        """
         split, target = self.split(op), self._streamed[op.cell_slot]
         home = self._cpu[op.layer, op.batch]
         for index, place, count, past, prefills in placed.streamed_copies:
-            parts = self._parts(prefills)
+            parts, end = self._parts(prefills), past if prefills else placed.streamed_end
             source = home[parts, index : index + count]
-            _copy_rows(target[parts, place : place + count], source, past)
+            _copy_rows(target[parts, place : place + count], source, end)
         for row, place in placed.streamed:
             index, parts = row.slot - split.gpu - split.cpu, self._parts(row.is_prefill)
             if index >= 0 and row.position:
                 self._load_from_disk(op, index, row.position, parts, target[parts, place])
+                if not row.is_prefill and row.seq_len < placed.streamed_end:
+                    target[parts, place, :, row.seq_len : placed.streamed_end].zero_()
 
     def _parts(self, prefills: bool) -> slice:
         """Keys and values, or keys only, of which LOAD_CACHE brings the past."""

@@ -26,14 +26,19 @@ class NewTokens:
 
     home: [2, rows, kv_heads, seq, width]; first: the packed token that keys and values begin
     with. Rows of one new token that are neighbours among the packed ones go together, by index.
+    Beyond a row's own tokens a cache is finite, zeros or unused, for attention multiplies what it
+    masks by zero, and zero times NaN is NaN: so what an earlier request left there is cleared.
     """
 
     def __init__(self, placed: list[tuple[Row, int]], home: Tensor, first: int = 0) -> None:
         kv_heads, seq = home.shape[2:4]
         self.chunks: list[tuple[slice, int, int, int]] = []
+        self.cleared: list[tuple[int, int, int]] = []
         runs: list[tuple[int, list[list[int]]]] = []
         for row, index in placed:
             start = row.offset - first
+            if row.stale > row.seq_len:
+                self.cleared.append((index, row.seq_len, row.stale))
             if row.num_new_tokens > 1:
                 tokens = slice(start, start + row.num_new_tokens)
                 self.chunks.append((tokens, index, row.position, row.seq_len))
@@ -57,6 +62,8 @@ def append(home: Tensor, new: NewTokens, kv: tuple[Tensor, Tensor]) -> None:
             part.view(-1, width).index_copy_(0, places, values[tokens].view(-1, width))
         for tokens, index, start, stop in new.chunks:
             part[index, :, start:stop].copy_(by_heads(values[tokens], width))
+        for index, start, stop in new.cleared:
+            part[index, :, start:stop].zero_()
 
 
 def by_heads(values: Tensor, width: int) -> Tensor:
