@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, replace
+from itertools import count
 from pathlib import Path
 
 from flexgen_ray.config import Policy
@@ -11,9 +13,12 @@ from flexgen_ray.io.files import check_distinct
 from flexgen_ray.io.journal import Journal
 from flexgen_ray.io.lines import open_input
 from flexgen_ray.io.openai_batch import (
+    MAX_PROMPTS,
     SERVER_ERROR,
     BatchLine,
+    Prompt,
     error_row,
+    joined,
     line_error,
     read_lines,
     response_row,
@@ -24,6 +29,8 @@ from flexgen_ray.llm import LLM
 from flexgen_ray.progress import counted
 from flexgen_ray.request import DEFAULT_MAX_TOKENS, Request, RequestOutput, SamplingParams
 from flexgen_ray.stage_policies import StagePolicies
+
+_Owned = tuple[Request, BatchLine, int]  # whose it is, and which of its prompts
 
 
 def read_job(
@@ -85,78 +92,106 @@ def run_job(llm: LLM, journal: Journal, lines: list[BatchLine]) -> None:
     _refuse_hopeless(journal, [errors.get(line.custom_id) for line in lines])
     for note in _notes(lines):
         llm.on_progress(Progress(note=note))
-    custom_ids = {line.number: line.custom_id for line in lines}
-    # Escaped, as terminals do what a raw name may say.
-    llm.prepare(requests, lambda number: f"line {number} (custom_id {custom_ids[number]!r})")
+    owners = {request.index: (line, place) for request, line, place in requests}
+
+    def name(index: int) -> str:
+        line, _ = owners[index]
+        # Escaped, as terminals do what a raw name may say.
+        return f"line {line.number} (custom_id {line.custom_id!r})"
+
+    llm.prepare([request for request, _, _ in requests], name)
     journal.begin()
     for line in lines:
         if line.custom_id in errors:
             row = error_row(line.custom_id, errors[line.custom_id])
             journal.append(with_columns(row, line.columns))
-    by_number = {line.number: line for line in lines}
-    for answer in llm.stream(requests):
-        line = by_number[answer.index]
-        if answer.error is not None:
-            fault = line_error(line.number, ValueError(answer.error))
-            journal.append(
-                with_columns(error_row(line.custom_id, fault, SERVER_ERROR), line.columns)
-            )
-            continue
-        is_chat, echo = line.messages is not None, _echo(llm, line, answer)
-        top = (line.params.logprobs or 0) if line.params else 0
-        row = response_row(line.custom_id, str(llm.model), answer, is_chat, echo, top)
-        journal.append(with_columns(row, line.columns))
+    pending: dict[int, dict[int, dict]] = {}
+    for answer in llm.stream([request for request, _, _ in requests]):
+        line, place = owners[answer.index]
+        rows = pending.setdefault(line.number, {})
+        rows[place] = _row(llm, line, place, answer)
+        if len(rows) == max(len(line.prompts), 1):
+            row = joined([rows[place] for place in sorted(rows)])
+            journal.append(with_columns(row, line.columns))
+            del pending[line.number]
 
 
-def _requests(llm: LLM, lines: list[BatchLine]) -> tuple[list[Request], dict[str, str]]:
-    """Requests that can be answered, known by their lines' numbers, as a resumed run draws the
-    same tokens; and what to say to the others, by custom_id."""
-    requests: list[Request] = []
+def _row(llm: LLM, line: BatchLine, place: int, answer: RequestOutput) -> dict:
+    """The response line of one of the line's prompts, or of its chat."""
+    if answer.error is not None:
+        fault = line_error(line.number, ValueError(answer.error))
+        return error_row(line.custom_id, fault, SERVER_ERROR)
+    is_chat = line.messages is not None
+    echo = _echo(llm, line.prompts[place], answer) if line.echo else None
+    top = (line.params.logprobs or 0) if line.params else 0
+    return response_row(line.custom_id, str(llm.model), answer, is_chat, echo, top)
+
+
+def _requests(llm: LLM, lines: list[BatchLine]) -> tuple[list[_Owned], dict[str, str]]:
+    """Requests that can be answered, and what to say to the others, by custom_id.
+
+    A request is known by its line's number, so that a resumed run draws the same tokens; those of a
+    line's further prompts by numbers beyond the lines', and they draw from streams of their own.
+    """
+    requests: list[_Owned] = []
     errors: dict[str, str] = {}
     llm.tokenizer.check()  # its own faults are no line's
+    unused = count(1 + max((line.number for line in lines), default=0))
     for line in counted(lines, llm.on_progress, "tokenizing", "lines", len(lines)):
         try:
-            requests.append(_request(llm, line))
+            made = _line_requests(llm, line)
         except ValueError as error:
             errors[line.custom_id] = line.error or line_error(line.number, error)
+            continue
+        for place, request in enumerate(made):
+            if place:
+                stream = -(line.number * MAX_PROMPTS + place)
+                request = replace(request, index=next(unused), first=stream)
+            requests.append((request, line, place))
     return requests, errors
 
 
-def _request(llm: LLM, line: BatchLine) -> Request:
+def _line_requests(llm: LLM, line: BatchLine) -> list[Request]:
+    """A request for each of the line's prompts, or for its chat."""
     if line.params is None:
         raise ValueError(line.error)
-    prompt = (
-        llm.tokenizer.chat(line.messages, line.chat) if line.messages is not None else line.prompt
-    )
-    assert prompt is not None
+    prompts: Sequence[Prompt] = line.prompts
+    if line.messages is not None:
+        prompts = [llm.tokenizer.chat(line.messages, line.chat)]
     if line.echo:
         llm.tokenizer.load()
-    request = llm.request(line.number, prompt, line.params)
-    return request if request.limit == "context" else replace(request, limit=line.limit)
+    made = []
+    for place, prompt in enumerate(prompts):
+        try:
+            request = llm.request(line.number, prompt, line.params)
+        except ValueError as error:
+            where = f"prompt[{place}]: " if len(prompts) > 1 else ""
+            raise ValueError(f"{where}{error}") from error
+        in_context = request.limit == "context"
+        made.append(request if in_context else replace(request, limit=line.limit))
+    return made
 
 
 def _notes(lines: list[BatchLine]) -> list[str]:
     """What the job's owner may not have meant."""
-    count = sum(
+    num_lines = sum(
         line.limit == "default" and line.params is not None and line.params.max_tokens is not None
         for line in lines
     )
-    if not count:
+    if not num_lines:
         return []
     return [
-        f"{count} of {len(lines)} lines have no max_tokens: their answers end after "
+        f"{num_lines} of {len(lines)} lines have no max_tokens: their answers end after "
         f"{DEFAULT_MAX_TOKENS} tokens, the default of completions; --max-tokens sets another number"
     ]
 
 
-def _echo(llm: LLM, line: BatchLine, answer: RequestOutput) -> Echo | None:
-    """The prompt, if the line asks for it."""
-    if not line.echo:
-        return None
+def _echo(llm: LLM, asked: Prompt, answer: RequestOutput) -> Echo:
+    """The prompt, to come before the answer."""
     prompt, tokenizer = answer.prompt_token_ids, llm.tokenizer
     (first,) = tokenizer.names(prompt[:1])
-    if isinstance(line.prompt, str):
-        return Echo(line.prompt, first)
+    if isinstance(asked, str):
+        return Echo(asked, first)
     # A character of both is the answer's.
     token_ids = prompt + answer.outputs[0].token_ids
     own = len(tokenizer.text(token_ids, len(prompt)))

@@ -59,9 +59,10 @@ class Samples:
 
 def _another(request: Request, sample: int, index: int) -> Request:
     """A request for another answer, without the prompt's scores, which the first one has."""
-    one = replace(request, index=index, sample=sample, first=request.index)
+    first = request.index if request.first is None else request.first
+    one = replace(request, index=index, sample=sample, first=first)
     if request.params.prompt_logprobs is None:
         return one
     top = request.params.logprobs
-    first = None if top is None else len(request.prompt_token_ids)
-    return replace(one, scored_from=first, top=top or 0)
+    scored_from = None if top is None else len(request.prompt_token_ids)
+    return replace(one, scored_from=scored_from, top=top or 0)

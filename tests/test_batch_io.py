@@ -80,6 +80,10 @@ def test_plain_lines_and_defaults():
         (b'{"prompt": 5}', "prompt must be"),
         (b'{"prompt": [1, "x"]}', "prompt must be"),
         (b'{"prompt": [true]}', "prompt must be"),
+        (b'{"prompt": []}', "prompt must be"),
+        (b'{"prompt": ["x", []]}', "prompt must be"),
+        (b'{"prompt": [' + b"5," * 2048 + b'"x"]}', "prompt must be"),
+        (b'{"prompt": [' + b'"x",' * 2048 + b'"x"]}', "2049 prompts are in one line, of which"),
         (b'{"body": {"prompt": "x", "m": 2}}', "body field 'm' is not supported; supported are"),
         (b'{"body": {"prompt": "x", "Top-P": 1}}', "'Top-P' is not supported (is top_p meant?)"),
         (b'{"prompt": "x", "max_token": 2}', "'max_token' is a field that is misspelt or out of"),
@@ -241,6 +245,14 @@ def test_tools_are_not_described_where_none_may_be_called():
     lines = [json.dumps(CHAT | {"tools": tools, "tool_choice": it}) for it in ("auto", "none")]
     auto, none = parse(*(line.encode() for line in lines))
     assert auto.chat.tools == tools and none.chat.tools is None
+
+
+def test_a_prompt_is_a_text_or_tokens_or_a_list_of_those():
+    texts, ids, mixed = parse(*(batch(str(i), prompt=it) for i, it in enumerate(
+        (["a", "b"], [[1], [2, 3]], ["a", [1]])
+    )))  # fmt: skip
+    assert texts.prompts == ("a", "b") and ids.prompts == ([1], [2, 3])
+    assert mixed.prompts == ("a", [1])
 
 
 def test_fields_that_ask_for_nothing_and_bodies_in_strings():

@@ -29,8 +29,10 @@ LINES = [
     '{"prompt": "short", "max_tokens": 1}',
     '{"custom_id": "chat", "prompt": "the same again"}',
     '{"prompt": "last"}',
+    '{"custom_id": "several", "prompt": ["Hello there", [5, 6], "Hello there"], "n": 2}',
 ]
 IDS = ["line-1", "chat", "line-3", "seeded", "long", "empty", "line-7", "line-8", "line-9"]
+IDS.append("several")
 REFUSED = {"line-3", "long", "empty", "line-8"}
 
 
@@ -129,6 +131,25 @@ def test_stopped_and_resumed_the_answers_are_those_of_one_run(
     assert in_order == undisturbed and (found == undisturbed or not keep_order)
     assert work(llm, folder / "in.jsonl.gz", folder / name, keep_order) == []
     assert {it.name for it in folder.iterdir()} == {"in.jsonl.gz", name, f"{name}.job.json"}
+
+
+def test_several_prompts_of_a_line_are_answered_in_one(llm, undisturbed, tmp_path):
+    """As by lines of their own; drawn without a seed, equal prompts have answers of their own."""
+    drawn = {"max_tokens": 5, "temperature": 1.0, "seed": 3, "n": 2, "echo": True}
+    prompts = ["Hello there", [40, 41], "And you?"]
+    lines = [drawn | {"prompt": prompt} for prompt in prompts]
+    lines += [drawn | {"prompt": prompts}, {"prompt": ["Hello"]}, {"prompt": ["a", "b" * 500]}]
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    work(llm, tmp_path / "in.jsonl", tmp_path / "out.jsonl", keep_order=True)
+    *alone, several, one, failed = (it["response"]["body"] for it in rows(tmp_path / "out.jsonl"))
+    choices = [choice for body in alone for choice in body["choices"]]
+    assert several["choices"] == [it | {"index": place} for place, it in enumerate(choices)]
+    for name, value in several["usage"].items():
+        assert value == sum(body["usage"][name] for body in alone)
+    assert len(one["choices"]) == 1
+    assert "line 6: prompt[1]: the prompt has 500 tokens" in failed["error"]["message"]
+    texts = [it["text"] for it in undisturbed[-1]["response"]["body"]["choices"]]
+    assert len(texts) == 6 and len({*texts[:2], *texts[4:]}) == 4
 
 
 def test_a_resumed_job_tells_templates_the_time_at_which_it_began(llm, tmp_path):

@@ -13,6 +13,7 @@ import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from typing import cast
 
 from flexgen_ray.io.json_object import find_custom_id, parse_object, refuse_surrogates
 from flexgen_ray.io.openai_logprobs import Echo, chat_logprobs, logprobs_object
@@ -41,22 +42,23 @@ _LINE_KEYS = {"custom_id", "method", "url", "body"}
 SERVER_ERROR = 500
 _MAX_MESSAGE = 1000
 MAX_ID_LEN = 1000  # characters of a custom_id
+MAX_PROMPTS = 2048  # of one line
 
 Prompt = str | list[int]
 
 
 @dataclass(frozen=True)
 class BatchLine:
-    """One input line: what is asked, a prompt or a chat's messages, or what is wrong with it.
+    """One input line: what is asked, prompts or a chat's messages, or what is wrong with it.
 
-    chat: how messages are formatted. echo: the prompt comes with the answer. limit: where its
-    max_tokens come from: line, job or default. columns: what else the line has, for its output
-    line.
+    prompts: one, or as many as one request may have, which are answered in one line. chat: how
+    messages are formatted. echo: the prompt comes with the answer. limit: where its max_tokens come
+    from: line, job or default. columns: what else the line has, for its output line.
     """
 
     custom_id: str
     number: int
-    prompt: Prompt | None = None
+    prompts: tuple[Prompt, ...] = ()
     messages: Messages | None = None
     chat: ChatOptions | None = None
     params: SamplingParams | None = None
@@ -64,6 +66,11 @@ class BatchLine:
     echo: bool = False
     limit: str = "line"
     columns: dict = field(default_factory=dict)
+
+    @property
+    def prompt(self) -> Prompt | None:
+        """The first prompt; None for a chat."""
+        return self.prompts[0] if self.prompts else None
 
 
 def read_lines(lines: Iterable[bytes], defaults: SamplingParams) -> Iterator[BatchLine]:
@@ -112,8 +119,8 @@ def _asked(line: BatchLine, body: dict, defaults: SamplingParams) -> BatchLine:
     if "messages" in body:
         messages = parse_messages(body["messages"])
         return replace(line, messages=messages, chat=_chat_options(body), params=params)
-    prompt = _parse_prompt(body.get("prompt"))
-    return replace(line, prompt=prompt, params=params, echo=_echo(body))
+    prompts = _parse_prompts(body.get("prompt"))
+    return replace(line, prompts=prompts, params=params, echo=_echo(body))
 
 
 def line_error(number: int, error: ValueError) -> str:
@@ -283,14 +290,26 @@ def _chat_options(body: dict) -> ChatOptions:
     return replace(options, chat_template_kwargs=variables | options.chat_template_kwargs)
 
 
-def _parse_prompt(prompt: object) -> Prompt:
+def _parse_prompts(prompt: object) -> tuple[Prompt, ...]:
+    """A text, a list of token ids, or a list of either."""
     if prompt is None:
         raise ValueError("prompt is missing, and so are messages")
-    if isinstance(prompt, str):
-        return prompt
-    if isinstance(prompt, list) and prompt and all(type(token) is int for token in prompt):
-        return prompt
-    raise ValueError("prompt must be a string or a list of token ids")
+    if _is_prompt(prompt):
+        return (cast(Prompt, prompt),)
+    if not isinstance(prompt, list) or not prompt or not all(map(_is_prompt, prompt)):
+        raise ValueError("prompt must be a string or a list of token ids, or a list of those")
+    if len(prompt) > MAX_PROMPTS:
+        raise ValueError(
+            f"{len(prompt)} prompts are in one line, of which {MAX_PROMPTS} are the most; give "
+            "each a line of its own"
+        )
+    return tuple(prompt)
+
+
+def _is_prompt(value: object) -> bool:
+    return isinstance(value, str) or (
+        isinstance(value, list) and bool(value) and all(type(token) is int for token in value)
+    )
 
 
 def response_row(
@@ -330,6 +349,22 @@ def response_row(
         },
     }
     return _row(custom_id, 200, body)
+
+
+def joined(rows: list[dict]) -> dict:
+    """One response line for all prompts of a request, whose choices are numbered on; an error row
+    if one of them is."""
+    for row in rows:
+        if row["response"]["status_code"] != 200:
+            return row
+    bodies = [row["response"]["body"] for row in rows]
+    choices = [choice for body in bodies for choice in body["choices"]]
+    usage = {name: sum(body["usage"][name] for body in bodies) for name in bodies[0]["usage"]}
+    bodies[0] |= {
+        "choices": [choice | {"index": place} for place, choice in enumerate(choices)],
+        "usage": usage,
+    }
+    return rows[0]
 
 
 def with_columns(row: dict, columns: dict) -> dict:
