@@ -12,12 +12,11 @@ from typing import Any
 from flexgen_ray.chat_template import ChatTemplate
 from flexgen_ray.detokenizer import Detokenizer
 from flexgen_ray.messages import ChatOptions, Messages
-
-_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model")
+from flexgen_ray.tokenizer_files import VOCABULARIES, has_vocabulary, load_files
 
 
 class Tokenizer:
-    """Loaded on first use; `exists` is false for a folder without tokenizer files.
+    """Loaded on first use; `exists` is false for a folder without a vocabulary.
 
     vocab_size: the model's, if the tokenizer is to be refused that has more. now: the time of day
     for templates that ask for it, one for all chats.
@@ -41,7 +40,7 @@ class Tokenizer:
 
     @property
     def exists(self) -> bool:
-        return any((self.folder / name).is_file() for name in _FILES)
+        return has_vocabulary(self.folder)
 
     def encode(self, text: str) -> list[int]:
         """With the special tokens that the tokenizer puts around a text by itself."""
@@ -143,19 +142,11 @@ class Tokenizer:
         loaded or is another model's."""
         if not self.exists:
             raise ValueError(
-                f"{self.folder} has no tokenizer ({', '.join(_FILES)}); give prompts as token ids, "
-                "or add the tokenizer's files"
+                f"{self.folder} has no tokenizer ({', '.join(VOCABULARIES)}); give prompts as token "
+                "ids, or add the tokenizer's files"
             )
-        from transformers import AutoTokenizer
-
-        try:
-            with _panics_named(self.folder):
-                found = AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False)
-        except Exception as error:
-            # Of damaged files libraries raise anything.
-            raise ValueError(
-                f"{self.folder}: the tokenizer can't be loaded ({error}); download its files again"
-            ) from error
+        with _panics_named(self.folder):
+            found = load_files(self.folder)
         # Tokens that were added may be more than the model has: those hardly ever occur.
         if self._vocab_size is not None and found.vocab_size > self._vocab_size:
             raise ValueError(
