@@ -142,8 +142,8 @@ class Tokenizer:
         loaded or is another model's."""
         if not self.exists:
             raise ValueError(
-                f"{self.folder} has no tokenizer ({', '.join(VOCABULARIES)}); give prompts as token "
-                "ids, or add the tokenizer's files"
+                f"{self.folder} has no tokenizer ({', '.join(VOCABULARIES)}); give prompts as "
+                "token ids, or add the tokenizer's files"
             )
         with _panics_named(self.folder):
             found = load_files(self.folder)
