@@ -158,7 +158,7 @@ def demo(
     model: Annotated[
         Path | None, typer.Option(help="Another model folder; its answers are shown the same way.")
     ] = None,
-    max_tokens: Annotated[int, typer.Option(help="Length of each answer.")] = 48,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Length of each answer.")] = 48,
     offload_dir: OffloadOption = None,
     report: ReportOption = None,
     trace: TraceOption = None,

@@ -209,6 +209,7 @@ class Workload:
         )
 
 
+@explains_unknown()
 @dataclass(frozen=True)
 class HardwareSpec:
     """Rates of a device and its host, per second; what shares a resource shares its rate.
@@ -260,6 +261,7 @@ class Budget:
     disk: int
 
 
+@explains_unknown()
 @dataclass(frozen=True)
 class Faults:
     """Limits on the failures that a Ray run tolerates.

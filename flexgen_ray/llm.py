@@ -18,14 +18,14 @@ from flexgen_ray.config import Deployment, Faults, HardwareSpec, Policy
 from flexgen_ray.engine import Engine, Settings
 from flexgen_ray.events import OnProgress, ignore
 from flexgen_ray.fitting import generation, scoring
-from flexgen_ray.llm_options import ELSEWHERE, check_values
+from flexgen_ray.llm_options import ELSEWHERE, ELSEWHERE_IN_CALLS, check_values
 from flexgen_ray.messages import ChatOptions, parse_messages
 from flexgen_ray.model_config import ModelConfig
 from flexgen_ray.model_defaults import model_defaults
 from flexgen_ray.models.checkpoint import checkpoint_config
 from flexgen_ray.models.registry import load_config
 from flexgen_ray.models.shapes import shape_config
-from flexgen_ray.names import explains_unknown
+from flexgen_ray.names import explains_call, explains_unknown
 from flexgen_ray.paths import default_offload_dir, find_model
 from flexgen_ray.progress import counted, show_progress
 from flexgen_ray.prompts import (
@@ -158,6 +158,7 @@ class LLM(Engine):
         config = config.ended_by(tokenizer.eos_token_id)
         super().__init__(config, tokenizer, settings, on_progress)
 
+    @explains_call("generate", ELSEWHERE_IN_CALLS)
     def generate(
         self,
         prompts: Prompt | Iterable[Prompt],
@@ -181,6 +182,7 @@ class LLM(Engine):
         with self._shown(use_tqdm):
             return self._answer("prompts", several, sampling_params, self.request, errors)
 
+    @explains_call("chat", ELSEWHERE_IN_CALLS)
     def chat(
         self,
         messages: Chat | Iterable[Chat],

@@ -83,6 +83,22 @@ ELSEWHERE: Mapping[str, str] = {
     "sparsity": "use attention_sparsity",
 }  # fmt: skip
 
+# Options of vLLM's generate and chat.
+ELSEWHERE_IN_CALLS: Mapping[str, str] = {
+    "prompt_token_ids": "give token ids as prompts",
+    "prompt": "use prompts",
+    "params": "use sampling_params",
+    "lora_request": ELSEWHERE["enable_lora"],
+    "priority": "requests are answered in an order that fills every pass; leave it out",
+    "guided_options_request": "answers can't be held to a grammar here; say the form in the prompt",
+    "chat_template": ELSEWHERE["chat_template"],
+    "chat_template_content_format": "a message's content is a text, or parts of text; leave it out",
+    "mm_processor_kwargs": "only text is supported",
+    "max_tokens": "give SamplingParams(max_tokens=...)",
+    "temperature": "give SamplingParams(temperature=...)",
+    "enable_thinking": 'use chat_template_kwargs={"enable_thinking": ...}',
+}
+
 Check = tuple[Callable[[Any], bool], str]
 
 

@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterable, Mapping
 from difflib import get_close_matches
 from functools import wraps
 from inspect import signature
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
 NO_HINTS: Mapping[str, str] = {}
 
 
@@ -37,20 +38,31 @@ def explains_unknown(hints: Mapping[str, str] = NO_HINTS) -> Callable[[type[T]],
 
     def decorate(cls: type[T]) -> type[T]:
         own: Any = cls
-        construct = own.__init__
-        known = list(signature(construct).parameters)[1:]
-
-        @wraps(construct)
-        def explained(self: T, *values: Any, **options: Any) -> None:
-            try:
-                construct(self, *values, **options)
-            except TypeError:
-                sentence = unknown_name(cls.__name__, "option", options, known, hints)
-                if sentence is None:
-                    raise
-                raise TypeError(sentence) from None
-
-        own.__init__ = explained
+        own.__init__ = _explained(own.__init__, cls.__name__, hints)
         return cls
 
     return decorate
+
+
+def explains_call(name: str, hints: Mapping[str, str] = NO_HINTS) -> Callable[[F], F]:
+    """Method decorator: a TypeError for an unknown option says what to use instead.
+
+    name: what the error calls the method.
+    """
+    return lambda method: _explained(method, name, hints)
+
+
+def _explained(method: F, name: str, hints: Mapping[str, str]) -> F:
+    known = list(signature(method).parameters)[1:]
+
+    @wraps(method)
+    def explained(self: Any, *values: Any, **options: Any) -> Any:
+        try:
+            return method(self, *values, **options)
+        except TypeError:
+            sentence = unknown_name(name, "option", options, known, hints)
+            if sentence is None:
+                raise
+            raise TypeError(sentence) from None
+
+    return cast(F, explained)

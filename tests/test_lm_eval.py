@@ -14,6 +14,8 @@ import yaml
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from flexgen_ray import SamplingParams
+
 pytest.importorskip("lm_eval", reason="pip install 'flexgen-ray[lm-eval]'")
 
 TEXT = "It was a bright cold day in April, and the clocks were striking thirteen. "
@@ -262,3 +264,22 @@ def test_options_are_checked_where_they_enter(bos_model, options, said):
     with pytest.raises((ValueError, TypeError)) as refused:
         FlexGenRay(str(bos_model), use_ray=False, **options)
     assert said in str(refused.value)
+
+
+def test_a_task_s_sampling_counts_or_is_refused(bos_model):
+    llm = ours(bos_model)
+
+    def answer(**wanted) -> str:
+        asked = {"max_gen_toks": 12, "until": []} | wanted
+        (text,) = llm.generate_until(instances("generate_until", ("Hello", asked)))
+        return text
+
+    greedy = answer(do_sample=False, num_beams=1)
+    assert greedy == answer(do_sample=True, temperature=1.5, top_k=1)
+    assert greedy != answer(do_sample=False, repetition_penalty=50.0)
+    own = SamplingParams(12, 1.5, top_k=40, seed=5)
+    (wanted,) = llm.llm.generate([llm.tok_encode("Hello")], own)
+    assert answer(do_sample=True, temperature=1.5, top_k=40, seed=5) == wanted.outputs[0].text
+    for unknown in ({"num_beams": 4}, {"typical_p": 0.9}):
+        with pytest.raises(ValueError, match=f"generation_kwargs have {next(iter(unknown))} "):
+            answer(**unknown)

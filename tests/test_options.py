@@ -10,10 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import typer
 from hypothesis import given
 from hypothesis import strategies as st
+from test_bad_input import commands
 
 from flexgen_ray import LLM, Placement, Policy, SamplingParams
+from flexgen_ray.cli import app
 from flexgen_ray.config import LOSSY, Faults
 from flexgen_ray.distributed.gpu_choice import only_gpu, visible_gpu
 from flexgen_ray.llm_options import ELSEWHERE, check_values
@@ -113,6 +116,19 @@ def test_an_option_that_lacks_a_letter_names_the_one_that_was_meant(name, place)
         (lambda: SamplingParams(max_token=3), "did you mean max_tokens?"),
         (lambda: SamplingParams(zebra=3), "known are max_tokens, temperature"),
         (lambda: replace(Policy(), cach=Placement()), "did you mean cache?"),
+        (
+            lambda: Faults(max_restart=3),
+            "Faults: unknown option 'max_restart'; did you mean max_res",
+        ),
+        (
+            lambda: LLM.generate(None, prompt_token_ids=[[5]]),
+            "generate: unknown option 'prompt_token",
+        ),
+        (lambda: LLM.generate(None, "x", sampling_param=None), "did you mean sampling_params?"),
+        (
+            lambda: LLM.chat(None, [], lora_request=1),
+            "chat: unknown option 'lora_request'; adapters",
+        ),
     ],
 )
 def test_other_constructors_explain_unknown_names_too(make, said):
@@ -156,6 +172,7 @@ WRONG = {
     "hardware": ["t4", 5],
     "trace": ["yes", "trace.json"],
     "threads": [0, "2", True, 1.5],
+    "wait": [-1, "10", float("nan")],
     "max_model_len": [0, -1, "2048", 1.5, True],
     "on_progress": [None, True],
     "load_format": ["safetensors", None],
@@ -207,3 +224,41 @@ def test_wrong_values_of_policies_are_named(make, said):
         make()
     assert said in str(refused.value)
     assert set(LOSSY) <= set(OPTIONS)
+
+
+# Whole numbers whose values are refused where they are used, in a sentence of their own.
+CHECKED_LATER = {
+    "seed", "max_tokens", "weight_bits", "embedding_bits", "cache_bits", "bits", "max_restarts",
+    "threads", "max_model_len",
+}  # fmt: skip
+
+
+def whole_numbers(command) -> dict[str, int | None]:
+    """{option: its least value, if it has one} of those that take an integer."""
+    found = {}
+    for option in command.params:
+        kind = getattr(option, "type", option)  # older typer has click's types
+        taken = getattr(getattr(option, "type_descriptor", None), "annotation", None)
+        if taken is int or getattr(kind, "name", "").startswith("integer"):
+            found[option.name] = getattr(kind, "min", None)
+    return found
+
+
+def test_no_whole_number_of_a_command_is_without_a_least_value():
+    found = {
+        name: whole_numbers(command)
+        for name, command in commands(typer.main.get_command(app), "flexgen-ray")
+    }
+    assert found["flexgen-ray eval cloze"]["max_texts"] == 1
+    for name, options in found.items():
+        if name != "flexgen-ray plan":  # which checks them together
+            unchecked = {option for option, least in options.items() if least is None}
+            assert unchecked <= CHECKED_LATER, name
+
+
+@pytest.mark.parametrize("command", ["perplexity --max-tokens", "cloze --max-texts"])
+def test_a_negative_number_of_texts_is_refused(run_here, text_model, tmp_path, command):
+    (tmp_path / "data").write_text('{"text": "one two"}\n' * 3)
+    kind, option = command.split()
+    refused = run_here("eval", kind, "--model", text_model, "--data", tmp_path / "data", option, -1)
+    assert refused.returncode and f"Invalid value for '{option}'" in refused.stderr

@@ -59,9 +59,9 @@ VARIANTS = (
 def accuracy(
     model: Annotated[str, typer.Option(help="Model folder.")],
     data: Annotated[Path, typer.Option(help="A text, or .jsonl of questions and answers.")],
-    context: Annotated[int, typer.Option(help="Tokens of a window.")] = 1024,
-    stride: Annotated[int, typer.Option(help="Between windows' starts.")] = 512,
-    max_tokens: Annotated[int, typer.Option(help="Of the text.")] = 21_000,
+    context: Annotated[int, typer.Option(min=1, help="Tokens of a window.")] = 1024,
+    stride: Annotated[int, typer.Option(min=1, help="Between windows' starts.")] = 512,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Of the text.")] = 21_000,
     plot: PlotOption = None,
     json_file: JsonOption = None,
 ) -> None:

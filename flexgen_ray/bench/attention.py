@@ -45,9 +45,9 @@ SPIN_SECONDS = 20e-3  # torch's threads wait for more work on their cores that l
 
 
 def attention(
-    threads: Annotated[int | None, typer.Option(help="All cores if not given.")] = None,
-    context: Annotated[int, typer.Option(help="Tokens each sequence attends to.")] = 544,
-    megabytes: Annotated[int, typer.Option(help="Size of the cache; beyond any CPU's own.")] = 512,
+    threads: Annotated[int | None, typer.Option(min=1, help="All cores if not given.")] = None,
+    context: Annotated[int, typer.Option(min=1, help="Tokens each sequence attends to.")] = 544,
+    megabytes: Annotated[int, typer.Option(min=1, help="MB of cache; beyond any CPU's own.")] = 512,
     seconds: Annotated[float, typer.Option(help="Time for each of the rows.")] = 4.0,
     bits: Annotated[
         list[int] | None, typer.Option(help="Also a cache packed into 4 or 8 bits; repeatable.")

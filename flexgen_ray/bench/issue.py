@@ -20,9 +20,9 @@ VISITS = 8
 
 
 def issue(
-    layers: Annotated[int, typer.Option(help="Decoder layers.")] = 48,
-    batches: Annotated[int, typer.Option(help="Batches a block.")] = 4,
-    repeats: Annotated[int, typer.Option(help="The median of so many counts.")] = 5,
+    layers: Annotated[int, typer.Option(min=1, help="Decoder layers.")] = 48,
+    batches: Annotated[int, typer.Option(min=1, help="Batches a block.")] = 4,
+    repeats: Annotated[int, typer.Option(min=1, help="The median of so many counts.")] = 5,
     json_file: JsonOption = None,
 ) -> None:
     """Microseconds of CPU that issuing an op costs, every op of the schedule counted.

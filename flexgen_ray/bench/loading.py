@@ -30,7 +30,7 @@ def loading(
         str, typer.Option(help=f"Model folder, or a made-up one: {', '.join(SHAPES)}.")
     ] = "llama-2.5gb",
     weight_bits: Annotated[int, typer.Option(help="4 or 8.")] = 4,
-    rounds: Annotated[int, typer.Option(help="Each is loaded so often; medians count.")] = 5,
+    rounds: Annotated[int, typer.Option(min=1, help="Each is loaded so often; medians count.")] = 5,
     json_file: JsonOption = None,
 ) -> None:
     """Seconds to load a checkpoint in its own dtype, with --weight-bits, and packed by quantize.

@@ -51,18 +51,20 @@ def peers(
         Path | None, typer.Option(help='JSONL of {"prompt": ...}; 32 GSM8K questions.')
     ] = None,
     prompt_len: Annotated[
-        int | None, typer.Option(help="Random prompts of so many tokens instead.")
+        int | None, typer.Option(min=1, help="Random prompts of so many tokens instead.")
     ] = None,
-    num_prompts: Annotated[int, typer.Option(help="At most so many prompts.")] = 32,
-    max_tokens: Annotated[int, typer.Option(help="Exactly so many new tokens a prompt.")] = 64,
+    num_prompts: Annotated[int, typer.Option(min=1, help="At most so many prompts.")] = 32,
+    max_tokens: Annotated[
+        int, typer.Option(min=1, help="Exact number of new tokens a prompt.")
+    ] = 64,
     dtype: Annotated[str, typer.Option(help=f"Everyone's: {', '.join(DTYPE_BYTES)}.")] = "float32",
     device: DeviceOption = "auto",
-    threads: Annotated[int | None, typer.Option(help="Everyone's; all cores.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Everyone's; all cores.")] = None,
     peers: Annotated[str, typer.Option(help=f"Any of {', '.join(PACKAGES)}.")] = _DEFAULT,
     batch_sizes: Annotated[
         str, typer.Option(help="Of the peers; the best one counts.")
     ] = "8,16,32",
-    repeats: Annotated[int, typer.Option(help="Rounds, in turns; the median counts.")] = 1,
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds, in turns; the median counts.")] = 1,
     timeout: Annotated[float, typer.Option(help="Seconds that one run may take.")] = 3600.0,
     memory_limit: Annotated[
         str | None, typer.Option(help="Everyone's cgroup, page cache included, such as 4GiB; root.")

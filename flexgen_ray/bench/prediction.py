@@ -42,8 +42,8 @@ CACHES = (Placement(1, 0, 0), Placement(0, 1, 0))
 def prediction(
     model: Annotated[str, typer.Option(help="A built-in shape.")] = "opt-1.3b",
     dtype: Annotated[str, typer.Option(help="Of weights and cache.")] = "float32",
-    prompt_len: Annotated[int, typer.Option(help="Tokens of every prompt.")] = 32,
-    max_tokens: Annotated[int, typer.Option(help="Tokens of every answer.")] = 16,
+    prompt_len: Annotated[int, typer.Option(min=1, help="Tokens of every prompt.")] = 32,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of every answer.")] = 16,
     json_file: JsonOption = None,
 ) -> None:
     """Policies run on the CPU, in real time, as multiples of what was predicted.

@@ -30,8 +30,8 @@ STAGES = 3
 
 
 def ring(
-    rounds: Annotated[int, typer.Option(help="Trips of each size.")] = 200,
-    kills: Annotated[int, typer.Option(help="Stages to kill, one run each.")] = 3,
+    rounds: Annotated[int, typer.Option(min=1, help="Trips of each size.")] = 200,
+    kills: Annotated[int, typer.Option(min=0, help="Stages to kill, one run each.")] = 3,
     shape: Annotated[str, typer.Option(help="Of the model whose stage is killed.")] = "llama-1.2gb",
     json_file: JsonOption = None,
 ) -> None:

@@ -46,7 +46,7 @@ def scaling(
     extra_blocks: Annotated[
         str, typer.Option(help="Blocks in flight beyond the most stages; the best counts.")
     ] = "0,1",
-    sequences: Annotated[int, typer.Option(help="In flight at most.")] = 1024,
+    sequences: Annotated[int, typer.Option(min=1, help="In flight at most.")] = 1024,
     plot: PlotOption = None,
     json_file: JsonOption = None,
 ) -> None:

@@ -24,9 +24,9 @@ from flexgen_ray.terminal import say
 
 
 def simulate(
-    layers: Annotated[int, typer.Option(help="Decoder layers.")] = 8,
-    batches: Annotated[int, typer.Option(help="Batches a block.")] = 4,
-    passes: Annotated[int, typer.Option(help="Decoding passes.")] = 16,
+    layers: Annotated[int, typer.Option(min=1, help="Decoder layers.")] = 8,
+    batches: Annotated[int, typer.Option(min=1, help="Batches a block.")] = 4,
+    passes: Annotated[int, typer.Option(min=1, help="Decoding passes.")] = 16,
     op_ms: Annotated[float, typer.Option(help="Modelled time of an op, on average.")] = 1.9,
     json_file: JsonOption = None,
 ) -> None:

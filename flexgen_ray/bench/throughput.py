@@ -37,10 +37,10 @@ def throughput(
         str,
         typer.Option(help="Model folder, or a built-in shape such as opt-30b (made-up weights)."),
     ],
-    prompt_len: Annotated[int, typer.Option(help="Tokens of every prompt.")] = 512,
-    max_tokens: Annotated[int, typer.Option(help="Tokens of every answer.")] = 32,
+    prompt_len: Annotated[int, typer.Option(min=1, help="Tokens of every prompt.")] = 512,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of every answer.")] = 32,
     num_prompts: Annotated[
-        int | None, typer.Option(help="One block of the policy, or 32, if not given.")
+        int | None, typer.Option(min=1, help="One block of the policy, or 32, if not given.")
     ] = None,
     policy: PolicyOption = None,
     dtype: DtypeOption = Dtype.auto,

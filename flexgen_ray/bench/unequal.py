@@ -34,8 +34,8 @@ PLAYED_SPLITS = 8
 def unequal(
     clusters: Annotated[str, typer.Option(help="Presets, by ',' and ';'.")] = ";".join(CLUSTERS),
     model: Annotated[str, typer.Option(help="An OPT shape.")] = "opt-30b",
-    requests: Annotated[int, typer.Option(help="Of the job.")] = 1024,
-    step: Annotated[int, typer.Option(help="Layers by which enumerated splits differ.")] = 1,
+    requests: Annotated[int, typer.Option(min=1, help="Of the job.")] = 1024,
+    step: Annotated[int, typer.Option(min=1, help="Layers by which enumerated splits differ.")] = 1,
     json_file: JsonOption = None,
 ) -> None:
     """Emulated machines of unlike GPUs: the planner's split against every other.

@@ -35,12 +35,12 @@ ScoredInOption = Annotated[
 def perplexity(
     engine: dict[str, Any],
     data: Annotated[Path, typer.Option(help="A text file, scored as one text.")],
-    context: Annotated[int, typer.Option(help="Tokens of a window.")] = 1024,
+    context: Annotated[int, typer.Option(min=1, help="Tokens of a window.")] = 1024,
     stride: Annotated[
-        int, typer.Option(help="Tokens from one window's start to the next one's.")
+        int, typer.Option(min=1, help="Tokens from one window's start to the next one's.")
     ] = 512,
     max_tokens: Annotated[
-        int | None, typer.Option(help="Only so many of the text's first tokens.")
+        int | None, typer.Option(min=1, help="Only so many of the text's first tokens.")
     ] = None,
     scored_in: ScoredInOption = Phase.prefill,
     json_file: JsonOption = None,
@@ -64,7 +64,9 @@ def perplexity(
 def cloze(
     engine: dict[str, Any],
     data: Annotated[Path, typer.Option(help='JSONL of {"text": ...}, such as LAMBADA.')],
-    max_texts: Annotated[int | None, typer.Option(help="Only so many of the first lines.")] = None,
+    max_texts: Annotated[
+        int | None, typer.Option(min=1, help="Score only the first lines.")
+    ] = None,
     scored_in: ScoredInOption = Phase.prefill,
     json_file: JsonOption = None,
 ) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import math
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 # First: a registry with a model in it would be taken to have its own already.
@@ -31,6 +32,14 @@ from flexgen_ray.request import SamplingParams
 
 MAX_NEW_TOKENS = 256  # where a task doesn't say
 Pair = tuple[Any, list[int], list[int]]  # its texts, and the tokens of context and continuation
+
+# Of a task's generation_kwargs: what SamplingParams has too, and what changes no answer.
+_SAMPLING = (
+    "top_p", "top_k", "min_p", "seed", "repetition_penalty", "presence_penalty",
+    "frequency_penalty", "min_tokens", "stop_token_ids", "ignore_eos",
+)  # fmt: skip
+_NEUTRAL = {"num_beams": 1, "num_return_sequences": 1, "use_cache": True, "early_stopping": False}
+_SETTLED = {"until", "do_sample", "max_gen_toks", "temperature", "pad_token_id"}
 
 
 @register_model("flexgen_ray")
@@ -183,12 +192,7 @@ class FlexGenRay(TemplateLM):
             token_ids, max_tokens = maybe_truncate(
                 self.tok_encode(text), wanted["max_gen_toks"], self.max_length
             )
-            params = SamplingParams(
-                max_tokens=max_tokens,
-                temperature=wanted.get("temperature", 1.0 if wanted["do_sample"] else 0.0),
-                top_p=wanted.get("top_p", 1.0),
-                stop=tuple(stops[-1]),
-            )
+            params = _params(wanted, max_tokens, stops[-1])
             made.append(self.llm.request(index, token_ids, params))
         texts = []
         for request, stop, output in zip(requests, stops, answers(self.llm, made), strict=True):
@@ -196,3 +200,17 @@ class FlexGenRay(TemplateLM):
             texts.append(postprocess_generated_text(text, stop, self._think_end_token))
             self.cache_hook.add_partial("generate_until", request.args, texts[-1])
         return texts
+
+
+def _params(wanted: Mapping[str, Any], max_tokens: int, stop: list[str]) -> SamplingParams:
+    """A task's generation_kwargs, normalized, as SamplingParams; ValueError for what can't be."""
+    for name, value in wanted.items():
+        is_neutral = name in _NEUTRAL and value in (_NEUTRAL[name], None)
+        if name not in _SETTLED and name not in _SAMPLING and not is_neutral:
+            raise ValueError(
+                f"the task's generation_kwargs have {name} {value!r}, which is not supported; "
+                f"supported are {', '.join(_SAMPLING)}, temperature, do_sample and until"
+            )
+    own = {name: wanted[name] for name in _SAMPLING if wanted.get(name) is not None}
+    temperature = wanted.get("temperature", 1.0 if wanted["do_sample"] else 0.0)
+    return SamplingParams(max_tokens=max_tokens, temperature=temperature, stop=stop, **own)
