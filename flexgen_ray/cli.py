@@ -18,15 +18,18 @@ from flexgen_ray.io.json_text import to_json
 from flexgen_ray.options import (
     AddressOption,
     DeviceOption,
+    DryRunOption,
     GpuOption,
     InputOption,
     KeepOrderOption,
     MaxErrorsOption,
+    MaxLatencyOption,
     MaxTokensOption,
     NoRayOption,
     OffloadOption,
     OutputOption,
     OverwriteOption,
+    PlanForOption,
     ReportOption,
     RetryOption,
     StagesOption,
@@ -81,7 +84,7 @@ def _main(
 def generate(
     engine: dict[str, Any],
     input: InputOption,
-    output: OutputOption,
+    output: OutputOption = None,
     max_tokens: MaxTokensOption = None,
     temperature: TemperatureOption = None,
     stop: StopOption = None,
@@ -92,6 +95,9 @@ def generate(
     max_errors: MaxErrorsOption = None,
     report: ReportOption = None,
     trace: TraceOption = None,
+    dry_run: DryRunOption = False,
+    hardware: PlanForOption = None,
+    max_latency: MaxLatencyOption = None,
 ) -> None:
     """Answer a file of requests; after a stop or a kill the same command goes on.
 
@@ -102,6 +108,7 @@ def generate(
     not run, 64 wrong usage, 130 stopped.
     """
     from flexgen_ray.config import LOSSY
+    from flexgen_ray.dry_run import plan_job
     from flexgen_ray.fingerprint import fingerprint
     from flexgen_ray.io.job_facts import MODEL_FILES
     from flexgen_ray.io.journal import Journal
@@ -120,6 +127,9 @@ def generate(
         raise typer.BadParameter(
             "it needs an --output that has rows, without --overwrite", param_hint="--retry-errors"
         )
+    if output is None and not dry_run:
+        raise typer.BadParameter("it is required but for --dry-run", param_hint="--output")
+    engine |= {"plan_for": hardware, "max_latency": max_latency}
     # Where data lies changes no answer; a resumed run may have other memory, and another policy.
     lossy = {name: engine[name] for name in LOSSY}
     facts = lossy_facts(engine["policy"], **lossy) | {"keep_order": keep_order, "seed": seed}
@@ -130,6 +140,10 @@ def generate(
     # Without a number of anyone's it depends on the line.
     own = {"max_tokens": None} | ({} if is_dummy else model_defaults(Path(model)))
     defaults = SamplingParams(**own | given)
+    if output is None or dry_run:
+        for line in plan_job(engine, input, None if overwrite else output, defaults):
+            display(line)
+        return
     with (
         Journal(output, overwrite, keep_order, retry_errors) as journal,
         told_how_to_resume(journal),

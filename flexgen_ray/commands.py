@@ -43,7 +43,7 @@ def _checked(function: Callable[..., None]) -> Callable[..., None]:
         for name, parameter in parameters.items():
             for path in _paths(name, values.get(name)):
                 (written if is_written(parameter) else read)[_option(parameter)] = path
-        if function.__name__ == "generate":
+        if "--output" in written and function.__name__ == "generate":
             beside = siblings(written["--output"])
             written |= {f"--output's {path.suffix}": path for path in beside}
         folder = {"--output": values["output"]} if function.__name__ == "quantize" else {}

@@ -5,6 +5,7 @@ Knows requests and settings that were checked; not prompts, nor how they became 
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
@@ -12,9 +13,11 @@ from pathlib import Path
 from typing import Any, cast
 
 from flexgen_ray.auto_policy import Run, Settled
-from flexgen_ray.backend import spans, start_backend
+from flexgen_ray.backend import Backend, spans, start_backend
 from flexgen_ray.config import Deployment, Policy, Workload
+from flexgen_ray.cost.hardware import Hardware
 from flexgen_ray.cost.plan import StagePlan
+from flexgen_ray.elsewhere import Elsewhere
 from flexgen_ray.events import OnProgress, Progress, ignore
 from flexgen_ray.model_config import ModelConfig
 from flexgen_ray.outliers import Name, cost_of_longest, numbered
@@ -22,7 +25,9 @@ from flexgen_ray.report import Report, StageReport
 from flexgen_ray.request import Finished, Request, RequestOutput
 from flexgen_ray.request_times import RequestTimes
 from flexgen_ray.resources import settle_budgets, settle_dtype
+from flexgen_ray.runtime.known_rates import GIVEN
 from flexgen_ray.runtime.stage import StageSpec
+from flexgen_ray.runtime.worker import Machine
 from flexgen_ray.samples import Samples
 from flexgen_ray.stage_policies import StagePolicies
 from flexgen_ray.tally import Tally
@@ -38,7 +43,8 @@ class Settings:
     a policy that is chosen takes over, its lossy options. limits: bytes of each tier, None for what
     is free. execution: fields of StageSpec that say how to run. measures: measure this machine's
     rates before the weights are loaded. max_model_len: plan for requests of so many tokens, however
-    short they are.
+    short they are. hardware: has the rates to plan by, and in a dry run the memory too.
+    max_seconds: that a block may take. is_dry: plan, but load and run nothing.
     """
 
     weights: str | None
@@ -52,6 +58,9 @@ class Settings:
     execution: dict[str, Any]
     measures: bool
     max_model_len: int | None = None
+    hardware: Hardware | None = None
+    max_seconds: float | None = None
+    is_dry: bool = False
 
 
 class Engine:
@@ -71,10 +80,11 @@ class Engine:
         self._plans: list[StagePlan] | None = None
         self._run: Generator[Finished | Progress] | None = None
         self.report = Report()
-        self._backend, reserved = start_backend(settings.deployment, on_progress)
+        self._backend, reserved = _backend(settings, on_progress)
         try:
             folder = str(settings.offload_dir)
-            self.machines = self._backend.probe(settings.deployment.device, folder)
+            probed = self._backend.probe(settings.deployment.device, folder)
+            self.machines = [_with_rates(it, settings.hardware) for it in probed]
             if settings.execution["time_scale"] and self.machines[0].on_cuda:
                 raise ValueError("pace emulates hardware with CPU ops; give device=cpu with it")
             self.budgets = settle_budgets(self.machines, settings.limits, reserved)
@@ -100,7 +110,15 @@ class Engine:
         on_cuda = self.machines[0].on_cuda
         stages_disk = on_cuda or settings.execution["time_scale"] is not None
         hops_on_device = on_cuda and self._backend.uses_nccl
-        run = Run(self.config, self.dtype, stages_disk, hops_on_device, workload, settings.base)
+        run = Run(
+            self.config,
+            self.dtype,
+            stages_disk,
+            hops_on_device,
+            workload,
+            settings.base,
+            settings.max_seconds,
+        )
         self.on_progress(Progress(phase="planning"))
         chooses_block = settings.policies is None and settings.max_model_len is None
         longest = cost_of_longest(run, self.budgets, requests, name) if chooses_block else None
@@ -119,7 +137,8 @@ class Engine:
             return
         self._plans = None
         started = time.perf_counter()
-        self._load(found)
+        if not settings.is_dry:
+            self._load(found)
         self._plans = found.stages
         self.report = Report(time.perf_counter() - started, found.predicted)
 
@@ -135,6 +154,12 @@ class Engine:
             max_seq_len=longest + 1 if longest else max(it.max_seq_len for it in requests),
             resumes=self._backend.resumes,
         )
+
+    @property
+    def plans(self) -> list[StagePlan]:
+        """Each stage's plan, as `prepare` settled it."""
+        assert self._plans is not None, "prepare comes first"
+        return self._plans
 
     def _load(self, settled: Settled) -> None:
         """Bring every stage up with its plan, and with the rates that its ops are modelled by."""
@@ -174,6 +199,8 @@ class Engine:
         self.report = Report(self.report.load_seconds, self.report.planned)
         if not requests:
             return
+        if self.settings.is_dry:
+            raise RuntimeError("this LLM only plans (dry_run=True); make one that runs")
         assert self._plans is not None, "prepare comes first"
         samples = Samples(requests)
         tally = Tally(samples.requests, self.report.planned)
@@ -236,3 +263,26 @@ class Engine:
 def _shape(plan: StagePlan) -> StagePlan:
     """The plan for any number of requests: a stage of this plan serves them all."""
     return replace(plan, workload=replace(plan.workload, num_requests=1))
+
+
+def _backend(settings: Settings, on_progress: OnProgress) -> tuple[Backend, int]:
+    """As start_backend; a dry run needs no actor but to see a cluster's machines."""
+    wanted = settings.deployment
+    if not settings.is_dry:
+        return start_backend(wanted, on_progress)
+    if settings.hardware is not None:
+        return Elsewhere(settings.hardware, wanted), 0
+    is_here = wanted.num_stages == 1 and not (wanted.address or os.environ.get("RAY_ADDRESS"))
+    return start_backend(replace(wanted, use_ray=wanted.use_ray and not is_here), on_progress)
+
+
+def _with_rates(machine: Machine, hardware: Hardware | None) -> Machine:
+    """With these rates instead of its own; ValueError if they are of another kind of device."""
+    if hardware is None:
+        return machine
+    if hardware.device.is_cpu == machine.on_cuda:
+        raise ValueError(
+            f"hardware {hardware.name} has {'no' if hardware.device.is_cpu else 'a'} GPU, unlike "
+            f"{machine.host}, which runs on {machine.device}; --dry-run plans for it alone"
+        )
+    return replace(machine, hardware=hardware, rates_are=GIVEN)

@@ -30,7 +30,7 @@ from flexgen_ray.progress import counted
 from flexgen_ray.request import DEFAULT_MAX_TOKENS, Request, RequestOutput, SamplingParams
 from flexgen_ray.stage_policies import StagePolicies
 
-_Owned = tuple[Request, BatchLine, int]  # whose it is, and which of its prompts
+Owned = tuple[Request, BatchLine, int]  # whose it is, and which of its prompts
 
 
 def read_job(
@@ -56,16 +56,16 @@ def read_job(
                 missing.append(line)
         facts = {"input_sha256": lines.sha256(), **asdict(defaults), **facts}
     journal.check(facts, custom_ids, asdict(SamplingParams()))
-    _refuse_hopeless(journal, [line.error for line in missing])
+    refuse_hopeless(journal.answered, [line.error for line in missing])
     return missing
 
 
-def _refuse_hopeless(journal: Journal, errors: list[str | None]) -> None:
+def refuse_hopeless(answered: set[str], errors: list[str | None]) -> None:
     """ValueError if no line can be answered, nor has been: the fault is not the lines'.
 
     errors: what is wrong with each line that is to be answered, or None.
     """
-    if errors and not journal.answered and None not in errors:
+    if errors and not answered and None not in errors:
         raise ValueError(
             f"none of the {len(errors)} lines can be answered, so the output is left as it is; "
             f"the first fault is {errors[0]}"
@@ -88,8 +88,8 @@ def run_job(llm: LLM, journal: Journal, lines: list[BatchLine]) -> None:
     What can't work (policy, budget) is said before the output is changed.
     """
     llm.tokenizer.now = journal.begun_at
-    requests, errors = _requests(llm, lines)
-    _refuse_hopeless(journal, [errors.get(line.custom_id) for line in lines])
+    requests, errors = job_requests(llm, lines)
+    refuse_hopeless(journal.answered, [errors.get(line.custom_id) for line in lines])
     for note in _notes(lines):
         llm.on_progress(Progress(note=note))
     owners = {request.index: (line, place) for request, line, place in requests}
@@ -127,13 +127,13 @@ def _row(llm: LLM, line: BatchLine, place: int, answer: RequestOutput) -> dict:
     return response_row(line.custom_id, str(llm.model), answer, is_chat, echo, top)
 
 
-def _requests(llm: LLM, lines: list[BatchLine]) -> tuple[list[_Owned], dict[str, str]]:
+def job_requests(llm: LLM, lines: list[BatchLine]) -> tuple[list[Owned], dict[str, str]]:
     """Requests that can be answered, and what to say to the others, by custom_id.
 
     A request is known by its line's number, so that a resumed run draws the same tokens; those of a
     line's further prompts by numbers beyond the lines', and they draw from streams of their own.
     """
-    requests: list[_Owned] = []
+    requests: list[Owned] = []
     errors: dict[str, str] = {}
     llm.tokenizer.check()  # its own faults are no line's
     unused = count(1 + max((line.number for line in lines), default=0))

@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 from flexgen_ray.backend import execution
 from flexgen_ray.config import Deployment, Faults, HardwareSpec, Policy
+from flexgen_ray.cost.hardware import Hardware
 from flexgen_ray.engine import Engine, Settings
 from flexgen_ray.events import OnProgress, ignore
 from flexgen_ray.fitting import generation, scoring
+from flexgen_ray.guessed_tokenizer import GuessedTokenizer
 from flexgen_ray.llm_options import ELSEWHERE, ELSEWHERE_IN_CALLS, check_values
 from flexgen_ray.messages import ChatOptions, parse_messages
 from flexgen_ray.model_config import ModelConfig
@@ -73,6 +75,9 @@ class LLM(Engine):
     measures this machine's rates first. trace: keep every op's times, for `write_trace`. lossy:
     weight_bits, embedding_bits, cache_bits, attention_sparsity as in Policy, over what it says.
     on_progress: called with each phase and pass, such as what progress.show_progress yields.
+    plan_for: plan by the rates of this hardware preset or file; in a dry run for its memory too.
+    max_latency: seconds that a block may take, as a bound for the plan. dry_run: `prepare` plans
+    and checks, and loads nothing.
 
     Raises ValueError or OSError, with the numbers, for what can't work. Use it as a context manager
     or call `close`.
@@ -109,6 +114,9 @@ class LLM(Engine):
         cache_bits: int | None = None,
         attention_sparsity: float | None = None,
         on_progress: OnProgress = ignore,
+        plan_for: str | Path | None = None,
+        max_latency: float | None = None,
+        dry_run: bool = False,
     ) -> None:
         check_values(locals())
         lossy: dict[str, int | float | None] = {
@@ -151,9 +159,14 @@ class LLM(Engine):
             seed=int(seed),
             execution=execution(executor, pace, time_scale, hardware, trace),
             measures=hardware == "measured" and pace is None,
+            hardware=None if plan_for is None else Hardware.load(plan_for),
+            max_seconds=max_latency,
+            is_dry=dry_run,
             max_model_len=max_model_len,
         )
         tokenizer = Tokenizer(self.model, config.vocab_size)
+        if dry_run and not tokenizer.exists:
+            tokenizer = GuessedTokenizer(self.model, config.vocab_size)
         self._stops = StopStrings(tokenizer)
         config = config.ended_by(tokenizer.eos_token_id)
         super().__init__(config, tokenizer, settings, on_progress)

@@ -173,4 +173,7 @@ _CHECKS: dict[str, Check] = {
              "None or a number of seconds, from 0 up"),
     "on_progress": (callable, "a function, such as what progress.show_progress yields"),
     "load_format": _one_of("auto", "dummy"),
+    "plan_for": (_is(_NONE, str, PathLike), "a hardware preset's name, a file's path, or None"),
+    "max_latency": (lambda it: it is None or _is_rate(it), "None or seconds, above 0"),
+    "dry_run": _FLAG,
 }  # fmt: skip

@@ -44,10 +44,32 @@ InputOption = Annotated[
     ),
 ]
 OutputOption = Annotated[
-    Path,
+    Path | None,
     typer.Option(
-        writable=True, help="JSONL of responses, one line a request; .gz; - is standard output."
+        writable=True,
+        help="JSONL of responses, one line a request; .gz; - is standard output. Required but for "
+        "--dry-run.",
     ),
+]
+DryRunOption = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run",
+        help="Check everything, print the plan and how long it would take, and end: nothing is "
+        "written, no weights are loaded.",
+    ),
+]
+PlanForOption = Annotated[
+    str | None,
+    typer.Option(
+        "--hardware",
+        help="Plan by the rates of this hardware preset or file instead of this machine's; with "
+        "--dry-run for its memory too, a machine for each of --stages.",
+    ),
+]
+MaxLatencyOption = Annotated[
+    float | None,
+    typer.Option(help="Seconds that a block may take from its start to its last answer."),
 ]
 OverwriteOption = Annotated[
     bool,

@@ -196,7 +196,7 @@ class Report:
             )
             lines.append(f"answers cut: {each}")
         if self.stages:
-            lines.append(_block(self.stages[0].plan))
+            lines.append(block_line(self.stages[0].plan))
         for number, stage in enumerate(self.stages):
             if len(self.stages) > 1:
                 first, last = stage.plan.stage.first, stage.plan.stage.last
@@ -237,7 +237,8 @@ class Report:
         return result | {"stages": [stage.as_dict() for stage in self.stages]}
 
 
-def _block(plan: StagePlan) -> str:
+def block_line(plan: StagePlan) -> str:
+    """The shape of a run's blocks."""
     policy = plan.policy
     blocks = f"{plan.num_blocks} blocks" if plan.num_blocks > 1 else "block"
     return (

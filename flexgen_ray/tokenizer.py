@@ -22,6 +22,8 @@ class Tokenizer:
     for templates that ask for it, one for all chats.
     """
 
+    is_guess = False  # whether its tokens are only as many as there may be
+
     def __init__(self, folder: str | Path, vocab_size: int | None = None) -> None:
         self.folder = Path(folder)
         self._vocab_size = vocab_size
