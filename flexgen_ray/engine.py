@@ -88,7 +88,11 @@ class Engine:
             if settings.execution["time_scale"] and self.machines[0].on_cuda:
                 raise ValueError("pace emulates hardware with CPU ops; give device=cpu with it")
             self.budgets = settle_budgets(self.machines, settings.limits, reserved)
-            self.dtype = settle_dtype(settings.dtype, config.dtype, self.machines)
+            self.dtype, note = settle_dtype(
+                settings.dtype, config.dtype, self.machines, config.overflows_float16
+            )
+            if note is not None:
+                on_progress(Progress(note=note))
         except BaseException:
             self.close()
             raise

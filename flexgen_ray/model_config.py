@@ -29,6 +29,7 @@ class ModelConfig:
     tokens that one attends, itself included, in decoder layers other than full_attention_layers;
     window_rope: of those with a window, where theirs is another. weight_bits, embedding_bits: of a
     checkpoint that holds packed weights (quant/packing.py), of the layers' and of both ends'.
+    overflows_float16: the family's activations are known to exceed 65504, where float16 ends.
     """
 
     family: str
@@ -65,6 +66,7 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
     weight_bits: int | None = None
     embedding_bits: int | None = None
+    overflows_float16: bool = False
 
     @property
     def embedding_layer(self) -> int:

@@ -90,14 +90,47 @@ def settle_budget(machine: Machine, limits: dict[str, int | None], reserved: int
     return Budget(gpu, cpu - reserved, disk)
 
 
-def settle_dtype(wanted: str, checkpoint: str, machines: list[Machine]) -> str:
-    """auto: the checkpoint's on a GPU; on the CPU float32 unless all are fast in bfloat16."""
+def settle_dtype(
+    wanted: str, checkpoint: str, machines: list[Machine], overflows_float16: bool = False
+) -> tuple[str, str | None]:
+    """The dtype, and a sentence for people if it is narrower or wider than they may expect.
+
+    auto: the checkpoint's on a GPU; on the CPU float32 unless all are fast in bfloat16. A model
+    that overflows_float16 takes bfloat16, or else float32, instead, and ValueError refuses float16.
+    """
     if wanted not in ("auto", "float32", "float16", "bfloat16"):
         raise ValueError(f"dtype {wanted!r} is unknown; use auto, float32, float16 or bfloat16")
+    if wanted == "float16" and overflows_float16:
+        raise ValueError(
+            "activations of this family of models are known to exceed 65504, where float16 ends; "
+            "use --dtype bfloat16 or float32"
+        )
     if wanted != "auto":
-        return wanted
+        return wanted, None
     are_fast = all(machine.is_fast_in_bfloat16 for machine in machines)
-    if machines[0].on_cuda:
-        return "float16" if checkpoint == "bfloat16" and not are_fast else checkpoint
-    is_bfloat16 = checkpoint == "bfloat16" and are_fast
-    return "bfloat16" if is_bfloat16 else "float32"
+    if not machines[0].on_cuda:
+        is_bfloat16 = checkpoint == "bfloat16" and are_fast
+        return "bfloat16" if is_bfloat16 else "float32", None
+    if checkpoint == "float16" and overflows_float16 and are_fast:
+        return "bfloat16", None
+    if checkpoint == "float32" or are_fast:
+        return checkpoint, None
+    return _without_bfloat16(checkpoint, machines, overflows_float16)
+
+
+def _without_bfloat16(
+    checkpoint: str, machines: list[Machine], overflows_float16: bool
+) -> tuple[str, str | None]:
+    slow = next(machine for machine in machines if not machine.is_fast_in_bfloat16)
+    lacks = f"{slow.device_name} on {slow.host} has no fast bfloat16"
+    if overflows_float16:
+        return "float32", (
+            f"{lacks}, and this family's activations exceed float16: the run takes float32, at "
+            "twice the memory"
+        )
+    if checkpoint == "float16":
+        return "float16", None
+    return "float16", (
+        f"{lacks}, the checkpoint's dtype: the run takes float16, in which a request whose "
+        "activations exceed 65504 fails; --dtype float32 avoids that, at twice the memory"
+    )

@@ -234,12 +234,28 @@ def test_stages_on_one_gpu_divide_its_memory():
 
 
 def test_dtype_follows_the_checkpoint_where_the_machine_is_fast_in_it():
-    assert settle_dtype("auto", "float16", [machine("cpu")]) == "float32"
-    assert settle_dtype("auto", "bfloat16", [machine("cpu")]) == "bfloat16"
-    assert settle_dtype("auto", "bfloat16", [machine("cpu", False)]) == "float32"
-    assert settle_dtype("auto", "bfloat16", [machine("cuda")]) == "bfloat16"
-    assert settle_dtype("auto", "bfloat16", [machine("cuda", False)]) == "float16"
-    assert settle_dtype("float32", "bfloat16", [machine("cuda")]) == "float32"
+    assert settle_dtype("auto", "float16", [machine("cpu")]) == ("float32", None)
+    assert settle_dtype("auto", "bfloat16", [machine("cpu")]) == ("bfloat16", None)
+    assert settle_dtype("auto", "bfloat16", [machine("cpu", False)]) == ("float32", None)
+    assert settle_dtype("auto", "bfloat16", [machine("cuda")]) == ("bfloat16", None)
+    assert settle_dtype("auto", "float16", [machine("cuda", False)]) == ("float16", None)
+    assert settle_dtype("float32", "bfloat16", [machine("cuda")]) == ("float32", None)
+    dtype, note = settle_dtype("auto", "bfloat16", [machine("cuda"), machine("cuda", False)])
+    assert dtype == "float16" and "65504" in note and "--dtype float32" in note
+
+
+def test_a_family_that_overflows_float16_never_runs_in_it():
+    for checkpoint in ("float16", "bfloat16"):
+        with pytest.raises(ValueError, match="65504.*use --dtype bfloat16 or float32"):
+            settle_dtype("float16", checkpoint, [machine("cuda")], True)
+        assert settle_dtype("auto", checkpoint, [machine("cuda")], True) == ("bfloat16", None)
+        dtype, note = settle_dtype("auto", checkpoint, [machine("cuda", False)], True)
+        assert dtype == "float32" and "exceed float16" in note
+
+
+def test_gemma_3_is_refused_in_float16_before_anything_is_loaded(tiny_models):
+    with pytest.raises(ValueError, match="use --dtype bfloat16 or float32"):
+        LLM(tiny_models["gemma3"][0], dtype="float16", use_ray=False)
 
 
 def test_sizes_read_and_write_as_people_do():

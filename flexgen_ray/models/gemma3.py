@@ -39,6 +39,7 @@ def parse_config(hf: dict) -> ModelConfig:
     return replace(
         config,
         family="gemma3",
+        overflows_float16=True,
         max_seq_len=hf["max_position_embeddings"],  # stretched already
         qk_norm="heads",
         branch_norms=True,
