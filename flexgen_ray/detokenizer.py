@@ -77,15 +77,30 @@ class Detokenizer:
         """Special tokens as they are written."""
         return [self._decode([token], False) for token in sorted(self._special)]
 
-    def _context(self, token_ids: Sequence[int], first: int) -> int:
-        """Where decoding must begin for the text from `first` on.
+    def ending(
+        self, token_ids: Sequence[int], count: int, skip: bool
+    ) -> tuple[int, str, int | None]:
+        """Text of the last `count` tokens or more: their first token, their text, and the most
+        characters that the very last adds, None if it may change all that it shares bytes with.
 
-        A run of byte tokens is decoded as a whole, for one bad byte makes all of them unreadable.
+        One decoding, where `text` takes two; but the first characters may be without their context.
         """
+        name = self._hf.convert_ids_to_tokens(token_ids[-1]) or ""
+        start = self._run_start(token_ids, len(token_ids) - count)
+        # A word's decoder may put a space before it.
+        most = None if _BYTE.fullmatch(name) else len(name) + 1
+        return start, self._decode(token_ids[start:], skip), most
+
+    def _context(self, token_ids: Sequence[int], first: int) -> int:
+        """Where decoding must begin for the text from `first` on."""
         start, wanted = first, CONTEXT
         while start and wanted:
             start -= 1
             wanted -= token_ids[start] not in self._special
+        return self._run_start(token_ids, start)
+
+    def _run_start(self, token_ids: Sequence[int], start: int) -> int:
+        """A run of byte tokens is decoded as a whole: one bad byte makes all of them unreadable."""
         while start and _BYTE.fullmatch(self._hf.convert_ids_to_tokens(token_ids[start]) or ""):
             start -= 1
         return start

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 
+from flexgen_ray.detokenizer import CONTEXT
 from flexgen_ray.request import SamplingParams, first_stop
 from flexgen_ray.tokenizer import Tokenizer
 
@@ -66,17 +67,18 @@ class StopStrings:
         """
         if not stops:
             return None
-        text, last = self._tokenizer.text, len(token_ids)
-        longest = max(map(len, stops)) + _CHANGED
-        count = longest // 4 + 1
-        while True:
-            first = max(begin, last - 1 - count)
-            if first == begin or len(text(token_ids, first, last - 1, skip)) >= longest:
-                break
+        text, early = self._tokenizer.text, begin + min_tokens
+        reach = max(map(len, stops)) + _CHANGED
+        count = reach // 2 + CONTEXT
+        while count < len(token_ids) - early:
+            start, tail, most = self._tokenizer.detokenizer.ending(token_ids, count, skip)
+            before = 0 if most is None else len(tail) - most - reach
+            if start > early and (most is None or before >= _CHANGED):
+                place = first_stop(tail[before:], stops)
+                return tail[before:][slice(*place)] if place else None
             count *= 2
-        early = begin + min_tokens
-        searched_from = len(text(token_ids, first, early, skip)) if early > first else 0
-        tail = text(token_ids, first, last, skip)
+        tail = text(token_ids, begin, None, skip)
+        searched_from = len(text(token_ids, begin, early, skip)) if min_tokens else 0
         place = first_stop(tail, stops, searched_from)
         return tail[slice(*place)] if place else None
 

@@ -72,6 +72,7 @@ def test_end_tokens_are_those_of_config_generation_config_and_tokenizer(llm, mod
         (answer,) = output.outputs
         assert answer.token_ids == made[0, len(prompt) :].tolist()
         assert answer.finish_reason == ("stop" if answer.token_ids[-1] in ends else "length")
+        assert answer.stop_reason is None
         shown = answer.token_ids[: -(answer.finish_reason == "stop") or None]
         assert answer.text == ended.tokenizer.text(shown)
     assert {output.outputs[0].finish_reason for output in outputs} >= {"stop"}
@@ -94,6 +95,7 @@ def test_a_special_token_is_a_stop_string_alone_and_with_others(llm, keeps):
         (output,) = llm.generate(["Hello"], params)
         (answer,) = output.outputs
         assert answer.token_ids == whole[index][:end] and answer.finish_reason == "stop"
+        assert answer.stop_reason == stop
         assert answer.text == written[:start] + (stop if keeps else "")
 
 

@@ -47,7 +47,7 @@ MAY_IMPORT = {
     "chat_template": {"messages"},
     "tokenizer_files": set(),
     "tokenizer": {"chat_template", "detokenizer", "messages", "tokenizer_files"},
-    "stops": {"request", "tokenizer"},
+    "stops": {"detokenizer", "request", "tokenizer"},
     "io": FOUNDATION | {"signals"},
     "paths": set(),
     "runtime": FOUNDATION
