@@ -229,7 +229,7 @@ class LLM(Engine):
             params = sampling_params
             if params is None:
                 params = self._default_params(max_tokens=None)
-            return self._answer("messages", chats, params, request, errors)
+            return self._answer("chats", chats, params, request, errors)
 
     @contextmanager
     def _shown(self, wanted: bool) -> Iterator[None]:
@@ -329,4 +329,4 @@ def _warn_of_failed(outputs: list[RequestOutput]) -> None:
     if failed:
         first = f"request {failed[0].index}: {failed[0].error}"
         told = f"{len(failed)} of {len(outputs)} requests failed; {first}"
-        warnings.warn(told, stacklevel=4)
+        warnings.warn(told, stacklevel=5)

@@ -213,8 +213,10 @@ def test_whatever_was_asked_for(poisoned, params):
     prompts = [references[0].prompt, [5, 3, 7], references[1].prompt]
     asked = SamplingParams(**{"max_tokens": 4, "temperature": 0.0} | params)
     with LLM(folder, policy=Policy(2, 2), dtype="float32", use_ray=False) as llm:
-        with pytest.warns(UserWarning, match="1 of 3 requests failed; request 1: .*not finite"):
+        said = "1 of 3 requests failed; request 1: .*not finite"
+        with pytest.warns(UserWarning, match=said) as warned:
             outputs = llm.generate(prompts, asked)
+        assert warned[0].filename == __file__
     assert [bool(it.error) for it in outputs] == [False, True, False]
     assert [len(it.outputs) for it in outputs] == [asked.n, 0, asked.n]
 

@@ -182,9 +182,9 @@ def test_every_iterable_of_chats_is_answered_in_order(llm, form):
     [
         ("Hi", "messages is 'Hi' (str); it must be a list"),
         (HELLO[0], "it must be a list"),
-        ([HELLO, "Hi"], "messages[1]: "),
-        ([HELLO, [{"role": "user"}]], "messages[1]: "),
-        (iter(HELLO), "messages[0]: "),
+        ([HELLO, "Hi"], "chats[1]: messages must be a list"),
+        ([HELLO, [{"role": "user"}]], "chats[1]: messages[0] has "),
+        (iter(HELLO), "chats[0]: messages must be a list"),
     ],
 )
 def test_a_wrong_chat_is_named_in_a_sentence(llm, chats, said):
