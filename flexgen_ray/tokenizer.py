@@ -70,6 +70,12 @@ class Tokenizer:
                 f"{self.folder} has no chat template; give a prompt instead of messages, or add "
                 "the model's chat_template.jinja"
             )
+        named = self.hf.chat_template
+        if isinstance(named, dict) and not named.keys() & {"default", "tool_use" if tools else ""}:
+            raise ValueError(
+                f"{self.folder} has several chat templates ({', '.join(sorted(named))}), none of "
+                "them the default; put the one to use there as chat_template.jinja"
+            )
         source = self.hf.get_chat_template(tools=tools)
         if source not in self._templates:
             self._templates[source] = ChatTemplate(source, self.hf.special_tokens_map)

@@ -199,6 +199,9 @@ def test_of_several_templates_the_one_for_tools_is_taken_with_tools(chat_model, 
     tokenizer = Tokenizer(folder)
     assert tokenizer.format_chat(ASK) == "<user>And you?\n"
     assert tokenizer.format_chat(ASK, ChatOptions([TOOL])) == str([TOOL])
+    del tokenizer.hf.chat_template["default"]
+    with pytest.raises(ValueError, match=r"several chat templates \(tool_use\), none of them"):
+        tokenizer.format_chat(ASK)
 
 
 @pytest.mark.parametrize(
