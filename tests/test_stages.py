@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from dataclasses import replace
 
 import pytest
 import tiny
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_exactness import assert_same, greedy, policies
@@ -15,6 +17,7 @@ from flexgen_ray import LLM, Placement, Policy, SamplingParams
 from flexgen_ray.config import Budget, Workload
 from flexgen_ray.models.registry import load_config
 from flexgen_ray.runtime.lanes import timed
+from flexgen_ray.runtime.link import LinkClosed, LocalLink
 from flexgen_ray.schedule.ops import EXCHANGE, Op, OpKind
 from flexgen_ray.stage_policies import StagePolicies, plan_stages
 
@@ -204,3 +207,71 @@ def test_waiting_for_a_neighbour_is_no_work(tiny_models, executor):
     for stage in stages:
         assert "device" in stage.measured.busy
         assert stage.bubbles == pytest.approx(1 - stage.lanes()["device"]["fraction"], abs=1e-3)
+
+
+def break_stage(llm, number: int, kind: OpKind, visit: int, error: BaseException) -> None:
+    """The stage's next run raises the error at the first op of a kind in a visit."""
+    stage = llm._backend._workers[number]._stage
+    run = stage._cells.run
+
+    def broken(op: Op, ready_at: float = 0.0) -> None:
+        if op.kind is kind and op.visit >= visit:
+            raise error
+        run(op, ready_at)
+
+    stage._cells.run = broken
+
+
+def threads_of_stages() -> list[str]:
+    return [it.name for it in threading.enumerate() if it.name.startswith(("stage", "lane"))]
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("visit, error", [(0, OSError("no disk")), (3, KeyboardInterrupt())])
+@pytest.mark.parametrize("broken", [(0, OpKind.COMPOSE), (1, OpKind.FINISH), (2, OpKind.SAMPLE)])
+@pytest.mark.parametrize("executor", ["serial", "async"])
+def test_an_error_of_any_stage_ends_the_run_with_it(tiny_models, executor, broken, visit, error):
+    """Every thread joined, and the next run is whole."""
+    folder, references = tiny_models["llama"]
+    prompts = [reference.prompt for reference in references]
+    params = SamplingParams(max_tokens=12, temperature=0.0)
+    options = {"pipeline_parallel_size": 3, "executor": executor, "use_ray": False}
+    with LLM(folder, policy=Policy(2, 1), dtype="float32", **options) as llm:
+        requests = [llm.request(i, prompt, params) for i, prompt in enumerate(prompts)]
+        llm.prepare(requests)
+        break_stage(llm, *broken, visit, error)
+        with pytest.raises(type(error)) as raised:
+            list(llm.stream(requests))
+        assert raised.value is error
+        assert threads_of_stages() == []
+        if visit and broken[0] == 1:
+            assert_same([it.outputs[0] for it in llm.generate(prompts, params)], references)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("executor", ["serial", "async"])
+def test_stages_end_when_their_stream_is_left(tiny_models, executor):
+    folder, references = tiny_models["llama"]
+    params = SamplingParams(max_tokens=12, temperature=0.0)
+    options = {"pipeline_parallel_size": 2, "executor": executor, "use_ray": False}
+    with LLM(folder, policy=Policy(2, 1), dtype="float32", **options) as llm:
+        requests = [llm.request(i, it.prompt, params) for i, it in enumerate(references)]
+        llm.prepare(requests)
+        stream = llm.stream(requests)
+        next(stream)
+        stream.close()
+        assert threads_of_stages() == []
+        llm.prepare(requests)
+        stream = llm.stream(requests)
+        next(stream)
+        llm.close()
+        assert threads_of_stages() == []
+
+
+@pytest.mark.timeout(10)
+def test_a_closed_link_is_never_waited_for():
+    first, second = LocalLink.ring(2)
+    second.close()
+    for wait in (first.next, first.next, lambda: first.send(torch.zeros(1)), second.next):
+        with pytest.raises(LinkClosed):
+            wait()

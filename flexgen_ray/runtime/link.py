@@ -148,6 +148,8 @@ class LocalLink:
 
     def send(self, hidden: Tensor) -> None:
         self._taken.clear()
+        if self._is_closed:  # before it could be waited for
+            raise LinkClosed("the run was stopped")
         self._following._offers.put((hidden, self._taken))
         self._taken.wait()
         if self._is_closed:
@@ -170,5 +172,6 @@ class LocalLink:
     def _get(self, queue: SimpleQueue):
         found = queue.get()
         if found is None or self._is_closed:
+            queue.put(None)  # for whoever asks again
             raise LinkClosed("the run was stopped")
         return found

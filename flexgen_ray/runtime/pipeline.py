@@ -64,18 +64,25 @@ class LocalPipeline:
         for worker, link in zip(self._workers, links, strict=True):
             worker.connect(link)
         errors: list[BaseException] = []
-        threads = [Thread(target=_follow, args=(it, errors), name="stage") for it in others]
-        for thread in threads:
-            thread.start()
+        threads = [
+            Thread(target=_follow, args=(worker, link, errors), name="stage")
+            for worker, link in zip(others, links[1:], strict=True)
+        ]
         try:
+            for thread in threads:
+                thread.start()
             # A generator that is left early must end its run before the others are waited for.
             with closing(first.run()) as events:
                 yield from events
-        except LinkClosed as error:
+        except BaseException as error:
+            links[0].close()  # or the others would wait for it without end
+            if not isinstance(error, LinkClosed):
+                raise
             errors.append(error)
         finally:
             for thread in threads:
-                thread.join()
+                if thread.ident is not None:
+                    thread.join()
         # Whose link was closed suffers from another's fault.
         if errors:
             raise min(errors, key=lambda it: isinstance(it, LinkClosed))
@@ -97,9 +104,11 @@ class LocalPipeline:
             worker.close()
 
 
-def _follow(worker: Worker, errors: list[BaseException]) -> None:
+def _follow(worker: Worker, link: LocalLink, errors: list[BaseException]) -> None:
+    """A later stage's run; its error is kept, and ends the neighbours' waiting."""
     try:
         for _ in worker.run():
             pass
     except BaseException as error:
         errors.append(error)
+        link.close()
