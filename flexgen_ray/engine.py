@@ -78,6 +78,7 @@ class Engine:
         self.settings = settings
         self.on_progress = on_progress
         self._plans: list[StagePlan] | None = None
+        self._is_closed = False
         self._run: Generator[Finished | Progress] | None = None
         self.report = Report()
         self._backend, reserved = _backend(settings, on_progress)
@@ -103,7 +104,7 @@ class Engine:
         name: a request's name for people, from its index, for what is said of single ones. Raises
         ValueError, with the numbers, for what doesn't fit.
         """
-        self._refuse_while_running()
+        self.check_usable()
         if not requests:
             return
         self.tokenizer.check()
@@ -199,7 +200,7 @@ class Engine:
         One stream at a time. Left before its end it takes the loaded weights with it: the next
         `prepare` loads them again.
         """
-        self._refuse_while_running()
+        self.check_usable()
         self.report = Report(self.report.load_seconds, self.report.planned)
         if not requests:
             return
@@ -229,6 +230,7 @@ class Engine:
 
     def write_trace(self, path: str | Path) -> None:
         """The last run's ops as a Chrome trace, if the LLM was made with trace=True."""
+        self.check_usable()
         if not self.settings.execution["keeps_spans"]:
             raise ValueError("no trace was kept; make the LLM with trace=True")
         stages = [spans(self._backend, stage) for stage in range(len(self.report.stages))]
@@ -236,6 +238,7 @@ class Engine:
 
     def close(self) -> None:
         """Stops the worker, in the middle of a stream too; memory and files are given back."""
+        self._is_closed = True
         self._stop_run()
         self.tokenizer.close()
         self._backend.close()
@@ -252,7 +255,10 @@ class Engine:
                 f"the LLM was closed with {samples.num_unanswered} requests unanswered"
             )
 
-    def _refuse_while_running(self) -> None:
+    def check_usable(self) -> None:
+        """RuntimeError if it is closed, or generates already."""
+        if self._is_closed:
+            raise RuntimeError("this LLM is closed; make another one")
         if self._run is not None:
             raise RuntimeError("this LLM is generating; finish or close its stream first")
 

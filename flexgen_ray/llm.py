@@ -247,6 +247,7 @@ class LLM(Engine):
     def _answer(
         self, what: str, items: list, sampling_params: object, make: Make, errors: OnError
     ) -> list[RequestOutput]:
+        self.check_usable()
         own = self.get_default_sampling_params() if sampling_params is None else sampling_params
         params = several_params(own, len(items), what)
         self.tokenizer.check()

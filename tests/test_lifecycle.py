@@ -53,6 +53,24 @@ def test_a_stream_that_is_left_changes_nothing_for_the_next(model, executor):
         assert_serves(llm, references)
 
 
+def test_a_closed_llm_says_so(model):
+    folder, references = model
+    with engine(folder, use_ray=False, trace=True) as llm:
+        made = requests(llm, [references[0].prompt])
+        assert_serves(llm, references[:1])
+    llm.close()  # again, which does nothing
+    for use in (
+        lambda: llm.generate([[5, 6]], GREEDY),
+        lambda: llm.chat([{"role": "user", "content": "Hi"}], GREEDY),
+        lambda: llm.prepare(made),
+        lambda: next(llm.stream(made)),
+        lambda: llm.write_trace("trace.json"),
+    ):
+        with pytest.raises(RuntimeError, match="this LLM is closed; make another one"):
+            use()
+    assert llm.report.num_requests == 1
+
+
 def test_a_ray_stream_that_is_left_changes_nothing_for_the_next(model, local_ray):
     folder, references = model
     with engine(folder) as llm:
