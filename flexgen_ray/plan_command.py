@@ -112,11 +112,13 @@ def plan(
 
 def _machines(names: list[str], stages: int | None) -> list:
     from flexgen_ray.cost.hardware import LOCAL, Hardware
-    from flexgen_ray.planning import Node
+    from flexgen_ray.planning import MAX_MACHINES, Node
 
     machines = [Node(Hardware.load(LOCAL if name == "auto" else name)) for name in names]
     if stages is None:
         return machines
+    if not 1 <= stages <= MAX_MACHINES:
+        raise ValueError(f"--stages is {stages}; it must be 1 to {MAX_MACHINES}")
     if len(machines) not in (1, stages):
         raise ValueError(
             f"--stages {stages}, but {len(machines)} machines; give one, or as many as stages"
