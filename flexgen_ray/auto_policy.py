@@ -16,12 +16,13 @@ from flexgen_ray.cost.grid import Search
 from flexgen_ray.cost.pipeline_plan import Device, Job, ModelRates, Plan
 from flexgen_ray.cost.plan import StagePlan
 from flexgen_ray.cost.planner import Infeasible, Planner, choose
-from flexgen_ray.forecast import NOTHING_FITS, UNKNOWN, Forecast, suggestion
+from flexgen_ray.forecast import NOTHING_FITS, Forecast, suggestion, unknown
 from flexgen_ray.model_config import ModelConfig
 from flexgen_ray.request import Request
 from flexgen_ray.runtime.known_rates import ASSUMED
 from flexgen_ray.runtime.worker import Machine
 from flexgen_ray.stage_policies import StagePolicies, plan_stages
+from flexgen_ray.units import format_seconds
 
 LONG_SECONDS = 600  # from which a job is worth a suggestion
 
@@ -67,10 +68,11 @@ class Run:
         if not all(it.hardware and it.hardware.knows(self.dtype) for it in machines):
             if self.max_seconds is not None:
                 raise ValueError(
-                    "--max-latency needs a plan, and this machine's rates aren't known; run "
-                    "`flexgen-ray calibrate` first, or give --hardware"
+                    f"--max-latency needs a plan, but no rates of {machines[0].host} in "
+                    f"{self.dtype} are known; run `flexgen-ray calibrate` first, or give --hardware"
                 )
-            return Settled(self._stages(policies, budgets), notes=(UNKNOWN,))
+            note = unknown(machines[0], self.dtype, policies is None)
+            return Settled(self._stages(policies, budgets), notes=(note,))
         planner = self._planner(machines, budgets, requests, self.base)
         if policies is not None:
             return self._foretold(self._stages(policies, budgets), planner, machines, requests)
@@ -122,6 +124,11 @@ class Run:
         """A given policy, and how long it will take."""
         layers = tuple(stage.num_decoder_layers for stage in stages)
         plan = planner.played(planner.evaluate(layers, [stage.policy for stage in stages]))
+        if self.max_seconds is not None and plan.block_seconds > self.max_seconds:
+            raise ValueError(
+                f"the policy's blocks take about {format_seconds(plan.block_seconds)}, more than "
+                f"--max-latency {self.max_seconds:g}; leave --policy out, or raise the bound"
+            )
         note = Forecast.of(plan, requests).line(machines[0])
         return Settled(stages, notes=(note,), forecast=plan)
 

@@ -15,10 +15,6 @@ from flexgen_ray.runtime.known_rates import ASSUMED, CALIBRATED
 from flexgen_ray.runtime.worker import Machine
 from flexgen_ray.units import format_seconds
 
-UNKNOWN = (
-    "no prediction: this machine isn't calibrated, so the tiers are filled, fastest first; "
-    "`flexgen-ray calibrate` (about a minute) lets runs be predicted and planned"
-)
 NOTHING_FITS = (
     "no plan fits by the assumed rates, so the tiers are filled, fastest first; "
     "`flexgen-ray calibrate` measures the real ones"
@@ -61,6 +57,18 @@ class Forecast:
             f"the first are there after {format_seconds(self.first_answer_seconds)}; "
             f"{_source(machine)}"
         )
+
+
+def unknown(machine: Machine, dtype: str, is_planned: bool) -> str:
+    """A line for a machine without rates; is_planned: no policy was given."""
+    has = (
+        f"{machine.host} has rates, but none for {dtype}"
+        if machine.hardware
+        else (f"{machine.host} isn't calibrated")
+    )
+    filled = ", so the tiers are filled, fastest first" if is_planned else ""
+    remedy = "`flexgen-ray calibrate` (about a minute) lets runs be predicted and planned"
+    return f"no prediction: {has}{filled}; {remedy}"
 
 
 def suggestion(lossless: Forecast, packed: Forecast) -> str | None:

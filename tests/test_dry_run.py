@@ -70,7 +70,7 @@ def test_here_the_output_counts_and_is_left_as_it_is(run_here, tmp_path, input, 
     done = rehearse(run_here, tmp_path, input, *arguments)
     assert done.returncode == 0, done.stderr
     assert "input: 3 lines to answer, 1 answered already; 1 would get" in done.stdout
-    assert "guessed" not in done.stdout and "no prediction: this machine isn't" in done.stdout
+    assert "guessed" not in done.stdout and "no prediction: " in done.stdout
     anew = rehearse(run_here, tmp_path, input, *arguments, "--overwrite")
     assert "input: 4 lines to answer; 1 would get" in anew.stdout
 

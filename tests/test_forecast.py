@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
+from flexgen_ray import calibrate
 from flexgen_ray.auto_policy import Run, Settled
-from flexgen_ray.config import Policy, Workload
+from flexgen_ray.config import Placement, Policy, Workload
 from flexgen_ray.cost.hardware import Hardware
 from flexgen_ray.cost.machine_rates import DiskRates, MemorySizes
 from flexgen_ray.cost.presets import adapted, preset_for
 from flexgen_ray.forecast import Forecast
 from flexgen_ray.models.shapes import shape_config
+from flexgen_ray.paths import hardware_file
 from flexgen_ray.request import Request, SamplingParams
 from flexgen_ray.resources import settle_budgets
-from flexgen_ray.runtime.known_rates import ASSUMED, disk_rates
-from flexgen_ray.runtime.worker import Machine
+from flexgen_ray.runtime.known_rates import ASSUMED, CALIBRATED, disk_rates
+from flexgen_ray.runtime.worker import Machine, with_known_rates
 from flexgen_ray.stage_policies import StagePolicies, plan_stages
 
 GIB = 2**30
@@ -61,12 +65,50 @@ def test_a_disks_rate_is_measured_where_there_is_room(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_machine_knows_the_rates_of_its_gpus_preset_unless_it_was_calibrated(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    found = with_known_rates(machine(None), tmp_path)
+    assert found.hardware.name == "rtx4090" and found.rates_are == ASSUMED
+    assert found.hardware.memory == MemorySizes(23 * GIB, 64 * GIB, 1000 * GIB)
+    other = with_known_rates(replace(machine(None), device_name="NVIDIA L4"), tmp_path)
+    assert other.hardware is None
+    calibrate.save(Hardware.preset("h100"), hardware_file())
+    measured = with_known_rates(replace(machine(None), rates_are=CALIBRATED), tmp_path)
+    assert measured.hardware.name == "h100" and measured.rates_are == CALIBRATED
+
+
+def test_without_rates_the_reason_is_given_and_a_bound_on_latency_is_refused():
+    here = [machine(None)]
+    budgets = settle_budgets(here, {"gpu": None, "cpu": None, "disk": None}, 0)
+    requests = [Request(0, [1] * 10, SamplingParams(max_tokens=4))]
+    run = Run(shape_config("opt-125m"), "float32", True, False, Workload(1, 10, 14))
+    (note,) = run.plan(None, here, budgets, requests).notes
+    assert "here isn't calibrated, so the tiers are filled" in note
+    (note,) = run.plan(StagePolicies((Policy(),)), here, budgets, requests).notes
+    assert "isn't calibrated" in note and "filled" not in note
+    with pytest.raises(ValueError, match="--max-latency needs a plan"):
+        replace(run, max_seconds=1.0).plan(None, here, budgets, requests)
+    known = [replace(here[0], hardware=Hardware.preset("t4-paper"))]
+    (note,) = run.plan(None, known, budgets, requests).notes
+    assert "but none for float32" in note
+
+
+def test_a_policy_that_is_slower_than_the_bound_is_refused():
+    slow = StagePolicies((Policy(gpu_batch_size=2, weights=Placement(0, 0, 1)),))
+    with pytest.raises(ValueError, match="more than --max-latency 0.01; leave --policy out"):
+        settled("opt-1.3b", 2, 8, slow, max_seconds=0.01)
+
+
 def machine(hardware: Hardware | None, gpu: float = 23, cpu: float = 64) -> Machine:
     sizes = int(gpu * GIB), int(cpu * GIB), 1000 * GIB
     return Machine("here", "cuda", GEFORCE, *sizes, 16, True, hardware, "0", ASSUMED)
 
 
-def settled(model: str, count: int, max_tokens: int, policies=None, **sizes) -> Settled:
+def settled(
+    model: str, count: int, max_tokens: int, policies=None, max_seconds=None, **sizes
+) -> Settled:
     hardware = adapted(preset_for(GEFORCE), MemorySizes(GIB, GIB, GIB), 16, None)
     here = [machine(hardware, **sizes)]
     budgets = settle_budgets(here, {"gpu": None, "cpu": None, "disk": None}, 0)
@@ -74,6 +116,7 @@ def settled(model: str, count: int, max_tokens: int, policies=None, **sizes) -> 
         Request(i, [1] * 100, SamplingParams(max_tokens=max_tokens - i % 2)) for i in range(count)
     ]
     run = Run(shape_config(model), "float16", True, False, Workload(count, 100, 100 + max_tokens))
+    run = replace(run, max_seconds=max_seconds)
     return run.plan(policies, here, budgets, requests)
 
 

@@ -18,7 +18,14 @@ from flexgen_ray.cost.plan import StagePlan
 from flexgen_ray.events import Progress, Recovery, Standing
 from flexgen_ray.llm import LLM
 from flexgen_ray.models.shapes import shape_config
-from flexgen_ray.progress import LINE_SECONDS, Lines, counted, show_progress
+from flexgen_ray.progress import (
+    LINE_SECONDS,
+    Lines,
+    counted,
+    show_progress,
+    show_steps,
+    while_it_runs,
+)
 from flexgen_ray.request import Finished, Request, SamplingParams
 from flexgen_ray.schedule.zigzag import StageLayers
 from flexgen_ray.tally import Tally
@@ -121,6 +128,17 @@ def test_counted_items_are_those_that_come():
     ]
 
 
+def test_steps_and_what_cannot_say_how_far_it_is_get_lines_too(capfd):
+    with show_steps("quantizing", 3) as begin:
+        begin("layer 0")
+        begin("layer 1")
+        time.sleep(1.7)
+    said = LINE.findall(capfd.readouterr().err)
+    assert said[0] == "quantizing" and len(said) == 1
+    while_it_runs(lambda seconds: time.sleep(seconds), "bench lanes")(seconds=0)
+    assert LINE.findall(capfd.readouterr().err) == ["bench lanes"]
+
+
 def test_amounts_are_told_in_their_units(capfd):
     with show_progress() as show:
         show(Progress(phase="loading weights", done=2**30, total=2**32, unit="bytes"))
@@ -140,7 +158,7 @@ def test_generate_shows_progress_only_when_asked(text_model, capfd):
         phases = list(dict.fromkeys(event.current_phase for event in seen if not event.note))
         assert phases == ["tokenizing", "planning", "loading weights", "prefill", "decode"]
         notes = [event.note for event in seen if event.note]
-        assert len(notes) == 1 and notes[0].startswith("no prediction: this machine isn't cali")
+        assert len(notes) == 1 and "isn't calibrated, so the tiers are filled" in notes[0]
         last = seen[-1].standing
         assert last and (last.requests_done, last.new_tokens, last.seconds_left) == (2, 6, 0)
         count = len(seen)

@@ -91,7 +91,7 @@ class Worker:
             is_fast_in_bfloat16=_gpu_has_bfloat16() if uses_cuda else _cpu_has_bfloat16(),
             gpu_id=str(torch.cuda.get_device_properties().uuid) if uses_cuda else "",
         )
-        return _with_rates(machine, Path(offload_dir)) if with_rates else machine
+        return with_known_rates(machine, Path(offload_dir)) if with_rates else machine
 
     def rates(self, spec: StageSpec) -> HardwareSpec:
         """What this machine gives for the stage's shapes, measured now; takes a few seconds."""
@@ -198,7 +198,7 @@ def find_device(name: str) -> torch.device:
     return torch.device("cuda", index)
 
 
-def _with_rates(machine: Machine, offload_dir: Path) -> Machine:
+def with_known_rates(machine: Machine, offload_dir: Path) -> Machine:
     """With the node's calibrated rates, or those of the preset for its GPU, if there are any."""
     uses_cuda = machine.on_cuda
     if hardware := calibrated(uses_cuda):
