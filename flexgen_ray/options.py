@@ -272,7 +272,9 @@ def _engine(
 
 
 def num_stages(text: str) -> int | str:
-    """A number, or what else was said."""
+    """A number, or auto; ValueError, in the option's name, for other words."""
+    if text != "auto" and not (text.isdecimal() and int(text)):
+        raise ValueError(f"--stages is {text!r}; it must be auto or a number from 1 up")
     return int(text) if text.isdecimal() else text
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from numbers import Number
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from flexgen_ray.names import explains_unknown
 
@@ -32,6 +32,8 @@ _ELSEWHERE = {
     "truncate_prompt_tokens": "cut the prompt's token ids yourself",
     "detokenize": "answers always have their text; leave it out",
 }
+# Types of values that need no look: this happens for every request of a job.
+_PLAIN = {int, float, bool, str, tuple, list, dict, type(None)}
 MAX_LOGPROBS = 20
 MAX_SAMPLES = 128
 DEFAULT_MAX_TOKENS = 16  # vLLM's and OpenAI's, of completions
@@ -88,8 +90,8 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if isinstance(value, Number) and hasattr(value, "item"):  # numpy's
-                object.__setattr__(self, name, value.item())
+            if type(value) not in _PLAIN and isinstance(value, Number):
+                object.__setattr__(self, name, _plain(value))
         for name in ("stop", "stop_token_ids"):
             object.__setattr__(self, name, _as_tuple(getattr(self, name)))
         least, most = 1 if self.prompt_logprobs is None else 0, self.max_tokens
@@ -221,6 +223,8 @@ def _is_token(value: object) -> bool:
 
 def _as_tuple(value: object) -> object:
     """The items of any collection, a text as one item; what is no collection as it is."""
+    if type(value) is tuple and not value:
+        return value
     if value is None or isinstance(value, str):
         return () if value is None else (str(value),)
     if hasattr(value, "tolist"):
@@ -229,8 +233,12 @@ def _as_tuple(value: object) -> object:
         value = sorted(value, key=repr)
     if not isinstance(value, Sequence) or isinstance(value, bytes):
         return value
-    are_numpy = (isinstance(it, Number) and hasattr(it, "item") for it in value)
-    return tuple(it.item() if numpy else it for it, numpy in zip(value, are_numpy, strict=True))
+    return tuple(it if type(it) in _PLAIN else _plain(it) for it in value)
+
+
+def _plain(value: Any) -> object:
+    """Python's number for one of numpy's; other values as they are."""
+    return value.item() if isinstance(value, Number) and hasattr(value, "item") else value
 
 
 def _is_number(value: object, kind) -> bool:

@@ -262,3 +262,10 @@ def test_a_negative_number_of_texts_is_refused(run_here, text_model, tmp_path, c
     kind, option = command.split()
     refused = run_here("eval", kind, "--model", text_model, "--data", tmp_path / "data", option, -1)
     assert refused.returncode and f"Invalid value for '{option}'" in refused.stderr
+
+
+@pytest.mark.parametrize("stages", ["two", "0", "-1", "1.5", ""])
+def test_a_wrong_number_of_stages_is_refused_in_the_option_s_name(run_here, text_model, stages):
+    job = ("--model", text_model, "--input", "in.jsonl", "--output", "out.jsonl", "--no-ray")
+    refused = run_here("generate", *job, "--stages", stages)
+    assert refused.returncode and f"--stages is {stages!r}; it must be auto or" in refused.stderr
