@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 
 from flexgen_ray.config import TIERS, HardwareSpec, Placement, Policy
 from flexgen_ray.cost.plan import StagePlan
-from flexgen_ray.cost.sizes import stage_bytes, totals
+from flexgen_ray.cost.sizes import stage_bytes, staged_bytes, totals
 from flexgen_ray.cost.visit import Quantity, seconds_of_visit
 from flexgen_ray.schedule.zigzag import StageLayers
 
@@ -99,19 +99,38 @@ class Corners:
 
     def _at(self, share: Share) -> dict[Quantity, tuple[float, float]]:
         policy = corner(self.plan.policy, share)
-        needs = [totals(stage_bytes(_small(self.plan, layers, policy))) for layers in (1, 2)]
+        needs = [_bytes(_small(self.plan, layers, policy)) for layers in (1, 2)]
         found: dict[Quantity, tuple[float, float]] = {}
         for tier in TIERS:
-            one, two = (getattr(need, tier) for need in needs)
+            one, two = (need[tier] for need in needs)
             found["bytes", tier] = 2 * one - two, two - one
         # What batches bring doesn't depend on how many there are, nor on the blocks.
         alike = replace(policy, num_gpu_batches=2, blocks_in_flight=None)
         small = replace(_small(self.plan, 1, alike), num_blocks=1)
-        small = replace(small, workload=replace(small.workload, num_requests=1))
         more = self.plan.policy.num_gpu_batches - 1
         for key, taken in seconds_of_visit(small, self.hardware, self.position).items():
             found[key] = taken.once + more * taken.once_more, taken.each + more * taken.each_more
         return found
+
+
+def _bytes(plan: StagePlan) -> dict[str, int]:
+    """{tier: bytes} of a small plan: each further batch takes as many, but for weights on their way
+    from disk, whose parts get smaller."""
+    batches = plan.policy.num_gpu_batches
+    two, three = (_unstaged_bytes(_with_batches(plan, number)) for number in (2, 3))
+    found = {tier: two[tier] + (batches - 2) * (three[tier] - two[tier]) for tier in TIERS}
+    return found | {"cpu": found["cpu"] + staged_bytes(plan)}
+
+
+@lru_cache(maxsize=8192)
+def _unstaged_bytes(plan: StagePlan) -> dict[str, int]:
+    need = totals(stage_bytes(plan))
+    found = {tier: getattr(need, tier) for tier in TIERS}
+    return found | {"cpu": found["cpu"] - staged_bytes(plan)}
+
+
+def _with_batches(plan: StagePlan, batches: int) -> StagePlan:
+    return replace(plan, policy=replace(plan.policy, num_gpu_batches=batches))
 
 
 def corner(policy: Policy, share: Share) -> Policy:
@@ -177,4 +196,5 @@ def _small(plan: StagePlan, layers: int, policy: Policy) -> StagePlan:
     mixed = bool(plan.config.full_attention_layers)
     window = None if mixed else plan.config.sliding_window
     config = replace(plan.config, num_layers=count, sliding_window=window)
-    return replace(plan, config=config, stage=StageLayers(first, last, count), policy=policy)
+    stage, workload = StageLayers(first, last, count), replace(plan.workload, num_requests=1)
+    return replace(plan, config=config, stage=stage, policy=policy, workload=workload)

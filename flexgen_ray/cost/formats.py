@@ -30,6 +30,11 @@ class WeightFormat:
     bits: int | None = None
     table_bits: int | None = None
 
+    @property
+    def packs(self) -> bool:
+        """Whether any weight is packed."""
+        return bool(self.bits or self.table_bits)
+
     def bits_of(self, name: str, shape: Shape) -> int | None:
         """Of a packed weight; None for one that isn't packed."""
         if len(shape) < 2 or name in _PLAIN:

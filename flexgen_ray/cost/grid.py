@@ -21,7 +21,8 @@ TILES = (512, 2048)
 class Search:
     """What may be chosen. base: has what may not, such as the bits of weights and cache; layers:
     of each stage, if they are settled; max_seconds: that a block may take; shares, overlaps: as in
-    lp.Aim; extra_blocks: in flight beyond the number of stages."""
+    lp.Aim; extra_blocks: in flight beyond the number of stages; cells: of a visit, as many are
+    played (`Planner.played`)."""
 
     base: Policy = Policy()
     batch_sizes: tuple[int, ...] = BATCH_SIZES
@@ -32,11 +33,13 @@ class Search:
     max_seconds: float | None = None
     shares: tuple[Share, ...] = SHARES
     overlaps: bool = True
+    cells: int | None = 384
 
     def near(self, shape: Policy) -> Search:
-        """The same with blocks about as large."""
+        """Of blocks about as large, and quicker."""
         return replace(
             self,
+            cells=128,
             batch_sizes=_near(shape.gpu_batch_size, self.batch_sizes, 1),
             batches=_near(shape.num_gpu_batches, self.batches, 1),
         )

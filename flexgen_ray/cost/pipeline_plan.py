@@ -107,6 +107,11 @@ class Plan:
         """{phase: visits of a block}."""
         return {"prefill": self.prefill_visits, "decode": max(self.job.mean_tokens - 1, 0)}
 
+    def bound_seconds(self, phase: str) -> float:
+        """Of the slowest stage's busiest lane."""
+        stages = (stage[phase].items() for stage in self.seconds)
+        return max(it for seconds in stages for name, it in seconds if name != PLAYED)
+
     def visit_seconds(self, phase: str) -> float:
         """Of the slowest stage's busiest lane, or as the schedule was played."""
         return max(max(stage[phase].values()) for stage in self.seconds)

@@ -8,20 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from itertools import chain
+from itertools import chain, islice
 
 from flexgen_ray.config import TIERS, Budget, HardwareSpec, Policy, Workload
 from flexgen_ray.cost.corners import ON_DEVICE, Corners, policy_of, shares_of
 from flexgen_ray.cost.grid import Grid, Search
-from flexgen_ray.cost.lp import (
-    Aim,
-    Infeasible,
-    Solution,
-    StageProblem,
-    solve,
-    what_lacks,
-    whole,
-)
+from flexgen_ray.cost.lp import Aim, Infeasible, Solution, StageProblem, solve, what_lacks, whole
 from flexgen_ray.cost.nodes import add_one_batch, add_shared, over_budgets
 from flexgen_ray.cost.pipeline_plan import PLAYED, Device, Job, Plan
 from flexgen_ray.cost.plan import StagePlan
@@ -31,7 +23,11 @@ from flexgen_ray.cost.visit import PHASES, WAYS
 from flexgen_ray.model_config import ModelConfig
 from flexgen_ray.schedule.zigzag import StageLayers
 
-FINALISTS = 4  # that are played
+PLANNED = 10  # of the most promising sketches, those whose tensors and rows fit
+FINALISTS = 4  # of those plans that are played, if they could be so much faster than the best
+WORTH_PLAYING = 1.01
+# Layers of all stages that are played at least, or their ends would weigh too much.
+FEW_LAYERS = 12
 CENTRES = 3  # of the best shapes, around which others are tried
 ROUNDS = 6  # of tightening budgets until whole tensors and rows fit them
 
@@ -51,21 +47,23 @@ def choose(planner: Planner) -> Plan:
 
     Raises Infeasible with what the smallest block lacks if nothing fits.
     """
-    best: Plan | None = None
-    tried = 0
-    for sketch in planner.promising():
-        # No plan is faster than its sketch, and none is played faster than it is planned.
-        if tried == FINALISTS or (best and planner.rate_of(sketch) <= best.tokens_per_s):
-            break
-        plan = planner.plan(sketch.shape)
-        if plan is None or (best and plan.tokens_per_s <= best.tokens_per_s):
-            continue
-        tried += 1
-        plan = planner.played(plan) if planner.search.overlaps else plan
-        best = max(best or plan, plan, key=lambda it: it.tokens_per_s)
-    if best is None:
+    planned = filter(None, (planner.plan(sketch.shape) for sketch in planner.promising()))
+    plans = sorted(islice(planned, PLANNED), key=_rate)
+    if not plans:
         raise planner.refusal()
+    best = plans.pop()
+    if not planner.search.overlaps:
+        return best
+    best, left = planner.played(best, planner.search.cells), FINALISTS - 1
+    # None is played faster than it is planned.
+    while plans and left and _rate(plans[-1]) > WORTH_PLAYING * _rate(best):
+        best = max(best, planner.played(plans.pop(), planner.search.cells), key=_rate)
+        left -= 1
     return best
+
+
+def _rate(plan: Plan) -> float:
+    return plan.tokens_per_s
 
 
 @dataclass(frozen=True)
@@ -115,10 +113,6 @@ class Planner:
         """Of the whole grid; slower."""
         return self._sketched(self._grid.all())
 
-    def rate_of(self, sketch: Sketch) -> float:
-        """Its tokens/s."""
-        return self.job.mean_tokens / sketch.seconds_per_sequence
-
     def plan(self, shape: Policy) -> Plan | None:
         """The shape's best placement in whole layers, tensors and rows; None if there is none."""
         budgets = self._budgets
@@ -157,8 +151,10 @@ class Planner:
             add_shared(self.devices, own, self.search.overlaps)
         return Plan(self.job, stages, seconds, self._prefill_visits(stages[0]))
 
-    def played(self, plan: Plan) -> Plan:
-        """The plan with the seconds that the schedule makes of it, where that is slower."""
+    def played(self, plan: Plan, cells: int | None = None) -> Plan:
+        """The plan with the seconds that the schedule makes of it, where that is slower. cells: of
+        a visit of all blocks, layers and batches; about as many are played, all if None, and the
+        others taken to be slowed as much."""
         rates, cores = self.rates(plan.stages[0].policy), [it.core_shares for it in self.devices]
         seconds = [{phase: dict(stage[phase]) for phase in PHASES} for stage in plan.seconds]
         rows = {
@@ -166,9 +162,26 @@ class Planner:
             "decode": decoding(plan.stages[0], self.job.middle_position),
         }
         for phase in PHASES:
-            visit = simulate_pipeline(plan.stages, rates, rows[phase], cores)
+            # Passes of prompts hardly wait, but in a ring.
+            few = phase == "prefill" and len(plan.stages) == 1
+            part = self._part(plan, cells // 4 if cells and few else cells)
+            visit = simulate_pipeline(part.stages, rates, rows[phase], cores)
+            if part is not plan:
+                visit *= plan.bound_seconds(phase) / part.bound_seconds(phase)
             seconds[-1][phase][PLAYED] = visit
         return replace(plan, seconds=seconds)
+
+    def _part(self, plan: Plan, cells: int | None) -> Plan:
+        """With fewer layers, if all of them are more than so many cells."""
+        batches = plan.stages[0].num_batches
+        counts = [stage.num_decoder_layers for stage in plan.stages]
+        if cells is None or sum(counts) * batches <= cells:
+            return plan
+        kept = max(cells / batches, FEW_LAYERS) / sum(counts)
+        layers = tuple(min(it, max(1, round(it * kept))) for it in counts)
+        config = replace(self.config, num_layers=sum(layers))
+        short = replace(self, config=config, search=replace(self.search, layers=None))
+        return short.evaluate(layers, [stage.policy for stage in plan.stages])
 
     def rates(self, shape: Policy) -> list[HardwareSpec]:
         """Of each stage's device, for products of the shape's sizes."""

@@ -10,6 +10,8 @@ from flexgen_ray.config import HardwareSpec
 class Resource(StrEnum):
     """What is scarce; each value is the name of its rate in HardwareSpec."""
 
+    __hash__ = str.__hash__  # Enum's own is Python, and these are looked up all the time
+
     H2D = "h2d_bytes_per_s"
     D2H = "d2h_bytes_per_s"
     DISK_READ = "disk_read_bytes_per_s"

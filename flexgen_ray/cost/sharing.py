@@ -72,7 +72,11 @@ class Machine(Generic[W]):
 
     def next_end(self) -> float:
         """When the first of what is under way ends, if nothing else begins."""
-        return min((work.ends for work in self._running), default=math.inf)
+        first = math.inf
+        for work in self._running:
+            if work.ends < first:
+                first = work.ends
+        return first
 
     def take_ended(self, now: float) -> list[W]:
         """What has ended by now, and is under way no longer."""

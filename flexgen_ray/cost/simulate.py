@@ -13,7 +13,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from flexgen_ray.cost.sharing import Demand, Machine, Work
+from flexgen_ray.cost.sharing import SIMULTANEOUS, Demand, Machine, Work
 from flexgen_ray.schedule.dependencies import Dependencies
 from flexgen_ray.schedule.messages import Message, heard, told
 from flexgen_ray.schedule.ops import LANE, Lane, Op
@@ -64,13 +64,16 @@ def simulate_ring(streams: list[Stream], num_blocks: int) -> list[Simulated]:
         stage.issue()
     while True:
         # What ends at once may let another stage start.
-        while any([stage.start(now) for stage in stages]):
+        while any([stage.start(now) for stage in stages if stage.touched]):
             pass
-        now = min(stage.machine.next_end() for stage in stages)
+        ends = [stage.machine.next_end() for stage in stages]
+        now = min(ends)
         if now == math.inf:
             break
-        for stage in stages:
-            stage.end(now)
+        latest = now + SIMULTANEOUS * now
+        for stage, end in zip(stages, ends, strict=True):
+            if end <= latest:
+                stage.end(now)
     if any(stage.is_waiting for stage in stages):
         raise RuntimeError(f"with {num_blocks} blocks, {len(stages)} stages wait for each other")
     return [stage.simulated() for stage in stages]
@@ -119,7 +122,7 @@ class _Stage:
         posts = {it: _Post(lane for lane in Lane if lane.worker is it) for it in Lane}
         self._post_of = {lane: posts[lane.worker] for lane in Lane}
         self._device = posts[Lane.DEVICE]
-        self._touched: list[_Post] = []
+        self.touched: list[_Post] = []
         self._in_flight = 0
         self._room = stream.window - 1
         self._last_ops: deque[_Job] = deque()  # of the visits that aren't known to be over
@@ -151,25 +154,26 @@ class _Stage:
             self._room = window // 2 if self._in_flight >= window else window - 1
 
     def _queue(self, job: _Job) -> None:
+        queue = job.queue
         for other in self._dependencies.of(job, job.op):
-            if not other.is_done and other.queue is not job.queue:
+            if not other.is_done and other.queue is not queue:
                 other.dependents.append(job)
                 job.missing += 1
         self._mail.expect(self, job)
         job.queue.append(job)
         self._in_flight += 1
-        self._touched.append(job.post)
+        self.touched.append(job.post)
         if job.op.ends_visit:
             self._last_ops.append(job)
 
     def start(self, now: float) -> bool:
         """All that may start; whether anything has also ended, for it takes no time."""
         has_ended = is_device = False
-        while self._touched or is_device:
+        while self.touched or is_device:
             # Only the device has a choice: it comes last, when all that is ready is known.
-            if not self._touched:
+            if not self.touched:
                 post, is_device = self._device, False
-            elif (post := self._touched.pop()) is self._device:
+            elif (post := self.touched.pop()) is self._device:
                 is_device = True
                 continue
             job = None if post.is_busy else post.next()
@@ -194,7 +198,7 @@ class _Stage:
         """One of those that it waited for has ended."""
         job.missing -= 1
         if not job.missing:
-            self._touched.append(job.post)
+            self.touched.append(job.post)
 
     def _finish(self, job: _Job, now: float) -> None:
         op = job.op
@@ -209,7 +213,7 @@ class _Stage:
         for other in job.dependents:
             self.release(other)
         job.dependents.clear()
-        self._touched.append(job.post)
+        self.touched.append(job.post)
         self._mail.tell(self.number, op)
         self._in_flight -= 1
         if self._in_flight <= self._room:

@@ -46,6 +46,11 @@ def staging_slot_bytes(plan: StagePlan) -> int:
     return plan.weights.largest("disk", plan.policy.num_gpu_batches)
 
 
+def staged_bytes(plan: StagePlan) -> int:
+    """Bytes of all those slots."""
+    return staging_slots(plan.policy.num_gpu_batches) * staging_slot_bytes(plan)
+
+
 def packed_values(plan: StagePlan, layer: int, part: str) -> int:
     """How many values of a layer's weights are unpacked for a part."""
     shapes = plan.weight_format.unpacked(plan.config.tensors(layer), part)
@@ -55,7 +60,7 @@ def packed_values(plan: StagePlan, layer: int, part: str) -> int:
 def unpacked_bytes(plan: StagePlan) -> dict[str, int]:
     """{part: bytes} of the device memory in which a layer's packed weights are unpacked."""
     kept, found = plan.weight_format, dict.fromkeys(PARTS, 0)
-    for layer in plan.stage.with_weights:
+    for layer in plan.stage.with_weights if kept.packs else ():
         for part in PARTS:
             shapes = kept.unpacked(plan.config.tensors(layer), part).values()
             nbytes = sum(aligned(prod(shape) * plan.element_bytes) for shape in shapes)
@@ -66,7 +71,6 @@ def unpacked_bytes(plan: StagePlan) -> dict[str, int]:
 def stage_bytes(plan: StagePlan) -> dict[str, dict[str, int]]:
     """{tier: {what: bytes}} of everything the stage will allocate."""
     weights = weight_bytes(plan)
-    parts = staging_slots(plan.policy.num_gpu_batches)
     cache = _cache_bytes(plan)
     hidden = _hidden_bytes(plan)
     return {
@@ -80,7 +84,7 @@ def stage_bytes(plan: StagePlan) -> dict[str, dict[str, int]]:
         },
         "cpu": {
             "weights": weights["cpu"],
-            "weights in flight": parts * staging_slot_bytes(plan),
+            "weights in flight": staged_bytes(plan),
             **cache["cpu"],
             **hidden["cpu"],
         },

@@ -14,6 +14,8 @@ from flexgen_ray.schedule.ops import Op, OpKind
 class Buffer(StrEnum):
     """A piece of memory that ops share; `reads` and `writes` tell which copy an op touches."""
 
+    __hash__ = str.__hash__  # Enum's own is Python, and these are looked up all the time
+
     DEVICE_WEIGHTS = auto()  # streamed weights; one copy per weights slot
     HOST_WEIGHTS = auto()  # a part of disk weights on its way; one copy per staging slot
     WORK = auto()  # hidden states of a cell on the device; the following per cell slot

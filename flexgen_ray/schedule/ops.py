@@ -23,6 +23,8 @@ def staging_slots(num_batches: int) -> int:
 class OpKind(StrEnum):
     """What one op does; see docs/design.md for the cell they form."""
 
+    __hash__ = str.__hash__  # Enum's own is Python, and these are looked up all the time
+
     RECV_TOKENS = auto()  # what the last stage chose, a turn of the block ago
     COMPOSE = auto()  # which rows this pass of a batch has
     RECV_ROWS = auto()  # the same, from the stage before; passed on at once
@@ -60,6 +62,8 @@ class Lane(StrEnum):
 
     What is begun ahead has lanes of its own: it may wait without holding up what is to be finished.
     """
+
+    __hash__ = str.__hash__
 
     DEVICE = auto()
     DEVICE_AHEAD = auto()
