@@ -25,7 +25,7 @@ from flexgen_ray.messages import ChatOptions, parse_messages
 from flexgen_ray.model_config import ModelConfig
 from flexgen_ray.model_defaults import model_defaults
 from flexgen_ray.models.checkpoint import checkpoint_config
-from flexgen_ray.models.registry import load_config
+from flexgen_ray.models.configs import load_config
 from flexgen_ray.models.shapes import shape_config
 from flexgen_ray.names import explains_call, explains_unknown
 from flexgen_ray.paths import default_offload_dir, find_model

@@ -127,7 +127,7 @@ def _machines(names: list[str], stages: int | None) -> list:
 
 
 def _config(model: str) -> ModelConfig:
-    from flexgen_ray.models.registry import load_config
+    from flexgen_ray.models.configs import load_config
     from flexgen_ray.models.shapes import SHAPES, shape_config
 
     if model in SHAPES and not Path(model).is_dir():

@@ -26,7 +26,7 @@ from flexgen_ray.cli import app
 from flexgen_ray.cost.hardware import Hardware
 from flexgen_ray.model_defaults import model_defaults
 from flexgen_ray.models.checkpoint import Checkpoint
-from flexgen_ray.models.registry import load_config
+from flexgen_ray.models.configs import load_config
 from flexgen_ray.paths import hardware_file
 
 

@@ -18,7 +18,7 @@ from flexgen_ray.bench.peers import peers
 from flexgen_ray.bench.shapes import SHAPES, make_checkpoint
 from flexgen_ray.bench.standings import standings
 from flexgen_ray.bench.work import Run
-from flexgen_ray.models.registry import load_config
+from flexgen_ray.models.configs import load_config
 
 MAX_TOKENS = 5
 

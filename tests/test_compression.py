@@ -22,7 +22,7 @@ from flexgen_ray import LLM, Placement, Policy, SamplingParams
 from flexgen_ray.bench.rounding import RoundingCache, round_weights
 from flexgen_ray.cli import app
 from flexgen_ray.cost.formats import WeightFormat
-from flexgen_ray.models.registry import load_config
+from flexgen_ray.models.configs import load_config
 from flexgen_ray.quant import plain
 from flexgen_ray.quant.packing import packed_bytes
 from flexgen_ray.quant.quantize import pack

@@ -13,7 +13,7 @@ from flexgen_ray.cost.cost import CostModel
 from flexgen_ray.cost.placed_rows import Composition
 from flexgen_ray.cost.plan import StagePlan
 from flexgen_ray.cost.scarce import Resource
-from flexgen_ray.models.registry import load_config
+from flexgen_ray.models.configs import load_config
 from flexgen_ray.rows import Row, Rows
 from flexgen_ray.schedule.ops import Op, OpKind
 from flexgen_ray.schedule.zigzag import StageLayers

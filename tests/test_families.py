@@ -11,7 +11,7 @@ import tiny
 from flexgen_ray.cost.formats import WeightFormat
 from flexgen_ray.model_config import ModelConfig
 from flexgen_ray.models.checkpoint import Checkpoint
-from flexgen_ray.models.registry import load_config
+from flexgen_ray.models.configs import load_config
 
 
 def loaded(tiny_models, tmp_path, name: str, changes: dict, without: tuple[str, ...] = ()):

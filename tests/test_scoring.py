@@ -19,7 +19,7 @@ from flexgen_ray import LLM, Policy, SamplingParams
 from flexgen_ray.config import Workload
 from flexgen_ray.cost.plan import StagePlan
 from flexgen_ray.cost.sizes import scored_tokens_at_a_time, workspace_bytes
-from flexgen_ray.models.registry import load_config
+from flexgen_ray.models.configs import load_config
 from flexgen_ray.request import Request, Score
 from flexgen_ray.rows import Row, Rows, ScoredRow
 from flexgen_ray.runtime.batcher import Batcher

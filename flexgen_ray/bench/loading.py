@@ -18,7 +18,7 @@ from flexgen_ray.bench.result import finish
 from flexgen_ray.bench.shapes import SHAPES, make_checkpoint
 from flexgen_ray.config import Policy
 from flexgen_ray.llm import LLM
-from flexgen_ray.models.registry import load_config
+from flexgen_ray.models.configs import load_config
 from flexgen_ray.options import JsonOption
 from flexgen_ray.paths import find_model
 from flexgen_ray.quantize_command import packed_copy

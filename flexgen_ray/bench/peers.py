@@ -142,7 +142,7 @@ def _prompts(
     """Token ids; ValueError if there are none or the model's context is too short for them."""
     if file is not None and prompt_len is not None:
         raise ValueError("--prompts and --prompt-len exclude each other; give one")
-    from flexgen_ray.models.registry import load_config
+    from flexgen_ray.models.configs import load_config
 
     config = load_config(model)
     if prompt_len is not None:

@@ -19,7 +19,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from flexgen_ray.config import kept_tokens
 from flexgen_ray.cost.formats import WeightFormat
 from flexgen_ray.evaluation.perplexity import windows
-from flexgen_ray.models.registry import FAMILIES, load_config
+from flexgen_ray.models.configs import load_config
+from flexgen_ray.models.registry import FAMILIES
 from flexgen_ray.quant import plain
 from flexgen_ray.quant.host_search import TURNS, WIDTHS
 from flexgen_ray.quant.packing import GROUP, packed_bytes

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from flexgen_ray.model_config import ModelConfig
-from flexgen_ray.models.registry import FAMILIES, load_config
+from flexgen_ray.models.configs import load_config
+from flexgen_ray.models.registry import FAMILIES
 from flexgen_ray.models.tensor_files import StoredTensor, open_tensors, stored_tensors
 from flexgen_ray.quant.packing import packed_bytes
 

@@ -24,7 +24,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_new": partial(_gelu, approximate="tanh"),
     "gelu_pytorch_tanh": partial(_gelu, approximate="tanh"),
 }
-ROPE_TYPES = ("default", "linear", "llama3")
 _LARGE_MATRIX = 5 * 10**5  # elements; with fewer, oneDNN's set-up costs what it gains
 _onednn = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 

@@ -4,8 +4,6 @@ and queries and keys are, all heads' together.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from torch import Tensor
 
 from flexgen_ray.model_config import ModelConfig
@@ -24,12 +22,6 @@ WEIGHT_NAMES = llama.WEIGHT_NAMES | {
     "mlp_norm": "model.layers.{}.post_feedforward_layernorm",
 }
 embed, head = llama.embed, llama.head
-
-
-def parse_config(hf: dict) -> ModelConfig:
-    """From the keys of Hugging Face's Olmo2Config; ValueError names an unknown rope type."""
-    config = llama.parse_config(hf)
-    return replace(config, family="olmo2", pre_norm=False, qk_norm="all", norm_offset=0.0)
 
 
 def project(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from flexgen_ray.model_config import ModelConfig
+from flexgen_ray.models.families import POSITION_OFFSET
 from flexgen_ray.models.layers import (
     ACTIVATIONS,
     Lookup,
@@ -13,8 +14,6 @@ from flexgen_ray.models.layers import (
     linear,
     project_heads,
 )
-
-POSITION_OFFSET = 2  # the first two rows of OPT's position table are never used
 
 WEIGHT_NAMES = {
     "embed_tokens": "model.decoder.embed_tokens",
@@ -32,39 +31,6 @@ WEIGHT_NAMES = {
     "up_proj": "model.decoder.layers.{}.fc1",
     "down_proj": "model.decoder.layers.{}.fc2",
 }
-
-
-def parse_config(hf: dict) -> ModelConfig:
-    """From the keys of Hugging Face's OPTConfig."""
-    hidden, heads = hf["hidden_size"], hf["num_attention_heads"]
-    pre_norm = hf.get("do_layer_norm_before", True)
-    affine = hf.get("layer_norm_elementwise_affine", True)
-    bias = hf.get("enable_bias", True)
-    return ModelConfig(
-        family="opt",
-        num_layers=hf["num_hidden_layers"],
-        hidden_size=hidden,
-        num_heads=heads,
-        num_kv_heads=heads,
-        head_dim=hidden // heads,
-        intermediate_size=hf["ffn_dim"],
-        vocab_size=hf["vocab_size"],
-        max_seq_len=hf["max_position_embeddings"],
-        embedding_size=hf.get("word_embed_proj_dim", hidden),
-        dtype=hf["dtype"],
-        tie_word_embeddings=hf.get("tie_word_embeddings", True),
-        activation=hf.get("activation_function", "relu"),
-        norm_eps=1e-5,
-        norm_weight=affine,
-        norm_bias=affine,
-        pre_norm=pre_norm,
-        final_norm=pre_norm and not hf.get("_remove_final_layer_norm", False),
-        attention_bias=bias,
-        output_bias=bias,
-        mlp_bias=bias,
-        position_table=hf["max_position_embeddings"] + POSITION_OFFSET,
-        eos_token_ids=hf["eos_token_ids"],
-    )
 
 
 def embed(config: ModelConfig, lookup: Lookup, tokens: Tensor, positions: Tensor) -> Tensor:

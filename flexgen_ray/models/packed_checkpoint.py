@@ -18,7 +18,7 @@ from torch import Tensor
 from flexgen_ray.config import DTYPE_BYTES
 from flexgen_ray.model_config import ModelConfig
 from flexgen_ray.models.checkpoint import Checkpoint, Kept
-from flexgen_ray.models.registry import QUANT_METHOD
+from flexgen_ray.models.configs import QUANT_METHOD
 from flexgen_ray.models.tensor_files import INDEX, save_tensors
 from flexgen_ray.quant.quantize import pack
 

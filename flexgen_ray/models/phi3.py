@@ -4,9 +4,6 @@ and up are another.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-from flexgen_ray.model_config import ModelConfig
 from flexgen_ray.models import llama
 
 WEIGHT_NAMES = (
@@ -15,8 +12,3 @@ WEIGHT_NAMES = (
     | dict.fromkeys(("gate_proj", "up_proj"), "model.layers.{}.mlp.gate_up_proj")
 )
 embed, project, finish, head = llama.embed, llama.project, llama.finish, llama.head
-
-
-def parse_config(hf: dict) -> ModelConfig:
-    """From the keys of Hugging Face's Phi3Config; ValueError names an unknown rope type."""
-    return replace(llama.parse_config(hf), family="phi3")

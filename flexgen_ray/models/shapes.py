@@ -6,7 +6,13 @@ The numbers are those of the config.json that each model was published with.
 from __future__ import annotations
 
 from flexgen_ray.model_config import ModelConfig
-from flexgen_ray.models import gemma, gemma3, llama, opt, phi3
+from flexgen_ray.models.families import (
+    parse_gemma,
+    parse_gemma3,
+    parse_llama,
+    parse_opt,
+    parse_phi3,
+)
 
 # Layers, hidden size, heads; the rest follows.
 _OPT = {
@@ -33,7 +39,7 @@ _QWEN3 = {
 # One of each kind, with all that differs.
 _OTHERS = {
     "phi-3-mini": (
-        phi3,
+        parse_phi3,
         {
             "model_type": "phi3",
             "num_hidden_layers": 32,
@@ -48,7 +54,7 @@ _OTHERS = {
         },
     ),
     "gemma-7b": (
-        gemma,
+        parse_gemma,
         {
             "num_hidden_layers": 28,
             "hidden_size": 3072,
@@ -62,7 +68,7 @@ _OTHERS = {
         },
     ),
     "gemma-3-1b": (
-        gemma3,
+        parse_gemma3,
         {
             "num_hidden_layers": 26,
             "hidden_size": 1152,
@@ -85,14 +91,14 @@ SHAPES = (*_OPT, *_LLAMA, *_QWEN3, *_OTHERS)
 def shape_config(name: str) -> ModelConfig:
     """ValueError names the known shapes."""
     if name in _OPT:
-        return opt.parse_config(_opt_keys(name))
+        return parse_opt(_opt_keys(name))
     if name in _LLAMA:
-        return llama.parse_config(_llama_keys(name))
+        return parse_llama(_llama_keys(name))
     if name in _QWEN3:
-        return llama.parse_config(_qwen3_keys(name))
+        return parse_llama(_qwen3_keys(name))
     if name in _OTHERS:
-        family, keys = _OTHERS[name]
-        return family.parse_config(keys | {"dtype": "bfloat16"})
+        parse, keys = _OTHERS[name]
+        return parse(keys | {"dtype": "bfloat16"})
     raise ValueError(f"there is no built-in shape {name!r}; known are {', '.join(SHAPES)}")
 
 

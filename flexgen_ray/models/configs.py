@@ -1,0 +1,158 @@
+"""How a model folder becomes a ModelConfig. Knows no torch, so that a plan needs none."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import fields, replace
+from pathlib import Path
+
+from flexgen_ray.config import DTYPE_BYTES
+from flexgen_ray.model_config import ModelConfig
+from flexgen_ray.models.families import (
+    parse_gemma,
+    parse_gemma3,
+    parse_llama,
+    parse_olmo2,
+    parse_opt,
+    parse_phi3,
+)
+
+ARCHITECTURES: dict[str, Callable[[dict], ModelConfig]] = {
+    "OPTForCausalLM": parse_opt,
+    "LlamaForCausalLM": parse_llama,
+    "MistralForCausalLM": parse_llama,
+    "Qwen2ForCausalLM": parse_llama,
+    "Qwen3ForCausalLM": parse_llama,
+    "Olmo2ForCausalLM": parse_olmo2,
+    "Phi3ForCausalLM": parse_phi3,
+    "GemmaForCausalLM": parse_gemma,
+    "Gemma3ForCausalLM": parse_gemma3,
+}
+ACTIVATIONS = ("relu", "silu", "gelu", "gelu_new", "gelu_pytorch_tanh")  # those of layers.py
+QUANT_METHOD = "flexgen_ray"  # of the quantization_config in a packed checkpoint's config.json
+# The largest value that each size of a model may have: far beyond what is published, and small
+# enough that a damaged or hostile config.json is refused before any work.
+_LARGEST = {
+    "num_layers": 2**10, "hidden_size": 2**20, "num_heads": 2**14, "num_kv_heads": 2**14,
+    "head_dim": 2**14, "intermediate_size": 2**24, "vocab_size": 2**24, "max_seq_len": 2**32,
+}  # fmt: skip
+_MAX_CONFIG_BYTES = 2**24
+
+
+def load_config(folder: str | Path) -> ModelConfig:
+    """Reads config.json and, if there, generation_config.json.
+
+    FileNotFoundError if the folder is no model folder; ValueError for what isn't supported.
+    """
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} does not exist; --model takes a Hugging Face model folder "
+            "(config.json, *.safetensors, tokenizer.json)"
+        )
+    hf = _read_json(path)
+    try:
+        return _parsed(path, hf)
+    except KeyError as error:
+        raise ValueError(f"{path}: key {error} is missing") from error
+    except (TypeError, AttributeError, ArithmeticError, IndexError) as error:
+        raise ValueError(
+            f"{path} has a value of another kind than it must ({error}); download it again"
+        ) from error
+
+
+def _parsed(path: Path, hf: dict) -> ModelConfig:
+    architecture = (hf.get("architectures") or ["none"])[0]
+    if architecture not in ARCHITECTURES:
+        known = ", ".join(ARCHITECTURES)
+        raise ValueError(f"{path}: {architecture} is not supported; supported are {known}")
+    hf["dtype"] = _checkpoint_dtype(path, hf)
+    hf["eos_token_ids"] = _eos_token_ids(path, hf)
+    _check_size(path, "num_hidden_layers", hf["num_hidden_layers"], _LARGEST["num_layers"])
+    try:
+        config = ARCHITECTURES[architecture](hf)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    if config.activation not in ACTIVATIONS:
+        known = ", ".join(ACTIVATIONS)
+        raise ValueError(f"{path}: activation {config.activation!r} is not one of {known}")
+    for name, largest in _LARGEST.items():
+        _check_size(path, name, getattr(config, name), largest)
+    if config.sliding_window is not None:
+        _check_size(path, "sliding_window", config.sliding_window, _LARGEST["max_seq_len"])
+    for name, value in _numbers(config):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e30:
+            raise ValueError(f"{path}: {name} is {value!r}; it must be a number above 0")
+    if config.num_heads % config.num_kv_heads:
+        raise ValueError(
+            f"{path}: num_heads is {config.num_heads} and num_kv_heads {config.num_kv_heads}; the "
+            "first must be a multiple of the second"
+        )
+    return replace(config, **_packed_bits(path, hf))  # type: ignore[arg-type]
+
+
+def _check_size(path: Path, name: str, size: object, largest: int) -> None:
+    if type(size) is not int or not 1 <= size <= largest:
+        raise ValueError(f"{path}: {name} is {size!r}; it must be an integer, 1 to {largest}")
+
+
+def _numbers(config: ModelConfig) -> Iterator[tuple[str, object]]:
+    """Names and values of the config's real numbers."""
+    yield "norm_eps", config.norm_eps
+    yield "query_scale", config.query_scale
+    for rope in filter(None, (config.rope, config.window_rope)):
+        for field in fields(rope):
+            if field.name != "type":
+                yield field.name, getattr(rope, field.name)
+
+
+def _packed_bits(path: Path, hf: dict) -> dict[str, int | None]:
+    """Of a checkpoint that `flexgen-ray quantize` wrote; ValueError for one quantized otherwise."""
+    found = hf.get("quantization_config")
+    if found is None:
+        return {}
+    method = found.get("quant_method")
+    if method != QUANT_METHOD:
+        raise ValueError(
+            f"{path}: weights quantized by {method!r} are not supported; take the original "
+            "checkpoint, and --weight-bits 4"
+        )
+    return {name: found.get(name) for name in ("weight_bits", "embedding_bits")}
+
+
+def _read_json(path: Path) -> dict:
+    if path.stat().st_size > _MAX_CONFIG_BYTES:
+        raise ValueError(
+            f"{path} is larger than {_MAX_CONFIG_BYTES // 2**20} MiB; download it again"
+        )
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold a JSON object")
+    return value
+
+
+def _checkpoint_dtype(path: Path, hf: dict) -> str:
+    dtype = hf.get("dtype") or hf.get("torch_dtype") or "float32"
+    if dtype not in DTYPE_BYTES:
+        raise ValueError(f"{path}: dtype {dtype!r} is not one of {', '.join(DTYPE_BYTES)}")
+    return dtype
+
+
+def _eos_token_ids(path: Path, hf: dict) -> tuple[int, ...]:
+    """Those of config.json and of generation_config.json: fine-tuned models often change one."""
+    generation = path.with_name("generation_config.json")
+    files = [hf, *([_read_json(generation)] if generation.is_file() else [])]
+    token_ids: dict[int, None] = {}
+    for eos in (it.get("eos_token_id") for it in files):
+        ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+        if any(type(token) is not int for token in ids):
+            raise ValueError(
+                f"{path.parent}: eos_token_id is {eos!r}; config.json and generation_config.json "
+                "must give a token id, or a list of them"
+            )
+        token_ids |= dict.fromkeys(ids)
+    return tuple(token_ids)

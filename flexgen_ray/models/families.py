@@ -1,0 +1,191 @@
+"""From the keys of published config.json files to ModelConfig, family by family. Knows no torch, so
+that a plan needs none.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from flexgen_ray.model_config import ModelConfig, Rope
+
+POSITION_OFFSET = 2  # the first two rows of OPT's position table are never used
+ROPE_TYPES = ("default", "linear", "llama3")
+
+
+def parse_opt(hf: dict) -> ModelConfig:
+    """From the keys of Hugging Face's OPTConfig."""
+    hidden, heads = hf["hidden_size"], hf["num_attention_heads"]
+    pre_norm = hf.get("do_layer_norm_before", True)
+    affine = hf.get("layer_norm_elementwise_affine", True)
+    bias = hf.get("enable_bias", True)
+    return ModelConfig(
+        family="opt",
+        num_layers=hf["num_hidden_layers"],
+        hidden_size=hidden,
+        num_heads=heads,
+        num_kv_heads=heads,
+        head_dim=hidden // heads,
+        intermediate_size=hf["ffn_dim"],
+        vocab_size=hf["vocab_size"],
+        max_seq_len=hf["max_position_embeddings"],
+        embedding_size=hf.get("word_embed_proj_dim", hidden),
+        dtype=hf["dtype"],
+        tie_word_embeddings=hf.get("tie_word_embeddings", True),
+        activation=hf.get("activation_function", "relu"),
+        norm_eps=1e-5,
+        norm_weight=affine,
+        norm_bias=affine,
+        pre_norm=pre_norm,
+        final_norm=pre_norm and not hf.get("_remove_final_layer_norm", False),
+        attention_bias=bias,
+        output_bias=bias,
+        mlp_bias=bias,
+        position_table=hf["max_position_embeddings"] + POSITION_OFFSET,
+        eos_token_ids=hf["eos_token_ids"],
+    )
+
+
+def parse_llama(hf: dict) -> ModelConfig:
+    """From the keys of Hugging Face's LlamaConfig, MistralConfig, Qwen2Config or Qwen3Config, and
+    of those of families beside this one as far as they are alike.
+
+    ValueError names an unknown rope type.
+    """
+    kind = hf.get("model_type", "llama")
+    bias = kind == "qwen2" or hf.get("attention_bias", False)
+    hidden, heads, rope = hf["hidden_size"], hf["num_attention_heads"], _rope(hf)
+    # Linear scaling stretches the context that max_position_embeddings names, as in vLLM.
+    stretched = rope.factor if rope.type == "linear" else 1
+    return ModelConfig(
+        family="llama",
+        num_layers=hf["num_hidden_layers"],
+        hidden_size=hidden,
+        num_heads=heads,
+        num_kv_heads=hf.get("num_key_value_heads") or heads,
+        head_dim=hf.get("head_dim") or hidden // heads,
+        intermediate_size=hf["intermediate_size"],
+        vocab_size=hf["vocab_size"],
+        max_seq_len=int(hf["max_position_embeddings"] * stretched),
+        embedding_size=hidden,
+        dtype=hf["dtype"],
+        tie_word_embeddings=hf.get("tie_word_embeddings", False),
+        activation=hf.get("hidden_act", "silu"),
+        norm_eps=hf["rms_norm_eps"],
+        gated_mlp=True,
+        attention_bias=bias,
+        output_bias=bias and kind != "qwen2",
+        qk_norm="heads" if kind == "qwen3" else None,
+        mlp_bias=hf.get("mlp_bias", False),
+        rope=rope,
+        **_windows(hf, kind),
+        eos_token_ids=hf["eos_token_ids"],
+    )
+
+
+def _windows(hf: dict, kind: str) -> dict:
+    """Which layers attend within a window: all of Mistral's and Phi's, Qwen's from
+    max_window_layers on."""
+    window, count = hf.get("sliding_window"), hf["num_hidden_layers"]
+    if kind in ("mistral", "phi3"):
+        return {"sliding_window": window}
+    if kind not in ("qwen2", "qwen3") or not window or not hf.get("use_sliding_window"):
+        return {}
+    kinds = hf.get("layer_types")
+    if not kinds:
+        full = min(hf.get("max_window_layers", 28), count)
+        kinds = ["full_attention"] * full + ["sliding_attention"] * (count - full)
+    return _windows_of(kinds, window)
+
+
+def _windows_of(layer_types: list[str], window: int | None) -> dict:
+    """Fields of ModelConfig. ValueError names an unknown type of a layer, or a missing window."""
+    unknown = set(layer_types) - {"full_attention", "sliding_attention"}
+    if "sliding_attention" in layer_types and not window:
+        raise ValueError("layer_types has sliding_attention, but there is no sliding_window")
+    if unknown:
+        raise ValueError(f"layer_types {sorted(unknown)} are not supported")
+    full = [i for i, it in enumerate(layer_types, start=1) if it == "full_attention"]
+    if len(full) == len(layer_types):
+        return {}
+    return {"sliding_window": window, "full_attention_layers": tuple(full)}
+
+
+def _rope(hf: dict) -> Rope:
+    """transformers 5 writes rope_parameters; before it rope_theta and rope_scaling."""
+    parameters = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+    kind = parameters.get("rope_type") or parameters.get("type") or "default"
+    if kind not in ROPE_TYPES:
+        raise ValueError(f"rope type {kind!r} is not supported; known are {', '.join(ROPE_TYPES)}")
+    partial = parameters.get("partial_rotary_factor") or hf.get("partial_rotary_factor") or 1
+    if partial != 1:
+        raise ValueError(f"partial_rotary_factor {partial} is not supported; only 1 is")
+    return Rope(
+        theta=parameters.get("rope_theta") or hf.get("rope_theta") or Rope.theta,
+        type=kind,
+        factor=parameters.get("factor", Rope.factor),
+        low_freq_factor=parameters.get("low_freq_factor", Rope.low_freq_factor),
+        high_freq_factor=parameters.get("high_freq_factor", Rope.high_freq_factor),
+        original_max_seq_len=parameters.get(
+            "original_max_position_embeddings", Rope.original_max_seq_len
+        ),
+    )
+
+
+def parse_phi3(hf: dict) -> ModelConfig:
+    """From the keys of Hugging Face's Phi3Config; ValueError names an unknown rope type."""
+    return replace(parse_llama(hf), family="phi3")
+
+
+def parse_olmo2(hf: dict) -> ModelConfig:
+    """From the keys of Hugging Face's Olmo2Config; ValueError names an unknown rope type."""
+    config = parse_llama(hf)
+    return replace(config, family="olmo2", pre_norm=False, qk_norm="all", norm_offset=0.0)
+
+
+def parse_gemma(hf: dict) -> ModelConfig:
+    """From the keys of Hugging Face's GemmaConfig; ValueError names what is not supported."""
+    _refuse(hf, "use_bidirectional_attention")
+    config = parse_llama({"tie_word_embeddings": True} | hf)
+    activation = hf.get("hidden_act") or "gelu"
+    # What was published says gelu, and means its approximation.
+    activation = "gelu_pytorch_tanh" if activation == "gelu" else activation
+    return replace(config, family="gemma", activation=activation, norm_offset=1.0)
+
+
+def _refuse(hf: dict, *features: str) -> None:
+    """ValueError names the first feature that the model has."""
+    for name in features:
+        if hf.get(name):
+            raise ValueError(f"{name} {hf[name]} is not supported")
+
+
+def parse_gemma3(hf: dict) -> ModelConfig:
+    """From the keys of Hugging Face's Gemma3TextConfig; ValueError names what is not supported."""
+    _refuse(hf, "attn_logit_softcapping", "final_logit_softcapping")
+    config = parse_gemma(hf | {"hidden_act": hf.get("hidden_activation")})
+    ropes = hf.get("rope_parameters")
+    if not ropes:
+        far = {"rope_theta": hf.get("rope_theta", 1e6)} | (hf.get("rope_scaling") or {})
+        near = {"rope_theta": hf.get("rope_local_base_freq", 1e4)}
+        ropes = {"full_attention": far, "sliding_attention": near}
+    return replace(
+        config,
+        family="gemma3",
+        overflows_float16=True,
+        max_seq_len=hf["max_position_embeddings"],  # stretched already
+        qk_norm="heads",
+        branch_norms=True,
+        query_scale=(config.head_dim / hf.get("query_pre_attn_scalar", 256)) ** 0.5,
+        rope=_rope({"rope_parameters": ropes["full_attention"]}),
+        window_rope=_rope({"rope_parameters": ropes["sliding_attention"]}),
+        **_windows_of(_layer_types(hf), hf["sliding_window"]),
+    )
+
+
+def _layer_types(hf: dict) -> list[str]:
+    """Where they aren't listed, as in what was published, every sixth attends all."""
+    every = hf.get("sliding_window_pattern") or 6
+    layers = range(1, hf["num_hidden_layers"] + 1)
+    return hf.get("layer_types") or [
+        "sliding_attention" if layer % every else "full_attention" for layer in layers
+    ]
