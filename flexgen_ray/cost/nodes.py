@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from flexgen_ray.config import TIERS
+from flexgen_ray.config import TIERS, Budget
 from flexgen_ray.cost.lp import LANES, SHARED_SECONDS
 from flexgen_ray.cost.pipeline_plan import ONE_BATCH, Device
 from flexgen_ray.cost.plan import StagePlan
@@ -28,6 +28,13 @@ def over_budgets(devices: Sequence[Device], stages: list[StagePlan]) -> list[dic
                 over[tier] = nbytes
         found.append(over)
     return found
+
+
+def less(budget: Budget, over: dict[str, int]) -> Budget:
+    """By what was too much, and a little more, for a row or a tensor is a step."""
+    cuts = {tier: nbytes + getattr(budget, tier) // 256 for tier, nbytes in over.items()}
+    left = {tier: getattr(budget, tier) - cuts.get(tier, 0) for tier in TIERS}
+    return Budget(**{tier: max(nbytes, 0) for tier, nbytes in left.items()})
 
 
 def add_one_batch(seconds: list[dict[str, float]], num_blocks: int) -> None:

@@ -10,11 +10,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 
-from flexgen_ray.config import TIERS, Budget, HardwareSpec, Policy, Workload
+from flexgen_ray.config import Budget, HardwareSpec, Policy, Workload
 from flexgen_ray.cost.corners import ON_DEVICE, Corners, policy_of, shares_of
 from flexgen_ray.cost.grid import Grid, Search
 from flexgen_ray.cost.lp import Aim, Infeasible, Solution, StageProblem, solve, what_lacks, whole
-from flexgen_ray.cost.nodes import add_one_batch, add_shared, over_budgets
+from flexgen_ray.cost.nodes import add_one_batch, add_shared, less, over_budgets
 from flexgen_ray.cost.pipeline_plan import PLAYED, Device, Job, Plan
 from flexgen_ray.cost.plan import StagePlan
 from flexgen_ray.cost.predict import decoding, prefilling
@@ -129,7 +129,7 @@ class Planner:
             over = over_budgets(self.devices, plan.stages)
             if not any(over):
                 return plan
-            budgets = [_less(budget, more) for budget, more in zip(budgets, over, strict=True)]
+            budgets = [less(budget, more) for budget, more in zip(budgets, over, strict=True)]
         return None
 
     def evaluate(self, layers: tuple[int, ...], policies: list[Policy]) -> Plan:
@@ -293,10 +293,3 @@ class Planner:
 
 def _fastest(*sketches: list[Sketch]) -> list[Sketch]:
     return sorted(chain(*sketches), key=lambda it: it.seconds_per_sequence)
-
-
-def _less(budget: Budget, over: dict[str, int]) -> Budget:
-    """By what was too much, and a little more, for a row or a tensor is a step."""
-    cuts = {tier: nbytes + getattr(budget, tier) // 256 for tier, nbytes in over.items()}
-    left = {tier: getattr(budget, tier) - cuts.get(tier, 0) for tier in TIERS}
-    return Budget(**{tier: max(nbytes, 0) for tier, nbytes in left.items()})
