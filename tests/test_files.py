@@ -47,9 +47,14 @@ def leads_to(target: Path, how: str, link: Path) -> Path:
 HOW = ("itself", "relative", "symlink", "hard link")
 
 
-@pytest.mark.parametrize("how", HOW)
-@pytest.mark.parametrize("option", ["--report", "--trace"])
-@pytest.mark.parametrize("victim", ["in.jsonl", "out.jsonl", "policy.yaml", "out.jsonl.job.json"])
+@pytest.mark.parametrize(
+    ("option", "victim", "how"),
+    [("--report", "out.jsonl", how) for how in HOW]
+    + [("--trace", "in.jsonl", "symlink"), ("--trace", "policy.yaml", "hard link")]
+    + [
+        ("--report", f"out.jsonl.{kind}", "relative") for kind in ("job.json", "job.tmp", "waiting")
+    ],
+)
 def test_what_is_written_never_replaces_what_the_job_has(
     run_here,
     files,  # noqa: F811

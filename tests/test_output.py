@@ -117,6 +117,25 @@ def test_a_file_system_without_locks_is_named_and_nothing_is_left(
     assert names(tmp_path) == set()
 
 
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"begun_at": 5}', '{"begun_at": "noon"}'])
+def test_a_damaged_job_file_is_named(tmp_path, content):
+    job(tmp_path, FACTS)
+    before = (tmp_path / "out.jsonl").read_bytes()
+    (tmp_path / "out.jsonl.job.json").write_text(content)
+    with pytest.raises(ValueError, match="out.jsonl.job.json is damaged .*--overwrite"):
+        job(tmp_path, FACTS)
+    assert (tmp_path / "out.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("damage", [{"response": "x"}, {"response": []}, {"error": "y"}])
+def test_a_row_that_is_no_response_is_named(tmp_path, damage):
+    job(tmp_path, FACTS)
+    with (tmp_path / "out.jsonl").open("a") as file:
+        file.write(json.dumps({"custom_id": "a"} | damage) + "\n")
+    with pytest.raises(ValueError, match="something else than a response at byte"):
+        job(tmp_path, FACTS)
+
+
 def run(path, is_bad, keep_order=False, retry=False) -> list[str]:
     """A run in which some lines get an error row; returns those that it had to answer."""
     with Journal(path, keep_order=keep_order, retry_errors=retry) as journal:

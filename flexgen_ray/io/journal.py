@@ -105,7 +105,7 @@ class Journal:
         self._custom_ids = custom_ids
         num_rows = len(custom_ids) - len(self.answered)
         if self._resumes:
-            old = json.loads(self._sidecar.read_text(encoding="utf-8"))
+            old = self._facts_so_far()
             if "begun_at" in old:
                 self.begun_at = datetime.fromisoformat(old.pop("begun_at"))
             self.notes = compare(str(self.path), old, facts, defaults or {}, self._retries)
@@ -217,6 +217,20 @@ class Journal:
             for start, _, row in self._file.rows():
                 if start >= first and not self._is_dropped(row):
                     yield row
+
+    def _facts_so_far(self) -> dict:
+        """The facts that an earlier run noted; ValueError if its file is damaged."""
+        try:
+            facts = json.loads(self._sidecar.read_bytes())
+            if not isinstance(facts, dict):
+                raise ValueError("no object of facts")
+            datetime.fromisoformat(facts.get("begun_at", "2000-01-01"))
+        except (ValueError, TypeError, RecursionError) as error:
+            raise ValueError(
+                f"{self._sidecar} is damaged ({error}), so the job can't go on; put it back, "
+                "choose another --output, or give --overwrite"
+            ) from error
+        return facts
 
     def _note(self, row: dict) -> None:
         self.answered.add(row["custom_id"])

@@ -170,9 +170,12 @@ class LineFile:
     def _parse(self, line: bytes, start: int) -> dict:
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             row = None
-        if not isinstance(row, dict) or not isinstance(row.get("custom_id"), str):
+        is_row = isinstance(row, dict) and isinstance(row.get("custom_id"), str)
+        if not is_row or not all(
+            isinstance(row.get(key), dict | None) for key in ("response", "error")
+        ):
             raise ValueError(
                 f"{self.path} has something else than a response at byte {start}; take it out, "
                 "choose another --output, or give --overwrite"
