@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 _MIB = 2**20
 _SMALL_HOP, _LARGE_HOP = 64 * 2**10, 32 * 2**20
 _TRIPS = {_SMALL_HOP: 50, _LARGE_HOP: 5}
+MOST_REPEATS = 5  # measurements of one thing
 _NO_HOPS = "Hops between actors were not measured (--no-ray)."
 _HEADER = "# Measured by `flexgen-ray calibrate`; figures may be corrected by hand.\n"
 
@@ -36,11 +37,14 @@ def calibrate(
     uses_ray: bool = True,
     scope: Scope | None = None,
 ) -> Hardware:
-    """This machine, measured: about a minute, or seconds if quick, with a progress bar.
+    """This machine, measured: some minutes, or seconds if quick, with a progress bar.
+
+    Each figure is measured until two in a row differ by a tenth at most; if quick, once.
 
     device: auto, cuda or cpu. gpu_memory: bytes that plans may count on; what is free if None.
     scope: what is measured of dtypes and heads, all if None.
-    Raises ValueError for what isn't there, OSError if the offload folder's disk doesn't do.
+    Raises ValueError for what isn't there, OSError if the offload folder's disk doesn't do, and
+    RuntimeError, with the figures, if others use the cores or a part exceeds its whole.
     """
     import torch
 
@@ -53,6 +57,7 @@ def calibrate(
         measure_machine,
     )
     from flexgen_ray.runtime.crews import divide_cores
+    from flexgen_ray.runtime.steady import Measurer
     from flexgen_ray.runtime.worker import Worker
 
     machine = Worker().probe(device, str(offload_dir), with_rates=False)
@@ -61,13 +66,14 @@ def calibrate(
     cores = divide_cores(machine.num_threads, on.type == "cuda", attends_on_host=True)
     scope, effort = scope or Scope(), QUICK if is_quick else THOROUGH
     with show_steps("calibrating", count_measurements(on, scope) + uses_ray) as announce:
-        found = measure_machine(on, cores, offload_dir, effort, announce, scope)
+        take = Measurer(announce, 1 if is_quick else MOST_REPEATS)
+        found = measure_machine(on, cores, offload_dir, effort, take, scope)
         network = _network(announce) if uses_ray else None
     return Hardware(
         name=machine.host,
         date=time.strftime("%Y-%m-%d"),
         source=f"flexgen-ray calibrate{' --quick' if is_quick else ''} on {_describe(machine)}",
-        notes="" if uses_ray else _NO_HOPS,
+        notes=" ".join(([] if uses_ray else [_NO_HOPS]) + take.notes),
         versions=_versions(),
         memory=memory,
         link=found.link,

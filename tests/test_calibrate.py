@@ -17,6 +17,7 @@ from flexgen_ray.paths import hardware_file
 from flexgen_ray.runtime import calibration
 from flexgen_ray.runtime.crews import Cores
 from flexgen_ray.runtime.measure import Bench
+from flexgen_ray.runtime.steady import Measurer, Unsteady
 from flexgen_ray.runtime.worker import Machine
 
 CPU = torch.device("cpu")
@@ -66,7 +67,13 @@ def test_the_output_goes_where_it_is_asked_to(tmp_path, monkeypatch):
 
 def test_each_measurement_is_announced_once(tmp_path):
     announced: list[str] = []
-    calibration.measure_machine(CPU, ONE, tmp_path, calibration.QUICK, announced.append)
+    take = Measurer(announced.append, 1)
+    found = calibration.measure_machine(CPU, ONE, tmp_path, calibration.QUICK, take)
+    link, host = found.link, found.host
+    assert link.h2d_busy_bytes_per_s <= link.h2d_bytes_per_s
+    assert link.d2h_busy_bytes_per_s <= link.d2h_bytes_per_s
+    assert host.joint_bytes_per_s <= host.read_bytes_per_s
+    assert all(it.busy_bytes_per_s <= it.bytes_per_s for it in host.attention)
     assert len(announced) == len(set(announced)) == calibration.count_measurements(CPU)
 
 
@@ -77,12 +84,12 @@ def test_a_calibration_that_fails_leaves_no_file_and_torch_as_it_was(tmp_path, m
     threads = torch.get_num_threads()
     monkeypatch.setattr("flexgen_ray.store.disk.Region.read_into", fail)
     with pytest.raises(OSError, match="gone"):
-        calibration.measure_machine(CPU, ONE, tmp_path, calibration.QUICK, lambda _: None)
+        calibration.measure_machine(CPU, ONE, tmp_path, calibration.QUICK, Measurer(str, 1))
     assert list(tmp_path.iterdir()) == []
     monkeypatch.undo()
     monkeypatch.setattr(calibration, "_host", fail)
     with pytest.raises(OSError, match="gone"):
-        calibration.measure_machine(CPU, ONE, tmp_path, calibration.QUICK, lambda _: None)
+        calibration.measure_machine(CPU, ONE, tmp_path, calibration.QUICK, Measurer(str, 1))
     assert list(tmp_path.iterdir()) == []
     assert torch.get_num_threads() == threads
 
@@ -127,3 +134,50 @@ def test_hops_are_measured_between_two_actors(local_ray, monkeypatch):
     announced: list[str] = []
     network = calibrate._network(announced.append)
     assert network.hop_seconds > 0 and network.bytes_per_s > 0 and len(announced) == 1
+
+
+@dataclasses.dataclass
+class Load:
+    """Stands for what other processes do."""
+
+    cores: float
+
+
+def measurer(*loads: float) -> Measurer:
+    """Five measurements of a thing at most, on four cores. loads: of others, in turn."""
+    left = list(loads) or [0.0]
+    return Measurer(str, 5, lambda: Load(left.pop(0) if len(left) > 1 else left[0]), 4)
+
+
+def one_by_one(*figures: float):
+    left = list(figures)
+    return lambda: [left.pop(0)]
+
+
+def test_a_measurement_is_repeated_until_two_differ_by_a_tenth_at_most():
+    take = measurer()
+    assert take("read", one_by_one(1.05, 37.0, 39.0, 99.0)) == (38.0,)
+    assert take("pairs", one_by_one(1.0, 1.05)) == (1.025,)
+    assert take("shares", one_by_one(0.02, 0.09), slack=0.1) == (0.055,)
+    assert take.notes == []
+
+
+def test_what_never_settles_is_the_median_and_noted():
+    take = measurer()
+    assert take("read", one_by_one(1.0, 2.0, 8.0, 4.0, 16.0)) == (4.0,)
+    assert take.notes == ["read: 5 measurements differed by more than a tenth."]
+
+
+def test_a_measurement_beside_which_others_worked_does_not_count():
+    take = measurer(3.0, 0.1, 2.0, 0.0)
+    assert take("read", one_by_one(1.0, 10.0, 1.0, 10.0)) == (10.0,)
+    with pytest.raises(Unsteady, match="other processes kept 1.5 of 4 cores busy .* of read; end"):
+        measurer(1.5)("read", one_by_one(*[1.0] * 10))
+
+
+def test_a_part_that_exceeds_its_whole_is_refused_with_the_figures():
+    take, what = measurer(), "host memory gave {} GB/s together, and {} to a plain read"
+    with pytest.raises(Unsteady, match="gave 37.9 GB/s together, and 1.05 .* calibrate again"):
+        take.within(37.9e9, 1.05e9, what)
+    assert take.within(1.05e9, 1e9, what) == 1e9 and take.within(5e8, 1e9, what) == 5e8
+    assert Measurer(str, 1).within(37.9e9, 1e9, what) == 1e9

@@ -18,11 +18,11 @@ from typing import Any, Protocol
 import torch
 
 from flexgen_ray.bench import page_cache
-from flexgen_ray.bench.elsewhere import Elsewhere
 from flexgen_ray.bench.work import OURS, Run, Work
 from flexgen_ray.llm import LLM
 from flexgen_ray.report import environment
 from flexgen_ray.request import Request, SamplingParams
+from flexgen_ray.runtime.busy_elsewhere import Elsewhere
 from flexgen_ray.runtime.worker import find_device
 
 WARM_UP_PROMPTS, WARM_UP_TOKENS = 2, 2

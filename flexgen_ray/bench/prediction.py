@@ -17,7 +17,6 @@ from typing import Annotated, Any
 
 import typer
 
-from flexgen_ray.bench.elsewhere import Elsewhere
 from flexgen_ray.bench.result import finish, off_by
 from flexgen_ray.bench.throughput import random_requests
 from flexgen_ray.calibrate import calibrate
@@ -29,6 +28,7 @@ from flexgen_ray.llm import LLM
 from flexgen_ray.models.shapes import shape_config
 from flexgen_ray.options import JsonOption
 from flexgen_ray.report import Report
+from flexgen_ray.runtime.busy_elsewhere import Elsewhere
 from flexgen_ray.runtime.calibration import Scope
 from flexgen_ray.terminal import say
 

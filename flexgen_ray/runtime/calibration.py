@@ -6,8 +6,9 @@ are those of common models, not of one. Knows what to measure; how is measure.py
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from statistics import median
@@ -27,9 +28,8 @@ from flexgen_ray.cost.machine_rates import (
 from flexgen_ray.models.host_kernel import KERNELS, load
 from flexgen_ray.runtime.crews import Cores
 from flexgen_ray.runtime.measure import Action, Bench, CacheShape
+from flexgen_ray.runtime.steady import TENTH, Measurer
 from flexgen_ray.store.tier import TORCH_DTYPE
-
-Announce = Callable[[str], None]  # called with the name of each measurement as it begins
 
 GEMM_ROWS = (1, 4, 16, 64, 256, 1024)
 _HOST_WIDTH = 1024
@@ -50,7 +50,7 @@ class Effort:
     cache: CacheShape
 
 
-THOROUGH = Effort(0.5, 256 * 2**20, 2048, CacheShape(16, 8, 8, 544, 128))
+THOROUGH = Effort(0.25, 256 * 2**20, 2048, CacheShape(16, 8, 8, 544, 128))
 QUICK = Effort(0.005, 8 * 2**20, 256, CacheShape(4, 8, 8, 64, 128))
 
 
@@ -98,88 +98,94 @@ def measure_machine(
     cores: Cores,
     folder: Path,
     effort: Effort,
-    announce: Announce,
+    take: Measurer,
     scope: Scope = EVERYTHING,
 ) -> Measured:
     """Takes twice effort.nbytes of memory, and as much of the folder's disk; gives all back.
 
-    Raises OSError, naming the folder, if its disk doesn't do.
+    Raises OSError, naming the folder, if its disk doesn't do, and Unsteady, with the figures, if
+    others use the machine.
     """
     num_threads = torch.get_num_threads()
     try:
         with torch.inference_mode(), Bench(device, effort.nbytes, effort.seconds, median) as bench:
-            announce("disk")
-            disk = DiskRates(*map(_rounded, bench.disk_rates(folder)))
+            disk = DiskRates(*map(_rounded, take("disk", lambda: bench.disk_rates(folder))))
             torch.set_num_threads(1)  # copies have a core each
-            link = _link(bench, announce)
-            host = _host(bench, effort.cache, cores, announce, scope)
+            link = _link(bench, take)
+            host = _host(bench, effort.cache, cores, take, scope)
             torch.set_num_threads(cores.device)
-            rates = _device(bench, effort, announce, scope)
+            rates = _device(bench, effort, take, scope)
             if rates.is_cpu:
-                shares = _core_shares(bench, effort, cores, folder, announce)
+                shares = _core_shares(bench, effort, cores, folder, take)
                 rates = replace(rates, core_shares=shares)
             return Measured(link, disk, host, rates)
     finally:
         torch.set_num_threads(num_threads)
 
 
-def _link(bench: Bench, announce: Announce) -> LinkRates:
+def _link(bench: Bench, take: Measurer) -> LinkRates:
     to_device, to_host = bench.copier(to_device=True), bench.copier(to_device=False)
-    announce("link, host to device")
-    h2d = bench.rate(*to_device)
-    announce("link, device to host")
-    d2h = bench.rate(*to_host)
-    announce("link, both directions")
-    both = bench.together(to_device, to_host)
-    return LinkRates(*map(_rounded, (h2d, d2h, *both)))
+    (h2d,) = take("link, host to device", lambda: [bench.rate(*to_device)])
+    (d2h,) = take("link, device to host", lambda: [bench.rate(*to_host)])
+    both = take("link, both directions", lambda: bench.together(to_device, to_host))
+    what = "the link gave {} GB/s to a direction while it was busy, and {} alone"
+    busy = (take.within(*pair, what) for pair in zip(both, (h2d, d2h), strict=True))
+    return LinkRates(*map(_rounded, (h2d, d2h, *busy)))
 
 
-def _host(
-    bench: Bench, cache: CacheShape, cores: Cores, announce: Announce, scope: Scope
-) -> HostRates:
+def _host(bench: Bench, cache: CacheShape, cores: Cores, take: Measurer, scope: Scope) -> HostRates:
     """Attention by kernel, dtype and shape. What the best case moves together with the link is
     what host memory gives to both."""
-    announce("host memory")
     torch.set_num_threads(cores.total)
-    read = bench.read_rate(_HOST)
+    (read,) = take("host memory", lambda: [bench.read_rate(_HOST)])
     torch.set_num_threads(cores.host)
     kernels = {name: load(name, cores.host) for name in KERNELS}
     copying = bench.copier(to_device=True)
     entries, joint = [], 0.0
     for name, dtype, group in _attended(scope):
-        announce(f"host attention, {name}, {dtype}, {group} queries a KV head")
         bits = None if dtype in TORCH_DTYPE else int(dtype.removeprefix("int"))
         shape = replace(cache, num_heads=group * cache.num_kv_heads, bits=bits)
         # Whatever dtype queries have, packed values become float32.
         of_queries = TORCH_DTYPE.get(dtype, torch.float16)
         attending = bench.attender(kernels[name], of_queries, shape)
-        alone = bench.rate(*attending)
-        busy, link = bench.together(attending, copying)
+        what = f"host attention, {name}, {dtype}, {group} queries a KV head"
+        alone, busy, link = take(what, partial(_alone_and_beside, bench, attending, copying))
+        busy = take.within(busy, alone, f"{what}: {{}} GB/s beside the link, and {{}} alone")
         entries.append(AttentionRates(name, dtype, group, _rounded(alone), _rounded(busy)))
         joint = max(joint, busy + link)
-    announce("matrix products of the host")
+    told = "host memory gave {} GB/s to link and attention together, and {} to a plain read"
+    if take.most == 1:
+        read = max(read, joint)
+    joint = take.within(joint, read, told)
     torch.set_num_threads(cores.total)
-    flops = bench.gemm_rate(torch.float32, GEMM_ROWS[-1], (_HOST_WIDTH,) * 2, on_host=True)
+    product = partial(bench.gemm_rate, torch.float32, GEMM_ROWS[-1], (_HOST_WIDTH,) * 2, True)
+    (flops,) = take("matrix products of the host", lambda: [product()])
     return HostRates(_rounded(read), _rounded(joint), tuple(entries), _rounded(flops))
 
 
-def _device(bench: Bench, effort: Effort, announce: Announce, scope: Scope) -> DeviceRates:
+def _alone_and_beside(
+    bench: Bench, work: tuple[float, Action], other: tuple[float, Action]
+) -> list[float]:
+    """Rates of the first alone, and of both together."""
+    return [bench.rate(*work), *bench.together(work, other)]
+
+
+def _device(bench: Bench, effort: Effort, take: Measurer, scope: Scope) -> DeviceRates:
     device, is_cpu = bench.device, bench.device.type == "cpu"
-    announce("device memory")
-    memory = bench.read_rate(device)
-    announce("device attention")
+    (memory,) = take("device memory", lambda: [bench.read_rate(device)])
     rows = effort.cache.rows * (1 if is_cpu else 4)
     dtype = torch.float32 if is_cpu else torch.float16
-    attention = bench.device_attention_rate(dtype, replace(effort.cache, rows=rows))
-    announce("unpacking")
-    unpacked = bench.dequantize_rate(dtype, 4, (effort.width, 4 * effort.width))
-    announce("launches")
-    small_op, elementwise = bench.small_ops((_DECODING_ROWS, _PREFILL_ROWS), effort.width)
-    launch = small_op if is_cpu else bench.launch_seconds()
-    announce("sampling")
-    sampled = bench.sampling_rate()
+    shape = replace(effort.cache, rows=rows)
+    (attention,) = take("device attention", lambda: [bench.device_attention_rate(dtype, shape)])
+    matrix = effort.width, 4 * effort.width
+    (unpacked,) = take("unpacking", lambda: [bench.dequantize_rate(dtype, 4, matrix)])
+    few_and_many = _DECODING_ROWS, _PREFILL_ROWS
+    launch, elementwise = take("launches", lambda: bench.small_ops(few_and_many, effort.width))
+    if not is_cpu:
+        launch = bench.launch_seconds()
+    (sampled,) = take("sampling", lambda: [bench.sampling_rate()])
     gemm = tuple(
-        GemmRates(name, tuple(_gemm(bench, effort, name, announce)))
+        GemmRates(name, tuple(_gemm(bench, effort, name, take)))
         for name in scope.gemm_dtypes(device)
     )
     return DeviceRates(
@@ -195,40 +201,43 @@ def _device(bench: Bench, effort: Effort, announce: Announce, scope: Scope) -> D
 
 
 def _core_shares(
-    bench: Bench, effort: Effort, cores: Cores, folder: Path, announce: Announce
+    bench: Bench, effort: Effort, cores: Cores, folder: Path, take: Measurer
 ) -> CoreShares:
     """Of a product of a decoding batch. More than all would mean that taking turns were faster; it
     is seen where copies never pause, and not in runs."""
     multiply = bench.product(torch.float32, _DECODING_ROWS, (4 * effort.width, effort.width))
 
-    def share(other: tuple[float, Action]) -> float:
-        return _rounded(min(max(bench.share_taken(multiply, other), _LEAST_SHARE), 1.0))
+    def share(name: str, other: tuple[float, Action]) -> float:
+        (taken,) = take(name, lambda: [bench.share_taken(multiply, other)], TENTH)
+        return _rounded(min(max(taken, _LEAST_SHARE), 1.0))
 
-    announce("cores that copies take")
-    copies = share(bench.copier(to_device=True))
-    announce("cores that disk reads take")
+    copies = share("cores that copies take", bench.copier(to_device=True))
     with bench.disk(folder) as (reading, _):
-        disk = share(reading)
-    announce("cores that host attention takes")
+        disk = share("cores that disk reads take", reading)
     attending = bench.attender(load("numba", cores.host), torch.float32, effort.cache)
-    return CoreShares(copies, disk, share(attending))
+    return CoreShares(copies, disk, share("cores that host attention takes", attending))
 
 
-def _gemm(
-    bench: Bench, effort: Effort, dtype: str, announce: Announce
-) -> Iterator[tuple[int, float]]:
+def _gemm(bench: Bench, effort: Effort, dtype: str, take: Measurer) -> Iterator[tuple[int, float]]:
     """(rows, flops a second) of an MLP's products, of which models mostly consist; no more rows
     once one is slow, for its rate has settled."""
     width = effort.width * (1 if bench.device.type == "cpu" else 2)
     up, down = (4 * width, width), (width, 4 * width)
     seconds = 0.0
     for rows in GEMM_ROWS:
-        announce(f"matrix products, {dtype}, {rows} rows")
-        if seconds < _SLOW_PRODUCT_SECONDS:
-            rates = [bench.gemm_rate(TORCH_DTYPE[dtype], rows, shape) for shape in (up, down)]
+        name = f"matrix products, {dtype}, {rows} rows"
+        if seconds >= _SLOW_PRODUCT_SECONDS:
+            take.announce(name)
+        else:
+            measure = partial(bench.gemm_rate, TORCH_DTYPE[dtype], rows)
+            rates = take(name, partial(_each, measure, (up, down)))
             rate = 2 / sum(1 / each for each in rates)
             seconds = 8.0 * rows * width**2 / rate
             yield rows, _rounded(rate)
+
+
+def _each(measure: Callable[[tuple[int, int]], float], shapes: Iterable) -> list[float]:
+    return [measure(shape) for shape in shapes]
 
 
 def _rounded(rate: float) -> float:
