@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 
@@ -123,8 +124,9 @@ def test_each_stage_tells_prometheus_how_it_does(run):
 def test_lost_stages_are_counted_noted_and_reported(run):
     notes, lines, (text, report) = run
     assert values(lines, "restarts_total") == {("1", None): 1.0}
-    assert notes[1] == "stage 1 lost its process; to be replaced"
-    assert notes[2].startswith("stage 1 replaced (stage 1 lost its process): restart ")
+    lost = f"stage 1 on {socket.gethostname()} lost its process"
+    assert notes[1] == f"{lost}; to be replaced"
+    assert notes[2].startswith(f"stage 1 replaced ({lost}): restart ")
     (recovery,) = report["recoveries"]
     assert recovery["stages"] == [1] and recovery["prefill_seconds"] > 0
     assert "prefill" in text[-1] and text[-1].startswith("stage 1 replaced")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
+import logging
 import os
 import random
 import signal
 import threading
 import time
+from socket import gethostname
 
 import pytest
 import ray
@@ -15,9 +18,24 @@ from test_exactness import assert_same
 
 from flexgen_ray import LLM, Placement, Policy, SamplingParams
 from flexgen_ray.config import Faults, HardwareSpec
+from flexgen_ray.distributed.attempt import get
 
 THIRD = Placement(0.3, 0.3, 0.4)
 POLICY = Policy(2, 2, 16, THIRD, THIRD, THIRD, 0.5)
+
+
+@pytest.fixture
+def unsaid():
+    """Ray logs no error: stages that only lost a neighbour say nothing."""
+    records: list[logging.LogRecord] = []
+    handler = logging.Handler(logging.ERROR)
+    handler.emit = records.append  # type: ignore[method-assign]
+    logging.getLogger("ray").addHandler(handler)
+    yield
+    gc.collect()
+    time.sleep(0.5)
+    logging.getLogger("ray").removeHandler(handler)
+    assert [record.getMessage() for record in records] == []
 
 
 @pytest.mark.parametrize("name", [pytest.param("opt", marks=pytest.mark.slow), "llama"])
@@ -89,7 +107,7 @@ def disturbed(folder, references, moments, num_stages=3, how=signal.SIGKILL, **f
     "num_stages",
     [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)],
 )
-def test_killed_stages_cost_no_token(tiny_models, local_ray, num_stages):
+def test_killed_stages_cost_no_token(tiny_models, local_ray, num_stages, unsaid):
     folder, references = tiny_models["llama"]
     recoveries, killed_at = disturbed(folder, references, [(0.3, 0)], num_stages)
     ((recovery,), (moment,)) = recoveries, killed_at
@@ -105,9 +123,11 @@ def test_a_stage_that_stands_still_is_replaced(tiny_models, local_ray):
     assert [it.stages for it in recoveries] == [[1]]
 
 
-def test_too_many_faults_end_the_run_and_say_so(tiny_models, local_ray):
+def test_too_many_faults_end_the_run_and_say_so(tiny_models, local_ray, unsaid):
     folder, references = tiny_models["opt"]
-    with pytest.raises(RuntimeError, match="stage 1 lost its process; 0 restarts"):
+    with pytest.raises(
+        RuntimeError, match=f"stage 1 on {gethostname()} lost its process; 0 restarts"
+    ):
         disturbed(folder, references, [(0.3, 1)], 2, max_restarts=0)
 
 
@@ -120,6 +140,22 @@ def test_no_kill_at_any_moment_costs_a_token(tiny_models, local_ray, seed):
     num_stages = rng.randint(1, 3)
     moments = [(rng.uniform(0, 3), rng.randrange(num_stages)) for _ in range(rng.randint(1, 3))]
     disturbed(folder, references, moments, num_stages, max_restarts=2 * len(moments))
+
+
+@pytest.mark.parametrize("num_stages", [pytest.param(1, marks=pytest.mark.slow), 2])
+def test_what_a_stage_raises_keeps_its_type_and_its_traceback(tiny_models, local_ray, num_stages):
+    """With several stages its sentence names the stage and the node, too."""
+    folder, _ = tiny_models["llama"]
+    options = {"pipeline_parallel_size": num_stages, "dtype": "float32", "device": "cpu"}
+    with LLM(folder, **options) as llm:
+        last = num_stages - 1
+        with pytest.raises(AssertionError) as raised:
+            get([llm._backend._actors[last].connect.remote(None)], llm._backend._crew.nodes, last)
+    where = f"stage {last} on {gethostname()}"
+    text, (note,) = str(raised.value), raised.value.__notes__
+    assert text == (f"{where}: load comes first" if num_stages > 1 else "load comes first")
+    assert note.startswith(f"raised by {where if num_stages > 1 else 'stage 0'}:\nray::StageWorker")
+    assert "worker.py" in note and "in connect" in note and "\x1b" not in note
 
 
 @pytest.mark.slow
@@ -148,6 +184,7 @@ def test_a_stage_that_raises_is_replaced_and_its_reason_told(tiny_models, local_
         assert_same([output.outputs[0] for output in outputs], references)
         (recovery,) = llm._backend.recoveries
     assert recovery.stages == [1] and "No space left on device" in recovery.reason
+    assert f"stage 1 on {gethostname()} failed: OSError" in recovery.reason
 
 
 @pytest.mark.slow

@@ -69,6 +69,10 @@ class StageWorker(Worker):
                 batch, told = [], time.monotonic()
         yield batch
 
+    def host(self) -> str:
+        """The name of its node."""
+        return socket.gethostname()
+
     def pid(self) -> int:
         """Of its process."""
         return os.getpid()

@@ -6,8 +6,9 @@ neighbours that only suffer from one. Doesn't mend anything.
 
 from __future__ import annotations
 
+import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import ray
@@ -24,11 +25,21 @@ TICKS = 20  # looks at the stages within the time that a stall may last
 
 
 class StageLost(RuntimeError):
-    """Stages that can't go on: {stage: the reason}."""
+    """Stages that can't go on: {stage: the reason}; nodes: {stage: the name of its node}.
 
-    def __init__(self, reasons: dict[int, Exception]) -> None:
+    What stages themselves raised, with their tracebacks, are notes of this exception.
+    """
+
+    def __init__(
+        self, reasons: dict[int, Exception], nodes: Mapping[int, str] | None = None
+    ) -> None:
         self.reasons = reasons
-        super().__init__("; ".join(f"stage {it} {_tell(why)}" for it, why in reasons.items()))
+        where = {stage: f" on {name}" for stage, name in (nodes or {}).items()}
+        told = (f"stage {it}{where.get(it, '')} {_tell(why)}" for it, why in reasons.items())
+        super().__init__("; ".join(told))
+        for stage, why in reasons.items():
+            if isinstance(why, RayTaskError):
+                self.add_note(traceback_note(why, stage, where.get(stage, "")))
 
 
 class Stalled(RuntimeError):
@@ -45,6 +56,7 @@ def ask(references: Sequence[Any], stages: Sequence[int], timeout: float | None 
         try:
             answers.append(ray.get(reference, timeout=left))
         except GetTimeoutError:
+            _let_fail(reference)
             reasons[stage] = Stalled(f"did not answer within {timeout:g} s")
         except Exception as error:
             reasons[stage] = error
@@ -53,12 +65,21 @@ def ask(references: Sequence[Any], stages: Sequence[int], timeout: float | None 
     return answers
 
 
-def get(references: Any) -> Any:
-    """The values, or the error that a stage itself raised."""
+def get(references: Sequence[Any], nodes: Mapping[int, str] | None = None, first: int = 0) -> list:
+    """The stages' values, or what a stage raised: of its type, with its place and traceback.
+
+    nodes: {stage: the name of its node}, where the place is worth telling. first: the first stage.
+    """
+    values: list = []
     try:
-        return ray.get(references)
+        for reference in references:
+            values.append(ray.get(reference))
+        return values
     except RayTaskError as error:
-        raise (error.cause or error) from None
+        for reference in references:
+            _let_fail(reference)
+        stage = first + len(values)
+        raise own_error(error, stage, (nodes or {}).get(stage, "")) from None
     except RayActorError as error:
         raise RuntimeError(
             f"a stage's process died ({error}); if the node ran out of memory, lower --cpu-memory"
@@ -112,10 +133,20 @@ class Attempt:
             try:
                 ray.get(end, timeout=0)
             except GetTimeoutError:
+                _let_fail(end)
                 reasons[stage] = Stalled(f"still ran {SETTLE_SECONDS} s after another had stopped")
             except Exception as error:
                 reasons[stage] = error
+        self._drain()
         raise StageLost(_culprits(reasons))
+
+    def _drain(self) -> None:
+        """Take what the first stage said last: an error that is never taken is logged by Ray."""
+        while ray.wait([self._events], timeout=0)[0]:
+            try:
+                ray.get(next(self._events))
+            except (StopIteration, Exception):
+                return
 
     def _watch(self) -> None:
         """Nothing was told for a while: have the stages done anything since the last look?"""
@@ -140,6 +171,33 @@ class Attempt:
         }
         idle: Exception = Stalled(f"has stood still for {still:.0f} s, as have all")
         raise StageLost(stuck or dict.fromkeys(range(len(pulses)), idle))
+
+
+def own_error(error: RayTaskError, stage: int, node: str = "") -> Exception:
+    """What a stage raised, of its own type, with its traceback as a note.
+
+    node: its name, which then is in the text.
+    """
+    cause: Exception = error.cause or error
+    named, where = cause, f" on {node}" if node else ""
+    if node:
+        try:
+            named = type(cause)(f"stage {stage}{where}: {cause}")  # type: ignore[call-arg]
+        except Exception:  # one that takes other arguments
+            named = RuntimeError(f"stage {stage}{where}: {type(cause).__name__}: {cause}")
+    named.add_note(traceback_note(error, stage, where))
+    return named
+
+
+def traceback_note(error: RayTaskError, stage: int, where: str) -> str:
+    """The traceback as it was in the stage's own process."""
+    text = re.sub(r"\x1b\[\d*m", "", str(error))  # Ray colours it
+    return f"raised by stage {stage}{where}:\n{text.strip()}"
+
+
+def _let_fail(reference: Any) -> None:
+    """Take the answer when it comes, for Ray logs errors that are never taken."""
+    reference.future()
 
 
 def _culprits(reasons: dict[int, Exception]) -> dict[int, Exception]:

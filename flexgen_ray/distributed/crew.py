@@ -5,6 +5,7 @@ Knows Ray's actors; not what is asked of them.
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterable
 from typing import Any
 
@@ -30,7 +31,7 @@ class NotStarted(RuntimeError):
 class Crew:
     """An actor for each stage, in a placement group, until `close`.
 
-    actors: None where one has been stopped.
+    actors: None where one has been stopped. nodes: where each was last.
     """
 
     def __init__(self, own_cluster: OwnCluster | None, on_progress: OnProgress) -> None:
@@ -39,6 +40,13 @@ class Crew:
         self._group: Any = None
         self.placed = Placed([])
         self.actors: list[Any] = []
+        self._hosts: dict[int, str] = {}
+
+    @property
+    def nodes(self) -> dict[int, str]:
+        """{stage: the name of its node}; empty if there is one stage, on this machine."""
+        is_here = [*self._hosts.values()] == [socket.gethostname()]
+        return {} if is_here else self._hosts
 
     def reserve(
         self, device: str, num_stages: int | None, threads: int | None, seconds: float | None
@@ -96,7 +104,7 @@ class Crew:
 
     def _wait_for(self, new: list[int], waiting: Waiting) -> None:
         """Until these stages answer, with a line a minute on what they wait for."""
-        starting = [self.actors[it].pid.remote() for it in new]
+        starting = [self.actors[it].host.remote() for it in new]
         while True:
             step = min(max(waiting.left, 1), NOTE_SECONDS)
             late = ray.wait(starting, num_returns=len(starting), timeout=step)[1]
@@ -104,7 +112,7 @@ class Crew:
                 break
             waiting.note(self._what_lacks([new[starting.index(it)] for it in late]))
         try:
-            ask(starting, new, 0)
+            self._hosts |= dict(zip(new, ask(starting, new, 0), strict=True))
         except StageLost as error:
             stalled = [it for it, why in error.reasons.items() if isinstance(why, Stalled)]
             if not stalled:

@@ -18,7 +18,7 @@ import ray
 from ray.exceptions import RayTaskError
 
 from flexgen_ray.config import Deployment, HardwareSpec
-from flexgen_ray.distributed.attempt import Attempt, StageLost, ask, get
+from flexgen_ray.distributed.attempt import Attempt, StageLost, ask, get, own_error
 from flexgen_ray.distributed.cluster import connect
 from flexgen_ray.distributed.crew import Crew, NotStarted
 from flexgen_ray.distributed.loading import load
@@ -110,14 +110,14 @@ class Driver:
 
     def rates(self, spec: StageSpec) -> HardwareSpec:
         self._crew.start()
-        return get(self._actors[0].rates.remote(spec))
+        return get([self._actors[0].rates.remote(spec)], self._crew.nodes)[0]
 
     def load(self, specs: list[StageSpec], on_progress: OnProgress = ignore) -> None:
         """Of every stage at the same time."""
         self._crew.start()
         self._specs = specs
         try:
-            load(self._actors, specs, on_progress)
+            load(self._actors, specs, self._crew.nodes, on_progress)
         except RuntimeError:
             # A process may have gone; the next load begins with fresh ones.
             self.abort()
@@ -149,7 +149,7 @@ class Driver:
                     self._note(event)
                     yield event
             except StageLost as error:
-                lost = error
+                lost = StageLost(error.reasons, self._crew.nodes)
 
     def used(self) -> list[dict[str, dict[str, int]]]:
         return self._each("used")
@@ -158,7 +158,7 @@ class Driver:
         return self._each("measured")
 
     def spans(self, stage: int, first: int, count: int) -> list[Span]:
-        return get(self._actors[stage].spans.remote(first, count))
+        return get([self._actors[stage].spans.remote(first, count)], self._crew.nodes, stage)[0]
 
     def abort(self) -> None:
         """Ends a run by ending its processes; fresh ones take their place when they are needed."""
@@ -209,7 +209,7 @@ class Driver:
     def _recover(self, lost: StageLost) -> None:
         """Replaces the lost stages; the others keep their weights."""
         if len(self.recoveries) >= self._faults.max_restarts:
-            raise _gave_up(lost, f"{self._faults.max_restarts} restarts were not enough")
+            raise self._gave_up(lost, f"{self._faults.max_restarts} restarts were not enough")
         recovery = Recovery(str(lost), sorted(lost.reasons))
         self.recoveries.append(recovery)
         self._stop(lost.reasons)
@@ -232,7 +232,7 @@ class Driver:
             try:
                 return self._crew.start(waiting)
             except NotStarted as error:
-                raise _gave_up(lost, f"{error}; --restart-timeout gives it longer") from error
+                raise self._gave_up(lost, f"{error}; --restart-timeout gives it longer") from error
             except StageLost as error:
                 if not waiting.left:
                     raise
@@ -243,23 +243,23 @@ class Driver:
         self._crew.stop(stages)
         self._loaded.difference_update(stages)
 
+    def _gave_up(self, lost: StageLost, why: str) -> Exception:
+        """The first error that a stage itself raised, or one that tells all."""
+        for stage, error in lost.reasons.items():
+            if isinstance(error, RayTaskError) and error.cause is not None:
+                return own_error(error, stage, self._crew.nodes.get(stage, ""))
+        return RuntimeError(
+            f"{lost}; {why}. What was answered is kept; if a node ran out of memory, lower "
+            "--cpu-memory, and run the rest again"
+        )
+
     def _each(self, method: str, *arguments: Any) -> list:
         """Every stage's answer."""
         self._crew.start()
-        return get([getattr(actor, method).remote(*arguments) for actor in self._actors])
+        answers = [getattr(actor, method).remote(*arguments) for actor in self._actors]
+        return get(answers, self._crew.nodes)
 
 
 def node_ip() -> str:
     """Of the interface that Ray uses here."""
     return ray.util.get_node_ip_address()
-
-
-def _gave_up(lost: StageLost, why: str) -> Exception:
-    """The first error that a stage itself raised, or one that tells all."""
-    for error in lost.reasons.values():
-        if isinstance(error, RayTaskError) and error.cause is not None:
-            return error.cause
-    return RuntimeError(
-        f"{lost}; {why}. What was answered is kept; if a node ran out of memory, lower "
-        "--cpu-memory, and run the rest again"
-    )

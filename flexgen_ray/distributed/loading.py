@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ray
@@ -15,12 +15,20 @@ from flexgen_ray.runtime.stage import LOADING, StageSpec
 LOOK_SECONDS = 2  # between two looks at the stages
 
 
-def load(actors: Sequence[Any], specs: Sequence[StageSpec], on_progress: OnProgress) -> None:
-    """Raises the error that a stage raised, or RuntimeError if its process died."""
+def load(
+    actors: Sequence[Any],
+    specs: Sequence[StageSpec],
+    nodes: Mapping[int, str],
+    on_progress: OnProgress,
+) -> None:
+    """Raises the error that a stage raised, or RuntimeError if its process died.
+
+    nodes: see attempt.get.
+    """
     loading = [actor.load.remote(spec) for actor, spec in zip(actors, specs, strict=True)]
     while ray.wait(loading, num_returns=len(loading), timeout=LOOK_SECONDS)[1]:
         on_progress(_together([actor.loading.remote() for actor in actors]))
-    get(loading)
+    get(loading, nodes)
 
 
 def _together(looks: list) -> Progress:
