@@ -17,7 +17,7 @@ from flexgen_ray.cost.sizes import stage_bytes, totals
 from flexgen_ray.events import Progress
 from flexgen_ray.io.lines import STANDARD, open_input
 from flexgen_ray.io.openai_batch import BatchLine, read_lines
-from flexgen_ray.job import job_requests, refuse_hopeless
+from flexgen_ray.job import job_requests, length_notes, line_name, refuse_hopeless
 from flexgen_ray.llm import LLM
 from flexgen_ray.progress import counted, show_progress
 from flexgen_ray.report import block_line
@@ -50,7 +50,8 @@ def plan_job(
             owned, errors = job_requests(llm, lines)
             requests = [request for request, _, _ in owned]
             refuse_hopeless(answered, [errors.get(line.custom_id) for line in lines])
-            llm.prepare(requests)
+            notes += length_notes(lines)
+            llm.prepare(requests, line_name(owned))
     yield "dry run: nothing was written and no weights were loaded"
     yield _input_line(lines, len(answered), errors)
     if requests:

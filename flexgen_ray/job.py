@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from itertools import count
 from pathlib import Path
@@ -90,16 +90,10 @@ def run_job(llm: LLM, journal: Journal, lines: list[BatchLine]) -> None:
     llm.tokenizer.now = journal.begun_at
     requests, errors = job_requests(llm, lines)
     refuse_hopeless(journal.answered, [errors.get(line.custom_id) for line in lines])
-    for note in _notes(lines):
+    for note in length_notes(lines):
         llm.on_progress(Progress(note=note))
     owners = {request.index: (line, place) for request, line, place in requests}
-
-    def name(index: int) -> str:
-        line, _ = owners[index]
-        # Escaped, as terminals do what a raw name may say.
-        return f"line {line.number} (custom_id {line.custom_id!r})"
-
-    llm.prepare([request for request, _, _ in requests], name)
+    llm.prepare([request for request, _, _ in requests], line_name(requests))
     journal.begin()
     for line in lines:
         if line.custom_id in errors:
@@ -172,7 +166,13 @@ def _line_requests(llm: LLM, line: BatchLine) -> list[Request]:
     return made
 
 
-def _notes(lines: list[BatchLine]) -> list[str]:
+def line_name(requests: list[Owned]) -> Callable[[int], str]:
+    """Names requests by their lines, escaped: terminals would do what a raw name says."""
+    owners = {request.index: line for request, line, _ in requests}
+    return lambda index: f"line {owners[index].number} (custom_id {owners[index].custom_id!r})"
+
+
+def length_notes(lines: list[BatchLine]) -> list[str]:
     """What the job's owner may not have meant."""
     num_lines = sum(
         line.limit == "default" and line.params is not None and line.params.max_tokens is not None

@@ -225,3 +225,6 @@ def test_a_line_that_makes_the_block_smaller_is_named_before_the_run_starts(job,
     assert sizes == [*map(int, said.groups())] and sizes[0] < sizes[1]
     _, done, _ = job([*lines, outlier], "--overwrite", *memory, "--gpu-memory", "200KiB")
     assert done.returncode == 1 and "memory then takes 0 sequences at a time" in done.stderr
+    others = [line | {"custom_id": f"dry {line['custom_id']}"} for line in [*lines, outlier]]
+    _, done, _ = job(others, *memory, "--dry-run")
+    assert "line 16 (custom_id 'dry long" in done.stdout and "slot 155 tokens" in done.stdout
