@@ -111,11 +111,11 @@ def test_the_first_tokens_only(run_eval, text_model, text_file):
     [
         (b"x", [], "the text has 1 tokens"),
         (b"", [], "the text has 0 tokens"),
-        (b"xyz", ["--stride", 0], "stride 0"),
+        (b"xyz", ["--stride", 0], "Invalid value for '--stride'"),
         (b"xyz", ["--context", 1], "context is 1"),
         (b"xyz" * 100, ["--context", 162, "--stride", 99], "162 tokens .* context is 160"),
         (b"xyz", ["--json", "no/such/folder.json"], "no/such does not exist"),
-        (b"\xff\xfe", [], "codec can't decode"),
+        (b"\xff\xfe", [], "is in UTF-16, but must be in UTF-8"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_with_the_numbers(
