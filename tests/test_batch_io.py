@@ -96,7 +96,7 @@ def test_plain_lines_and_defaults():
         (b'{"prompt": "x", "best_of": 2}', "best_of is 2; only 1 is supported"),
         (b'{"prompt": "x", "top_k": -2}', "top_k is -2"),
         (b'{"prompt": "x", "min_tokens": 8}', "0 to max_tokens (7)"),
-        (b'{"prompt": "x", "stop_token_ids": "a"}', "stop_token_ids is 'a'"),
+        (b'{"prompt": "x", "stop_token_ids": "a"}', "stop_token_ids is ('a',)"),
         (b'{"prompt": "x", "presence_penalty": 3}', "presence_penalty is 3; it must be -2 to 2"),
         (b'{"prompt": "x", "top_logprobs": 3}', "top_logprobs is not supported: it is for chats"),
         (b'{"messages": [{}], "top_logprobs": 3}', "top_logprobs is 3, which needs logprobs true"),
