@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 from openai.types import Completion
 from openai.types.chat import ChatCompletion
@@ -17,6 +17,7 @@ from flexgen_ray import LLM, Policy, SamplingParams
 from flexgen_ray.events import Progress
 from flexgen_ray.io.journal import Journal
 from flexgen_ray.job import read_job, run_job
+from flexgen_ray.text_files import check_encoding
 
 DEFAULTS = SamplingParams(max_tokens=6, temperature=1.0)
 LINES = [
@@ -211,7 +212,12 @@ def test_no_line_costs_another_its_answer(llm, tmp_path_factory, before, after, 
     folder = tmp_path_factory.mktemp("fuzz")
     probe = b'{"custom_id": "the probe", "prompt": "Hello there", "temperature": 0}'
     lines = [line.replace(b"\n", b" ") for line in [*before, probe, *after]]
-    (folder / "in.jsonl").write_bytes(b"\n".join(lines))
+    content = b"\n".join(lines)
+    try:
+        check_encoding(content[:4], "the file")
+    except ValueError:
+        reject()  # it begins as no UTF-8 text does, and is refused as a whole
+    (folder / "in.jsonl").write_bytes(content)
     work(llm, folder / "in.jsonl", folder / "out.jsonl", data.draw(st.booleans()))
     found = by_id(folder / "out.jsonl")
     assert len(found) == sum(bool(line.strip()) for line in lines)
