@@ -23,9 +23,7 @@ def siblings(output: Path) -> list[Path]:
     """The files that a job keeps beside its output: what it is, a draft of that, waiting rows."""
     if output == STANDARD:
         return []
-    return [
-        output.with_name(f"{output.name}.{kind}") for kind in ("job.json", "job.tmp", "waiting")
-    ]
+    return [output.parent / f"{output.name}.{kind}" for kind in ("job.json", "job.tmp", "waiting")]
 
 
 def check_folders(written: Mapping[str, Path]) -> None:
