@@ -21,7 +21,7 @@ from flexgen_ray.io.lines import STANDARD
 
 def siblings(output: Path) -> list[Path]:
     """The files that a job keeps beside its output: what it is, a draft of that, waiting rows."""
-    if output == STANDARD:
+    if output == STANDARD or not output.name:  # a folder, such as ".", is refused elsewhere
         return []
     return [output.parent / f"{output.name}.{kind}" for kind in ("job.json", "job.tmp", "waiting")]
 
