@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 # What a model needs, and no pickles, programs or second copies of the weights.
@@ -12,12 +12,21 @@ _WANTED = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
 _UNWANTED = ("consolidated*", "*/*")
 
 
-def find_model(name: str | Path, announce: Callable[[str], None] | None = None) -> Path:
+def find_config(name: str | Path) -> Path:
+    """The folder with a model's config.json, as `find_model`, but its weights needn't be there."""
+    return find_model(name, wanted=("config.json", "generation_config.json"))
+
+
+def find_model(
+    name: str | Path,
+    announce: Callable[[str], None] | None = None,
+    wanted: Sequence[str] = _WANTED,
+) -> Path:
     """A model's folder on this node: a path, or a name on the Hugging Face hub such as
     `Qwen/Qwen3-32B`, whose files are taken from its cache, or else downloaded to it.
 
-    announce is called with a line before a download. Raises FileNotFoundError, naming the node,
-    if neither is to be had; PermissionError for a gated model.
+    announce is called with a line before a download; wanted: patterns of the files. Raises
+    FileNotFoundError, naming the node, if neither is to be had; PermissionError for a gated model.
     """
     if Path(name).is_dir():
         return Path(name).resolve()
@@ -42,7 +51,7 @@ def find_model(name: str | Path, announce: Callable[[str], None] | None = None) 
         if announce and not (Path(HF_HUB_CACHE) / f"models--{name}".replace("/", "--")).exists():
             announce(f"{name} is no folder here: looking for it on the Hugging Face hub")
         return Path(snapshot_download(
-            str(name), allow_patterns=list(_WANTED), ignore_patterns=list(_UNWANTED)
+            str(name), allow_patterns=list(wanted), ignore_patterns=list(_UNWANTED)
         ))  # fmt: skip
     except GatedRepoError as error:
         raise PermissionError(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from importlib.util import find_spec
+from math import inf
 from pathlib import Path
 from typing import Annotated
 
@@ -31,19 +34,32 @@ def plan(
     hardware: HardwareOption = None,
     nodes: Annotated[
         Path | None,
-        typer.Option(help="YAML list of {hardware, count, gpus} instead."),
+        typer.Option(exists=True, help="YAML list of {hardware, count, gpus} instead."),
     ] = None,
     stages: Annotated[
         int | None, typer.Option(help="So many machines like the one given, a stage each.")
     ] = None,
-    prompt_len: Annotated[int, typer.Option(help="Tokens of every prompt.")] = 512,
-    max_tokens: Annotated[int, typer.Option(help="Tokens of every answer.")] = 32,
-    num_requests: Annotated[int | None, typer.Option(help="1000, or the file's.")] = None,
+    gpu_memory: Annotated[
+        str | None, typer.Option(help="Memory of each GPU, such as 16GiB. [default: the file's]")
+    ] = None,
+    cpu_memory: Annotated[
+        str | None, typer.Option(help="Host memory of each machine. [default: the file's]")
+    ] = None,
+    disk_memory: Annotated[
+        str | None, typer.Option(help="Disk space of each machine. [default: the file's]")
+    ] = None,
+    prompt_len: Annotated[int, typer.Option(min=1, help="Tokens of every prompt.")] = 512,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of every answer.")] = 32,
+    num_requests: Annotated[
+        int | None, typer.Option(min=1, help="Requests of the job. [default: 1000, or the file's]")
+    ] = None,
     workload: Annotated[
         Path | None, typer.Option(help="CSV instead; its last two columns are those lengths.")
     ] = None,
     max_latency: Annotated[float | None, typer.Option(help="Seconds a block may take.")] = None,
-    dtype: Annotated[str, typer.Option(help=f"{', '.join(DTYPE_BYTES)}.")] = "float16",
+    dtype: Annotated[
+        str, typer.Option(help=f"{', '.join(DTYPE_BYTES)}, or auto: the checkpoint's.")
+    ] = "float16",
     weight_bits: WeightBitsOption = None,
     cache_bits: CacheBitsOption = None,
     embedding_bits: EmbeddingBitsOption = None,
@@ -65,20 +81,21 @@ def plan(
     from flexgen_ray.config import Policy
     from flexgen_ray.cost.grid import Search
     from flexgen_ray.cost.planner import Planner
-    from flexgen_ray.plan_report import PlanReport
+    from flexgen_ray.plan_report import PlanReport, headline
     from flexgen_ray.planning import Job, compare, devices_of, read_job, read_nodes
 
-    if dtype not in DTYPE_BYTES:
-        raise ValueError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPE_BYTES)}")
+    _check(dtype, max_latency, price_per_hour, frontier)
     machines = read_nodes(nodes) if nodes else _machines(hardware or ["auto"], stages)
     if nodes and (hardware or stages):
         raise ValueError("--nodes says all about the machines; leave --hardware and --stages out")
+    machines = [it.with_memory(gpu_memory, cpu_memory, disk_memory) for it in machines]
     job = (
         read_job(workload, num_requests)
         if workload
         else Job.uniform(num_requests or 1000, prompt_len, max_tokens)
     )
     config = _config(model)
+    dtype = config.dtype if dtype == "auto" else dtype
     if job.max_seq_len > config.max_seq_len:
         raise ValueError(
             f"the longest request has {job.max_seq_len} tokens, but the model's context is "
@@ -91,13 +108,18 @@ def plan(
         attention_sparsity=sparsity,
     )
     search = Search(base, max_seconds=max_latency)
-    comparison = compare(config, machines, job, dtype, search)
     names = [
         f"{it.hardware.name} x {it.gpus}" if it.gpus > 1 else it.hardware.name for it in machines
     ]
+
+    def announce(plan) -> None:
+        display(headline(model, names, plan))
+        sys.stdout.flush()
+
+    comparison = compare(config, machines, job, dtype, search, announce)
     report = PlanReport(model, names, comparison, price_per_hour)
     result = report.as_dict()
-    for line in report.lines():
+    for line in report.lines()[1:]:
         display(line)
     if frontier:
         planner = Planner(
@@ -126,15 +148,33 @@ def _machines(names: list[str], stages: int | None) -> list:
     return machines * (stages if len(machines) == 1 else 1)
 
 
+def _check(
+    dtype: str, max_latency: float | None, price_per_hour: float | None, frontier: Path | None
+) -> None:
+    """ValueError names an option that can't be; before any work."""
+    if dtype not in (*DTYPE_BYTES, "auto"):
+        raise ValueError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPE_BYTES)}, auto")
+    for name, value in (("--max-latency", max_latency), ("--price-per-hour", price_per_hour)):
+        if value is not None and not 0 < value < inf:
+            raise ValueError(f"{name} is {value:g}; it must be above 0")
+    if frontier and find_spec("matplotlib") is None:
+        raise ValueError("--frontier needs matplotlib: pip install 'flexgen-ray[plot]'")
+
+
 def _config(model: str) -> ModelConfig:
     from flexgen_ray.models.configs import load_config
     from flexgen_ray.models.shapes import SHAPES, shape_config
+    from flexgen_ray.names import unknown_name
+    from flexgen_ray.paths import find_config
 
     if model in SHAPES and not Path(model).is_dir():
         return shape_config(model)
-    from flexgen_ray.paths import find_model
-
-    return load_config(find_model(model))
+    if "/" not in model and not Path(model).is_dir():
+        unknown = unknown_name("--model", "folder or built-in shape", [model], SHAPES, {})
+        raise FileNotFoundError(
+            f"{unknown} (names on the Hugging Face hub have an owner, such as Qwen/Qwen3-32B)"
+        )
+    return load_config(find_config(model))
 
 
 def _draw(planner, title: str, path: Path) -> dict:

@@ -7,10 +7,11 @@ from dataclasses import asdict, dataclass
 import yaml
 
 from flexgen_ray.config import TIERS
+from flexgen_ray.cost.pipeline_plan import Plan
 from flexgen_ray.cost.plan import StagePlan
-from flexgen_ray.cost.sizes import stage_bytes, totals
-from flexgen_ray.planning import Alternative, Comparison
-from flexgen_ray.units import format_bytes
+from flexgen_ray.cost.sizes import stage_bytes, totals, weight_bytes
+from flexgen_ray.planning import RESIDENT, Alternative, Comparison
+from flexgen_ray.units import format_bytes, format_seconds
 
 WORTH_SAYING = 1.05  # gains below are no advice
 
@@ -26,14 +27,14 @@ class PlanReport:
 
     @property
     def hours(self) -> float:
-        plan = self.comparison.plan
-        return plan.job.num_requests * plan.job.mean_tokens / plan.tokens_per_s / 3600
+        return self.comparison.plan.job_seconds / 3600
 
     @property
     def price_per_million_tokens(self) -> float | None:
         if self.price_per_hour is None:
             return None
-        return self.price_per_hour / 3600 / self.comparison.plan.tokens_per_s * 1e6
+        job = self.comparison.plan.job
+        return self.price_per_hour * self.hours / (job.num_requests * job.mean_tokens) * 1e6
 
     def lines(self) -> list[str]:
         """Plain text; all of it predicted."""
@@ -41,14 +42,17 @@ class PlanReport:
         blocks = f"{plan.num_blocks} blocks" if plan.num_blocks > 1 else "a block"
         policy = plan.stages[0].policy
         stage, lane = plan.binding
+        prefill, decode = map(format_seconds, (plan.prefill_seconds, plan.decode_seconds))
         lines = [
-            f"{self.model} in {plan.stages[0].dtype} on {', '.join(self.hardware)}, predicted:",
-            f"fits, with {blocks} of {policy.num_gpu_batches} x {policy.gpu_batch_size} sequences",
+            headline(self.model, self.hardware, plan),
+            f"weights {format_bytes(self._weight_bytes)}, cache "
+            f"{format_bytes(self._cache_bytes_per_token)} a token",
+            f"{blocks} of {policy.num_gpu_batches} x {policy.gpu_batch_size} sequences",
             *(self._stage(number, it) for number, it in enumerate(plan.stages)),
-            f"{plan.tokens_per_s:.4g} generated tokens/s: prefill {plan.prefill_seconds:.4g} s and "
-            f"decode {plan.decode_seconds:.4g} s for all in flight ({plan.decode_tokens_per_s:.4g} "
-            "tokens/s)",
-            f"{plan.job.num_requests} requests take {self.hours:.3g} h{self._price()}",
+            f"{_rate(plan.tokens_per_s)} generated tokens/s: prefill {prefill} and decode {decode} "
+            f"for all in flight ({_rate(plan.decode_tokens_per_s)} tokens/s)",
+            f"{plan.job.num_requests:,} requests take {plan.num_rounds:,} such rounds, "
+            f"{format_seconds(plan.job_seconds)}{self._price()}",
             f"stage {stage}'s {lane} binds" if len(plan.stages) > 1 else f"{lane} binds",
         ]
         return [*lines, *self._advice(), *self._verdicts()]
@@ -68,6 +72,8 @@ class PlanReport:
             "decode_s": plan.decode_seconds,
             "block_s": plan.block_seconds,
             "hours": self.hours,
+            "weight_bytes": self._weight_bytes,
+            "cache_bytes_per_token": self._cache_bytes_per_token,
             "price_per_million_tokens": self.price_per_million_tokens,
             "binding_stage": stage,
             "binding_lane": lane,
@@ -99,6 +105,14 @@ class PlanReport:
         ]
         return yaml.safe_dump(shared | {"stages": each}, sort_keys=False)
 
+    @property
+    def _weight_bytes(self) -> int:
+        return sum(sum(weight_bytes(stage).values()) for stage in self.comparison.plan.stages)
+
+    @property
+    def _cache_bytes_per_token(self) -> int:
+        return sum(it.kv_bytes * it.num_decoder_layers for it in self.comparison.plan.stages)
+
     def _stage(self, number: int, stage: StagePlan) -> str:
         policy, need = stage.policy, totals(stage_bytes(stage))
         name = (
@@ -117,7 +131,7 @@ class PlanReport:
 
     def _price(self) -> str:
         price = self.price_per_million_tokens
-        return "" if price is None else f", {price:.4g} $ per million tokens"
+        return "" if price is None else f", {price:,.4g} $ per million tokens"
 
     def _advice(self) -> list[str]:
         ours = self.comparison.plan.tokens_per_s
@@ -131,17 +145,32 @@ class PlanReport:
         return [f"faster with: {text}"] if text else []
 
     def _verdicts(self) -> list[str]:
-        return [self._verdict(it) for it in self.comparison.alternatives]
+        lines = [self._verdict(it) for it in self.comparison.alternatives]
+        if any(it.name == RESIDENT and it.tokens_per_s for it in self.comparison.alternatives):
+            lines.append(
+                "everything fits the GPUs: a resident engine (such as vLLM) would be faster"
+            )
+        return lines
 
     def _verdict(self, other: Alternative) -> str:
         if other.tokens_per_s is None:
             return f"{other.name}: not possible, {other.why_not}"
         ratio = other.tokens_per_s / self.comparison.plan.tokens_per_s
-        if ratio >= 1:
-            return (
-                f"{other.name}: {other.tokens_per_s:.4g} tokens/s, {ratio:.2f} x: do that instead"
-            )
-        return f"{other.name}: {other.tokens_per_s:.4g} tokens/s, {ratio:.2f} x of the plan"
+        start = f"{other.name}: {_rate(other.tokens_per_s)} tokens/s, {ratio:.2f} x"
+        return f"{start}: do that instead" if ratio >= WORTH_SAYING else f"{start} of the plan"
+
+
+def _rate(tokens_per_s: float) -> str:
+    return f"{tokens_per_s:,.0f}" if tokens_per_s >= 1000 else f"{tokens_per_s:.3g}"
+
+
+def headline(model: str, hardware: list[str], plan: Plan) -> str:
+    """What the plan comes to, in a line."""
+    return (
+        f"{model} in {plan.stages[0].dtype} on {', '.join(hardware)}: fits, about "
+        f"{_rate(plan.tokens_per_s)} generated tokens/s, {plan.job.num_requests:,} requests in "
+        f"{format_seconds(plan.job_seconds)} (predicted)"
+    )
 
 
 def _fractions(fractions: tuple[float, ...]) -> str:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import csv
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from math import ceil
 from pathlib import Path
 from statistics import fmean
 
@@ -21,9 +22,11 @@ from flexgen_ray.cost.pipeline_plan import Device, Job, ModelRates, Plan, Rates
 from flexgen_ray.cost.planner import Infeasible, Planner, choose
 from flexgen_ray.model_config import ModelConfig
 from flexgen_ray.text_files import read_lines, read_yaml
+from flexgen_ray.units import parse_bytes
 
 MAX_MACHINES = 1024
 _MAX_DIGITS = 12  # of a length in tokens
+RESIDENT = "everything on the GPUs"
 NODE_KEYS = ("hardware", "count", "gpus")
 
 
@@ -33,6 +36,27 @@ class Node:
 
     hardware: Hardware
     gpus: int = 1
+
+    def with_memory(self, gpu: str | None, cpu: str | None, disk: str | None) -> Node:
+        """With these sizes, such as `16GiB`, to use of each tier; the hardware's own, where None.
+        ValueError names one that is no size."""
+        sizes = self.hardware.memory
+        own = {
+            tier: ceil(_size(tier, text) / sizes.share)
+            for tier, text in {"gpu": gpu, "cpu": cpu, "disk": disk}.items()
+            if text is not None
+        }
+        return replace(self, hardware=replace(self.hardware, memory=replace(sizes, **own)))
+
+
+def _size(tier: str, text: str) -> int:
+    try:
+        nbytes = parse_bytes(text)
+    except ValueError as error:
+        raise ValueError(f"--{tier}-memory: {error}") from error
+    if nbytes < 1:
+        raise ValueError(f"--{tier}-memory is {text}; it must be above 0")
+    return nbytes
 
 
 def read_nodes(path: str | Path) -> list[Node]:
@@ -122,13 +146,20 @@ class Comparison:
 
 
 def compare(
-    config: ModelConfig, nodes: Sequence[Node], job: Job, dtype: str, search: Search
+    config: ModelConfig,
+    nodes: Sequence[Node],
+    job: Job,
+    dtype: str,
+    search: Search,
+    announce: Callable[[Plan], None] = lambda plan: None,
 ) -> Comparison:
-    """Raises Infeasible if the job can't be done on these machines at all."""
+    """announce: called with the plan before it is compared, which takes longer. Raises Infeasible
+    if the job can't be done on these machines at all."""
     devices = devices_of(nodes, config, dtype, search.base.cache_bits)
     plan = choose(Planner(config, devices, job, dtype, search))
+    announce(plan)
     on_device = replace(search, shares=ON_DEVICE)
-    alternatives = [_try("everything on the GPUs", config, devices, job, dtype, on_device)]
+    alternatives = [_try(RESIDENT, config, devices, job, dtype, on_device)]
     if all(node.hardware.host.flops_per_s for node in nodes):
         cores = tuple(_cores_of(node.hardware, number) for number, node in enumerate(nodes))
         name = "the CPU alone" if len(nodes) == 1 else "the CPUs alone"

@@ -16,12 +16,13 @@ from flexgen_ray import LLM, Hardware, SamplingParams
 from flexgen_ray.cost.grid import Search
 from flexgen_ray.cost.machine_rates import LinkRates, MemorySizes
 from flexgen_ray.cost.pipeline_plan import Job
+from flexgen_ray.cost.planner import Planner, choose
 from flexgen_ray.model_config import ModelConfig
 from flexgen_ray.models.shapes import shape_config
-from flexgen_ray.paths import hardware_file
+from flexgen_ray.paths import find_config, hardware_file
 from flexgen_ray.plan_command import plan as command
 from flexgen_ray.plan_report import PlanReport
-from flexgen_ray.planning import Node, compare, read_job, read_nodes
+from flexgen_ray.planning import Node, compare, devices_of, read_job, read_nodes
 from flexgen_ray.stage_policies import StagePolicies
 
 FEW = Search(batch_sizes=(16,), batches=(4,), tiles=(512,), extra_blocks=(0,))
@@ -43,7 +44,10 @@ def test_a_plan_for_a_machine_one_does_not_own(tmp_path):
         "--weight-bits", 4, "--cache-bits", 8, "--sparsity", 0.5,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "predicted" in done.stdout and "$ per million tokens" in done.stdout
+    first, *rest = done.stdout.splitlines()
+    assert "fits, about" in first and "20 requests in" in first and "(predicted)" in first
+    assert "e+" not in done.stdout and "$ per million tokens" in done.stdout
+    assert any(line.startswith("weights ") and "a token" in line for line in rest)
     assert "HiGHS" not in done.stdout
     found = json.loads(result.read_text())
     assert found["fits"] and found["predicted"]
@@ -64,6 +68,12 @@ def test_a_plan_for_a_machine_one_does_not_own(tmp_path):
     "options, message",
     [
         ({"hardware": ["t5"]}, "presets are a100-80"),
+        ({"hardware": ["rtx409"]}, "did you mean rtx4090?"),
+        ({"hardware": ["t4"], "model": "opt-6.7"}, "did you mean opt-6.7b?"),
+        ({"hardware": ["t4"], "max_latency": 0.0}, "--max-latency is 0"),
+        ({"hardware": ["t4"], "price_per_hour": -1.0}, "--price-per-hour is -1"),
+        ({"hardware": ["t4"], "gpu_memory": "0"}, "--gpu-memory is 0"),
+        ({"hardware": ["t4"], "disk_memory": "much"}, "--disk-memory: 'much' is not a size"),
         ({"hardware": ["t4"], "dtype": "float8"}, "dtype is 'float8'"),
         ({"hardware": ["t4"], "prompt_len": 4000}, "the model's context is 2048"),
         ({"hardware": ["t4", "h100"], "stages": 3}, "--stages 3, but 2 machines"),
@@ -73,7 +83,52 @@ def test_a_plan_for_a_machine_one_does_not_own(tmp_path):
 )
 def test_what_cannot_be_planned_is_refused_by_name(options, message):
     with pytest.raises((ValueError, OSError), match=re.escape(message)):
-        command("opt-6.7b", **options)
+        command(**{"model": "opt-6.7b"} | options)
+
+
+def test_a_plan_needs_no_torch_and_refuses_numbers_below_one():
+    code = "import sys; from flexgen_ray.cli import main\n"
+    code += "sys.argv[1:] = ['plan', '--model', 'opt-125m', '--hardware', 't4', *sys.argv[1:]]\n"
+    code += "try: main()\nexcept SystemExit: pass\n"
+    code += "print({'torch', 'transformers', 'ray'} & set(sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--num-requests", "3", "--dtype", "auto"],
+        capture_output=True, text=True, timeout=240, check=True,
+    )  # fmt: skip
+    assert "fits, about" in done.stdout
+    assert done.stdout.splitlines()[-1] == "set()"
+    for option in ("--num-requests", "--max-tokens"):
+        assert plan("--model", "opt-125m", "--hardware", "t4", option, 0).returncode == 64
+
+
+def test_memory_of_ones_own_replaces_the_presets():
+    node = Node(Hardware.preset("t4"))
+    given = node.with_memory("10GiB", None, "1GiB").hardware.budget
+    assert abs(given.gpu - 10 * 2**30) <= 1 and abs(given.disk - 2**30) <= 1
+    assert given.cpu == node.hardware.budget.cpu
+
+
+def test_of_a_name_on_the_hub_only_the_config_is_fetched(monkeypatch, tmp_path):
+    wanted = []
+
+    def fetched(name, allow_patterns, ignore_patterns):
+        wanted.extend(allow_patterns)
+        return tmp_path
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetched)
+    assert find_config("someone/some-model") == tmp_path
+    assert set(wanted) == {"config.json", "generation_config.json"}
+
+
+@pytest.mark.parametrize("requests", [1, 3, 20, 1000])
+def test_a_job_takes_whole_rounds_of_no_more_than_itself(requests):
+    (config, machine), job = a_third(), Job.uniform(requests, 128, 16)
+    found = choose(Planner(config, devices_of([machine], config, "float16"), job, "float16"))
+    slots = found.num_blocks * found.block_size
+    assert slots < requests + found.stages[0].policy.num_gpu_batches
+    assert found.num_rounds * slots >= requests > (found.num_rounds - 1) * slots
+    assert found.job_seconds == found.num_rounds * found.block_seconds
+    assert found.tokens_per_s <= requests * 16 / found.block_seconds * 1.0001
 
 
 def a_third() -> tuple[ModelConfig, Node]:

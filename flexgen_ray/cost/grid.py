@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, product
 
@@ -77,12 +78,16 @@ class Grid:
         """Blocks of a request or two."""
         return self._shapes((1, 2), (1,))
 
-    def _shapes(self, sizes: Iterable[int], batches: Iterable[int]) -> Iterator[Policy]:
-        """Those not twice as large as the job, with the smallest tile."""
+    def _shapes(self, sizes: Iterable[int], batches: Sequence[int]) -> Iterator[Policy]:
+        """Those no larger than the job, with the smallest tile."""
         extras = self.search.extra_blocks if self.num_stages > 1 else (0,)
-        for size, number, extra in product(sizes, batches, extras):
+        sizes = list(sizes)
+        for number, extra in product(batches, extras):
             blocks = self.num_stages + extra
-            if size * number * blocks < 2 * max(self.job.num_requests, self.num_stages):
+            if number > 1 and number * blocks > self.job.num_requests:
+                continue
+            most = -(-self.job.num_requests // (number * blocks))
+            for size in dict.fromkeys(min(size, most) for size in sizes):
                 yield replace(
                     self.search.base,
                     gpu_batch_size=size,
@@ -93,8 +98,6 @@ class Grid:
 
 
 def _near(value: int, grid: tuple[int, ...], steps: int = COARSE) -> tuple[int, ...]:
-    """It and as many on each side; all, if it isn't one of them."""
-    if value not in grid:
-        return grid
-    at = grid.index(value)
+    """It, or the next above, and as many on each side."""
+    at = min(bisect_left(grid, value), len(grid) - 1)
     return grid[max(at - steps, 0) : at + steps + 1]

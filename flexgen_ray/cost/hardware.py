@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 
 from flexgen_ray.config import DTYPE_BYTES, Budget, HardwareSpec
@@ -191,9 +192,11 @@ class Hardware:
         if str(name) == LOCAL:
             raise FileNotFoundError(f"{path} is not there; `flexgen-ray calibrate` makes it")
         known = ", ".join(Hardware.preset_names())
+        near = get_close_matches(str(name), Hardware.preset_names(), n=1, cutoff=0.5)
+        meant = f"did you mean {near[0]}? " if near else ""
         raise FileNotFoundError(
-            f"there is no hardware file {name}, nor a preset of that name; presets are {known}, "
-            "and `local` is what `flexgen-ray calibrate` measured"
+            f"there is no hardware file {name}, nor a preset of that name; {meant}presets are "
+            f"{known}, and `local` is what `flexgen-ray calibrate` measured"
         )
 
     @staticmethod

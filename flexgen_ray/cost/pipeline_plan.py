@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import ceil
 
 from flexgen_ray.config import Budget, HardwareSpec
 from flexgen_ray.cost.hardware import Hardware
@@ -143,9 +144,20 @@ class Plan:
 
     @property
     def tokens_per_s(self) -> float:
-        """Generated tokens, prefill and decode counted (FlexGen's throughput)."""
-        tokens = self.num_blocks * self.block_size * self.job.mean_tokens
-        return tokens / self.block_seconds
+        """Generated tokens, prefill and decode counted (FlexGen's throughput); of no more sequences
+        than the job has."""
+        sequences = min(self.num_blocks * self.block_size, self.job.num_requests)
+        return sequences * self.job.mean_tokens / self.block_seconds
+
+    @property
+    def job_seconds(self) -> float:
+        """Of the whole job, in whole rounds."""
+        return self.num_rounds * self.block_seconds
+
+    @property
+    def num_rounds(self) -> int:
+        """How often all blocks in flight are filled."""
+        return ceil(self.job.num_requests / (self.num_blocks * self.block_size))
 
     @property
     def decode_tokens_per_s(self) -> float:
