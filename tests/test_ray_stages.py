@@ -19,6 +19,7 @@ from test_exactness import assert_same
 from flexgen_ray import LLM, Placement, Policy, SamplingParams
 from flexgen_ray.config import Faults, HardwareSpec
 from flexgen_ray.distributed.attempt import get
+from flexgen_ray.events import Progress
 
 THIRD = Placement(0.3, 0.3, 0.4)
 POLICY = Policy(2, 2, 16, THIRD, THIRD, THIRD, 0.5)
@@ -43,10 +44,17 @@ def test_stages_as_actors_generate_the_same_tokens(tiny_models, local_ray, name)
     folder, references = tiny_models[name]
     prompts = [reference.prompt for reference in references]
     params = SamplingParams(max_tokens=12, temperature=0.0)
-    with LLM(folder, policy=POLICY, dtype="float32", pipeline_parallel_size=3) as llm:
+    seen: list[Progress] = []
+    options = {"pipeline_parallel_size": 3, "on_progress": seen.append}
+    with LLM(folder, policy=POLICY, dtype="float32", **options) as llm:
         for _ in range(2):
             outputs = llm.generate(prompts, params)
             assert_same([output.outputs[0] for output in outputs], references)
+        phases = list(dict.fromkeys(event.current_phase for event in seen if not event.note))
+        assert phases[0] == "starting Ray" and "waiting for room on the Ray cluster" in phases
+        assert phases[-4:] == ["planning", "loading weights", "prefill", "decode"]
+        last = seen[-1].standing
+        assert last and (last.requests_done, last.seconds_left) == (len(prompts), 0)
         pids = ray.get([actor.pid.remote() for actor in llm._backend._actors])
         assert len(set(pids)) == 3
         assert llm.report.new_tokens == 12 * len(prompts)

@@ -25,6 +25,7 @@ def load(
 
     nodes: see attempt.get.
     """
+    on_progress(Progress(phase=LOADING))
     loading = [actor.load.remote(spec) for actor, spec in zip(actors, specs, strict=True)]
     while ray.wait(loading, num_returns=len(loading), timeout=LOOK_SECONDS)[1]:
         on_progress(_together([actor.loading.remote() for actor in actors]))
