@@ -128,7 +128,11 @@ def _is_count(value: Any) -> bool:
 
 
 def _is_rate(value: Any) -> bool:
-    return isinstance(value, Real) and isfinite(value) and float(value) > 0
+    return _is_seconds(value) and isfinite(value) and float(value) > 0
+
+
+def _is_seconds(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and float(value) >= 0
 
 
 def _is_size(value: Any) -> bool:
@@ -169,7 +173,7 @@ _CHECKS: dict[str, Check] = {
     "trace": _FLAG,
     "max_model_len": (lambda it: it is None or _is_count(it), "None or a number of tokens"),
     "threads": (lambda it: it is None or _is_count(it), "None or a number from 1 up"),
-    "wait": (lambda it: it is None or (isinstance(it, Real) and float(it) >= 0),
+    "wait": (lambda it: it is None or _is_seconds(it),
              "None or a number of seconds, from 0 up"),
     "on_progress": (callable, "a function, such as what progress.show_progress yields"),
     "load_format": _one_of("auto", "dummy"),
