@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -44,7 +45,9 @@ from flexgen_ray.quantize_command import quantize
 from flexgen_ray.terminal import display, say
 
 if TYPE_CHECKING:
+    from flexgen_ray.io.journal import Journal
     from flexgen_ray.report import Report
+    from flexgen_ray.request import SamplingParams
 
 app = App(
     name="flexgen-ray",
@@ -107,17 +110,11 @@ def generate(
     Exit status: 0 all answered (or all but --max-errors), 2 more lines got an error row, 1 could
     not run, 64 wrong usage, 130 stopped.
     """
-    from flexgen_ray.config import LOSSY
     from flexgen_ray.dry_run import plan_job
-    from flexgen_ray.fingerprint import fingerprint
-    from flexgen_ray.io.job_facts import MODEL_FILES
     from flexgen_ray.io.journal import Journal
     from flexgen_ray.io.lines import STANDARD
-    from flexgen_ray.job import lossy_facts, read_job, run_job
-    from flexgen_ray.llm import LLM
-    from flexgen_ray.model_defaults import model_defaults
-    from flexgen_ray.paths import find_model
-    from flexgen_ray.progress import show_progress
+    from flexgen_ray.job import job_facts, sampling_defaults
+    from flexgen_ray.paths import find_description, find_model
     from flexgen_ray.request import SamplingParams
 
     options = {"max_tokens": max_tokens, "temperature": temperature, "stop": stop or None}
@@ -130,41 +127,55 @@ def generate(
     if output is None and not dry_run:
         raise typer.BadParameter("it is required but for --dry-run", param_hint="--output")
     engine |= {"plan_for": hardware, "max_latency": max_latency}
-    # Where data lies changes no answer; a resumed run may have other memory, and another policy.
-    lossy = {name: engine[name] for name in LOSSY}
-    facts = lossy_facts(engine["policy"], **lossy) | {"keep_order": keep_order, "seed": seed}
     is_dummy = engine["load_format"] == "dummy"
-    model = f"dummy {engine['model']}" if is_dummy else str(find_model(engine["model"], say))
-    facts |= {"model": model, "dtype": engine["dtype"], "max_model_len": engine["max_model_len"]}
-    facts |= {} if is_dummy else {MODEL_FILES: fingerprint(Path(model))}
-    # Without a number of anyone's it depends on the line.
-    own = {"max_tokens": None} | ({} if is_dummy else model_defaults(Path(model)))
-    defaults = SamplingParams(**own | given)
+    find = find_description if dry_run else partial(find_model, announce=say)
+    model = None if is_dummy else find(engine["model"])
+    defaults = sampling_defaults(model, given)
     if output is None or dry_run:
         for line in plan_job(engine, input, None if overwrite else output, defaults):
             display(line)
         return
+    facts = job_facts(engine, model) | {"keep_order": keep_order, "seed": seed}
+    engine |= {"seed": seed, "trace": trace is not None}
     with (
         Journal(output, overwrite, keep_order, retry_errors) as journal,
         told_how_to_resume(journal),
     ):
-        with show_progress() as show:
-            lines = read_job(input, journal, defaults, facts, show)
-            for note in journal.notes:
-                say(note)
-            if not lines:
-                journal.begin()
-                done = f"{output} answers all of {input} already; --overwrite would do it anew"
-                say(done if journal.answered else f"{input} holds no requests")
-                return exit_status(journal, max_errors or 0)
-            with LLM(**engine, seed=seed, trace=trace is not None, on_progress=show) as llm:
-                llm.check_stops(defaults.stop)
-                run_job(llm, journal, lines)
-                if trace is not None:
-                    llm.write_trace(trace)
-        _show_report(llm.report, report)
-        journal.confirm()
+        made = _answer(engine, journal, input, defaults, facts, trace)
+        if made is not None:
+            _show_report(made, report)
+            journal.confirm()
         exit_status(journal, max_errors or 0)
+
+
+def _answer(
+    engine: dict[str, Any],
+    journal: Journal,
+    input: Path,
+    defaults: SamplingParams,
+    facts: dict,
+    trace: Path | None,
+) -> Report | None:
+    """Answers what the journal's output lacks; None if it lacks nothing."""
+    from flexgen_ray.job import read_job, run_job
+    from flexgen_ray.llm import LLM
+    from flexgen_ray.progress import show_progress
+
+    with show_progress() as show:
+        lines = read_job(input, journal, defaults, facts, show)
+        for note in journal.notes:
+            say(note)
+        if not lines:
+            journal.begin()
+            done = f"{journal.path} answers all of {input} already; --overwrite would do it anew"
+            say(done if journal.answered else f"{input} holds no requests")
+            return None
+        with LLM(**engine, on_progress=show) as llm:
+            llm.check_stops(defaults.stop)
+            run_job(llm, journal, lines)
+            if trace is not None:
+                llm.write_trace(trace)
+        return llm.report
 
 
 @app.command(short_help="Run a real small model, offloaded.")

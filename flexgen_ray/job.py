@@ -6,10 +6,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from itertools import count
 from pathlib import Path
+from typing import Any
 
-from flexgen_ray.config import Policy
+from flexgen_ray.config import LOSSY, Policy
 from flexgen_ray.events import OnProgress, Progress, ignore
+from flexgen_ray.fingerprint import fingerprint
 from flexgen_ray.io.files import check_distinct
+from flexgen_ray.io.job_facts import MODEL_FILES
 from flexgen_ray.io.journal import Journal
 from flexgen_ray.io.lines import open_input
 from flexgen_ray.io.openai_batch import (
@@ -26,6 +29,7 @@ from flexgen_ray.io.openai_batch import (
 )
 from flexgen_ray.io.openai_logprobs import Echo
 from flexgen_ray.llm import LLM
+from flexgen_ray.model_defaults import model_defaults
 from flexgen_ray.progress import counted
 from flexgen_ray.request import DEFAULT_MAX_TOKENS, Request, RequestOutput, SamplingParams
 from flexgen_ray.stage_policies import StagePolicies
@@ -70,6 +74,27 @@ def refuse_hopeless(answered: set[str], errors: list[str | None]) -> None:
             f"none of the {len(errors)} lines can be answered, so the output is left as it is; "
             f"the first fault is {errors[0]}"
         )
+
+
+def sampling_defaults(model: Path | None, given: dict[str, Any]) -> SamplingParams:
+    """Sampling parameters of lines that set none: those given, else the model folder's own.
+
+    model: None for made-up weights. Without a number of anyone's, max_tokens depends on the line.
+    """
+    own = {"max_tokens": None} | ({} if model is None else model_defaults(model))
+    return SamplingParams(**own | given)
+
+
+def job_facts(engine: dict[str, Any], model: Path | None) -> dict[str, Any]:
+    """Facts about the model on which a job's answers depend, by name.
+
+    engine: LLM's arguments; model: its folder, None for made-up weights. Where data lies changes no
+    answer; a resumed run may have other memory, and another policy.
+    """
+    lossy = lossy_facts(engine["policy"], **{name: engine[name] for name in LOSSY})
+    name = f"dummy {engine['model']}" if model is None else str(model)
+    facts = {"model": name, "dtype": engine["dtype"], "max_model_len": engine["max_model_len"]}
+    return lossy | facts | ({} if model is None else {MODEL_FILES: fingerprint(model)})
 
 
 def lossy_facts(policy: Path | None, **lossy: int | float | None) -> dict:

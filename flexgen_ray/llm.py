@@ -28,7 +28,7 @@ from flexgen_ray.models.checkpoint import checkpoint_config
 from flexgen_ray.models.configs import load_config
 from flexgen_ray.models.shapes import shape_config
 from flexgen_ray.names import explains_call, explains_unknown
-from flexgen_ray.paths import default_offload_dir, find_model
+from flexgen_ray.paths import default_offload_dir, find_description, find_model
 from flexgen_ray.progress import counted, show_progress
 from flexgen_ray.prompts import (
     Chat,
@@ -127,9 +127,12 @@ class LLM(Engine):
         }
         self._is_dummy = load_format == "dummy"
         is_shape = self._is_dummy and not Path(model).exists()
-        self.model = Path(model) if is_shape else find_model(model)
+        find = find_description if dry_run else find_model
+        self.model = Path(model) if is_shape else find(model)
         name = str(self.model if Path(model).is_dir() else model)
-        read_config = load_config if self._is_dummy else checkpoint_config
+        needs_weights = not (self._is_dummy or dry_run)
+        has_weights = needs_weights or any(self.model.glob("*.safetensors"))
+        read_config = checkpoint_config if has_weights and not self._is_dummy else load_config
         config = shape_config(str(model)) if is_shape else read_config(self.model)
         self.max_model_len = _limit(max_model_len, config)
         packed = {it: getattr(config, it) for it in ("weight_bits", "embedding_bits")}

@@ -8,13 +8,20 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 # What a model needs, and no pickles, programs or second copies of the weights.
-_WANTED = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
+_DESCRIPTION = ("*.json", "*.model", "*.txt", "*.jinja")
+_WANTED = ("*.safetensors", *_DESCRIPTION)
 _UNWANTED = ("consolidated*", "*/*")
 
 
 def find_config(name: str | Path) -> Path:
     """The folder with a model's config.json, as `find_model`, but its weights needn't be there."""
     return find_model(name, wanted=("config.json", "generation_config.json"))
+
+
+def find_description(name: str | Path) -> Path:
+    """The folder with a model's config and tokenizer, as `find_model`; its weights needn't be
+    there."""
+    return find_model(name, wanted=_DESCRIPTION)
 
 
 def find_model(

@@ -14,6 +14,7 @@ from huggingface_hub import constants
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from test_cli import rows
 
+from flexgen_ray import LLM, SamplingParams
 from flexgen_ray.paths import find_model
 
 NAME = "someone/tiny-llama"
@@ -81,6 +82,23 @@ def test_only_weights_and_what_reads_them_are_downloaded(monkeypatch, hub_cache)
     for path in ("pytorch_model.bin", "modeling_x.py", "consolidated.safetensors", "tf_model.h5",
                  "original/params.json", "onnx/model.safetensors", "training_args.pt"):  # fmt: skip
         assert not wanted(path), path
+
+
+def test_a_dry_run_asks_the_hub_for_no_weights(monkeypatch, text_model, tmp_path):
+    """It plans by what describes the model: config and tokenizer."""
+    folder = shutil.copytree(text_model, tmp_path / "described")
+    asked: list[str] = []
+
+    def download(name, **options):
+        asked.extend(options["allow_patterns"])
+        (folder / "model.safetensors").unlink(missing_ok=True)
+        return folder
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    with LLM("someone/new", dry_run=True, use_ray=False, device="cpu") as llm:
+        llm.prepare([llm.request(0, "Hello", SamplingParams(max_tokens=3))])
+        assert llm.model == folder
+    assert asked and not any(fnmatch("model.safetensors", pattern) for pattern in asked)
 
 
 @pytest.mark.parametrize(
