@@ -112,13 +112,11 @@ class Engine:
         workload = self._workload(asked)
         if self._plans is not None and self._plans[0].workload.covers(workload):
             return
-        on_cuda = self.machines[0].on_cuda
-        stages_disk = on_cuda or settings.execution["time_scale"] is not None
-        hops_on_device = on_cuda and self._backend.uses_nccl
+        hops_on_device = self.machines[0].on_cuda and self._backend.uses_nccl
         run = Run(
             self.config,
             self.dtype,
-            stages_disk,
+            self._stages_disk,
             hops_on_device,
             workload,
             settings.base,
@@ -165,6 +163,11 @@ class Engine:
         """Each stage's plan, as `prepare` settled it."""
         assert self._plans is not None, "prepare comes first"
         return self._plans
+
+    @property
+    def _stages_disk(self) -> bool:
+        """True if what is read from disk passes through host memory on its way to the device."""
+        return self.machines[0].on_cuda or self.settings.execution["time_scale"] is not None
 
     def _load(self, settled: Settled) -> None:
         """Bring every stage up with its plan, and with the rates that its ops are modelled by."""

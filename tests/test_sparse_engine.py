@@ -119,7 +119,7 @@ def test_modelled_link_bytes_are_those_that_cross(
 def test_keys_and_the_values_kept_cross_the_link(tiny_models, bits, tier, monkeypatch):
     """The values of 10 of 99 past tokens and a new one, instead of 99."""
     folder, _ = tiny_models["llama"]
-    home = Placement(0, tier == "host", tier == "disk")
+    home = Placement(0, int(tier == "host"), int(tier == "disk"))
     dense = Policy(4, 1, 64, cache=home, cpu_attention=0.0, cache_bits=bits)
     prompts = [list(range(4, 90)) + list(range(4, 18 - i)) for i in (1, 1, 1, 1)]
     assert all(len(prompt) == 99 for prompt in prompts)

@@ -103,15 +103,15 @@ class KVCache:
         """LOAD_CACHE: the tokens so far of every streamed row, into the cell's device slot; their
         keys, if values are to be chosen.
 
-        Decoding rows are attended together, as far as the longest: beyond a row's own tokens come
-        its home's zeros, or zeros, in place of what another row left in the slot.
+        Decoding rows are attended together, as far as the longest: beyond a row's own tokens the
+        slot has zeros, its home's or new ones, in place of what another row left there.
         """
         split, target = self.split(op), self._streamed[op.cell_slot]
         home = self._cpu[op.layer, op.batch]
         for index, place, count, past, prefills in placed.streamed_copies:
             parts, end = self._parts(prefills), past if prefills else placed.streamed_end
             source = home[parts, index : index + count]
-            _copy_rows(target[parts, place : place + count], source, end)
+            _copy_rows(target[parts, place : place + count], source, past, end)
         for row, place in placed.streamed:
             index, parts = row.slot - split.gpu - split.cpu, self._parts(row.is_prefill)
             if index >= 0 and row.position:
@@ -293,13 +293,16 @@ def _front(slot: Tensor, first: int, shape: Sequence[int]) -> Tensor:
     return slot[first : first + shape[0]].view(-1)[: prod(shape)].view(*shape)
 
 
-def _copy_rows(target: Tensor, source: Tensor, past: int) -> None:
-    """[1 or 2, rows, kv_heads, seq, width], of which the first `past` tokens count.
+def _copy_rows(target: Tensor, source: Tensor, past: int, end: int) -> None:
+    """[1 or 2, rows, kv_heads, seq, width], of which the first `past` tokens count; zeros to `end`.
 
     Between host and device whole rows go, in contiguous copies: in pieces they would be staged.
+    Beyond its tokens the source has zeros.
     """
     if target.device == source.device:
         target[:, :, :, :past].copy_(source[:, :, :, :past])
+        if past < end:
+            target[:, :, :, past:end].zero_()
     else:
         for to, of in zip(target, source, strict=True):
             to.copy_(of, non_blocking=True)
