@@ -20,7 +20,7 @@ def test_a_shell_s_script_is_printed_and_read_by_it(run_here, shell):
 
 def test_another_shell_is_refused_by_name(run_here):
     done = run_here("--show-completion", "cmd")
-    assert done.returncode == 2 and "'bash', 'zsh', 'fish'" in done.stderr
+    assert done.returncode == 64 and "'bash', 'zsh', 'fish'" in done.stderr
 
 
 @pytest.mark.parametrize(

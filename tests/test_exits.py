@@ -24,6 +24,7 @@ from flexgen_ray.terminal import printable
 STOPPED = "flexgen-ray: stopped\n"
 SCRIPT = """
 import signal
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # tests may run under nohup
 from flexgen_ray import cli
 
 @cli.app.command()
@@ -69,8 +70,9 @@ def test_what_ray_leaves_behind_changes_no_status(tmp_path):
 
 @pytest.fixture
 def answers_to_signals():
-    """Puts back what signals did before."""
+    """SIGHUP is not ignored, as nohup has it; what signals did before is put back."""
     before = {number: signal.getsignal(number) for number in STOPS}
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
     for number, answer in before.items():
         signal.signal(number, answer)
