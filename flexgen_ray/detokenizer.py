@@ -68,10 +68,6 @@ class Detokenizer:
         """A special token as it is written; None for other tokens."""
         return self._decode([token_id], False) if token_id in self._special else None
 
-    def is_special(self, token_id: int) -> bool:
-        """True if a text without special tokens leaves it out."""
-        return token_id in self._special
-
     @cached_property
     def special_names(self) -> list[str]:
         """Special tokens as they are written."""

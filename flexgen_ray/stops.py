@@ -6,8 +6,10 @@ text with special tokens as they are written. Knows tokenizers and sampling para
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import accumulate
 
 from flexgen_ray.detokenizer import CONTEXT
 from flexgen_ray.request import SamplingParams, first_stop
@@ -89,17 +91,17 @@ class StopStrings:
         if not stops:
             return None
         pieces = self._tokenizer.detokenizer.pieces(token_ids, begin, skip=False)
-        written = "".join(pieces)
+        written, ends = "".join(pieces), [*accumulate(map(len, pieces))]
         searched_from = len("".join(pieces[: early - begin]))
         place = first_stop(written, stops, searched_from)
         if place is None:
             return None
-        shown, at = [], 0
-        for token, piece in zip(token_ids[begin:], pieces, strict=True):
-            if not self._tokenizer.detokenizer.is_special(token):
-                shown.append(piece[: max(place[0] - at, 0)])
-            at += len(piece)
-        return "".join(shown) + (written[slice(*place)] if keeps else "")
+        # Without special tokens, those that remain may begin differently: with no space, say.
+        shown = self._tokenizer.detokenizer.pieces(token_ids, begin)
+        first = bisect_right(ends, place[0])
+        kept = len(shown[first]) - (ends[first] - place[0])
+        text = "".join(shown[:first]) + shown[first][: max(kept, 0)]
+        return text + (written[slice(*place)] if keeps else "")
 
     def _find_written(self, stops: Sequence[str]) -> tuple[str, ...]:
         names = self._tokenizer.detokenizer.special_names

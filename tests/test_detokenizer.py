@@ -180,6 +180,15 @@ def test_the_first_stop_string_ends_an_answer_where_the_whole_text_has_it(
     assert output.text == whole
 
 
+@pytest.mark.parametrize(("stop", "left"), [(" In", "In"), ("In<unk>", ""), ("n<unk>", "I")])
+def test_a_cut_before_a_special_token_is_one_of_the_text_without_it(tmp_path_factory, stop, left):
+    """The space before "In" is there only where the prompt's special token is, too."""
+    tokenizer = ours(unigram, tmp_path_factory)
+    token_ids = sequence(unigram, ["</s>", "In"], [0])
+    params = SamplingParams(3, stop=stop)
+    assert StopStrings(tokenizer).text(token_ids, 1, params) == left
+
+
 @pytest.fixture(scope="module")
 def llama_model(tmp_path_factory):
     sizes = {"vocab_size": len(hf(llama)), "tie_word_embeddings": False}

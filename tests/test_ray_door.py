@@ -34,7 +34,7 @@ def environment(**variables: str) -> dict[str, str]:
     return others | {LOOPBACK_ONLY: "0", "RAY_NUM_REDIS_GET_RETRIES": "1"} | variables
 
 
-@pytest.mark.parametrize("num_stages", [1, 2])
+@pytest.mark.parametrize("num_stages", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_run_listens_on_the_loopback_interface_alone(tiny_models, local_ray, num_stages):
     folder, references = tiny_models["llama"]
     greedy = SamplingParams(max_tokens=2, temperature=0.0)

@@ -26,6 +26,8 @@ def test_a_second_llm_works_and_a_dropped_one_gives_back_its_room(tiny_models, l
     llm = LLM(folder, dtype="float32", device="cpu")
     assert num_groups() == before + 1
     assert llm.generate([[3, 4, 5]], GREEDY)[0].outputs[0].token_ids == first
+    assert any(name.startswith("ray::StageWorker") for _, _, name in local_ray.sockets())
+    local_ray.check_sockets()  # a run of one stage listens on the loopback interface alone
     del llm
     assert num_groups() == before
     assert ray.is_initialized()

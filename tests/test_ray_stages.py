@@ -39,14 +39,32 @@ def unsaid():
     assert [record.getMessage() for record in records] == []
 
 
+def assert_raises_with_type_and_traceback(llm: LLM, num_stages: int) -> None:
+    """An error of the last stage is raised here as itself, before anything is loaded.
+
+    With several stages its sentence names the stage and the node, too.
+    """
+    last = num_stages - 1
+    with pytest.raises(AssertionError) as raised:
+        get([llm._backend._actors[last].connect.remote(None)], llm._backend._crew.nodes, last)
+    where = f"stage {last} on {gethostname()}"
+    text, (note,) = str(raised.value), raised.value.__notes__
+    assert text == (f"{where}: load comes first" if num_stages > 1 else "load comes first")
+    assert note.startswith(f"raised by {where if num_stages > 1 else 'stage 0'}:\nray::StageWorker")
+    assert "worker.py" in note and "in connect" in note and "\x1b" not in note
+
+
 @pytest.mark.parametrize("name", [pytest.param("opt", marks=pytest.mark.slow), "llama"])
-def test_stages_as_actors_generate_the_same_tokens(tiny_models, local_ray, name):
+def test_stages_as_actors_raise_their_errors_and_generate_the_same_tokens(
+    tiny_models, local_ray, name
+):
     folder, references = tiny_models[name]
     prompts = [reference.prompt for reference in references]
     params = SamplingParams(max_tokens=12, temperature=0.0)
     seen: list[Progress] = []
     options = {"pipeline_parallel_size": 3, "on_progress": seen.append}
     with LLM(folder, policy=POLICY, dtype="float32", **options) as llm:
+        assert_raises_with_type_and_traceback(llm, 3)
         for _ in range(2):
             outputs = llm.generate(prompts, params)
             assert_same([output.outputs[0] for output in outputs], references)
@@ -150,20 +168,10 @@ def test_no_kill_at_any_moment_costs_a_token(tiny_models, local_ray, seed):
     disturbed(folder, references, moments, num_stages, max_restarts=2 * len(moments))
 
 
-@pytest.mark.parametrize("num_stages", [pytest.param(1, marks=pytest.mark.slow), 2])
-def test_what_a_stage_raises_keeps_its_type_and_its_traceback(tiny_models, local_ray, num_stages):
-    """With several stages its sentence names the stage and the node, too."""
-    folder, _ = tiny_models["llama"]
-    options = {"pipeline_parallel_size": num_stages, "dtype": "float32", "device": "cpu"}
-    with LLM(folder, **options) as llm:
-        last = num_stages - 1
-        with pytest.raises(AssertionError) as raised:
-            get([llm._backend._actors[last].connect.remote(None)], llm._backend._crew.nodes, last)
-    where = f"stage {last} on {gethostname()}"
-    text, (note,) = str(raised.value), raised.value.__notes__
-    assert text == (f"{where}: load comes first" if num_stages > 1 else "load comes first")
-    assert note.startswith(f"raised by {where if num_stages > 1 else 'stage 0'}:\nray::StageWorker")
-    assert "worker.py" in note and "in connect" in note and "\x1b" not in note
+@pytest.mark.slow
+def test_what_one_stage_raises_keeps_its_type_and_its_traceback(tiny_models, local_ray):
+    with LLM(tiny_models["llama"][0], dtype="float32", device="cpu") as llm:
+        assert_raises_with_type_and_traceback(llm, 1)
 
 
 @pytest.mark.slow
