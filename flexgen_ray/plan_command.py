@@ -81,7 +81,7 @@ def plan(
     from flexgen_ray.config import Policy
     from flexgen_ray.cost.grid import Search
     from flexgen_ray.cost.planner import Planner
-    from flexgen_ray.plan_report import PlanReport, headline
+    from flexgen_ray.plan_report import PlanReport, estimate_line, headline
     from flexgen_ray.planning import Job, compare, devices_of, read_job, read_nodes
 
     _check(dtype, max_latency, price_per_hour, frontier)
@@ -116,7 +116,11 @@ def plan(
         display(headline(model, names, plan))
         sys.stdout.flush()
 
-    comparison = compare(config, machines, job, dtype, search, announce)
+    def estimate(tokens_per_s: float) -> None:
+        display(estimate_line(tokens_per_s))
+        sys.stdout.flush()
+
+    comparison = compare(config, machines, job, dtype, search, announce, estimate)
     report = PlanReport(model, names, comparison, price_per_hour)
     result = report.as_dict()
     for line in report.lines()[1:]:

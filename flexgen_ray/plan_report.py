@@ -173,5 +173,10 @@ def headline(model: str, hardware: list[str], plan: Plan) -> str:
     )
 
 
+def estimate_line(tokens_per_s: float) -> str:
+    """A line to be shown while the plan is made."""
+    return f"fits, about {_rate(tokens_per_s)} generated tokens/s by a first estimate; planning"
+
+
 def _fractions(fractions: tuple[float, ...]) -> str:
     return "/".join(f"{fraction:.0%}".rstrip("%") for fraction in fractions) + " %"

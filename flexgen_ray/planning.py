@@ -152,11 +152,16 @@ def compare(
     dtype: str,
     search: Search,
     announce: Callable[[Plan], None] = lambda plan: None,
+    estimate: Callable[[float], None] = lambda tokens_per_s: None,
 ) -> Comparison:
-    """announce: called with the plan before it is compared, which takes longer. Raises Infeasible
-    if the job can't be done on these machines at all."""
+    """announce: called with the plan before it is compared, which takes longer; estimate: called
+    before it is made, with about its tokens/s. Raises Infeasible if the job can't be done on these
+    machines at all."""
     devices = devices_of(nodes, config, dtype, search.base.cache_bits)
-    plan = choose(Planner(config, devices, job, dtype, search))
+    plan = choose(
+        Planner(config, devices, job, dtype, search),
+        lambda sketch: estimate(job.mean_tokens / sketch.seconds_per_sequence),
+    )
     announce(plan)
     on_device = replace(search, shares=ON_DEVICE)
     alternatives = [_try(RESIDENT, config, devices, job, dtype, on_device)]

@@ -38,10 +38,15 @@ QUICK = [("t4", "opt-30b"), ("h100", "opt-30b")]
 
 
 def chosen(machine: str, shape: str, stages: int) -> float:
-    """Tokens/s of the choice."""
+    """Tokens/s of the choice, of which the first estimate is not far."""
     config, nodes = shape_config(shape), [Node(Hardware.preset(machine))] * stages
-    devices = devices_of(nodes, config, "float16")
-    return choose(Planner(config, devices, Job.uniform(10**6, 512, 32), "float16")).tokens_per_s
+    devices, job = devices_of(nodes, config, "float16"), Job.uniform(10**6, 512, 32)
+    estimates: list[float] = []
+    planner = Planner(config, devices, job, "float16")
+    plan = choose(planner, lambda it: estimates.append(job.mean_tokens / it.seconds_per_sequence))
+    (estimate,) = estimates
+    assert 0.5 * estimate < plan.tokens_per_s < 2 * estimate
+    return plan.tokens_per_s
 
 
 @pytest.mark.parametrize("case", QUICK, ids="-".join)

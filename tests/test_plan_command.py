@@ -44,7 +44,8 @@ def test_a_plan_for_a_machine_one_does_not_own(tmp_path):
         "--weight-bits", 4, "--cache-bits", 8, "--sparsity", 0.5,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    first, *rest = done.stdout.splitlines()
+    estimate, first, *rest = done.stdout.splitlines()
+    assert estimate.startswith("fits, about ") and "first estimate" in estimate
     assert "fits, about" in first and "20 requests in" in first and "(predicted)" in first
     assert "e+" not in done.stdout and "$ per million tokens" in done.stdout
     assert any(line.startswith("weights ") and "a token" in line for line in rest)

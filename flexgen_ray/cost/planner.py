@@ -6,7 +6,7 @@ stores can hold, checked against every budget, and judged anew. Knows rates and 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 
@@ -29,6 +29,7 @@ WORTH_PLAYING = 1.01
 # Layers of all stages that are played at least, or their ends would weigh too much.
 FEW_LAYERS = 12
 CENTRES = 3  # of the best shapes, around which others are tried
+FIRST = 4  # of the coarse grid's shapes, every so many make a first estimate
 ROUNDS = 6  # of tightening budgets until whole tensors and rows fit them
 
 
@@ -42,12 +43,17 @@ class Sketch:
     shape: Policy
 
 
-def choose(planner: Planner) -> Plan:
+OnEstimate = Callable[[Sketch], None]
+
+
+def choose(planner: Planner, on_estimate: OnEstimate = lambda sketch: None) -> Plan:
     """The best of the grid's most promising plans, played if their lanes overlap.
 
+    on_estimate: called early with the best of a few shapes, about as fast as the plan will be.
     Raises Infeasible with what the smallest block lacks if nothing fits.
     """
-    planned = filter(None, (planner.plan(sketch.shape) for sketch in planner.promising()))
+    sketches = planner.promising(on_estimate)
+    planned = filter(None, (planner.plan(sketch.shape) for sketch in sketches))
     plans = sorted(islice(planned, PLANNED), key=_rate)
     if not plans:
         raise planner.refusal()
@@ -93,11 +99,16 @@ class Planner:
                 "layers; use fewer"
             )
 
-    def promising(self) -> list[Sketch]:
+    def promising(self, on_estimate: OnEstimate = lambda sketch: None) -> list[Sketch]:
         """The fastest first: of a coarse grid, around its best as long as that finds better, and of
-        the best with every size of tile."""
+        the best with every size of tile. on_estimate: called with the best of the first few."""
         grid = self._grid
-        found = self._sketched(grid.coarse())
+        coarse = list(grid.coarse())
+        found = self._sketched(coarse[::FIRST])
+        if found:
+            on_estimate(found[0])
+        rest = (shape for i, shape in enumerate(coarse) if i % FIRST)
+        found = _fastest(found, self._sketched(rest))
         tried = {sketch.shape for sketch in found}
         centres: set[Policy] = set()
         while more := {it.shape for it in found[:CENTRES]} - centres:

@@ -64,11 +64,7 @@ class OwnCluster:
         try:
             _write_token(folder / "token")
             with _environment(folder / "token"):
-                self.address = initialize(
-                    address="local",
-                    include_dashboard=False,
-                    **{"object_store_memory": OBJECT_STORE_BYTES} | options,
-                )
+                self.address = _start(object_store_memory=OBJECT_STORE_BYTES, **options)
                 if os.environ.get(_MODE) != "token":
                     raise OpenToOthers(f"Ray {ray.__version__} asks for no token; {_REMEDY}")
             self.check_sockets()
@@ -104,6 +100,17 @@ class OwnCluster:
         Config.initialize("")
         AuthenticationTokenLoader.instance().reset_cache()
         self._remove_token()
+
+
+def _start(**options: Any) -> str:
+    """Starts Ray and returns its address; RuntimeError if it can't be had in Ray's own time."""
+    try:
+        return initialize(address="local", include_dashboard=False, **options)
+    except Exception as error:
+        raise RuntimeError(
+            f"Ray did not start on this machine ({error}); try again when it is less busy, or use "
+            "--no-ray"
+        ) from error
 
 
 def is_loopback(address: str) -> bool:
