@@ -78,6 +78,7 @@ def test_a_plan_for_a_machine_one_does_not_own(tmp_path):
         ({"hardware": ["t4"], "dtype": "float8"}, "dtype is 'float8'"),
         ({"hardware": ["t4"], "prompt_len": 4000}, "the model's context is 2048"),
         ({"hardware": ["t4", "h100"], "stages": 3}, "--stages 3, but 2 machines"),
+        ({"hardware": ["t4"], "stages": 10**6}, "--stages is 1000000; it must be 1 to 1024"),
         ({"hardware": ["t4"], "workload": Path("/nowhere.csv")}, "/nowhere.csv"),
         ({"hardware": ["t4"], "nodes": Path("/nowhere.yaml")}, "/nowhere.yaml"),
     ],
@@ -85,6 +86,12 @@ def test_a_plan_for_a_machine_one_does_not_own(tmp_path):
 def test_what_cannot_be_planned_is_refused_by_name(options, message):
     with pytest.raises((ValueError, OSError), match=re.escape(message)):
         command(**{"model": "opt-6.7b"} | options)
+
+
+def test_a_frontier_without_matplotlib_is_refused_before_any_work(monkeypatch, tmp_path):
+    monkeypatch.setattr("flexgen_ray.plan_command.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"--frontier needs matplotlib: pip install"):
+        command(model="opt-6.7b", hardware=["t4"], frontier=tmp_path / "f.png")
 
 
 def test_a_plan_needs_no_torch_and_refuses_numbers_below_one():

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flexgen_ray.distributed import reservation
 from flexgen_ray.distributed.room import Node, NodeType, NoRoom, Room, place
 
 NODES = st.builds(
@@ -92,3 +93,18 @@ def test_gpus_that_an_autoscaler_may_start_are_asked_for(device, num_stages, cou
     assert "GPUs are up" in placed.note
     with pytest.raises(ValueError, match="the cluster has 4"):
         place(room, device, 5, None)
+
+
+def test_a_wait_says_once_a_minute_what_is_waited_for(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(reservation.time, "monotonic", lambda: now[0])
+    notes: list[str] = []
+    waiting = reservation.Waiting(300, lambda event: notes.append(event.note))
+    for _ in range(600):
+        waiting.note("2 GPUs")
+        now[0] += 0.5
+    assert notes == [
+        f"waiting since {waited} s, for {300 - waited} s more: 2 GPUs"
+        for waited in (60, 120, 180, 240)
+    ]
+    assert waiting.left == 0
