@@ -159,7 +159,7 @@ class Run:
         return self._stages(None, budgets)
 
     def _job(self, requests: Sequence[Request]) -> Job:
-        """What the requests need on average, and at most what the workload has room for."""
+        """The job to plan for: average needs, and at most what the workload has room for."""
         longest, prompt_len = self.workload.max_seq_len, self.workload.max_prompt_len
         max_tokens = max(longest - prompt_len, 1)
         return replace(job_of(requests), prompt_len=prompt_len, max_tokens=max_tokens)

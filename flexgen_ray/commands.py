@@ -29,7 +29,7 @@ class App(typer.Typer):
 
 
 def is_written(parameter: Parameter) -> bool:
-    """Whether a command's parameter gives a file to write."""
+    """True if a command's parameter gives a file to write."""
     return any(getattr(it, "writable", False) for it in _declared(parameter))
 
 

@@ -146,7 +146,7 @@ class Engine:
         self.report = Report(time.perf_counter() - started, found.predicted)
 
     def _workload(self, requests: list[Request]) -> Workload:
-        """What these requests ask of the stores; with max_model_len, what any such request may."""
+        """Demands of these requests on the stores; with max_model_len, of any request within it."""
         longest = self.settings.max_model_len
         prompts = (len(request.prompt_token_ids) for request in requests)
         return Workload(

@@ -57,7 +57,7 @@ def run(command: Callable[..., Any]) -> NoReturn:
 
 
 def sentence(error: BaseException) -> str:
-    """What went wrong, in one line; for what nobody foresaw with the name of a traceback's file."""
+    """An error in one line; for one that nobody foresaw, with the name of its traceback's file."""
     text = re.sub(r"\s*\n\s*", " ", str(error).strip())[:_MAX_SENTENCE]
     if _explains_itself(error):
         return text
@@ -70,7 +70,7 @@ def sentence(error: BaseException) -> str:
 
 
 def _explains_itself(error: BaseException) -> bool:
-    """Whether it was raised by this project, for users, or is the system's word on a file."""
+    """True if an error was raised by this project, for users, or is the system's word on a file."""
     if not isinstance(error, ValueError | OSError | RuntimeError) or hasattr(error, "__notes__"):
         return False
     if isinstance(error, OSError) and error.filename is not None:
@@ -99,7 +99,7 @@ def _keep_traceback(error: BaseException) -> Path:
 
 
 def _is_stop(error: BaseException | None) -> bool:
-    """Whether it is a stop, or went wrong while a stop was obeyed, as where a terminal has gone."""
+    """True if an error is a stop, or came while one was obeyed, as where a terminal has gone."""
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__context__
     return error is not None or was_stopped()

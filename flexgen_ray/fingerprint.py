@@ -1,4 +1,4 @@
-"""What tells a model folder from one whose files were changed, in some milliseconds.
+"""Fingerprints that tell a model folder from one with changed files, in some milliseconds.
 
 Knows files, and of safetensors the header; reads little of the weights themselves.
 """

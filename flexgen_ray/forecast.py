@@ -24,7 +24,7 @@ WORTH_SAYING = 1.5  # how much faster a lossy way has to be
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a plan means for a job, at most: every answer is taken to be as long as it may be."""
+    """The most that a job takes by a plan: every answer is taken to be as long as it may be."""
 
     plan: Plan
     num_requests: int

@@ -198,7 +198,7 @@ def line_name(requests: list[Owned]) -> Callable[[int], str]:
 
 
 def length_notes(lines: list[BatchLine]) -> list[str]:
-    """What the job's owner may not have meant."""
+    """Notes on lengths of answers that the job's owner may not have meant."""
     num_lines = sum(
         line.limit == "default" and line.params is not None and line.params.max_tokens is not None
         for line in lines

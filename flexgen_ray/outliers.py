@@ -1,4 +1,4 @@
-"""Which requests make every slot longer than others need, and how much smaller the block gets.
+"""Requests that make every slot longer than others need, and how much smaller the block gets.
 
 Knows requests and how tiers are filled; runs nothing.
 """

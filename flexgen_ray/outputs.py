@@ -59,8 +59,10 @@ def _logprobs(
     top: int | None,
     tokenizer: Tokenizer,
 ) -> list[Logprobs | None] | None:
-    """Of each token from `first` on: itself first, then the `top` likeliest; None if nobody
-    asked."""
+    """Logprobs of each token from `first` on: itself first, then the `top` likeliest.
+
+    None if nobody asked.
+    """
     if top is None:
         return None
     texts = tokenizer.names(token_ids, first) if tokenizer.exists else [None] * len(token_ids)

@@ -165,7 +165,7 @@ def _rate(tokens_per_s: float) -> str:
 
 
 def headline(model: str, hardware: list[str], plan: Plan) -> str:
-    """What the plan comes to, in a line."""
+    """One line on a plan that fits: its predicted throughput, and how long the job takes."""
     return (
         f"{model} in {plan.stages[0].dtype} on {', '.join(hardware)}: fits, about "
         f"{_rate(plan.tokens_per_s)} generated tokens/s, {plan.job.num_requests:,} requests in "

@@ -180,7 +180,7 @@ def _bar(console: Console) -> Iterator[OnProgress]:
 
 
 def _told(event: Event, seconds: float) -> str:
-    """What is known of an event beyond its phase's name; seconds: since the phase began."""
+    """Text on an event, beyond its phase's name; seconds: since the phase began."""
     if event.standing is not None:
         return f": {_of_tokens(event.standing)}"
     detail = f": {event.detail}" if event.detail else ""

@@ -24,7 +24,7 @@ def raise_on_stop() -> None:
 
 
 def was_stopped() -> bool:
-    """Whether a signal came, though some library may have swallowed the exception."""
+    """True if a signal to stop came, though some library may have swallowed the exception."""
     return signal.getsignal(signal.SIGINT) == signal.SIG_DFL
 
 

@@ -41,7 +41,7 @@ class Tally:
     def follow(
         self, run: Iterable[Finished | Progress], *listeners: OnProgress
     ) -> Iterator[Finished]:
-        """What finishes; listeners get the rest, each pass with where the run then stands."""
+        """Finished answers; listeners get the rest, each pass with where the run then stands."""
         for listener in listeners:
             listener(Progress(is_prefill=True, standing=self.standing()))
         for event in run:
@@ -69,7 +69,7 @@ class Tally:
         )
 
     def _finish(self, finished: Finished) -> None:
-        """What an answer leaves of its max_tokens won't come."""
+        """Count a finished answer; what it leaves of its max_tokens won't come."""
         most, length = self._most[finished.index], len(finished.token_ids)
         owner = self._owner[finished.index]
         self._unanswered[owner] -= 1

@@ -56,8 +56,11 @@ def read_lines(path: str | Path) -> list[str]:
 
 
 def read_yaml(path: str | Path) -> Any:
-    """What a YAML file holds; OSError or ValueError, naming the file, for one that can't be read,
-    is too large, or is made to exhaust its reader."""
+    """The content of a YAML file.
+
+    Raises OSError or ValueError, naming the file, for one that can't be read, is too large, or is
+    made to exhaust its reader.
+    """
     size = Path(path).stat().st_size
     if size > MAX_YAML_BYTES:
         raise ValueError(f"{path} has {size} bytes; settings have {MAX_YAML_BYTES} at most")

@@ -87,7 +87,7 @@ class Corners:
 
     @cached_property
     def _values(self) -> np.ndarray:
-        """What a stage takes at each corner once, and for each layer: [quantities, shares, 2]."""
+        """A stage's amounts at each corner, once and for each layer: [quantities, shares, 2]."""
         nothing = (0.0, 0.0)
         return np.array([[at.get(it, nothing) for at in self._corners] for it in self._known])
 

@@ -32,7 +32,7 @@ class WeightFormat:
 
     @property
     def packs(self) -> bool:
-        """Whether any weight is packed."""
+        """True if any weight is packed."""
         return bool(self.bits or self.table_bits)
 
     def bits_of(self, name: str, shape: Shape) -> int | None:

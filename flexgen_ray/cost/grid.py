@@ -37,7 +37,7 @@ class Search:
     cells: int | None = 384
 
     def near(self, shape: Policy) -> Search:
-        """Of blocks about as large, and quicker."""
+        """A quicker search, among blocks about as large as those of `shape`."""
         return replace(
             self,
             cells=128,
@@ -79,7 +79,7 @@ class Grid:
         return self._shapes((1, 2), (1,))
 
     def _shapes(self, sizes: Iterable[int], batches: Sequence[int]) -> Iterator[Policy]:
-        """Those no larger than the job, with the smallest tile."""
+        """Shapes of blocks no larger than the job, with the smallest tile."""
         extras = self.search.extra_blocks if self.num_stages > 1 else (0,)
         sizes = list(sizes)
         for number, extra in product(batches, extras):

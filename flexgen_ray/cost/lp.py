@@ -99,7 +99,7 @@ def whole(layers: list[float], total: int) -> tuple[int, ...]:
 
 
 class _Program:
-    """Its variables and constraints.
+    """The variables and constraints of the linear program.
 
     Variables: the seconds of each phase's visit; then each stage's shares and its layers; at the
     end, for `what_lacks`, what each budget lacks.

@@ -1,4 +1,4 @@
-"""What the stages of a pipeline have in common: nodes, and the batches that pass through all.
+"""Limits common to the stages of a pipeline: of nodes, and of batches that pass through all.
 
 Knows bytes and seconds of each stage; chooses nothing.
 """
@@ -44,8 +44,10 @@ def add_one_batch(seconds: list[dict[str, float]], num_blocks: int) -> None:
 
 
 def add_shared(devices: Sequence[Device], seconds: list[dict[str, float]], overlaps: bool) -> None:
-    """What the lanes of a stage, or the stages of a node, share, in one phase. overlaps: as in
-    lp.Aim."""
+    """Add the seconds of what a stage's lanes, or a node's stages, share in one phase.
+
+    overlaps: as in lp.Aim.
+    """
     for device, own in zip(devices, seconds, strict=True):
         mates = _mates(devices, device)
         for name in SHARED_SECONDS if len(mates) > 1 else ():

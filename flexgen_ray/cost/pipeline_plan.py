@@ -109,7 +109,7 @@ class Plan:
         return {"prefill": self.prefill_visits, "decode": max(self.job.mean_tokens - 1, 0)}
 
     def bound_seconds(self, phase: str) -> float:
-        """Of the slowest stage's busiest lane."""
+        """Seconds that a visit takes on the slowest stage's busiest lane."""
         stages = (stage[phase].items() for stage in self.seconds)
         return max(it for seconds in stages for name, it in seconds if name != PLAYED)
 
@@ -151,7 +151,7 @@ class Plan:
 
     @property
     def job_seconds(self) -> float:
-        """Of the whole job, in whole rounds."""
+        """Seconds that the whole job takes, in whole rounds of blocks."""
         return self.num_rounds * self.block_seconds
 
     @property

@@ -1,4 +1,4 @@
-"""What the ops of a visit take: by lane, by resource, and on one batch's way through a stage.
+"""Time that the ops of a visit take: by lane, by resource, and on one batch's way through a stage.
 
 A visit of any number of layers and batches is made of the ops of one layer's first batch and of a
 further one, of the layers at the model's ends, and of weights, which cross once. So amounts are

@@ -174,7 +174,7 @@ class Attempt:
 
 
 def own_error(error: RayTaskError, stage: int, node: str = "") -> Exception:
-    """What a stage raised, of its own type, with its traceback as a note.
+    """The error that a stage raised, of its own type, with its traceback as a note.
 
     node: its name, which then is in the text.
     """

@@ -133,7 +133,10 @@ def listening(processes: Iterable[psutil.Process]) -> Iterator[tuple[str, int, s
 
 @contextmanager
 def _environment(token: Path) -> Iterator[None]:
-    """What Ray's processes inherit, and this process's Ray, which read some when imported."""
+    """Set Ray's environment variables, and put the old ones back afterwards.
+
+    Ray's processes inherit them; so does this process's Ray, which read some when imported.
+    """
     variables: dict[str, str | None] = {
         _MODE: None,  # Ray then sets it to token, and refreshes what this process knows of it
         _TOKEN: None,

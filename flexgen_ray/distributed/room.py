@@ -47,7 +47,7 @@ class Room:
         return max(sum(int(node.gpus) for node in self.nodes), grown)
 
     def with_idle_cores(self) -> Room:
-        """The same nodes, as if their cores were free."""
+        """A copy of this room, as if all cores of its nodes were free."""
         return replace(self, nodes=tuple(replace(it, free_cpus=it.cpus) for it in self.nodes))
 
     def held(self) -> str:
@@ -63,7 +63,7 @@ class Room:
 
 @dataclass(frozen=True)
 class Bundle:
-    """What Ray reserves for one stage. threads: its host threads, which may be more."""
+    """Resources that Ray reserves for one stage. threads: its host threads, which may be more."""
 
     num_cpus: float
     num_gpus: int
@@ -82,7 +82,7 @@ class Placed:
     note: str = ""
 
     def with_cores(self, num_cpus: float) -> Placed:
-        """The same threads, with so many cores reserved for each."""
+        """A copy with `num_cpus` cores reserved for each stage, whose threads stay as many."""
         return replace(self, bundles=[replace(it, num_cpus=num_cpus) for it in self.bundles])
 
 

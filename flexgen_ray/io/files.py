@@ -119,6 +119,6 @@ def _identity(path: Path, descriptor: int) -> set:
 
 
 def _is_file_of(folder: Path, path: Path) -> bool:
-    """Whether a path is one of a folder's files already."""
+    """True if a path is one of a folder's files already."""
     inside = Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
     return inside and folder.is_dir() and path.is_file()

@@ -1,4 +1,4 @@
-"""Whether a job is the one that an output was begun with: what its answers depend on.
+"""Comparison of a job with the one that an output was begun with: what answers depend on.
 
 Knows names and values; not how they come about.
 """

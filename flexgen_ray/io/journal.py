@@ -88,7 +88,7 @@ class Journal:
 
     @property
     def can_go_on(self) -> bool:
-        """Whether another run would find answers to keep, and lines to answer."""
+        """True if another run would find answers to keep, and lines to answer."""
         return self.can_resume and 0 < len(self.answered) < len(self._custom_ids)
 
     def check(

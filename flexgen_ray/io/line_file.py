@@ -28,7 +28,7 @@ _PIECE_BYTES = 8192
 
 
 class OutputLost(OSError):
-    """What was written is no longer where it was written to."""
+    """The output is no longer where it was written to."""
 
 
 class LineFile:
@@ -147,19 +147,19 @@ class LineFile:
             self.num_bytes += len(line)
 
     def sync(self) -> None:
-        """What was written to a file is on disk when this returns."""
+        """Flush to disk what was written to a file, before this returns."""
         if self.is_file:
             os.fsync(self._fd)
 
     def remove_if_empty(self) -> bool:
-        """Whether it was, and still had its name."""
+        """Remove the file if it is empty and still has its name; True if so."""
         has_name = self.path.exists() and os.path.samestat(os.fstat(self._fd), self.path.stat())
         if has_name and self.is_empty:
             self.path.unlink()
         return has_name and self.is_empty
 
     def close(self) -> None:
-        """What was written to a file is on disk when this returns."""
+        """Close the output; what was written to a file is on disk when this returns."""
         try:
             self.sync()
         finally:
@@ -193,7 +193,7 @@ def refuse_others(path: Path) -> None:
 
 
 def _where_it_went(fd: int, status: os.stat_result, path: Path) -> str:
-    """What happened to an open file that is not at its path any more, and the remedy."""
+    """The fate of an open file that is not at its path any more, and the remedy."""
     if status.st_nlink == 0:
         return (
             f"{path} was removed or replaced while this run wrote it, and with it "

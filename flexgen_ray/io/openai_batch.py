@@ -217,7 +217,7 @@ def _finite(columns: dict) -> dict:
 
 
 def _params(body: dict, defaults: SamplingParams) -> tuple[SamplingParams, str]:
-    """What the line asks for, and where its max_tokens come from."""
+    """The sampling parameters that the line asks for, and where its max_tokens come from."""
     given = {name: body[name] for name in PARAMS if name in body}
     given["max_tokens"], limit = _max_tokens(body, defaults)
     if not isinstance(given.get("stop", []), str | list):

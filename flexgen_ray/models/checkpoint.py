@@ -112,7 +112,7 @@ class Checkpoint:
         return self._tensors[self.key(layer, name)]
 
     def has_own_head(self) -> bool:
-        """Whether the head's matrix is there and differs from the embedding's."""
+        """True if the head's matrix is there and differs from the embedding's."""
         names = [self._names[module] + ".weight" for module in ("embed_tokens", "lm_head")]
         keys = [name if name in self._tensors else name.removeprefix("model.") for name in names]
         if not all(key in self._tensors for key in keys):

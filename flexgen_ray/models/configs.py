@@ -108,7 +108,10 @@ def _numbers(config: ModelConfig) -> Iterator[tuple[str, object]]:
 
 
 def _packed_bits(path: Path, hf: dict) -> dict[str, int | None]:
-    """Of a checkpoint that `flexgen-ray quantize` wrote; ValueError for one quantized otherwise."""
+    """Bits of the weights that `flexgen-ray quantize` packed, by name; {} for a plain checkpoint.
+
+    Raises ValueError for a checkpoint quantized otherwise.
+    """
     found = hf.get("quantization_config")
     if found is None:
         return {}
@@ -143,7 +146,7 @@ def _checkpoint_dtype(path: Path, hf: dict) -> str:
 
 
 def _eos_token_ids(path: Path, hf: dict) -> tuple[int, ...]:
-    """Those of config.json and of generation_config.json: fine-tuned models often change one."""
+    """EOS token ids of config.json and generation_config.json: fine-tuning often changes one."""
     generation = path.with_name("generation_config.json")
     files = [hf, *([_read_json(generation)] if generation.is_file() else [])]
     token_ids: dict[int, None] = {}

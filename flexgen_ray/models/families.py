@@ -83,8 +83,7 @@ def parse_llama(hf: dict) -> ModelConfig:
 
 
 def _windows(hf: dict, kind: str) -> dict:
-    """Which layers attend within a window: all of Mistral's and Phi's, Qwen's from
-    max_window_layers on."""
+    """Sliding-window layers: all of Mistral's and Phi's, Qwen's from max_window_layers on."""
     window, count = hf.get("sliding_window"), hf["num_hidden_layers"]
     if kind in ("mistral", "phi3"):
         return {"sliding_window": window}

@@ -88,7 +88,7 @@ def _packed(
 def _write_beside(
     source: Path, output: Path, changes: dict, files: dict[str, str], nbytes: int
 ) -> None:
-    """What a model folder has beside its tensors; the index last, so that it is whole or none.
+    """Write a model folder's other files than tensors; the index last, so it is whole or none.
 
     changes: keys of config.json that differ from the source's.
     """

@@ -1,4 +1,4 @@
-"""Which file of a model folder holds which tensor: the files that transformers would load.
+"""The file of each tensor in a model folder: of those that transformers would load.
 
 Reads file names, indexes and safetensors headers; never a tensor's values.
 """

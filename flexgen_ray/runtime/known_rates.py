@@ -16,7 +16,7 @@ _DISK_BYTES = 64 * 2**20  # written and read to see how fast a disk is
 
 
 def calibrated(uses_cuda: bool) -> Hardware | None:
-    """What `flexgen-ray calibrate` measured of this node, for the device that is used."""
+    """Rates that `flexgen-ray calibrate` measured of this node, for the device that is used."""
     found = Hardware.local()
     return found if found is not None and found.device.is_cpu != uses_cuda else None
 

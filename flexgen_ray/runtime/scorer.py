@@ -12,7 +12,7 @@ from flexgen_ray.request import Score
 
 @dataclass(frozen=True)
 class Scores:
-    """Of several tokens, on the logits' device: a float and an int each, and [tokens, top].
+    """Scores of several tokens, on the logits' device: a float and an int each, and [tokens, top].
 
     A logprob is NaN where the logits are not finite, as of sampler.NOT_FINITE.
     """
