@@ -38,13 +38,13 @@ class Forecast:
 
     @property
     def seconds(self) -> float:
-        """Whole blocks; less for a job that fills none, in proportion."""
+        """Seconds that all blocks of the job take, each counted as whole."""
         sequences = self.plan.num_blocks * self.plan.block_size
         return math.ceil(self.num_requests / sequences) * self.plan.block_seconds
 
     @property
     def first_answer_seconds(self) -> float:
-        """Until the shortest answer of the first block is there."""
+        """Seconds until the shortest answer of the first block is there."""
         share = min(self.shortest / self.plan.job.mean_tokens, 1)
         return self.plan.prefill_seconds + share * self.plan.decode_seconds
 
@@ -67,7 +67,7 @@ def unknown(machine: Machine, dtype: str, is_planned: bool) -> str:
         else (f"{machine.host} isn't calibrated")
     )
     filled = ", so the tiers are filled, fastest first" if is_planned else ""
-    remedy = "`flexgen-ray calibrate` (about a minute) lets runs be predicted and planned"
+    remedy = "`flexgen-ray calibrate` (a few minutes) lets runs be predicted and planned"
     return f"no prediction: {has}{filled}; {remedy}"
 
 

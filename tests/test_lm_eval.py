@@ -147,7 +147,7 @@ def test_the_command_knows_this_model_and_lm_evals_own(model, tasks, tmp_path):
 
 @pytest.fixture(scope="module")
 def bos_model(tmp_path_factory):
-    """Its tokenizer begins every text with a BOS token, as Llama's do."""
+    """A model whose tokenizer begins every text with a BOS token, as Llama's do."""
     folder = tiny.save("llama", tmp_path_factory.mktemp("bos"))
     tiny.add_tokenizer(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -1,4 +1,4 @@
-"""What a Ray job would lose is refused, by the option that gives the file, before any work."""
+"""Files that a Ray job would lose are refused, by the option that names them, before any work."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What Python's users see: outputs in vLLM's names, names that editors and mypy resolve."""
+"""The surface for Python's users: outputs in vLLM's names, names that editors and mypy resolve."""
 
 from __future__ import annotations
 

@@ -90,7 +90,7 @@ def test_an_unnamed_gzip_is_named(tmp_path):
 
 
 def test_cloze_texts_may_hold_any_character(run_here, tmp_path, text_model):
-    """Of which some end a line for str.splitlines, but not in JSON."""
+    """Some of these characters end a line for str.splitlines, but not in JSON."""
     text = json.dumps({"text": "one\u2028two three"}, ensure_ascii=False)
     assert _text(text) == "one\u2028two three"
     (tmp_path / "data.jsonl").write_text(f"{text}\n{text}\n", encoding="utf-8")
