@@ -48,6 +48,7 @@ def test_a_plan_for_a_machine_one_does_not_own(tmp_path):
     assert estimate.startswith("fits, about ") and "first estimate" in estimate
     assert "fits, about" in first and "20 requests in" in first and "(predicted)" in first
     assert "e+" not in done.stdout and "$ per million tokens" in done.stdout
+    assert "everything fits the GPUs: a resident engine (such as vLLM)" in done.stdout
     assert any(line.startswith("weights ") and "a token" in line for line in rest)
     assert "HiGHS" not in done.stdout
     found = json.loads(result.read_text())
@@ -158,6 +159,7 @@ def test_two_machines_are_better_than_one_and_replicas_are_compared():
     assert by_name["everything on the GPUs"].tokens_per_s is None
     lines = PlanReport("opt-30b", ["t4", "t4"], two).lines()
     assert any("everything on the GPUs: not possible" in line for line in lines)
+    assert not any("resident engine" in line for line in lines)
     upgrade = {it.name: it.tokens_per_s for it in one.upgrades}["one more such machine"]
     assert upgrade == pytest.approx(two.plan.tokens_per_s, rel=0.02)
 
