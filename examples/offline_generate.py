@@ -8,7 +8,7 @@ Without a folder the demo's SmolLM2-135M-Instruct is used.
 import sys
 
 from flexgen_ray import LLM, Placement, Policy, SamplingParams
-from flexgen_ray.demo import prepare_model
+from flexgen_ray.cli.demo import prepare_model
 
 PROMPTS = ["The capital of France is", "Once upon a time", "2, 4, 6, 8,", "Hello"]
 

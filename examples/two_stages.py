@@ -9,8 +9,8 @@ RAY_ADDRESS to run on a cluster, where pipeline_parallel_size="auto" takes every
 import sys
 
 from flexgen_ray import LLM, SamplingParams
+from flexgen_ray.cli.demo import prepare_model
 from flexgen_ray.config import Faults
-from flexgen_ray.demo import prepare_model
 
 PROMPTS = ["The capital of France is", "Once upon a time", "2, 4, 6, 8,", "Hello"]
 

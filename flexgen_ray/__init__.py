@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from flexgen_ray.config import Faults, HardwareSpec, Placement, Policy
-    from flexgen_ray.cost.hardware import Hardware
+    from flexgen_ray.hardware.spec import Hardware
     from flexgen_ray.llm import LLM
+    from flexgen_ray.planner.stage_policies import StagePolicies
     from flexgen_ray.request import CompletionOutput, RequestOutput, SamplingParams
-    from flexgen_ray.stage_policies import StagePolicies
 
 try:
     __version__ = version("flexgen-ray")
@@ -23,14 +23,14 @@ except PackageNotFoundError:  # a checkout that was never installed
 _HOME = {
     "CompletionOutput": "flexgen_ray.request",
     "Faults": "flexgen_ray.config",
-    "Hardware": "flexgen_ray.cost.hardware",
+    "Hardware": "flexgen_ray.hardware.spec",
     "HardwareSpec": "flexgen_ray.config",
     "LLM": "flexgen_ray.llm",
     "Placement": "flexgen_ray.config",
     "Policy": "flexgen_ray.config",
     "RequestOutput": "flexgen_ray.request",
     "SamplingParams": "flexgen_ray.request",
-    "StagePolicies": "flexgen_ray.stage_policies",
+    "StagePolicies": "flexgen_ray.planner.stage_policies",
 }
 __all__ = [
     "LLM",

@@ -14,7 +14,7 @@ def main() -> None:
     """A stop while the command is imported ends it as one later does."""
     raise_on_stop()
     try:
-        from flexgen_ray.cli import main as command
+        from flexgen_ray.cli.main import main as command
     except Stopped:
         print("flexgen-ray: stopped", file=sys.stderr)
         sys.exit(EXIT_STOPPED)

@@ -12,8 +12,8 @@ from math import ceil
 from numbers import Real
 from pathlib import Path
 
+from flexgen_ray.files.text import read_yaml
 from flexgen_ray.names import explains_unknown, unknown_name
-from flexgen_ray.text_files import read_yaml
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 TRANSPORTS = ("auto", "nccl", "gloo")  # of hidden states, from stage to stage

@@ -13,24 +13,11 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flexgen_ray.backend import execution
 from flexgen_ray.config import Deployment, Faults, HardwareSpec, Policy
-from flexgen_ray.cost.hardware import Hardware
-from flexgen_ray.engine import Engine, Settings
-from flexgen_ray.events import OnProgress, ignore
-from flexgen_ray.fitting import generation, scoring
-from flexgen_ray.guessed_tokenizer import GuessedTokenizer
-from flexgen_ray.llm_options import ELSEWHERE, ELSEWHERE_IN_CALLS, check_values
-from flexgen_ray.messages import ChatOptions, parse_messages
-from flexgen_ray.model_config import ModelConfig
-from flexgen_ray.model_defaults import model_defaults
-from flexgen_ray.models.checkpoint import checkpoint_config
-from flexgen_ray.models.configs import load_config
-from flexgen_ray.models.shapes import shape_config
-from flexgen_ray.names import explains_call, explains_unknown
-from flexgen_ray.paths import default_offload_dir, find_description, find_model
-from flexgen_ray.progress import counted, show_progress
-from flexgen_ray.prompts import (
+from flexgen_ray.engine.backend import execution
+from flexgen_ray.engine.engine import Engine, Settings
+from flexgen_ray.engine.options import ELSEWHERE, ELSEWHERE_IN_CALLS, check_values
+from flexgen_ray.engine.prompts import (
     Chat,
     Make,
     OnError,
@@ -42,10 +29,21 @@ from flexgen_ray.prompts import (
     several_prompts,
     text_of,
 )
+from flexgen_ray.hardware.spec import Hardware
+from flexgen_ray.models.checkpoint import checkpoint_config
+from flexgen_ray.models.config import ModelConfig
+from flexgen_ray.models.configs import load_config, model_defaults
+from flexgen_ray.models.shapes import shape_config
+from flexgen_ray.names import explains_call, explains_unknown
+from flexgen_ray.paths import default_offload_dir, find_description, find_model
+from flexgen_ray.planner.stage_policies import StagePolicies
+from flexgen_ray.processor import generation, scoring
+from flexgen_ray.reporting.progress import counted, show_progress
 from flexgen_ray.request import Request, RequestOutput, SamplingParams
-from flexgen_ray.stage_policies import StagePolicies
-from flexgen_ray.stops import StopStrings
-from flexgen_ray.tokenizer import Tokenizer
+from flexgen_ray.runtime.events import OnProgress, ignore
+from flexgen_ray.text.messages import ChatOptions, parse_messages
+from flexgen_ray.text.stop_strings import StopStrings
+from flexgen_ray.text.tokenizer import GuessedTokenizer, Tokenizer
 from flexgen_ray.units import parse_bytes
 
 if TYPE_CHECKING:

@@ -104,7 +104,7 @@ def policy_of_all():
 def run_here(monkeypatch, capsys):
     """The same in this process, where torch is loaded already: for the many ways to be refused."""
 
-    from flexgen_ray.cli import main
+    from flexgen_ray.cli.main import main
 
     def call(*arguments: object) -> subprocess.CompletedProcess:
         monkeypatch.setattr(sys, "argv", ["flexgen-ray", *map(str, arguments)])

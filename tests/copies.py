@@ -6,7 +6,7 @@ from collections import Counter
 
 import torch
 
-from flexgen_ray.runtime.cells import Cells
+from flexgen_ray.runtime.handlers import Cells
 from flexgen_ray.schedule.ops import Op, OpKind
 
 

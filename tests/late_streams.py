@@ -17,8 +17,9 @@ from functools import partial
 import torch
 
 from flexgen_ray import LLM
-from flexgen_ray.runtime import crews, stage
-from flexgen_ray.runtime.cells import _HANDLERS, Cells
+from flexgen_ray.runtime import lanes as crews
+from flexgen_ray.runtime import stage
+from flexgen_ray.runtime.handlers import _HANDLERS, Cells
 from flexgen_ray.schedule.ops import LANE, Lane
 
 CUDA = torch.device("cuda")

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexgen_ray.models.attention import prefill
+from flexgen_ray.kernels.attention import prefill
 
 
 @given(

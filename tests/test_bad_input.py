@@ -21,13 +21,12 @@ from test_cli import arguments, files, rows  # noqa: F401 - a fixture
 from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
-from flexgen_ray.auto_policy import Run
-from flexgen_ray.cli import app
-from flexgen_ray.cost.hardware import Hardware
-from flexgen_ray.model_defaults import model_defaults
+from flexgen_ray.cli.main import app
+from flexgen_ray.hardware.spec import Hardware
 from flexgen_ray.models.checkpoint import Checkpoint
-from flexgen_ray.models.configs import load_config
+from flexgen_ray.models.configs import load_config, model_defaults
 from flexgen_ray.paths import hardware_file
+from flexgen_ray.planner.choose import Run
 
 
 @pytest.fixture

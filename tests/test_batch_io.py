@@ -12,15 +12,15 @@ from openai.types import Completion
 from openai.types.chat import ChatCompletion
 from openai.types.shared import ErrorObject
 
-from flexgen_ray.io import request_fields
-from flexgen_ray.io.lines import MAX_LINE_BYTES, InputLines
-from flexgen_ray.io.openai_batch import (
+from flexgen_ray.batch import request_fields
+from flexgen_ray.batch.openai_lines import (
     error_row,
     read_lines,
     refusal,
     response_row,
     with_columns,
 )
+from flexgen_ray.files.lines import MAX_LINE_BYTES, InputLines
 from flexgen_ray.request import CompletionOutput, RequestOutput, SamplingParams
 
 DEFAULTS = SamplingParams(max_tokens=7, temperature=0.0)

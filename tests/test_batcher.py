@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flexgen_ray.request import Request, SamplingParams
-from flexgen_ray.runtime.batcher import Batcher
+from flexgen_ray.runtime.scheduler import Batcher
 
 END = 7
 shapes = st.tuples(st.integers(1, 4), st.integers(1, 3), st.integers(0, 12))

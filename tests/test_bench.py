@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+from importlib import import_module
 
 import pytest
 from typer.testing import CliRunner
 
-from flexgen_ray.bench import attention as bench_attention
-from flexgen_ray.bench import choice, t4
-from flexgen_ray.cli import app
+from benchmarks import attention as bench_attention
+from benchmarks import choice
+from benchmarks import paper_machines as t4
+from benchmarks.command import as_app
+from flexgen_ray.cli.app import App
+from flexgen_ray.cli.main import app
 from flexgen_ray.config import Policy
 
 FIELDS = {
@@ -27,7 +31,18 @@ cpu_attention: 0.5
 
 
 def bench(*arguments: object) -> dict:
-    done = CliRunner().invoke(app, ["bench", *map(str, arguments)])
+    """The result of `flexgen-ray bench ARGUMENTS`."""
+    return _result(app, ["bench", *map(str, arguments)])
+
+
+def benchmark(name: str, *arguments: object) -> dict:
+    """The result of `python -m benchmarks.NAME ARGUMENTS`."""
+    function = getattr(import_module(f"benchmarks.{name}"), name)
+    return _result(as_app(function), [*map(str, arguments)])
+
+
+def _result(app: App, arguments: list[str]) -> dict:
+    done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 0, (done.output, done.exception)
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -79,14 +94,14 @@ def test_an_unknown_shape_names_the_known_ones():
 
 
 def test_emulated_lanes_say_so_and_never_beat_their_model():
-    result = bench("lanes", "--layers", 2, "--batches", 2, "--passes", 2, "--op-ms", 0.2)
+    result = benchmark("lanes", "--layers", 2, "--batches", 2, "--passes", 2, "--op-ms", 0.2)
     assert result["emulated"] is True
     assert len(result["cases"]) == 6
     assert all(case["ratio"] >= 1 for case in result["cases"].values())
 
 
 def test_a_run_and_its_simulation_are_compared_case_by_case():
-    result = bench("simulate", "--layers", 2, "--batches", 2, "--passes", 2, "--op-ms", 0.2)
+    result = benchmark("simulate", "--layers", 2, "--batches", 2, "--passes", 2, "--op-ms", 0.2)
     assert result["emulated"] is True
     assert len(result["cases"]) == 6
     for case in result["cases"].values():
@@ -95,7 +110,7 @@ def test_a_run_and_its_simulation_are_compared_case_by_case():
 
 
 def test_issuing_is_measured_in_microseconds_an_op():
-    result = bench("issue", "--layers", 2, "--batches", 2, "--repeats", 3)
+    result = benchmark("issue", "--layers", 2, "--batches", 2, "--repeats", 3)
     assert result["median_us_per_op"] in result["us_per_op"]
 
 
@@ -104,7 +119,7 @@ def test_the_planners_choice_is_run_beside_every_policy_of_the_grid_that_fits(mo
     monkeypatch.setattr(choice, "REQUESTS", 16)
     monkeypatch.setattr(choice, "WORKLOADS", {"short": (8, 6)})
     monkeypatch.setattr(choice, "SHAPES", ((2, 2), (8192, 16)))
-    result = bench("choice", "--workloads", "short", "--cell-ms", 3)
+    result = benchmark("choice", "--workloads", "short", "--cell-ms", 3)
     found = result["workloads"]["short"]
     runs = found["grid"]
     assert len(runs) == len(choice.WEIGHTS) * len(choice.CACHES)
@@ -119,7 +134,7 @@ def test_the_planners_choice_is_run_beside_every_policy_of_the_grid_that_fits(mo
 def test_unlike_gpus_are_split_and_run(monkeypatch):
     monkeypatch.setattr(t4, "PROMPT_LEN", 8)
     monkeypatch.setattr(t4, "MAX_TOKENS", 12)
-    result = bench(
+    result = benchmark(
         "unequal", "--clusters", "t4,rtx4090", "--model", "opt-125m", "--requests", 16,
         "--step", 4,
     )  # fmt: skip
@@ -137,7 +152,7 @@ def test_scaling_runs_what_it_says_and_draws_it(monkeypatch, tmp_path):
     monkeypatch.setattr(t4, "PROMPT_LEN", 8)
     monkeypatch.setattr(t4, "MAX_TOKENS", 12)
     picture = tmp_path / "scaling.png"
-    result = bench(
+    result = benchmark(
         "scaling", "--models", "opt-125m", "--stages", "1,2", "--extra-blocks", "0",
         "--sequences", 64, "--plot", picture,
     )  # fmt: skip
@@ -153,7 +168,7 @@ def test_scaling_runs_what_it_says_and_draws_it(monkeypatch, tmp_path):
 def test_attention_compares_packed_and_sparse_caches_with_the_plain_one(monkeypatch):
     for name, only in (("DTYPES", "float16"), ("HEAD_DIMS", 64), ("GROUPS", 2)):
         monkeypatch.setattr(bench_attention, name, (only,))
-    result = bench("attention", "--megabytes", 2, "--context", 64, "--seconds", 0, "--threads", 1,
+    result = benchmark("attention", "--megabytes", 2, "--context", 64, "--seconds", 0, "--threads", 1,
                    "--bits", 4, "--sparsity", 0.25)  # fmt: skip
     (row,) = result["results"]
     assert row["int4_of_plain_bytes"] == round(36 / 128, 3)
@@ -165,7 +180,7 @@ def test_attention_compares_packed_and_sparse_caches_with_the_plain_one(monkeypa
 
 def test_loading_compares_bytes_and_seconds_of_three_ways(tiny_models, tmp_path):
     folder, _ = tiny_models["llama"]
-    result = bench("loading", "--model", folder, "--rounds", 2, "--json", tmp_path / "it.json")
+    result = benchmark("loading", "--model", folder, "--rounds", 2, "--json", tmp_path / "it.json")
     assert json.loads((tmp_path / "it.json").read_text()) == result
     plain, while_loading, before = result["runs"]
     size = (folder / "model.safetensors").stat().st_size

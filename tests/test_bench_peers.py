@@ -12,12 +12,12 @@ import tiny
 import typer
 from typer.testing import CliRunner
 
-from flexgen_ray.bench import contest, page_cache
-from flexgen_ray.bench.cgroup import MemoryCgroup
-from flexgen_ray.bench.peers import peers
-from flexgen_ray.bench.shapes import SHAPES, make_checkpoint
-from flexgen_ray.bench.standings import standings
-from flexgen_ray.bench.work import Run
+from flexgen_ray.cli.bench import contest, page_cache
+from flexgen_ray.cli.bench.contest import MemoryCgroup
+from flexgen_ray.cli.bench.peers import peers
+from flexgen_ray.cli.bench.random_checkpoints import SHAPES, make_checkpoint
+from flexgen_ray.cli.bench.standings import standings
+from flexgen_ray.cli.bench.work import Run
 from flexgen_ray.models.configs import load_config
 
 MAX_TOKENS = 5

@@ -9,15 +9,15 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from flexgen_ray import calibrate
-from flexgen_ray.cli import app
+from flexgen_ray.calibration import calibrate
+from flexgen_ray.calibration import rates as calibration
+from flexgen_ray.calibration.steady import Measurer, Unsteady
+from flexgen_ray.cli.main import app
 from flexgen_ray.config import HardwareSpec
-from flexgen_ray.cost.hardware import Hardware
+from flexgen_ray.hardware.measure import Bench
+from flexgen_ray.hardware.spec import Hardware
 from flexgen_ray.paths import hardware_file
-from flexgen_ray.runtime import calibration
-from flexgen_ray.runtime.crews import Cores
-from flexgen_ray.runtime.measure import Bench
-from flexgen_ray.runtime.steady import Measurer, Unsteady
+from flexgen_ray.runtime.lanes import Cores
 from flexgen_ray.runtime.worker import Machine
 
 CPU = torch.device("cpu")

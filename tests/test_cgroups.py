@@ -9,8 +9,8 @@ import sys
 import psutil
 import pytest
 
-from flexgen_ray.bench.cgroup import MemoryCgroup
-from flexgen_ray.runtime.cgroups import free_memory, usable_cores
+from flexgen_ray.cli.bench.contest import MemoryCgroup
+from flexgen_ray.hardware.host import free_memory, usable_cores
 
 MIB = 2**20
 
@@ -78,7 +78,7 @@ def test_without_a_limit_the_machine_s_memory_counts(tmp_path, most):
 
 
 def test_a_process_in_a_cgroup_finds_its_limit():
-    code = "from flexgen_ray.runtime.cgroups import free_memory; print(free_memory())"
+    code = "from flexgen_ray.hardware.host import free_memory; print(free_memory())"
     try:
         with MemoryCgroup(900 * MIB) as cgroup:
             command = cgroup.wrap([sys.executable, "-c", code])

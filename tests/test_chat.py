@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexgen_ray import LLM, SamplingParams
-from flexgen_ray.chat_template import ChatTemplate
-from flexgen_ray.io.openai_batch import read_lines
-from flexgen_ray.messages import ChatOptions, parse_messages
-from flexgen_ray.tokenizer import Tokenizer
+from flexgen_ray.batch.openai_lines import read_lines
+from flexgen_ray.text.chat_template import ChatTemplate
+from flexgen_ray.text.messages import ChatOptions, parse_messages
+from flexgen_ray.text.tokenizer import Tokenizer
 
 GREEDY = SamplingParams(max_tokens=5, temperature=0.0)
 HELLO = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]

@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from flexgen_ray import LLM, Policy, SamplingParams
-from flexgen_ray.model_config import ModelConfig
+from flexgen_ray.cli.quantize import packed_copy
 from flexgen_ray.models.checkpoint import Checkpoint, checkpoint_config
+from flexgen_ray.models.config import ModelConfig
 from flexgen_ray.models.configs import load_config
-from flexgen_ray.quantize_command import packed_copy
 
 MAX_TOKENS = 8
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"

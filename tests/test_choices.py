@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from flexgen_ray.cost.hardware import Hardware
-from flexgen_ray.cost.pipeline_plan import Job
-from flexgen_ray.cost.planner import Planner, choose
+from flexgen_ray.hardware.spec import Hardware
 from flexgen_ray.models.shapes import shape_config
-from flexgen_ray.planning import Node, devices_of
+from flexgen_ray.planner.comparison import Node, devices_of
+from flexgen_ray.planner.pipeline_plan import Job
+from flexgen_ray.planner.search import Planner, choose
 
 # Tokens/s of the best plan that is known, every layer played: one machine, and four with a stage
 # each; prompts of 512 tokens, answers of 32, float16.

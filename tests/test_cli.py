@@ -304,7 +304,7 @@ def test_a_killed_run_leaves_whole_lines_and_no_offload_files(files, text_model,
 @pytest.mark.parametrize("arguments", [["--help"], ["generate", "--help"], ["plan", "--help"]])
 def test_help_comes_at_once(arguments):
     """What takes seconds to import is none of its business."""
-    code = "import sys; from flexgen_ray.cli import main\n"
+    code = "import sys; from flexgen_ray.cli.main import main\n"
     code += f"sys.argv[1:] = {arguments}\n"
     code += "try: main()\nexcept SystemExit: pass\n"
     code += "print({'torch', 'ray', 'numpy', 'highspy', 'rich'} & set(sys.modules))"

@@ -23,7 +23,7 @@ from ray.runtime_env import RuntimeEnv
 from ray.scripts.scripts import cli as ray_cli
 from ray.scripts.scripts import start as ray_start
 
-from flexgen_ray.cli import app
+from flexgen_ray.cli.main import app
 
 ROOT = Path(__file__).parents[1]
 CLUSTER = ROOT / "cluster"

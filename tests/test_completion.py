@@ -30,7 +30,7 @@ def test_what_the_script_asks_is_answered(typed, found):
     words = f"flexgen-ray {typed}"
     asked = {"COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
     asked["_FLEXGEN_RAY_COMPLETE"] = "complete_bash"
-    code = "import sys; sys.argv = ['flexgen-ray']; from flexgen_ray.cli import main; main()"
+    code = "import sys; sys.argv = ['flexgen-ray']; from flexgen_ray.cli.main import main; main()"
     done = subprocess.run(
         [sys.executable, "-c", code], env=os.environ | asked, capture_output=True, text=True
     )

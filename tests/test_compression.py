@@ -18,16 +18,16 @@ from test_exactness import greedy, policies
 from test_executor import generate
 from transformers import AutoModelForCausalLM, DynamicCache
 
+from benchmarks.rounding import RoundingCache, round_weights
 from flexgen_ray import LLM, Placement, Policy, SamplingParams
-from flexgen_ray.bench.rounding import RoundingCache, round_weights
-from flexgen_ray.cli import app
-from flexgen_ray.cost.formats import WeightFormat
+from flexgen_ray.cli.main import app
+from flexgen_ray.kernels import pack_plain as plain
+from flexgen_ray.kernels.pack import pack
 from flexgen_ray.models.configs import load_config
-from flexgen_ray.quant import plain
+from flexgen_ray.planner.stage_policies import StagePolicies
+from flexgen_ray.quant.formats import WeightFormat
 from flexgen_ray.quant.packing import packed_bytes
-from flexgen_ray.quant.quantize import pack
 from flexgen_ray.schedule.ops import OpKind
-from flexgen_ray.stage_policies import StagePolicies
 
 MODELS = ("opt", "mistral", "phi3", "opt-350m-like")
 FORMATS = ((4, None, None), (8, 4, None), (None, 8, None), (None, None, 4), (4, None, 4), (8, 8, 8))

@@ -9,12 +9,11 @@ from test_exactness import policies
 
 from flexgen_ray import LLM, HardwareSpec, SamplingParams
 from flexgen_ray.config import Placement, Policy, Workload
-from flexgen_ray.cost.cost import CostModel
-from flexgen_ray.cost.placed_rows import Composition
-from flexgen_ray.cost.plan import StagePlan
-from flexgen_ray.cost.scarce import Resource
+from flexgen_ray.cost.ops import CostModel
+from flexgen_ray.cost.resources import Resource
+from flexgen_ray.layout.plan import StagePlan
+from flexgen_ray.layout.rows import Composition, Row, Rows
 from flexgen_ray.models.configs import load_config
-from flexgen_ray.rows import Row, Rows
 from flexgen_ray.schedule.ops import Op, OpKind
 from flexgen_ray.schedule.zigzag import StageLayers
 from flexgen_ray.store.disk import Region

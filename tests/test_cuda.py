@@ -12,10 +12,10 @@ from test_executor import generate
 from test_sparse_engine import sparse
 
 from flexgen_ray import LLM, Policy, SamplingParams
-from flexgen_ray.backend import spans as all_spans
-from flexgen_ray.calibrate import calibrate
-from flexgen_ray.resources import CUDA_RESERVE
-from flexgen_ray.runtime.sampler import Draw, Penalties, sample
+from flexgen_ray.calibration.calibrate import calibrate
+from flexgen_ray.engine.backend import spans as all_spans
+from flexgen_ray.kernels.sampling import Draw, Penalties, sample
+from flexgen_ray.planner.budgets import CUDA_RESERVE
 from flexgen_ray.schedule.ops import LANE
 from flexgen_ray.store import memory
 from flexgen_ray.store.memory import MemoryTier

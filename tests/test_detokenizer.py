@@ -15,14 +15,14 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 
 from flexgen_ray import LLM, SamplingParams
-from flexgen_ray.detokenizer import Detokenizer
-from flexgen_ray.io.journal import Journal
-from flexgen_ray.job import read_job, run_job
-from flexgen_ray.outputs import request_output
+from flexgen_ray.batch.job import read_job, run_job
+from flexgen_ray.batch.journal import Journal
+from flexgen_ray.processor import request_output
 from flexgen_ray.request import Request, first_stop
-from flexgen_ray.runtime.batcher import Batcher
-from flexgen_ray.stops import StopStrings
-from flexgen_ray.tokenizer import Tokenizer as OurTokenizer
+from flexgen_ray.runtime.scheduler import Batcher
+from flexgen_ray.text.detokenizer import Detokenizer
+from flexgen_ray.text.stop_strings import StopStrings
+from flexgen_ray.text.tokenizer import Tokenizer as OurTokenizer
 
 TEXTS = ["In the year of our stars I don't know who's there.", "He said: 'it is , isn't it ?'",
          "naïve café über", "你好 世界 😀 €5", "  two  spaces\n\nand lines "] * 4  # fmt: skip

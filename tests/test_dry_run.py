@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import ray
 
-from flexgen_ray.cost.hardware import Hardware
+from flexgen_ray.hardware.spec import Hardware
 from flexgen_ray.llm import LLM
 from flexgen_ray.request import SamplingParams
 

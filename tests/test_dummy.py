@@ -9,8 +9,8 @@ import torch
 from test_store import MIB, tiers
 
 from flexgen_ray.config import Placement, Policy, Workload
-from flexgen_ray.cost.placement import stored_tensors
-from flexgen_ray.cost.plan import StagePlan
+from flexgen_ray.layout.placement import stored_tensors
+from flexgen_ray.layout.plan import StagePlan
 from flexgen_ray.models.dummy import DummyWeights
 from flexgen_ray.models.shapes import SHAPES, shape_config
 from flexgen_ray.schedule.ops import OpKind

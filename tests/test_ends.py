@@ -14,8 +14,8 @@ from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flexgen_ray import LLM, SamplingParams
-from flexgen_ray.fitting import generation
-from flexgen_ray.io.openai_batch import read_lines
+from flexgen_ray.batch.openai_lines import read_lines
+from flexgen_ray.processor import generation
 
 SPECIAL = "~"
 LONG = 40

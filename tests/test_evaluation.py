@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from flexgen_ray.cli import main
+from flexgen_ray.cli.main import main
 from flexgen_ray.evaluation.perplexity import windows
 from flexgen_ray.integrations.lm_eval_command import main as harness
 

@@ -14,9 +14,8 @@ from hypothesis import strategies as st
 from test_exactness import policies
 
 from flexgen_ray import LLM, Policy, SamplingParams
-from flexgen_ray.runtime.crews import Cores, make_crews
 from flexgen_ray.runtime.executor import AsyncExecutor, SerialExecutor
-from flexgen_ray.runtime.lanes import Crew
+from flexgen_ray.runtime.lanes import Cores, Crew, make_crews
 from flexgen_ray.runtime.worker import Worker
 from flexgen_ray.schedule.ops import LANE, Lane, OpKind
 from flexgen_ray.schedule.zigzag import StageLayers, zigzag

@@ -15,11 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import flexgen_ray
-from flexgen_ray.exits import exit_status, parse_max_errors, run, told_how_to_resume
-from flexgen_ray.io.journal import Journal
-from flexgen_ray.io.openai_batch import error_row
+from flexgen_ray.batch.journal import Journal
+from flexgen_ray.batch.openai_lines import error_row
+from flexgen_ray.cli.exits import exit_status, parse_max_errors, run, told_how_to_resume
+from flexgen_ray.reporting.terminal import printable
 from flexgen_ray.signals import EXIT_STOPPED, STOPS, Stopped, raise_on_stop
-from flexgen_ray.terminal import printable
 
 STOPPED = "flexgen-ray: stopped\n"
 SCRIPT = """
@@ -98,7 +98,7 @@ def test_a_stop_while_ray_starts_is_a_stop(answers_to_signals, monkeypatch):
     """Ray puts an answer of its own in place, which ends the process with another status."""
     import ray
 
-    from flexgen_ray.distributed.initialize import initialize
+    from flexgen_ray.distributed.own_cluster import initialize
 
     def init(**_: object) -> None:
         signal.signal(signal.SIGTERM, lambda number, _: sys.exit(number))

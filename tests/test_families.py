@@ -8,10 +8,10 @@ from dataclasses import replace
 import pytest
 import tiny
 
-from flexgen_ray.cost.formats import WeightFormat
-from flexgen_ray.model_config import ModelConfig
 from flexgen_ray.models.checkpoint import Checkpoint
+from flexgen_ray.models.config import ModelConfig
 from flexgen_ray.models.configs import load_config
+from flexgen_ray.quant.formats import WeightFormat
 
 
 def loaded(tiny_models, tmp_path, name: str, changes: dict, without: tuple[str, ...] = ()):

@@ -13,9 +13,9 @@ import typer
 from test_bad_input import commands
 from test_cli import arguments, files  # noqa: F401 - a fixture
 
-from flexgen_ray.cli import app
-from flexgen_ray.commands import is_written
-from flexgen_ray.io.files import check_distinct, replacing, write_text
+from flexgen_ray.cli.app import is_written
+from flexgen_ray.cli.main import app
+from flexgen_ray.files.output import check_distinct, replacing, write_text
 
 READ = {"input", "policy", "data", "workload", "nodes", "prompts", "model"}
 PLACES = {"offload_dir"}
@@ -97,8 +97,8 @@ def test_a_model_s_own_files_are_spared(text_model, tmp_path):
         (["plan", "--model", "m", "--hardware", "w", "--policy-out", "w"], "would overwrite"),
         (["eval", "perplexity", "--model", "m", "--data", "w", "--json", "w"], "would overwrite"),
         (["eval", "cloze", "--model", "m", "--data", "w", "--policy", "w"], "no folder m"),
-        (["bench", "paper", "--plot", "a", "--json", "a"], "both write"),
-        (["bench", "issue", "--json", "no/a"], "no does not exist"),
+        (["bench", "throughput", "--model", "m", "--trace", "a", "--json", "a"], "both write"),
+        (["bench", "throughput", "--model", "m", "--json", "no/a"], "no does not exist"),
         (["quantize", "--model", "m", "--output", "w", "--json", "w"], "would overwrite"),
         (["calibrate", "--output", "."], "Is a directory"),
     ],

@@ -6,20 +6,19 @@ from dataclasses import replace
 
 import pytest
 
-from flexgen_ray import calibrate
-from flexgen_ray.auto_policy import Run, Settled
+from flexgen_ray.calibration import calibrate
 from flexgen_ray.config import Placement, Policy, Workload
-from flexgen_ray.cost.hardware import Hardware
-from flexgen_ray.cost.machine_rates import DiskRates, MemorySizes
-from flexgen_ray.cost.presets import adapted, preset_for
-from flexgen_ray.forecast import Forecast
+from flexgen_ray.hardware.known import ASSUMED, CALIBRATED, disk_rates
+from flexgen_ray.hardware.rates import DiskRates, MemorySizes
+from flexgen_ray.hardware.spec import Hardware, adapted, preset_for
 from flexgen_ray.models.shapes import shape_config
 from flexgen_ray.paths import hardware_file
+from flexgen_ray.planner.budgets import settle_budgets
+from flexgen_ray.planner.choose import Run, Settled
+from flexgen_ray.planner.forecast import Forecast
+from flexgen_ray.planner.stage_policies import StagePolicies, plan_stages
 from flexgen_ray.request import Request, SamplingParams
-from flexgen_ray.resources import settle_budgets
-from flexgen_ray.runtime.known_rates import ASSUMED, CALIBRATED, disk_rates
 from flexgen_ray.runtime.worker import Machine, with_known_rates
-from flexgen_ray.stage_policies import StagePolicies, plan_stages
 
 GIB = 2**30
 GEFORCE = "NVIDIA GeForce RTX 4090"

@@ -9,8 +9,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexgen_ray.cost.hardware import Hardware
-from flexgen_ray.cost.machine_rates import AttentionRates, GemmRates, interpolate
+from flexgen_ray.hardware.rates import AttentionRates, GemmRates, interpolate
+from flexgen_ray.hardware.spec import Hardware
 from flexgen_ray.paths import hardware_file
 
 GIB = 2**30

@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from flexgen_ray.models import host_attention, host_kernel
-from flexgen_ray.models.host_attention import HostAttention
-from flexgen_ray.models.host_vectors import LANES
+from flexgen_ray.kernels import host_attention, host_kernel
+from flexgen_ray.kernels.host_attention import HostAttention
+from flexgen_ray.kernels.vectors import LANES
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 ATTEND = HostAttention(threads=1)

@@ -14,10 +14,10 @@ from openai.types import Completion
 from openai.types.chat import ChatCompletion
 
 from flexgen_ray import LLM, Policy, SamplingParams
-from flexgen_ray.events import Progress
-from flexgen_ray.io.journal import Journal
-from flexgen_ray.job import read_job, run_job
-from flexgen_ray.text_files import check_encoding
+from flexgen_ray.batch.job import read_job, run_job
+from flexgen_ray.batch.journal import Journal
+from flexgen_ray.files.text import check_encoding
+from flexgen_ray.runtime.events import Progress
 
 DEFAULTS = SamplingParams(max_tokens=6, temperature=1.0)
 LINES = [

@@ -19,8 +19,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexgen_ray.io.journal import Journal
-from flexgen_ray.io.openai_batch import error_row
+from flexgen_ray.batch.journal import Journal
+from flexgen_ray.batch.openai_lines import error_row
 
 FACTS = {"model": "m", "seed": 0}
 IDS = [f"id-{number}" for number in range(6)]

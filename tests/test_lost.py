@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from flexgen_ray.io.lost import check_kept
+from flexgen_ray.cli.app import check_kept
 
 JOB = ("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
 PACKAGE = "/tmp/ray/session_2026-01-01_00-00-00_1_2/runtime_resources/working_dir_files/_ray_pkg_1"

@@ -21,12 +21,11 @@ from transformers import AutoModelForCausalLM
 
 from flexgen_ray import LLM, Placement, Policy, SamplingParams
 from flexgen_ray.evaluation.run import answers
-from flexgen_ray.io.json_text import to_json
-from flexgen_ray.models import host_kernel
-from flexgen_ray.quant.quantize import pack, unpack
-from flexgen_ray.runtime.link import Chosen
-from flexgen_ray.runtime.sampler import NOT_FINITE, Draw, sample
-from flexgen_ray.runtime.scorer import score
+from flexgen_ray.files.json_text import to_json
+from flexgen_ray.kernels import host_kernel
+from flexgen_ray.kernels.pack import pack, unpack
+from flexgen_ray.kernels.sampling import NOT_FINITE, Draw, sample, score
+from flexgen_ray.runtime.ring import Chosen
 
 POISONS = {1: "mlp.gate_proj", 2: "self_attn.k_proj", 3: "self_attn.v_proj"}  # by token
 GREEDY = SamplingParams(max_tokens=MAX_TOKENS, temperature=0.0)

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from flexgen_ray import LLM, SamplingParams
-from flexgen_ray.io.journal import Journal
-from flexgen_ray.io.openai_batch import read_lines
-from flexgen_ray.io.openai_logprobs import Echo, logprobs_object
-from flexgen_ray.job import read_job, run_job
+from flexgen_ray.batch.job import read_job, run_job
+from flexgen_ray.batch.journal import Journal
+from flexgen_ray.batch.logprobs import Echo, logprobs_object
+from flexgen_ray.batch.openai_lines import read_lines
 from flexgen_ray.request import CompletionOutput, Logprob, RequestOutput
 
 BODIES = {

@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from test_bad_input import commands
 
 from flexgen_ray import LLM, Placement, Policy, SamplingParams
-from flexgen_ray.cli import app
+from flexgen_ray.cli.main import app
 from flexgen_ray.config import LOSSY, Faults
-from flexgen_ray.distributed.gpu_choice import only_gpu, visible_gpu
-from flexgen_ray.llm_options import ELSEWHERE, check_values
-from flexgen_ray.resources import settle_budget
+from flexgen_ray.distributed.own_cluster import only_gpu, visible_gpu
+from flexgen_ray.engine.options import ELSEWHERE, check_values
+from flexgen_ray.planner.budgets import settle_budget
 from flexgen_ray.runtime.worker import Machine, find_device
 
 OPTIONS = dict(list(signature(LLM.__init__).parameters.items())[1:])

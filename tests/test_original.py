@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from benchmarks.original import Original
 from flexgen_ray.config import Placement, Policy
-from flexgen_ray.cost.original import Original
 from flexgen_ray.models.shapes import shape_config
 
 HOST = Placement(0, 1, 0)

@@ -19,11 +19,10 @@ from test_cli import arguments, files  # noqa: F401 - a fixture
 from test_cli import rows as rows_by_id
 from test_journal import FACTS, IDS, fresh, names, read, row
 
-from flexgen_ray.fingerprint import fingerprint
-from flexgen_ray.io.job_facts import MODEL_FILES
-from flexgen_ray.io.journal import Journal
-from flexgen_ray.io.line_file import OutputLost
-from flexgen_ray.io.openai_batch import error_row, refusal
+from flexgen_ray.batch.job import fingerprint
+from flexgen_ray.batch.journal import MODEL_FILES, Journal
+from flexgen_ray.batch.openai_lines import error_row, refusal
+from flexgen_ray.files.line_file import OutputLost
 
 DAMAGES = {
     "was removed": lambda path: path.unlink(),

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from test_exactness import assert_same, policies
 
 from flexgen_ray import LLM, HardwareSpec, Placement, Policy, SamplingParams
-from flexgen_ray.cost.scarce import Resource
+from flexgen_ray.cost.resources import Resource
 from flexgen_ray.runtime.pacer import Pacer
 from flexgen_ray.store.weights import WeightStore
 

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from test_host_attention import ATTEND, TOLERANCE, Case, make_case, reference, windows
 from torch import Tensor
 
-from flexgen_ray.models import host_kernel
-from flexgen_ray.models.host_attention import HostAttention
-from flexgen_ray.models.host_vectors import LANES
+from flexgen_ray.kernels import host_kernel
+from flexgen_ray.kernels.host_attention import HostAttention
+from flexgen_ray.kernels.pack import pack, unpack
+from flexgen_ray.kernels.vectors import LANES
 from flexgen_ray.quant.packing import packed_bytes
-from flexgen_ray.quant.quantize import pack, unpack
 
 
 def packed(case: Case, bits: int) -> tuple[Case, Case]:

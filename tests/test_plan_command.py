@@ -13,17 +13,17 @@ import pytest
 from test_exactness import assert_same
 
 from flexgen_ray import LLM, Hardware, SamplingParams
-from flexgen_ray.cost.grid import Search
-from flexgen_ray.cost.machine_rates import LinkRates, MemorySizes
-from flexgen_ray.cost.pipeline_plan import Job
-from flexgen_ray.cost.planner import Planner, choose
-from flexgen_ray.model_config import ModelConfig
+from flexgen_ray.cli.plan import PlanReport
+from flexgen_ray.cli.plan import plan as command
+from flexgen_ray.hardware.rates import LinkRates, MemorySizes
+from flexgen_ray.models.config import ModelConfig
 from flexgen_ray.models.shapes import shape_config
 from flexgen_ray.paths import find_config, hardware_file
-from flexgen_ray.plan_command import plan as command
-from flexgen_ray.plan_report import PlanReport
-from flexgen_ray.planning import Node, compare, devices_of, read_job, read_nodes
-from flexgen_ray.stage_policies import StagePolicies
+from flexgen_ray.planner.comparison import Node, compare, devices_of, read_job, read_nodes
+from flexgen_ray.planner.grid import Search
+from flexgen_ray.planner.pipeline_plan import Job
+from flexgen_ray.planner.search import Planner, choose
+from flexgen_ray.planner.stage_policies import StagePolicies
 
 FEW = Search(batch_sizes=(16,), batches=(4,), tiles=(512,), extra_blocks=(0,))
 
@@ -90,13 +90,13 @@ def test_what_cannot_be_planned_is_refused_by_name(options, message):
 
 
 def test_a_frontier_without_matplotlib_is_refused_before_any_work(monkeypatch, tmp_path):
-    monkeypatch.setattr("flexgen_ray.plan_command.find_spec", lambda name: None)
+    monkeypatch.setattr("flexgen_ray.cli.plan.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"--frontier needs matplotlib: pip install"):
         command(model="opt-6.7b", hardware=["t4"], frontier=tmp_path / "f.png")
 
 
 def test_a_plan_needs_no_torch_and_refuses_numbers_below_one():
-    code = "import sys; from flexgen_ray.cli import main\n"
+    code = "import sys; from flexgen_ray.cli.main import main\n"
     code += "sys.argv[1:] = ['plan', '--model', 'opt-125m', '--hardware', 't4', *sys.argv[1:]]\n"
     code += "try: main()\nexcept SystemExit: pass\n"
     code += "print({'torch', 'transformers', 'ray'} & set(sys.modules))"

@@ -9,19 +9,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexgen_ray.bench import t4
+from benchmarks import paper_machines as t4
 from flexgen_ray.config import TIERS, Budget, HardwareSpec, Placement, Policy
-from flexgen_ray.cost.corners import ON_DEVICE, Corners, policy_of, shares_of
-from flexgen_ray.cost.grid import Search
-from flexgen_ray.cost.hardware import Hardware
-from flexgen_ray.cost.lp import whole
-from flexgen_ray.cost.pipeline_plan import ONE_BATCH, PLAYED, Device, Job
-from flexgen_ray.cost.planner import Infeasible, Planner, choose
-from flexgen_ray.cost.predict import decoding, visit_seconds
-from flexgen_ray.cost.sizes import stage_bytes, totals
-from flexgen_ray.cost.visit import PHASES
+from flexgen_ray.cost.bound import PHASES, decoding, visit_seconds
+from flexgen_ray.hardware.spec import Hardware
+from flexgen_ray.layout.sizes import stage_bytes, totals
 from flexgen_ray.models.shapes import shape_config
-from flexgen_ray.planning import Node, devices_of
+from flexgen_ray.planner.comparison import Node, devices_of
+from flexgen_ray.planner.corners import ON_DEVICE, Corners, policy_of, shares_of
+from flexgen_ray.planner.grid import Search
+from flexgen_ray.planner.lp import whole
+from flexgen_ray.planner.pipeline_plan import ONE_BATCH, PLAYED, Device, Job
+from flexgen_ray.planner.search import Infeasible, Planner, choose
 
 GIB = 2**30
 OPT = shape_config("opt-1.3b")

@@ -13,12 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flexgen_ray.config import Policy, Workload
-from flexgen_ray.cost.pipeline_plan import Job, Plan
-from flexgen_ray.cost.plan import StagePlan
-from flexgen_ray.events import Progress, Recovery, Standing
+from flexgen_ray.layout.plan import StagePlan
 from flexgen_ray.llm import LLM
 from flexgen_ray.models.shapes import shape_config
-from flexgen_ray.progress import (
+from flexgen_ray.planner.pipeline_plan import Job, Plan
+from flexgen_ray.reporting.progress import (
     LINE_SECONDS,
     Lines,
     counted,
@@ -26,9 +25,10 @@ from flexgen_ray.progress import (
     show_steps,
     while_it_runs,
 )
+from flexgen_ray.reporting.tally import Tally
 from flexgen_ray.request import Finished, Request, SamplingParams
+from flexgen_ray.runtime.events import Progress, Recovery, Standing
 from flexgen_ray.schedule.zigzag import StageLayers
-from flexgen_ray.tally import Tally
 from flexgen_ray.units import format_seconds
 
 LINE = re.compile(r"\d\d:\d\d:\d\d (.*)\n")

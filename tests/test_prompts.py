@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexgen_ray import LLM, Policy, SamplingParams
-from flexgen_ray.prompts import parse_prompt, several_chats, several_prompts
+from flexgen_ray.engine.prompts import parse_prompt, several_chats, several_prompts
 
 GREEDY = SamplingParams(max_tokens=3, temperature=0.0)
 TEXTS = ["In the", "A new", "The end"]

@@ -14,10 +14,11 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from flexgen_ray.bench.rounding import searched
-from flexgen_ray.quant import host, plain
+from benchmarks.rounding import searched
+from flexgen_ray.kernels import pack_host as host
+from flexgen_ray.kernels import pack_plain as plain
+from flexgen_ray.kernels.pack import pack, unpack
 from flexgen_ray.quant.packing import GROUP, LARGEST, num_groups, packed_bytes
-from flexgen_ray.quant.quantize import pack, unpack
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HALF = torch.finfo(torch.float16)

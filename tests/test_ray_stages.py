@@ -19,7 +19,7 @@ from test_exactness import assert_same
 from flexgen_ray import LLM, Placement, Policy, SamplingParams
 from flexgen_ray.config import Faults, HardwareSpec
 from flexgen_ray.distributed.attempt import get
-from flexgen_ray.events import Progress
+from flexgen_ray.runtime.events import Progress
 
 THIRD = Placement(0.3, 0.3, 0.4)
 POLICY = Policy(2, 2, 16, THIRD, THIRD, THIRD, 0.5)

@@ -17,7 +17,7 @@ import yaml
 from test_cli import POLICY, command, run
 from test_job import rows
 
-from flexgen_ray.cli import main
+from flexgen_ray.cli.main import main
 
 NUM_LINES = 30
 

@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_schedule import assert_reads_what_arrived, streams
 
-from flexgen_ray.schedule.buffers import Buffer, reads
-from flexgen_ray.schedule.dependencies import Dependencies
+from flexgen_ray.schedule.dependencies import Buffer, Dependencies, reads
 from flexgen_ray.schedule.ops import Op, OpKind
 from flexgen_ray.schedule.zigzag import StageLayers, zigzag
 

@@ -14,9 +14,9 @@ from openai.types.chat import ChatCompletion
 from transformers import AutoModelForCausalLM
 
 from flexgen_ray import LLM, Policy, SamplingParams
-from flexgen_ray.io.journal import Journal
-from flexgen_ray.job import read_job, run_job
-from flexgen_ray.samples import Samples
+from flexgen_ray.batch.job import read_job, run_job
+from flexgen_ray.batch.journal import Journal
+from flexgen_ray.processor import Samples
 
 
 @pytest.fixture(scope="module")

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flexgen_ray import LLM, Policy, SamplingParams
-from flexgen_ray.rows import Rows
-from flexgen_ray.runtime.link import Header
-from flexgen_ray.runtime.sampler import Draw, Penalties, likeliest, penalise, sample, uniform
-from flexgen_ray.tokenizer import Tokenizer
+from flexgen_ray.kernels.sampling import Draw, Penalties, likeliest, penalise, sample, uniform
+from flexgen_ray.layout.rows import Rows
+from flexgen_ray.runtime.ring import Header
+from flexgen_ray.text.tokenizer import Tokenizer
 
 DRAWS = 4000
 CHI_SQUARE_LIMIT = {3: 16.3, 4: 18.5, 5: 20.5, 7: 24.3}  # p = 0.001 by degrees of freedom

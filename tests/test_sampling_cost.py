@@ -8,14 +8,14 @@ import pytest
 import tiny
 
 from flexgen_ray import LLM, Policy, SamplingParams
-from flexgen_ray.auto_policy import job_of
 from flexgen_ray.config import Budget, HardwareSpec
-from flexgen_ray.cost.between import drawn_share
-from flexgen_ray.cost.grid import Search
-from flexgen_ray.cost.hardware import Hardware
-from flexgen_ray.cost.pipeline_plan import Device, Job, ModelRates
-from flexgen_ray.cost.planner import Planner, choose
+from flexgen_ray.cost.ops import drawn_share
+from flexgen_ray.hardware.spec import Hardware
 from flexgen_ray.models.shapes import shape_config
+from flexgen_ray.planner.choose import job_of
+from flexgen_ray.planner.grid import Search
+from flexgen_ray.planner.pipeline_plan import Device, Job, ModelRates
+from flexgen_ray.planner.search import Planner, choose
 from flexgen_ray.request import Request
 
 GREEDY = SamplingParams(5, 0.0)

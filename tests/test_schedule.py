@@ -10,15 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexgen_ray.schedule.buffers import Buffer, reads, writes
-from flexgen_ray.schedule.dependencies import Dependencies
-from flexgen_ray.schedule.ops import (
-    CELL_SLOTS,
-    WEIGHTS_SLOTS,
-    Op,
-    OpKind,
-    staging_slots,
-)
+from flexgen_ray.schedule.dependencies import Buffer, Dependencies, reads, writes
+from flexgen_ray.schedule.ops import CELL_SLOTS, WEIGHTS_SLOTS, Op, OpKind, staging_slots
 from flexgen_ray.schedule.zigzag import StageLayers, zigzag
 
 COMPUTE = (OpKind.PROJECT, OpKind.FINISH)

@@ -17,15 +17,14 @@ from transformers import AutoModelForCausalLM
 
 from flexgen_ray import LLM, Policy, SamplingParams
 from flexgen_ray.config import Workload
-from flexgen_ray.cost.plan import StagePlan
-from flexgen_ray.cost.sizes import scored_tokens_at_a_time, workspace_bytes
+from flexgen_ray.kernels.sampling import Draw, Penalties, score
+from flexgen_ray.layout.plan import StagePlan
+from flexgen_ray.layout.rows import Row, Rows, ScoredRow
+from flexgen_ray.layout.sizes import scored_tokens_at_a_time, workspace_bytes
 from flexgen_ray.models.configs import load_config
 from flexgen_ray.request import Request, Score
-from flexgen_ray.rows import Row, Rows, ScoredRow
-from flexgen_ray.runtime.batcher import Batcher
-from flexgen_ray.runtime.link import Chosen, Header
-from flexgen_ray.runtime.sampler import Draw, Penalties
-from flexgen_ray.runtime.scorer import score
+from flexgen_ray.runtime.ring import Chosen, Header
+from flexgen_ray.runtime.scheduler import Batcher
 from flexgen_ray.schedule.zigzag import StageLayers
 
 NAMES = ["opt", "llama"]
@@ -202,7 +201,7 @@ def test_who_asks_for_nothing_pays_nothing(tiny_models, monkeypatch):
     assert plain.encode() == b"[0, 0, [[0, 3, 2, true, true]], 2, [[0.0, 1.0, 0.0]], [5], false]"
     assert Chosen(0, 1, [7]).encode() == b"[0, 1, [7]]"
     folder, references = tiny_models["llama"]
-    monkeypatch.setattr("flexgen_ray.runtime.cells.score", None)
+    monkeypatch.setattr("flexgen_ray.runtime.handlers.score", None)
     found = greedy(folder, [it.prompt for it in references], Policy(4), use_ray=False)
     assert_same(found, references)
 

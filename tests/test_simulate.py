@@ -13,19 +13,18 @@ from hypothesis import strategies as st
 from test_exactness import policies
 from test_sizes import REAL, llama, opt
 
-from flexgen_ray.bench.t4 import MACHINE
+from benchmarks.paper_machines import MACHINE
 from flexgen_ray.config import HardwareSpec, Placement, Policy, Workload
-from flexgen_ray.cost.demands import stream
-from flexgen_ray.cost.plan import StagePlan
-from flexgen_ray.cost.predict import decoding, prefilling, visit_seconds
-from flexgen_ray.cost.sharing import CORES, Demand
+from flexgen_ray.cost.bound import decoding, prefilling, visit_seconds
+from flexgen_ray.cost.resources import CORES, Demand
 from flexgen_ray.cost.simulate import Simulated, Stream, simulate, simulate_ring
-from flexgen_ray.cost.steady import simulate_pipeline, steady_visit
-from flexgen_ray.rows import NO_ROWS, Rows
+from flexgen_ray.cost.steady import simulate_pipeline, steady_visit, stream
+from flexgen_ray.layout.plan import StagePlan
+from flexgen_ray.layout.rows import NO_ROWS, Rows
+from flexgen_ray.reporting.trace import write_trace
 from flexgen_ray.schedule.dependencies import Dependencies
 from flexgen_ray.schedule.ops import LANE, Lane, Op, OpKind
 from flexgen_ray.schedule.zigzag import StageLayers
-from flexgen_ray.trace import write_trace
 
 ALMOST = 1 + 1e-9
 WORKLOAD = Workload(20, 24, 40)

@@ -11,25 +11,25 @@ from test_exactness import placements, policies
 
 from flexgen_ray import LLM, Placement, Policy, SamplingParams
 from flexgen_ray.config import TIERS, Budget, Workload
-from flexgen_ray.cost.default_policy import default_policies
-from flexgen_ray.cost.formats import WeightFormat
-from flexgen_ray.cost.placement import (
+from flexgen_ray.layout.placement import (
     place_weights,
     split_rows,
     split_tokens,
     stored_tensors,
     tensor_bytes,
 )
-from flexgen_ray.cost.plan import StagePlan
-from flexgen_ray.cost.sizes import check_budget, stage_bytes, totals, weight_bytes
-from flexgen_ray.model_config import ModelConfig
-from flexgen_ray.resources import (
+from flexgen_ray.layout.plan import StagePlan
+from flexgen_ray.layout.sizes import check_budget, stage_bytes, totals, weight_bytes
+from flexgen_ray.models.config import ModelConfig
+from flexgen_ray.planner.budgets import (
     CUDA_RESERVE,
     GPU_SHARE,
     settle_budget,
     settle_budgets,
     settle_dtype,
 )
+from flexgen_ray.planner.fill import default_policies
+from flexgen_ray.quant.formats import WeightFormat
 from flexgen_ray.runtime.worker import Machine
 from flexgen_ray.schedule.zigzag import StageLayers
 from flexgen_ray.units import format_bytes, parse_bytes

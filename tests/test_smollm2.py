@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import tiny
 
-from flexgen_ray import LLM, Placement, Policy, SamplingParams, demo
+from flexgen_ray import LLM, Placement, Policy, SamplingParams
+from flexgen_ray.cli import demo
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 MAX_TOKENS = 64

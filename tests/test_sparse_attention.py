@@ -15,11 +15,11 @@ from test_host_attention import Case, make_case, windows
 from test_packed_attention import packed
 
 from flexgen_ray.config import kept_tokens
-from flexgen_ray.models import host_kernel
-from flexgen_ray.models.attention import decode, decode_sparse
-from flexgen_ray.models.host_attention import HostAttention
-from flexgen_ray.models.host_sparse import keep
-from flexgen_ray.models.host_tiles import AHEAD, BLOCK
+from flexgen_ray.kernels import host_kernel
+from flexgen_ray.kernels.attention import decode, decode_sparse
+from flexgen_ray.kernels.host_attention import HostAttention
+from flexgen_ray.kernels.host_sparse import keep
+from flexgen_ray.kernels.host_tiles import AHEAD, BLOCK
 
 cases = st.builds(
     make_case,

@@ -13,18 +13,17 @@ from hypothesis import strategies as st
 from test_exactness import placements
 
 from flexgen_ray.config import Placement, Policy, Workload
-from flexgen_ray.cost.placement import PAGE, stored_tensors
-from flexgen_ray.cost.plan import StagePlan
-from flexgen_ray.cost.sizes import stage_bytes
-from flexgen_ray.model_config import ModelConfig
+from flexgen_ray.layout.placement import PAGE, stored_tensors
+from flexgen_ray.layout.plan import StagePlan
+from flexgen_ray.layout.sizes import stage_bytes
+from flexgen_ray.models.config import ModelConfig
 from flexgen_ray.schedule.ops import Op, OpKind
 from flexgen_ray.schedule.zigzag import StageLayers, zigzag
 from flexgen_ray.store import disk
 from flexgen_ray.store.activations import HiddenStore
 from flexgen_ray.store.disk import DiskTier
-from flexgen_ray.store.ledger import BudgetError
-from flexgen_ray.store.memory import MemoryTier
-from flexgen_ray.store.tier import Tiers
+from flexgen_ray.store.memory import BudgetError, MemoryTier
+from flexgen_ray.store.tiers import Tiers
 from flexgen_ray.store.weights import WeightStore
 
 MIB = 2**20

@@ -11,7 +11,7 @@ from test_exactness import assert_same, greedy, policies
 from test_sparse_engine import sparse
 from test_stages import pipelines
 
-from flexgen_ray.runtime.crews import ON_STREAMS
+from flexgen_ray.runtime.lanes import ON_STREAMS
 from flexgen_ray.schedule.ops import Lane
 
 cudas = st.builds(

@@ -14,7 +14,7 @@ import pytest
 
 import flexgen_ray
 from flexgen_ray import LLM, Policy, SamplingParams
-from flexgen_ray.outputs import request_output
+from flexgen_ray.processor import request_output
 from flexgen_ray.request import Finished
 
 GREEDY = SamplingParams(max_tokens=8, temperature=0.0)

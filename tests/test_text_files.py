@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from test_cli import arguments, files, rows  # noqa: F401 - a fixture
 
 from flexgen_ray.config import Policy
-from flexgen_ray.cost.hardware import Hardware
 from flexgen_ray.evaluation.cloze import _text
-from flexgen_ray.io.lines import open_input
-from flexgen_ray.planning import read_job, read_nodes
-from flexgen_ray.stage_policies import StagePolicies
-from flexgen_ray.text_files import MAX_YAML_BYTES, read_lines, read_text, read_yaml
+from flexgen_ray.files.lines import open_input
+from flexgen_ray.files.text import MAX_YAML_BYTES, read_lines, read_text, read_yaml
+from flexgen_ray.hardware.spec import Hardware
+from flexgen_ray.planner.comparison import read_job, read_nodes
+from flexgen_ray.planner.stage_policies import StagePolicies
 
 # Characters at which str.splitlines ends a line, and files don't.
 ODD_ENDS = "\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e\r"

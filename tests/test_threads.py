@@ -7,8 +7,7 @@ import json
 import pytest
 
 from flexgen_ray import LLM
-from flexgen_ray.runtime.cgroups import usable_cores
-from flexgen_ray.runtime.threads import own_threads, users_threads
+from flexgen_ray.hardware.host import own_threads, usable_cores, users_threads
 
 JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 CORES = usable_cores()

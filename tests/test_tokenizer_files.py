@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from flexgen_ray.tokenizer import Tokenizer
+from flexgen_ray.text.tokenizer import Tokenizer
 
 
 def folder(path: Path, config: dict, **files: bytes | str) -> Tokenizer:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from test_exactness import policies
 
 from flexgen_ray import LLM, SamplingParams
-from flexgen_ray.backend import spans as all_spans
+from flexgen_ray.engine.backend import spans as all_spans
 from flexgen_ray.schedule.dependencies import Dependencies
 from flexgen_ray.schedule.ops import LANE
 from flexgen_ray.schedule.zigzag import StageLayers, zigzag

@@ -16,7 +16,7 @@ from flexgen_ray.distributed.transport import (
     _Blocking,
     _Groups,
 )
-from flexgen_ray.runtime.link import LinkClosed
+from flexgen_ray.runtime.ring import LinkClosed
 
 
 class Stuck:

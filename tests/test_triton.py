@@ -17,7 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from flexgen_ray.quant import host, plain, quantize
+from flexgen_ray.kernels import pack as quantize
+from flexgen_ray.kernels import pack_host as host
+from flexgen_ray.kernels import pack_plain as plain
 from flexgen_ray.quant.packing import GROUP, LARGEST, code_bytes, packed_bytes
 
 pytestmark = pytest.mark.skipif(
@@ -113,7 +115,7 @@ def taken(out: Tensor) -> Tensor:
     ),
 )
 def test_interpreted_kernels_equal_the_others_bit_for_bit(shape, dtype, bits, places, fill_it):
-    from flexgen_ray.quant import cuda
+    from flexgen_ray.kernels import pack_cuda as cuda
 
     size, packed_shape = shape[-1], (*shape[:-1], packed_bytes(shape[-1], bits))
     x = laid_out(shape, dtype, places[0])
@@ -145,7 +147,7 @@ def test_interpreted_kernels_equal_the_others_bit_for_bit(shape, dtype, bits, pl
 @pytest.mark.parametrize("bits", [4, 8])
 def test_each_tie_goes_to_the_even_code(bits):
     """Values half way between two codes, of scale 1."""
-    from flexgen_ray.quant import cuda
+    from flexgen_ray.kernels import pack_cuda as cuda
 
     levels = 2**bits - 1
     x = torch.arange(2 * levels + 1).float() / 2
@@ -180,7 +182,7 @@ def test_the_compiler_takes_the_kernels(name, capability, tmp_path, monkeypatch)
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from flexgen_ray.quant import cuda
+    from flexgen_ray.kernels import pack_cuda as cuda
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     kernel = getattr(cuda, name)

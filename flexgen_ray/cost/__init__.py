@@ -1,0 +1,1 @@
+"""How long does it take? The cost of each op, the simulation of a run, and its lower bound."""

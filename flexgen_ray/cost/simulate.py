@@ -13,12 +13,10 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from flexgen_ray.cost.sharing import SIMULTANEOUS, Demand, Machine, Work
-from flexgen_ray.schedule.dependencies import Dependencies
-from flexgen_ray.schedule.messages import Message, heard, told
-from flexgen_ray.schedule.ops import LANE, Lane, Op
-from flexgen_ray.schedule.span import Span
-from flexgen_ray.schedule.window import VISITS_AHEAD
+from flexgen_ray.cost.resources import SIMULTANEOUS, Demand, Machine, Work
+from flexgen_ray.schedule.dependencies import VISITS_AHEAD, Dependencies
+from flexgen_ray.schedule.ops import LANE, Lane, Op, Span
+from flexgen_ray.schedule.ring import Message, heard, told
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ import torch
 
 from flexgen_ray.distributed.metrics import StageMetrics
 from flexgen_ray.distributed.transport import GlooLink, Meeting
-from flexgen_ray.events import Progress
 from flexgen_ray.request import Finished
-from flexgen_ray.runtime.link import LinkClosed
+from flexgen_ray.runtime.events import Progress
+from flexgen_ray.runtime.ring import LinkClosed
 from flexgen_ray.runtime.worker import Machine, Worker
 
 TELL_SECONDS = 0.05  # events within this time are told together

@@ -9,8 +9,7 @@ from typing import Any
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group_table
 
-from flexgen_ray.distributed.initialize import initialize
-from flexgen_ray.distributed.own_cluster import OwnCluster
+from flexgen_ray.distributed.own_cluster import OwnCluster, initialize
 from flexgen_ray.distributed.room import Bundle
 
 CONNECT_SECONDS = 5

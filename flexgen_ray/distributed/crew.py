@@ -17,7 +17,7 @@ from flexgen_ray.distributed.cluster import actor_options, has_room
 from flexgen_ray.distributed.own_cluster import OwnCluster
 from flexgen_ray.distributed.reservation import NOTE_SECONDS, Waiting, look, reserve, scales
 from flexgen_ray.distributed.room import OWN_SHARE, Placed, Room, place
-from flexgen_ray.events import OnProgress
+from flexgen_ray.runtime.events import OnProgress
 
 START_SECONDS = 120.0
 RESTART_SECONDS = 120.0  # for lost stages to start elsewhere, on a cluster of fixed size

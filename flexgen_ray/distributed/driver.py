@@ -18,22 +18,21 @@ import ray
 from ray.exceptions import RayTaskError
 
 from flexgen_ray.config import Deployment, HardwareSpec
-from flexgen_ray.distributed.attempt import Attempt, StageLost, ask, get, own_error
+from flexgen_ray.distributed.attempt import Attempt, StageLost, ask, get, load, own_error
 from flexgen_ray.distributed.cluster import connect
 from flexgen_ray.distributed.crew import Crew, NotStarted
-from flexgen_ray.distributed.loading import load
 from flexgen_ray.distributed.metrics import count_restarts
 from flexgen_ray.distributed.own_cluster import OBJECT_STORE_BYTES
 from flexgen_ray.distributed.reservation import Waiting
 from flexgen_ray.distributed.room import Bundle
 from flexgen_ray.distributed.transport import JOIN_SECONDS, Meeting, MeetingPlace
-from flexgen_ray.events import OnProgress, Progress, Recovery, ignore
+from flexgen_ray.hardware.host import users_threads
 from flexgen_ray.request import Finished, Request
+from flexgen_ray.runtime.events import OnProgress, Progress, Recovery, ignore
 from flexgen_ray.runtime.meter import Measured
 from flexgen_ray.runtime.stage import StageSpec
-from flexgen_ray.runtime.threads import users_threads
 from flexgen_ray.runtime.worker import Machine
-from flexgen_ray.schedule.span import Span
+from flexgen_ray.schedule.ops import Span
 
 REQUESTS_PER_CALL = 256
 LEAVE_SECONDS = 5

@@ -3,15 +3,22 @@
 Knows how Ray is started, and which sockets it listens on; not what runs there. Ray's private names
 that are used here are those of the versions that pyproject.toml admits; `check_sockets` looks at
 the sockets themselves, so that a Ray which ignores them is stopped.
+
+ray.init without its log lines, and with the caller's answer to SIGTERM left in place.
+
+The GPUs that a run's own Ray cluster sees: all of this machine's, or the one of `cuda:N`.
 """
 
 from __future__ import annotations
 
 import ipaddress
+import logging
 import os
 import secrets
 import shutil
+import signal
 import tempfile
+import threading
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -23,7 +30,64 @@ import ray
 from ray._private import ray_constants
 from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 
-from flexgen_ray.distributed.initialize import initialize
+from flexgen_ray.signals import Stopped
+
+_VARIABLE = "CUDA_VISIBLE_DEVICES"
+
+
+@contextmanager
+def only_gpu(device: str, address: str | None) -> Iterator[str]:
+    """Yields the device to ask a Driver for; a Ray that is started meanwhile sees only that GPU.
+
+    Raises ValueError for cuda:N on a cluster that is there already, where Ray gives out the GPUs.
+    """
+    kind, _, number = device.partition(":")
+    if not number:
+        yield device
+        return
+    if ray.is_initialized() or address or os.environ.get("RAY_ADDRESS"):
+        raise ValueError(
+            f"device is {device!r}, but on a cluster that runs already Ray gives each stage a GPU; "
+            f"use device='cuda', or start that node's Ray with {_VARIABLE}={number}"
+        )
+    before = os.environ.get(_VARIABLE)
+    os.environ[_VARIABLE] = visible_gpu(before, int(number))
+    try:
+        yield kind
+    finally:
+        del os.environ[_VARIABLE]
+        if before is not None:
+            os.environ[_VARIABLE] = before
+
+
+def visible_gpu(before: str | None, number: int) -> str:
+    """The GPU of that number, from 0, that CUDA_VISIBLE_DEVICES leaves, or ValueError."""
+    if before is None:
+        return str(number)
+    visible = [name for name in before.split(",") if name]
+    if number >= len(visible):
+        raise ValueError(
+            f"device is 'cuda:{number}', but {_VARIABLE} is {before!r}: {len(visible)} GPUs, "
+            "counted from 0"
+        )
+    return visible[number]
+
+
+def initialize(**options: Any) -> str:
+    """Calls ray.init with these options; returns the cluster's address.
+
+    Raises Stopped if SIGTERM comes meanwhile.
+    """
+    answer = signal.getsignal(signal.SIGTERM)
+    try:
+        context: Any = ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
+    except SystemExit as error:  # Ray's own answer to SIGTERM, which its start puts in place
+        raise Stopped from error
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, answer)
+    return context.address_info["address"]
+
 
 OBJECT_STORE_BYTES = 80 * 2**20  # Ray's minimum is 75 MiB; prompts and tokens need little
 LOOPBACK_ONLY = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # "0": Ray's nodes are on 127.0.0.1

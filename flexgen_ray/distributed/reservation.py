@@ -18,7 +18,7 @@ from ray._private import state
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table
 
 from flexgen_ray.distributed.room import Node, NodeType, NoRoom, Placed, Room
-from flexgen_ray.events import OnProgress, Progress, ignore
+from flexgen_ray.runtime.events import OnProgress, Progress, ignore
 
 WAIT_SECONDS = 10.0  # for room on a cluster of fixed size
 SCALING_SECONDS = 900.0  # on one that may start machines

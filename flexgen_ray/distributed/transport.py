@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from flexgen_ray.runtime.link import LinkClosed
+from flexgen_ray.runtime.ring import LinkClosed
 
 FOREVER = timedelta(days=365)  # who waits too long is the driver's business
 JOIN_SECONDS = 60

@@ -1,0 +1,1 @@
+"""How good are the answers? Perplexity and cloze accuracy of an offloaded model."""

@@ -6,12 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from flexgen_ray.bench.result import finish
+from flexgen_ray.files.text import read_text
 from flexgen_ray.llm import LLM
-from flexgen_ray.progress import show_progress
+from flexgen_ray.reporting.progress import show_progress
+from flexgen_ray.reporting.result import finish
+from flexgen_ray.reporting.terminal import say
 from flexgen_ray.request import Request, RequestOutput
-from flexgen_ray.terminal import say
-from flexgen_ray.text_files import read_text
 
 Measure = Callable[..., dict[str, Any]]
 

@@ -1,0 +1,1 @@
+"""How do other tools use this project?"""

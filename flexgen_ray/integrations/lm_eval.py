@@ -27,8 +27,8 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from flexgen_ray.evaluation.run import answers
 from flexgen_ray.llm import LLM
-from flexgen_ray.messages import ChatOptions
 from flexgen_ray.request import SamplingParams
+from flexgen_ray.text.messages import ChatOptions
 
 MAX_NEW_TOKENS = 256  # where a task doesn't say
 Pair = tuple[Any, list[int], list[int]]  # its texts, and the tokens of context and continuation

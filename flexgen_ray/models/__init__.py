@@ -1,0 +1,1 @@
+"""Which models are there, and how are their checkpoints read? One short file a family."""

@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from flexgen_ray.model_config import ModelConfig
+from flexgen_ray.models.config import ModelConfig
 from flexgen_ray.models.configs import load_config
 from flexgen_ray.models.registry import FAMILIES
 from flexgen_ray.models.tensor_files import StoredTensor, open_tensors, stored_tensors

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from flexgen_ray.model_config import ModelConfig, Rope
+from flexgen_ray.models.config import ModelConfig, Rope
 
 POSITION_OFFSET = 2  # the first two rows of OPT's position table are never used
 ROPE_TYPES = ("default", "linear", "llama3")

@@ -7,8 +7,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flexgen_ray.model_config import ModelConfig
 from flexgen_ray.models import llama
+from flexgen_ray.models.config import ModelConfig
 from flexgen_ray.models.layers import Lookup
 
 WEIGHT_NAMES = llama.WEIGHT_NAMES

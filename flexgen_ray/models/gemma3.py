@@ -6,16 +6,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from flexgen_ray.model_config import ModelConfig
 from flexgen_ray.models import gemma
-from flexgen_ray.models.layers import (
-    Weights,
-    gated_mlp,
-    linear,
-    project_heads,
-    rms_norm,
-    rotate,
-)
+from flexgen_ray.models.config import ModelConfig
+from flexgen_ray.models.layers import Weights, gated_mlp, linear, project_heads, rms_norm, rotate
 
 WEIGHT_NAMES = gemma.WEIGHT_NAMES | {
     "attention_post_norm": "model.layers.{}.post_attention_layernorm",

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flexgen_ray.model_config import ModelConfig, Rope
+from flexgen_ray.models.config import ModelConfig, Rope
 
 Weights = Mapping[str, Tensor]
 Lookup = Callable[[str, Tensor | None], Tensor]

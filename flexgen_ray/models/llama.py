@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from flexgen_ray.model_config import ModelConfig
+from flexgen_ray.models.config import ModelConfig
 from flexgen_ray.models.layers import (
     Lookup,
     Weights,

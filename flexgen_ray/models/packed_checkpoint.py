@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from flexgen_ray.config import DTYPE_BYTES
-from flexgen_ray.model_config import ModelConfig
+from flexgen_ray.kernels.pack import pack
 from flexgen_ray.models.checkpoint import Checkpoint, Kept
+from flexgen_ray.models.config import ModelConfig
 from flexgen_ray.models.configs import QUANT_METHOD
 from flexgen_ray.models.tensor_files import INDEX, save_tensors
-from flexgen_ray.quant.quantize import pack
 
 _BESIDE = ("*.json", "*.model", "*.txt", "*.jinja")  # tokenizer, generation_config, templates
 

@@ -5,7 +5,7 @@ The numbers are those of the config.json that each model was published with.
 
 from __future__ import annotations
 
-from flexgen_ray.model_config import ModelConfig
+from flexgen_ray.models.config import ModelConfig
 from flexgen_ray.models.families import (
     parse_gemma,
     parse_gemma3,

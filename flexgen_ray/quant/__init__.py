@@ -1,0 +1,1 @@
+"""How are packed values laid out, and which tensors are packed?"""

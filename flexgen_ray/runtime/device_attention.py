@@ -11,17 +11,16 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from flexgen_ray.cost.placed_rows import PlacedRows
-from flexgen_ray.cost.plan import StagePlan
-from flexgen_ray.cost.sizes import QUERY_TILE
-from flexgen_ray.models import attention
-from flexgen_ray.quant.quantize import pack, unpack
-from flexgen_ray.rows import Row
+from flexgen_ray.kernels import attention
+from flexgen_ray.kernels.pack import pack, unpack
+from flexgen_ray.layout.plan import StagePlan
+from flexgen_ray.layout.rows import PlacedRows, Row
+from flexgen_ray.layout.sizes import QUERY_TILE
 from flexgen_ray.runtime.passes import DecodeRun, decode_runs
 from flexgen_ray.schedule.ops import Op
 from flexgen_ray.store.activations import Work
 from flexgen_ray.store.kv_cache import KVCache
-from flexgen_ray.store.tier import TORCH_DTYPE
+from flexgen_ray.store.tiers import TORCH_DTYPE
 
 
 class DeviceAttention:

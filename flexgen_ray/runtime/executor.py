@@ -10,9 +10,8 @@ from collections.abc import Callable, Generator, Iterable
 
 from flexgen_ray.runtime.lanes import Crew, Lanes, Run, Ticket, timed
 from flexgen_ray.runtime.meter import Meter, Timing
-from flexgen_ray.schedule.dependencies import Dependencies
+from flexgen_ray.schedule.dependencies import VISITS_AHEAD, Dependencies
 from flexgen_ray.schedule.ops import Op
-from flexgen_ray.schedule.window import VISITS_AHEAD
 
 
 class SerialExecutor:

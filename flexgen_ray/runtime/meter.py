@@ -12,8 +12,7 @@ from dataclasses import dataclass, field
 import torch
 
 from flexgen_ray.config import HardwareSpec
-from flexgen_ray.schedule.ops import LANE, Lane, Op, OpKind
-from flexgen_ray.schedule.span import Span
+from flexgen_ray.schedule.ops import LANE, Lane, Op, OpKind, Span
 
 MAX_SPANS = 1_000_000  # of a trace; about 150 MB as JSON
 

@@ -9,11 +9,11 @@ import time
 from collections import defaultdict
 
 from flexgen_ray.config import HardwareSpec
-from flexgen_ray.cost.cost import CostModel
-from flexgen_ray.cost.moves import Moves
-from flexgen_ray.cost.plan import StagePlan
-from flexgen_ray.cost.scarce import Amounts, Resource, seconds_alone, seconds_by_resource
-from flexgen_ray.runtime.cells import Cells
+from flexgen_ray.cost.ops import CostModel
+from flexgen_ray.cost.resources import Amounts, Resource, seconds_alone, seconds_by_resource
+from flexgen_ray.layout.moves import Moves
+from flexgen_ray.layout.plan import StagePlan
+from flexgen_ray.runtime.handlers import Cells
 from flexgen_ray.runtime.meter import Timing
 from flexgen_ray.runtime.pacer import Pacer
 from flexgen_ray.schedule.ops import LANE, Lane, Op, OpKind

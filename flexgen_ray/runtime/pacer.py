@@ -14,8 +14,7 @@ import threading
 import time
 
 from flexgen_ray.config import HardwareSpec
-from flexgen_ray.cost.scarce import Amounts, Resource
-from flexgen_ray.cost.sharing import demand_of, speed
+from flexgen_ray.cost.resources import Amounts, Resource, demand_of, speed
 
 LONGEST_SLEEP = 0.1  # seconds until a cancelled op notices
 WAKING = 1e-4  # seconds

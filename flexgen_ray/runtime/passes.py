@@ -14,17 +14,16 @@ from math import isnan
 import torch
 from torch import Tensor
 
-from flexgen_ray.cost.between import drawn_share
-from flexgen_ray.cost.placed_rows import Composition
-from flexgen_ray.cost.plan import StagePlan
-from flexgen_ray.models.attention import length_mask, span
+from flexgen_ray.cost.ops import drawn_share
+from flexgen_ray.kernels.attention import length_mask, span
+from flexgen_ray.kernels.indices import place_indices
+from flexgen_ray.kernels.sampling import NOT_FINITE
+from flexgen_ray.layout.plan import StagePlan
+from flexgen_ray.layout.rows import NO_ROWS, Composition, Row, Rows, runs
 from flexgen_ray.request import Score, SlotScores
-from flexgen_ray.rows import NO_ROWS, Row, Rows, runs
-from flexgen_ray.runtime.batcher import Batcher
-from flexgen_ray.runtime.link import Chosen, Header, Link
-from flexgen_ray.runtime.sampler import NOT_FINITE
+from flexgen_ray.runtime.ring import Chosen, Header, Link
+from flexgen_ray.runtime.scheduler import Batcher
 from flexgen_ray.schedule.ops import Op
-from flexgen_ray.store.new_tokens import place_indices
 
 
 class Pass(Composition):

@@ -9,13 +9,13 @@ from contextlib import closing
 from threading import Thread
 
 from flexgen_ray.config import HardwareSpec
-from flexgen_ray.events import OnProgress, Progress, Recovery, ignore
 from flexgen_ray.request import Finished, Request
-from flexgen_ray.runtime.link import LinkClosed, LocalLink
+from flexgen_ray.runtime.events import OnProgress, Progress, Recovery, ignore
 from flexgen_ray.runtime.meter import Measured
+from flexgen_ray.runtime.ring import LinkClosed, LocalLink
 from flexgen_ray.runtime.stage import StageSpec
 from flexgen_ray.runtime.worker import Machine, Worker
-from flexgen_ray.schedule.span import Span
+from flexgen_ray.schedule.ops import Span
 
 
 class LocalPipeline:

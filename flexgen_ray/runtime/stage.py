@@ -13,37 +13,36 @@ from pathlib import Path
 import torch
 
 from flexgen_ray.config import Budget, HardwareSpec
-from flexgen_ray.cost.moves import Moves
-from flexgen_ray.cost.plan import StagePlan
-from flexgen_ray.cost.sizes import check_budget, host_workspace_bytes, workspace_bytes
-from flexgen_ray.events import OnProgress, Progress, ignore
+from flexgen_ray.hardware import host as malloc
+from flexgen_ray.kernels.host_kernel import Kernel, Shape, choose, load, ready, takes_torch_threads
+from flexgen_ray.layout.moves import Moves
+from flexgen_ray.layout.plan import StagePlan
+from flexgen_ray.layout.sizes import check_budget, host_workspace_bytes, workspace_bytes
 from flexgen_ray.models.checkpoint import Checkpoint
 from flexgen_ray.models.dummy import DummyWeights
-from flexgen_ray.models.host_kernel import (
-    Kernel,
-    Shape,
-    choose,
-    load,
-    ready,
-    takes_torch_threads,
-)
 from flexgen_ray.paths import calibration_dir
 from flexgen_ray.request import Finished, Request
-from flexgen_ray.runtime import malloc
-from flexgen_ray.runtime.batcher import Batcher, FindStop
-from flexgen_ray.runtime.cells import Cells, LogitsHook
-from flexgen_ray.runtime.crews import Cores, device_wait, divide_cores, make_crews
+from flexgen_ray.runtime.events import OnProgress, Progress, ignore
 from flexgen_ray.runtime.executor import AsyncExecutor, SerialExecutor
-from flexgen_ray.runtime.lanes import Crew, Run
-from flexgen_ray.runtime.link import Link
+from flexgen_ray.runtime.handlers import Cells, LogitsHook
+from flexgen_ray.runtime.lanes import (
+    Cores,
+    Crew,
+    Pulse,
+    Run,
+    Watch,
+    device_wait,
+    divide_cores,
+    make_crews,
+)
 from flexgen_ray.runtime.meter import Measured, Meter, Visit
 from flexgen_ray.runtime.modelled import Modelled
-from flexgen_ray.runtime.not_finite import not_finite
-from flexgen_ray.runtime.watch import Pulse, Watch
-from flexgen_ray.schedule.span import Span
-from flexgen_ray.schedule.window import window_ops
+from flexgen_ray.runtime.ring import Link
+from flexgen_ray.runtime.scheduler import Batcher, FindStop, not_finite
+from flexgen_ray.schedule.dependencies import window_ops
+from flexgen_ray.schedule.ops import Span
 from flexgen_ray.schedule.zigzag import zigzag
-from flexgen_ray.store.tier import DiskTier, MemoryTier, Tiers
+from flexgen_ray.store.tiers import DiskTier, MemoryTier, Tiers
 from flexgen_ray.store.weights import WeightSource, WeightStore
 
 EXECUTORS = ("serial", "async")

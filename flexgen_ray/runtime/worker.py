@@ -15,24 +15,22 @@ from pathlib import Path
 import torch
 
 from flexgen_ray.config import DEVICES, HardwareSpec, is_device
-from flexgen_ray.cost.hardware import Hardware
-from flexgen_ray.cost.machine_rates import MemorySizes
-from flexgen_ray.events import OnProgress, Progress, ignore
+from flexgen_ray.hardware.host import free_memory, own_threads, release_team
+from flexgen_ray.hardware.known import ASSUMED, CALIBRATED, assumed, calibrated
+from flexgen_ray.hardware.measure import measure_rates
+from flexgen_ray.hardware.rates import MemorySizes
+from flexgen_ray.hardware.spec import Hardware
 from flexgen_ray.paths import find_model
 from flexgen_ray.request import Finished, Request
-from flexgen_ray.runtime.cells import LogitsHook
-from flexgen_ray.runtime.cgroups import free_memory
-from flexgen_ray.runtime.known_rates import ASSUMED, CALIBRATED, assumed, calibrated
-from flexgen_ray.runtime.link import Link
+from flexgen_ray.runtime.events import OnProgress, Progress, ignore
+from flexgen_ray.runtime.handlers import LogitsHook
+from flexgen_ray.runtime.lanes import Pulse
 from flexgen_ray.runtime.meter import Measured
-from flexgen_ray.runtime.openmp import release_team
-from flexgen_ray.runtime.rates import measure_rates
+from flexgen_ray.runtime.ring import Link
 from flexgen_ray.runtime.stage import LOADING, Stage, StageSpec, cores_for, host_kernel
-from flexgen_ray.runtime.threads import own_threads
-from flexgen_ray.runtime.watch import Pulse
-from flexgen_ray.schedule.span import Span
-from flexgen_ray.stops import StopStrings
-from flexgen_ray.tokenizer import Tokenizer
+from flexgen_ray.schedule.ops import Span
+from flexgen_ray.text.stop_strings import StopStrings
+from flexgen_ray.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Which ops run, in which order, and which waits for which?"""

@@ -2,12 +2,24 @@
 
 Program order is a correct serial execution. Any other must respect the hazards that the tables in
 buffers.py imply (schedule/dependencies.py). Knows no tensor, no byte and no second.
+
+An op with the time it ran: what is measured, emulated and simulated alike.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum, auto
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """One op as it ran; seconds since the run began."""
+
+    op: Op
+    start: float
+    end: float
+
 
 CELL_SLOTS = 2  # double buffering: one slot is filled while the other is used
 LAYER_SLOTS = 2

@@ -1,0 +1,1 @@
+"""Where do tensors live? Weights, KV cache and hidden states on GPU, host memory and disk."""

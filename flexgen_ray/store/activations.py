@@ -12,11 +12,11 @@ from math import prod
 import torch
 from torch import Tensor
 
-from flexgen_ray.cost.placement import PAGE, aligned, split_tokens
-from flexgen_ray.cost.plan import StagePlan
-from flexgen_ray.cost.sizes import stage_bytes
+from flexgen_ray.layout.placement import PAGE, aligned, split_tokens
+from flexgen_ray.layout.plan import StagePlan
+from flexgen_ray.layout.sizes import stage_bytes
 from flexgen_ray.schedule.ops import CELL_SLOTS, Op
-from flexgen_ray.store.tier import TORCH_DTYPE, Tiers
+from flexgen_ray.store.tiers import TORCH_DTYPE, Tiers
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,8 @@ from pathlib import Path
 
 from torch import Tensor, uint8
 
-from flexgen_ray.cost.placement import PAGE, aligned
-from flexgen_ray.store.ledger import Ledger
-from flexgen_ray.store.memory import page_aligned
+from flexgen_ray.layout.placement import PAGE, aligned
+from flexgen_ray.store.memory import Ledger, page_aligned
 from flexgen_ray.units import format_bytes
 
 # Bytes of one request; measured: larger ones, or several at once, are hardly faster.

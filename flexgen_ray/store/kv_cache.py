@@ -17,16 +17,15 @@ from math import prod
 import torch
 from torch import Tensor
 
-from flexgen_ray.cost.placed_rows import PlacedRows
-from flexgen_ray.cost.placement import RowSplit
-from flexgen_ray.cost.plan import CACHE_BLOCK_TOKENS, StagePlan
-from flexgen_ray.cost.sizes import CHOICE_BYTES
-from flexgen_ray.rows import Row
+from flexgen_ray.layout.placement import RowSplit
+from flexgen_ray.layout.plan import CACHE_BLOCK_TOKENS, StagePlan
+from flexgen_ray.layout.rows import PlacedRows, Row
+from flexgen_ray.layout.sizes import CHOICE_BYTES
 from flexgen_ray.schedule.ops import CELL_SLOTS, Op
 from flexgen_ray.store.activations import Work
 from flexgen_ray.store.disk import Region
 from flexgen_ray.store.new_tokens import NewTokens, append, by_heads
-from flexgen_ray.store.tier import TORCH_DTYPE, Tiers
+from flexgen_ray.store.tiers import TORCH_DTYPE, Tiers
 
 
 class KVCache:

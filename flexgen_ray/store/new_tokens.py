@@ -5,20 +5,10 @@ Knows rows and places; no tiers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
 from torch import Tensor
 
-from flexgen_ray.rows import Row
-
-
-def place_indices(
-    values: Sequence, device: torch.device, dtype: torch.dtype = torch.int64
-) -> Tensor:
-    """Indices, or numbers of another dtype, on the device, without waiting for it."""
-    indices = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
-    return indices.to(device, non_blocking=True)
+from flexgen_ray.kernels.indices import place_indices
+from flexgen_ray.layout.rows import Row
 
 
 class NewTokens:

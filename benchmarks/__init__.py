@@ -1,0 +1,1 @@
+"""What proves claims to ourselves: each runs as `python -m benchmarks.NAME`."""

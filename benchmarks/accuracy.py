@@ -1,0 +1,117 @@
+"""What compression and sparse attention cost in perplexity, beside that rounding in plain torch.
+
+Every variant is scored by the engine on the same windows of a text; peers are transformers' model
+with rounded weights and a rounding cache. Measures; decides nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from benchmarks.command import run_as_command
+from benchmarks.rounding import PEERS, peer_perplexity
+from flexgen_ray.cli.options import JsonOption, PlotOption
+from flexgen_ray.evaluation.perplexity import measure
+from flexgen_ray.files import text as text_files
+from flexgen_ray.llm import LLM
+from flexgen_ray.paths import find_model
+from flexgen_ray.reporting.result import finish
+from flexgen_ray.reporting.terminal import say
+
+CHECKPOINT = "the checkpoint"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """lossy: as in LLM."""
+
+    name: str
+    lossy: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def scored_in(self) -> str:
+        """Prefill sees the cache as it is kept, but only decode is sparse."""
+        return "decode" if "attention_sparsity" in self.lossy else "prefill"
+
+
+W4, C4, SPARSE = {"weight_bits": 4}, {"cache_bits": 4}, {"attention_sparsity": 0.1}
+VARIANTS = (
+    Variant(CHECKPOINT),
+    Variant("8-bit weights", {"weight_bits": 8}),
+    Variant("4-bit weights", W4),
+    Variant("8-bit cache", {"cache_bits": 8}),
+    Variant("4-bit cache", C4),
+    Variant("8-bit weights and cache", {"weight_bits": 8, "cache_bits": 8}),
+    Variant("4-bit weights and cache", W4 | C4),
+    Variant("sparse 0.1", SPARSE),
+    Variant("4-bit weights and cache, sparse 0.1", W4 | C4 | SPARSE),
+    Variant("8-bit embedding and head", {"embedding_bits": 8}),
+    Variant("4-bit embedding and head", {"embedding_bits": 4}),
+)
+
+
+def accuracy(
+    model: Annotated[str, typer.Option(help="Model folder.")],
+    data: Annotated[Path, typer.Option(help="A text, or .jsonl of questions and answers.")],
+    context: Annotated[int, typer.Option(min=1, help="Tokens of a window.")] = 1024,
+    stride: Annotated[int, typer.Option(min=1, help="Between windows' starts.")] = 512,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Of the text.")] = 21_000,
+    plot: PlotOption = None,
+    json_file: JsonOption = None,
+) -> None:
+    """Perplexity of a model in every format, and with the same rounding in plain torch.
+
+    Example: flexgen-ray bench accuracy --model ./smollm2 --data wiki.txt
+    """
+    text, folder = read_text(data), find_model(model)
+    windows = {"context": context, "stride": stride, "max_tokens": max_tokens}
+    runs = list(_scored(folder, text, windows)) + list(_peers(folder, text, windows))
+    plain = runs[0]["perplexity"]
+    for run in runs:
+        run["against the checkpoint"] = round(run["perplexity"] / plain, 5)
+    result = {"model": folder.name, "data": data.name, "settings": windows, "runs": runs}
+    finish(result, "CPU", json_file)
+    if plot is not None:
+        from flexgen_ray.reporting.plot import draw_accuracy
+
+        draw_accuracy(result, plot)
+
+
+def read_text(path: Path) -> str:
+    """A text file, or questions and answers from JSON lines, without GSM8K's sums in brackets."""
+    text = text_files.read_text(path)
+    if path.suffix != ".jsonl":
+        return text
+    rows = map(json.loads, filter(str.strip, text.split("\n")))
+    pairs = (f"Question: {row['question']}\nAnswer: {row['answer']}\n\n" for row in rows)
+    return re.sub(r"<<.*?>>", "", "".join(pairs))
+
+
+def _scored(folder: Path, text: str, windows: dict[str, int]) -> Iterator[dict]:
+    options: dict[str, Any] = {"dtype": "float32", "device": "cpu", "use_ray": False}
+    for variant in VARIANTS:
+        with LLM(folder, **options, **variant.lossy) as llm:
+            figures = measure(llm, text, **windows, scored_in=variant.scored_in)
+        found = {"name": variant.name, "scored_in": variant.scored_in} | figures
+        say(str(found))
+        yield found
+
+
+def _peers(folder: Path, text: str, windows: dict[str, int]) -> Iterator[dict]:
+    for name, peer in PEERS.items():
+        figures = peer_perplexity(folder, text, peer, **windows)
+        if figures is not None:
+            found = {"name": name, "scored_in": "transformers"} | figures
+            say(str(found))
+            yield found
+
+
+if __name__ == "__main__":
+    run_as_command(accuracy)

@@ -1,0 +1,134 @@
+"""Is the planner's choice as good as the best policy, and are its predictions right? Emulated.
+
+A machine whose lanes have distinct rates, so that placements differ: in plain RAM every one costs
+the same. Every policy of a grid that fits its memory is run, and so is the planner's choice, from a
+block's prompts to its last tokens. Measures; decides nothing.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from itertools import product
+from typing import Annotated
+
+import torch
+import typer
+
+from benchmarks.command import run_as_command
+from benchmarks.likeness import Likeness, alike_requests, memory_folder
+from flexgen_ray.cli.options import JsonOption
+from flexgen_ray.config import Budget, HardwareSpec, Placement, Policy
+from flexgen_ray.layout.sizes import stage_bytes, totals
+from flexgen_ray.models.shapes import shape_config
+from flexgen_ray.planner.pipeline_plan import Device, Job, Plan
+from flexgen_ray.planner.search import Planner, choose
+from flexgen_ray.reporting.result import finish, off_by
+from flexgen_ray.reporting.terminal import say
+from flexgen_ray.runtime.worker import Worker
+
+SHAPE, LAYERS, REQUESTS = "opt-1.3b", 8, 1024
+RATES = HardwareSpec(
+    h2d_bytes_per_s=4e9,
+    d2h_bytes_per_s=3e9,
+    disk_read_bytes_per_s=1e9,
+    disk_write_bytes_per_s=0.6e9,
+    host_bytes_per_s=24e9,
+    host_attention_bytes_per_s=8e9,
+    device_flops_per_s=6e12,
+    device_bytes_per_s=100e9,
+    device_decode_flops_per_s=3e12,
+)
+BUDGET = Budget(gpu=768 << 20, cpu=4 << 30, disk=32 << 30)
+WORKLOADS = {"paper": (512, 32), "long prompts": (1024, 16), "long outputs": (128, 64)}
+SHAPES = ((8, 2), (12, 3), (16, 4), (32, 2))
+WEIGHTS = (Placement(0.2, 0.8, 0.0), Placement(0.0, 1.0, 0.0), Placement(0.0, 0.5, 0.5))
+CACHES = (  # and the share of the host's that is attended there
+    (Placement(0.0, 1.0, 0.0), 1.0),
+    (Placement(0.0, 1.0, 0.0), 0.85),
+    (Placement(0.0, 1.0, 0.0), 0.0),
+    (Placement(0.0, 0.25, 0.75), 1.0),
+)
+
+
+def choice(
+    workloads: Annotated[str, typer.Option(help="Of these.")] = ",".join(WORKLOADS),
+    cell_ms: Annotated[float, typer.Option(help="Wall time of a decoding pass's cell.")] = 5.0,
+    json_file: JsonOption = None,
+) -> None:
+    """Emulated policies of a grid, and the planner's choice against the best of them.
+
+    Example: flexgen-ray bench choice --workloads paper
+    """
+    torch.set_num_threads(1)  # the small tensors' maths must not disturb the clock
+    results = {}
+    for name in workloads.split(","):
+        prompt_len, max_tokens = WORKLOADS[name]
+        planner = planner_of(prompt_len, max_tokens)
+        runs = [_compared(planner, plan, cell_ms / 1e3) for plan in _fitting(planner)]
+        chosen = _compared(planner, choose(planner), cell_ms / 1e3)
+        results[name] = _summary(runs, chosen) | {"chosen": chosen, "grid": runs}
+    machine = {"rates": asdict(RATES), "budget": asdict(BUDGET)}
+    settings = {"shape": SHAPE, "layers": LAYERS, "cell_ms": cell_ms, "machine": machine}
+    finish({"emulated": True, "settings": settings, "workloads": results}, "emulated", json_file)
+
+
+def planner_of(prompt_len: int, max_tokens: int) -> Planner:
+    config = replace(shape_config(SHAPE), num_layers=LAYERS)
+    device = Device(lambda *rows: RATES, BUDGET)
+    return Planner(config, (device,), Job.uniform(REQUESTS, prompt_len, max_tokens), "float16")
+
+
+def grid() -> Iterator[Policy]:
+    for (size, number), weights, (cache, attention) in product(SHAPES, WEIGHTS, CACHES):
+        yield Policy(size, number, 512, weights, cache, Placement(1, 0, 0), attention)
+
+
+def _fitting(planner: Planner) -> Iterator[Plan]:
+    """Those of the grid that the machine's memory can hold."""
+    for policy in grid():
+        plan = planner.evaluate((LAYERS,), [policy])
+        need = totals(stage_bytes(plan.stages[0]))
+        if all(getattr(need, tier) <= nbytes for tier, nbytes in asdict(BUDGET).items()):
+            yield planner.played(plan)
+
+
+def _compared(planner: Planner, plan: Plan, cell_seconds: float) -> dict:
+    """A policy's tokens/s, predicted and run."""
+    measured, predicted = _run(plan, cell_seconds), plan.tokens_per_s
+    found = {
+        "policy": asdict(plan.stages[0].policy),
+        "predicted_tokens_per_s": round(predicted, 3),
+        "measured_tokens_per_s": round(measured, 3),
+        "measured_to_predicted": round(measured / predicted, 4),
+    }
+    say(f"{planner.job.prompt_len} + {planner.job.max_tokens}: {found}")
+    return found
+
+
+def _run(plan: Plan, cell_seconds: float) -> float:
+    """Generated tokens per modelled second of one block."""
+    job = plan.job
+    likeness = Likeness(plan.stages, [RATES], job.middle_position, cell_seconds)
+    worker = Worker()
+    with tempfile.TemporaryDirectory(prefix="flexgen-bench-", dir=memory_folder()) as folder:
+        worker.load(likeness.specs(folder)[0])
+        worker.add(alike_requests(plan.block_size, job.prompt_len, job.max_tokens))
+        for _ in worker.run():
+            pass
+        wall = worker.measured().wall
+        worker.close()
+    return plan.block_size * job.max_tokens / wall * likeness.time_scale
+
+
+def _summary(runs: list[dict], chosen: dict) -> dict:
+    measured = [run["measured_tokens_per_s"] for run in runs]
+    return {
+        "chosen_to_best_of_grid": round(chosen["measured_tokens_per_s"] / max(measured), 4),
+        "best_to_worst_of_grid": round(max(measured) / min(measured), 3),
+    } | off_by([*runs, chosen])
+
+
+if __name__ == "__main__":
+    run_as_command(choice)

@@ -1,0 +1,71 @@
+"""Is a slow network hidden by more blocks? Emulated stages that compute, and a hop that takes time.
+
+Two stages with everything on their devices: the network takes nothing in one run, and as long as
+some layers of a batch in the other. Measures the schedule, the executor and the ring; decides
+nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+
+from benchmarks import paper_machines as t4
+from benchmarks.lanes import FREE
+from benchmarks.likeness import Likeness
+from benchmarks.scaling import CELL_SECONDS, run
+from flexgen_ray.config import HardwareSpec, Policy, Workload
+from flexgen_ray.cost.bound import decoding
+from flexgen_ray.cost.ops import CostModel
+from flexgen_ray.cost.resources import Resource
+from flexgen_ray.layout.plan import StagePlan
+from flexgen_ray.layout.rows import Composition
+from flexgen_ray.models.shapes import shape_config
+from flexgen_ray.schedule.ops import Op, OpKind
+from flexgen_ray.schedule.zigzag import StageLayers
+
+SHAPE, STAGES, LAYERS_EACH = "opt-125m", 2, 6
+HOP_LAYERS = 4  # that a batch's hop takes as long as
+
+
+def hidden_hops() -> dict:
+    """{blocks a stage: decode throughput with the slow network, as a fraction of that without}."""
+    found: dict = {"emulated": True, "stages": STAGES, "layers_each": LAYERS_EACH}
+    found["hop_in_layers"] = HOP_LAYERS
+    shares = {}
+    for each in (1, 2):
+        plans = _plans(each * STAGES)
+        slow = _hardware(plans[0])
+        free = replace(slow, network_bytes_per_s=FREE)
+        shares[str(each)] = round(_rate(plans, slow) / _rate(plans, free), 4)
+    return found | {"throughput_of_blocks_a_stage": shares}
+
+
+def _rate(plans: list[StagePlan], hardware: HardwareSpec) -> float:
+    likeness = Likeness(plans, [hardware] * STAGES, t4.PROMPT_LEN, CELL_SECONDS)
+    return run(likeness)["decode_tokens_per_s"]
+
+
+def _plans(num_blocks: int) -> list[StagePlan]:
+    config = replace(shape_config(SHAPE), vocab_size=96)  # or the head would take most of the time
+    policy = Policy(8, 2, blocks_in_flight=num_blocks)
+    workload = Workload(policy.block_size, t4.PROMPT_LEN, t4.PROMPT_LEN + t4.MAX_TOKENS)
+    stages = StageLayers.split(config.num_layers, [LAYERS_EACH] * STAGES)
+    return [
+        StagePlan(config, it, policy, workload, "float16", num_blocks=num_blocks) for it in stages
+    ]
+
+
+def _hardware(plan: StagePlan) -> HardwareSpec:
+    """A second for a batch in a layer, HOP_LAYERS seconds for its hop, and nothing for the rest."""
+    cost, rows = CostModel(plan), Composition(decoding(plan, t4.PROMPT_LEN), 0)
+
+    def amount(kind: OpKind, resource: Resource) -> float:
+        return cost.amounts(Op(kind, 0, 1, 0, 0, 0), rows)[resource]
+
+    flops = sum(amount(it, Resource.DECODE_FLOPS) for it in (OpKind.PROJECT, OpKind.FINISH))
+    free = HardwareSpec(**{field.name: FREE for field in fields(HardwareSpec)})
+    return replace(
+        free,
+        device_decode_flops_per_s=flops,
+        network_bytes_per_s=amount(OpKind.SEND, Resource.NETWORK) / HOP_LAYERS,
+    )

@@ -1,0 +1,95 @@
+"""Does the simulation tell how long a run takes? The cases of `bench lanes`, run and simulated.
+
+Both go by the same ops, amounts and rates; the simulation has neither threads nor a clock, so what
+differs is what running the emulation costs.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated
+
+import typer
+
+from benchmarks.command import run_as_command
+from benchmarks.lanes import CASES, hardware_of, plan_of, requests_of, run_case
+from flexgen_ray.cli.options import JsonOption
+from flexgen_ray.config import HardwareSpec
+from flexgen_ray.cost.simulate import simulate as play
+from flexgen_ray.cost.steady import stream
+from flexgen_ray.layout.plan import StagePlan
+from flexgen_ray.layout.rows import NO_ROWS, Rows
+from flexgen_ray.reporting.result import finish
+from flexgen_ray.reporting.terminal import say
+from flexgen_ray.runtime.scheduler import Batcher
+
+
+def simulate(
+    layers: Annotated[int, typer.Option(min=1, help="Decoder layers.")] = 8,
+    batches: Annotated[int, typer.Option(min=1, help="Batches a block.")] = 4,
+    passes: Annotated[int, typer.Option(min=1, help="Decoding passes.")] = 16,
+    op_ms: Annotated[float, typer.Option(help="Modelled time of an op, on average.")] = 1.9,
+    json_file: JsonOption = None,
+) -> None:
+    """Emulated lanes: the run's time as a multiple of what the simulation says.
+
+    Example: flexgen-ray bench simulate --op-ms 1.9
+    """
+    results = {}
+    for name, case in CASES.items():
+        plan = plan_of(case, layers, batches, passes)
+        results[name] = _compared(
+            run_case(case, plan, op_ms / 1e3),
+            _simulated(plan, hardware_of(case, plan, op_ms / 1e3)),
+        )
+        say(f"{name:>15}: {results[name]}")
+    settings = {"layers": layers, "batches": batches, "passes": passes, "op_ms": op_ms}
+    finish({"emulated": True, "settings": settings, "cases": results}, "emulated", json_file)
+
+
+def _compared(measured: dict, simulated: dict) -> dict:
+    """ratio: of the times at which the last token was chosen; wall_ratio: of that at which the run
+    was over, when a pass without rows had told that no other follows."""
+    predicted = simulated["simulated_s"]
+    return simulated | {
+        "measured_s": measured["last_token_s"],
+        "wall_s": measured["wall_s"],
+        "ratio": round(measured["last_token_s"] / predicted, 4),
+        "wall_ratio": round(measured["wall_s"] / predicted, 4),
+    }
+
+
+def _simulated(plan: StagePlan, hardware: HardwareSpec) -> dict:
+    """The run of `run_case`, played; ops_per_s: how fast that is."""
+    composed = _compose(plan)
+    num_visits = len(composed) // plan.num_batches
+    # That no other visit follows is known only when the next one is composed.
+    played = stream(
+        plan, hardware, lambda op: composed.get((op.visit, op.batch), NO_ROWS), num_visits + 1
+    )
+    started = time.perf_counter()
+    found = play(played)
+    taken = time.perf_counter() - started
+    return {
+        "simulated_s": round(found.visit_ends[num_visits - 1], 4),
+        "ops_per_s": round(len(found.spans) / taken),
+    }
+
+
+def _compose(plan: StagePlan) -> dict[tuple[int, int], Rows]:
+    """{(visit, batch): rows} of all passes of the run, whatever tokens it chooses."""
+    batcher = Batcher(plan.policy.gpu_batch_size, plan.num_batches, plan.cell_tokens, frozenset())
+    batcher.add(requests_of(plan))
+    composed: dict[tuple[int, int], Rows] = {}
+    visit = 0
+    while not batcher.is_done:
+        for batch in range(plan.num_batches):
+            rows = composed[visit, batch] = batcher.compose(batch)
+            slots = [row.slot for row in rows.sampled]
+            batcher.accept(batch, slots, [0] * len(slots))
+        visit += 1
+    return composed
+
+
+if __name__ == "__main__":
+    run_as_command(simulate)

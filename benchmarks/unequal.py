@@ -1,0 +1,119 @@
+"""Unequal devices: is the planner's split of the layers the best, and what does it gain? Emulated.
+
+For the shape that the planner chose, every split of the layers gets its best policies, and so does
+the equal split; the planner's and the equal one are then run on emulated machines. Measures;
+decides nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import combinations
+from typing import Annotated
+
+import typer
+
+from benchmarks import paper_machines as t4
+from benchmarks.command import run_as_command
+from benchmarks.likeness import Likeness
+from benchmarks.scaling import CELL_SECONDS, MIDDLE, run
+from flexgen_ray.cli.options import JsonOption
+from flexgen_ray.config import Budget
+from flexgen_ray.hardware.spec import Hardware
+from flexgen_ray.models.shapes import shape_config
+from flexgen_ray.planner.pipeline_plan import Device, Job, ModelRates, Plan
+from flexgen_ray.planner.search import Planner, choose
+from flexgen_ray.reporting.result import finish
+from flexgen_ray.reporting.terminal import say
+
+CLUSTERS = ("t4,rtx4090", "t4,t4,a100-80")
+DTYPE = "float16"
+PLAYED_SPLITS = 8
+
+
+def unequal(
+    clusters: Annotated[str, typer.Option(help="Presets, by ',' and ';'.")] = ";".join(CLUSTERS),
+    model: Annotated[str, typer.Option(help="An OPT shape.")] = "opt-30b",
+    requests: Annotated[int, typer.Option(min=1, help="Of the job.")] = 1024,
+    step: Annotated[int, typer.Option(min=1, help="Layers by which enumerated splits differ.")] = 1,
+    json_file: JsonOption = None,
+) -> None:
+    """Emulated machines of unlike GPUs: the planner's split against every other.
+
+    Example: flexgen-ray bench unequal --clusters t4,rtx4090
+    """
+    results = {}
+    for cluster in clusters.split(";"):
+        results[cluster] = _cluster(cluster.split(","), model, requests, step)
+        say(f"{cluster}: {results[cluster]}")
+    settings = {"model": model, "prompt_len": t4.PROMPT_LEN, "max_tokens": t4.MAX_TOKENS}
+    found = {"emulated": True, "settings": settings | {"step": step}, "clusters": results}
+    finish(found, "emulated machines", json_file)
+
+
+def _cluster(names: list[str], model: str, requests: int, step: int) -> dict:
+    config = shape_config(model)
+    devices = []
+    for number, name in enumerate(names):
+        hardware = Hardware.preset(name)
+        memory = hardware.memory
+        budget = Budget(memory.gpu, memory.cpu, memory.disk)
+        rates = ModelRates.of(hardware, config, DTYPE)
+        devices.append(Device(rates, budget, f"machine {number}"))
+    job = Job.uniform(requests, t4.PROMPT_LEN, t4.MAX_TOKENS)
+    planner = Planner(config, tuple(devices), job, DTYPE)
+    chosen = choose(planner)
+    tried = [_of_split(planner, chosen, it) for it in splits(config.num_layers, len(names), step)]
+    fastest = sorted(filter(None, tried), key=lambda plan: -plan.tokens_per_s)[:PLAYED_SPLITS]
+    best = max(map(planner.played, fastest), key=lambda plan: plan.tokens_per_s)
+    whole, rest = divmod(config.num_layers, len(names))
+    equal = choose(
+        replace(
+            planner,
+            search=replace(
+                planner.search, layers=tuple(whole + (i < rest) for i in range(len(names)))
+            ),
+        )
+    )
+    return {
+        "chosen": _told(chosen) | _run(planner, chosen),
+        "best_of_enumeration": _told(best) | {"splits": len(tried)},
+        "chosen_to_best": round(chosen.tokens_per_s / best.tokens_per_s, 4),
+        "equal": _told(equal) | _run(planner, equal),
+        "gain_over_equal": round(chosen.tokens_per_s / equal.tokens_per_s, 3),
+    }
+
+
+def splits(num_layers: int, num_stages: int, step: int) -> Iterator[tuple[int, ...]]:
+    """Every way to give each stage some of the layers, in steps of so many."""
+    for cuts in combinations(range(step, num_layers, step), num_stages - 1):
+        ends = (0, *cuts, num_layers)
+        yield tuple(after - before for before, after in zip(ends, ends[1:], strict=False))
+
+
+def _of_split(planner: Planner, chosen: Plan, layers: tuple[int, ...]) -> Plan | None:
+    """The best policies for these layers, of the shape that was chosen."""
+    settled = replace(planner, search=replace(planner.search, layers=layers))
+    return settled.plan(chosen.stages[0].policy)
+
+
+def _told(plan: Plan) -> dict:
+    policy = plan.stages[0].policy
+    return {
+        "layers": [stage.num_decoder_layers for stage in plan.stages],
+        "gpu_batch_size": policy.gpu_batch_size,
+        "num_gpu_batches": policy.num_gpu_batches,
+        "blocks_in_flight": policy.blocks_in_flight,
+        "predicted_tokens_per_s": round(plan.tokens_per_s, 3),
+        "predicted_decode_tokens_per_s": round(plan.decode_tokens_per_s, 3),
+    }
+
+
+def _run(planner: Planner, plan: Plan) -> dict:
+    rates = planner.rates(plan.stages[0].policy)
+    return run(Likeness(plan.stages, rates, MIDDLE, CELL_SECONDS))
+
+
+if __name__ == "__main__":
+    run_as_command(unequal)

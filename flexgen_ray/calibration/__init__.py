@@ -1,0 +1,1 @@
+"""How are the rates of this machine measured for the planner?"""

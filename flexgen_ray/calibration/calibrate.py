@@ -1,0 +1,179 @@
+"""Measures this machine and keeps the result for the planner: `flexgen-ray calibrate`.
+
+Knows where the result goes and what a person wants to see of it; not how anything is measured.
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flexgen_ray.files.output import write_text
+from flexgen_ray.hardware.rates import DeviceRates, MemorySizes, NetworkRates
+from flexgen_ray.hardware.spec import Hardware
+from flexgen_ray.units import format_bytes
+
+if TYPE_CHECKING:
+    from flexgen_ray.calibration.rates import Scope
+    from flexgen_ray.runtime.worker import Machine
+
+_MIB = 2**20
+_SMALL_HOP, _LARGE_HOP = 64 * 2**10, 32 * 2**20
+_TRIPS = {_SMALL_HOP: 50, _LARGE_HOP: 5}
+MOST_REPEATS = 5  # measurements of one thing
+_NO_HOPS = "Hops between actors were not measured (--no-ray)."
+_HEADER = "# Measured by `flexgen-ray calibrate`; figures may be corrected by hand.\n"
+
+
+def calibrate(
+    device: str,
+    offload_dir: Path,
+    gpu_memory: int | None = None,
+    is_quick: bool = False,
+    uses_ray: bool = True,
+    scope: Scope | None = None,
+) -> Hardware:
+    """This machine, measured: some minutes, or seconds if quick, with a progress bar.
+
+    Each figure is measured until two in a row differ by a tenth at most; if quick, once.
+
+    device: auto, cuda or cpu. gpu_memory: bytes that plans may count on; what is free if None.
+    scope: what is measured of dtypes and heads, all if None.
+    Raises ValueError for what isn't there, OSError if the offload folder's disk doesn't do, and
+    RuntimeError, with the figures, if others use the cores or a part exceeds its whole.
+    """
+    import torch
+
+    from flexgen_ray.calibration.rates import (
+        QUICK,
+        THOROUGH,
+        Scope,
+        count_measurements,
+        measure_machine,
+    )
+    from flexgen_ray.calibration.steady import Measurer
+    from flexgen_ray.reporting.progress import show_steps
+    from flexgen_ray.runtime.lanes import divide_cores
+    from flexgen_ray.runtime.worker import Worker
+
+    machine = Worker().probe(device, str(offload_dir), with_rates=False)
+    memory = memory_sizes(machine, gpu_memory)
+    on = torch.device(machine.device)
+    cores = divide_cores(machine.num_threads, on.type == "cuda", attends_on_host=True)
+    scope, effort = scope or Scope(), QUICK if is_quick else THOROUGH
+    with show_steps("calibrating", count_measurements(on, scope) + uses_ray) as announce:
+        take = Measurer(announce, 1 if is_quick else MOST_REPEATS)
+        found = measure_machine(on, cores, offload_dir, effort, take, scope)
+        network = _network(announce) if uses_ray else None
+    return Hardware(
+        name=machine.host,
+        date=time.strftime("%Y-%m-%d"),
+        source=f"flexgen-ray calibrate{' --quick' if is_quick else ''} on {_describe(machine)}",
+        notes=" ".join(([] if uses_ray else [_NO_HOPS]) + take.notes),
+        versions=_versions(),
+        memory=memory,
+        link=found.link,
+        disk=found.disk,
+        host=found.host,
+        device=found.device,
+        network=network,
+    )
+
+
+def save(hardware: Hardware, path: Path) -> None:
+    """Writes a file that Hardware.load reads; its folder is made if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, _HEADER + hardware.to_yaml())
+
+
+def memory_sizes(machine: Machine, gpu_memory: int | None) -> MemorySizes:
+    """What is free, in whole MiB; without a GPU half of the host's memory is its tier, unless told.
+
+    Raises ValueError if that is more than there is.
+    """
+    on_cuda = machine.on_cuda
+    free = machine.gpu_bytes if on_cuda else machine.cpu_bytes // 2
+    gpu = free if gpu_memory is None else gpu_memory
+    if gpu > machine.gpu_bytes:
+        raise ValueError(
+            f"--gpu-memory {format_bytes(gpu)} is more than the {format_bytes(machine.gpu_bytes)} "
+            f"free on {machine.host}; lower it"
+        )
+    cpu = machine.cpu_bytes - (0 if on_cuda else gpu)
+    return MemorySizes(*(max(size // _MIB, 1) * _MIB for size in (gpu, cpu, machine.disk_bytes)))
+
+
+def summary(hardware: Hardware) -> Iterator[tuple[str, str]]:
+    """(what, figures), a table for people; GB are 1e9 bytes."""
+    sizes, link, disk, host = hardware.memory, hardware.link, hardware.disk, hardware.host
+    gpu, cpu, space = map(format_bytes, (sizes.gpu, sizes.cpu, sizes.disk))
+    yield "memory", f"gpu {gpu}, cpu {cpu}, disk {space}"
+    both = _gb(link.h2d_busy_bytes_per_s, link.d2h_busy_bytes_per_s)
+    alone = _gb(link.h2d_bytes_per_s, link.d2h_bytes_per_s)
+    yield "link", f"{alone} GB/s to the device, from it; both at once {both}"
+    yield "disk", f"{_gb(disk.read_bytes_per_s, disk.write_bytes_per_s)} GB/s read, written"
+    joint = f"{_gb(host.joint_bytes_per_s)} by link and attention together"
+    yield "host memory", f"{_gb(host.read_bytes_per_s)} GB/s read, {joint}"
+    yield "host attention", "GB/s alone / with the link busy, by query heads a KV head"
+    for dtype in dict.fromkeys(it.dtype for it in host.attention):
+        yield f"  {dtype}", ", ".join(_best_kernels(hardware, dtype))
+    yield from _device_summary(hardware.device)
+    if hardware.network:
+        rate, hop = hardware.network.bytes_per_s, hardware.network.hop_seconds
+        yield "hop", f"{hop * 1e3:.2g} ms, {_gb(rate)} GB/s, between two actors on this node"
+    if hardware.notes:
+        yield "note", hardware.notes
+
+
+def _best_kernels(hardware: Hardware, dtype: str) -> Iterator[str]:
+    groups = {it.queries_per_kv_head for it in hardware.host.attention if it.dtype == dtype}
+    for group in sorted(groups):
+        best = hardware.attention(dtype, group)
+        yield f"{group}: {_gb(best.bytes_per_s, best.busy_bytes_per_s)} ({best.kernel})"
+
+
+def _device_summary(device: DeviceRates) -> Iterator[tuple[str, str]]:
+    rates = f"{_gb(device.memory_bytes_per_s)} GB/s read, {_gb(device.attention_bytes_per_s)}"
+    yield "device", f"{rates} attended; {device.launch_seconds * 1e6:.2g} µs for a small op"
+    if shares := device.core_shares:
+        parts = (
+            f"copies {shares.copies:.2g}, disk {shares.disk:.2g}, attention {shares.attention:.2g}"
+        )
+        yield "cores", f"taken from products by {parts}"
+    if device.dequantize_bytes_per_s is not None:
+        yield "unpacking", f"{_gb(device.dequantize_bytes_per_s)} GB/s of 4-bit values, as 16 bits"
+    yield "matrix products", "TFLOP/s by rows"
+    for gemm in device.gemm:
+        by_rows = (f"{rows}: {rate / 1e12:.3g}" for rows, rate in gemm.flops_per_s)
+        yield f"  {gemm.dtype}", ", ".join(by_rows)
+
+
+def _gb(*rates: float) -> str:
+    return " / ".join(f"{rate / 1e9:.3g}" for rate in rates)
+
+
+def _network(announce: Callable[[str], None]) -> NetworkRates:
+    """Of two actors on this node: what a hop costs at least, wherever the other stage is."""
+    from flexgen_ray.distributed.rehearsal import hops
+
+    announce("hops between two actors")
+    seconds = {int(size): taken / 1e3 for size, taken in hops(_TRIPS).items()}
+    moving = max(seconds[_LARGE_HOP] - seconds[_SMALL_HOP], 1e-6)
+    rate = (_LARGE_HOP - _SMALL_HOP) / moving
+    return NetworkRates(float(f"{seconds[_SMALL_HOP]:.4g}"), float(f"{rate:.4g}"))
+
+
+def _describe(machine: Machine) -> str:
+    from flexgen_ray.kernels.host_kernel import cpu_name
+
+    device = "" if machine.device == "cpu" else f"{machine.device_name}, "
+    return f"{device}{cpu_name()}, {machine.num_threads} threads"
+
+
+def _versions() -> dict[str, str]:
+    packages = ("flexgen-ray", "torch", "numba", "ray")
+    return {"python": platform.python_version()} | {name: version(name) for name in packages}

@@ -1,0 +1,1 @@
+"""How fast is it on my machine? The benchmarks that users run."""

@@ -1,0 +1,113 @@
+"""From runs to standings: each contestant's best, our ratio to it, and whose tokens agree."""
+
+from __future__ import annotations
+
+from statistics import median
+
+from rich.table import Table
+
+from flexgen_ray.cli.bench.work import OURS, Run
+from flexgen_ray.units import format_bytes
+
+
+def reference(runs: list[Run]) -> Run | None:
+    """Whose tokens the others are held to: transformers', or where it didn't run the first's."""
+    finished = [run for run in runs if run.error is None]
+    return next((run for run in finished if run.peer == "transformers"), next(iter(finished), None))
+
+
+def mismatches(run: Run, right: Run) -> list[tuple[int, int]]:
+    """(prompt, position) of the first differing token of each sequence that differs."""
+    found = []
+    for index, (ours, theirs) in enumerate(zip(run.tokens, right.tokens, strict=True)):
+        differs = [a != b for a, b in zip(ours, theirs, strict=True)]
+        if any(differs):
+            found.append((index, differs.index(True)))
+    return found
+
+
+def standings(runs: list[Run]) -> list[dict]:
+    """One entry a contestant: its runs, its best batch size by median, our ratio to that.
+
+    Throughput is generated tokens per second of prefill and decode. `ratio` is ours over theirs,
+    None where either has no figure; `error` the first that happened.
+    """
+    right = reference(runs)
+    entries = [_entry(peer, runs, right) for peer in dict.fromkeys(run.peer for run in runs)]
+    ours = next((entry["best"] for entry in entries if entry["peer"] == OURS), None)
+    for entry in entries:
+        if ours is not None and entry["best"] is not None:
+            entry["ratio"] = round(ours["tokens_per_s"] / entry["best"]["tokens_per_s"], 3)
+    return entries
+
+
+def table(entries: list[dict]) -> Table:
+    """The same for people, a row a contestant and batch size, the best of each first in full."""
+    shown = Table(title="generated tokens/s, prefill and decode; median of the runs")
+    for heading in ("contestant", "batch", "tokens/s", "ours / it", "peak RSS", "same tokens"):
+        shown.add_column(heading, justify="left" if heading == "contestant" else "right")
+    for entry in entries:
+        for size, rate in entry["tokens_per_s"].items():
+            same = [run for run in entry["runs"] if _batch(run["batch_size"]) == size]
+            finished = [run for run in same if run["error"] is None]
+            first = finished[0]
+            is_best = rate == entry["best"]["tokens_per_s"]
+            shown.add_row(
+                entry["peer"],
+                size,
+                f"{rate:.2f}",
+                f"{entry['ratio']:.2f}" if is_best and entry["ratio"] else "",
+                format_bytes(max(run["peak_rss_bytes"] for run in finished)),
+                f"{first['equal_sequences']} of {first['sequences']}",
+                style="bold" if is_best else None,
+            )
+        if entry["error"]:
+            shown.add_row(entry["peer"], "", "failed", "", "", "")
+    return shown
+
+
+def _batch(size: int | None) -> str:
+    return "policy" if size is None else str(size)
+
+
+def _entry(peer: str, runs: list[Run], right: Run | None) -> dict:
+    mine = [run for run in runs if run.peer == peer]
+    finished = [run for run in mine if run.error is None]
+    rates: dict[int | None, list[float]] = {}
+    for run in finished:
+        rates.setdefault(run.batch_size, []).append(run.tokens_per_s)
+    medians = {size: round(median(several), 3) for size, several in rates.items()}
+    best = max(medians, key=lambda size: medians[size], default=None)
+    return {
+        "peer": peer,
+        "error": next((run.error for run in mine if run.error), None),
+        "tokens_per_s": {_batch(size): rate for size, rate in medians.items()},
+        "best": {"batch_size": best, "tokens_per_s": medians[best]} if medians else None,
+        "ratio": None,
+        "details": finished[-1].details if finished else {},
+        "runs": [_run(run, right) for run in mine],
+    }
+
+
+def _run(run: Run, right: Run | None) -> dict:
+    if run.error or right is None:
+        return {
+            "batch_size": run.batch_size,
+            "peak_cgroup_bytes": run.peak_cgroup_bytes,
+            "error": run.error,
+        }
+    different = mismatches(run, right)
+    return {
+        "batch_size": run.batch_size,
+        "seconds": round(run.seconds, 3),
+        "tokens_per_s": round(run.tokens_per_s, 3),
+        "load_s": round(run.load_seconds, 3),
+        "cores_elsewhere": round(run.cores_elsewhere, 2),
+        "peak_rss_bytes": run.peak_rss_bytes,
+        "peak_gpu_bytes": run.peak_gpu_bytes,
+        "peak_cgroup_bytes": run.peak_cgroup_bytes,
+        "sequences": len(run.tokens),
+        "equal_sequences": len(run.tokens) - len(different),
+        "first_differences": different,
+        "error": None,
+    }

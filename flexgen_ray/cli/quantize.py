@@ -1,0 +1,68 @@
+"""`flexgen-ray quantize`: a model's weights packed once, for later runs to load as they are."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flexgen_ray.cli.options import EmbeddingBitsOption, JsonOption, ModelOption
+from flexgen_ray.reporting.terminal import say
+
+
+def quantize(
+    model: ModelOption,
+    output: Annotated[Path, typer.Option(help="Model folder to write.")],
+    weight_bits: Annotated[int, typer.Option(help="4 or 8, in groups of 64.")] = 4,
+    embedding_bits: EmbeddingBitsOption = None,
+    json_file: JsonOption = None,
+) -> None:
+    """Write a model folder with quantized weights, which runs then read as they are.
+
+    The same that --weight-bits makes of them while a run loads, to be made once only.
+    Example: flexgen-ray quantize --model ./opt-30b --output ./opt-30b-int4
+    """
+    from flexgen_ray.config import Policy
+    from flexgen_ray.models.checkpoint import checkpoint_config
+    from flexgen_ray.paths import find_model
+    from flexgen_ray.reporting.progress import show_steps
+    from flexgen_ray.reporting.result import finish
+    from flexgen_ray.units import format_bytes
+
+    bits = {"weight_bits": weight_bits, "embedding_bits": embedding_bits}
+    Policy(**bits)  # type: ignore[arg-type]
+    if output.exists():
+        raise FileExistsError(f"{output} exists; give a folder that doesn't")
+    folder = find_model(model)
+    config = checkpoint_config(folder)
+    started = time.perf_counter()
+    with show_steps("quantizing", config.num_layers + 2) as announce:
+        before, after = packed_copy(folder, output, bits, announce)
+    seconds = time.perf_counter() - started
+    say(
+        f"{output}: {format_bytes(before)} of {config.dtype} became {format_bytes(after)}, "
+        f"{before / after:.2f} x smaller, in {seconds:.1f} s"
+    )
+    sizes = {"dtype": config.dtype, "bytes_before": before, "bytes_after": after}
+    result = {"model": folder.name} | bits | sizes | {"seconds": round(seconds, 2)}
+    finish(result, "CPU", json_file)
+
+
+def packed_copy(
+    folder: Path,
+    output: Path,
+    bits: dict[str, int | None],
+    announce: Callable[[str], None] = lambda name: None,
+) -> tuple[int, int]:
+    """Bytes of the tensors before and after; bits: weight_bits and embedding_bits, the rest as in
+    `write_packed`."""
+    from flexgen_ray.models.checkpoint import checkpoint_config
+    from flexgen_ray.models.packed_checkpoint import write_packed
+    from flexgen_ray.quant.formats import WeightFormat
+
+    config = checkpoint_config(folder)
+    kept = WeightFormat(config.dtype, bits["weight_bits"], bits["embedding_bits"])
+    return write_packed(folder, config, kept, bits, output, announce)

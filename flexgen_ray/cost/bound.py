@@ -1,0 +1,154 @@
+"""Time that the ops of a visit take: by lane, by resource, and on one batch's way through a stage.
+
+A visit of any number of layers and batches is made of the ops of one layer's first batch and of a
+further one, of the layers at the model's ends, and of weights, which cross once. So amounts are
+derived once for a stage's kind and shape, and take any machine's rates. Knows plans; no clock.
+
+How long a visit takes at least, by the amounts of all its ops: the bound that runs are held to.
+
+A stand-in until a planner uses the same sums as constraints. Knows plans and rates; no clock.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from functools import lru_cache
+
+from flexgen_ray.config import HardwareSpec
+from flexgen_ray.cost.ops import CostModel
+from flexgen_ray.cost.resources import Amounts, seconds_alone, seconds_by_resource
+from flexgen_ray.layout.moves import Moves
+from flexgen_ray.layout.plan import StagePlan
+from flexgen_ray.layout.rows import Composition, Row, Rows
+from flexgen_ray.schedule.ops import LANE, OpKind
+from flexgen_ray.schedule.zigzag import zigzag
+
+
+def visit_seconds(plan: StagePlan, hardware: HardwareSpec, rows: Rows) -> dict[str, float]:
+    """{lane or resource: seconds} of one visit of a stage whose batches all bring these rows."""
+    model, composition = CostModel(plan), Composition(rows, plan.streamed_rows - 1)
+    moves = Moves(plan, is_linked=not plan.stage.is_whole)
+    lanes: dict[str, float] = defaultdict(float)
+    resources: dict[str, float] = defaultdict(float)
+    for op in zigzag(plan.stage, plan.policy.num_gpu_batches, range(1)):
+        # Weights that are fetched for the next visit count there.
+        if op.visit or not moves(op):
+            continue
+        seconds = seconds_by_resource(model.amounts(op, composition), hardware)
+        if seconds:
+            lanes[LANE[op.kind].worker.value] += seconds_alone(seconds)
+        for resource, each in seconds.items():
+            resources[resource.name.lower()] += each
+    # The disk is a resource and a lane of the same name.
+    return resources | {it: max(lanes[it], resources.get(it, 0.0)) for it in lanes}
+
+
+def decoding(plan: StagePlan, position: int) -> Rows:
+    """Every slot of a batch brings one token."""
+    slots = range(plan.policy.gpu_batch_size)
+    return Rows(tuple(Row(slot, position, 1, slot, True, False) for slot in slots), ())
+
+
+def prefilling(plan: StagePlan) -> tuple[Rows, float]:
+    """Prompts of as many slots as fit a pass, and how many such passes a batch takes."""
+    longest = plan.workload.max_prompt_len
+    count = max(1, min(plan.policy.gpu_batch_size, plan.cell_tokens // longest))
+    rows = tuple(Row(slot, 0, longest, slot * longest, True, True) for slot in range(count))
+    return Rows(rows, ()), plan.policy.gpu_batch_size / count
+
+
+PHASES = ("prefill", "decode")
+Quantity = tuple[str, str]  # (phase, lane, resource or way): seconds; ("bytes", tier): bytes
+# A batch's way through a stage: ops that wait for each other, where rows are attended on the device
+# or on the host. Weights and caches come ahead of need, and what is written to disk is not awaited.
+WAYS = ("way by the device", "way by the host")
+_OF_WEIGHTS = frozenset({OpKind.READ_WEIGHTS, OpKind.LOAD_WEIGHTS})
+_AHEAD = _OF_WEIGHTS | {OpKind.READ_CACHE, OpKind.LOAD_CACHE, OpKind.WRITE_CACHE}
+_BY_DEVICE = frozenset(
+    {OpKind.CHOOSE, OpKind.GATHER_VALUES, OpKind.LOAD_VALUES, OpKind.ATTEND_DEVICE}
+)
+_BY_HOST = frozenset(
+    {OpKind.STORE_CACHE, OpKind.APPEND_CACHE, OpKind.ATTEND_HOST, OpKind.LOAD_ATTENTION}
+)
+
+
+@dataclass(frozen=True)
+class Taken:
+    """Seconds of a lane, a resource or a way: of a visit of one batch, once and for each layer, and
+    of each further batch."""
+
+    once: float = 0.0
+    each: float = 0.0
+    once_more: float = 0.0
+    each_more: float = 0.0
+
+
+@lru_cache(maxsize=8192)
+def seconds_of_visit(
+    plan: StagePlan, hardware: HardwareSpec, position: int
+) -> dict[Quantity, Taken]:
+    """By (phase, lane, resource or way). plan: of one decoder layer and two batches."""
+    found = {}
+    for phase, ops in _ops_of_visit(plan, position).items():
+        # By whether a further batch brings them, and whether each layer has them.
+        resources, lanes, ways = _sums(), _sums(), _sums()
+        for op in ops:
+            taken = seconds_by_resource(op.amounts, hardware)
+            alone, at = seconds_alone(taken), 2 * op.is_further + op.is_of_layer
+            lanes[op.lane][at] += alone
+            for resource, seconds in taken.items():
+                resources[resource.name.lower()][at] += seconds
+            for way in op.ways if not op.is_further else ():
+                ways[way][at] += alone
+        # The disk is a resource and a lane of the same name.
+        longer = {it: max(lanes[it], resources.get(it, [0.0]), key=sum) for it in lanes}
+        for name, each in (resources | longer | ways).items():
+            found[phase, name] = Taken(*each)
+    return found
+
+
+@dataclass(frozen=True)
+class _VisitOp:
+    """An op, whether each layer has it, and whether only a further batch brings it."""
+
+    lane: str
+    ways: tuple[str, ...]
+    is_of_layer: bool
+    is_further: bool
+    amounts: Amounts
+
+
+@lru_cache(maxsize=4096)
+def _ops_of_visit(plan: StagePlan, position: int) -> dict[str, list[_VisitOp]]:
+    """{phase: ops of a visit}, for any machine's rates."""
+    moves = Moves(plan, is_linked=not plan.stage.is_whole)
+    ops = [op for op in zigzag(plan.stage, 2, range(1)) if not op.visit and moves(op)]
+    model, found = CostModel(plan), {}
+    for phase, rows in zip(PHASES, (prefilling(plan)[0], decoding(plan, position)), strict=True):
+        composition, its = Composition(rows, plan.streamed_rows - 1), []
+        attends_on_host = phase == "decode" and plan.attended_rows > 0
+        for op in ops:
+            amounts = model.amounts(op, composition)
+            if any(amounts.values()):
+                lane, ways = LANE[op.kind].worker.value, _ways(op.kind, attends_on_host)
+                is_of_layer = plan.stage.kind(op.layer) == "decoder"
+                is_further = op.batch > 0 and op.kind not in _OF_WEIGHTS
+                its.append(_VisitOp(lane, ways, is_of_layer, is_further, amounts))
+        found[phase] = its
+    return found
+
+
+def _sums() -> defaultdict[str, list[float]]:
+    return defaultdict(lambda: [0.0] * 4)
+
+
+def _ways(kind: OpKind, attends_on_host: bool) -> tuple[str, ...]:
+    """On which of a batch's ways the op is. Prompts are attended on the device."""
+    if kind in _AHEAD:
+        return ()
+    if kind in _BY_DEVICE:
+        return WAYS[:1]
+    if kind in _BY_HOST:
+        return WAYS[1:] if attends_on_host else ()
+    return WAYS

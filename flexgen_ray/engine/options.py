@@ -1,0 +1,183 @@
+"""Options of LLM: which values they take, and what vLLM's options are called here.
+
+Checked before anything is read or started. Knows no model and no machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from math import isfinite
+from numbers import Integral, Real
+from os import PathLike
+from typing import Any
+
+from flexgen_ray.config import (
+    DEVICES,
+    DTYPE_BYTES,
+    TRANSPORTS,
+    Faults,
+    HardwareSpec,
+    Policy,
+    is_device,
+)
+from flexgen_ray.planner.stage_policies import StagePolicies
+from flexgen_ray.runtime.stage import EXECUTORS
+from flexgen_ray.units import parse_bytes
+
+_BY_POLICY = "the policy sets it (gpu_batch_size, num_gpu_batches); without one it is planned"
+_BUDGETS = (
+    "give budgets in bytes: gpu_memory, cpu_memory and disk_memory, such as gpu_memory='16GiB'"
+)
+_REVISION = (
+    "fetch that revision into a folder (hf download --revision) and give the folder as model"
+)
+_FOLDER = "the tokenizer is read from the model's folder; put its files there"
+_NEVER_REMOTE = "code from a model's folder is never run; leave it out"
+_ALL_PAGED = "the KV cache has no pages here; leave it out"
+
+# Options of vLLM's LLM, and of Hugging Face's, that have another name here, or none.
+ELSEWHERE: Mapping[str, str] = {
+    "tensor_parallel_size": "use pipeline_parallel_size; GPUs get different layers, matrices are "
+    "never split",
+    "data_parallel_size": "start a run for each part of the input",
+    "distributed_executor_backend": "use use_ray=True or use_ray=False",
+    "gpu_memory_utilization": _BUDGETS,
+    "swap_space": _BUDGETS,
+    "cpu_offload_gb": _BUDGETS,
+    "kv_cache_memory_bytes": _BUDGETS,
+    "kv_cache_dtype": "use cache_bits=4 or 8 to quantize the KV cache",
+    "quantization": "use weight_bits=4 or 8; checkpoints that others quantized can't be loaded",
+    "load_in_4bit": "use weight_bits=4",
+    "load_in_8bit": "use weight_bits=8",
+    "enforce_eager": "there are no CUDA graphs here; leave it out",
+    "max_seq_len_to_capture": "there are no CUDA graphs here; leave it out",
+    "compilation_config": "there are no CUDA graphs here; leave it out",
+    "max_num_seqs": _BY_POLICY,
+    "max_num_batched_tokens": "a policy's max_batch_tokens sets it",
+    "enable_chunked_prefill": "long prompts are always cut by the policy's max_batch_tokens; leave "
+    "it out",
+    "block_size": _ALL_PAGED,
+    "enable_prefix_caching": "prefixes are not shared between prompts; leave it out",
+    "trust_remote_code": _NEVER_REMOTE,
+    "tokenizer": _FOLDER,
+    "tokenizer_mode": _FOLDER,
+    "tokenizer_revision": _REVISION,
+    "skip_tokenizer_init": "a folder without a tokenizer takes token ids; leave it out",
+    "revision": _REVISION,
+    "code_revision": _NEVER_REMOTE,
+    "download_dir": "set the environment variable HF_HUB_CACHE",
+    "hf_token": "log in (hf auth login), or set the environment variable HF_TOKEN",
+    "hf_overrides": "change config.json in the model's folder",
+    "torch_dtype": "use dtype",
+    "device_map": "a policy says where weights, cache and activations lie",
+    "offload_folder": "use offload_dir",
+    "enable_lora": "adapters can't be loaded; merge the adapter into the model's weights first",
+    "speculative_config": "there is no speculative decoding here; leave it out",
+    "speculative_model": "there is no speculative decoding here; leave it out",
+    "disable_log_stats": "use use_tqdm=False in generate to run without progress",
+    "generation_config": "give SamplingParams to generate; the model's own are their default",
+    "attention_backend": "the kernel is chosen by measurement; leave it out",
+    "chat_template": "put chat_template.jinja into the model's folder",
+    "num_stages": "use pipeline_parallel_size",
+    "stages": "use pipeline_parallel_size",
+    "sparsity": "use attention_sparsity",
+}  # fmt: skip
+
+# Options of vLLM's generate and chat.
+ELSEWHERE_IN_CALLS: Mapping[str, str] = {
+    "prompt_token_ids": "give token ids as prompts",
+    "prompt": "use prompts",
+    "params": "use sampling_params",
+    "lora_request": ELSEWHERE["enable_lora"],
+    "priority": "requests are answered in an order that fills every pass; leave it out",
+    "guided_options_request": "answers can't be held to a grammar here; say the form in the prompt",
+    "chat_template": ELSEWHERE["chat_template"],
+    "chat_template_content_format": "a message's content is a text, or parts of text; leave it out",
+    "mm_processor_kwargs": "only text is supported",
+    "max_tokens": "give SamplingParams(max_tokens=...)",
+    "temperature": "give SamplingParams(temperature=...)",
+    "enable_thinking": 'use chat_template_kwargs={"enable_thinking": ...}',
+}
+
+Check = tuple[Callable[[Any], bool], str]
+
+
+def check_values(options: Mapping[str, object]) -> None:
+    """ValueError, naming the option and what it may be, for the first value that can't be."""
+    for name, (is_good, wanted) in _CHECKS.items():
+        if not is_good(options[name]):
+            raise ValueError(f"{name} is {options[name]!r}; it must be {wanted}")
+
+
+def _is(*types: type) -> Callable[[object], bool]:
+    return lambda value: isinstance(value, types)
+
+
+def _one_of(*values: str) -> Check:
+    return (lambda value: isinstance(value, str) and value in values), " or ".join(
+        f'"{value}"' for value in values
+    )
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _is_count(value: Any) -> bool:
+    return _is_int(value) and value >= 1
+
+
+def _is_rate(value: Any) -> bool:
+    return _is_seconds(value) and isfinite(value) and float(value) > 0
+
+
+def _is_seconds(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and float(value) >= 0
+
+
+def _is_size(value: Any) -> bool:
+    if value is None or _is_int(value):
+        return value is None or value >= 0
+    try:
+        return isinstance(value, str) and parse_bytes(value) >= 0
+    except ValueError:
+        return False
+
+
+_NONE = type(None)
+_FLAG: Check = _is(bool), "True or False"
+_SIZE: Check = _is_size, 'a size such as "16GiB", a number of bytes, or None for what is free'
+_CHECKS: dict[str, Check] = {
+    "model": (lambda it: isinstance(it, str | PathLike) and str(it) != "",
+              "a folder, or a name on the Hugging Face hub"),
+    "policy": (_is(_NONE, Policy, StagePolicies, str, PathLike),
+               "a Policy, StagePolicies, a YAML file's path, or None"),
+    "dtype": _one_of("auto", *DTYPE_BYTES),
+    "device": (is_device, DEVICES),
+    "gpu_memory": _SIZE,
+    "cpu_memory": _SIZE,
+    "disk_memory": _SIZE,
+    "offload_dir": (_is(_NONE, str, PathLike), "a folder, or None for the user's cache"),
+    "pipeline_parallel_size": (lambda it: it == "auto" or _is_count(it),
+                               '"auto" or a number of stages, from 1 up'),
+    "use_ray": _FLAG,
+    "address": (_is(_NONE, str), "a Ray cluster's address, or None"),
+    "transport": _one_of(*TRANSPORTS),
+    "faults": (_is(_NONE, Faults), "Faults(...) or None"),
+    "seed": (_is_int, "an integer"),
+    "executor": _one_of(*EXECUTORS),
+    "pace": (_is(_NONE, HardwareSpec), "a HardwareSpec or None"),
+    "time_scale": (_is_rate, "a number above 0"),
+    "hardware": (lambda it: it == "measured" or isinstance(it, HardwareSpec | None),
+                 'a HardwareSpec, "measured" or None'),
+    "trace": _FLAG,
+    "max_model_len": (lambda it: it is None or _is_count(it), "None or a number of tokens"),
+    "threads": (lambda it: it is None or _is_count(it), "None or a number from 1 up"),
+    "wait": (lambda it: it is None or _is_seconds(it),
+             "None or a number of seconds, from 0 up"),
+    "on_progress": (callable, "a function, such as what progress.show_progress yields"),
+    "load_format": _one_of("auto", "dummy"),
+    "plan_for": (_is(_NONE, str, PathLike), "a hardware preset's name, a file's path, or None"),
+    "max_latency": (lambda it: it is None or _is_rate(it), "None or seconds, above 0"),
+    "dry_run": _FLAG,
+}  # fmt: skip

@@ -1,0 +1,52 @@
+"""The rates that are known of this node before a run: calibrated, or assumed by its GPU's name."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from flexgen_ray.hardware.rates import DiskRates, MemorySizes
+from flexgen_ray.hardware.spec import Hardware, adapted, preset_for
+from flexgen_ray.store.disk import DiskTier
+from flexgen_ray.store.memory import page_aligned
+
+CALIBRATED, ASSUMED, GIVEN = "calibrated", "assumed", "given"
+_DISK_BYTES = 64 * 2**20  # written and read to see how fast a disk is
+
+
+def calibrated(uses_cuda: bool) -> Hardware | None:
+    """Rates that `flexgen-ray calibrate` measured of this node, for the device that is used."""
+    found = Hardware.local()
+    return found if found is not None and found.device.is_cpu != uses_cuda else None
+
+
+def assumed(
+    device_name: str, memory: MemorySizes, cores: int, offload_dir: Path
+) -> Hardware | None:
+    """The preset for this GPU with the node's own memory, cores and disk; None if there is none."""
+    preset = preset_for(device_name)
+    if preset is None:
+        return None
+    return adapted(preset, memory, cores, disk_rates(offload_dir, memory.disk))
+
+
+def disk_rates(folder: Path, free: int) -> DiskRates | None:
+    """Measured within a second or so; None where the page cache can't be left out, or there is no
+    room."""
+    if free < 8 * _DISK_BYTES:
+        return None
+    buffer, tier = page_aligned(_DISK_BYTES).fill_(1), DiskTier(_DISK_BYTES, folder)
+    try:
+        region = tier.allocate("a measurement", _DISK_BYTES)
+        if not region.is_direct:
+            return None
+        started = time.perf_counter()
+        region.write(buffer)
+        written = time.perf_counter()
+        region.read_into(buffer)
+        read = time.perf_counter()
+    except OSError:
+        return None
+    finally:
+        tier.close()
+    return DiskRates(_DISK_BYTES / (read - written), _DISK_BYTES / (written - started))

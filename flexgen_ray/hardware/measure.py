@@ -1,0 +1,348 @@
+"""Short measurements of a machine, one resource or several at a time.
+
+`Bench` has the memory that they use and the time that each may take. A rate is that of the fastest
+run, or of a usual one; where several actions share something, it is each one's mean. Knows kernels,
+copies and disks; not what their rates are for.
+
+What this machine gives a plan, resource by resource: short measurements, the best of several.
+
+Each resource is measured alone, so a bound made of these rates is one that nothing can beat.
+Knows plans; how to measure is measure.py's.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from itertools import cycle
+from math import ceil
+from pathlib import Path
+from statistics import fmean
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flexgen_ray.config import Budget, HardwareSpec
+from flexgen_ray.kernels.host_kernel import Kernel
+from flexgen_ray.kernels.host_kernel import load as load_kernel
+from flexgen_ray.kernels.pack import unpack
+from flexgen_ray.kernels.sampling import Draw, sample
+from flexgen_ray.layout.placement import PAGE, aligned
+from flexgen_ray.layout.plan import StagePlan
+from flexgen_ray.models.layers import product
+from flexgen_ray.quant.packing import packed_bytes
+from flexgen_ray.store.disk import DiskTier
+from flexgen_ray.store.memory import MemoryTier
+from flexgen_ray.store.tiers import TORCH_DTYPE
+
+FREE = 1e18  # of a resource that the run doesn't use
+SECONDS = 0.3  # for each measurement
+BUFFER = 256 * 2**20  # bytes; larger than any cache
+
+
+def measure_rates(
+    plan: StagePlan, budget: Budget, device: torch.device, offload_dir: Path, attend: Kernel
+) -> HardwareSpec:
+    """Rates of this process's device, links, disk and host, for the plan's shapes and dtype.
+
+    Takes no more memory than the budget, and gives it back.
+    """
+    nbytes = aligned(min(BUFFER, (budget.cpu + budget.gpu) // 6), PAGE)
+    config, dtype = plan.config, TORCH_DTYPE[plan.dtype]
+    weight = (config.intermediate_size, config.hidden_size)
+    cache = CacheShape(
+        max(plan.attended_rows, 1),
+        config.num_heads,
+        config.num_kv_heads,
+        plan.max_seq_len,
+        config.head_dim,
+        plan.policy.cache_bits,
+    )
+    with Bench(device, nbytes, SECONDS) as bench:
+        uses_disk = budget.disk >= nbytes
+        read, write = bench.disk_rates(offload_dir) if uses_disk else (FREE, FREE)
+        host = bench.read_rate(torch.device("cpu"))
+        return HardwareSpec(
+            h2d_bytes_per_s=bench.rate(*bench.copier(to_device=True)),
+            d2h_bytes_per_s=bench.rate(*bench.copier(to_device=False)),
+            disk_read_bytes_per_s=read,
+            disk_write_bytes_per_s=write,
+            host_bytes_per_s=host,
+            host_attention_bytes_per_s=bench.rate(*bench.attender(attend, dtype, cache)),
+            device_flops_per_s=bench.gemm_rate(dtype, plan.tile_tokens, weight),
+            device_bytes_per_s=host if device.type == "cpu" else bench.read_rate(device),
+            device_decode_flops_per_s=bench.gemm_rate(dtype, plan.policy.gpu_batch_size, weight),
+        )
+
+
+Action = Callable[[], object]
+
+PIECE = 32 * 2**20  # bytes of one copy, as in a run; larger ones are hardly faster
+_HOST = torch.device("cpu")
+_LEAST_SECONDS = 2e-3  # of a run that is timed; shorter actions are repeated
+_MOST_REPEATS = 1000
+_LEAST_OPS = 3
+
+
+@dataclass(frozen=True)
+class CacheShape:
+    """Keys and values of some rows in one layer, and the query heads that attend them; bits: of a
+    packed cache."""
+
+    rows: int
+    num_heads: int
+    num_kv_heads: int
+    context: int
+    head_dim: int
+    bits: int | None = None
+
+    @property
+    def width(self) -> int:
+        """Of a token's keys or values of one KV head: elements, or bytes where they are packed."""
+        return packed_bytes(self.head_dim, self.bits) if self.bits else self.head_dim
+
+    @property
+    def numel(self) -> int:
+        return 2 * self.rows * self.num_kv_heads * self.context * self.width
+
+
+class Bench(AbstractContextManager):
+    """Two buffers of nbytes, one on the host (registered, with CUDA), one on the device.
+
+    seconds: for each measurement. of_runs: which of its runs' times counts, min for a bound that
+    nothing beats, median for what may be expected.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        nbytes: int,
+        seconds: float,
+        of_runs: Callable[[list[float]], float] = min,
+    ) -> None:
+        self.device = device
+        self.seconds = seconds
+        self._of_runs = of_runs
+        self.nbytes = nbytes
+        self._tier = MemoryTier("cpu", nbytes, _HOST, pinned=device.type == "cuda")
+        self.host = self._tier.allocate("measurements", nbytes).fill_(1)
+        self.on_device = torch.ones(nbytes, dtype=torch.uint8, device=device)
+        _wait(device)  # copies have streams of their own
+
+    def __exit__(self, *_: object) -> None:
+        self._tier.close()
+        self.on_device = self.on_device[:0].clone()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def rate(self, amount: float, action: Action, device: torch.device = _HOST) -> float:
+        """Amount a second; a first run, which may compile, is left out.
+
+        device: that the action is issued to, and may go on after the call.
+        """
+        action()
+        _wait(device)
+        count, runs = 1, list[float]()
+        begin = now = time.perf_counter()
+        while now < begin + self.seconds or not runs:
+            started = time.perf_counter()
+            for _ in range(count):
+                action()
+            _wait(device)
+            now = time.perf_counter()
+            taken = max(now - started, 1e-9)
+            runs.append(taken / count)
+            count = min(max(count, ceil(count * _LEAST_SECONDS / taken)), _MOST_REPEATS)
+        return amount / self._of_runs(runs)
+
+    def together(self, *works: tuple[float, Action]) -> list[float]:
+        """Amounts a second of actions that run at the same time: the first in this thread, the
+        others on a core each. An action returns when its work is done."""
+        for _, action in works:
+            action()
+        num_threads = torch.get_num_threads()
+        deadline = time.perf_counter() + self.seconds
+        try:
+            with ThreadPoolExecutor(len(works), initializer=_take_one_core) as pool:
+                others = [pool.submit(_mean_rate, *work, deadline) for work in works[1:]]
+                first = _mean_rate(*works[0], deadline)
+                return [first, *(other.result() for other in others)]
+        finally:
+            torch.set_num_threads(num_threads)
+
+    def copier(self, to_device: bool) -> tuple[int, Action]:
+        """Bytes of a piece, and what copies the next one over the link and waits for it."""
+        ends = (self.host, self.on_device) if to_device else (self.on_device, self.host)
+        size = min(PIECE, self.nbytes)
+        sources, targets = (end[: self.nbytes // size * size].split(size) for end in ends)
+        pieces = cycle(zip(sources, targets, strict=True))
+        stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+
+        def copy() -> None:
+            source, target = next(pieces)
+            if stream is None:
+                target.copy_(source)
+                return
+            with torch.cuda.stream(stream):
+                target.copy_(source, non_blocking=True)
+            stream.synchronize()
+
+        return size, copy
+
+    def read_rate(self, device: torch.device) -> float:
+        """Bytes a second of a plain read of the host's or the device's memory."""
+        memory = self.host if device.type == "cpu" else self.on_device
+        return self.rate(memory.nbytes, memory.view(torch.float32).sum, device)
+
+    @contextmanager
+    def disk(self, folder: Path) -> Iterator[tuple[tuple[int, Action], tuple[int, Action]]]:
+        """Bytes, and what reads them from disk, and the same of writing: all of the buffer. OSError
+        names the folder. The file has no name: it goes however this ends."""
+        tier, size = DiskTier(self.nbytes, folder), self.nbytes
+        try:
+            region = tier.allocate("measurements", size)
+            region.write(self.host)
+            reading = size, lambda: region.read_into(self.host)
+            yield reading, (size, lambda: region.write(self.host))
+        finally:
+            tier.close()
+
+    def disk_rates(self, folder: Path) -> tuple[float, float]:
+        """Bytes a second read and written."""
+        with self.disk(folder) as (reading, writing):
+            return self.rate(*reading), self.rate(*writing)
+
+    def gemm_rate(
+        self, dtype: torch.dtype, rows: int, shape: tuple[int, int], on_host: bool = False
+    ) -> float:
+        """Flops a second of a `product`."""
+        flops, device = 2.0 * rows * shape[0] * shape[1], _HOST if on_host else self.device
+        return self.rate(flops, self.product(dtype, rows, shape, on_host), device)
+
+    def dequantize_rate(self, dtype: torch.dtype, bits: int, shape: tuple[int, int]) -> float:
+        """Values a second, as 16 bits each, that the device unpacks of one matrix after another."""
+        packed_shape = shape[0], packed_bytes(shape[1], bits)
+        size = packed_shape[0] * packed_shape[1]
+        memory = self.on_device[: len(self.on_device) // size * size]
+        matrices = cycle(memory.view(-1, *packed_shape))
+        out = torch.empty(shape, dtype=dtype, device=self.device)
+        return self.rate(2.0 * out.numel(), lambda: unpack(next(matrices), bits, out), self.device)
+
+    def attender(self, kernel: Kernel, dtype: torch.dtype, shape: CacheShape) -> tuple[int, Action]:
+        """Bytes of K and V of some rows, and what attends the next ones on the host; dtype: of the
+        queries, and of a cache that isn't packed."""
+        memory = _room(self.host, torch.uint8 if shape.bits else dtype, shape.numel)
+        return _attender(kernel, memory, shape, dtype)
+
+    def device_attention_rate(self, dtype: torch.dtype, shape: CacheShape) -> float:
+        """Bytes of K and V a second that the device attends in decoding."""
+        memory = _room(self.on_device, dtype, shape.numel)
+        return self.rate(*_attender(load_kernel("sdpa", 1), memory, shape, dtype), self.device)
+
+    def sampling_rate(self) -> float:
+        """Logits a second of which tokens are drawn."""
+        logits = torch.randn(12, 2**17, device=self.device)
+        draws = [Draw(1.0, 1.0, 0.5)] * len(logits)
+        return self.rate(logits.numel(), lambda: sample(logits, draws), self.device)
+
+    def launch_seconds(self) -> float:
+        """To issue an op that does next to nothing."""
+        x = torch.zeros(16, device=self.device)
+        return 1 / self.rate(1, lambda: x.add_(1), self.device)
+
+    def small_ops(self, rows: tuple[int, int], width: int) -> tuple[float, float]:
+        """Of ops between products: the seconds that each takes however small it is, and the bytes a
+        second that it reads and writes; from how long they take on few rows, and on many."""
+        (few, short), (many, long) = ((count, self._between(count, width)) for count in rows)
+        of_row = max(long - short, 1e-12) / (many - few)
+        # A norm and a copy read and write each value, a sum reads two.
+        passed = width * 4 * (2 + 3 + 2) / 3
+        return max(short - few * of_row, 1e-9), passed / of_row
+
+    def _between(self, rows: int, width: int) -> float:
+        """Mean seconds of an op that comes after a product, which left nothing of it in the caches:
+        a norm, a sum or a copy, in turn."""
+        multiply = self.product(torch.float32, rows, (width, width))
+        x, y = torch.full((2, rows, width), 0.5, device=self.device)
+        ops = cycle((lambda: F.layer_norm(x, (width,)), lambda: x + y, lambda: x.copy_(y)))
+        taken: list[float] = []
+        deadline = time.perf_counter() + self.seconds
+        while len(taken) < _LEAST_OPS or time.perf_counter() < deadline:
+            multiply()
+            _wait(self.device)
+            started = time.perf_counter()
+            next(ops)()
+            _wait(self.device)
+            taken.append(time.perf_counter() - started)
+        return fmean(sorted(taken)[: ceil(0.9 * len(taken))])
+
+    def product(
+        self, dtype: torch.dtype, rows: int, shape: tuple[int, int], on_host: bool = False
+    ) -> Action:
+        """A product of so many rows; shape: of its weight, [out, in], of which there are as many
+        as the buffer holds, so that it is read from memory each time."""
+        memory, size = self.host if on_host else self.on_device, shape[0] * shape[1]
+        weights = cycle(_room(memory, dtype, size).view(-1, *shape))
+        x = torch.full((rows, shape[1]), 0.5, dtype=dtype, device=memory.device)
+        return lambda: product(x, next(weights))
+
+    def share_taken(self, own: Action, other: tuple[float, Action]) -> float:
+        """Of `own`'s work, what goes undone while `other` is at work at its own rate."""
+        own_alone, other_alone = self.rate(1, own), self.rate(*other)
+        own_beside, other_beside = self.together((1, own), other)
+        return (1 - own_beside / own_alone) * other_alone / other_beside
+
+
+def _attender(
+    kernel: Kernel, memory: Tensor, shape: CacheShape, dtype: torch.dtype
+) -> tuple[int, Action]:
+    caches = memory.view(-1, 2, shape.rows, shape.num_kv_heads, shape.context, shape.width)
+    size = shape.rows, shape.num_heads, shape.head_dim
+    q = torch.full(size, 0.5, dtype=dtype, device=memory.device)
+    lens, out = [shape.context] * shape.rows, torch.empty_like(q)
+    coming = cycle(caches)
+
+    def attend() -> None:
+        k, v = next(coming)
+        kernel(q, k, v, lens, out)
+
+    return caches[0].nbytes, attend
+
+
+def _room(memory: Tensor, dtype: torch.dtype, size: int) -> Tensor:
+    """As many times `size` elements as fit the memory, or else other memory for one; filled with
+    numbers from -1 to 1, bytes so that they are small numbers as minimums and scales too."""
+    typed = memory.view(dtype)
+    count = len(typed) // size * size
+    room = typed[:count] if count else torch.empty(size, dtype=dtype, device=memory.device)
+    if dtype == torch.uint8:
+        return room.fill_(0x38)
+    pattern = torch.linspace(-1, 1, PAGE, device=memory.device)
+    whole = len(room) // PAGE * PAGE
+    room[:whole].view(-1, PAGE).copy_(pattern)
+    room[whole:].fill_(0.5)
+    return room
+
+
+@torch.inference_mode()
+def _mean_rate(amount: float, action: Action, deadline: float) -> float:
+    begin, count = time.perf_counter(), 0
+    while not count or time.perf_counter() < deadline:
+        action()
+        count += 1
+    return amount * count / (time.perf_counter() - begin)
+
+
+def _take_one_core() -> None:
+    # A thread's own number holds only after torch has given it the process's, on first use.
+    torch.get_num_threads()
+    torch.set_num_threads(1)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

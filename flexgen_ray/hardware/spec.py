@@ -1,0 +1,262 @@
+"""What a machine is and gives: memory, and rates by kernel, dtype and number of rows.
+
+A YAML file says all of it: a preset of this package, one that `flexgen-ray calibrate` measured, or
+one that a person wrote. Rates are per second. Knows machines; no model and no policy.
+
+Rates of a machine that was never calibrated: those of the preset for its GPU, by the GPU's name.
+
+Knows names and cores; measures nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
+from pathlib import Path
+
+from flexgen_ray.config import DTYPE_BYTES, Budget, HardwareSpec
+from flexgen_ray.files.yaml import read_yaml, to_yaml
+from flexgen_ray.hardware.rates import (
+    AttentionRates,
+    DeviceRates,
+    DiskRates,
+    HostRates,
+    LinkRates,
+    MemorySizes,
+    NetworkRates,
+    interpolate,
+)
+from flexgen_ray.paths import hardware_file
+from flexgen_ray.quant.packing import GROUP, packed_bytes
+
+# Names by which torch knows a preset's GPU, such as "NVIDIA A100-SXM4-80GB". The H200 has the
+# H100's cores and more memory bandwidth. Laptops, slices of a GPU and Grace hosts differ.
+_GPUS = {
+    r"(NVIDIA )?Tesla T4|NVIDIA T4": "t4",
+    r"NVIDIA GeForce RTX 4090( D)?": "rtx4090",
+    r"NVIDIA A100[- ][-\w ]*": "a100-80",
+    r"NVIDIA H[12]00([- ][-\w ]*)?": "h100",
+}
+_CORES = 8  # that draw all of what a preset's host memory gives
+
+
+def preset_for(device_name: str) -> Hardware | None:
+    """The preset whose GPU torch calls by this name; None if there is none."""
+    if " MIG " in device_name:
+        return None
+    names = [name for gpu, name in _GPUS.items() if re.fullmatch(gpu, device_name)]
+    return Hardware.preset(names[0]) if names else None
+
+
+def adapted(preset: Hardware, memory: MemorySizes, cores: int, disk: DiskRates | None) -> Hardware:
+    """The preset with a machine's own memory, cores and, if it was measured, disk."""
+    share = min(cores / _CORES, 1)
+
+    def slower(rates: AttentionRates) -> AttentionRates:
+        alone, busy = rates.bytes_per_s * share, rates.busy_bytes_per_s * share
+        return replace(rates, bytes_per_s=alone, busy_bytes_per_s=busy)
+
+    flops = preset.host.flops_per_s
+    host = HostRates(
+        preset.host.read_bytes_per_s * share,
+        max(preset.host.joint_bytes_per_s * share, preset.link.h2d_bytes_per_s),
+        tuple(map(slower, preset.host.attention)),
+        None if flops is None else flops * share,
+    )
+    return replace(preset, memory=memory, host=host, disk=disk or preset.disk)
+
+
+LOCAL = "local"
+_PRESETS = Path(__file__).parent / "presets"
+_NETWORK_BYTES_PER_S = HardwareSpec.network_bytes_per_s
+_UNMEASURED = HardwareSpec.elementwise_bytes_per_s
+_SAMPLED_BY_A_CORE = 2e7  # values a second; where nobody measured
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hardware:
+    """A machine with one device. source: where the figures are from; versions: of the software
+    that measured them; network: None if hops are unknown."""
+
+    name: str
+    date: str
+    source: str
+    notes: str = ""
+    versions: dict[str, str] = field(default_factory=dict, hash=False)
+    memory: MemorySizes
+    link: LinkRates
+    disk: DiskRates
+    host: HostRates
+    device: DeviceRates
+    network: NetworkRates | None = None
+
+    @property
+    def budget(self) -> Budget:
+        """The share of each tier's bytes that a plan may use."""
+        sizes = self.memory
+        return Budget(*(int(size * sizes.share) for size in (sizes.gpu, sizes.cpu, sizes.disk)))
+
+    def rates(
+        self,
+        dtype: str,
+        queries_per_kv_head: int,
+        decode_rows: int,
+        prefill_rows: int,
+        cache_bits: int | None = None,
+    ) -> HardwareSpec:
+        """For cost models: the best host kernel for this shape, and matrix products of so many
+        rows. What the host's memory gives is what it gives to all who draw on it together. Where
+        nobody measured how packed caches are attended, their values take as long as others.
+
+        Raises ValueError for a dtype without figures.
+        """
+        network = self.network.bytes_per_s if self.network else _NETWORK_BYTES_PER_S
+        return HardwareSpec(
+            h2d_bytes_per_s=self.link.h2d_bytes_per_s,
+            d2h_bytes_per_s=self.link.d2h_bytes_per_s,
+            disk_read_bytes_per_s=self.disk.read_bytes_per_s,
+            disk_write_bytes_per_s=self.disk.write_bytes_per_s,
+            host_bytes_per_s=self.host.joint_bytes_per_s,
+            host_attention_bytes_per_s=self._attended(dtype, queries_per_kv_head, cache_bits),
+            device_flops_per_s=self.gemm_flops_per_s(dtype, prefill_rows),
+            device_bytes_per_s=self.device.memory_bytes_per_s,
+            device_decode_flops_per_s=self.gemm_flops_per_s(dtype, decode_rows),
+            device_attention_bytes_per_s=self.device.attention_bytes_per_s,
+            dequantize_bytes_per_s=self.device.dequantize_bytes_per_s or 0.0,
+            device_ops_per_s=self._device_ops_per_s,
+            elementwise_bytes_per_s=self.device.elementwise_bytes_per_s or _UNMEASURED,
+            sampled_values_per_s=self._sampled_values_per_s,
+            network_bytes_per_s=network,
+        )
+
+    @property
+    def core_shares(self) -> tuple[tuple[str, float], ...]:
+        """(lane or resource, share of the cores that it takes), where these are the device too;
+        none where they are not, or nobody measured."""
+        shares = self.device.core_shares
+        if shares is None:
+            return ()
+        return (
+            ("device", 1.0),
+            ("h2d", shares.copies),
+            ("d2h", shares.copies),
+            ("disk_read", shares.disk),
+            ("disk_write", shares.disk),
+            ("host_attention", shares.attention),
+        )
+
+    @property
+    def _device_ops_per_s(self) -> float:
+        """A GPU does small ops while the next are launched."""
+        if not self.device.is_cpu:
+            return HardwareSpec.device_ops_per_s
+        return 1 / self.device.launch_seconds
+
+    @property
+    def _sampled_values_per_s(self) -> float:
+        usual = _SAMPLED_BY_A_CORE if self.device.is_cpu else _UNMEASURED
+        return self.device.sampled_values_per_s or usual
+
+    def knows(self, dtype: str) -> bool:
+        """Whether there are figures for a dtype."""
+        attention = {it.dtype for it in self.host.attention}
+        return dtype in attention & {it.dtype for it in self.device.gemm}
+
+    def _attended(self, dtype: str, queries_per_kv_head: int, cache_bits: int | None) -> float:
+        """Bytes a second, of a cache as it is kept."""
+        packed = f"int{cache_bits}"
+        if any(it.dtype == packed for it in self.host.attention):
+            return self.attention(packed, queries_per_kv_head).bytes_per_s
+        rate = self.attention(dtype, queries_per_kv_head).bytes_per_s
+        if cache_bits is None:
+            return rate
+        return rate * packed_bytes(GROUP, cache_bits) / (GROUP * DTYPE_BYTES[dtype])
+
+    def attention(self, dtype: str, queries_per_kv_head: int) -> AttentionRates:
+        """Of the kernel that is fastest alone, between the measured shapes if need be.
+
+        Raises ValueError for a dtype without figures.
+        """
+        entries = [it for it in self.host.attention if it.dtype == dtype]
+        if not entries:
+            raise self._lacks("host attention", dtype, (it.dtype for it in self.host.attention))
+        found = []
+        for kernel in dict.fromkeys(it.kernel for it in entries):
+            own = {it.queries_per_kv_head: it for it in entries if it.kernel == kernel}
+            alone = interpolate(
+                [(at, own[at].bytes_per_s) for at in sorted(own)], queries_per_kv_head
+            )
+            busy = interpolate(
+                [(at, own[at].busy_bytes_per_s) for at in sorted(own)], queries_per_kv_head
+            )
+            found.append(AttentionRates(kernel, dtype, queries_per_kv_head, alone, busy))
+        return max(found, key=lambda it: it.bytes_per_s)
+
+    def gemm_flops_per_s(self, dtype: str, rows: int) -> float:
+        """Of a product with so many rows; ValueError for a dtype without figures."""
+        for gemm in self.device.gemm:
+            if gemm.dtype == dtype:
+                return interpolate(gemm.flops_per_s, rows)
+        raise self._lacks("matrix products", dtype, (gemm.dtype for gemm in self.device.gemm))
+
+    def _lacks(self, what: str, dtype: str, known: Iterable[str]) -> ValueError:
+        dtypes = ", ".join(dict.fromkeys(known))
+        return ValueError(
+            f"hardware {self.name} has no figures for {what} in {dtype}, only for {dtypes}; "
+            "choose one of those, or add the figures to a hardware file"
+        )
+
+    @staticmethod
+    def preset_names() -> list[str]:
+        return sorted(path.stem for path in _PRESETS.glob("*.yaml"))
+
+    @staticmethod
+    def preset(name: str) -> Hardware:
+        """A machine that ships with this package; ValueError lists the names."""
+        if name not in Hardware.preset_names():
+            known = ", ".join(Hardware.preset_names())
+            raise ValueError(f"there is no hardware preset {name!r}; there are {known}")
+        return Hardware.from_yaml(_PRESETS / f"{name}.yaml")
+
+    @staticmethod
+    def load(name: str | Path) -> Hardware:
+        """A preset by its name, a file by its path, or `local`: what was measured of this node.
+
+        Raises FileNotFoundError, with the names there are, and ValueError for bad content.
+        """
+        if str(name) in Hardware.preset_names():
+            return Hardware.preset(str(name))
+        path = hardware_file() if str(name) == LOCAL else Path(name)
+        if path.is_file():
+            return Hardware.from_yaml(path)
+        if str(name) == LOCAL:
+            raise FileNotFoundError(f"{path} is not there; `flexgen-ray calibrate` makes it")
+        known = ", ".join(Hardware.preset_names())
+        near = get_close_matches(str(name), Hardware.preset_names(), n=1, cutoff=0.5)
+        meant = f"did you mean {near[0]}? " if near else ""
+        raise FileNotFoundError(
+            f"there is no hardware file {name}, nor a preset of that name; {meant}presets are "
+            f"{known}, and `local` is what `flexgen-ray calibrate` measured"
+        )
+
+    @staticmethod
+    def local() -> Hardware | None:
+        """What `flexgen-ray calibrate` measured of this node; None if it hasn't been run."""
+        return Hardware.load(LOCAL) if hardware_file().is_file() else None
+
+    @staticmethod
+    def from_yaml(path: str | Path) -> Hardware:
+        """ValueError (bad content) and OSError (no such file) name the path."""
+        try:
+            return read_yaml(Hardware, Path(path))
+        except ValueError as error:
+            raise ValueError(
+                f"{error}. If another version wrote it, measure that machine anew: `flexgen-ray "
+                "calibrate`"
+            ) from error
+
+    def to_yaml(self) -> str:
+        """Text that `from_yaml` reads as an equal machine."""
+        return to_yaml(self)

@@ -1,0 +1,1 @@
+"""How are attention, packing and sampling computed fast? Kernels for host and device."""

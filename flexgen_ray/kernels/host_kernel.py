@@ -1,0 +1,218 @@
+"""Which kernel attends on the host: the faster on this machine, measured once and kept.
+
+The two round differently, so a machine keeps its answer, and with it its bits, from run to run.
+Knows how to time a kernel; not how one works.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from flexgen_ray.kernels import attention
+from flexgen_ray.kernels.pack import unpack
+from flexgen_ray.quant.packing import packed_bytes
+
+
+class Kernel(Protocol):
+    """HostAttention's arguments."""
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        lens: list[int],
+        out: Tensor,
+        sparsity: float = 1.0,
+        window: int | None = None,
+    ) -> None: ...
+
+
+KERNELS = ("sdpa", "numba")
+_FILE = "host-attention.json"
+_CONTEXT = 544
+MEASURED_BYTES = 128 << 20
+_SECONDS_EACH = 0.1
+_LEAST_HEAD_DIM = 16
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a kernel's speed depends on, beside the machine; dtype by its torch name.
+
+    bits: 4 or 8 if the cache is packed; sparsity: the share of tokens that are attended.
+    """
+
+    dtype: str
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    bits: int | None = None
+    sparsity: float = 1.0
+
+    def vector_bytes(self) -> int:
+        """Of one token's keys or values of one KV head."""
+        if self.bits is not None:
+            return packed_bytes(self.head_dim, self.bits)
+        return self.head_dim * getattr(torch, self.dtype).itemsize
+
+
+def load(name: str, threads: int) -> Kernel:
+    """One of KERNELS by its name; each takes plain and packed caches, and any sparsity.
+
+    sdpa takes as many threads as torch is set to. Raises ValueError for another name.
+    """
+    if name == "sdpa":
+        return _sdpa
+    if name == "numba":
+        from flexgen_ray.kernels.host_attention import HostAttention
+
+        return HostAttention(threads)
+    raise ValueError(f"there is no host attention kernel {name!r}; there are {KERNELS}")
+
+
+def takes_torch_threads(kernel: Kernel) -> bool:
+    """Whether it runs on as many threads as torch is set to, not on its own."""
+    return kernel is _sdpa
+
+
+def choose(shape: Shape, threads: int, folder: Path, nbytes: int = MEASURED_BYTES) -> str:
+    """The faster of KERNELS; measured (about half a second) unless the folder has the answer.
+
+    The folder is made if need be. What can't be read there is measured anew, what can't be
+    written is not kept; neither is an error.
+    """
+    if shape.head_dim < _LEAST_HEAD_DIM:
+        return "sdpa"
+    path, key = folder / _FILE, _key(shape, threads)
+    kept = _read(path)
+    if kept.get(key) in KERNELS:
+        return kept[key]
+    seconds = measure(shape, threads, min(nbytes, MEASURED_BYTES))
+    chosen = min(seconds, key=seconds.__getitem__)
+    with suppress(OSError):
+        _write(path, _read(path) | {key: chosen})
+    return chosen
+
+
+def measure(shape: Shape, threads: int, nbytes: int = MEASURED_BYTES) -> dict[str, float]:
+    """Seconds each kernel takes for one pass over a cache of so many bytes, by default far more
+    than a CPU's caches hold."""
+    row_bytes = 2 * shape.num_kv_heads * _CONTEXT * shape.vector_bytes()
+    seconds = {}
+    for name in KERNELS:
+        kernel = ready(name, threads, shape)
+        run = _call(kernel, shape, max(1, nbytes // row_bytes), _CONTEXT)
+        seconds[name] = best_seconds(run, _SECONDS_EACH)
+    return seconds
+
+
+def ready(name: str, threads: int, shape: Shape) -> Kernel:
+    """One of KERNELS that has run once for the shape, and so is compiled."""
+    kernel = load(name, threads)
+    _call(kernel, shape, 1, 1)()
+    return kernel
+
+
+def _call(kernel: Kernel, shape: Shape, rows: int, context: int) -> Callable[[], object]:
+    """The kernel on as many rows of made-up values."""
+    dtype = getattr(torch, shape.dtype)
+    size = (2, rows, shape.num_kv_heads, context, shape.vector_bytes())
+    # Bytes that are small numbers in every dtype, and as minimums and scales.
+    cache = torch.full(size, 0x38, dtype=torch.uint8)
+    if shape.bits is None:
+        cache = cache.view(dtype)
+    q = torch.ones((rows, shape.num_heads, shape.head_dim), dtype=dtype)
+    out = torch.empty_like(q)
+    return partial(kernel, q, cache[0], cache[1], [context] * rows, out, shape.sparsity)
+
+
+def best_seconds(run: Callable[[], object], budget: float) -> float:
+    """The shortest of at least two runs, repeated until the budget's seconds are spent."""
+    best, begin, runs = float("inf"), time.perf_counter(), 0
+    while runs < 2 or time.perf_counter() - begin < budget:
+        start = time.perf_counter()
+        run()
+        best, runs = min(best, time.perf_counter() - start), runs + 1
+    return best
+
+
+def _sdpa(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lens: list[int],
+    out: Tensor,
+    sparsity: float = 1.0,
+    window: int | None = None,
+) -> None:
+    bits, tokens = attention.cache_bits(k, q.shape[-1]), attention.span(lens, window)
+    k, v = k[:, :, tokens], v[:, :, tokens]
+    lens = [end - tokens.start for end in lens]
+    if bits is not None:
+        k, v = (_unpacked(x, bits, q) for x in (k, v))
+    if sparsity == 1:
+        out.copy_(attention.decode(q, k, v, lens, window=window))
+    else:
+        out.copy_(attention.decode_sparse(q, k, v, lens, sparsity, window=window))
+
+
+def _unpacked(packed: Tensor, bits: int, like: Tensor) -> Tensor:
+    values = like.new_empty((*packed.shape[:-1], like.shape[-1]))
+    unpack(packed, bits, values)
+    return values
+
+
+def _key(shape: Shape, threads: int) -> str:
+    heads = f"{shape.num_heads}/{shape.num_kv_heads}x{shape.head_dim}"
+    if shape.bits is not None:
+        heads += f" in {shape.bits} bits"
+    if shape.sparsity != 1:
+        heads += f" of {shape.sparsity:g} of the tokens"
+    versions = " ".join(f"{name} {version(name)}" for name in ("torch", "numba", "flexgen-ray"))
+    return f"{cpu_name()}, {shape.dtype}, {heads}, {threads} threads, {versions}"
+
+
+def cpu_name() -> str:
+    """The model and, in brackets, the kind that code is compiled for."""
+    from llvmlite import binding
+
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return f"{line.partition(':')[2].strip()} ({binding.get_host_cpu_name()})"
+    return f"{platform.machine()} ({binding.get_host_cpu_name()})"
+
+
+def _read(path: Path) -> dict[str, str]:
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return kept if isinstance(kept, dict) else {}
+
+
+def _write(path: Path, kept: dict[str, str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, written = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(json.dumps(kept, indent=2, sort_keys=True) + "\n")
+        os.replace(written, path)
+    except BaseException:
+        Path(written).unlink(missing_ok=True)
+        raise

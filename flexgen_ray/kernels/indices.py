@@ -1,0 +1,16 @@
+"""Small tensors of indices on their way to a device. Knows no tiers and no rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def place_indices(
+    values: Sequence, device: torch.device, dtype: torch.dtype = torch.int64
+) -> Tensor:
+    """Indices, or numbers of another dtype, on the device, without waiting for it."""
+    indices = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
+    return indices.to(device, non_blocking=True)

@@ -1,0 +1,197 @@
+"""Everything that fixes a stage's memory and its work: what sizes, costs and stores share.
+
+Knows model, policy and longest sequences; no bytes of buffers (sizes.py), no torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from flexgen_ray.config import DTYPE_BYTES, Policy, Workload, kept_tokens
+from flexgen_ray.layout.placement import PAGE, RowSplit, aligned, split_rows, split_tokens
+from flexgen_ray.layout.weights import WeightLayout, lay_out_weights
+from flexgen_ray.models.config import ModelConfig
+from flexgen_ray.quant.formats import WeightFormat
+from flexgen_ray.quant.packing import packed_bytes
+from flexgen_ray.schedule.zigzag import StageLayers
+
+PREFILL_TILES = 8  # a batch takes at most this many tiles of max_batch_tokens in a pass
+WORKING = 64 * 2**20  # bytes that attention of several decoding rows takes beside their cache
+CACHE_BLOCK_TOKENS = 16  # tokens of one row that go to disk together
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """Everything that fixes a stage's memory: model, policy, longest sequences.
+
+    stages_disk: whether weights on disk pass through host memory, as a GPU needs; a CPU as the
+    device reads them straight into its slots. num_blocks: in flight, each with its own cache.
+    hops_on_device: whether hidden states go from GPU to GPU, not by way of the host.
+    """
+
+    config: ModelConfig
+    stage: StageLayers
+    policy: Policy
+    workload: Workload
+    dtype: str
+    stages_disk: bool = True
+    num_blocks: int = 1
+    hops_on_device: bool = False
+
+    @property
+    def element_bytes(self) -> int:
+        return DTYPE_BYTES[self.dtype]
+
+    @property
+    def num_decoder_layers(self) -> int:
+        """Its embedding and head left out."""
+        return len(self.stage.decoders)
+
+    @property
+    def num_batches(self) -> int:
+        """Of all blocks in flight."""
+        return self.num_blocks * self.policy.num_gpu_batches
+
+    @property
+    def hop_tier(self) -> str:
+        """Where hidden states lie before they are sent, and when they come from another stage."""
+        return "gpu" if self.hops_on_device else "cpu"
+
+    @property
+    def arrival_tier(self) -> str:
+        """The same of a stage's input: embeddings are looked up on the host."""
+        return "cpu" if self.stage.is_first else self.hop_tier
+
+    @property
+    def hidden_slots(self) -> int:
+        """Batches whose hidden states lie between layers at a time: of two blocks at most."""
+        return min(self.num_blocks, 2) * self.policy.num_gpu_batches
+
+    @property
+    def max_seq_len(self) -> int:
+        """Tokens that one slot of the cache holds."""
+        return self.workload.max_seq_len
+
+    @property
+    def cell_tokens(self) -> int:
+        """Most tokens of one batch in one pass; longer prompts take several passes."""
+        batch = self.policy.gpu_batch_size
+        prompts = batch * self.workload.max_prompt_len
+        return max(batch, min(prompts, PREFILL_TILES * self.policy.max_batch_tokens))
+
+    @property
+    def tile_tokens(self) -> int:
+        """Most tokens that a linear layer sees at a time."""
+        return min(self.policy.max_batch_tokens, self.cell_tokens)
+
+    def tiles(self, num_tokens: int) -> list[slice]:
+        """The packed tokens of a pass, as linear layers see them."""
+        step = self.tile_tokens
+        return [slice(at, min(at + step, num_tokens)) for at in range(0, num_tokens, step)]
+
+    @property
+    def chunks_prompts(self) -> bool:
+        """True if some batch's prompts don't fit one pass."""
+        return self.policy.gpu_batch_size * self.workload.max_prefill_len > self.cell_tokens
+
+    @cached_property
+    def splits(self) -> dict[tuple[int, int], RowSplit]:
+        return split_rows(self.policy, self.stage, self.num_blocks)
+
+    @property
+    def vector_bytes(self) -> int:
+        """A key, or a value, of one token and KV head as the cache keeps it."""
+        bits, head_dim = self.policy.cache_bits, self.config.head_dim
+        return packed_bytes(head_dim, bits) if bits else head_dim * self.element_bytes
+
+    @property
+    def kv_bytes(self) -> int:
+        """Keys and values of one token in one layer."""
+        return 2 * self.config.num_kv_heads * self.vector_bytes
+
+    @property
+    def row_bytes(self) -> int:
+        """Keys and values of one slot in one layer."""
+        return self.max_seq_len * self.kv_bytes
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether decoding attends only some of a row's tokens."""
+        return self.policy.attention_sparsity < 1
+
+    def kept_tokens(self, layer: int, tokens: int) -> int:
+        """Of so many tokens of a row those that decoding attends in a layer."""
+        return kept_tokens(self.config.seen(layer, tokens), self.policy.attention_sparsity)
+
+    @property
+    def most_kept_tokens(self) -> int:
+        """Of any row in any layer."""
+        return kept_tokens(self.max_seq_len, self.policy.attention_sparsity)
+
+    @property
+    def attended_row_bytes(self) -> int:
+        """What attending a decoding row on the device takes beside its cache and scores: keys and
+        values unpacked; keys in float32, weights and their order, if it is sparse."""
+        config = self.config
+        unpacked = 2 * config.kv_size * self.element_bytes if self.policy.cache_bits else 0
+        sparse = 4 * config.kv_size + 16 * config.num_kv_heads + 8 * config.num_heads
+        return self.max_seq_len * (unpacked + (sparse if self.is_sparse else 0))
+
+    @property
+    def rows_at_a_time(self) -> int:
+        """Decoding rows that the device attends at a time: few, if that takes room."""
+        rows, each = self.policy.gpu_batch_size, self.attended_row_bytes
+        return max(1, min(rows, WORKING // each)) if each else rows
+
+    @property
+    def cache_block_bytes(self) -> int:
+        """CACHE_BLOCK_TOKENS keys and values of one row and layer, in whole pages."""
+        return aligned(CACHE_BLOCK_TOKENS * self.kv_bytes, PAGE)
+
+    @property
+    def cache_blocks(self) -> int:
+        """Blocks on disk of one row and layer; the tail in host memory has the rest."""
+        return self.max_seq_len // CACHE_BLOCK_TOKENS
+
+    @property
+    def streamed_rows(self) -> int:
+        """Rows of the device's streaming slot: decode's, and one chunked prompt of another row."""
+        splits = self.splits.values()
+        most = max((split.streamed + split.disk for split in splits), default=0)
+        return most + (self.chunks_prompts and any(split.attended for split in splits))
+
+    @property
+    def choosing_rows(self) -> int:
+        """Those of them of which only some tokens' values are streamed."""
+        return self.streamed_rows if self.is_sparse else 0
+
+    @property
+    def attended_rows(self) -> int:
+        return max((split.attended for split in self.splits.values()), default=0)
+
+    @property
+    def stored_tokens(self) -> int:
+        """Most tokens of a pass whose keys and values leave the device."""
+        off_device = max((split.off_device for split in self.splits.values()), default=0)
+        return min(self.cell_tokens, off_device * self.workload.max_prefill_len)
+
+    @property
+    def disk_rows(self) -> int:
+        return max((split.disk for split in self.splits.values()), default=0)
+
+    @property
+    def hidden_tokens(self) -> tuple[int, int, int]:
+        """Most tokens of one batch's hidden states on each tier."""
+        split = split_tokens(self.policy.activations, self.cell_tokens)
+        spare = [int(0 < fraction < 1) for fraction in self.policy.activations.fractions]
+        gpu, cpu, disk = (count + extra for count, extra in zip(split, spare, strict=True))
+        return gpu, cpu, disk
+
+    @cached_property
+    def weights(self) -> WeightLayout:
+        return lay_out_weights(self.config, self.stage, self.policy.weights, self.weight_format)
+
+    @property
+    def weight_format(self) -> WeightFormat:
+        return WeightFormat(self.dtype, self.policy.weight_bits, self.policy.embedding_bits)

@@ -1,0 +1,255 @@
+"""Bytes that a stage takes on each tier, buffer by buffer, before any is allocated.
+
+The stores allocate exactly these; a test holds them to it. Knows no torch.
+"""
+
+from __future__ import annotations
+
+from functools import reduce
+from math import prod
+
+from flexgen_ray.config import TIERS, Budget, Policy
+from flexgen_ray.layout.placement import PAGE, aligned
+from flexgen_ray.layout.plan import StagePlan
+from flexgen_ray.quant.formats import PARTS
+from flexgen_ray.schedule.ops import CELL_SLOTS, LAYER_SLOTS, staging_slots
+from flexgen_ray.units import format_bytes
+
+FRAGMENTATION = 1.5  # what an allocator holds over what is live; measured in test_memory.py
+CHOICE_BYTES = 4  # in which the host is told of a chosen token
+QUERY_TILE = 512  # queries whose mask over a cached prefix is made at a time
+
+
+def weight_bytes(plan: StagePlan) -> dict[str, int]:
+    """Bytes of the stage's weights on each tier."""
+    return dict(plan.weights.nbytes)
+
+
+def streamed_bytes(plan: StagePlan, layer: int) -> dict[str, int]:
+    """Bytes of one layer's weights that cross the link once a visit, by the tier they come from."""
+    stream = plan.weights.streams[layer]
+    return {tier: stream.nbytes(tier) for tier in ("cpu", "disk")}
+
+
+def weights_slot_bytes(plan: StagePlan) -> list[int]:
+    """Bytes of each device slot: those of the layers hold any of them, the last one the head."""
+    head = plan.config.head_layer
+    streamed = {x: sum(streamed_bytes(plan, x).values()) for x in plan.stage.with_weights}
+    largest = max((nbytes for layer, nbytes in streamed.items() if layer != head), default=0)
+    return [largest] * LAYER_SLOTS + [streamed.get(head, 0)]
+
+
+def staging_slot_bytes(plan: StagePlan) -> int:
+    """Bytes of a host slot, which holds a part of any layer's disk weights on its way."""
+    if not plan.stages_disk:
+        return 0
+    return plan.weights.largest("disk", plan.policy.num_gpu_batches)
+
+
+def staged_bytes(plan: StagePlan) -> int:
+    """Bytes of all those slots."""
+    return staging_slots(plan.policy.num_gpu_batches) * staging_slot_bytes(plan)
+
+
+def packed_values(plan: StagePlan, layer: int, part: str) -> int:
+    """How many values of a layer's weights are unpacked for a part."""
+    shapes = plan.weight_format.unpacked(plan.config.tensors(layer), part)
+    return sum(map(prod, shapes.values()))
+
+
+def unpacked_bytes(plan: StagePlan) -> dict[str, int]:
+    """{part: bytes} of the device memory in which a layer's packed weights are unpacked."""
+    kept, found = plan.weight_format, dict.fromkeys(PARTS, 0)
+    for layer in plan.stage.with_weights if kept.packs else ():
+        for part in PARTS:
+            shapes = kept.unpacked(plan.config.tensors(layer), part).values()
+            nbytes = sum(aligned(prod(shape) * plan.element_bytes) for shape in shapes)
+            found[part] = max(found[part], nbytes)
+    return found
+
+
+def stage_bytes(plan: StagePlan) -> dict[str, dict[str, int]]:
+    """{tier: {what: bytes}} of everything the stage will allocate."""
+    weights = weight_bytes(plan)
+    cache = _cache_bytes(plan)
+    hidden = _hidden_bytes(plan)
+    return {
+        "gpu": {
+            "weights": weights["gpu"],
+            "weights in flight": sum(weights_slot_bytes(plan)),
+            "weights unpacked": sum(unpacked_bytes(plan).values()),
+            **cache["gpu"],
+            **hidden["gpu"],
+            "workspace": workspace_bytes(plan),
+        },
+        "cpu": {
+            "weights": weights["cpu"],
+            "weights in flight": staged_bytes(plan),
+            **cache["cpu"],
+            **hidden["cpu"],
+        },
+        "disk": {"weights": weights["disk"], **cache["disk"], **hidden["disk"]},
+    }
+
+
+def _cache_bytes(plan: StagePlan) -> dict[str, dict[str, int]]:
+    splits = plan.splits.values()
+    row, block = plan.row_bytes, plan.cache_block_bytes
+    disk_row = plan.cache_blocks * block
+    disk_rows = sum(split.disk for split in splits)
+    new_kv = plan.stored_tokens * plan.kv_bytes
+    vectors = plan.attended_rows * plan.config.q_size * plan.element_bytes
+    kept = plan.choosing_rows * plan.most_kept_tokens * plan.config.num_kv_heads
+    chosen = kept * (plan.vector_bytes + CHOICE_BYTES)
+    return {
+        "gpu": {
+            "cache": sum(split.gpu for split in splits) * row,
+            "cache in flight": CELL_SLOTS * plan.streamed_rows * row,
+        },
+        "cpu": {
+            "cache": sum(split.cpu for split in splits) * row,
+            "cache tails": disk_rows * block,
+            "cache in flight": CELL_SLOTS * (2 * plan.disk_rows * disk_row + new_kv + chosen),
+            "host attention": 2 * CELL_SLOTS * vectors,
+            "workspace": host_workspace_bytes(plan),
+        },
+        "disk": {"cache": disk_rows * disk_row},
+    }
+
+
+def host_workspace_bytes(plan: StagePlan) -> int:
+    """Most bytes of temporaries on the host: a batch's mask and scores, a row, gathered tokens; and
+    where the values lie that are gathered beside that."""
+    attention = plan.attended_rows * plan.max_seq_len * 4 * (1 + plan.config.num_heads)
+    moved = plan.row_bytes if any(split.off_device for split in plan.splits.values()) else 0
+    kept = plan.choosing_rows * plan.most_kept_tokens * plan.config.num_kv_heads
+    gathered = 3 * plan.tile_tokens * plan.config.hidden_size * plan.element_bytes
+    return max(attention, moved, gathered if _gathers(plan) else 0) + 2 * 8 * kept
+
+
+def _hidden_bytes(plan: StagePlan) -> dict[str, dict[str, int]]:
+    config = plan.config
+    token = config.hidden_size * plan.element_bytes
+    gpu, cpu, disk = plan.hidden_tokens
+    slots = plan.hidden_slots
+    sent = 0 if plan.stage.is_last else slots * plan.cell_tokens * token
+    work = plan.cell_tokens * (config.hidden_size + config.q_size + 2 * config.kv_size)
+    packed = plan.cell_tokens * plan.kv_bytes if plan.policy.cache_bits else 0
+    hops: dict[str, dict[str, int]] = {"gpu": {}, "cpu": {}}
+    arrived = CELL_SLOTS * plan.cell_tokens * token * _arrives(plan)
+    hops[plan.arrival_tier]["hidden states arrived"] = arrived
+    hops[plan.hop_tier]["hidden states sent"] = sent
+    return {
+        "gpu": {
+            **hops["gpu"],
+            "hidden states": slots * gpu * token,
+            "cell": CELL_SLOTS * (work * plan.element_bytes + packed),
+        },
+        "cpu": {
+            "hidden states": slots * cpu * token,
+            "hidden states in flight": 2 * CELL_SLOTS * aligned(disk * token, PAGE),
+            **hops["cpu"],
+        },
+        "disk": {"hidden states": slots * aligned(disk * token, PAGE)},
+    }
+
+
+def _arrives(plan: StagePlan) -> bool:
+    """Whether hidden states come by way of the host: embeddings, or from the stage before."""
+    return _gathers(plan) or not plan.stage.is_first
+
+
+def _gathers(plan: StagePlan) -> bool:
+    """Whether embeddings are looked up on the host."""
+    return plan.stage.is_first and plan.weights.places[0]["embed_tokens.weight"].tier != "gpu"
+
+
+def workspace_bytes(plan: StagePlan) -> int:
+    """Most bytes of temporaries on the device: a tile's MLP or projection, attention, logits."""
+    # Masks are made once a pass, for each way in which a layer splits its slots and attends.
+    config, splits = plan.config, plan.splits.items()
+    ways = {(split, config.window(layer)) for (layer, _), split in splits}
+    passes = 2 * plan.num_batches * len(ways)
+    masks = passes * plan.policy.gpu_batch_size * plan.max_seq_len
+    # A row from disk comes as it lies there; meanwhile another stream's op runs.
+    arriving = plan.cache_blocks * plan.cache_block_bytes * plan.stages_disk * (plan.disk_rows > 0)
+    return int(FRAGMENTATION * (_op_bytes(plan) + masks + arriving))
+
+
+def scored_tokens_at_a_time(plan: StagePlan, top: int) -> int:
+    """Tokens whose logits, in two precisions, fit the workspace beside the scores of a whole pass,
+    each with `top` likeliest tokens."""
+    scores = plan.cell_tokens * (16 + 12 * top)
+    room = _op_bytes(plan) - 48 * plan.config.vocab_size - scores
+    return max(1, room // (8 * plan.config.vocab_size))
+
+
+def _op_bytes(plan: StagePlan) -> int:
+    """Most bytes that one op needs beside the stores."""
+    config, element = plan.config, plan.element_bytes
+    wide = max(config.intermediate_size * (3 if config.gated_mlp else 2), 3 * config.q_size)
+    tile = plan.tile_tokens * (wide * element + config.hidden_size * (2 * element + 3 * 4))
+    rows = plan.policy.gpu_batch_size
+    # Grouped-query prefill repeats the keys and values of one row for every query head.
+    attention = plan.max_seq_len * (config.q_size + config.kv_size) * 2 * element
+    chunk = min(plan.cell_tokens, plan.workload.max_prefill_len)
+    attention += chunk * config.q_size * (2 * element + 4)
+    attention += min(QUERY_TILE, chunk) * plan.max_seq_len * (1 + 4)
+    attention += rows * plan.max_seq_len * 4 * (1 + config.num_heads)
+    attention += plan.rows_at_a_time * plan.attended_row_bytes
+    # The weights of what is chosen stay until its values have come.
+    kept = CELL_SLOTS * plan.choosing_rows * plan.most_kept_tokens
+    attention += kept * 4 * config.num_heads
+    # All rows' logits in two precisions, one row's distribution sorted and summed in float64.
+    logits = config.vocab_size * (8 * rows + 48)
+    return max(tile, attention, logits)
+
+
+def totals(sizes: dict[str, dict[str, int]]) -> Budget:
+    """Sum of the buffers of each tier."""
+    return Budget(**{tier: sum(sizes[tier].values()) for tier in TIERS})
+
+
+def check_budgets(plans: list[StagePlan], budgets: list[Budget]) -> None:
+    """The same of every stage; the error names which."""
+    for number, (plan, budget) in enumerate(zip(plans, budgets, strict=True)):
+        try:
+            check_budget(plan, budget)
+        except ValueError as error:
+            raise ValueError(
+                f"stage {number}: {error}" if len(plans) > 1 else str(error)
+            ) from error
+
+
+_LEVERS = {
+    "gpu": ("gpu_batch_size", "max_batch_tokens", "weights.gpu", "cache.gpu", "activations.gpu"),
+    "cpu": ("gpu_batch_size", "num_gpu_batches", "weights.cpu", "cache.cpu", "activations.cpu"),
+    "disk": ("weights.disk", "cache.disk", "activations.disk"),
+}
+
+
+def check_budget(plan: StagePlan, budget: Budget) -> None:
+    """ValueError that names tier, need, budget and remedy if the plan doesn't fit."""
+    sizes = stage_bytes(plan)
+    need = totals(sizes)
+    for tier in TIERS:
+        if getattr(need, tier) > getattr(budget, tier):
+            largest = sorted(sizes[tier].items(), key=lambda item: -item[1])[:3]
+            parts = ", ".join(f"{what} {format_bytes(size)}" for what, size in largest if size)
+            raise ValueError(
+                f"the policy needs {format_bytes(getattr(need, tier))} on the {tier} tier "
+                f"({parts}) but its budget is {format_bytes(getattr(budget, tier))}; "
+                f"{_remedy(plan.policy, tier)}"
+            )
+
+
+def _remedy(policy: Policy, tier: str) -> str:
+    """What can still be lowered, with its value, and what can be raised."""
+    levers = []
+    for lever in _LEVERS[tier]:
+        value: float = reduce(getattr, lever.split("."), policy)  # type: ignore[assignment,arg-type]
+        if value > (0 if "." in lever else 1):
+            levers.append(f"{lever} ({value:.3g})")
+    lower = f"lower {', '.join(levers)}, or " if levers else ""
+    elsewhere = " or choose another --offload-dir" if tier == "disk" else ""
+    return f"{lower}raise --{tier}-memory{elsewhere}"

@@ -1,0 +1,1 @@
+"""Which policy suits a job? Given, planned by linear programming, or filled."""

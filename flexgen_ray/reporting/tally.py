@@ -1,0 +1,150 @@
+"""How much of a run is done, and how long the rest may take: tokens and seconds, pass by pass.
+
+Knows requests, and what a plan predicted if there is one; no clock.
+
+When each request of a run arrived, had its first token and was finished.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+
+from flexgen_ray.planner.pipeline_plan import Plan
+from flexgen_ray.request import Finished, Request, RequestMetrics, RequestOutput
+from flexgen_ray.runtime.events import OnProgress, Progress, Standing
+
+
+class RequestTimes:
+    """Times of one run's requests; several answers to a request are one request."""
+
+    def __init__(self, requests: Iterable[Request]) -> None:
+        self._arrival = time.time()
+        self._first_token: dict[int, float] = {}
+        self._owner = {it.index: it.index if it.first is None else it.first for it in requests}
+
+    def note(self, progress: Progress) -> None:
+        """The first tokens of a pass are there now."""
+        now = time.time()
+        for index, _ in progress.tokens:
+            self._first_token.setdefault(self._owner[index], now)
+
+    def finish(self, output: RequestOutput) -> RequestOutput:
+        """The output of a request that is finished now, with its times."""
+        now = time.time()
+        # An answer of one token is there before the news of its pass.
+        made = now if any(answer.token_ids for answer in output.outputs) else None
+        first = self._first_token.pop(output.index, made)
+        return replace(output, metrics=RequestMetrics(self._arrival, first, now))
+
+
+TELLING_ANSWERS = 16  # answers whose mean length tells how long the others will be
+PRIOR = 0.02  # share of a run after which its own speed counts as much as the predicted one
+
+
+class Tally:
+    """Counts one run. Several answers to a request are one request."""
+
+    def __init__(self, requests: Iterable[Request], plan: Plan | None = None) -> None:
+        self._pace = None if plan is None else _pace(plan)
+        self._owner: dict[int, int] = {}
+        self._most: dict[int, int] = {}
+        self._unanswered: Counter[int] = Counter()
+        self._prompt_left = self._new_left = 0
+        for request in requests:
+            owner = request.index if request.first is None else request.first
+            self._owner[request.index] = owner
+            self._unanswered[owner] += 1
+            self._most[request.index] = request.max_tokens
+            self._prompt_left += len(request.prompt_token_ids)
+            self._new_left += request.max_tokens - len(request.generated)
+        self._num_requests = len(self._unanswered)
+        self._prompt = self._new = self._decoded = 0
+        self._prefill_seconds = self._decode_seconds = 0.0
+        self._answers = self._answered = self._allowed = 0
+
+    def follow(
+        self, run: Iterable[Finished | Progress], *listeners: OnProgress
+    ) -> Iterator[Finished]:
+        """Finished answers; listeners get the rest, each pass with where the run then stands."""
+        for listener in listeners:
+            listener(Progress(is_prefill=True, standing=self.standing()))
+        for event in run:
+            if isinstance(event, Finished):
+                self._finish(event)
+                yield event
+                continue
+            if not event.note and not event.phase:
+                self._add(event)
+                event = replace(event, standing=self.standing())
+            for listener in listeners:
+                listener(event)
+
+    def standing(self) -> Standing:
+        """Where the run stands now."""
+        seconds = self._prefill_seconds + self._decode_seconds
+        return Standing(
+            self._num_requests - len(self._unanswered),
+            self._num_requests,
+            self._prompt,
+            self._new,
+            self._prompt + self._new + self._prompt_left + self._new_left,
+            self._new / seconds if seconds else 0.0,
+            self._seconds_left(),
+        )
+
+    def _finish(self, finished: Finished) -> None:
+        """Count a finished answer; what it leaves of its max_tokens won't come."""
+        most, length = self._most[finished.index], len(finished.token_ids)
+        owner = self._owner[finished.index]
+        self._unanswered[owner] -= 1
+        if not self._unanswered[owner]:
+            del self._unanswered[owner]
+        self._answers += 1
+        self._answered += length
+        self._allowed += most
+        self._new_left = max(self._new_left - (most - length), 0)
+
+    def _add(self, event: Progress) -> None:
+        self._prompt += event.prefill_tokens
+        self._new += event.new_tokens
+        self._prompt_left = max(self._prompt_left - event.prefill_tokens, 0)
+        self._new_left = max(self._new_left - event.new_tokens, 0)
+        if event.is_prefill:
+            self._prefill_seconds += event.seconds
+        else:
+            self._decode_seconds += event.seconds
+            self._decoded += event.new_tokens
+
+    def _seconds_left(self) -> float | None:
+        """None until something is known."""
+        prompt_left, new_left = self._prompt_left, self._new_left * self._used_share
+        seconds = self._prefill_seconds + self._decode_seconds
+        if self._pace is not None:
+            prompt, new = self._pace
+            done, left = prompt * self._prompt + new * self._new, prompt * prompt_left
+            left += new * new_left
+            prior = PRIOR * (done + left)
+            return left * (seconds + prior) / (done + prior) if left else 0.0
+        if self._decoded:
+            prompt = self._prefill_seconds / self._prompt if self._prompt else 0.0
+            return prompt * prompt_left + self._decode_seconds / self._decoded * new_left
+        if self._new:
+            return seconds * (prompt_left + new_left) / (self._prompt + self._new)
+        return None
+
+    @property
+    def _used_share(self) -> float:
+        """Mean share of their max_tokens that answers take."""
+        if self._answers < TELLING_ANSWERS or not self._allowed:
+            return 1.0
+        return self._answered / self._allowed
+
+
+def _pace(plan: Plan) -> tuple[float, float]:
+    """Predicted seconds for each prompt token and for each new one."""
+    sequences = plan.num_blocks * plan.block_size
+    prompt = plan.prefill_seconds / (sequences * plan.job.mean_prompt_len)
+    return prompt, plan.decode_seconds / (sequences * plan.job.mean_tokens)

@@ -1,0 +1,287 @@
+"""What each op does: the one place where stores and the model's maths meet.
+
+Knows one op at a time; not their order (schedule) nor when they run (executor).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from flexgen_ray.kernels.host_kernel import Kernel
+from flexgen_ray.kernels.sampling import NOT_FINITE, Scores, sample, score
+from flexgen_ray.layout.plan import StagePlan
+from flexgen_ray.layout.rows import Composition, PlacedRows, Rows
+from flexgen_ray.layout.sizes import scored_tokens_at_a_time
+from flexgen_ray.models.registry import FAMILIES
+from flexgen_ray.runtime.device_attention import DeviceAttention
+from flexgen_ray.runtime.passes import Pass, Passes
+from flexgen_ray.runtime.scheduler import Batcher
+from flexgen_ray.schedule.ops import CELL_SLOTS, Op, OpKind
+from flexgen_ray.store.activations import HiddenStore, Work
+from flexgen_ray.store.kv_cache import KVCache
+from flexgen_ray.store.tiers import Tiers
+from flexgen_ray.store.weights import WeightStore
+
+LogitsHook = Callable[[list[int], Tensor], None]
+
+
+class Cells:
+    """Runs ops on a stage's stores."""
+
+    def __init__(
+        self,
+        plan: StagePlan,
+        weights: WeightStore,
+        batcher: Batcher,
+        tiers: Tiers,
+        attend_on_host: Kernel,
+    ) -> None:
+        self.plan = plan
+        self.config = plan.config
+        self.family = FAMILIES[plan.config.family]
+        self.device = tiers.device
+        self.weights = weights
+        self._attend_on_host = attend_on_host
+        self.cache = KVCache(plan, tiers)
+        self.hidden = HiddenStore(plan, tiers)
+        self._attention = DeviceAttention(plan, self.cache, tiers.device)
+        self.on_logits: LogitsHook | None = None
+        self.passes = Passes(plan, batcher, tiers.device)
+        self._logits: dict[int, Tensor] = {}
+        self._prompt_scores: dict[int, list[Scores]] = {}
+        self._scores: dict[int, list[Scores]] = {}
+        shape = (CELL_SLOTS, plan.policy.gpu_batch_size)
+        pinned = self.device.type == "cuda"
+        self._chosen = torch.empty(shape, dtype=torch.int64, pin_memory=pinned)
+        # NaN for a slot whose prompt has hidden states that aren't finite, else 0.
+        slots = plan.num_batches, plan.policy.gpu_batch_size
+        self._faults = torch.zeros(slots, device=self.device)
+
+    def begin(self, on_logits: LogitsHook | None) -> None:
+        """A new run, whose visits are counted from 0."""
+        self.on_logits = on_logits
+        self.passes.begin()
+
+    def run(self, op: Op, ready_at: float = 0.0) -> None:
+        """Does what the op says, whenever it was ready; nothing if its pass has no rows."""
+        if not self.is_idle(op):
+            _HANDLERS[op.kind](self, op)
+
+    def is_idle(self, op: Op) -> bool:
+        """Whether there is nothing to do: no rows, or weights of a visit that has none."""
+        if op.kind in _OF_WEIGHTS:
+            return self.passes.is_empty(op.visit)
+        return op.kind not in _WITHOUT_ROWS and not self.rows(op).rows
+
+    def rows(self, op: Op) -> Rows:
+        """The composition of the op's pass; looked up when the op starts, not when it is issued."""
+        return self._pass(op).rows
+
+    def placed(self, op: Op) -> PlacedRows:
+        """The same rows as the op's layer treats them."""
+        return self._pass(op).placed(self.cache.split(op))
+
+    def composition(self, op: Op) -> Composition | None:
+        """Of the op's pass; None for what needs none, or has no rows."""
+        if op.kind in _WITHOUT_ROWS or op.kind in _OF_WEIGHTS:
+            return None
+        found = self._pass(op)
+        return found if found.rows.rows else None
+
+    def _pass(self, op: Op) -> Pass:
+        return self.passes.of(op)
+
+    def _recv(self, op: Op) -> None:
+        self.passes.joined.recv(self.hidden.arrived[op.cell_slot, : self.rows(op).num_tokens])
+
+    def _store_sent(self, op: Op) -> None:
+        count = self.rows(op).num_tokens
+        sent = self.hidden.sent[op.hidden_slot, :count]
+        sent.copy_(self._work(op).hidden[:count], non_blocking=True)
+
+    def _send(self, op: Op) -> None:
+        self.passes.joined.send(self.hidden.sent[op.hidden_slot, : self.rows(op).num_tokens])
+
+    def _gather(self, op: Op) -> None:
+        rows = self.rows(op)
+        ids, positions = torch.tensor(rows.token_ids), torch.tensor(rows.positions)
+        for tile in self.plan.tiles(rows.num_tokens):
+            found = self.family.embed(self.config, self.weights.lookup, ids[tile], positions[tile])
+            self.hidden.arrived[op.cell_slot, tile].copy_(found)
+
+    def _load_embedding(self, op: Op) -> None:
+        count = self.rows(op).num_tokens
+        arrived = self.hidden.arrived[op.cell_slot, :count]
+        self._work(op).hidden[:count].copy_(arrived, non_blocking=True)
+
+    def _read_hidden(self, op: Op) -> None:
+        self.hidden.read(op, self.rows(op).num_tokens)
+
+    def _load_hidden(self, op: Op) -> None:
+        self.hidden.load(op, self.rows(op).num_tokens)
+
+    def _read_cache(self, op: Op) -> None:
+        self.cache.read(op, self.placed(op))
+
+    def _embed(self, op: Op) -> None:
+        rows, work = self.rows(op), self._work(op)
+        if self.plan.stage.is_first and self.weights.embeds_on_device:
+            ids, positions = self._pass(op).token_ids, self._pass(op).positions
+            for tile in self.plan.tiles(rows.num_tokens):
+                found = self.family.embed(
+                    self.config, self.weights.lookup, ids[tile], positions[tile]
+                )
+                work.hidden[tile].copy_(found)
+        self.hidden.keep_resident(op, rows.num_tokens)
+
+    def _load_cache(self, op: Op) -> None:
+        self.cache.load(op, self.placed(op))
+
+    def _project(self, op: Op) -> None:
+        rows, work = self.rows(op), self._work(op)
+        self.hidden.fetch_resident(op, rows.num_tokens)
+        positions = self._pass(op).positions
+        tensors = self.weights.tensors(op)
+        for tile in self.plan.tiles(rows.num_tokens):
+            hidden, its = work.hidden[tile], positions[tile]
+            parts = self.family.project(self.config, tensors, hidden, its, op.layer)
+            for target, part in zip((work.q, work.k, work.v), parts, strict=True):
+                target[tile].copy_(part.flatten(1))
+        self._attention.pack(work, rows.num_tokens)
+        self.cache.append_resident(op, self.placed(op), work)
+
+    def _store_cache(self, op: Op) -> None:
+        self.cache.store(op, self.placed(op), self._work(op))
+
+    def _append_cache(self, op: Op) -> None:
+        self.cache.append(op, self.placed(op))
+
+    def _write_cache(self, op: Op) -> None:
+        self.cache.write(op, self.placed(op))
+
+    def _choose(self, op: Op) -> None:
+        self._attention.choose(op, self.placed(op), self._work(op))
+
+    def _gather_values(self, op: Op) -> None:
+        self.cache.gather_values(op, self.placed(op))
+
+    def _load_values(self, op: Op) -> None:
+        self.cache.load_values(op, self.placed(op))
+
+    def _attend_device(self, op: Op) -> None:
+        self._attention.attend(op, self.placed(op), self._work(op))
+
+    def _attend_host(self, op: Op) -> None:
+        for run in self.placed(op).attended_runs:
+            places, _ = self.cache.vector_places(op, run)
+            cached = self.cache.host_view(op, run[0].slot, run[-1].slot + 1)
+            query = self.cache.host_query[op.cell_slot, places]
+            out = self.cache.host_attention[op.cell_slot, places]
+            lens = [row.seq_len for row in run]
+            how = self.plan.policy.attention_sparsity, self.config.window(op.layer)
+            self._attend_on_host(query, cached[0], cached[1], lens, out, *how)
+
+    def _load_attention(self, op: Op) -> None:
+        work = self._work(op)
+        for run in self.placed(op).attended_runs:
+            places, tokens = self.cache.vector_places(op, run)
+            result = self.cache.host_attention[op.cell_slot, places]
+            work.q[tokens].copy_(result.flatten(1), non_blocking=True)
+
+    def _finish(self, op: Op) -> None:
+        kind = self.plan.stage.kind(op.layer)
+        _FINISH[kind](self, op)
+
+    def _finish_decoder(self, op: Op) -> None:
+        rows, work, tensors = self.rows(op), self._work(op), self.weights.tensors(op)
+        for tile in self.plan.tiles(rows.num_tokens):
+            out = self.family.finish(self.config, tensors, work.hidden[tile], work.q[tile])
+            work.hidden[tile].copy_(out)
+        self.hidden.keep_resident(op, rows.num_tokens)
+
+    def _head(self, op: Op) -> None:
+        """Logits of the last token of each row that is to be followed by another; of those before
+        tokens that are only scored, their scores."""
+        rows = self.rows(op)
+        self.hidden.fetch_resident(op, rows.num_tokens)
+        if self._pass(op).prefills:
+            self._look_at_prompts(op)
+        if rows.scored:
+            self._prompt_scores[op.cell_slot] = self._score_prompts(op)
+        if rows.sampled:
+            x = self._work(op).hidden[self._pass(op).last_tokens]
+            self._logits[op.cell_slot] = self.family.head(self.config, self.weights.tensors(op), x)
+
+    def _look_at_prompts(self, op: Op) -> None:
+        """Notes hidden states that aren't finite: the logits of a prompt's last token need not tell
+        of those before it, if layers have windows. Waits for nothing."""
+        its, faults = self._pass(op), self._faults[op.batch]
+        low, high = self._work(op).hidden[: its.rows.num_tokens].aminmax(dim=-1)
+        faults.index_fill_(0, its.new_slots, 0)
+        faults.index_add_(0, its.slots, (low * 0 + high * 0).float())
+
+    def _score_prompts(self, op: Op) -> list[Scores]:
+        """As many tokens at a time as there is room for logits of."""
+        its, tensors, hidden = self._pass(op), self.weights.tensors(op), self._work(op).hidden
+        step = scored_tokens_at_a_time(self.plan, its.top)
+        tiles = zip(its.scored_tokens.split(step), its.scored_ids.split(step), strict=True)
+        return [
+            score(self.family.head(self.config, tensors, hidden[tokens]), ids, its.top)
+            for tokens, ids in tiles
+        ]
+
+    def _store_hidden(self, op: Op) -> None:
+        self.hidden.store(op, self.rows(op).num_tokens)
+
+    def _write_hidden(self, op: Op) -> None:
+        self.hidden.write(op, self.rows(op).num_tokens)
+
+    def _sample(self, op: Op) -> None:
+        its, slot = self._pass(op), op.cell_slot
+        self._scores[slot] = self._prompt_scores.pop(slot) if its.rows.scored else []
+        if not its.rows.sampled:
+            return
+        logits = self._logits.pop(slot)
+        if self.on_logits is not None:
+            self.on_logits(its.header.indices, logits)
+        tokens = sample(logits, its.header.draws)
+        if its.prefills:
+            fails = self._faults[op.batch][its.sampled_slots].isnan()
+            tokens.masked_fill_(fails, NOT_FINITE)
+        self._chosen[slot, : len(tokens)].copy_(tokens, non_blocking=True)
+        if its.scores_sampled:
+            self._scores[slot].append(score(logits, tokens.clamp(min=0), its.top))
+
+    def _accept(self, op: Op) -> None:
+        rows, slot = self.rows(op), op.cell_slot
+        if rows.num_logits:
+            tokens = self._chosen[slot, : len(rows.sampled)].tolist()
+            scores = chain.from_iterable(it.tolist() for it in self._scores.pop(slot))
+            self.passes.accept(op, tokens, scores)
+
+    def _work(self, op: Op) -> Work:
+        return self.hidden.work[op.cell_slot]
+
+
+Handler = Callable[[Cells, Op], None]
+_WITHOUT_ROWS = frozenset({OpKind.RECV_TOKENS, OpKind.COMPOSE, OpKind.RECV_ROWS})
+_OF_WEIGHTS = frozenset({OpKind.READ_WEIGHTS, OpKind.LOAD_WEIGHTS})
+_DELEGATED: dict[OpKind, Handler] = {
+    OpKind.COMPOSE: lambda cells, op: cells.passes.compose(op),
+    OpKind.RECV_ROWS: lambda cells, op: cells.passes.recv_rows(op),
+    OpKind.RECV_TOKENS: lambda cells, op: cells.passes.recv_tokens(op),
+    OpKind.READ_WEIGHTS: lambda cells, op: cells.weights.read_part(op),
+    OpKind.LOAD_WEIGHTS: lambda cells, op: cells.weights.load_part(op),
+}
+_HANDLERS: dict[OpKind, Handler] = _DELEGATED | {
+    kind: getattr(Cells, f"_{kind.value}") for kind in OpKind if kind not in _DELEGATED
+}
+_FINISH: dict[str, Handler] = {
+    "decoder": Cells._finish_decoder,
+    "head": Cells._head,
+    "exit": lambda cells, op: cells.hidden.fetch_resident(op, cells.rows(op).num_tokens),
+}

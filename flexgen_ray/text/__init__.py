@@ -1,0 +1,1 @@
+"""How does text become tokens, and how do tokens become text?"""
