@@ -68,7 +68,7 @@ def accuracy(
 ) -> None:
     """Perplexity of a model in every format, and with the same rounding in plain torch.
 
-    Example: flexgen-ray bench accuracy --model ./smollm2 --data wiki.txt
+    Example: python -m benchmarks.accuracy --model ./smollm2 --data wiki.txt
     """
     text, folder = read_text(data), find_model(model)
     windows = {"context": context, "stride": stride, "max_tokens": max_tokens}

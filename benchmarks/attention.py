@@ -1,4 +1,4 @@
-"""`flexgen-ray bench attention`: how near to the speed of memory host attention comes.
+"""`python -m benchmarks.attention`: how near to the speed of memory host attention comes.
 
 Decode attention does a few operations on each byte of the cache, so the most it can reach is the
 speed at which the same threads read the same memory and do nothing else. Both are measured in
@@ -119,7 +119,7 @@ def attention(
 ) -> None:
     """Bytes of keys and values attended per second, against a plain read of the same memory.
 
-    Ends with one line of JSON on stdout. Example: flexgen-ray bench attention --threads 8
+    Ends with one line of JSON on stdout. Example: python -m benchmarks.attention --threads 8
     """
     import torch
 

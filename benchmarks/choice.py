@@ -22,7 +22,7 @@ from flexgen_ray.cli.options import JsonOption
 from flexgen_ray.config import Budget, HardwareSpec, Placement, Policy
 from flexgen_ray.layout.sizes import stage_bytes, totals
 from flexgen_ray.models.shapes import shape_config
-from flexgen_ray.planner.pipeline_plan import Device, Job, Plan
+from flexgen_ray.planner.pipeline_plan import PipelinePlan, PlannedJob, StageDevice
 from flexgen_ray.planner.search import Planner, choose
 from flexgen_ray.reporting.result import finish, off_by
 from flexgen_ray.reporting.terminal import say
@@ -59,7 +59,7 @@ def choice(
 ) -> None:
     """Emulated policies of a grid, and the planner's choice against the best of them.
 
-    Example: flexgen-ray bench choice --workloads paper
+    Example: python -m benchmarks.choice --workloads paper
     """
     torch.set_num_threads(1)  # the small tensors' maths must not disturb the clock
     results = {}
@@ -76,8 +76,10 @@ def choice(
 
 def planner_of(prompt_len: int, max_tokens: int) -> Planner:
     config = replace(shape_config(SHAPE), num_layers=LAYERS)
-    device = Device(lambda *rows: RATES, BUDGET)
-    return Planner(config, (device,), Job.uniform(REQUESTS, prompt_len, max_tokens), "float16")
+    device = StageDevice(lambda *rows: RATES, BUDGET)
+    return Planner(
+        config, (device,), PlannedJob.uniform(REQUESTS, prompt_len, max_tokens), "float16"
+    )
 
 
 def grid() -> Iterator[Policy]:
@@ -85,7 +87,7 @@ def grid() -> Iterator[Policy]:
         yield Policy(size, number, 512, weights, cache, Placement(1, 0, 0), attention)
 
 
-def _fitting(planner: Planner) -> Iterator[Plan]:
+def _fitting(planner: Planner) -> Iterator[PipelinePlan]:
     """Those of the grid that the machine's memory can hold."""
     for policy in grid():
         plan = planner.evaluate((LAYERS,), [policy])
@@ -94,7 +96,7 @@ def _fitting(planner: Planner) -> Iterator[Plan]:
             yield planner.played(plan)
 
 
-def _compared(planner: Planner, plan: Plan, cell_seconds: float) -> dict:
+def _compared(planner: Planner, plan: PipelinePlan, cell_seconds: float) -> dict:
     """A policy's tokens/s, predicted and run."""
     measured, predicted = _run(plan, cell_seconds), plan.tokens_per_s
     found = {
@@ -107,7 +109,7 @@ def _compared(planner: Planner, plan: Plan, cell_seconds: float) -> dict:
     return found
 
 
-def _run(plan: Plan, cell_seconds: float) -> float:
+def _run(plan: PipelinePlan, cell_seconds: float) -> float:
     """Generated tokens per modelled second of one block."""
     job = plan.job
     likeness = Likeness(plan.stages, [RATES], job.middle_position, cell_seconds)

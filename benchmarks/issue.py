@@ -13,7 +13,7 @@ from benchmarks.command import run_as_command
 from flexgen_ray.cli.options import JsonOption
 from flexgen_ray.reporting.result import finish
 from flexgen_ray.runtime.executor import AsyncExecutor
-from flexgen_ray.runtime.lanes import divide_cores, make_crews
+from flexgen_ray.runtime.lanes import divide_cores, make_lane_workers
 from flexgen_ray.schedule.ops import Op
 from flexgen_ray.schedule.zigzag import StageLayers, zigzag
 
@@ -28,7 +28,7 @@ def issue(
 ) -> None:
     """Microseconds of CPU that issuing an op costs, every op of the schedule counted.
 
-    Example: flexgen-ray bench issue --layers 48 --batches 4
+    Example: python -m benchmarks.issue --layers 48 --batches 4
     """
     costs = sorted(_issue(layers, batches) for _ in range(repeats))
     result = {"layers": layers, "batches": batches, "us_per_op": [round(it, 2) for it in costs]}
@@ -45,7 +45,7 @@ def _issue(layers: int, batches: int) -> float:
             count += 1
             yield op
 
-    crews = make_crews(torch.device("cpu"), divide_cores(1, False, False))
+    crews = make_lane_workers(torch.device("cpu"), divide_cores(1, False, False))
     executor = AsyncExecutor(lambda op, ready_at: None, lambda op: True, crews)
     started = time.thread_time()
     for _ in executor.run(counted()):

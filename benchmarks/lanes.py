@@ -78,7 +78,7 @@ def lanes(
 ) -> None:
     """Emulated lanes: the run's time as a multiple of the busiest lane's.
 
-    Example: flexgen-ray bench lanes --op-ms 1.9
+    Example: python -m benchmarks.lanes --op-ms 1.9
     """
     results = {}
     for name, case in CASES.items():

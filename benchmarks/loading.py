@@ -36,7 +36,7 @@ def loading(
 ) -> None:
     """Seconds to load a checkpoint in its own dtype, with --weight-bits, and packed by quantize.
 
-    Made-up checkpoints are float16. Example: flexgen-ray bench loading --model ./llama
+    Made-up checkpoints are float16. Example: python -m benchmarks.loading --model ./llama
     """
     Policy(weight_bits=weight_bits)
     if rounds < 1:

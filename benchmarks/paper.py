@@ -17,8 +17,8 @@ from flexgen_ray.cli.options import JsonOption, PlotOption
 from flexgen_ray.config import Budget, Placement, Policy
 from flexgen_ray.models.shapes import shape_config
 from flexgen_ray.planner.corners import ON_DEVICE, SHARES, Share
-from flexgen_ray.planner.grid import Search
-from flexgen_ray.planner.pipeline_plan import Device, Job
+from flexgen_ray.planner.grid import SearchSpace
+from flexgen_ray.planner.pipeline_plan import PlannedJob, StageDevice
 from flexgen_ray.planner.search import Planner, Point, at_latency, choose, frontiers
 from flexgen_ray.reporting.plot import draw_frontier
 from flexgen_ray.reporting.result import finish
@@ -68,7 +68,7 @@ def paper(
 ) -> None:
     """Predicted against published: FlexGen's figures on one T4.
 
-    Example: flexgen-ray bench paper --json docs/results/paper-predicted.json
+    Example: python -m benchmarks.paper --json docs/results/paper-predicted.json
     """
     cases = [_case(case) for case in CASES]
     for case in cases:
@@ -145,23 +145,25 @@ def _ablation() -> dict[str, float]:
     without_host = tuple(it for it in SHARES if it != Share("cache", "attended"))
     without_disk = replace(t4.BUDGET, disk=0)
     # All weights stream for every batch, whose cache stays on the GPU.
-    deepspeed = Search(batches=(1,), shares=(Share("weights", "cpu"), *ON_DEVICE[1:]))
+    deepspeed = SearchSpace(batches=(1,), shares=(Share("weights", "cpu"), *ON_DEVICE[1:]))
     return {
         "all on": choose(planner).tokens_per_s,
         "no policy search": planner.evaluate(layers, [t4.ORIGINAL_POLICY]).tokens_per_s,
-        "no overlap": choose(_planner(model, 512, Search(overlaps=False))).tokens_per_s,
-        "no host attention": choose(_planner(model, 512, Search(shares=without_host))).tokens_per_s,
+        "no overlap": choose(_planner(model, 512, SearchSpace(overlaps=False))).tokens_per_s,
+        "no host attention": choose(
+            _planner(model, 512, SearchSpace(shares=without_host))
+        ).tokens_per_s,
         "no disk": choose(_planner(model, 512, budget=without_disk)).tokens_per_s,
         "DeepSpeed's policy": choose(_planner(model, 512, deepspeed)).tokens_per_s,
     }
 
 
 def _planner(
-    model: str, prompt_len: int, search: Search | None = None, budget: Budget = t4.BUDGET
+    model: str, prompt_len: int, search: SearchSpace | None = None, budget: Budget = t4.BUDGET
 ) -> Planner:
-    device = Device(lambda *rows: t4.ORIGINAL, budget)
-    job = Job.uniform(1024, prompt_len, MAX_TOKENS)
-    return Planner(shape_config(model), (device,), job, "float16", search or Search())
+    device = StageDevice(lambda *rows: t4.ORIGINAL, budget)
+    job = PlannedJob.uniform(1024, prompt_len, MAX_TOKENS)
+    return Planner(shape_config(model), (device,), job, "float16", search or SearchSpace())
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from flexgen_ray.config import Budget, Placement, Policy, Workload
 from flexgen_ray.hardware.spec import Hardware
 from flexgen_ray.layout.plan import StagePlan
 from flexgen_ray.models.config import ModelConfig
-from flexgen_ray.planner.pipeline_plan import Device
+from flexgen_ray.planner.pipeline_plan import StageDevice
 from flexgen_ray.schedule.zigzag import StageLayers
 
 PROMPT_LEN, MAX_TOKENS = 512, 32
@@ -46,9 +46,9 @@ ORIGINAL_POLICY = Policy(
 )
 
 
-def machines(count: int) -> tuple[Device, ...]:
+def machines(count: int) -> tuple[StageDevice, ...]:
     """So many of them, each with its own host memory and disk."""
-    return tuple(Device(lambda *rows: MACHINE, BUDGET, f"machine {it}") for it in range(count))
+    return tuple(StageDevice(lambda *rows: MACHINE, BUDGET, f"machine {it}") for it in range(count))
 
 
 def original_plan(config: ModelConfig) -> StagePlan:

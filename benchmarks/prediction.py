@@ -20,14 +20,14 @@ import typer
 from benchmarks.command import run_as_command
 from flexgen_ray.calibration.calibrate import calibrate
 from flexgen_ray.calibration.rates import Scope
-from flexgen_ray.calibration.steady import Elsewhere
+from flexgen_ray.calibration.steady import OtherLoad
 from flexgen_ray.cli.bench.throughput import random_requests
 from flexgen_ray.cli.options import JsonOption
 from flexgen_ray.config import Placement, Policy
 from flexgen_ray.hardware.spec import Hardware
 from flexgen_ray.llm import LLM
 from flexgen_ray.models.shapes import shape_config
-from flexgen_ray.planner.pipeline_plan import Device, Job, ModelRates
+from flexgen_ray.planner.pipeline_plan import ModelRates, PlannedJob, StageDevice
 from flexgen_ray.planner.search import Planner
 from flexgen_ray.reporting.report import Report
 from flexgen_ray.reporting.result import finish, off_by
@@ -52,11 +52,11 @@ def prediction(
     Each once before it is measured, for one token, so that nothing is compiled or touched first;
     and again, up to three times, where the predictions before and after it differ by a tenth or
     more: the attempt counts in which they differ least.
-    Example: flexgen-ray bench prediction --model opt-350m
+    Example: python -m benchmarks.prediction --model opt-350m
     """
     runs, machine = [], _measured(model, dtype)
     for policy in policies():
-        job = Job.uniform(policy.block_size, prompt_len, max_tokens)
+        job = PlannedJob.uniform(policy.block_size, prompt_len, max_tokens)
         attempts: list[dict] = []
         while len(attempts) < ATTEMPTS and not any(_drift(it) < STEADY for it in attempts):
             attempt, machine = _attempt(policy, job, model, dtype, machine)
@@ -75,10 +75,10 @@ def _drift(attempt: dict) -> float:
 
 
 def _attempt(
-    policy: Policy, job: Job, model: str, dtype: str, machine: Hardware
+    policy: Policy, job: PlannedJob, model: str, dtype: str, machine: Hardware
 ) -> tuple[dict, Hardware]:
     """Predicted for the machine as it was just now, run, and predicted anew for what it is then."""
-    elsewhere = Elsewhere()
+    elsewhere = OtherLoad()
     report = _report(policy, job, model, dtype)
     now = _measured(model, dtype)
     before, after = (_predicted(policy, job, model, dtype, it) for it in (machine, now))
@@ -113,10 +113,10 @@ def _measured(model: str, dtype: str) -> Hardware:
     return calibrate("cpu", Path(tempfile.gettempdir()), uses_ray=False, scope=scope)
 
 
-def _predicted(policy: Policy, job: Job, model: str, dtype: str, hardware: Hardware) -> dict:
+def _predicted(policy: Policy, job: PlannedJob, model: str, dtype: str, hardware: Hardware) -> dict:
     config = shape_config(model)
     rates = ModelRates.of(hardware, config, dtype)
-    device = Device(rates, hardware.budget, "this node", hardware.core_shares)
+    device = StageDevice(rates, hardware.budget, "this node", hardware.core_shares)
     planner = Planner(config, (device,), job, dtype, stages_disk=False)
     plan = planner.played(planner.evaluate((config.num_layers,), [policy]))
     (of_policy,) = planner.rates(policy)
@@ -129,7 +129,7 @@ def _predicted(policy: Policy, job: Job, model: str, dtype: str, hardware: Hardw
     }
 
 
-def _report(policy: Policy, job: Job, model: str, dtype: str) -> Report:
+def _report(policy: Policy, job: PlannedJob, model: str, dtype: str) -> Report:
     """Of the run."""
     options: dict[str, Any] = {
         "device": "cpu",

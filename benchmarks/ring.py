@@ -38,7 +38,7 @@ def ring(
 ) -> None:
     """Milliseconds of a hop between two stages, and seconds of each part of a recovery.
 
-    Example: flexgen-ray bench ring --kills 3
+    Example: python -m benchmarks.ring --kills 3
     """
     from flexgen_ray.distributed.rehearsal import hops
 

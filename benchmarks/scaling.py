@@ -21,16 +21,16 @@ from flexgen_ray.cli.options import JsonOption, PlotOption
 from flexgen_ray.config import Deployment, Faults
 from flexgen_ray.models.config import ModelConfig
 from flexgen_ray.models.shapes import shape_config
-from flexgen_ray.planner.grid import BATCHES, Search
-from flexgen_ray.planner.pipeline_plan import Job
+from flexgen_ray.planner.grid import BATCHES, SearchSpace
+from flexgen_ray.planner.pipeline_plan import PlannedJob
 from flexgen_ray.planner.search import Planner, choose
 from flexgen_ray.reporting.plot import draw_scaling
 from flexgen_ray.reporting.result import finish
 from flexgen_ray.reporting.terminal import say
-from flexgen_ray.runtime.meter import Measured, Visit
+from flexgen_ray.runtime.meter import StageMeasurements, VisitTiming
 
 # More batches would be shorter ops than can be emulated.
-GRID = Search(batches=tuple(number for number in BATCHES if number <= 8))
+GRID = SearchSpace(batches=tuple(number for number in BATCHES if number <= 8))
 MIDDLE = t4.PROMPT_LEN + t4.MAX_TOKENS // 2
 CELL_SECONDS = 8e-3  # wall time of a cell that the time scale aims at
 # Four T4 machines: FlexGen's decode and generation throughput (table 4), for 1 and 4 GPUs.
@@ -53,7 +53,7 @@ def scaling(
 ) -> None:
     """Emulated T4 machines: decode throughput of pipelines against as many copies of one.
 
-    Example: flexgen-ray bench scaling --models opt-30b --stages 1,4
+    Example: python -m benchmarks.scaling --models opt-30b --stages 1,4
     """
     result: dict = {"emulated": True, "believable": _as_the_original(), "models": {}}
     counts = [int(count) for count in stages.split(",")]
@@ -123,13 +123,13 @@ def run(likeness: Likeness) -> dict:
     }
 
 
-def _steady(measured: Measured, num_blocks: int) -> list[Visit]:
+def _steady(measured: StageMeasurements, num_blocks: int) -> list[VisitTiming]:
     """A stage's visits while every block decodes, the first and the last of each left out."""
     decoding = [it for it in measured.visits if it.new_tokens and not it.prefill_tokens]
     return decoding[num_blocks - 1 : len(decoding) - num_blocks]
 
 
-def _steady_share(measured: Measured, num_blocks: int) -> tuple[str, float]:
+def _steady_share(measured: StageMeasurements, num_blocks: int) -> tuple[str, float]:
     """The busiest lane or resource of a stage while every block decodes, and its share of then."""
     assert measured.time_scale is not None
     visits = _steady(measured, num_blocks)
@@ -144,7 +144,7 @@ def _steady_share(measured: Measured, num_blocks: int) -> tuple[str, float]:
 
 def _best_run(config: ModelConfig, num_stages: int, num_blocks: int, most: int) -> dict:
     """The planner's choice for so many blocks, run."""
-    job = Job.uniform(most, t4.PROMPT_LEN, t4.MAX_TOKENS)
+    job = PlannedJob.uniform(most, t4.PROMPT_LEN, t4.MAX_TOKENS)
     search = replace(GRID, extra_blocks=(num_blocks - num_stages,))
     best = choose(Planner(config, t4.machines(num_stages), job, "float16", search))
     likeness = Likeness(best.stages, [t4.MACHINE] * num_stages, MIDDLE, CELL_SECONDS)

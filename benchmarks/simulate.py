@@ -1,4 +1,4 @@
-"""Does the simulation tell how long a run takes? The cases of `bench lanes`, run and simulated.
+"""Does the simulation predict how long a run takes? Runs and simulates benchmarks.lanes.
 
 Both go by the same ops, amounts and rates; the simulation has neither threads nor a clock, so what
 differs is what running the emulation costs.
@@ -21,7 +21,7 @@ from flexgen_ray.layout.plan import StagePlan
 from flexgen_ray.layout.rows import NO_ROWS, Rows
 from flexgen_ray.reporting.result import finish
 from flexgen_ray.reporting.terminal import say
-from flexgen_ray.runtime.scheduler import Batcher
+from flexgen_ray.runtime.scheduler import Scheduler
 
 
 def simulate(
@@ -33,7 +33,7 @@ def simulate(
 ) -> None:
     """Emulated lanes: the run's time as a multiple of what the simulation says.
 
-    Example: flexgen-ray bench simulate --op-ms 1.9
+    Example: python -m benchmarks.simulate --op-ms 1.9
     """
     results = {}
     for name, case in CASES.items():
@@ -78,7 +78,7 @@ def _simulated(plan: StagePlan, hardware: HardwareSpec) -> dict:
 
 def _compose(plan: StagePlan) -> dict[tuple[int, int], Rows]:
     """{(visit, batch): rows} of all passes of the run, whatever tokens it chooses."""
-    batcher = Batcher(plan.policy.gpu_batch_size, plan.num_batches, plan.cell_tokens, frozenset())
+    batcher = Scheduler(plan.policy.gpu_batch_size, plan.num_batches, plan.cell_tokens, frozenset())
     batcher.add(requests_of(plan))
     composed: dict[tuple[int, int], Rows] = {}
     visit = 0

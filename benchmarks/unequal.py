@@ -22,7 +22,7 @@ from flexgen_ray.cli.options import JsonOption
 from flexgen_ray.config import Budget
 from flexgen_ray.hardware.spec import Hardware
 from flexgen_ray.models.shapes import shape_config
-from flexgen_ray.planner.pipeline_plan import Device, Job, ModelRates, Plan
+from flexgen_ray.planner.pipeline_plan import ModelRates, PipelinePlan, PlannedJob, StageDevice
 from flexgen_ray.planner.search import Planner, choose
 from flexgen_ray.reporting.result import finish
 from flexgen_ray.reporting.terminal import say
@@ -41,7 +41,7 @@ def unequal(
 ) -> None:
     """Emulated machines of unlike GPUs: the planner's split against every other.
 
-    Example: flexgen-ray bench unequal --clusters t4,rtx4090
+    Example: python -m benchmarks.unequal --clusters t4,rtx4090
     """
     results = {}
     for cluster in clusters.split(";"):
@@ -60,8 +60,8 @@ def _cluster(names: list[str], model: str, requests: int, step: int) -> dict:
         memory = hardware.memory
         budget = Budget(memory.gpu, memory.cpu, memory.disk)
         rates = ModelRates.of(hardware, config, DTYPE)
-        devices.append(Device(rates, budget, f"machine {number}"))
-    job = Job.uniform(requests, t4.PROMPT_LEN, t4.MAX_TOKENS)
+        devices.append(StageDevice(rates, budget, f"machine {number}"))
+    job = PlannedJob.uniform(requests, t4.PROMPT_LEN, t4.MAX_TOKENS)
     planner = Planner(config, tuple(devices), job, DTYPE)
     chosen = choose(planner)
     tried = [_of_split(planner, chosen, it) for it in splits(config.num_layers, len(names), step)]
@@ -92,13 +92,15 @@ def splits(num_layers: int, num_stages: int, step: int) -> Iterator[tuple[int, .
         yield tuple(after - before for before, after in zip(ends, ends[1:], strict=False))
 
 
-def _of_split(planner: Planner, chosen: Plan, layers: tuple[int, ...]) -> Plan | None:
+def _of_split(
+    planner: Planner, chosen: PipelinePlan, layers: tuple[int, ...]
+) -> PipelinePlan | None:
     """The best policies for these layers, of the shape that was chosen."""
     settled = replace(planner, search=replace(planner.search, layers=layers))
     return settled.plan(chosen.stages[0].policy)
 
 
-def _told(plan: Plan) -> dict:
+def _told(plan: PipelinePlan) -> dict:
     policy = plan.stages[0].policy
     return {
         "layers": [stage.num_decoder_layers for stage in plan.stages],
@@ -110,7 +112,7 @@ def _told(plan: Plan) -> dict:
     }
 
 
-def _run(planner: Planner, plan: Plan) -> dict:
+def _run(planner: Planner, plan: PipelinePlan) -> dict:
     rates = planner.rates(plan.stages[0].policy)
     return run(Likeness(plan.stages, rates, MIDDLE, CELL_SECONDS))
 

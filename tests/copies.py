@@ -6,7 +6,7 @@ from collections import Counter
 
 import torch
 
-from flexgen_ray.runtime.handlers import Cells
+from flexgen_ray.runtime.handlers import OpHandlers
 from flexgen_ray.schedule.ops import Op, OpKind
 
 
@@ -16,7 +16,7 @@ class Copies:
     def __init__(self, monkeypatch) -> None:
         self.moved: Counter[tuple[OpKind, int]] = Counter()
         self._op: Op | None = None
-        run, copy = Cells.run, torch.Tensor.copy_
+        run, copy = OpHandlers.run, torch.Tensor.copy_
 
         def counting_run(cells, op, *args):
             self._op = op
@@ -28,5 +28,5 @@ class Copies:
                 self.moved[self._op.kind, self._op.visit] += source.nbytes
             return copy(target, source, *args, **kwargs)
 
-        monkeypatch.setattr(Cells, "run", counting_run)
+        monkeypatch.setattr(OpHandlers, "run", counting_run)
         monkeypatch.setattr(torch.Tensor, "copy_", counting_copy)

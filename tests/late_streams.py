@@ -19,7 +19,7 @@ import torch
 from flexgen_ray import LLM
 from flexgen_ray.runtime import lanes as crews
 from flexgen_ray.runtime import stage
-from flexgen_ray.runtime.handlers import _HANDLERS, Cells
+from flexgen_ray.runtime.handlers import _HANDLERS, OpHandlers
 from flexgen_ray.schedule.ops import LANE, Lane
 
 CUDA = torch.device("cuda")
@@ -52,7 +52,7 @@ class LateCuda:
         cuda = self
         default = _Stream(cuda, is_default=True)
 
-        def run(cells: Cells, op, ready_at: float = 0.0) -> None:
+        def run(cells: OpHandlers, op, ready_at: float = 0.0) -> None:
             # What there is to do is known at the launch; how it is done, when it runs.
             if cells.is_idle(op):
                 return
@@ -67,12 +67,12 @@ class LateCuda:
                 act()
 
         patch = monkeypatch.setattr
-        patch(Cells, "run", run)
+        patch(OpHandlers, "run", run)
         patch(torch.cuda, "Stream", lambda device=None: _Stream(cuda))
         patch(torch.cuda, "Event", lambda **options: _Event(cuda))
         patch(torch.cuda, "set_stream", lambda it: setattr(cuda._of_thread, "stream", it))
         patch(torch.cuda, "synchronize", lambda device=None: cuda.synchronize())
-        patch(stage, "make_crews", lambda device, *of: crews.make_crews(CUDA, *of))
+        patch(stage, "make_crews", lambda device, *of: crews.make_lane_workers(CUDA, *of))
         patch(stage, "device_wait", lambda device: crews.device_wait(CUDA))
         patch(LLM, "_stages_disk", True)
 

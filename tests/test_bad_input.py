@@ -26,7 +26,7 @@ from flexgen_ray.hardware.spec import Hardware
 from flexgen_ray.models.checkpoint import Checkpoint
 from flexgen_ray.models.configs import load_config, model_defaults
 from flexgen_ray.paths import hardware_file
-from flexgen_ray.planner.choose import Run
+from flexgen_ray.planner.choose import PlannedRun
 
 
 @pytest.fixture
@@ -194,7 +194,7 @@ def test_a_file_system_without_direct_requests_works_and_is_warned_of(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("where", [(Checkpoint, "read_into"), (Run, "plan")])
+@pytest.mark.parametrize("where", [(Checkpoint, "read_into"), (PlannedRun, "plan")])
 def test_stopped_while_it_loads_or_plans_nothing_is_left(
     run_here,
     files,  # noqa: F811
@@ -305,7 +305,7 @@ def commands(group: typer.core.TyperGroup, path: str):
 
 def test_each_command_s_help_has_an_example_of_it():
     found = dict(commands(typer.main.get_command(app), "flexgen-ray"))
-    assert {"flexgen-ray generate", "flexgen-ray eval cloze", "flexgen-ray bench ring"} <= set(
+    assert {"flexgen-ray generate", "flexgen-ray eval cloze", "python -m benchmarks.ring"} <= set(
         found
     )
     for name, command in found.items():

@@ -8,16 +8,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flexgen_ray.request import Request, SamplingParams
-from flexgen_ray.runtime.scheduler import Batcher
+from flexgen_ray.runtime.scheduler import Scheduler
 
 END = 7
 shapes = st.tuples(st.integers(1, 4), st.integers(1, 3), st.integers(0, 12))
 jobs = st.lists(st.tuples(st.integers(1, 30), st.integers(1, 6)), max_size=25)
 
 
-def make(shape, job) -> tuple[Batcher, list[Request]]:
+def make(shape, job) -> tuple[Scheduler, list[Request]]:
     batch_size, batches, spare = shape
-    batcher = Batcher(batch_size, batches, batch_size + spare, frozenset([END]))
+    batcher = Scheduler(batch_size, batches, batch_size + spare, frozenset([END]))
     requests = [
         Request(index, list(range(100, 100 + prompt)), SamplingParams(max_tokens, 0.0))
         for index, (prompt, max_tokens) in enumerate(job)

@@ -168,8 +168,10 @@ def test_scaling_runs_what_it_says_and_draws_it(monkeypatch, tmp_path):
 def test_attention_compares_packed_and_sparse_caches_with_the_plain_one(monkeypatch):
     for name, only in (("DTYPES", "float16"), ("HEAD_DIMS", 64), ("GROUPS", 2)):
         monkeypatch.setattr(bench_attention, name, (only,))
-    result = benchmark("attention", "--megabytes", 2, "--context", 64, "--seconds", 0, "--threads", 1,
-                   "--bits", 4, "--sparsity", 0.25)  # fmt: skip
+    result = benchmark(
+        "attention", "--megabytes", 2, "--context", 64, "--seconds", 0, "--threads", 1,
+        "--bits", 4, "--sparsity", 0.25,
+    )  # fmt: skip
     (row,) = result["results"]
     assert row["int4_of_plain_bytes"] == round(36 / 128, 3)
     assert row["sparse_of_plain_bytes"] == (1 + 0.25) / 2

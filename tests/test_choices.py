@@ -6,8 +6,8 @@ import pytest
 
 from flexgen_ray.hardware.spec import Hardware
 from flexgen_ray.models.shapes import shape_config
-from flexgen_ray.planner.comparison import Node, devices_of
-from flexgen_ray.planner.pipeline_plan import Job
+from flexgen_ray.planner.comparison import HardwareNode, devices_of
+from flexgen_ray.planner.pipeline_plan import PlannedJob
 from flexgen_ray.planner.search import Planner, choose
 
 # Tokens/s of the best plan that is known, every layer played: one machine, and four with a stage
@@ -39,8 +39,8 @@ QUICK = [("t4", "opt-30b"), ("h100", "opt-30b")]
 
 def chosen(machine: str, shape: str, stages: int) -> float:
     """Tokens/s of the choice, of which the first estimate is not far."""
-    config, nodes = shape_config(shape), [Node(Hardware.preset(machine))] * stages
-    devices, job = devices_of(nodes, config, "float16"), Job.uniform(10**6, 512, 32)
+    config, nodes = shape_config(shape), [HardwareNode(Hardware.preset(machine))] * stages
+    devices, job = devices_of(nodes, config, "float16"), PlannedJob.uniform(10**6, 512, 32)
     estimates: list[float] = []
     planner = Planner(config, devices, job, "float16")
     plan = choose(planner, lambda it: estimates.append(job.mean_tokens / it.seconds_per_sequence))

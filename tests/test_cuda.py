@@ -14,7 +14,7 @@ from test_sparse_engine import sparse
 from flexgen_ray import LLM, Policy, SamplingParams
 from flexgen_ray.calibration.calibrate import calibrate
 from flexgen_ray.engine.backend import spans as all_spans
-from flexgen_ray.kernels.sampling import Draw, Penalties, sample
+from flexgen_ray.kernels.sampling import Penalties, SamplingRow, sample
 from flexgen_ray.planner.budgets import CUDA_RESERVE
 from flexgen_ray.schedule.ops import LANE
 from flexgen_ray.store import memory
@@ -88,12 +88,12 @@ def test_choosing_tokens_never_waits_for_the_device():
     logits = torch.randn(6, 50, device="cuda")
     penalties = Penalties(0.5, 0.5, 1.5, (1, 2), ((2, 1), (3, 4)))
     draws = [
-        Draw(0.0, 1.0, 0.0),
-        Draw(0.0, 1.0, 0.0, given=7),
-        Draw(0.7, 0.9, 0.3, top_k=5, min_p=0.01),
-        Draw(1.0, 1.0, 0.8, banned=(3, 4)),
-        Draw(0.0, 1.0, 0.0, penalties=penalties),
-        Draw(1.0, 0.5, 0.5, banned=(3,), penalties=penalties),
+        SamplingRow(0.0, 1.0, 0.0),
+        SamplingRow(0.0, 1.0, 0.0, given=7),
+        SamplingRow(0.7, 0.9, 0.3, top_k=5, min_p=0.01),
+        SamplingRow(1.0, 1.0, 0.8, banned=(3, 4)),
+        SamplingRow(0.0, 1.0, 0.0, penalties=penalties),
+        SamplingRow(1.0, 0.5, 0.5, banned=(3,), penalties=penalties),
     ]
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")

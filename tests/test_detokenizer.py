@@ -19,7 +19,7 @@ from flexgen_ray.batch.job import read_job, run_job
 from flexgen_ray.batch.journal import Journal
 from flexgen_ray.processor import request_output
 from flexgen_ray.request import Request, first_stop
-from flexgen_ray.runtime.scheduler import Batcher
+from flexgen_ray.runtime.scheduler import Scheduler
 from flexgen_ray.text.detokenizer import Detokenizer
 from flexgen_ray.text.stop_strings import StopStrings
 from flexgen_ray.text.tokenizer import Tokenizer as OurTokenizer
@@ -152,7 +152,7 @@ def test_the_first_stop_string_ends_an_answer_where_the_whole_text_has_it(
     params = SamplingParams(
         len(answer), stop=stops, ignore_eos=True, min_tokens=data.draw(st.integers(0, len(answer)))
     )
-    batcher = Batcher(1, 1, len(token_ids), frozenset(), StopStrings(tokenizer).newest)
+    batcher = Scheduler(1, 1, len(token_ids), frozenset(), StopStrings(tokenizer).newest)
     request = Request(0, prompt, params)
     batcher.add([request])
     for token in answer:

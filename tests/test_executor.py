@@ -15,7 +15,7 @@ from test_exactness import policies
 
 from flexgen_ray import LLM, Policy, SamplingParams
 from flexgen_ray.runtime.executor import AsyncExecutor, SerialExecutor
-from flexgen_ray.runtime.lanes import Cores, Crew, make_crews
+from flexgen_ray.runtime.lanes import Cores, LaneWorker, make_lane_workers
 from flexgen_ray.runtime.worker import Worker
 from flexgen_ray.schedule.ops import LANE, Lane, OpKind
 from flexgen_ray.schedule.zigzag import StageLayers, zigzag
@@ -54,7 +54,7 @@ def test_async_equals_serial_bit_for_bit(tiny_models, name, policy, monkeypatch)
     assert all(torch.equal(a, b) for a, b in zip(async_logits, logits, strict=True))
 
 
-CREWS = [Crew((lane,)) for lane in Lane]
+CREWS = [LaneWorker((lane,)) for lane in Lane]
 
 
 class Recorder:
@@ -170,7 +170,7 @@ def test_torchs_own_host_attention_has_the_hosts_cores():
     """Another has threads of its own, and torch's would only be in their way."""
     threads = {}
     for by_torch in (False, True):
-        crews = make_crews(torch.device("cpu"), Cores(8, 6, 2), by_torch)
+        crews = make_lane_workers(torch.device("cpu"), Cores(8, 6, 2), by_torch)
         threads[by_torch] = {lane: crew.num_threads for crew in crews for lane in crew.lanes}
     assert threads[True] == threads[False] | {Lane.HOST: 2}
     assert {lane for lane, count in threads[False].items() if count > 1} == {

@@ -14,7 +14,7 @@ from flexgen_ray.hardware.spec import Hardware, adapted, preset_for
 from flexgen_ray.models.shapes import shape_config
 from flexgen_ray.paths import hardware_file
 from flexgen_ray.planner.budgets import settle_budgets
-from flexgen_ray.planner.choose import Run, Settled
+from flexgen_ray.planner.choose import ChosenPolicies, PlannedRun
 from flexgen_ray.planner.forecast import Forecast
 from flexgen_ray.planner.stage_policies import StagePolicies, plan_stages
 from flexgen_ray.request import Request, SamplingParams
@@ -82,7 +82,7 @@ def test_without_rates_the_reason_is_given_and_a_bound_on_latency_is_refused():
     here = [machine(None)]
     budgets = settle_budgets(here, {"gpu": None, "cpu": None, "disk": None}, 0)
     requests = [Request(0, [1] * 10, SamplingParams(max_tokens=4))]
-    run = Run(shape_config("opt-125m"), "float32", True, False, Workload(1, 10, 14))
+    run = PlannedRun(shape_config("opt-125m"), "float32", True, False, Workload(1, 10, 14))
     (note,) = run.plan(None, here, budgets, requests).notes
     assert "here isn't calibrated, so the tiers are filled" in note
     (note,) = run.plan(StagePolicies((Policy(),)), here, budgets, requests).notes
@@ -107,14 +107,16 @@ def machine(hardware: Hardware | None, gpu: float = 23, cpu: float = 64) -> Mach
 
 def settled(
     model: str, count: int, max_tokens: int, policies=None, max_seconds=None, **sizes
-) -> Settled:
+) -> ChosenPolicies:
     hardware = adapted(preset_for(GEFORCE), MemorySizes(GIB, GIB, GIB), 16, None)
     here = [machine(hardware, **sizes)]
     budgets = settle_budgets(here, {"gpu": None, "cpu": None, "disk": None}, 0)
     requests = [
         Request(i, [1] * 100, SamplingParams(max_tokens=max_tokens - i % 2)) for i in range(count)
     ]
-    run = Run(shape_config(model), "float16", True, False, Workload(count, 100, 100 + max_tokens))
+    run = PlannedRun(
+        shape_config(model), "float16", True, False, Workload(count, 100, 100 + max_tokens)
+    )
     run = replace(run, max_seconds=max_seconds)
     return run.plan(policies, here, budgets, requests)
 

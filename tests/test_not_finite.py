@@ -24,8 +24,8 @@ from flexgen_ray.evaluation.run import answers
 from flexgen_ray.files.json_text import to_json
 from flexgen_ray.kernels import host_kernel
 from flexgen_ray.kernels.pack import pack, unpack
-from flexgen_ray.kernels.sampling import NOT_FINITE, Draw, sample, score
-from flexgen_ray.runtime.ring import Chosen
+from flexgen_ray.kernels.sampling import NOT_FINITE, SamplingRow, sample, score
+from flexgen_ray.runtime.ring import SampledTokens
 
 POISONS = {1: "mlp.gate_proj", 2: "self_attn.k_proj", 3: "self_attn.v_proj"}  # by token
 GREEDY = SamplingParams(max_tokens=MAX_TOKENS, temperature=0.0)
@@ -276,7 +276,7 @@ def test_a_row_whose_largest_logit_is_not_finite_gets_no_token(data, value):
     draws = data.draw(
         st.lists(
             st.builds(
-                Draw,
+                SamplingRow,
                 temperature=st.sampled_from([0.0, 1.0]),
                 top_p=st.sampled_from([0.5, 1.0]),
                 uniform=st.floats(0, 0.99),
@@ -349,8 +349,8 @@ def test_a_packed_group_tells_that_a_value_was_not_finite(bits, value):
 
 
 def test_what_the_last_stage_tells_survives_the_way():
-    for chosen in (Chosen(3, 1, [5, NOT_FINITE], faults={4: 17}), Chosen(0, 0, [1])):
-        assert Chosen.decode(chosen.encode()) == chosen
+    for chosen in (SampledTokens(3, 1, [5, NOT_FINITE], faults={4: 17}), SampledTokens(0, 0, [1])):
+        assert SampledTokens.decode(chosen.encode()) == chosen
 
 
 def test_no_json_of_ours_has_a_number_that_is_not_finite():

@@ -19,13 +19,13 @@ from flexgen_ray.hardware.rates import LinkRates, MemorySizes
 from flexgen_ray.models.config import ModelConfig
 from flexgen_ray.models.shapes import shape_config
 from flexgen_ray.paths import find_config, hardware_file
-from flexgen_ray.planner.comparison import Node, compare, devices_of, read_job, read_nodes
-from flexgen_ray.planner.grid import Search
-from flexgen_ray.planner.pipeline_plan import Job
+from flexgen_ray.planner.comparison import HardwareNode, compare, devices_of, read_job, read_nodes
+from flexgen_ray.planner.grid import SearchSpace
+from flexgen_ray.planner.pipeline_plan import PlannedJob
 from flexgen_ray.planner.search import Planner, choose
 from flexgen_ray.planner.stage_policies import StagePolicies
 
-FEW = Search(batch_sizes=(16,), batches=(4,), tiles=(512,), extra_blocks=(0,))
+FEW = SearchSpace(batch_sizes=(16,), batches=(4,), tiles=(512,), extra_blocks=(0,))
 
 
 def plan(*options: object) -> subprocess.CompletedProcess:
@@ -111,7 +111,7 @@ def test_a_plan_needs_no_torch_and_refuses_numbers_below_one():
 
 
 def test_memory_of_ones_own_replaces_the_presets():
-    node = Node(Hardware.preset("t4"))
+    node = HardwareNode(Hardware.preset("t4"))
     given = node.with_memory("10GiB", None, "1GiB").hardware.budget
     assert abs(given.gpu - 10 * 2**30) <= 1 and abs(given.disk - 2**30) <= 1
     assert given.cpu == node.hardware.budget.cpu
@@ -131,7 +131,7 @@ def test_of_a_name_on_the_hub_only_the_config_is_fetched(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("requests", [1, 3, 20, 1000])
 def test_a_job_takes_whole_rounds_of_no_more_than_itself(requests):
-    (config, machine), job = a_third(), Job.uniform(requests, 128, 16)
+    (config, machine), job = a_third(), PlannedJob.uniform(requests, 128, 16)
     found = choose(Planner(config, devices_of([machine], config, "float16"), job, "float16"))
     slots = found.num_blocks * found.block_size
     assert slots < requests + found.stages[0].policy.num_gpu_batches
@@ -140,16 +140,18 @@ def test_a_job_takes_whole_rounds_of_no_more_than_itself(requests):
     assert found.tokens_per_s <= requests * 16 / found.block_seconds * 1.0001
 
 
-def a_third() -> tuple[ModelConfig, Node]:
+def a_third() -> tuple[ModelConfig, HardwareNode]:
     """Of OPT-30B's layers, and a machine with as much less memory than a T4's: what fits where and
     what binds is as it is for all of them, and is sooner told."""
     machine, sizes = Hardware.preset("t4"), Hardware.preset("t4").memory
     less = MemorySizes(sizes.gpu // 3, sizes.cpu // 3, sizes.disk // 3, sizes.share)
-    return replace(shape_config("opt-30b"), num_layers=16), Node(replace(machine, memory=less))
+    return replace(shape_config("opt-30b"), num_layers=16), HardwareNode(
+        replace(machine, memory=less)
+    )
 
 
 def test_two_machines_are_better_than_one_and_replicas_are_compared():
-    (config, machine), job = a_third(), Job.uniform(1000, 128, 16)
+    (config, machine), job = a_third(), PlannedJob.uniform(1000, 128, 16)
     one = compare(config, [machine], job, "float16", FEW)
     two = compare(config, [machine, machine], job, "float16", FEW)
     assert two.plan.tokens_per_s > one.plan.tokens_per_s
@@ -165,19 +167,19 @@ def test_two_machines_are_better_than_one_and_replicas_are_compared():
 
 
 def test_the_cpu_alone_is_compared_where_its_speed_is_known_and_wins_over_a_slow_link():
-    (config, machine), job = a_third(), Job.uniform(1000, 128, 16)
+    (config, machine), job = a_third(), PlannedJob.uniform(1000, 128, 16)
     fast = machine.hardware
     slow = replace(fast, link=LinkRates(1e8, 1e8, 1e8, 1e8))
     told = {}
     for name, machine in {"fast": fast, "slow": slow}.items():
-        found = compare(config, [Node(machine)], job, "float16", FEW)
+        found = compare(config, [HardwareNode(machine)], job, "float16", FEW)
         told[name] = {it.name: it.tokens_per_s for it in found.alternatives}["the CPU alone"]
         lines = PlanReport("opt-30b", [name], found).lines()
         (line,) = (it for it in lines if it.startswith("the CPU alone"))
         assert line.endswith("do that instead") == (name == "slow")
     assert told["fast"] == told["slow"]
     unknown = replace(fast, host=replace(fast.host, flops_per_s=None))
-    others = compare(config, [Node(unknown)], job, "float16", FEW).alternatives
+    others = compare(config, [HardwareNode(unknown)], job, "float16", FEW).alternatives
     assert "the CPU alone" not in {it.name for it in others}
 
 

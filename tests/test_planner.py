@@ -15,25 +15,25 @@ from flexgen_ray.cost.bound import PHASES, decoding, visit_seconds
 from flexgen_ray.hardware.spec import Hardware
 from flexgen_ray.layout.sizes import stage_bytes, totals
 from flexgen_ray.models.shapes import shape_config
-from flexgen_ray.planner.comparison import Node, devices_of
+from flexgen_ray.planner.comparison import HardwareNode, devices_of
 from flexgen_ray.planner.corners import ON_DEVICE, Corners, policy_of, shares_of
-from flexgen_ray.planner.grid import Search
+from flexgen_ray.planner.grid import SearchSpace
 from flexgen_ray.planner.lp import whole
-from flexgen_ray.planner.pipeline_plan import ONE_BATCH, PLAYED, Device, Job
+from flexgen_ray.planner.pipeline_plan import ONE_BATCH, PLAYED, PlannedJob, StageDevice
 from flexgen_ray.planner.search import Infeasible, Planner, choose
 
 GIB = 2**30
 OPT = shape_config("opt-1.3b")
 LLAMA = replace(shape_config("llama-3-70b"), sliding_window=100)
-JOB = Job.uniform(1000, 128, 32)
-FEW_SHAPES = Search(batch_sizes=(1, 4, 16), batches=(2, 4), tiles=(512,), extra_blocks=(0,))
+JOB = PlannedJob.uniform(1000, 128, 32)
+FEW_SHAPES = SearchSpace(batch_sizes=(1, 4, 16), batches=(2, 4), tiles=(512,), extra_blocks=(0,))
 # A machine that a model of 1.3B parameters doesn't fit.
 SMALL = Budget(GIB, 2 * GIB, 64 * GIB)
 RATES = replace(t4.MACHINE, device_flops_per_s=2e12, device_decode_flops_per_s=2e12)
 
 
-def device(budget: Budget = SMALL, rates: HardwareSpec = RATES, node: str = "") -> Device:
-    return Device(lambda decode_rows, prefill_rows: rates, budget, node)
+def device(budget: Budget = SMALL, rates: HardwareSpec = RATES, node: str = "") -> StageDevice:
+    return StageDevice(lambda decode_rows, prefill_rows: rates, budget, node)
 
 
 @st.composite
@@ -138,7 +138,7 @@ def test_more_of_anything_never_makes_the_optimum_slower(tier, rate, factor):
 )  # fmt: skip
 def test_no_plan_exceeds_its_budget(gpu, cpu, requests, prompt_len, bits):
     budget = Budget(int(gpu * GIB), int(cpu * GIB), 64 * GIB)
-    job = Job.uniform(requests, prompt_len, 16)
+    job = PlannedJob.uniform(requests, prompt_len, 16)
     try:
         search = replace(FEW_SHAPES, base=Policy(weight_bits=bits, cache_bits=bits))
         plan = choose(Planner(OPT, (device(budget),), job, "float16", search))
@@ -177,7 +177,7 @@ def test_a_block_answers_within_the_latency_that_is_asked_for():
 
 
 TINY = replace(OPT, num_layers=4)
-TRIED = Search(batch_sizes=(2, 8, 32), batches=(1, 2, 4), tiles=(512,))
+TRIED = SearchSpace(batch_sizes=(2, 8, 32), batches=(1, 2, 4), tiles=(512,))
 WEIGHTS = (Placement(1, 0, 0), Placement(0.5, 0.5, 0), Placement(0, 1, 0))
 CACHES = ((Placement(1, 0, 0), 1.0), (Placement(0, 1, 0), 1.0), (Placement(0, 1, 0), 0.0))
 
@@ -200,7 +200,7 @@ def test_no_policy_of_a_grid_is_played_faster_than_the_choice(
     )
     budget = Budget(int(gpu * GIB), 4 * GIB, 0)
     planner = Planner(
-        TINY, (device(budget, rates),), Job.uniform(1000, 128, max_tokens), "float16", TRIED
+        TINY, (device(budget, rates),), PlannedJob.uniform(1000, 128, max_tokens), "float16", TRIED
     )
     chosen = choose(planner)
     shapes = product(TRIED.batch_sizes, TRIED.batches, WEIGHTS, CACHES)
@@ -216,11 +216,11 @@ def test_no_policy_of_a_grid_is_played_faster_than_the_choice(
 
 def test_a_model_that_fits_the_gpu_is_planned_in_one_batch_if_that_is_faster():
     """Llama-3-8B on an RTX 4090: with lanes that overlap everywhere two batches would look best."""
-    config, node = shape_config("llama-3-8b"), Node(Hardware.preset("rtx4090"))
+    config, node = shape_config("llama-3-8b"), HardwareNode(Hardware.preset("rtx4090"))
     planner = Planner(
-        config, devices_of([node], config, "float16"), Job.uniform(1000, 256, 128), "float16"
+        config, devices_of([node], config, "float16"), PlannedJob.uniform(1000, 256, 128), "float16"
     )
-    resident = replace(planner, search=Search(batches=(1,), shares=ON_DEVICE))
+    resident = replace(planner, search=SearchSpace(batches=(1,), shares=ON_DEVICE))
     chosen, alone = choose(planner), choose(resident)
     assert alone.stages[0].policy.num_gpu_batches == 1
     assert alone.tokens_per_s > 2200
@@ -258,7 +258,7 @@ def test_layers_go_where_they_are_fast():
     """Within 5 % of the best split of two unequal machines, all splits tried."""
     fast = replace(RATES, h2d_bytes_per_s=2 * RATES.h2d_bytes_per_s, device_flops_per_s=8e12)
     devices = device(node="a"), device(Budget(3 * GIB, 4 * GIB, 64 * GIB), fast, "b")
-    search = Search(batch_sizes=(16,), batches=(4,), tiles=(512,), extra_blocks=(0,))
+    search = SearchSpace(batch_sizes=(16,), batches=(4,), tiles=(512,), extra_blocks=(0,))
     chosen = choose(Planner(OPT, devices, JOB, "float16", search))
 
     def rate(first: int) -> float:
@@ -276,7 +276,7 @@ def test_layers_go_where_they_are_fast():
 def test_stages_of_one_node_share_its_memory_and_bandwidth():
     together = tuple(device(node="one") for _ in range(2))
     apart = tuple(device(node=name) for name in "ab")
-    search = Search(batch_sizes=(16,), batches=(4,), extra_blocks=(0,))
+    search = SearchSpace(batch_sizes=(16,), batches=(4,), extra_blocks=(0,))
     near, far = (choose(Planner(OPT, it, JOB, "float16", search)) for it in (together, apart))
     needs = [totals(stage_bytes(stage)) for stage in near.stages]
     assert sum(need.cpu for need in needs) <= SMALL.cpu
@@ -287,7 +287,7 @@ def test_stages_of_one_node_share_its_memory_and_bandwidth():
 def test_without_overlap_lanes_add_up():
     shape = Policy(16, 4, 512)
     plans = [
-        Planner(OPT, (device(),), JOB, "float16", Search(overlaps=it)).plan(shape)
+        Planner(OPT, (device(),), JOB, "float16", SearchSpace(overlaps=it)).plan(shape)
         for it in (True, False)
     ]
     assert all(plans)

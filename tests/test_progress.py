@@ -16,7 +16,7 @@ from flexgen_ray.config import Policy, Workload
 from flexgen_ray.layout.plan import StagePlan
 from flexgen_ray.llm import LLM
 from flexgen_ray.models.shapes import shape_config
-from flexgen_ray.planner.pipeline_plan import Job, Plan
+from flexgen_ray.planner.pipeline_plan import PipelinePlan, PlannedJob
 from flexgen_ray.reporting.progress import (
     LINE_SECONDS,
     Lines,
@@ -25,9 +25,9 @@ from flexgen_ray.reporting.progress import (
     show_steps,
     while_it_runs,
 )
-from flexgen_ray.reporting.tally import Tally
+from flexgen_ray.reporting.tally import ProgressTracker
 from flexgen_ray.request import Finished, Request, SamplingParams
-from flexgen_ray.runtime.events import Progress, Recovery, Standing
+from flexgen_ray.runtime.events import Progress, Recovery, RunCounts
 from flexgen_ray.schedule.zigzag import StageLayers
 from flexgen_ray.units import format_seconds
 
@@ -188,8 +188,8 @@ def test_a_tally_ends_with_nothing_left_and_its_bound_never_grows(lengths):
             yield Finished(request.index, [7] * count, "stop")
         yield Progress(0, 0, 0.0)
 
-    standings: list[Standing] = []
-    tally = Tally(requests)
+    standings: list[RunCounts] = []
+    tally = ProgressTracker(requests)
     done = list(tally.follow(run(), lambda event: standings.append(event.standing)))
     assert len(done) == len(requests)
     bounds = [it.most_tokens for it in standings]
@@ -200,20 +200,20 @@ def test_a_tally_ends_with_nothing_left_and_its_bound_never_grows(lengths):
     assert last.seconds_left == 0
 
 
-def planned(prefill: float, decode: float) -> Plan:
+def planned(prefill: float, decode: float) -> PipelinePlan:
     """A plan of one block of 8 requests of 20 + 10 tokens."""
     config = shape_config("opt-125m")
     stage = StagePlan(
         config, StageLayers.whole(config.num_layers), Policy(4, 2), Workload(8, 20, 30), "float32"
     )
     seconds = {"prefill": {"device": prefill}, "decode": {"device": decode}}
-    return Plan(Job.uniform(8, 20, 10), [stage], [seconds], 1.0)
+    return PipelinePlan(PlannedJob.uniform(8, 20, 10), [stage], [seconds], 1.0)
 
 
 def test_time_left_is_the_plans_before_a_token_is_there_and_the_runs_after():
     plan = planned(prefill=20.0, decode=100.0)
     requests = [Request(i, [1] * 20, SamplingParams(max_tokens=10)) for i in range(8)]
-    seen: list[Standing] = []
+    seen: list[RunCounts] = []
 
     def run(slower: float):
         yield Progress(8, 160, 20.0 * slower, True)
@@ -222,12 +222,16 @@ def test_time_left_is_the_plans_before_a_token_is_there_and_the_runs_after():
 
     for slower in (1.0, 3.0):
         seen.clear()
-        list(Tally(requests, plan).follow(run(slower), lambda event: seen.append(event.standing)))
+        list(
+            ProgressTracker(requests, plan).follow(
+                run(slower), lambda event: seen.append(event.standing)
+            )
+        )
         assert abs(seen[0].seconds_left - plan.block_seconds) < 1e-6
         # Five of ten tokens of each are there; the first came with its prompt.
         left = plan.decode_seconds / 2 * slower
         assert abs(seen[-1].seconds_left / left - 1) < 0.15
-    unknown = Tally(requests).standing()
+    unknown = ProgressTracker(requests).standing()
     assert unknown.seconds_left is None
 
 

@@ -13,7 +13,7 @@ import ray
 
 from flexgen_ray import LLM, SamplingParams
 from flexgen_ray.distributed.cluster import connect
-from flexgen_ray.distributed.own_cluster import LOOPBACK_ONLY, OpenToOthers, is_loopback
+from flexgen_ray.distributed.own_cluster import LOOPBACK_ONLY, InsecureCluster, is_loopback
 
 # Ray takes another address for 127.0.0.1, unless it is told that there is no other machine.
 STRANGER = """
@@ -77,7 +77,9 @@ def test_a_socket_that_others_reach_is_refused_by_its_address(local_ray):
         ) as listener:  # fmt: skip
             port = listener.stdout.readline().strip()
             if is_open:
-                with pytest.raises(OpenToOthers, match=rf"listens on 0\.0\.0\.0:{port} \(python"):
+                with pytest.raises(
+                    InsecureCluster, match=rf"listens on 0\.0\.0\.0:{port} \(python"
+                ):
                     local_ray.check_sockets()
             else:
                 local_ray.check_sockets()

@@ -211,15 +211,15 @@ def test_a_partition_is_noticed_and_costs_no_token(tiny_models, local_ray):
 
     def cut_off(_) -> None:
         """Of this process; another in its place is none the worse."""
-        from flexgen_ray.distributed.transport import GlooLink
+        from flexgen_ray.distributed.transport import GlooChannel
 
-        post, count = GlooLink.post, itertools.count()
+        post, count = GlooChannel.post, itertools.count()
 
         def post_or_lose(link, message):
             if next(count) < 8:
                 post(link, message)
 
-        GlooLink.post = post_or_lose
+        GlooChannel.post = post_or_lose
 
     options = {"pipeline_parallel_size": 2, "faults": Faults(stall_seconds=2)}
     with LLM(folder, policy=POLICY, dtype="float32", **options) as llm:

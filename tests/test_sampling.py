@@ -15,7 +15,14 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flexgen_ray import LLM, Policy, SamplingParams
-from flexgen_ray.kernels.sampling import Draw, Penalties, likeliest, penalise, sample, uniform
+from flexgen_ray.kernels.sampling import (
+    Penalties,
+    SamplingRow,
+    likeliest,
+    penalise,
+    sample,
+    uniform,
+)
 from flexgen_ray.layout.rows import Rows
 from flexgen_ray.runtime.ring import Header
 from flexgen_ray.text.tokenizer import Tokenizer
@@ -28,7 +35,7 @@ def counts(logits: list[float], **params) -> Counter:
     sampling = SamplingParams(**params)
     rows = torch.tensor([logits] * DRAWS)
     draws = [
-        Draw(
+        SamplingRow(
             sampling.temperature,
             sampling.top_p,
             uniform(11, 5, position),
@@ -68,7 +75,8 @@ def test_top_p_keeps_the_nucleus_and_its_proportions():
 def test_a_draw_is_always_inside_the_nucleus(logits, top_p, number):
     params = SamplingParams(top_p=top_p)
     (token,) = sample(
-        torch.tensor([logits]), [Draw(params.temperature, params.top_p, min(number, 1 - 2**-53))]
+        torch.tensor([logits]),
+        [SamplingRow(params.temperature, params.top_p, min(number, 1 - 2**-53))],
     ).tolist()
     probabilities = torch.softmax(torch.tensor(logits).double(), dim=-1)
     likelier = probabilities[probabilities > probabilities[token]].sum()
@@ -76,7 +84,7 @@ def test_a_draw_is_always_inside_the_nucleus(logits, top_p, number):
 
 
 def test_temperature_zero_is_greedy():
-    greedy = Draw(0.0, 1.0, 0.9)
+    greedy = SamplingRow(0.0, 1.0, 0.9)
     assert sample(torch.tensor([[1.0, 3.0, 2.0]]), [greedy]).tolist() == [1]
 
 
@@ -121,7 +129,7 @@ def test_the_same_seed_gives_the_same_answer_wherever_the_request_stands(tiny_mo
     assert unseeded[0] != unseeded[1]
 
 
-def reference_token(logits: list[float], draw: Draw) -> int:
+def reference_token(logits: list[float], draw: SamplingRow) -> int:
     """One token by plain loops: bias, penalties, bans, temperature, min_p, top_k, top_p."""
     if draw.given is not None:
         return draw.given
@@ -166,7 +174,7 @@ def draws_of(draw, size=13):
     banned = draw(st.lists(st.integers(0, size - 1), max_size=4).map(tuple))
     allowed = st.sets(st.integers(0, size - 1), min_size=5).map(sorted).map(tuple)
     bias = st.dictionaries(st.integers(0, size - 1), st.integers(-100, 100), max_size=4)
-    return Draw(
+    return SamplingRow(
         temperature=draw(st.sampled_from([0.0, 0.3, 1.0, 1.7])),
         top_p=draw(st.floats(0.05, 1)),
         uniform=draw(st.floats(0, 0.999)),
@@ -216,7 +224,7 @@ def test_draws_travel_between_stages_whole(draws):
 def test_a_penalty_beyond_all_bounds_still_leaves_a_distribution(repetition, temperature):
     """Of tokens with logits of either sign, or of none."""
     its = Penalties(0.0, 0.0, repetition, (0, 1, 2), ((1, 2),))
-    draw = Draw(temperature, 1.0, 0.5, penalties=its)
+    draw = SamplingRow(temperature, 1.0, 0.5, penalties=its)
     row = torch.tensor([[3.0, -3.0, 0.0, 2.0]])
     penalised = row[0].clone()
     penalise(penalised, its)

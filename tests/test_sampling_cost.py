@@ -13,8 +13,8 @@ from flexgen_ray.cost.ops import drawn_share
 from flexgen_ray.hardware.spec import Hardware
 from flexgen_ray.models.shapes import shape_config
 from flexgen_ray.planner.choose import job_of
-from flexgen_ray.planner.grid import Search
-from flexgen_ray.planner.pipeline_plan import Device, Job, ModelRates
+from flexgen_ray.planner.grid import SearchSpace
+from flexgen_ray.planner.pipeline_plan import ModelRates, PlannedJob, StageDevice
 from flexgen_ray.planner.search import Planner, choose
 from flexgen_ray.request import Request
 
@@ -49,12 +49,12 @@ def test_modelled_seconds_are_those_of_the_tokens_that_were_drawn(
 
 def test_a_plan_counts_what_its_job_draws():
     config, machine = shape_config("opt-1.3b"), Hardware.preset("cpu")
-    device = Device(ModelRates.of(machine, config, "float32"), Budget(8 * GIB, 8 * GIB, 0))
+    device = StageDevice(ModelRates.of(machine, config, "float32"), Budget(8 * GIB, 8 * GIB, 0))
     prompt = list(range(64))
 
     def seconds(params: SamplingParams) -> tuple[float, float]:
         job = job_of([Request(index, prompt, params) for index in range(256)])
-        plan = choose(Planner(config, (device,), job, "float32", Search()))
+        plan = choose(Planner(config, (device,), job, "float32", SearchSpace()))
         visits = sum(plan.visits.values()) * plan.num_blocks
         return plan.block_seconds, plan.block_size * config.vocab_size * visits
 
@@ -63,7 +63,7 @@ def test_a_plan_counts_what_its_job_draws():
     some, _ = seconds(SamplingParams(32, 1.0, top_k=20))
     assert greedy < some < drawn
     assert drawn >= logits / device.rates(8, 64).sampled_values_per_s
-    assert job_of([Request(0, prompt, GREEDY)]) == Job.uniform(1, 64, 5)
+    assert job_of([Request(0, prompt, GREEDY)]) == PlannedJob.uniform(1, 64, 5)
 
 
 def test_the_report_names_sampling_where_it_takes_a_large_part(tiny_models):

@@ -17,14 +17,14 @@ from transformers import AutoModelForCausalLM
 
 from flexgen_ray import LLM, Policy, SamplingParams
 from flexgen_ray.config import Workload
-from flexgen_ray.kernels.sampling import Draw, Penalties, score
+from flexgen_ray.kernels.sampling import Penalties, SamplingRow, score
 from flexgen_ray.layout.plan import StagePlan
 from flexgen_ray.layout.rows import Row, Rows, ScoredRow
 from flexgen_ray.layout.sizes import scored_tokens_at_a_time, workspace_bytes
 from flexgen_ray.models.configs import load_config
 from flexgen_ray.request import Request, Score
-from flexgen_ray.runtime.ring import Chosen, Header
-from flexgen_ray.runtime.scheduler import Batcher
+from flexgen_ray.runtime.ring import Header, SampledTokens
+from flexgen_ray.runtime.scheduler import Scheduler
 from flexgen_ray.schedule.zigzag import StageLayers
 
 NAMES = ["opt", "llama"]
@@ -121,7 +121,7 @@ def test_scoring_changes_no_token_and_scores_each(tiny_models, policy_of_all, na
             assert answer.cumulative_logprob == pytest.approx(every)
 
 
-def run_pass(batcher: Batcher, tokens_so_far: list[int]) -> None:
+def run_pass(batcher: Scheduler, tokens_so_far: list[int]) -> None:
     """A pass whose scores are the positions of what they are about."""
     rows = batcher.compose(0)
     told = []
@@ -149,7 +149,7 @@ def test_a_replayed_request_keeps_its_scores_and_gets_the_others(
     prompt, given_tokens = list(range(100, 100 + prompt_len)), [7, 8, 9, 5]
     params, first = SamplingParams(6, 0.0), min(first, prompt_len + 3)
     request = Request(0, prompt, params, given_tokens, first)
-    batcher = Batcher(1, 1, cell_tokens, frozenset([7]))
+    batcher = Scheduler(1, 1, cell_tokens, frozenset([7]))
     batcher.add([request])
     for fate in fates + ["told"] * 30:
         if batcher.is_done:
@@ -161,7 +161,7 @@ def test_a_replayed_request_keeps_its_scores_and_gets_the_others(
             request.scores.extend(it for _, found in scored for it in found)
             request.generated.extend(token for _, token in batcher.take_accepted())
         if fate != "told" and len(request.generated) < 6:
-            batcher = Batcher(1, 1, cell_tokens, frozenset([7]))
+            batcher = Scheduler(1, 1, cell_tokens, frozenset([7]))
             batcher.add([replace(request)])
     assert request.generated == [*given_tokens, 6, 6]
     (done,) = batcher.take_finished()
@@ -196,10 +196,10 @@ def test_killed_stages_cost_no_score(tiny_models, logprobs, local_ray, moment):
 
 def test_who_asks_for_nothing_pays_nothing(tiny_models, monkeypatch):
     """No score is computed, and messages are as long as if there were none."""
-    row, draw = Row(0, 3, 2, 0, True, True), Draw(0.0, 1.0, 0.0)
+    row, draw = Row(0, 3, 2, 0, True, True), SamplingRow(0.0, 1.0, 0.0)
     plain = Header(0, 0, Rows((row,), (), 2), [draw], [5])
     assert plain.encode() == b"[0, 0, [[0, 3, 2, true, true]], 2, [[0.0, 1.0, 0.0]], [5], false]"
-    assert Chosen(0, 1, [7]).encode() == b"[0, 1, [7]]"
+    assert SampledTokens(0, 1, [7]).encode() == b"[0, 1, [7]]"
     folder, references = tiny_models["llama"]
     monkeypatch.setattr("flexgen_ray.runtime.handlers.score", None)
     found = greedy(folder, [it.prompt for it in references], Policy(4), use_ray=False)
@@ -213,7 +213,7 @@ scores = st.builds(
     st.lists(st.tuples(st.integers(0, 10**6), st.floats(max_value=0.0)), max_size=3).map(tuple),
 )
 draws = st.builds(
-    Draw, st.just(0.5), st.just(1.0), st.just(0.25),
+    SamplingRow, st.just(0.5), st.just(1.0), st.just(0.25),
     st.none() | st.integers(0, 9), st.none() | st.integers(0, 20), st.integers(0, 2),
     st.sampled_from([0.0, 0.5]), st.lists(st.integers(0, 2), max_size=2).map(tuple),
     st.none() | st.just(Penalties(0.0, 0.5, 1.0, (0, 3), ())),
@@ -226,8 +226,8 @@ draws = st.builds(
     st.lists(st.builds(ScoredRow, st.just(0), st.integers(0, 1), st.just((4, 5)), st.just(3))),
 )
 def test_messages_say_what_was_meant(slot_scores, draw, scored):
-    chosen = Chosen(3, 1, [5, 6], slot_scores)
-    assert Chosen.decode(chosen.encode()) == chosen
+    chosen = SampledTokens(3, 1, [5, 6], slot_scores)
+    assert SampledTokens.decode(chosen.encode()) == chosen
     header = Header(3, 1, Rows((Row(0, 3, 2, 0, True, True),), (), 2, tuple(scored)), [draw], [0])
     assert Header.decode(header.encode()) == header
 

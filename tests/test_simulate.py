@@ -17,7 +17,7 @@ from benchmarks.paper_machines import MACHINE
 from flexgen_ray.config import HardwareSpec, Placement, Policy, Workload
 from flexgen_ray.cost.bound import decoding, prefilling, visit_seconds
 from flexgen_ray.cost.resources import CORES, Demand
-from flexgen_ray.cost.simulate import Simulated, Stream, simulate, simulate_ring
+from flexgen_ray.cost.simulate import OpStream, Simulated, simulate, simulate_ring
 from flexgen_ray.cost.steady import simulate_pipeline, steady_visit, stream
 from flexgen_ray.layout.plan import StagePlan
 from flexgen_ray.layout.rows import NO_ROWS, Rows
@@ -62,12 +62,12 @@ def rows_of(plan: StagePlan, is_prefill: bool) -> Rows:
     return prefilling(plan)[0] if is_prefill else decoding(plan, 30)
 
 
-def alike(plan: StagePlan, rates: HardwareSpec, rows: Rows, visits: int) -> Stream:
+def alike(plan: StagePlan, rates: HardwareSpec, rows: Rows, visits: int) -> OpStream:
     """Visits all of whose batches bring the same rows."""
     return stream(plan, rates, lambda op: rows, visits)
 
 
-def played(its: Stream) -> tuple[list[Op], dict[Op, Demand], Simulated]:
+def played(its: OpStream) -> tuple[list[Op], dict[Op, Demand], Simulated]:
     """What was issued, what each op took, and when it ran."""
     ops = list(its.ops)
     demands = {op: its.demand(op) for op in ops}

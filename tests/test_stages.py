@@ -18,7 +18,7 @@ from flexgen_ray.config import Budget, Workload
 from flexgen_ray.models.configs import load_config
 from flexgen_ray.planner.stage_policies import StagePolicies, plan_stages
 from flexgen_ray.runtime.lanes import timed
-from flexgen_ray.runtime.ring import LinkClosed, LocalLink
+from flexgen_ray.runtime.ring import ChannelClosed, LocalChannel
 from flexgen_ray.schedule.ops import EXCHANGE, Op, OpKind
 
 
@@ -270,8 +270,8 @@ def test_stages_end_when_their_stream_is_left(tiny_models, executor):
 
 @pytest.mark.timeout(10)
 def test_a_closed_link_is_never_waited_for():
-    first, second = LocalLink.ring(2)
+    first, second = LocalChannel.ring(2)
     second.close()
     for wait in (first.next, first.next, lambda: first.send(torch.zeros(1)), second.next):
-        with pytest.raises(LinkClosed):
+        with pytest.raises(ChannelClosed):
             wait()

@@ -10,13 +10,13 @@ import torch
 
 from flexgen_ray.distributed.transport import (
     MAX_MESSAGE_BYTES,
-    GlooLink,
-    Meeting,
-    MeetingPlace,
+    GlooChannel,
+    Rendezvous,
+    RendezvousStore,
     _Blocking,
     _Groups,
 )
-from flexgen_ray.runtime.ring import LinkClosed
+from flexgen_ray.runtime.ring import ChannelClosed
 
 
 class Stuck:
@@ -38,7 +38,7 @@ def test_closing_aborts_what_would_keep_the_device_for_ever():
     blocking = _Blocking(group, aborts=True)
     closing = threading.Thread(target=lambda: (group.begun.wait(60), blocking.close()))
     closing.start()
-    with pytest.raises(LinkClosed):
+    with pytest.raises(ChannelClosed):
         blocking.call(lambda group: group, torch.zeros(1))
     closing.join()
     assert group.aborted.wait(60)
@@ -47,10 +47,10 @@ def test_closing_aborts_what_would_keep_the_device_for_ever():
 
 def test_hidden_states_wait_for_nothing_but_their_sender():
     """No receive is begun before they are ready, and messages overtake them."""
-    place = MeetingPlace("127.0.0.1")
-    meeting = Meeting(place.host, place.port, 1, 2)
+    place = RendezvousStore("127.0.0.1")
+    meeting = Rendezvous(place.host, place.port, 1, 2)
     with ThreadPoolExecutor(3) as pool:
-        first, last = pool.map(lambda rank: GlooLink(meeting, rank, place.host), range(2))
+        first, last = pool.map(lambda rank: GlooChannel(meeting, rank, place.host), range(2))
         out, hidden = torch.zeros(3, 4), torch.arange(12.0).view(3, 4)
         receiving = pool.submit(last.recv, out)
         first.post(b"rows")
@@ -61,15 +61,15 @@ def test_hidden_states_wait_for_nothing_but_their_sender():
         assert torch.equal(out, hidden)
         receiving = pool.submit(last.recv, out)
         first.close()
-        with pytest.raises(LinkClosed):
+        with pytest.raises(ChannelClosed):
             receiving.result(60)
         last.close()
 
 
 @pytest.mark.parametrize("announced", [-1, MAX_MESSAGE_BYTES + 1, 2**62])
 def test_a_message_of_an_absurd_size_closes_the_link_and_takes_no_memory(announced):
-    place = MeetingPlace("127.0.0.1")
-    meeting = Meeting(place.host, place.port, 1, 2, secret=place.secret)
+    place = RendezvousStore("127.0.0.1")
+    meeting = Rendezvous(place.host, place.port, 1, 2, secret=place.secret)
 
     def announce() -> object:
         """As stage 0, which makes the groups of edge 0, to stage 1, and then those of edge 1."""
@@ -80,18 +80,18 @@ def test_a_message_of_an_absurd_size_closes_the_link_and_takes_no_memory(announc
         return small, others
 
     with ThreadPoolExecutor(2) as pool:
-        stranger, link = pool.submit(announce), pool.submit(GlooLink, meeting, 1, place.host)
-        with pytest.raises(LinkClosed, match=f"announced a message of {announced:,} bytes"):
+        stranger, link = pool.submit(announce), pool.submit(GlooChannel, meeting, 1, place.host)
+        with pytest.raises(ChannelClosed, match=f"announced a message of {announced:,} bytes"):
             link.result(60).next()
         assert stranger.result(60)
 
 
 def test_a_message_too_large_to_send_is_refused_by_its_size(monkeypatch):
     monkeypatch.setattr("flexgen_ray.distributed.transport.MAX_MESSAGE_BYTES", 8)
-    place = MeetingPlace("127.0.0.1")
-    meeting = Meeting(place.host, place.port, 1, 2, secret=place.secret)
+    place = RendezvousStore("127.0.0.1")
+    meeting = Rendezvous(place.host, place.port, 1, 2, secret=place.secret)
     with ThreadPoolExecutor(2) as pool:
-        links = pool.map(lambda rank: GlooLink(meeting, rank, place.host), range(2))
+        links = pool.map(lambda rank: GlooChannel(meeting, rank, place.host), range(2))
         first, last = links
         with pytest.raises(ValueError, match="a message of 9 bytes"):
             first.post(bytes(9))
@@ -103,10 +103,10 @@ def test_a_message_too_large_to_send_is_refused_by_its_size(monkeypatch):
 def test_nothing_joins_a_ring_without_its_secret(monkeypatch):
     """The store alone, which others may reach on a cluster, is not enough."""
     monkeypatch.setattr("flexgen_ray.distributed.transport.JOIN_SECONDS", 0.5)
-    place = MeetingPlace("127.0.0.1")
-    assert place.secret not in ("", MeetingPlace("127.0.0.1").secret)
-    ring = Meeting(place.host, place.port, 1, 2, secret=place.secret)
-    stranger = Meeting(place.host, place.port, 1, 2, secret="")
+    place = RendezvousStore("127.0.0.1")
+    assert place.secret not in ("", RendezvousStore("127.0.0.1").secret)
+    ring = Rendezvous(place.host, place.port, 1, 2, secret=place.secret)
+    stranger = Rendezvous(place.host, place.port, 1, 2, secret="")
     with ThreadPoolExecutor(2) as pool:
         both = [
             pool.submit(_Groups(meeting, place.host).make, "0/small", side, False)

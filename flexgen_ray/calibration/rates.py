@@ -55,7 +55,7 @@ QUICK = Effort(0.005, 8 * 2**20, 256, CacheShape(4, 8, 8, 64, 128))
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredRates:
     """Of a machine, without what lies beyond it."""
 
     link: LinkRates
@@ -100,7 +100,7 @@ def measure_machine(
     effort: Effort,
     take: Measurer,
     scope: Scope = EVERYTHING,
-) -> Measured:
+) -> MeasuredRates:
     """Takes twice effort.nbytes of memory, and as much of the folder's disk; gives all back.
 
     Raises OSError, naming the folder, if its disk doesn't do, and Unsteady, with the figures, if
@@ -118,7 +118,7 @@ def measure_machine(
             if rates.is_cpu:
                 shares = _core_shares(bench, effort, cores, folder, take)
                 rates = replace(rates, core_shares=shares)
-            return Measured(link, disk, host, rates)
+            return MeasuredRates(link, disk, host, rates)
     finally:
         torch.set_num_threads(num_threads)
 

@@ -17,7 +17,7 @@ from typing import Protocol
 import psutil
 
 
-class Elsewhere:
+class OtherLoad:
     """Counts from when it is made. `cores`: that others have kept busy since, on average; from a
     few tenths up, figures taken meanwhile mean little."""
 
@@ -40,7 +40,7 @@ TENTH = 0.1  # by which two measurements, or a part and its whole, may differ
 _REMEDY = "end what else runs on this machine and calibrate again"
 
 
-class Watch(Protocol):
+class LoadWatch(Protocol):
     @property
     def cores(self) -> float:
         """Mean number of cores that other processes have kept busy since this was made."""
@@ -60,7 +60,7 @@ class Measurer:
 
     announce: Callable[[str], None]
     most: int = 5
-    watch: Callable[[], Watch] = Elsewhere
+    watch: Callable[[], LoadWatch] = OtherLoad
     num_cores: int = os.cpu_count() or 1
     notes: list[str] = field(default_factory=list)
 

@@ -29,7 +29,7 @@ from flexgen_ray.layout.plan import StagePlan
 from flexgen_ray.layout.sizes import stage_bytes, totals, weight_bytes
 from flexgen_ray.models.config import ModelConfig
 from flexgen_ray.planner.comparison import RESIDENT, Alternative, Comparison
-from flexgen_ray.planner.pipeline_plan import Plan
+from flexgen_ray.planner.pipeline_plan import PipelinePlan
 from flexgen_ray.reporting.terminal import display
 from flexgen_ray.units import format_bytes, format_seconds
 
@@ -184,7 +184,7 @@ def _rate(tokens_per_s: float) -> str:
     return f"{tokens_per_s:,.0f}" if tokens_per_s >= 1000 else f"{tokens_per_s:.3g}"
 
 
-def headline(model: str, hardware: list[str], plan: Plan) -> str:
+def headline(model: str, hardware: list[str], plan: PipelinePlan) -> str:
     """One line on a plan that fits: its predicted throughput, and how long the job takes."""
     return (
         f"{model} in {plan.stages[0].dtype} on {', '.join(hardware)}: fits, about "
@@ -258,8 +258,8 @@ def plan(
     Example: flexgen-ray plan --model opt-30b --hardware t4 --stages 4 --num-requests 1000000
     """
     from flexgen_ray.config import Policy
-    from flexgen_ray.planner.comparison import Job, compare, devices_of, read_job, read_nodes
-    from flexgen_ray.planner.grid import Search
+    from flexgen_ray.planner.comparison import PlannedJob, compare, devices_of, read_job, read_nodes
+    from flexgen_ray.planner.grid import SearchSpace
     from flexgen_ray.planner.search import Planner
 
     _check(dtype, max_latency, price_per_hour, frontier)
@@ -270,7 +270,7 @@ def plan(
     job = (
         read_job(workload, num_requests)
         if workload
-        else Job.uniform(num_requests or 1000, prompt_len, max_tokens)
+        else PlannedJob.uniform(num_requests or 1000, prompt_len, max_tokens)
     )
     config = _config(model)
     dtype = config.dtype if dtype == "auto" else dtype
@@ -285,7 +285,7 @@ def plan(
         embedding_bits=embedding_bits,
         attention_sparsity=sparsity,
     )
-    search = Search(base, max_seconds=max_latency)
+    search = SearchSpace(base, max_seconds=max_latency)
     names = [
         f"{it.hardware.name} x {it.gpus}" if it.gpus > 1 else it.hardware.name for it in machines
     ]
@@ -316,9 +316,9 @@ def plan(
 
 def _machines(names: list[str], stages: int | None) -> list:
     from flexgen_ray.hardware.spec import LOCAL, Hardware
-    from flexgen_ray.planner.comparison import MAX_MACHINES, Node
+    from flexgen_ray.planner.comparison import MAX_MACHINES, HardwareNode
 
-    machines = [Node(Hardware.load(LOCAL if name == "auto" else name)) for name in names]
+    machines = [HardwareNode(Hardware.load(LOCAL if name == "auto" else name)) for name in names]
     if stages is None:
         return machines
     if not 1 <= stages <= MAX_MACHINES:

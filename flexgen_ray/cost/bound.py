@@ -74,7 +74,7 @@ _BY_HOST = frozenset(
 
 
 @dataclass(frozen=True)
-class Taken:
+class VisitSeconds:
     """Seconds of a lane, a resource or a way: of a visit of one batch, once and for each layer, and
     of each further batch."""
 
@@ -87,7 +87,7 @@ class Taken:
 @lru_cache(maxsize=8192)
 def seconds_of_visit(
     plan: StagePlan, hardware: HardwareSpec, position: int
-) -> dict[Quantity, Taken]:
+) -> dict[Quantity, VisitSeconds]:
     """By (phase, lane, resource or way). plan: of one decoder layer and two batches."""
     found = {}
     for phase, ops in _ops_of_visit(plan, position).items():
@@ -104,7 +104,7 @@ def seconds_of_visit(
         # The disk is a resource and a lane of the same name.
         longer = {it: max(lanes[it], resources.get(it, [0.0]), key=sum) for it in lanes}
         for name, each in (resources | longer | ways).items():
-            found[phase, name] = Taken(*each)
+            found[phase, name] = VisitSeconds(*each)
     return found
 
 

@@ -91,7 +91,7 @@ def speed(shares: Mapping[str, float], load: Mapping[str, float]) -> float:
     return 1 / most
 
 
-class Work:
+class RunningOp:
     """Something under way: what it takes, its speed (1 unless it is slowed), when it ends so."""
 
     __slots__ = ("demand", "ends", "speed")
@@ -102,10 +102,10 @@ class Work:
         self.speed = 1.0
 
 
-W = TypeVar("W", bound=Work)
+W = TypeVar("W", bound=RunningOp)
 
 
-class Machine(Generic[W]):
+class SharedResources(Generic[W]):
     """Resources, and who uses them, in modelled time."""
 
     def __init__(self) -> None:

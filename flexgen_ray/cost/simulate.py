@@ -13,14 +13,14 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from flexgen_ray.cost.resources import SIMULTANEOUS, Demand, Machine, Work
+from flexgen_ray.cost.resources import SIMULTANEOUS, Demand, RunningOp, SharedResources
 from flexgen_ray.schedule.dependencies import VISITS_AHEAD, Dependencies
 from flexgen_ray.schedule.ops import LANE, Lane, Op, Span
 from flexgen_ray.schedule.ring import Message, heard, told
 
 
 @dataclass(frozen=True)
-class Stream:
+class OpStream:
     """A stage's ops in program order, only those that move something, and what each takes.
 
     window: as the executor's: how many are issued and not over. keeps_spans: they take memory.
@@ -45,18 +45,18 @@ class Simulated:
     spans: list[Span]
 
 
-def simulate(stream: Stream) -> Simulated:
+def simulate(stream: OpStream) -> Simulated:
     """One stage that is the whole model."""
     return simulate_ring([stream], 1)[0]
 
 
-def simulate_ring(streams: list[Stream], num_blocks: int) -> list[Simulated]:
+def simulate_ring(streams: list[OpStream], num_blocks: int) -> list[Simulated]:
     """Stages joined to a ring, with so many blocks in flight.
 
     A batch has crossed the network when its SEND ends. RuntimeError if the ring waits for itself.
     """
-    mail = _Mail(num_blocks)
-    stages = [_Stage(number, stream, mail) for number, stream in enumerate(streams)]
+    mail = _RingMessages(num_blocks)
+    stages = [_SimulatedStage(number, stream, mail) for number, stream in enumerate(streams)]
     now = 0.0
     for stage in stages:
         stage.issue()
@@ -77,53 +77,53 @@ def simulate_ring(streams: list[Stream], num_blocks: int) -> list[Simulated]:
     return [stage.simulated() for stage in stages]
 
 
-class _Job(Work):
+class _SimulatedOp(RunningOp):
     """An op that was issued: how many ops it still waits for, and who waits for it."""
 
     __slots__ = ("dependents", "index", "is_done", "missing", "op", "post", "queue", "started")
 
-    def __init__(self, index: int, op: Op, post: _Post, demand: Demand) -> None:
+    def __init__(self, index: int, op: Op, post: _LaneQueues, demand: Demand) -> None:
         super().__init__(demand)
         self.index = index
         self.op = op
         self.post = post
         self.queue = post.queues[LANE[op.kind]]
         self.missing = 0
-        self.dependents: list[_Job] = []
+        self.dependents: list[_SimulatedOp] = []
         self.is_done = False
         self.started = 0.0
 
 
-class _Post:
+class _LaneQueues:
     """A worker: its lanes' queues, and whether it is at work."""
 
     def __init__(self, lanes: Iterable[Lane]) -> None:
-        self.queues: dict[Lane, deque[_Job]] = {lane: deque() for lane in lanes}
+        self.queues: dict[Lane, deque[_SimulatedOp]] = {lane: deque() for lane in lanes}
         self.is_busy = False
 
-    def next(self) -> _Job | None:
+    def next(self) -> _SimulatedOp | None:
         """The oldest op that may start."""
         heads = [q[0] for q in self.queues.values() if q and not q[0].missing]
         return min(heads, key=lambda job: job.index) if heads else None
 
 
-class _Stage:
+class _SimulatedStage:
     """One stage's lanes, its resources, and what has been issued of its stream."""
 
-    def __init__(self, number: int, stream: Stream, mail: _Mail) -> None:
+    def __init__(self, number: int, stream: OpStream, mail: _RingMessages) -> None:
         self.number = number
-        self.machine: Machine[_Job] = Machine()
+        self.machine: SharedResources[_SimulatedOp] = SharedResources()
         self._stream = stream
         self._ops = enumerate(stream.ops)
         self._mail = mail
-        self._dependencies: Dependencies[_Job] = Dependencies()
-        posts = {it: _Post(lane for lane in Lane if lane.worker is it) for it in Lane}
+        self._dependencies: Dependencies[_SimulatedOp] = Dependencies()
+        posts = {it: _LaneQueues(lane for lane in Lane if lane.worker is it) for it in Lane}
         self._post_of = {lane: posts[lane.worker] for lane in Lane}
         self._device = posts[Lane.DEVICE]
-        self.touched: list[_Post] = []
+        self.touched: list[_LaneQueues] = []
         self._in_flight = 0
         self._room = stream.window - 1
-        self._last_ops: deque[_Job] = deque()  # of the visits that aren't known to be over
+        self._last_ops: deque[_SimulatedOp] = deque()  # of the visits that aren't known to be over
         self._seconds = 0.0
         self._visit_ends: list[float] = []
         self._busy: dict[str, float] = defaultdict(float)
@@ -148,10 +148,12 @@ class _Stage:
             index, op = next(self._ops, (0, None))
             if op is None:
                 return
-            self._queue(_Job(index, op, self._post_of[LANE[op.kind]], self._stream.demand(op)))
+            self._queue(
+                _SimulatedOp(index, op, self._post_of[LANE[op.kind]], self._stream.demand(op))
+            )
             self._room = window // 2 if self._in_flight >= window else window - 1
 
-    def _queue(self, job: _Job) -> None:
+    def _queue(self, job: _SimulatedOp) -> None:
         queue = job.queue
         for other in self._dependencies.of(job, job.op):
             if not other.is_done and other.queue is not queue:
@@ -192,13 +194,13 @@ class _Stage:
             job.post.is_busy = False
             self._finish(job, now)
 
-    def release(self, job: _Job) -> None:
+    def release(self, job: _SimulatedOp) -> None:
         """One of those that it waited for has ended."""
         job.missing -= 1
         if not job.missing:
             self.touched.append(job.post)
 
-    def _finish(self, job: _Job, now: float) -> None:
+    def _finish(self, job: _SimulatedOp, now: float) -> None:
         op = job.op
         job.queue.popleft()
         job.is_done = True
@@ -218,15 +220,15 @@ class _Stage:
             self.issue()
 
 
-class _Mail:
+class _RingMessages:
     """Messages between stages that were told, and the ops that wait for others."""
 
     def __init__(self, num_blocks: int) -> None:
         self._num_blocks = num_blocks
         self._told: set[Message] = set()
-        self._waiting: dict[Message, tuple[_Stage, _Job]] = {}
+        self._waiting: dict[Message, tuple[_SimulatedStage, _SimulatedOp]] = {}
 
-    def expect(self, stage: _Stage, job: _Job) -> None:
+    def expect(self, stage: _SimulatedStage, job: _SimulatedOp) -> None:
         """The op waits for its message, if it is one that does."""
         message = heard(stage.number, job.op, self._num_blocks)
         if message is not None and message not in self._told:

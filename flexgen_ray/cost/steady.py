@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from flexgen_ray.config import HardwareSpec
 from flexgen_ray.cost.ops import CostModel
 from flexgen_ray.cost.resources import CORES, Amounts, Demand, Resource, demand_of
-from flexgen_ray.cost.simulate import Stream, simulate_ring
+from flexgen_ray.cost.simulate import OpStream, simulate_ring
 from flexgen_ray.layout.moves import Moves
 from flexgen_ray.layout.plan import StagePlan
 from flexgen_ray.layout.rows import NO_ROWS, Composition, Rows
@@ -34,17 +34,17 @@ def stream(
     rows: RowsOf,
     num_visits: int,
     core_shares: CoreShares = (),
-) -> Stream:
+) -> OpStream:
     """So many visits of a stage, as an executor would run them. rows: of an op's pass, by its visit
     and batch. core_shares: none where the cores aren't the device too."""
     moves = Moves(plan, is_linked=not plan.stage.is_whole)
     batches = plan.policy.num_gpu_batches
     ops = filter(moves, zigzag(plan.stage, batches, range(num_visits), plan.num_blocks))
-    return Stream(ops, Demands(plan, hardware, rows, core_shares), window_ops(batches))
+    return OpStream(ops, Demands(plan, hardware, rows, core_shares), window_ops(batches))
 
 
 @dataclass(frozen=True)
-class _Pass:
+class _PassDemands:
     """Rows, what follows from them, and what is known so far of ops that bring them."""
 
     rows: Rows
@@ -67,8 +67,8 @@ class Demands:
         self._cost = CostModel(plan)
         self._spare = plan.streamed_rows - 1
         self._rows = rows
-        self._passes: dict[int, _Pass] = {}
-        self._weights = _Pass(NO_ROWS, None)
+        self._passes: dict[int, _PassDemands] = {}
+        self._weights = _PassDemands(NO_ROWS, None)
 
     def __call__(self, op: Op) -> Demand:
         """Nothing, if its pass has no rows."""
@@ -90,12 +90,12 @@ class Demands:
         cores = sum(of_cores.get(name, 0.0) * share for name, share in used.items())
         return replace(demand, shares=demand.shares | {CORES: cores})
 
-    def _pass(self, rows: Rows) -> _Pass:
+    def _pass(self, rows: Rows) -> _PassDemands:
         # Comparing rows would cost more than to derive anew what follows from equal ones.
         found = self._passes.get(id(rows))
         if found is None:
             composition = Composition(rows, self._spare) if rows.rows else None
-            found = self._passes[id(rows)] = _Pass(rows, composition)
+            found = self._passes[id(rows)] = _PassDemands(rows, composition)
         return found
 
 

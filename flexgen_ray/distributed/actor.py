@@ -11,10 +11,10 @@ import ray
 import torch
 
 from flexgen_ray.distributed.metrics import StageMetrics
-from flexgen_ray.distributed.transport import GlooLink, Meeting
+from flexgen_ray.distributed.transport import GlooChannel, Rendezvous
 from flexgen_ray.request import Finished
 from flexgen_ray.runtime.events import Progress
-from flexgen_ray.runtime.ring import LinkClosed
+from flexgen_ray.runtime.ring import ChannelClosed
 from flexgen_ray.runtime.worker import Machine, Worker
 
 TELL_SECONDS = 0.05  # events within this time are told together
@@ -25,7 +25,7 @@ class StageWorker(Worker):
 
     def __init__(self, threads: int) -> None:
         super().__init__(threads)
-        self._link: GlooLink | None = None
+        self._link: GlooChannel | None = None
         self._rank = 0
 
     def probe(self, device: str, offload_dir: str, is_calibrated: bool = True) -> Machine:
@@ -39,7 +39,7 @@ class StageWorker(Worker):
             )
         return super().probe(device, offload_dir, is_calibrated)
 
-    def join(self, meeting: Meeting, rank: int) -> None:
+    def join(self, meeting: Rendezvous, rank: int) -> None:
         """Joins the ring of this meeting's epoch; leaves that of an earlier one.
 
         LinkClosed if a neighbour doesn't come.
@@ -47,9 +47,9 @@ class StageWorker(Worker):
         self.leave()
         self._rank = rank
         try:
-            self._link = GlooLink(meeting, rank, ray.util.get_node_ip_address())
+            self._link = GlooChannel(meeting, rank, ray.util.get_node_ip_address())
         except RuntimeError as error:
-            raise LinkClosed(f"a neighbouring stage did not come ({error})") from error
+            raise ChannelClosed(f"a neighbouring stage did not come ({error})") from error
         self.connect(self._link)
 
     def leave(self) -> None:

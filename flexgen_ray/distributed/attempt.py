@@ -18,8 +18,8 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskErro
 
 from flexgen_ray.request import Finished
 from flexgen_ray.runtime.events import OnProgress, Progress
-from flexgen_ray.runtime.lanes import Pulse
-from flexgen_ray.runtime.ring import LinkClosed
+from flexgen_ray.runtime.lanes import Heartbeat
+from flexgen_ray.runtime.ring import ChannelClosed
 from flexgen_ray.runtime.stage import LOADING, StageSpec
 
 LOOK_SECONDS = 2  # between two looks at the stages
@@ -129,7 +129,7 @@ class Attempt:
         self._stall_seconds = stall_seconds
         self._events: Any = actors[0].lead.options(num_returns="streaming").remote()
         self._ends = [self._events.completed(), *(actor.follow.remote() for actor in actors[1:])]
-        self._pulses: list[Pulse] = []
+        self._pulses: list[Heartbeat] = []
         self._moved_at = time.monotonic()
 
     def __iter__(self) -> Iterator[Finished | Progress]:
@@ -237,7 +237,7 @@ def _let_fail(reference: Any) -> None:
 
 def _culprits(reasons: dict[int, Exception]) -> dict[int, Exception]:
     """Whoever only lost a neighbour is innocent, unless nobody else is to blame."""
-    guilty = {stage: why for stage, why in reasons.items() if not _has_cause(why, LinkClosed)}
+    guilty = {stage: why for stage, why in reasons.items() if not _has_cause(why, ChannelClosed)}
     return guilty or reasons
 
 

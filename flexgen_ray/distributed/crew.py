@@ -15,8 +15,8 @@ from flexgen_ray.distributed.actor import StageActor
 from flexgen_ray.distributed.attempt import StageLost, Stalled, ask
 from flexgen_ray.distributed.cluster import actor_options, has_room
 from flexgen_ray.distributed.own_cluster import OwnCluster
-from flexgen_ray.distributed.reservation import NOTE_SECONDS, Waiting, look, reserve, scales
-from flexgen_ray.distributed.room import OWN_SHARE, Placed, Room, place
+from flexgen_ray.distributed.reservation import NOTE_SECONDS, ResourceWait, look, reserve, scales
+from flexgen_ray.distributed.room import OWN_SHARE, BundlePlacement, FreeResources, place
 from flexgen_ray.runtime.events import OnProgress
 
 START_SECONDS = 120.0
@@ -28,7 +28,7 @@ class NotStarted(RuntimeError):
     """Ray has nowhere to put a stage, or could not start it in time."""
 
 
-class Crew:
+class StageActors:
     """An actor for each stage, in a placement group, until `close`.
 
     actors: None where one has been stopped. nodes: where each was last.
@@ -38,7 +38,7 @@ class Crew:
         self._own_cluster = own_cluster
         self._on_progress = on_progress
         self._group: Any = None
-        self.placed = Placed([])
+        self.placed = BundlePlacement([])
         self.actors: list[Any] = []
         self._hosts: dict[int, str] = {}
 
@@ -53,7 +53,7 @@ class Crew:
     ) -> None:
         """Find room for the stages; see room.place and reservation.reserve."""
 
-        def find(room: Room, settled: bool) -> Placed:
+        def find(room: FreeResources, settled: bool) -> BundlePlacement:
             if self._own_cluster is None:
                 return place(room, device, num_stages, threads, settled)
             # Only LLMs of this process are there, and share its cores, as threads do.
@@ -62,7 +62,7 @@ class Crew:
 
         self.placed, self._group = reserve(find, seconds, self._on_progress)
 
-    def start(self, waiting: Waiting | None = None) -> None:
+    def start(self, waiting: ResourceWait | None = None) -> None:
         """Start the actors that aren't there; NotStarted or StageLost if they don't come."""
         if not ray.is_initialized() or self._group is None:
             raise RuntimeError("this LLM is closed; make another one")
@@ -76,7 +76,7 @@ class Crew:
             self.actors[stage] = actor_class.options(**options).remote(bundles[stage].threads)
         if not new:
             return
-        self._wait_for(new, waiting or Waiting(START_SECONDS, self._on_progress))
+        self._wait_for(new, waiting or ResourceWait(START_SECONDS, self._on_progress))
         if self._own_cluster is not None:
             self._own_cluster.check_sockets()
 
@@ -102,7 +102,7 @@ class Crew:
         if own_cluster is not None:
             own_cluster.close()
 
-    def _wait_for(self, new: list[int], waiting: Waiting) -> None:
+    def _wait_for(self, new: list[int], waiting: ResourceWait) -> None:
         """Until these stages answer, with a line a minute on what they wait for."""
         starting = [self.actors[it].host.remote() for it in new]
         while True:

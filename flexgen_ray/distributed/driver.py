@@ -20,16 +20,16 @@ from ray.exceptions import RayTaskError
 from flexgen_ray.config import Deployment, HardwareSpec
 from flexgen_ray.distributed.attempt import Attempt, StageLost, ask, get, load, own_error
 from flexgen_ray.distributed.cluster import connect
-from flexgen_ray.distributed.crew import Crew, NotStarted
+from flexgen_ray.distributed.crew import NotStarted, StageActors
 from flexgen_ray.distributed.metrics import count_restarts
 from flexgen_ray.distributed.own_cluster import OBJECT_STORE_BYTES
-from flexgen_ray.distributed.reservation import Waiting
+from flexgen_ray.distributed.reservation import ResourceWait
 from flexgen_ray.distributed.room import Bundle
-from flexgen_ray.distributed.transport import JOIN_SECONDS, Meeting, MeetingPlace
+from flexgen_ray.distributed.transport import JOIN_SECONDS, Rendezvous, RendezvousStore
 from flexgen_ray.hardware.host import users_threads
 from flexgen_ray.request import Finished, Request
 from flexgen_ray.runtime.events import OnProgress, Progress, Recovery, ignore
-from flexgen_ray.runtime.meter import Measured
+from flexgen_ray.runtime.meter import StageMeasurements
 from flexgen_ray.runtime.stage import StageSpec
 from flexgen_ray.runtime.worker import Machine
 from flexgen_ray.schedule.ops import Span
@@ -50,13 +50,13 @@ class Driver:
         self._specs: list[StageSpec] = []
         self._loaded: set[int] = set()  # stages that have their weights
         self._epoch = 0
-        self._meeting_place: MeetingPlace | None = None
+        self._meeting_place: RendezvousStore | None = None
         self._unfinished: dict[int, Request] = {}
         self.recoveries: list[Recovery] = []
         was_there = ray.is_initialized()
         own_cluster = connect(wanted.address)
         self._brought_cluster = own_cluster is not None and not was_there
-        self._crew = Crew(own_cluster, on_progress)
+        self._crew = StageActors(own_cluster, on_progress)
         # An LLM that is dropped without `close` gives back what it holds, too.
         self._give_back = weakref.finalize(self, self._crew.close)
         try:
@@ -153,7 +153,7 @@ class Driver:
     def used(self) -> list[dict[str, dict[str, int]]]:
         return self._each("used")
 
-    def measured(self) -> list[Measured]:
+    def measured(self) -> list[StageMeasurements]:
         return self._each("measured")
 
     def spans(self, stage: int, first: int, count: int) -> list[Span]:
@@ -176,9 +176,9 @@ class Driver:
         stages = range(self.num_stages)
         if self.num_stages > 1:
             self._epoch += 1
-            place = self._meeting_place = self._meeting_place or MeetingPlace(node_ip())
+            place = self._meeting_place = self._meeting_place or RendezvousStore(node_ip())
             ring = self.num_stages, self.uses_nccl, place.secret
-            meeting = Meeting(place.host, place.port, self._epoch, *ring)
+            meeting = Rendezvous(place.host, place.port, self._epoch, *ring)
             # Whoever is gone already would be waited for by its neighbours.
             ask([it.pid.remote() for it in self._actors], stages, ANSWER_SECONDS)
             joining = [it.join.remote(meeting, rank) for rank, it in enumerate(self._actors)]
@@ -226,7 +226,7 @@ class Driver:
     def _restart(self, lost: StageLost) -> None:
         """As often as it takes: Ray may not know yet that a node has gone, and start them there."""
         seconds = self._crew.restart_seconds(self._faults.restart_seconds)
-        waiting = Waiting(seconds, self._on_progress)
+        waiting = ResourceWait(seconds, self._on_progress)
         while True:
             try:
                 return self._crew.start(waiting)

@@ -96,7 +96,7 @@ _MEMORY = "RAY_memory_usage_threshold"
 _REMEDY = "use --no-ray, give the --address of a cluster, or install another version of Ray"
 
 
-class OpenToOthers(RuntimeError):
+class InsecureCluster(RuntimeError):
     """The cluster listens where other machines could reach it, or asks for no token."""
 
 
@@ -130,7 +130,7 @@ class OwnCluster:
             with _environment(folder / "token"):
                 self.address = _start(object_store_memory=OBJECT_STORE_BYTES, **options)
                 if os.environ.get(_MODE) != "token":
-                    raise OpenToOthers(f"Ray {ray.__version__} asks for no token; {_REMEDY}")
+                    raise InsecureCluster(f"Ray {ray.__version__} asks for no token; {_REMEDY}")
             self.check_sockets()
         except BaseException:
             self.close()
@@ -149,7 +149,7 @@ class OwnCluster:
         wide = sorted(it for it in self.sockets() if not is_loopback(it[0]))
         if wide:
             where = ", ".join(f"{address}:{port} ({name})" for address, port, name in wide)
-            raise OpenToOthers(
+            raise InsecureCluster(
                 f"Ray {ray.__version__} listens on {where}, which other machines can reach; "
                 f"{_REMEDY}"
             )

@@ -11,14 +11,14 @@ import torch
 
 from flexgen_ray.distributed.cluster import connect
 from flexgen_ray.distributed.driver import node_ip
-from flexgen_ray.distributed.transport import GlooLink, Meeting, MeetingPlace
+from flexgen_ray.distributed.transport import GlooChannel, Rendezvous, RendezvousStore
 
 
 class _Player:
     """One end of a ring of two, each the other's neighbour on both sides."""
 
-    def __init__(self, meeting: Meeting, rank: int) -> None:
-        self._link = GlooLink(meeting, rank, node_ip())
+    def __init__(self, meeting: Rendezvous, rank: int) -> None:
+        self._link = GlooChannel(meeting, rank, node_ip())
         self._rank = rank
 
     def play(self, nbytes: int, rounds: int) -> list[float]:
@@ -48,8 +48,8 @@ def hops(trips: dict[int, int]) -> dict[str, float]:
 
 def _hop(nbytes: int, rounds: int) -> float:
     """Milliseconds from one stage to the next, the message that tells of it included."""
-    place = MeetingPlace(node_ip())
-    meeting = Meeting(place.host, place.port, 1, 2, secret=place.secret)
+    place = RendezvousStore(node_ip())
+    meeting = Rendezvous(place.host, place.port, 1, 2, secret=place.secret)
     actor: Any = ray.remote(_Player)
     players = [actor.options(num_cpus=0.5).remote(meeting, rank) for rank in (0, 1)]
     seconds, _ = ray.get([player.play.remote(nbytes, rounds) for player in players])

@@ -17,7 +17,13 @@ import ray
 from ray._private import state
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table
 
-from flexgen_ray.distributed.room import Node, NodeType, NoRoom, Placed, Room
+from flexgen_ray.distributed.room import (
+    BundlePlacement,
+    ClusterNode,
+    FreeResources,
+    InsufficientResources,
+    NodeType,
+)
 from flexgen_ray.runtime.events import OnProgress, Progress, ignore
 
 WAIT_SECONDS = 10.0  # for room on a cluster of fixed size
@@ -29,7 +35,7 @@ _PREFIX = "flexgen-ray "
 _numbers = itertools.count()
 
 
-class Waiting:
+class ResourceWait:
     """So many seconds in which something is waited for, with a line a minute on what that is."""
 
     def __init__(self, seconds: float, on_progress: OnProgress) -> None:
@@ -70,7 +76,7 @@ def scales() -> bool:
     return bool(_types())
 
 
-def look() -> Room:
+def look() -> FreeResources:
     """The cluster as Ray knows it now, which may be a second old."""
     free = state.available_resources_per_node()
     nodes = []
@@ -78,13 +84,15 @@ def look() -> Room:
         if node["Alive"]:
             total, left = node["Resources"], free.get(node["NodeID"], {})
             sizes = [total.get(name, 0.0) for name in ("CPU", "GPU")]
-            nodes.append(Node(*sizes, *(left.get(name, 0.0) for name in ("CPU", "GPU"))))
-    return Room(tuple(nodes), _types(), tuple(_holders()))
+            nodes.append(ClusterNode(*sizes, *(left.get(name, 0.0) for name in ("CPU", "GPU"))))
+    return FreeResources(tuple(nodes), _types(), tuple(_holders()))
 
 
 def reserve(
-    find: Callable[[Room, bool], Placed], seconds: float | None, on_progress: OnProgress
-) -> tuple[Placed, PlacementGroup]:
+    find: Callable[[FreeResources, bool], BundlePlacement],
+    seconds: float | None,
+    on_progress: OnProgress,
+) -> tuple[BundlePlacement, PlacementGroup]:
     """Stages as `find` fits them into the room there is, and their placement group.
 
     find(room, whether a smaller share will do): see room.place. Bundles are spread over the nodes,
@@ -94,12 +102,12 @@ def reserve(
     """
     room = look()
     seconds = (SCALING_SECONDS if room.types else WAIT_SECONDS) if seconds is None else seconds
-    waiting = Waiting(seconds, on_progress)
+    waiting = ResourceWait(seconds, on_progress)
     while True:
         try:
             placed = find(room, waiting.waited >= min(SETTLE_SECONDS, seconds))
             break
-        except NoRoom as why:
+        except InsufficientResources as why:
             if not waiting.left and waiting.waited >= SETTLE_SECONDS:
                 raise RuntimeError(_no_room(str(why), waiting)) from None
             waiting.note(str(why))
@@ -122,7 +130,7 @@ def reserve(
     return placed, group
 
 
-def _no_room(what: str, waiting: Waiting) -> str:
+def _no_room(what: str, waiting: ResourceWait) -> str:
     return (
         f"no room on the Ray cluster after {waiting.waited:.0f} s: {what}; close what holds it, "
         "use fewer --stages or --threads, or wait longer with --wait SECONDS"

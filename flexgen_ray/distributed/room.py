@@ -9,12 +9,12 @@ _SMALL = 1e-6  # Ray counts in ten thousandths
 OWN_SHARE = 0.01  # cores that a stage reserves where nothing but LLMs of this process can run
 
 
-class NoRoom(RuntimeError):
+class InsufficientResources(RuntimeError):
     """Too little is free now; it may become free, or the cluster may grow."""
 
 
 @dataclass(frozen=True)
-class Node:
+class ClusterNode:
     """Cores and GPUs of a machine, all of them and those that are free."""
 
     cpus: float
@@ -33,10 +33,10 @@ class NodeType:
 
 
 @dataclass(frozen=True)
-class Room:
+class FreeResources:
     """A cluster: its nodes, the types it may grow by, and sentences on who holds what."""
 
-    nodes: tuple[Node, ...]
+    nodes: tuple[ClusterNode, ...]
     types: tuple[NodeType, ...] = ()
     holders: tuple[str, ...] = ()
 
@@ -46,7 +46,7 @@ class Room:
         grown = sum(it.gpus * it.count for it in self.types if it.gpus)
         return max(sum(int(node.gpus) for node in self.nodes), grown)
 
-    def with_idle_cores(self) -> Room:
+    def with_idle_cores(self) -> FreeResources:
         """A copy of this room, as if all cores of its nodes were free."""
         return replace(self, nodes=tuple(replace(it, free_cpus=it.cpus) for it in self.nodes))
 
@@ -75,20 +75,24 @@ class Bundle:
 
 
 @dataclass(frozen=True)
-class Placed:
+class BundlePlacement:
     """A bundle for every stage. note: what a user should know of them, or nothing."""
 
     bundles: list[Bundle]
     note: str = ""
 
-    def with_cores(self, num_cpus: float) -> Placed:
+    def with_cores(self, num_cpus: float) -> BundlePlacement:
         """A copy with `num_cpus` cores reserved for each stage, whose threads stay as many."""
         return replace(self, bundles=[replace(it, num_cpus=num_cpus) for it in self.bundles])
 
 
 def place(
-    room: Room, device: str, num_stages: int | None, threads: int | None, settled: bool = True
-) -> Placed:
+    room: FreeResources,
+    device: str,
+    num_stages: int | None,
+    threads: int | None,
+    settled: bool = True,
+) -> BundlePlacement:
     """Give each stage its share of a node's cores that are free, and a GPU where there are any.
 
     num_stages: None is a stage for every GPU that is free, or one without GPUs. threads: of each
@@ -98,7 +102,7 @@ def place(
     if device.startswith("cuda") and not room.most_gpus:
         raise ValueError("--device cuda, but no node of the Ray cluster has a GPU; use cpu")
     if not room.most_gpus or device == "cpu":
-        return Placed(_on_cpus(room, num_stages or 1, threads, settled))
+        return BundlePlacement(_on_cpus(room, num_stages or 1, threads, settled))
     up = sum(int(node.gpus) for node in room.nodes)
     free = sum(int(node.free_gpus + _SMALL) for node in room.nodes)
     count, note = num_stages or free or 1, ""
@@ -114,15 +118,15 @@ def place(
             "--stages N waits for N GPUs"
         )
     if num_stages is None and free < up and not settled:
-        raise NoRoom(f"not every GPU is free: {room.held()}")
+        raise InsufficientResources(f"not every GPU is free: {room.held()}")
     if count > free and not room.types:
-        raise NoRoom(f"{count} stages need a GPU each: {room.held()}")
+        raise InsufficientResources(f"{count} stages need a GPU each: {room.held()}")
     if count > up:
         note = note or f"{up} GPUs are up, and {count} are asked for; the cluster may start more"
-    return Placed(_with_gpus(room, count, threads, settled), note)
+    return BundlePlacement(_with_gpus(room, count, threads, settled), note)
 
 
-def _on_cpus(room: Room, count: int, threads: int | None, settled: bool) -> list[Bundle]:
+def _on_cpus(room: FreeResources, count: int, threads: int | None, settled: bool) -> list[Bundle]:
     """Stages spread over the nodes; on a node they share its cores. A head may offer none."""
     offered = [node.cpus for node in room.nodes if node.cpus]
     offered = offered or [it.cpus for it in room.types if it.cpus and it.count]
@@ -136,7 +140,7 @@ def _on_cpus(room: Room, count: int, threads: int | None, settled: bool) -> list
     return [_bundle(room, share, fits, 0, threads, settled)] * count
 
 
-def _with_gpus(room: Room, count: int, threads: int | None, settled: bool) -> list[Bundle]:
+def _with_gpus(room: FreeResources, count: int, threads: int | None, settled: bool) -> list[Bundle]:
     """A GPU each, with its share of its node's cores."""
     sizes = [(it.cpus, it.gpus) for it in room.nodes] + [(it.cpus, it.gpus) for it in room.types]
     share = max(1.0, min((cpus or 1) / gpus for cpus, gpus in sizes if gpus >= 1))
@@ -160,6 +164,6 @@ def _bundle(room, share, fits, num_gpus: int, threads: int | None, settled: bool
             break
     else:
         if not room.types:
-            raise NoRoom(f"a stage needs {most:g} cores: {room.held()}")
+            raise InsufficientResources(f"a stage needs {most:g} cores: {room.held()}")
         cores = most
     return Bundle(cores, num_gpus, threads or max(1, math.floor(cores)))

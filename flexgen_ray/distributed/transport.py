@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from flexgen_ray.runtime.ring import LinkClosed
+from flexgen_ray.runtime.ring import ChannelClosed
 
 FOREVER = timedelta(days=365)  # who waits too long is the driver's business
 JOIN_SECONDS = 60
@@ -34,7 +34,7 @@ _READY = b""  # the message before hidden states
 
 
 @dataclass(frozen=True)
-class Meeting:
+class Rendezvous:
     """Where the stages of a ring find each other.
 
     epoch: messages of another one are lost. secret: prefix of the run's keys in the store, which
@@ -49,7 +49,7 @@ class Meeting:
     secret: str = ""
 
 
-class MeetingPlace:
+class RendezvousStore:
     """The store where stages meet, in the driver's process, so that no stage's end takes it away.
 
     host: the interface it listens on, and no other. secret: see Meeting.
@@ -68,13 +68,13 @@ class MeetingPlace:
         )  # fmt: skip
 
 
-class GlooLink:
+class GlooChannel:
     """One stage's ends of the ring; made by all stages of a meeting at the same time.
 
     host: of the interface to listen on. Raises RuntimeError if a neighbour doesn't come.
     """
 
-    def __init__(self, meeting: Meeting, rank: int, host: str) -> None:
+    def __init__(self, meeting: Rendezvous, rank: int, host: str) -> None:
         self._messages: SimpleQueue[bytes | None] = SimpleQueue()
         self._posted: SimpleQueue[bytes | None] = SimpleQueue()
         self._ready: SimpleQueue[bytes | None] = SimpleQueue()
@@ -131,7 +131,7 @@ class GlooLink:
         message = queue.get()
         if message is None or self._is_closed:
             queue.put(None)
-            raise LinkClosed(self._closed_because)
+            raise ChannelClosed(self._closed_because)
         return message
 
     def _start(self, loop: Callable[[Any], None], group: Any) -> None:
@@ -171,7 +171,7 @@ class GlooLink:
 class _Groups:
     """Makes the two-rank groups of one meeting."""
 
-    def __init__(self, meeting: Meeting, host: str) -> None:
+    def __init__(self, meeting: Rendezvous, host: str) -> None:
         self._meeting = meeting
         seconds = timedelta(seconds=JOIN_SECONDS)
         self._store = dist.TCPStore(
@@ -223,7 +223,7 @@ class _Blocking:
     def close(self) -> None:
         self._is_closed = True
         self._calls.put(None)
-        _settle(self._pending, LinkClosed("the run was stopped"))
+        _settle(self._pending, ChannelClosed("the run was stopped"))
         group, self._aborts = self._aborts, None
         if group is not None:
             # Aborting one group may wait for the kernels of another, which is aborted meanwhile.
@@ -238,7 +238,7 @@ class _Blocking:
                     torch.cuda.current_stream(tensor.device).synchronize()
                 _settle(future, None)
             except RuntimeError as error:
-                _settle(future, LinkClosed(f"a neighbouring stage has gone ({error})"))
+                _settle(future, ChannelClosed(f"a neighbouring stage has gone ({error})"))
                 return
 
 

@@ -19,12 +19,12 @@ from flexgen_ray.hardware.spec import Hardware
 from flexgen_ray.layout.plan import StagePlan
 from flexgen_ray.models.config import ModelConfig
 from flexgen_ray.planner.budgets import settle_budgets, settle_dtype
-from flexgen_ray.planner.choose import Name, Run, Settled, cost_of_longest, numbered
-from flexgen_ray.planner.other_machines import Elsewhere
+from flexgen_ray.planner.choose import ChosenPolicies, Name, PlannedRun, cost_of_longest, numbered
+from flexgen_ray.planner.other_machines import OtherMachines
 from flexgen_ray.planner.stage_policies import StagePolicies
 from flexgen_ray.processor import Samples
 from flexgen_ray.reporting.report import Report, StageReport
-from flexgen_ray.reporting.tally import RequestTimes, Tally
+from flexgen_ray.reporting.tally import ProgressTracker, RequestTimes
 from flexgen_ray.reporting.trace import write_trace
 from flexgen_ray.request import Finished, Request, RequestOutput
 from flexgen_ray.runtime.events import OnProgress, Progress, ignore
@@ -111,7 +111,7 @@ class Engine:
         if self._plans is not None and self._plans[0].workload.covers(workload):
             return
         hops_on_device = self.machines[0].on_cuda and self._backend.uses_nccl
-        run = Run(
+        run = PlannedRun(
             self.config,
             self.dtype,
             self._stages_disk,
@@ -167,7 +167,7 @@ class Engine:
         """True if what is read from disk passes through host memory on its way to the device."""
         return self.machines[0].on_cuda or self.settings.execution["time_scale"] is not None
 
-    def _load(self, settled: Settled) -> None:
+    def _load(self, settled: ChosenPolicies) -> None:
         """Bring every stage up with its plan, and with the rates that its ops are modelled by."""
         settings = self.settings
         specs = [
@@ -209,7 +209,7 @@ class Engine:
             raise RuntimeError("this LLM only plans (dry_run=True); make one that runs")
         assert self._plans is not None, "prepare comes first"
         samples = Samples(requests)
-        tally = Tally(samples.requests, self.report.planned)
+        tally = ProgressTracker(samples.requests, self.report.planned)
         times = RequestTimes(samples.requests)
         self._backend.add(samples.requests)
         self._run = cast(Generator[Finished | Progress], self._backend.run())
@@ -282,7 +282,7 @@ def _backend(settings: Settings, on_progress: OnProgress) -> tuple[Backend, int]
     if not settings.is_dry:
         return start_backend(wanted, on_progress)
     if settings.hardware is not None:
-        return Elsewhere(settings.hardware, wanted), 0
+        return OtherMachines(settings.hardware, wanted), 0
     is_here = wanted.num_stages == 1 and not (wanted.address or os.environ.get("RAY_ADDRESS"))
     return start_backend(replace(wanted, use_ray=wanted.use_ray and not is_here), on_progress)
 

@@ -30,7 +30,7 @@ from flexgen_ray.config import Budget, HardwareSpec
 from flexgen_ray.kernels.host_kernel import Kernel
 from flexgen_ray.kernels.host_kernel import load as load_kernel
 from flexgen_ray.kernels.pack import unpack
-from flexgen_ray.kernels.sampling import Draw, sample
+from flexgen_ray.kernels.sampling import SamplingRow, sample
 from flexgen_ray.layout.placement import PAGE, aligned
 from flexgen_ray.layout.plan import StagePlan
 from flexgen_ray.models.layers import product
@@ -246,7 +246,7 @@ class Bench(AbstractContextManager):
     def sampling_rate(self) -> float:
         """Logits a second of which tokens are drawn."""
         logits = torch.randn(12, 2**17, device=self.device)
-        draws = [Draw(1.0, 1.0, 0.5)] * len(logits)
+        draws = [SamplingRow(1.0, 1.0, 0.5)] * len(logits)
         return self.rate(logits.numel(), lambda: sample(logits, draws), self.device)
 
     def launch_seconds(self) -> float:

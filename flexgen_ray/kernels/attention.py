@@ -56,7 +56,7 @@ def decode_sparse(
 
 
 @dataclass(frozen=True)
-class Chosen:
+class SelectedTokens:
     """The tokens that decoding rows attend, the best first, and how they weigh.
 
     tokens: int64 [rows, kv_heads, kept], from the first of span on; where a row keeps fewer its
@@ -78,7 +78,7 @@ def choose(
     sparsity: float,
     mask: Tensor | None = None,
     window: int | None = None,
-) -> Chosen:
+) -> SelectedTokens:
     """Of each KV head's tokens within the window those kept_tokens whose softmax weights, summed
     over the heads that share them, are largest; of equal ones the first. They weigh by a softmax
     over these.
@@ -106,7 +106,7 @@ def choose(
         # What lies beyond a row's tokens may not be a number, which no weight of zero would mend.
         chosen = chosen.where(used[:, 0], chosen[..., :1])
         scores = scores.masked_fill(~used, -torch.inf)
-    return Chosen(chosen, scores.softmax(-1).add_(fault))
+    return SelectedTokens(chosen, scores.softmax(-1).add_(fault))
 
 
 def weigh(weights: Tensor, values: Tensor) -> Tensor:

@@ -78,7 +78,7 @@ class Penalties:
 
 
 @dataclass(frozen=True)
-class Draw:
+class SamplingRow:
     """How one row's next token is chosen; temperature 0 is greedy, uniform is in [0, 1).
 
     given: the token that it is, whatever is likely. top: how many of the likeliest are told with
@@ -110,9 +110,9 @@ class Draw:
         return values
 
     @staticmethod
-    def decode(values: list) -> Draw:
+    def decode(values: list) -> SamplingRow:
         """The inverse."""
-        draw = Draw(*values)
+        draw = SamplingRow(*values)
         its: Any = draw.penalties
         answer = tuple((token, count) for token, count in its[4]) if its else ()
         return replace(
@@ -131,7 +131,7 @@ def uniform(seed: int, stream: int, position: int, sample: int = 0) -> float:
     return (int.from_bytes(digest, "little") >> 11) / 2**53
 
 
-def sample(logits: Tensor, draws: list[Draw]) -> Tensor:
+def sample(logits: Tensor, draws: list[SamplingRow]) -> Tensor:
     """logits: [rows, vocabulary], float32; returns [rows] token ids, still on its device.
 
     A row of which a logit is NaN or +inf, or all are -inf, gets NOT_FINITE; a few of -inf are
@@ -157,12 +157,12 @@ def sample(logits: Tensor, draws: list[Draw]) -> Tensor:
     return tokens.masked_fill_(fails, NOT_FINITE)
 
 
-def _is_special(draw: Draw) -> bool:
+def _is_special(draw: SamplingRow) -> bool:
     masked = draw.banned or draw.allowed is not None
     return bool(draw.temperature > 0 or masked or draw.penalties or draw.bias)
 
 
-def _choose(logits: Tensor, draws: list[Draw]) -> Tensor:
+def _choose(logits: Tensor, draws: list[SamplingRow]) -> Tensor:
     """Of rows that may be overwritten."""
     for row, draw in zip(logits, draws, strict=True):
         if draw.bias:
@@ -203,7 +203,7 @@ def penalise(row: Tensor, its: Penalties) -> None:
         row[tokens] -= its.frequency * counts + its.presence
 
 
-def _invert(logits: Tensor, draws: list[Draw]) -> Tensor:
+def _invert(logits: Tensor, draws: list[SamplingRow]) -> Tensor:
     """Of each row the first token, likeliest first, at which the cumulative probability exceeds
     the draw; after temperature min_p, top_k and top_p, in this order, each of what is left."""
 

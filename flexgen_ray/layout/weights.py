@@ -36,7 +36,7 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Stream:
+class StreamedWeights:
     """What of a layer crosses the link, as it lies in a device slot: host memory first, then disk.
 
     extents: in that order, whole pages each.
@@ -82,7 +82,7 @@ class WeightLayout:
 
     nbytes: dict[str, int]
     places: dict[int, dict[str, Place]]
-    streams: dict[int, Stream]
+    streams: dict[int, StreamedWeights]
 
     @property
     def embeds_on_device(self) -> bool:
@@ -121,7 +121,7 @@ def _used(config: ModelConfig, places: dict[int, dict[str, Place]], layer: int) 
     return {name: own.get(name) or places[0][name] for name in config.tensors(layer)}
 
 
-def _stream(places: dict[str, Place]) -> Stream:
+def _stream(places: dict[str, Place]) -> StreamedWeights:
     """Joins what lies side by side."""
     extents: list[Place] = []
     for tier in ("cpu", "disk"):
@@ -132,4 +132,4 @@ def _stream(places: dict[str, Place]) -> Stream:
                 extents[-1] = Place(tier, last.start, last.nbytes + place.nbytes)
             else:
                 extents.append(place)
-    return Stream(tuple(extents))
+    return StreamedWeights(tuple(extents))

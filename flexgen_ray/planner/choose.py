@@ -21,8 +21,8 @@ from flexgen_ray.hardware.known import ASSUMED
 from flexgen_ray.layout.plan import StagePlan
 from flexgen_ray.models.config import ModelConfig
 from flexgen_ray.planner.forecast import NOTHING_FITS, Forecast, suggestion, unknown
-from flexgen_ray.planner.grid import Search
-from flexgen_ray.planner.pipeline_plan import Device, Job, ModelRates, Plan
+from flexgen_ray.planner.grid import SearchSpace
+from flexgen_ray.planner.pipeline_plan import ModelRates, PipelinePlan, PlannedJob, StageDevice
 from flexgen_ray.planner.search import Infeasible, Planner, choose
 from flexgen_ray.planner.stage_policies import StagePolicies, plan_stages
 from flexgen_ray.request import Request
@@ -40,7 +40,7 @@ def numbered(index: int) -> str:
 
 
 def cost_of_longest(
-    run: Run, budgets: list[Budget], requests: Sequence[Request], name: Name
+    run: PlannedRun, budgets: list[Budget], requests: Sequence[Request], name: Name
 ) -> str | None:
     """A line for people if the longest requests make the block smaller; None if they don't.
 
@@ -66,7 +66,7 @@ def cost_of_longest(
     )
 
 
-def _fit(run: Run, budgets: list[Budget]) -> int:
+def _fit(run: PlannedRun, budgets: list[Budget]) -> int:
     """Sequences of all blocks in flight."""
     try:
         plan = run.filled(budgets)[0]
@@ -79,20 +79,20 @@ LONG_SECONDS = 600  # from which a job is worth a suggestion
 
 
 @dataclass(frozen=True)
-class Settled:
+class ChosenPolicies:
     """Each stage's plan; if it was chosen by a prediction, that and the rates that it rests on.
 
     notes: lines for people. forecast: the prediction of a policy that was chosen or given."""
 
     stages: list[StagePlan]
-    predicted: Plan | None = None
+    predicted: PipelinePlan | None = None
     rates: list[HardwareSpec] = field(default_factory=list)
     notes: tuple[str, ...] = ()
-    forecast: Plan | None = None
+    forecast: PipelinePlan | None = None
 
 
 @dataclass(frozen=True)
-class Run:
+class PlannedRun:
     """What of a run its plan depends on, beside machines and requests; as in StagePlan. base: has
     what of a policy is never chosen: its lossy options. max_seconds: that a block may take."""
 
@@ -110,7 +110,7 @@ class Run:
         machines: Sequence[Machine],
         budgets: list[Budget],
         requests: Sequence[Request],
-    ) -> Settled:
+    ) -> ChosenPolicies:
         """By the given policies; without any, planned where every machine's rates are known for
         this dtype, and elsewhere the tiers are filled, fastest first.
 
@@ -123,7 +123,7 @@ class Run:
                     f"{self.dtype} are known; run `flexgen-ray calibrate` first, or give --hardware"
                 )
             note = unknown(machines[0], self.dtype, policies is None)
-            return Settled(self._stages(policies, budgets), notes=(note,))
+            return ChosenPolicies(self._stages(policies, budgets), notes=(note,))
         planner = self._planner(machines, budgets, requests, self.base)
         if policies is not None:
             return self._foretold(self._stages(policies, budgets), planner, machines, requests)
@@ -132,7 +132,7 @@ class Run:
         except Infeasible:
             if self.max_seconds is not None or machines[0].rates_are != ASSUMED:
                 raise
-            return Settled(self._stages(None, budgets), notes=(NOTHING_FITS,))
+            return ChosenPolicies(self._stages(None, budgets), notes=(NOTHING_FITS,))
         chosen = StagePolicies(
             tuple(stage.policy for stage in plan.stages),
             tuple(stage.num_decoder_layers for stage in plan.stages),
@@ -141,7 +141,7 @@ class Run:
         suggested = self._suggestions(forecast, machines, budgets, requests)
         notes = (forecast.line(machines[0]), *suggested)
         rates = planner.rates(plan.stages[0].policy)
-        return Settled(self._stages(chosen, budgets), plan, rates, notes, plan)
+        return ChosenPolicies(self._stages(chosen, budgets), plan, rates, notes, plan)
 
     def _planner(
         self,
@@ -159,7 +159,7 @@ class Run:
             ),
             self._job(requests),
             self.dtype,
-            Search(base=base, max_seconds=self.max_seconds),
+            SearchSpace(base=base, max_seconds=self.max_seconds),
             stages_disk=self.stages_disk,
             hops_on_device=self.hops_on_device,
             resumes=self.workload.resumes,
@@ -171,7 +171,7 @@ class Run:
         planner: Planner,
         machines: Sequence[Machine],
         requests: Sequence[Request],
-    ) -> Settled:
+    ) -> ChosenPolicies:
         """A given policy, and how long it will take."""
         layers = tuple(stage.num_decoder_layers for stage in stages)
         plan = planner.played(planner.evaluate(layers, [stage.policy for stage in stages]))
@@ -181,7 +181,7 @@ class Run:
                 f"--max-latency {self.max_seconds:g}; leave --policy out, or raise the bound"
             )
         note = Forecast.of(plan, requests).line(machines[0])
-        return Settled(stages, notes=(note,), forecast=plan)
+        return ChosenPolicies(stages, notes=(note,), forecast=plan)
 
     def _suggestions(
         self,
@@ -209,7 +209,7 @@ class Run:
         """Each stage's plan if the tiers are filled; ValueError, with what lacks, if none fits."""
         return self._stages(None, budgets)
 
-    def _job(self, requests: Sequence[Request]) -> Job:
+    def _job(self, requests: Sequence[Request]) -> PlannedJob:
         """The job to plan for: average needs, and at most what the workload has room for."""
         longest, prompt_len = self.workload.max_seq_len, self.workload.max_prompt_len
         max_tokens = max(longest - prompt_len, 1)
@@ -223,19 +223,19 @@ class Run:
 
     def _device(
         self, number: int, machine: Machine, budget: Budget, cache_bits: int | None
-    ) -> Device:
+    ) -> StageDevice:
         """Its budget is its share of its host's memory already."""
         hardware = machine.hardware
         assert hardware is not None
         rates = ModelRates.of(hardware, self.config, self.dtype, cache_bits)
-        return Device(rates, budget, f"stage {number}", hardware.core_shares)
+        return StageDevice(rates, budget, f"stage {number}", hardware.core_shares)
 
 
-def job_of(requests: Sequence[Request]) -> Job:
+def job_of(requests: Sequence[Request]) -> PlannedJob:
     """What they need at most, and on average."""
     prompts = [len(request.prompt_token_ids) for request in requests]
     longest = max(request.max_seq_len for request in requests)
-    return Job(
+    return PlannedJob(
         len(requests),
         max(prompts),
         max(longest - max(prompts), 1),

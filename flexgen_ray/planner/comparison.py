@@ -19,8 +19,14 @@ from flexgen_ray.files.text import read_lines, read_yaml
 from flexgen_ray.hardware.spec import Hardware
 from flexgen_ray.models.config import ModelConfig
 from flexgen_ray.planner.corners import ON_DEVICE
-from flexgen_ray.planner.grid import Search
-from flexgen_ray.planner.pipeline_plan import Device, Job, ModelRates, Plan, Rates
+from flexgen_ray.planner.grid import SearchSpace
+from flexgen_ray.planner.pipeline_plan import (
+    ModelRates,
+    PipelinePlan,
+    PlannedJob,
+    Rates,
+    StageDevice,
+)
 from flexgen_ray.planner.search import Infeasible, Planner, choose
 from flexgen_ray.units import parse_bytes
 
@@ -31,13 +37,13 @@ NODE_KEYS = ("hardware", "count", "gpus")
 
 
 @dataclass(frozen=True)
-class Node:
+class HardwareNode:
     """A machine of a cluster, with so many of its hardware's GPUs."""
 
     hardware: Hardware
     gpus: int = 1
 
-    def with_memory(self, gpu: str | None, cpu: str | None, disk: str | None) -> Node:
+    def with_memory(self, gpu: str | None, cpu: str | None, disk: str | None) -> HardwareNode:
         """With these sizes, such as `16GiB`, to use of each tier; the hardware's own, where None.
         ValueError names one that is no size."""
         sizes = self.hardware.memory
@@ -59,7 +65,7 @@ def _size(tier: str, text: str) -> int:
     return nbytes
 
 
-def read_nodes(path: str | Path) -> list[Node]:
+def read_nodes(path: str | Path) -> list[HardwareNode]:
     """A YAML list of {hardware: preset or file, count: machines alike, gpus: of each}.
 
     ValueError (bad content) and OSError name the path.
@@ -73,17 +79,19 @@ def read_nodes(path: str | Path) -> list[Node]:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _nodes(entry: dict) -> list[Node]:
+def _nodes(entry: dict) -> list[HardwareNode]:
     unknown = [key for key in entry if key not in NODE_KEYS]
     if unknown or "hardware" not in entry:
         raise ValueError(f"{entry} needs hardware, and takes {', '.join(NODE_KEYS)}")
     for key in ("count", "gpus"):
         if not isinstance(entry.get(key, 1), int) or not 1 <= entry.get(key, 1) <= MAX_MACHINES:
             raise ValueError(f"{key} is {entry[key]!r}; it must be an integer, 1 to {MAX_MACHINES}")
-    return [Node(Hardware.load(entry["hardware"]), entry.get("gpus", 1))] * entry.get("count", 1)
+    return [HardwareNode(Hardware.load(entry["hardware"]), entry.get("gpus", 1))] * entry.get(
+        "count", 1
+    )
 
 
-def read_job(path: str | Path, num_requests: int | None = None) -> Job:
+def read_job(path: str | Path, num_requests: int | None = None) -> PlannedJob:
     """A CSV whose last two columns are prompt and output tokens, one request a line.
 
     num_requests: as many of that kind; those of the file, if None. ValueError names the line.
@@ -102,7 +110,7 @@ def read_job(path: str | Path, num_requests: int | None = None) -> Job:
     if not prompts:
         raise ValueError(f"{path} has no line with two lengths, of a prompt and its output")
     longest = max(map(sum, zip(prompts, outputs, strict=True)))
-    return Job(
+    return PlannedJob(
         num_requests or len(prompts),
         max(prompts),
         longest - max(prompts) if longest > max(prompts) else 1,
@@ -116,12 +124,14 @@ def _is_length(cell: str) -> bool:
 
 
 def devices_of(
-    nodes: Sequence[Node], config: ModelConfig, dtype: str, cache_bits: int | None = None
-) -> tuple[Device, ...]:
+    nodes: Sequence[HardwareNode], config: ModelConfig, dtype: str, cache_bits: int | None = None
+) -> tuple[StageDevice, ...]:
     """One for each GPU of each machine."""
     rates = [ModelRates.of(node.hardware, config, dtype, cache_bits) for node in nodes]
     return tuple(
-        Device(rates[number], node.hardware.budget, f"node {number}", node.hardware.core_shares)
+        StageDevice(
+            rates[number], node.hardware.budget, f"node {number}", node.hardware.core_shares
+        )
         for number, node in enumerate(nodes)
         for _ in range(node.gpus)
     )
@@ -140,18 +150,18 @@ class Alternative:
 class Comparison:
     """A plan, what else could be done with the same machines, and what better ones would bring."""
 
-    plan: Plan
+    plan: PipelinePlan
     alternatives: list[Alternative]
     upgrades: list[Alternative]
 
 
 def compare(
     config: ModelConfig,
-    nodes: Sequence[Node],
-    job: Job,
+    nodes: Sequence[HardwareNode],
+    job: PlannedJob,
     dtype: str,
-    search: Search,
-    announce: Callable[[Plan], None] = lambda plan: None,
+    search: SearchSpace,
+    announce: Callable[[PipelinePlan], None] = lambda plan: None,
     estimate: Callable[[float], None] = lambda tokens_per_s: None,
 ) -> Comparison:
     """announce: called with the plan before it is compared, which takes longer; estimate: called
@@ -180,7 +190,7 @@ def compare(
     return Comparison(plan, alternatives, upgrades)
 
 
-def _cores_of(hardware: Hardware, number: int) -> Device:
+def _cores_of(hardware: Hardware, number: int) -> StageDevice:
     """A machine's cores as the device, with the host's memory for all that there is."""
     host = hardware.host
     assert host.flops_per_s is not None
@@ -198,16 +208,16 @@ def _cores_of(hardware: Hardware, number: int) -> Device:
     # The host tier holds little beside, such as what stages send each other.
     memory = hardware.budget.cpu
     budget = Budget(gpu=memory * 15 // 16, cpu=memory // 16, disk=0)
-    return Device(lambda *rows: rates, budget, f"node {number}")
+    return StageDevice(lambda *rows: rates, budget, f"node {number}")
 
 
 def _try(
     name: str,
     config: ModelConfig,
-    devices: tuple[Device, ...],
-    job: Job,
+    devices: tuple[StageDevice, ...],
+    job: PlannedJob,
     dtype: str,
-    search: Search,
+    search: SearchSpace,
 ) -> Alternative:
     try:
         plan = choose(Planner(config, devices, job, dtype, search))
@@ -217,7 +227,11 @@ def _try(
 
 
 def _replicas(
-    config: ModelConfig, devices: tuple[Device, ...], job: Job, dtype: str, search: Search
+    config: ModelConfig,
+    devices: tuple[StageDevice, ...],
+    job: PlannedJob,
+    dtype: str,
+    search: SearchSpace,
 ) -> Alternative:
     """A copy of the model on each GPU, each with its share of the requests and of its node."""
     name, rates = f"{len(devices)} independent replicas", []
@@ -231,7 +245,7 @@ def _replicas(
     return Alternative(name, sum(rates))
 
 
-def _alone(device: Device, devices: tuple[Device, ...]) -> Device:
+def _alone(device: StageDevice, devices: tuple[StageDevice, ...]) -> StageDevice:
     """With its share of its node's memory and disk."""
     mates, its = sum(other.node == device.node for other in devices), device.budget
     part = Budget(its.gpu, its.cpu // mates, its.disk // mates)
@@ -239,20 +253,24 @@ def _alone(device: Device, devices: tuple[Device, ...]) -> Device:
 
 
 def _upgrades(
-    config: ModelConfig, devices: tuple[Device, ...], job: Job, dtype: str, search: Search
+    config: ModelConfig,
+    devices: tuple[StageDevice, ...],
+    job: PlannedJob,
+    dtype: str,
+    search: SearchSpace,
 ) -> list[Alternative]:
     """Every machine with twice as much of one thing, or one more machine like the last.
 
     search: of blocks like the plan's, for there are several to plan.
     """
 
-    def richer(tier: str) -> tuple[Device, ...]:
+    def richer(tier: str) -> tuple[StageDevice, ...]:
         return tuple(
             replace(it, budget=replace(it.budget, **{tier: 2 * getattr(it.budget, tier)}))
             for it in devices
         )
 
-    def faster(*rates: str) -> tuple[Device, ...]:
+    def faster(*rates: str) -> tuple[StageDevice, ...]:
         return tuple(replace(it, rates=_Faster(it.rates, rates)) for it in devices)
 
     one_more = (*devices, replace(devices[-1], node="one more"))

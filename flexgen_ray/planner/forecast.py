@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from flexgen_ray.hardware.known import ASSUMED, CALIBRATED
-from flexgen_ray.planner.pipeline_plan import Plan
+from flexgen_ray.planner.pipeline_plan import PipelinePlan
 from flexgen_ray.request import Request
 from flexgen_ray.runtime.worker import Machine
 from flexgen_ray.units import format_seconds
@@ -26,13 +26,13 @@ WORTH_SAYING = 1.5  # how much faster a lossy way has to be
 class Forecast:
     """The most that a job takes by a plan: every answer is taken to be as long as it may be."""
 
-    plan: Plan
+    plan: PipelinePlan
     num_requests: int
     new_tokens: int
     shortest: int
 
     @staticmethod
-    def of(plan: Plan, requests: Sequence[Request]) -> Forecast:
+    def of(plan: PipelinePlan, requests: Sequence[Request]) -> Forecast:
         lengths = [request.max_tokens for request in requests]
         return Forecast(plan, len(requests), sum(lengths), min(lengths))
 

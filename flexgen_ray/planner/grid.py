@@ -9,7 +9,7 @@ from itertools import chain, product
 
 from flexgen_ray.config import Policy
 from flexgen_ray.planner.corners import SHARES, Share
-from flexgen_ray.planner.pipeline_plan import Job
+from flexgen_ray.planner.pipeline_plan import PlannedJob
 
 BATCH_SIZES = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 BATCHES = (1, 2, 3, 4, 6, 8, 12, 16)
@@ -19,7 +19,7 @@ TILES = (512, 2048)
 
 
 @dataclass(frozen=True)
-class Search:
+class SearchSpace:
     """What may be chosen. base: has what may not, such as the bits of weights and cache; layers:
     of each stage, if they are settled; max_seconds: that a block may take; shares, overlaps: as in
     lp.Aim; extra_blocks: in flight beyond the number of stages; cells: of a visit, as many are
@@ -36,7 +36,7 @@ class Search:
     overlaps: bool = True
     cells: int | None = 384
 
-    def near(self, shape: Policy) -> Search:
+    def near(self, shape: Policy) -> SearchSpace:
         """A quicker search, among blocks about as large as those of `shape`."""
         return replace(
             self,
@@ -50,8 +50,8 @@ class Search:
 class Grid:
     """Of a job on so many stages."""
 
-    search: Search
-    job: Job
+    search: SearchSpace
+    job: PlannedJob
     num_stages: int
 
     def all(self) -> Iterator[Policy]:

@@ -30,7 +30,7 @@ from flexgen_ray.cost.bound import PHASES, WAYS, Quantity
 from flexgen_ray.layout.plan import StagePlan
 from flexgen_ray.layout.sizes import stage_bytes, totals
 from flexgen_ray.planner.corners import GROUPS, SHARES, Corners, Share
-from flexgen_ray.planner.pipeline_plan import ONE_BATCH, Device
+from flexgen_ray.planner.pipeline_plan import ONE_BATCH, StageDevice
 from flexgen_ray.schedule.ops import Lane
 from flexgen_ray.units import format_bytes
 
@@ -79,7 +79,7 @@ def _solver() -> highspy.Highs:
     return solver
 
 
-def over_budgets(devices: Sequence[Device], stages: list[StagePlan]) -> list[dict[str, int]]:
+def over_budgets(devices: Sequence[StageDevice], stages: list[StagePlan]) -> list[dict[str, int]]:
     """{tier: bytes beyond the budget} of each stage; of the host's tiers, those of its node."""
     needs = [totals(stage_bytes(stage)) for stage in stages]
     found = []
@@ -107,7 +107,9 @@ def add_one_batch(seconds: list[dict[str, float]], num_blocks: int) -> None:
     seconds[-1][ONE_BATCH] = max(ways) / num_blocks
 
 
-def add_shared(devices: Sequence[Device], seconds: list[dict[str, float]], overlaps: bool) -> None:
+def add_shared(
+    devices: Sequence[StageDevice], seconds: list[dict[str, float]], overlaps: bool
+) -> None:
     """Add the seconds of what a stage's lanes, or a node's stages, share in one phase.
 
     overlaps: as in lp.Aim.
@@ -122,7 +124,7 @@ def add_shared(devices: Sequence[Device], seconds: list[dict[str, float]], overl
             own["all lanes"] = sum(it for lane, it in own.items() if lane in LANES)
 
 
-def _mates(devices: Sequence[Device], device: Device) -> list[int]:
+def _mates(devices: Sequence[StageDevice], device: StageDevice) -> list[int]:
     """The stages on its node."""
     return [number for number, other in enumerate(devices) if other.node == device.node]
 
@@ -153,7 +155,7 @@ class StageProblem:
 
 
 @dataclass(frozen=True)
-class Aim:
+class Objective:
     """What is minimised: seconds of a block's visits, prefill_visits that bring prompts and
     decode_visits that don't. num_blocks: in flight. max_seconds: of a block's visits, at most.
     shares: where things may lie. overlaps: lanes work at once; else their seconds add up."""
@@ -182,12 +184,12 @@ class Infeasible(ValueError):
     """No placement fits; the message names the budget that lacks most, and by how much."""
 
 
-def solve(stages: list[StageProblem], num_layers: int, aim: Aim) -> Solution | None:
+def solve(stages: list[StageProblem], num_layers: int, aim: Objective) -> Solution | None:
     """The optimum; None if no placement fits."""
     return _Program(stages, num_layers, aim).solve()
 
 
-def what_lacks(stages: list[StageProblem], num_layers: int, aim: Aim) -> str:
+def what_lacks(stages: list[StageProblem], num_layers: int, aim: Objective) -> str:
     """The budget that lacks most for the smallest need there is, and by how much."""
     return _Program(stages, num_layers, aim).what_lacks()
 
@@ -209,7 +211,7 @@ class _Program:
     end, for `what_lacks`, what each budget lacks.
     """
 
-    def __init__(self, stages: list[StageProblem], num_layers: int, aim: Aim) -> None:
+    def __init__(self, stages: list[StageProblem], num_layers: int, aim: Objective) -> None:
         self._stages = stages
         self._num_layers = num_layers
         self._aim = aim

@@ -23,7 +23,7 @@ Rates = Callable[[int, int], HardwareSpec]
 
 
 @dataclass(frozen=True)
-class Job:
+class PlannedJob:
     """What is to be answered; lengths in tokens, the longest and on average; drawn: as in
     Workload."""
 
@@ -35,8 +35,8 @@ class Job:
     drawn: float = 0.0
 
     @staticmethod
-    def uniform(num_requests: int, prompt_len: int, max_tokens: int) -> Job:
-        return Job(num_requests, prompt_len, max_tokens, prompt_len, max_tokens)
+    def uniform(num_requests: int, prompt_len: int, max_tokens: int) -> PlannedJob:
+        return PlannedJob(num_requests, prompt_len, max_tokens, prompt_len, max_tokens)
 
     @property
     def max_seq_len(self) -> int:
@@ -49,7 +49,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Device:
+class StageDevice:
     """What one stage runs on.
 
     rates: for matrix products of so many rows in decode and in prefill. budget: gpu is the stage's,
@@ -84,13 +84,13 @@ class ModelRates:
 
 
 @dataclass(frozen=True)
-class Plan:
+class PipelinePlan:
     """A pipeline, and how long its visits take.
 
     seconds: {phase: {lane or resource: of a visit}} by stage; prefill_visits: of a block.
     """
 
-    job: Job
+    job: PlannedJob
     stages: list[StagePlan]
     seconds: list[dict[str, dict[str, float]]]
     prefill_visits: float

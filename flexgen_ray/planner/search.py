@@ -21,10 +21,10 @@ from flexgen_ray.cost.steady import simulate_pipeline
 from flexgen_ray.layout.plan import StagePlan
 from flexgen_ray.models.config import ModelConfig
 from flexgen_ray.planner.corners import GROUPS, ON_DEVICE, Corners, Share, policy_of, shares_of
-from flexgen_ray.planner.grid import Grid, Search
+from flexgen_ray.planner.grid import Grid, SearchSpace
 from flexgen_ray.planner.lp import (
-    Aim,
     Infeasible,
+    Objective,
     Solution,
     StageProblem,
     add_one_batch,
@@ -35,7 +35,7 @@ from flexgen_ray.planner.lp import (
     what_lacks,
     whole,
 )
-from flexgen_ray.planner.pipeline_plan import PLAYED, Device, Job, Plan
+from flexgen_ray.planner.pipeline_plan import PLAYED, PipelinePlan, PlannedJob, StageDevice
 from flexgen_ray.schedule.zigzag import StageLayers
 
 ROW_BY_ROW = (*(Share("weights", where) for where in GROUPS["weights"]), *ON_DEVICE[1:])
@@ -64,7 +64,7 @@ def at_latency(points: list[Point], seconds: float) -> float:
     return max((point.tokens_per_s for point in points if point.seconds <= seconds), default=0.0)
 
 
-def _points(sketches: Iterable[Sketch], planner: Planner) -> list[Point]:
+def _points(sketches: Iterable[Candidate], planner: Planner) -> list[Point]:
     return [
         Point(
             sketch.block_seconds,
@@ -95,7 +95,7 @@ ROUNDS = 6  # of tightening budgets until whole tensors and rows fit them
 
 
 @dataclass(frozen=True)
-class Sketch:
+class Candidate:
     """A shape, and what its best placement would take, whole tensors and rows left aside: seconds a
     sequence, and from a block's start to its end."""
 
@@ -104,10 +104,10 @@ class Sketch:
     shape: Policy
 
 
-OnEstimate = Callable[[Sketch], None]
+OnEstimate = Callable[[Candidate], None]
 
 
-def choose(planner: Planner, on_estimate: OnEstimate = lambda sketch: None) -> Plan:
+def choose(planner: Planner, on_estimate: OnEstimate = lambda sketch: None) -> PipelinePlan:
     """The best of the grid's most promising plans, played if their lanes overlap.
 
     on_estimate: called early with the best of a few shapes, about as fast as the plan will be.
@@ -129,7 +129,7 @@ def choose(planner: Planner, on_estimate: OnEstimate = lambda sketch: None) -> P
     return best
 
 
-def _rate(plan: Plan) -> float:
+def _rate(plan: PipelinePlan) -> float:
     return plan.tokens_per_s
 
 
@@ -142,10 +142,10 @@ class Planner:
     """
 
     config: ModelConfig
-    devices: tuple[Device, ...]
-    job: Job
+    devices: tuple[StageDevice, ...]
+    job: PlannedJob
     dtype: str
-    search: Search = Search()
+    search: SearchSpace = SearchSpace()
     stages_disk: bool = True
     hops_on_device: bool = False
     resumes: bool = False
@@ -160,7 +160,7 @@ class Planner:
                 "layers; use fewer"
             )
 
-    def promising(self, on_estimate: OnEstimate = lambda sketch: None) -> list[Sketch]:
+    def promising(self, on_estimate: OnEstimate = lambda sketch: None) -> list[Candidate]:
         """The fastest first: of a coarse grid, around its best as long as that finds better, and of
         the best with every size of tile. on_estimate: called with the best of the first few."""
         grid = self._grid
@@ -181,11 +181,11 @@ class Planner:
         found = _fastest(found, self._sketched(grid.with_larger_tiles(best)))
         return found or self._sketched(grid.smallest())
 
-    def sketches(self) -> list[Sketch]:
+    def sketches(self) -> list[Candidate]:
         """Of the whole grid; slower."""
         return self._sketched(self._grid.all())
 
-    def plan(self, shape: Policy) -> Plan | None:
+    def plan(self, shape: Policy) -> PipelinePlan | None:
         """The shape's best placement in whole layers, tensors and rows; None if there is none."""
         budgets = self._budgets
         layers = self._settled_layers
@@ -204,7 +204,7 @@ class Planner:
             budgets = [less(budget, more) for budget, more in zip(budgets, over, strict=True)]
         return None
 
-    def evaluate(self, layers: tuple[int, ...], policies: list[Policy]) -> Plan:
+    def evaluate(self, layers: tuple[int, ...], policies: list[Policy]) -> PipelinePlan:
         """What the cost model says of given policies; whether they fit is not asked."""
         ranges = StageLayers.split(self.config.num_layers, layers)
         stages = [self._stage(*pair) for pair in zip(ranges, policies, strict=True)]
@@ -221,9 +221,9 @@ class Planner:
             if self.search.overlaps:
                 add_one_batch(own, stages[0].num_blocks)
             add_shared(self.devices, own, self.search.overlaps)
-        return Plan(self.job, stages, seconds, self._prefill_visits(stages[0]))
+        return PipelinePlan(self.job, stages, seconds, self._prefill_visits(stages[0]))
 
-    def played(self, plan: Plan, cells: int | None = None) -> Plan:
+    def played(self, plan: PipelinePlan, cells: int | None = None) -> PipelinePlan:
         """The plan with the seconds that the schedule makes of it, where that is slower. cells: of
         a visit of all blocks, layers and batches; about as many are played, all if None, and the
         others taken to be slowed as much."""
@@ -243,7 +243,7 @@ class Planner:
             seconds[-1][phase][PLAYED] = visit
         return replace(plan, seconds=seconds)
 
-    def _part(self, plan: Plan, cells: int | None) -> Plan:
+    def _part(self, plan: PipelinePlan, cells: int | None) -> PipelinePlan:
         """With fewer layers, if all of them are more than so many cells."""
         batches = plan.stages[0].num_batches
         counts = [stage.num_decoder_layers for stage in plan.stages]
@@ -286,16 +286,16 @@ class Planner:
     def _grid(self) -> Grid:
         return Grid(self.search, self.job, len(self.devices))
 
-    def _sketched(self, shapes: Iterable[Policy]) -> list[Sketch]:
+    def _sketched(self, shapes: Iterable[Policy]) -> list[Candidate]:
         """The fastest first, of those for which there is a placement."""
         return _fastest(list(filter(None, map(self._sketch, shapes))))
 
-    def _sketch(self, shape: Policy) -> Sketch | None:
+    def _sketch(self, shape: Policy) -> Candidate | None:
         solution, aim = self._solve(shape, self._budgets, self._settled_layers), self._aim(shape)
         if solution is None:
             return None
         seconds = sum(aim.visits(it) * solution.seconds[it] for it in PHASES)
-        return Sketch(seconds / shape.block_size, seconds * (shape.blocks_in_flight or 1), shape)
+        return Candidate(seconds / shape.block_size, seconds * (shape.blocks_in_flight or 1), shape)
 
     def _solve(
         self, shape: Policy, budgets: list[Budget], layers: tuple[int, ...] | None
@@ -307,10 +307,10 @@ class Planner:
         total = self.config.num_layers
         return solve(problems, total, replace(aim, shares=near)) or solve(problems, total, aim)
 
-    def _aim(self, shape: Policy) -> Aim:
+    def _aim(self, shape: Policy) -> Objective:
         whole_model = StageLayers.whole(self.config.num_layers)
         limit, blocks = self.search.max_seconds, shape.blocks_in_flight or 1
-        return Aim(
+        return Objective(
             self._prefill_visits(self._stage(whole_model, shape)),
             max(self.job.mean_tokens - 1, 0),
             blocks,
@@ -363,5 +363,5 @@ class Planner:
         )
 
 
-def _fastest(*sketches: list[Sketch]) -> list[Sketch]:
+def _fastest(*sketches: list[Candidate]) -> list[Candidate]:
     return sorted(chain(*sketches), key=lambda it: it.seconds_per_sequence)

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from flexgen_ray.reporting.terminal import printable
-from flexgen_ray.runtime.events import OnProgress, Standing
+from flexgen_ray.runtime.events import OnProgress, RunCounts
 from flexgen_ray.runtime.events import Progress as Event
 from flexgen_ray.units import format_bytes, format_seconds
 
@@ -198,7 +198,7 @@ def _told(event: Event, seconds: float) -> str:
     return detail + (f" ({format_seconds(seconds)} so far)" if seconds > PHASE_SECONDS else "")
 
 
-def _of_tokens(standing: Standing) -> str:
+def _of_tokens(standing: RunCounts) -> str:
     parts = [
         f"{standing.requests_done:,} of {standing.num_requests:,} requests",
         f"{standing.prompt_tokens:,} prompt and {standing.new_tokens:,} new tokens "

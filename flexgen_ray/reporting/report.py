@@ -15,10 +15,10 @@ from flexgen_ray.config import TIERS, Budget
 from flexgen_ray.hardware.known import CALIBRATED
 from flexgen_ray.layout.plan import StagePlan
 from flexgen_ray.layout.sizes import weight_bytes
-from flexgen_ray.planner.pipeline_plan import Plan
+from flexgen_ray.planner.pipeline_plan import PipelinePlan
 from flexgen_ray.request import DEFAULT_MAX_TOKENS, MAX_TOKENS_UNSET
 from flexgen_ray.runtime.events import Progress, Recovery
-from flexgen_ray.runtime.meter import Measured
+from flexgen_ray.runtime.meter import StageMeasurements
 from flexgen_ray.runtime.worker import Machine
 from flexgen_ray.units import format_bytes
 
@@ -42,7 +42,7 @@ class StageReport:
     budget: Budget
     machine: Machine
     used: dict[str, dict[str, int]]
-    measured: Measured
+    measured: StageMeasurements
 
     @property
     def weights(self) -> dict[str, int]:
@@ -147,7 +147,7 @@ class Report:
     predicted, if the policy was planned. cut: answers that ended at a limit, by its kind."""
 
     load_seconds: float = 0.0
-    planned: Plan | None = None
+    planned: PipelinePlan | None = None
     num_requests: int = 0
     prompt_tokens: int = 0
     new_tokens: int = 0

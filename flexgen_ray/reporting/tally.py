@@ -12,9 +12,9 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
-from flexgen_ray.planner.pipeline_plan import Plan
+from flexgen_ray.planner.pipeline_plan import PipelinePlan
 from flexgen_ray.request import Finished, Request, RequestMetrics, RequestOutput
-from flexgen_ray.runtime.events import OnProgress, Progress, Standing
+from flexgen_ray.runtime.events import OnProgress, Progress, RunCounts
 
 
 class RequestTimes:
@@ -44,10 +44,10 @@ TELLING_ANSWERS = 16  # answers whose mean length tells how long the others will
 PRIOR = 0.02  # share of a run after which its own speed counts as much as the predicted one
 
 
-class Tally:
+class ProgressTracker:
     """Counts one run. Several answers to a request are one request."""
 
-    def __init__(self, requests: Iterable[Request], plan: Plan | None = None) -> None:
+    def __init__(self, requests: Iterable[Request], plan: PipelinePlan | None = None) -> None:
         self._pace = None if plan is None else _pace(plan)
         self._owner: dict[int, int] = {}
         self._most: dict[int, int] = {}
@@ -82,10 +82,10 @@ class Tally:
             for listener in listeners:
                 listener(event)
 
-    def standing(self) -> Standing:
+    def standing(self) -> RunCounts:
         """Where the run stands now."""
         seconds = self._prefill_seconds + self._decode_seconds
-        return Standing(
+        return RunCounts(
             self._num_requests - len(self._unanswered),
             self._num_requests,
             self._prompt,
@@ -143,7 +143,7 @@ class Tally:
         return self._answered / self._allowed
 
 
-def _pace(plan: Plan) -> tuple[float, float]:
+def _pace(plan: PipelinePlan) -> tuple[float, float]:
     """Predicted seconds for each prompt token and for each new one."""
     sequences = plan.num_blocks * plan.block_size
     prompt = plan.prefill_seconds / (sequences * plan.job.mean_prompt_len)

@@ -16,9 +16,9 @@ from flexgen_ray.kernels.pack import pack, unpack
 from flexgen_ray.layout.plan import StagePlan
 from flexgen_ray.layout.rows import PlacedRows, Row
 from flexgen_ray.layout.sizes import QUERY_TILE
-from flexgen_ray.runtime.passes import DecodeRun, decode_runs
+from flexgen_ray.runtime.passes import DecodeRows, decode_runs
 from flexgen_ray.schedule.ops import Op
-from flexgen_ray.store.activations import Work
+from flexgen_ray.store.activations import CellBuffers
 from flexgen_ray.store.kv_cache import KVCache
 from flexgen_ray.store.tiers import TORCH_DTYPE
 
@@ -36,7 +36,7 @@ class DeviceAttention:
         self._dtype = TORCH_DTYPE[plan.dtype]
         self._weights: dict[int, list[Tensor]] = {}  # of tokens chosen, by cell slot
 
-    def pack(self, work: Work, num_tokens: int) -> None:
+    def pack(self, work: CellBuffers, num_tokens: int) -> None:
         """New keys and values as a quantized cache keeps them; nothing for another cache.
 
         Those that can't be packed become NaN, and so do the logits of their row alone.
@@ -48,7 +48,7 @@ class DeviceAttention:
             into = packed[:num_tokens].unflatten(-1, heads)
             pack(values[:num_tokens].unflatten(-1, heads), self._bits, into, raises=False)
 
-    def choose(self, op: Op, placed: PlacedRows, work: Work) -> None:
+    def choose(self, op: Op, placed: PlacedRows, work: CellBuffers) -> None:
         """CHOOSE: the tokens that streamed rows attend, whose keys have come."""
         cache = self._cache
         cache.append_streamed(op, placed, work, prefills=False)
@@ -60,7 +60,7 @@ class DeviceAttention:
             cache.tell_choice(op, run.first, chosen.tokens + run.seen.start)
             self._weights[op.cell_slot].append(chosen.weights)
 
-    def attend(self, op: Op, placed: PlacedRows, work: Work) -> None:
+    def attend(self, op: Op, placed: PlacedRows, work: CellBuffers) -> None:
         """ATTEND_DEVICE: replaces the rows' queries by their attention."""
         cache, window = self._cache, self._config.window(op.layer)
         cache.append_streamed(op, placed, work, prefills=True)
@@ -85,14 +85,16 @@ class DeviceAttention:
 
     def _runs(
         self, placed: PlacedRows, name: str, rows: list[tuple[Row, int]], window: int | None
-    ) -> list[DecodeRun]:
+    ) -> list[DecodeRows]:
         make = partial(decode_runs, rows, self._plan.rows_at_a_time, self._device, window)
         return placed.once(f"{name} runs {window}", make)
 
-    def _query(self, work: Work, run: DecodeRun) -> Tensor:
+    def _query(self, work: CellBuffers, run: DecodeRows) -> Tensor:
         return work.q[run.tokens].view(run.count, self._config.num_heads, self._config.head_dim)
 
-    def _decoded(self, work: Work, run: DecodeRun, cached: Tensor, window: int | None) -> Tensor:
+    def _decoded(
+        self, work: CellBuffers, run: DecodeRows, cached: Tensor, window: int | None
+    ) -> Tensor:
         """cached: [2, rows, kv_heads, tokens seen, width]."""
         if self._plan.is_sparse:
             chosen = self._chosen(work, run, cached[0], window)
@@ -101,18 +103,18 @@ class DeviceAttention:
         return attention.decode(self._query(work, run), k, v, run.lens, run.mask, window)
 
     def _chosen(
-        self, work: Work, run: DecodeRun, keys: Tensor, window: int | None
-    ) -> attention.Chosen:
+        self, work: CellBuffers, run: DecodeRows, keys: Tensor, window: int | None
+    ) -> attention.SelectedTokens:
         """keys: [rows, kv_heads, tokens seen, width]."""
         k, q = self._values(keys), self._query(work, run)
         return attention.choose(q, k, run.lens, self._sparsity, run.mask, window)
 
-    def _weighed(self, op: Op, run: DecodeRun, weights: Tensor) -> Tensor:
+    def _weighed(self, op: Op, run: DecodeRows, weights: Tensor) -> Tensor:
         """By the values that LOAD_VALUES brought."""
         values = self._cache.chosen_values(op, run.first, run.count, weights.shape[-1])
         return attention.weigh(weights, self._values(values))
 
-    def _prefill(self, work: Work, row: Row, cached: Tensor, window: int | None) -> None:
+    def _prefill(self, work: CellBuffers, row: Row, cached: Tensor, window: int | None) -> None:
         """A prompt's first chunk needs no cache: all its keys are new."""
         config, tokens = self._config, row.tokens
         if row.position:

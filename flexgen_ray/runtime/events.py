@@ -10,7 +10,7 @@ from flexgen_ray.request import Score
 
 
 @dataclass(frozen=True)
-class Standing:
+class RunCounts:
     """How far a run is. most_tokens: of prompts and answers, if no answer ended early from here on.
     seconds_left: an estimate; None while nothing is known."""
 
@@ -46,7 +46,7 @@ class Progress:
     tokens: tuple[tuple[int, int], ...] = ()
     note: str = ""
     scores: tuple[tuple[int, list[Score]], ...] = ()
-    standing: Standing | None = None
+    standing: RunCounts | None = None
     phase: str = ""
     done: float = 0
     total: float = 0

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 
-from flexgen_ray.runtime.lanes import Crew, Lanes, Run, Ticket, timed
+from flexgen_ray.runtime.lanes import IssuedOp, Lanes, LaneWorker, Run, timed
 from flexgen_ray.runtime.meter import Meter, Timing
 from flexgen_ray.schedule.dependencies import VISITS_AHEAD, Dependencies
 from flexgen_ray.schedule.ops import Op
@@ -61,7 +61,7 @@ class AsyncExecutor:
         self,
         run: Run,
         moves: Callable[[Op], bool],
-        crews: Iterable[Crew],
+        crews: Iterable[LaneWorker],
         meter: Meter | None = None,
         cancel: Callable[[], None] | None = None,
         window: int = 256,
@@ -78,11 +78,11 @@ class AsyncExecutor:
 
         A visit is issued while the one before runs, and runs as far as what it waits for allows.
         """
-        dependencies: Dependencies[Ticket] = Dependencies()
-        ends: deque[Ticket] = deque()
+        dependencies: Dependencies[IssuedOp] = Dependencies()
+        ends: deque[IssuedOp] = deque()
         with Lanes(self._run, self._crews, self._meter, self._cancel) as lanes:
             for index, op in enumerate(filter(self._moves, ops)):
-                ticket = Ticket(index, op)
+                ticket = IssuedOp(index, op)
                 lanes.issue(ticket, dependencies.of(ticket, op))
                 lanes.wait_for_room(self._window)
                 if op.ends_visit:

@@ -19,9 +19,9 @@ from flexgen_ray.layout.sizes import scored_tokens_at_a_time
 from flexgen_ray.models.registry import FAMILIES
 from flexgen_ray.runtime.device_attention import DeviceAttention
 from flexgen_ray.runtime.passes import Pass, Passes
-from flexgen_ray.runtime.scheduler import Batcher
+from flexgen_ray.runtime.scheduler import Scheduler
 from flexgen_ray.schedule.ops import CELL_SLOTS, Op, OpKind
-from flexgen_ray.store.activations import HiddenStore, Work
+from flexgen_ray.store.activations import CellBuffers, HiddenStore
 from flexgen_ray.store.kv_cache import KVCache
 from flexgen_ray.store.tiers import Tiers
 from flexgen_ray.store.weights import WeightStore
@@ -29,14 +29,14 @@ from flexgen_ray.store.weights import WeightStore
 LogitsHook = Callable[[list[int], Tensor], None]
 
 
-class Cells:
+class OpHandlers:
     """Runs ops on a stage's stores."""
 
     def __init__(
         self,
         plan: StagePlan,
         weights: WeightStore,
-        batcher: Batcher,
+        batcher: Scheduler,
         tiers: Tiers,
         attend_on_host: Kernel,
     ) -> None:
@@ -263,11 +263,11 @@ class Cells:
             scores = chain.from_iterable(it.tolist() for it in self._scores.pop(slot))
             self.passes.accept(op, tokens, scores)
 
-    def _work(self, op: Op) -> Work:
+    def _work(self, op: Op) -> CellBuffers:
         return self.hidden.work[op.cell_slot]
 
 
-Handler = Callable[[Cells, Op], None]
+Handler = Callable[[OpHandlers, Op], None]
 _WITHOUT_ROWS = frozenset({OpKind.RECV_TOKENS, OpKind.COMPOSE, OpKind.RECV_ROWS})
 _OF_WEIGHTS = frozenset({OpKind.READ_WEIGHTS, OpKind.LOAD_WEIGHTS})
 _DELEGATED: dict[OpKind, Handler] = {
@@ -278,10 +278,10 @@ _DELEGATED: dict[OpKind, Handler] = {
     OpKind.LOAD_WEIGHTS: lambda cells, op: cells.weights.load_part(op),
 }
 _HANDLERS: dict[OpKind, Handler] = _DELEGATED | {
-    kind: getattr(Cells, f"_{kind.value}") for kind in OpKind if kind not in _DELEGATED
+    kind: getattr(OpHandlers, f"_{kind.value}") for kind in OpKind if kind not in _DELEGATED
 }
 _FINISH: dict[str, Handler] = {
-    "decoder": Cells._finish_decoder,
-    "head": Cells._head,
+    "decoder": OpHandlers._finish_decoder,
+    "head": OpHandlers._head,
     "exit": lambda cells, op: cells.hidden.fetch_resident(op, cells.rows(op).num_tokens),
 }

@@ -29,7 +29,7 @@ from flexgen_ray.schedule.ops import EXCHANGE, LANE, Lane, Op
 
 
 @dataclass(frozen=True)
-class Pulse:
+class Heartbeat:
     """num_ops: that have ended. seconds: how long the oldest op that depends on no neighbour has
     been under way, and which that is."""
 
@@ -38,7 +38,7 @@ class Pulse:
     op: str = ""
 
 
-class Watch:
+class OpWatch:
     """Runs ops, and knows which are under way."""
 
     def __init__(self, run: Run) -> None:
@@ -55,13 +55,13 @@ class Watch:
             del self._under_way[lane]
             self._num_ops += 1
 
-    def pulse(self) -> Pulse:
+    def pulse(self) -> Heartbeat:
         # Who waits for a neighbour is not to blame.
         own = [it for it in list(self._under_way.values()) if it[1].kind not in EXCHANGE]
         if not own:
-            return Pulse(self._num_ops)
+            return Heartbeat(self._num_ops)
         began, op = min(own, key=lambda it: it[0])
-        return Pulse(self._num_ops, time.monotonic() - began, f"{op.kind} of layer {op.layer}")
+        return Heartbeat(self._num_ops, time.monotonic() - began, f"{op.kind} of layer {op.layer}")
 
 
 ON_STREAMS = frozenset(
@@ -100,7 +100,9 @@ def divide_cores(num_threads: int, on_cuda: bool, attends_on_host: bool) -> Core
     return Cores(num_threads, device, max(1, host))
 
 
-def make_crews(device: torch.device, cores: Cores, attends_by_torch: bool = False) -> list[Crew]:
+def make_lane_workers(
+    device: torch.device, cores: Cores, attends_by_torch: bool = False
+) -> list[LaneWorker]:
     """A thread a worker; with CUDA one thread for all streams, one of which a worker has.
 
     To be made once: each stream that has multiplied keeps a workspace, and what it has freed.
@@ -110,15 +112,15 @@ def make_crews(device: torch.device, cores: Cores, attends_by_torch: bool = Fals
     served = {worker: lanes for worker, lanes in served.items() if lanes}
     threads = {Lane.DEVICE: cores.device, Lane.HOST: cores.host if attends_by_torch else 1}
     if device.type != "cuda":
-        return [Crew(lanes, threads.get(worker, 1)) for worker, lanes in served.items()]
+        return [LaneWorker(lanes, threads.get(worker, 1)) for worker, lanes in served.items()]
     stream_of = {worker: torch.cuda.Stream(device) for worker in ON_STREAMS}
     streams = {lane: stream for it, stream in stream_of.items() for lane in served[it]}
     others = [
-        Crew(lanes, threads.get(worker, 1))
+        LaneWorker(lanes, threads.get(worker, 1))
         for worker, lanes in served.items()
         if worker not in ON_STREAMS
     ]
-    return [Crew(tuple(streams), 1, streams), *others]
+    return [LaneWorker(tuple(streams), 1, streams), *others]
 
 
 def device_wait(device: torch.device) -> Callable[[], None] | None:
@@ -132,7 +134,7 @@ Run = Callable[[Op, float], Timing | None]
 
 
 @dataclass(frozen=True)
-class Crew:
+class LaneWorker:
     """One thread's lanes, their CUDA streams if any, and the cores torch may use in it."""
 
     lanes: tuple[Lane, ...]
@@ -140,7 +142,7 @@ class Crew:
     streams: Mapping[Lane, torch.cuda.Stream] = field(default_factory=dict)
 
 
-class Ticket:
+class IssuedOp:
     """An op that was issued: how many ops it still waits for, and who waits for it.
 
     ready_at, ended_at: when the last of those ended, and when it did (perf_counter). With streams
@@ -158,7 +160,7 @@ class Ticket:
         self.lane = LANE[op.kind]
         self.missing = 0
         self.ready_at = self.ended_at = 0.0
-        self.dependents: list[Ticket] = []
+        self.dependents: list[IssuedOp] = []
         self.is_done = False
         self.event: torch.cuda.Event | None = None
         self.waits: list[torch.cuda.Event] = []
@@ -170,7 +172,7 @@ class Lanes:
     def __init__(
         self,
         run: Run,
-        crews: Iterable[Crew],
+        crews: Iterable[LaneWorker],
         meter: Meter,
         cancel: Callable[[], None] | None = None,
     ) -> None:
@@ -178,8 +180,10 @@ class Lanes:
         self._meter = meter
         self._cancel = cancel
         self._lock = threading.Lock()
-        self._queues: dict[Lane, deque[Ticket]] = {lane: deque() for lane in Lane}
-        self._posts = [_Post(crew, [self._queues[lane] for lane in crew.lanes]) for crew in crews]
+        self._queues: dict[Lane, deque[IssuedOp]] = {lane: deque() for lane in Lane}
+        self._posts = [
+            _LaneQueues(crew, [self._queues[lane] for lane in crew.lanes]) for crew in crews
+        ]
         self._post_of = {lane: post for post in self._posts for lane in post.crew.lanes}
         self._over = threading.Condition(self._lock)
         self._room = threading.Condition(self._lock)
@@ -189,7 +193,7 @@ class Lanes:
         self._error: BaseException | None = None
         self._num_threads = torch.get_num_threads()
 
-    def issue(self, ticket: Ticket, waits: Iterable[Ticket]) -> None:
+    def issue(self, ticket: IssuedOp, waits: Iterable[IssuedOp]) -> None:
         """Queues an op behind `waits`, which were issued before."""
         lane = ticket.lane
         queue = self._queues[lane]
@@ -209,7 +213,7 @@ class Lanes:
             if not ticket.missing and queue[0] is ticket:
                 self._post_of[lane].wake()
 
-    def wait(self, ticket: Ticket) -> None:
+    def wait(self, ticket: IssuedOp) -> None:
         """Until the op is over; raises what ended the run, if something did."""
         with self._lock:
             self._over.wait_for(lambda: ticket.is_done or self._is_stopped)
@@ -265,7 +269,7 @@ class Lanes:
         gc.unfreeze()
 
     @torch.inference_mode()
-    def _work(self, post: _Post) -> None:
+    def _work(self, post: _LaneQueues) -> None:
         # A thread's own number holds only after torch has given it the process's, on first use.
         torch.get_num_threads()
         torch.set_num_threads(post.crew.num_threads)
@@ -282,7 +286,7 @@ class Lanes:
         except BaseException as error:
             self.stop(error)
 
-    def _next(self, post: _Post) -> Ticket | None:
+    def _next(self, post: _LaneQueues) -> IssuedOp | None:
         """The oldest op that may start; None when the run has stopped."""
         while True:
             with self._lock:
@@ -294,14 +298,14 @@ class Lanes:
                 post.is_idle = True
             post.bell.acquire()
 
-    def _perform(self, ticket: Ticket, ready_at: float) -> None:
+    def _perform(self, ticket: IssuedOp, ready_at: float) -> None:
         for event in ticket.waits:
             event.synchronize()
         timing = timed(self._run, ticket.op, ready_at)
         ticket.ended_at = timing.ended
         self._meter.note(ticket.op, timing)
 
-    def _launch(self, ticket: Ticket, stream: torch.cuda.Stream) -> None:
+    def _launch(self, ticket: IssuedOp, stream: torch.cuda.Stream) -> None:
         for event in ticket.waits:
             stream.wait_event(event)
         started = self._meter.mark(stream)
@@ -309,7 +313,7 @@ class Lanes:
         ticket.event = self._meter.mark(stream)
         self._meter.note_events(ticket.op, started, ticket.event)
 
-    def _finish(self, ticket: Ticket) -> None:
+    def _finish(self, ticket: IssuedOp) -> None:
         with self._lock:
             self._queues[ticket.lane].popleft()
             ticket.is_done = True
@@ -328,10 +332,10 @@ class Lanes:
                 self._over.notify_all()
 
 
-class _Post:
+class _LaneQueues:
     """A crew at its place: its queues, its thread, and the bell that wakes it."""
 
-    def __init__(self, crew: Crew, queues: list[deque[Ticket]]) -> None:
+    def __init__(self, crew: LaneWorker, queues: list[deque[IssuedOp]]) -> None:
         self.crew = crew
         self.queues = queues
         self.thread: threading.Thread | None = None
@@ -359,5 +363,5 @@ def timed(run: Run, op: Op, ready_at: float) -> Timing:
     return timing or Timing(started, ended, busy)
 
 
-def _issue_order(ticket: Ticket) -> int:
+def _issue_order(ticket: IssuedOp) -> int:
     return ticket.index

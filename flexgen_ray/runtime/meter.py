@@ -27,7 +27,7 @@ class Timing:
 
 
 @dataclass(frozen=True, slots=True)
-class Visit:
+class VisitTiming:
     """One that is over: when it ended (perf_counter), the tokens it brought, and the modelled
     seconds of each lane and resource, if the run had a cost model."""
 
@@ -38,7 +38,7 @@ class Visit:
 
 
 @dataclass(frozen=True)
-class Measured:
+class StageMeasurements:
     """Seconds of a run, {lane: seconds}. modelled_*: by a cost model at the rates of `hardware`, if
     the run had one; cores: all lanes' core seconds over the cores, where the device is a CPU.
     time_scale: of an emulated run. peak_gpu_bytes: what torch took of a GPU. sampling: of the
@@ -52,7 +52,7 @@ class Measured:
     cores: float = 0.0
     hardware: HardwareSpec | None = None
     time_scale: float | None = None
-    visits: list[Visit] = field(default_factory=list)
+    visits: list[VisitTiming] = field(default_factory=list)
     peak_gpu_bytes: int = 0
     sampling: float = 0.0
 

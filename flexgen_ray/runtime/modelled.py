@@ -13,7 +13,7 @@ from flexgen_ray.cost.ops import CostModel
 from flexgen_ray.cost.resources import Amounts, Resource, seconds_alone, seconds_by_resource
 from flexgen_ray.layout.moves import Moves
 from flexgen_ray.layout.plan import StagePlan
-from flexgen_ray.runtime.handlers import Cells
+from flexgen_ray.runtime.handlers import OpHandlers
 from flexgen_ray.runtime.meter import Timing
 from flexgen_ray.runtime.pacer import Pacer
 from flexgen_ray.schedule.ops import LANE, Lane, Op, OpKind
@@ -28,7 +28,7 @@ class Modelled:
     """
 
     def __init__(
-        self, cells: Cells, plan: StagePlan, hardware: HardwareSpec, time_scale: float | None
+        self, cells: OpHandlers, plan: StagePlan, hardware: HardwareSpec, time_scale: float | None
     ) -> None:
         self._cells = cells
         # Of what the model it stands for dispatches, some may be nothing to do here.

@@ -21,8 +21,8 @@ from flexgen_ray.kernels.sampling import NOT_FINITE
 from flexgen_ray.layout.plan import StagePlan
 from flexgen_ray.layout.rows import NO_ROWS, Composition, Row, Rows, runs
 from flexgen_ray.request import Score, SlotScores
-from flexgen_ray.runtime.ring import Chosen, Header, Link
-from flexgen_ray.runtime.scheduler import Batcher
+from flexgen_ray.runtime.ring import Channel, Header, SampledTokens
+from flexgen_ray.runtime.scheduler import Scheduler
 from flexgen_ray.schedule.ops import Op
 
 
@@ -131,8 +131,8 @@ class Passes:
     methods in the order that the schedule's hazards on rows and tokens allow.
     """
 
-    def __init__(self, plan: StagePlan, batcher: Batcher, device: torch.device) -> None:
-        self.link: Link | None = None
+    def __init__(self, plan: StagePlan, batcher: Scheduler, device: torch.device) -> None:
+        self.link: Channel | None = None
         self.ended: int | None = None  # the visit that no other follows, once it is known
         self._plan = plan
         self._batcher = batcher
@@ -145,7 +145,7 @@ class Passes:
         self._last_visit = 0
 
     @property
-    def joined(self) -> Link:
+    def joined(self) -> Channel:
         """The link that a stage of several has."""
         assert self.link is not None, "connect comes first"
         return self.link
@@ -209,7 +209,7 @@ class Passes:
         """The first stage takes note of what its batch's last visit brought, if it had any rows."""
         rows = self._expected.pop(op.batch, NO_ROWS)
         if rows.num_logits:
-            chosen = Chosen.decode(self.joined.next())
+            chosen = SampledTokens.decode(self.joined.next())
             if chosen.batch != op.batch:
                 raise RuntimeError(f"tokens of batch {chosen.batch} came for {op}")
             self._accept(op, rows, chosen)
@@ -222,13 +222,13 @@ class Passes:
         found = its.slot_scores(scores)
         faults = its.faults(token_ids, found)
         found = [it for it in found if it[0] not in faults]
-        chosen = Chosen(op.visit, op.batch, token_ids, found, faults)
+        chosen = SampledTokens(op.visit, op.batch, token_ids, found, faults)
         if self.link is not None:
             self.link.post(chosen.encode())
         else:
             self._accept(op, its.rows, chosen)
 
-    def _accept(self, op: Op, rows: Rows, chosen: Chosen) -> None:
+    def _accept(self, op: Op, rows: Rows, chosen: SampledTokens) -> None:
         slots = [row.slot for row in rows.sampled]
         self._batcher.accept(op.batch, slots, chosen.token_ids, chosen.scores, chosen.faults)
 
@@ -263,7 +263,7 @@ class Passes:
 
 
 @dataclass(frozen=True)
-class DecodeRun:
+class DecodeRows:
     """Decoding rows side by side, both in a cache from place `first` on and among packed tokens.
 
     seen: the cached tokens that any row attends; lens: of each row, from the first of these on.
@@ -279,7 +279,7 @@ class DecodeRun:
 
 def decode_runs(
     placed: list[tuple[Row, int]], most: int, device: torch.device, window: int | None
-) -> list[DecodeRun]:
+) -> list[DecodeRows]:
     """Of rows and their places in a cache, `most` rows at a time, in a layer with this window."""
     place = {row.slot: index for row, index in placed}
     found = []
@@ -288,5 +288,5 @@ def decode_runs(
         lens = [row.seq_len for row in run]
         seen, mask = span(lens, window), length_mask(lens, device, window)
         lens = [end - seen.start for end in lens]
-        found.append(DecodeRun(place[run[0].slot], len(run), tokens, seen, lens, mask))
+        found.append(DecodeRows(place[run[0].slot], len(run), tokens, seen, lens, mask))
     return found

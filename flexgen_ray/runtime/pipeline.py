@@ -11,8 +11,8 @@ from threading import Thread
 from flexgen_ray.config import HardwareSpec
 from flexgen_ray.request import Finished, Request
 from flexgen_ray.runtime.events import OnProgress, Progress, Recovery, ignore
-from flexgen_ray.runtime.meter import Measured
-from flexgen_ray.runtime.ring import LinkClosed, LocalLink
+from flexgen_ray.runtime.meter import StageMeasurements
+from flexgen_ray.runtime.ring import ChannelClosed, LocalChannel
 from flexgen_ray.runtime.stage import StageSpec
 from flexgen_ray.runtime.worker import Machine, Worker
 from flexgen_ray.schedule.ops import Span
@@ -60,7 +60,7 @@ class LocalPipeline:
         if not others:
             yield from first.run()
             return
-        links = LocalLink.ring(self.num_stages)
+        links = LocalChannel.ring(self.num_stages)
         for worker, link in zip(self._workers, links, strict=True):
             worker.connect(link)
         errors: list[BaseException] = []
@@ -76,7 +76,7 @@ class LocalPipeline:
                 yield from events
         except BaseException as error:
             links[0].close()  # or the others would wait for it without end
-            if not isinstance(error, LinkClosed):
+            if not isinstance(error, ChannelClosed):
                 raise
             errors.append(error)
         finally:
@@ -85,12 +85,12 @@ class LocalPipeline:
                     thread.join()
         # Whose link was closed suffers from another's fault.
         if errors:
-            raise min(errors, key=lambda it: isinstance(it, LinkClosed))
+            raise min(errors, key=lambda it: isinstance(it, ChannelClosed))
 
     def used(self) -> list[dict[str, dict[str, int]]]:
         return [worker.used() for worker in self._workers]
 
-    def measured(self) -> list[Measured]:
+    def measured(self) -> list[StageMeasurements]:
         return [worker.measured() for worker in self._workers]
 
     def spans(self, stage: int, first: int, count: int) -> list[Span]:
@@ -104,7 +104,7 @@ class LocalPipeline:
             worker.close()
 
 
-def _follow(worker: Worker, link: LocalLink, errors: list[BaseException]) -> None:
+def _follow(worker: Worker, link: LocalChannel, errors: list[BaseException]) -> None:
     """A later stage's run; its error is kept, and ends the neighbours' waiting."""
     try:
         for _ in worker.run():

@@ -16,12 +16,12 @@ from typing import Protocol
 
 from torch import Tensor
 
-from flexgen_ray.kernels.sampling import Draw
+from flexgen_ray.kernels.sampling import SamplingRow
 from flexgen_ray.layout.rows import Row, Rows, ScoredRow
 from flexgen_ray.request import Score, SlotScores
 
 
-class LinkClosed(ConnectionError):
+class ChannelClosed(ConnectionError):
     """A neighbour has gone, or this stage's own run was stopped."""
 
 
@@ -36,7 +36,7 @@ class Header:
     visit: int
     batch: int
     rows: Rows
-    draws: list[Draw]
+    draws: list[SamplingRow]
     indices: list[int]
     is_last: bool = False
 
@@ -56,7 +56,7 @@ class Header:
         for slot, position, count, is_sampled, is_prefill in numbers:
             rows.append(Row(slot, position, count, offset, is_sampled, is_prefill))
             offset += count
-        found = [Draw.decode(draw) for draw in draws]
+        found = [SamplingRow.decode(draw) for draw in draws]
         scored = tuple(
             ScoredRow(slot, first, tuple(token_ids), top)
             for told in more
@@ -72,7 +72,7 @@ def _told(row: Row) -> tuple:
 
 
 @dataclass(frozen=True)
-class Chosen:
+class SampledTokens:
     """The tokens that the last stage chose in a pass, in the order of its sampled rows, and the
     scores that were asked for.
 
@@ -95,14 +95,14 @@ class Chosen:
         return json.dumps(told).encode()
 
     @staticmethod
-    def decode(message: bytes) -> Chosen:
+    def decode(message: bytes) -> SampledTokens:
         visit, batch, token_ids, *more = json.loads(message)
         told, faults = (*more, [], [])[:2]
         scores = [(slot, list(map(Score.of, found))) for slot, found in told]
-        return Chosen(visit, batch, token_ids, scores, dict(faults))
+        return SampledTokens(visit, batch, token_ids, scores, dict(faults))
 
 
-class Link(Protocol):
+class Channel(Protocol):
     """Every call that waits raises LinkClosed when there is nothing more to wait for."""
 
     def post(self, message: bytes) -> None:
@@ -121,21 +121,21 @@ class Link(Protocol):
         """Ends this stage's waiting, and its neighbours', from any thread; may be called twice."""
 
 
-class LocalLink:
+class LocalChannel:
     """Of stages in one process."""
 
     def __init__(self) -> None:
         self._messages: SimpleQueue[bytes | None] = SimpleQueue()
         self._offers: SimpleQueue[tuple[Tensor, Event] | None] = SimpleQueue()
-        self._following: LocalLink = self
-        self._preceding: LocalLink = self
+        self._following: LocalChannel = self
+        self._preceding: LocalChannel = self
         self._taken = Event()
         self._is_closed = False
 
     @staticmethod
-    def ring(num_stages: int) -> list[LocalLink]:
+    def ring(num_stages: int) -> list[LocalChannel]:
         """One for each stage, joined up."""
-        links = [LocalLink() for _ in range(num_stages)]
+        links = [LocalChannel() for _ in range(num_stages)]
         for link, following in zip(links, links[1:] + links[:1], strict=True):
             link._following, following._preceding = following, link
         return links
@@ -149,11 +149,11 @@ class LocalLink:
     def send(self, hidden: Tensor) -> None:
         self._taken.clear()
         if self._is_closed:  # before it could be waited for
-            raise LinkClosed("the run was stopped")
+            raise ChannelClosed("the run was stopped")
         self._following._offers.put((hidden, self._taken))
         self._taken.wait()
         if self._is_closed:
-            raise LinkClosed("the run was stopped")
+            raise ChannelClosed("the run was stopped")
 
     def recv(self, out: Tensor) -> None:
         hidden, taken = self._get(self._offers)
@@ -173,5 +173,5 @@ class LocalLink:
         found = queue.get()
         if found is None or self._is_closed:
             queue.put(None)  # for whoever asks again
-            raise LinkClosed("the run was stopped")
+            raise ChannelClosed("the run was stopped")
         return found

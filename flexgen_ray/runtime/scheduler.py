@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
 
-from flexgen_ray.kernels.sampling import Draw, Penalties, uniform
+from flexgen_ray.kernels.sampling import Penalties, SamplingRow, uniform
 from flexgen_ray.layout.rows import Row, Rows, ScoredRow
 from flexgen_ray.request import Finished, Request, SamplingParams, Score, SlotScores
 
@@ -83,7 +83,7 @@ class _Sequence:
 
 
 @dataclass
-class Batcher:
+class Scheduler:
     """Feeds one stage with passes.
 
     cell_tokens: most tokens of one batch in one pass; find_stop(token ids, first of the answer,
@@ -141,7 +141,7 @@ class Batcher:
                     counts[slot] = count
         return self._pack(slots, counts)
 
-    def draws(self, batch: int, slots: list[int]) -> list[Draw]:
+    def draws(self, batch: int, slots: list[int]) -> list[SamplingRow]:
         """How to choose the next token of each slot."""
         return [self._draw(self._slots[batch][slot]) for slot in slots]
 
@@ -226,7 +226,7 @@ class Batcher:
             sequence.cached = stop
         return Rows(tuple(rows), tuple(token_ids), prefill_tokens, tuple(scored))
 
-    def _draw(self, sequence: _Sequence) -> Draw:
+    def _draw(self, sequence: _Sequence) -> SamplingRow:
         request, params = sequence.request, sequence.request.params
         position = len(sequence.generated)
         if params.temperature == 0:
@@ -239,7 +239,7 @@ class Batcher:
         given = request.given[position] if position < len(request.given) else None
         first = request.scored_from
         top = None if first is None or len(sequence.token_ids) < first else request.top
-        return Draw(
+        return SamplingRow(
             params.temperature,
             params.top_p,
             number,

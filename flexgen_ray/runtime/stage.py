@@ -24,21 +24,21 @@ from flexgen_ray.paths import calibration_dir
 from flexgen_ray.request import Finished, Request
 from flexgen_ray.runtime.events import OnProgress, Progress, ignore
 from flexgen_ray.runtime.executor import AsyncExecutor, SerialExecutor
-from flexgen_ray.runtime.handlers import Cells, LogitsHook
+from flexgen_ray.runtime.handlers import LogitsHook, OpHandlers
 from flexgen_ray.runtime.lanes import (
     Cores,
-    Crew,
-    Pulse,
+    Heartbeat,
+    LaneWorker,
+    OpWatch,
     Run,
-    Watch,
     device_wait,
     divide_cores,
-    make_crews,
+    make_lane_workers,
 )
-from flexgen_ray.runtime.meter import Measured, Meter, Visit
+from flexgen_ray.runtime.meter import Meter, StageMeasurements, VisitTiming
 from flexgen_ray.runtime.modelled import Modelled
-from flexgen_ray.runtime.ring import Link
-from flexgen_ray.runtime.scheduler import Batcher, FindStop, not_finite
+from flexgen_ray.runtime.ring import Channel
+from flexgen_ray.runtime.scheduler import FindStop, Scheduler, not_finite
 from flexgen_ray.schedule.dependencies import window_ops
 from flexgen_ray.schedule.ops import Span
 from flexgen_ray.schedule.zigzag import zigzag
@@ -106,7 +106,7 @@ class Stage:
             malloc.for_loading()
             weights = WeightStore(plan, _weight_source(spec), self.tiers, tell)
             malloc.for_ops()
-            self.batcher = Batcher(
+            self.batcher = Scheduler(
                 plan.policy.gpu_batch_size,
                 plan.num_batches,
                 plan.cell_tokens,
@@ -115,13 +115,13 @@ class Stage:
                 spec.seed,
                 partial(not_finite, dtype=plan.dtype, cache_bits=plan.policy.cache_bits),
             )
-            self._cells = Cells(plan, weights, self.batcher, self.tiers, attend)
-            self._crews: list[Crew] | None = None
+            self._cells = OpHandlers(plan, weights, self.batcher, self.tiers, attend)
+            self._crews: list[LaneWorker] | None = None
             self._modelled: Modelled | None = None
             self._meter = Meter()
-            self._watch = Watch(self._cells.run)
+            self._watch = OpWatch(self._cells.run)
             self._wall = 0.0
-            self._visits: list[Visit] = []
+            self._visits: list[VisitTiming] = []
         except BaseException:
             self.close()
             raise
@@ -157,13 +157,13 @@ class Stage:
                 if is_done:
                     return
 
-    def measured(self) -> Measured:
+    def measured(self) -> StageMeasurements:
         """How busy each lane was in the last run."""
         busy = self.busy()
         on_cuda = self.tiers.device.type == "cuda"
         peak = torch.cuda.max_memory_reserved(self.tiers.device) if on_cuda else 0
         if self._modelled is None:
-            return Measured(
+            return StageMeasurements(
                 self._wall,
                 busy,
                 visits=self._visits,
@@ -171,7 +171,7 @@ class Stage:
                 sampling=self._meter.sampling,
             )
         lanes = self._modelled.lanes()
-        return Measured(
+        return StageMeasurements(
             wall=self._wall,
             busy=busy,
             modelled_lanes=lanes,
@@ -196,7 +196,7 @@ class Stage:
     def _progress(self, visit: int, seconds: float) -> Progress:
         modelled = self._modelled.end_visit(visit) if self._modelled else {}
         new, prefill = self._cells.passes.progress(visit)
-        self._visits.append(Visit(time.perf_counter(), new, prefill, modelled))
+        self._visits.append(VisitTiming(time.perf_counter(), new, prefill, modelled))
         scores = tuple(self.batcher.take_scored())
         tokens = tuple(self.batcher.take_accepted())
         return Progress(new, prefill, seconds, prefill > 0, tokens, scores=scores)
@@ -211,7 +211,7 @@ class Stage:
             plan = spec.stands_for or spec.plan
             self._modelled = Modelled(cells, plan, spec.hardware, spec.time_scale)
             run = self._modelled.run
-        self._watch = run = Watch(run)
+        self._watch = run = OpWatch(run)
         # What the model it stands for would dispatch takes its turn here too.
         moves = Moves(spec.stands_for or spec.plan, is_linked=cells.passes.link is not None)
         wait = device_wait(self.tiers.device)
@@ -221,15 +221,15 @@ class Stage:
         if spec.executor == "serial":
             return SerialExecutor(run, moves, self._meter, wait)
         if self._crews is None:
-            self._crews = make_crews(self.tiers.device, self._cores, self._attends_by_torch)
+            self._crews = make_lane_workers(self.tiers.device, self._cores, self._attends_by_torch)
         window = window_ops(spec.plan.policy.num_gpu_batches)
         return AsyncExecutor(run, moves, self._crews, self._meter, self._cancel, window)
 
-    def pulse(self) -> Pulse:
+    def pulse(self) -> Heartbeat:
         """How far the run is; from any thread."""
         return self._watch.pulse()
 
-    def connect(self, link: Link | None) -> None:
+    def connect(self, link: Channel | None) -> None:
         """The stage's place in a ring; a stage of a model's all layers needs none."""
         self._cells.passes.link = link
 

@@ -24,9 +24,9 @@ from flexgen_ray.paths import find_model
 from flexgen_ray.request import Finished, Request
 from flexgen_ray.runtime.events import OnProgress, Progress, ignore
 from flexgen_ray.runtime.handlers import LogitsHook
-from flexgen_ray.runtime.lanes import Pulse
-from flexgen_ray.runtime.meter import Measured
-from flexgen_ray.runtime.ring import Link
+from flexgen_ray.runtime.lanes import Heartbeat
+from flexgen_ray.runtime.meter import StageMeasurements
+from flexgen_ray.runtime.ring import Channel
 from flexgen_ray.runtime.stage import LOADING, Stage, StageSpec, cores_for, host_kernel
 from flexgen_ray.schedule.ops import Span
 from flexgen_ray.text.stop_strings import StopStrings
@@ -118,7 +118,7 @@ class Worker:
         """How much of its weights the stage has loaded; from any thread."""
         return self._loading
 
-    def connect(self, link: Link | None) -> None:
+    def connect(self, link: Channel | None) -> None:
         """The stage's place in a ring of several."""
         assert self._stage is not None, "load comes first"
         self._stage.connect(link)
@@ -136,9 +136,9 @@ class Worker:
         requests, self._added = self._added, []
         yield from self._stage.run(requests, on_logits)
 
-    def pulse(self) -> Pulse:
+    def pulse(self) -> Heartbeat:
         """How far the run is; from any thread."""
-        return self._stage.pulse() if self._stage else Pulse()
+        return self._stage.pulse() if self._stage else Heartbeat()
 
     def busy(self) -> dict[str, float]:
         """Seconds that each lane has been at work in the run so far; from any thread."""
@@ -148,9 +148,9 @@ class Worker:
         """{tier: {what: bytes}} that the stage holds."""
         return self._stage.used() if self._stage else {}
 
-    def measured(self) -> Measured:
+    def measured(self) -> StageMeasurements:
         """How busy each lane was in the last run."""
-        return self._stage.measured() if self._stage else Measured()
+        return self._stage.measured() if self._stage else StageMeasurements()
 
     def spans(self, first: int, count: int) -> list[Span]:
         """Some of the last run's ops with their times, if they were kept."""

@@ -20,7 +20,7 @@ from flexgen_ray.store.tiers import TORCH_DTYPE, Tiers
 
 
 @dataclass(frozen=True)
-class Work:
+class CellBuffers:
     """One cell's tensors on the device, [cell_tokens, …]; attention replaces q in its place.
 
     packed: [2, cell_tokens, bytes], keys and values as a quantized cache keeps them; None if the
@@ -120,7 +120,7 @@ class HiddenStore:
         hidden = self.plan.config.hidden_size
         return slot[: num_tokens * hidden].view(num_tokens, hidden)
 
-    def _allocate_work(self, tiers: Tiers) -> list[Work]:
+    def _allocate_work(self, tiers: Tiers) -> list[CellBuffers]:
         config, tokens = self.plan.config, self.plan.cell_tokens
         widths = (config.hidden_size, config.q_size, config.kv_size, config.kv_size)
         memory = self._allocate(tiers.gpu, "cell", (CELL_SLOTS, tokens * sum(widths)))
@@ -130,7 +130,7 @@ class HiddenStore:
             parts = flat.split([tokens * width for width in widths])
             pairs = zip(parts, widths, strict=True)
             hidden, q, k, v = (part.view(tokens, width) for part, width in pairs)
-            slots.append(Work(hidden, q, k, v, beside))
+            slots.append(CellBuffers(hidden, q, k, v, beside))
         return slots
 
     def _allocate_packed(self, tiers: Tiers) -> list[Tensor | None]:

@@ -22,7 +22,7 @@ from flexgen_ray.layout.plan import CACHE_BLOCK_TOKENS, StagePlan
 from flexgen_ray.layout.rows import PlacedRows, Row
 from flexgen_ray.layout.sizes import CHOICE_BYTES
 from flexgen_ray.schedule.ops import CELL_SLOTS, Op
-from flexgen_ray.store.activations import Work
+from flexgen_ray.store.activations import CellBuffers
 from flexgen_ray.store.disk import Region
 from flexgen_ray.store.new_tokens import NewTokens, append, by_heads
 from flexgen_ray.store.tiers import TORCH_DTYPE, Tiers
@@ -73,13 +73,15 @@ class KVCache:
         """The same of places in the streaming slot."""
         return self._streamed[op.cell_slot][:, first:last]
 
-    def append_resident(self, op: Op, placed: PlacedRows, work: Work) -> None:
+    def append_resident(self, op: Op, placed: PlacedRows, work: CellBuffers) -> None:
         """New keys and values of the rows that live on the device."""
         home = self._gpu[op.layer, op.batch]
         rows = [(row, row.slot) for row in placed.resident]
         append(home, placed.once("resident", partial(NewTokens, rows, home)), work.cached)
 
-    def append_streamed(self, op: Op, placed: PlacedRows, work: Work, prefills: bool) -> None:
+    def append_streamed(
+        self, op: Op, placed: PlacedRows, work: CellBuffers, prefills: bool
+    ) -> None:
         """New keys and values of the streamed rows that prefill, or of those that decode, next to
         what LOAD_CACHE brought."""
         home = self._streamed[op.cell_slot]
@@ -162,7 +164,7 @@ class KVCache:
         kept = self.plan.kept_tokens(op.layer, max(row.seq_len for row in rows))
         return len(rows), self.plan.config.num_kv_heads, kept, self._width
 
-    def store(self, op: Op, placed: PlacedRows, work: Work) -> None:
+    def store(self, op: Op, placed: PlacedRows, work: CellBuffers) -> None:
         """STORE_CACHE: new keys and values of rows off the device, queries of attended rows."""
         first, last = placed.first_off_device, placed.rows.num_tokens
         if first == last:

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
-from flexgen_ray.cli.bench.work import OURS, Run, Work
+from flexgen_ray.cli.bench.work import OURS, PeerTask, Run
 from flexgen_ray.units import format_bytes
 
 _ROOT = Path("/sys/fs/cgroup")
@@ -155,7 +155,7 @@ class Rules:
             raise ValueError(f"repeats is {self.rounds}; it must be 1 or more")
 
 
-def compete(work: Work, rules: Rules, on_run: Callable[[Run], None]) -> list[Run]:
+def compete(work: PeerTask, rules: Rules, on_run: Callable[[Run], None]) -> list[Run]:
     """All runs, in the order in which they took place: A B A B, since machines drift.
 
     A contestant that fails is not asked again. Raises OSError if a memory limit can't be had.
@@ -187,7 +187,7 @@ def _not_installed(peer: str) -> str | None:
     return f"not installed: pip install {' '.join(missing)}" if missing else None
 
 
-def _run_apart(work: Work, peer: str, batch_size: int | None, timeout: float) -> Run:
+def _run_apart(work: PeerTask, peer: str, batch_size: int | None, timeout: float) -> Run:
     """A run in a process of its own, with an offload folder of its own; both end with it."""
     limit = work.memory_limit
     with (

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from flexgen_ray.cli.bench.work import Work
+from flexgen_ray.cli.bench.work import PeerTask
 
 
 class HuggingFace:
@@ -69,14 +69,14 @@ class HuggingFace:
         return out[:, longest:].tolist()
 
 
-def resident(work: Work, batch_size: int, device: torch.device) -> HuggingFace:
+def resident(work: PeerTask, batch_size: int, device: torch.device) -> HuggingFace:
     """All weights on the device."""
     model = _load(work)
     model.to(device)  # type: ignore[arg-type]  # a decorator hides the method's self
     return HuggingFace(model, batch_size, device, {})
 
 
-def accelerate_cpu(work: Work, batch_size: int, device: torch.device) -> HuggingFace:
+def accelerate_cpu(work: PeerTask, batch_size: int, device: torch.device) -> HuggingFace:
     """Weights in host memory; accelerate's hooks bring each module's to the device."""
     from accelerate import cpu_offload
 
@@ -84,7 +84,7 @@ def accelerate_cpu(work: Work, batch_size: int, device: torch.device) -> Hugging
     return HuggingFace(model, batch_size, device, {"weights": "host memory"})
 
 
-def accelerate_disk(work: Work, batch_size: int, device: torch.device) -> HuggingFace:
+def accelerate_disk(work: PeerTask, batch_size: int, device: torch.device) -> HuggingFace:
     """Weights on disk; accelerate's hooks read each module's when it runs.
 
     They are read from the checkpoint itself if it has the dtype, else from a converted copy.
@@ -102,13 +102,13 @@ def accelerate_disk(work: Work, batch_size: int, device: torch.device) -> Huggin
     return HuggingFace(model, batch_size, device, {"weights": source})
 
 
-def deepspeed_cpu(work: Work, batch_size: int, device: torch.device) -> HuggingFace:
+def deepspeed_cpu(work: PeerTask, batch_size: int, device: torch.device) -> HuggingFace:
     """ZeRO-Inference: stage 3 with its parameters in host memory."""
     offload = {"device": "cpu", "pin_memory": device.type == "cuda"}
     return _deepspeed(work, batch_size, device, offload)
 
 
-def deepspeed_nvme(work: Work, batch_size: int, device: torch.device) -> HuggingFace:
+def deepspeed_nvme(work: PeerTask, batch_size: int, device: torch.device) -> HuggingFace:
     """ZeRO-Inference: stage 3 with its parameters in files; wants libaio."""
     config = AutoConfig.from_pretrained(work.model)
     offload = {
@@ -131,7 +131,7 @@ PEERS = {
 }
 
 
-def _load(work: Work) -> PreTrainedModel:
+def _load(work: PeerTask) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(
         work.model,
         dtype=getattr(torch, work.dtype),
@@ -140,7 +140,7 @@ def _load(work: Work) -> PreTrainedModel:
     )
 
 
-def _offload_index(model: PreTrainedModel, work: Work) -> str:
+def _offload_index(model: PreTrainedModel, work: PeerTask) -> str:
     """Writes accelerate's index of the model's tensors; returns where they lie, in words."""
     from accelerate.utils import offload_weight, save_offload_index
     from safetensors import safe_open
@@ -169,7 +169,7 @@ def _offload_index(model: PreTrainedModel, work: Work) -> str:
     return "a copy in the dtype" if copied else "the checkpoint"
 
 
-def _deepspeed(work: Work, batch_size: int, device: torch.device, offload: dict) -> HuggingFace:
+def _deepspeed(work: PeerTask, batch_size: int, device: torch.device, offload: dict) -> HuggingFace:
     import deepspeed
     from transformers.integrations import HfDeepSpeedConfig
 

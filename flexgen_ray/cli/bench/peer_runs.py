@@ -17,9 +17,9 @@ from typing import Any, Protocol
 
 import torch
 
-from flexgen_ray.calibration.steady import Elsewhere
+from flexgen_ray.calibration.steady import OtherLoad
 from flexgen_ray.cli.bench import page_cache
-from flexgen_ray.cli.bench.work import OURS, Run, Work
+from flexgen_ray.cli.bench.work import OURS, PeerTask, Run
 from flexgen_ray.llm import LLM
 from flexgen_ray.reporting.report import environment
 from flexgen_ray.request import Request, SamplingParams
@@ -40,7 +40,7 @@ class Contestant(Protocol):
 class Ours:
     """The LLM of this project, loaded for the whole work as `LLM.generate` would do it."""
 
-    def __init__(self, work: Work) -> None:
+    def __init__(self, work: PeerTask) -> None:
         self._llm = LLM(
             work.model,
             dtype=work.dtype,
@@ -71,7 +71,7 @@ class Ours:
         return [self._llm.request(index, prompt, params) for index, prompt in enumerate(prompts)]
 
 
-def run(work: Work, peer: str, batch_size: int | None) -> Run:
+def run(work: PeerTask, peer: str, batch_size: int | None) -> Run:
     """One timed run; raises whatever the contestant raises."""
     torch.set_num_threads(work.threads)
     device = find_device(work.device)
@@ -87,7 +87,7 @@ def run(work: Work, peer: str, batch_size: int | None) -> Run:
     contestant.generate(work.prompts[:WARM_UP_PROMPTS], WARM_UP_TOKENS, on_pass)
     if work.page_cache == "cold":
         page_cache.drop([*work.model_files(), *page_cache.files_in(work.scratch)])
-    elsewhere = Elsewhere()
+    elsewhere = OtherLoad()
     started = time.perf_counter()
     tokens = contestant.generate(work.prompts, work.max_tokens, on_pass)
     seconds = time.perf_counter() - started
@@ -115,7 +115,7 @@ def main() -> None:
     task = json.loads(source.read_text(encoding="utf-8"))
     peer, batch_size = task["peer"], task["batch_size"]
     try:
-        result = run(Work(**task["work"]), peer, batch_size)
+        result = run(PeerTask(**task["work"]), peer, batch_size)
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
         result = Run(peer, batch_size, error=reason)
@@ -123,7 +123,7 @@ def main() -> None:
     sys.exit(1 if result.error else 0)
 
 
-def _load(work: Work, peer: str, batch_size: int | None, device: torch.device) -> Contestant:
+def _load(work: PeerTask, peer: str, batch_size: int | None, device: torch.device) -> Contestant:
     if peer == OURS:
         return Ours(work)
     from flexgen_ray.cli.bench.hf_peers import PEERS
@@ -132,7 +132,7 @@ def _load(work: Work, peer: str, batch_size: int | None, device: torch.device) -
     return PEERS[peer](work, batch_size, device)
 
 
-def _prepare_page_cache(work: Work) -> None:
+def _prepare_page_cache(work: PeerTask) -> None:
     """Within a limit the files are dropped first, for what others have read is not charged."""
     if work.page_cache == "cold" or work.memory_limit is not None:
         page_cache.drop(work.model_files())
@@ -140,7 +140,7 @@ def _prepare_page_cache(work: Work) -> None:
         page_cache.read_once(work.model_files())
 
 
-def _dropper(work: Work) -> Callable[[], None] | None:
+def _dropper(work: PeerTask) -> Callable[[], None] | None:
     """Without a limit nothing else keeps the files out of memory from one pass to the next."""
     if work.page_cache != "cold" or work.memory_limit is not None:
         return None

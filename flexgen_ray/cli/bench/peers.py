@@ -21,7 +21,7 @@ from rich.console import Console
 from flexgen_ray.cli.bench.contest import PACKAGES, Rules, compete
 from flexgen_ray.cli.bench.random_checkpoints import SHAPES, make_checkpoint
 from flexgen_ray.cli.bench.standings import reference, standings, table
-from flexgen_ray.cli.bench.work import OURS, Run, Work
+from flexgen_ray.cli.bench.work import OURS, PeerTask, Run
 from flexgen_ray.cli.options import DeviceOption, JsonOption
 from flexgen_ray.config import DTYPE_BYTES
 from flexgen_ray.files.text import read_lines
@@ -97,7 +97,7 @@ def peers(
     root.mkdir(parents=True, exist_ok=True)
     token_ids = _prompts(model, prompts, prompt_len, num_prompts, max_tokens)
     with tempfile.TemporaryDirectory(prefix=".peers-", dir=root) as scratch:
-        work = Work(
+        work = PeerTask(
             model=str(model.resolve()),
             prompts=token_ids,
             max_tokens=max_tokens,
@@ -179,7 +179,7 @@ def _tell(run: Run) -> None:
     _say(f"{run.peer}{batch}: {said}")
 
 
-def _result(work: Work, rules: Rules, runs: list[Run]) -> dict:
+def _result(work: PeerTask, rules: Rules, runs: list[Run]) -> dict:
     """What --json holds: all that is needed to believe the figures, or to do the same again."""
     from flexgen_ray.reporting.report import environment
 

@@ -12,7 +12,7 @@ OURS = "flexgen-ray"
 
 
 @dataclass(frozen=True)
-class Work:
+class PeerTask:
     """Prompts in, exactly `max_tokens` greedy tokens a prompt out; the same for everyone.
 
     model: a Hugging Face folder with safetensors. prompts: token ids. device: auto, cuda or cpu.
