@@ -40,11 +40,11 @@ def ring(
 
     Example: python -m benchmarks.ring --kills 3
     """
-    from flexgen_ray.distributed.rehearsal import hops
+    from flexgen_ray.distributed.hop_benchmark import measure_hops
 
     # Large ones in fewer trips.
     trips = {size: max(3, min(rounds, (200 << 20) // size)) for size in SIZES}
-    milliseconds = hops(trips)
+    milliseconds = measure_hops(trips)
     say(f"ms a hop: {milliseconds}")
     hidden = hidden_hops()
     say(f"hidden hops: {hidden}")
@@ -70,7 +70,7 @@ def _recovery(model: Path, stage: int) -> dict:
             os.kill(pid, signal.SIGKILL)
             killed_at.append(time.time())
 
-        driver: Any = llm._backend
+        driver: Any = llm.backend
         timer = threading.Timer(2.0, kill, [driver.pids()[stage]])
         timer.start()
         outputs = list(llm.stream(requests))

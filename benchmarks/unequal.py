@@ -96,8 +96,8 @@ def _of_split(
     planner: Planner, chosen: PipelinePlan, layers: tuple[int, ...]
 ) -> PipelinePlan | None:
     """The best policies for these layers, of the shape that was chosen."""
-    settled = replace(planner, search=replace(planner.search, layers=layers))
-    return settled.plan(chosen.stages[0].policy)
+    may_shrink = replace(planner, search=replace(planner.search, layers=layers))
+    return may_shrink.plan(chosen.stages[0].policy)
 
 
 def _told(plan: PipelinePlan) -> dict:

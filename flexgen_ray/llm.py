@@ -37,7 +37,7 @@ from flexgen_ray.models.shapes import shape_config
 from flexgen_ray.names import explains_call, explains_unknown
 from flexgen_ray.paths import default_offload_dir, find_description, find_model
 from flexgen_ray.planner.stage_policies import StagePolicies
-from flexgen_ray.processor import generation, scoring
+from flexgen_ray.processor import generation_request, scoring_request
 from flexgen_ray.reporting.progress import counted, show_progress
 from flexgen_ray.request import Request, RequestOutput, SamplingParams
 from flexgen_ray.runtime.events import OnProgress, ignore
@@ -289,7 +289,7 @@ class LLM(Engine):
         self.check_stops(params.stop)
         bad_words = tuple(chain.from_iterable(map(self.tokenizer.bad_word, params.bad_words)))
         limit = self.max_model_len
-        return generation(index, token_ids, params, self.config, limit, bad_words)
+        return generation_request(index, token_ids, params, self.config, limit, bad_words)
 
     def check_stops(self, stops: Sequence[str]) -> None:
         """ValueError for stop strings that no answer of the model can contain."""
@@ -306,7 +306,7 @@ class LLM(Engine):
         ValueError says why it doesn't fit the model.
         """
         token_ids = self._token_ids(prompt)
-        return scoring(index, token_ids, first, in_decode, self.config, self.max_model_len)
+        return scoring_request(index, token_ids, first, in_decode, self.config, self.max_model_len)
 
     def __enter__(self) -> LLM:
         return self

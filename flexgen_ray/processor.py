@@ -33,10 +33,10 @@ from flexgen_ray.text.tokenizer import Tokenizer
 
 def request_output(request: Request, finished: Finished, tokenizer: Tokenizer) -> RequestOutput:
     """Tokens that were given count as the prompt's, and only what came after them as the answer."""
-    params, prompt = request.params, request.prompt_token_ids + request.given
+    params, prompt = request.params, request.prompt_token_ids + request.forced_token_ids
     if finished.error is not None:
         return RequestOutput(request.index, None, prompt, error=finished.error)
-    answer = finished.token_ids[len(request.given) :]
+    answer = finished.token_ids[len(request.forced_token_ids) :]
     token_ids, begin = prompt + answer, len(prompt)
     text = _text(token_ids, begin, finished, params, tokenizer) if tokenizer.exists else ""
     # Whatever precedes the first score has none.
@@ -103,7 +103,9 @@ class Samples:
 
     def __init__(self, requests: list[Request]) -> None:
         self.requests: list[Request] = []
-        self._limits = {request.index: request.limit for request in requests if not request.given}
+        self._limits = {
+            request.index: request.limit for request in requests if not request.forced_token_ids
+        }
         self._asked: dict[int, tuple[Request, int]] = {}
         self._outputs: dict[int, dict[int, RequestOutput]] = {}
         unused = count(1 + max((request.index for request in requests), default=0))
@@ -152,7 +154,7 @@ def _another(request: Request, sample: int, index: int) -> Request:
     return replace(one, scored_from=scored_from, top=top or 0)
 
 
-def generation(
+def generation_request(
     index: int,
     token_ids: list[int],
     params: SamplingParams,
@@ -168,7 +170,7 @@ def generation(
     if not token_ids:
         raise ValueError("the prompt is empty; give at least one token")
     if params.max_tokens == 0:
-        scored = scoring(index, token_ids, 1, False, config, limit)
+        scored = scoring_request(index, token_ids, 1, False, config, limit)
         one = replace(params, max_tokens=1, temperature=0.0)
         return replace(scored, params=one, top=params.prompt_logprobs or 0)
     if len(token_ids) >= limit:
@@ -195,7 +197,7 @@ def generation(
     return Request(index, token_ids, params, [], first, top, limit=limited_by, bad_words=bad_words)
 
 
-def scoring(
+def scoring_request(
     index: int, token_ids: list[int], first: int, in_decode: bool, config: ModelConfig, limit: int
 ) -> Request:
     """A request that scores tokens from `first` on, with `limit` tokens before the last at most.

@@ -267,10 +267,11 @@ SlotScores = list[tuple[int, list[Score]]]  # by slot, in the order of each row'
 class Request:
     """One prompt on its way through the engine; `index` is its place in the input.
 
-    given: tokens that its answer begins with, whatever is likely. scored_from: the first token, of
-    prompt and answer together, that is scored, with all after it; the very first never is, for
-    nothing precedes it. top: the likeliest tokens told with each score. generated, scores: of its
-    answer, and of tokens from scored_from on, what is there already; it goes on from them.
+    forced_token_ids: tokens that its answer begins with, whatever is likely. scored_from: the
+    first token, of prompt and answer together, that is scored, with all after it; the very first
+    never is, for nothing precedes it. top: the likeliest tokens told with each score. generated,
+    scores: of its answer, and of tokens from scored_from on, what is there already; it goes on from
+    them.
     sample: which of several answers to the request of index `first` this is. limit: what sets its
     longest answer: max_tokens, default or context; in files also line or job. bad_words: token ids
     of each sequence that the answer never has.
@@ -279,7 +280,7 @@ class Request:
     index: int
     prompt_token_ids: list[int]
     params: SamplingParams
-    given: list[int] = field(default_factory=list)
+    forced_token_ids: list[int] = field(default_factory=list)
     scored_from: int | None = None
     top: int = 0
     generated: list[int] = field(default_factory=list)

@@ -55,12 +55,12 @@ class Nodes:
         """Their nodes' ids."""
         return [
             ray.get(actor.__ray_call__.remote(lambda _: ray.get_runtime_context().get_node_id()))
-            for actor in llm._backend._actors
+            for actor in llm.backend.actors
         ]
 
     def lose(self, llm: LLM, stage: int) -> None:
         """Its node and all that runs there, without a word."""
-        actor, node_id = llm._backend._actors[stage], self.of_stages(llm)[stage]
+        actor, node_id = llm.backend.actors[stage], self.of_stages(llm)[stage]
         pid = ray.get(actor.pid.remote())
         (node,) = [it for it in self.cluster.worker_nodes if it.node_id == node_id]
         self.cluster.remove_node(node, allow_graceful=False)
@@ -101,7 +101,7 @@ def main() -> None:
         except RuntimeError as error:
             result["error"] = str(error)
             result["seconds"] = time.time() - result["lost_at"]
-        result["recoveries"] = [vars(it) for it in llm._backend.recoveries]
+        result["recoveries"] = [vars(it) for it in llm.backend.recoveries]
     if job["lose"] is not None and not torch.cuda.is_available():
         nodes.cluster.add_node(num_cpus=1, num_gpus=1, object_store_memory=80 * 2**20)
         try:

@@ -109,7 +109,7 @@ def test_every_lane_of_a_cuda_run_is_timed_on_its_stream(tiny_models, policy_of_
     options = {"dtype": "float32", "device": "cuda", "use_ray": False, "trace": True}
     with LLM(folder, policy=policy_of_all, **options) as llm:
         llm.generate([reference.prompt for reference in references], GREEDY)
-        spans = list(all_spans(llm._backend, 0))
+        spans = list(all_spans(llm.backend, 0))
         measured = llm.report.stages[0].measured
     lanes = {LANE[span.op.kind].worker.value for span in spans}
     assert {"device", "load_weights", "load_cache", "store", "host", "disk_read"} <= lanes

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flexgen_ray import LLM, SamplingParams
 from flexgen_ray.batch.openai_lines import read_lines
-from flexgen_ray.processor import generation
+from flexgen_ray.processor import generation_request
 
 SPECIAL = "~"
 LONG = 40
@@ -133,7 +133,7 @@ def test_an_answer_that_nobody_limits_has_what_the_context_leaves_up_to_2048_tok
     whole = SamplingParams(max_tokens=None, min_tokens=3)
     for context, limit, most in ((160, "context", 150), (2058, "default", 2048),
                                  (9000, "default", 2048)):  # fmt: skip
-        request = generation(0, [5] * 10, whole, llm.config, context)
+        request = generation_request(0, [5] * 10, whole, llm.config, context)
         assert (request.max_tokens, request.limit) == (most, limit)
     (output,) = llm.generate(["Hello"], whole)
     assert len(output.prompt_token_ids + output.outputs[0].token_ids) == 160

@@ -134,8 +134,8 @@ def test_a_replaced_stage_is_freed_at_once(model):
     try:
         with engine(folder, use_ray=False) as llm:
             llm.generate([references[0].prompt], GREEDY)
-            old = weakref.ref(llm._backend._workers[0]._stage.tiers)
-            cells = weakref.ref(llm._backend._workers[0]._stage._cells)
+            old = weakref.ref(llm.backend.workers[0].stage.tiers)
+            cells = weakref.ref(llm.backend.workers[0].stage._cells)
             longer = SamplingParams(max_tokens=3 * MAX_TOKENS, temperature=0.0)
             llm.generate([[5] * 90], longer)
             assert old() is None and cells() is None
@@ -147,9 +147,9 @@ def test_more_requests_do_not_reload_the_weights(model):
     folder, references = model
     with engine(folder, use_ray=False) as llm:
         llm.generate([max((r.prompt for r in references), key=len)], GREEDY)
-        stage = llm._backend._workers[0]._stage
+        stage = llm.backend.workers[0].stage
         assert_serves(llm, references)
-        assert llm._backend._workers[0]._stage is stage
+        assert llm.backend.workers[0].stage is stage
 
 
 def test_budgets_that_share_one_memory_are_added_up(model):

@@ -21,8 +21,8 @@ class Loads:
     """Counts how often an LLM loads its weights."""
 
     def __init__(self, llm: LLM) -> None:
-        self.count, self._load = 0, llm._backend.load
-        llm._backend.load = self
+        self.count, self._load = 0, llm.backend.load
+        llm.backend.load = self
 
     def __call__(self, *arguments) -> None:
         self.count += 1

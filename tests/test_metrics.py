@@ -50,7 +50,7 @@ with LLM(
 
     def on_progress(step):
         if answers and not notes:
-            os.kill(ray.get(llm._backend._actors[1].pid.remote()), signal.SIGKILL)
+            os.kill(ray.get(llm.backend.actors[1].pid.remote()), signal.SIGKILL)
             notes.append("killed")
         if step.note:
             notes.append(step.note)

@@ -8,7 +8,7 @@ from ray.util.placement_group import placement_group, placement_group_table
 
 from flexgen_ray import LLM, SamplingParams
 from flexgen_ray.distributed.own_cluster import OwnCluster
-from flexgen_ray.distributed.reservation import look
+from flexgen_ray.distributed.reservation import free_resources
 
 GREEDY = SamplingParams(max_tokens=3, temperature=0.0)
 
@@ -56,7 +56,7 @@ def test_what_others_hold_is_named(local_ray):
     group = placement_group([{"CPU": 0.5}], name="somebody's")
     try:
         assert group.wait(60)
-        assert "placement group somebody's (0.5 cores)" in look().held()
+        assert "placement group somebody's (0.5 cores)" in free_resources().describe()
     finally:
         ray.util.remove_placement_group(group)
 

@@ -18,7 +18,7 @@ from test_exactness import assert_same
 
 from flexgen_ray import LLM, Placement, Policy, SamplingParams
 from flexgen_ray.config import Faults, HardwareSpec
-from flexgen_ray.distributed.attempt import get
+from flexgen_ray.distributed.attempt import get_results
 from flexgen_ray.runtime.events import Progress
 
 THIRD = Placement(0.3, 0.3, 0.4)
@@ -46,7 +46,7 @@ def assert_raises_with_type_and_traceback(llm: LLM, num_stages: int) -> None:
     """
     last = num_stages - 1
     with pytest.raises(AssertionError) as raised:
-        get([llm._backend._actors[last].connect.remote(None)], llm._backend._crew.nodes, last)
+        get_results([llm.backend.actors[last].connect.remote(None)], llm.backend.nodes, last)
     where = f"stage {last} on {gethostname()}"
     text, (note,) = str(raised.value), raised.value.__notes__
     assert text == (f"{where}: load comes first" if num_stages > 1 else "load comes first")
@@ -73,7 +73,7 @@ def test_stages_as_actors_raise_their_errors_and_generate_the_same_tokens(
         assert phases[-4:] == ["planning", "loading weights", "prefill", "decode"]
         last = seen[-1].standing
         assert last and (last.requests_done, last.seconds_left) == (len(prompts), 0)
-        pids = ray.get([actor.pid.remote() for actor in llm._backend._actors])
+        pids = ray.get([actor.pid.remote() for actor in llm.backend.actors])
         assert len(set(pids)) == 3
         assert llm.report.new_tokens == 12 * len(prompts)
         assert len(llm.report.stages) == 3
@@ -95,7 +95,7 @@ class Killer(threading.Thread):
         for seconds, stage in self.moments:
             if self.is_over.wait(seconds):
                 return
-            actor = self.llm._backend._actors[stage]
+            actor = self.llm.backend.actors[stage]
             try:
                 pid = ray.get(actor.pid.remote())
             except (ray.exceptions.RayActorError, AttributeError):
@@ -122,7 +122,7 @@ def disturbed(folder, references, moments, num_stages=3, how=signal.SIGKILL, **f
         finally:
             killer.is_over.set()
             killer.join()
-        recoveries = llm._backend.recoveries
+        recoveries = llm.backend.recoveries
     assert sorted(output.index for output in outputs) == list(range(len(references)))
     in_order = sorted(outputs, key=lambda output: output.index)
     assert_same([output.outputs[0] for output in in_order], references)
@@ -181,7 +181,7 @@ def test_a_stage_that_raises_is_replaced_and_its_reason_told(tiny_models, local_
 
     def break_in_the_middle(worker) -> None:
         """The sixtieth op fails, as a full disk would make it."""
-        cells, count = worker._stage._cells, itertools.count()
+        cells, count = worker.stage._cells, itertools.count()
         run = cells.run
 
         def broken(op, ready_at=0.0):
@@ -195,10 +195,10 @@ def test_a_stage_that_raises_is_replaced_and_its_reason_told(tiny_models, local_
         prompts = [reference.prompt for reference in references]
         made = [llm.request(index, prompt, params) for index, prompt in enumerate(prompts)]
         llm.prepare(made)
-        ray.get(llm._backend._actors[1].__ray_call__.remote(break_in_the_middle))
+        ray.get(llm.backend.actors[1].__ray_call__.remote(break_in_the_middle))
         outputs = sorted(llm.stream(made), key=lambda output: output.index)
         assert_same([output.outputs[0] for output in outputs], references)
-        (recovery,) = llm._backend.recoveries
+        (recovery,) = llm.backend.recoveries
     assert recovery.stages == [1] and "No space left on device" in recovery.reason
     assert f"stage 1 on {gethostname()} failed: OSError" in recovery.reason
 
@@ -225,10 +225,10 @@ def test_a_partition_is_noticed_and_costs_no_token(tiny_models, local_ray):
     with LLM(folder, policy=POLICY, dtype="float32", **options) as llm:
         made = [llm.request(i, reference.prompt, params) for i, reference in enumerate(references)]
         llm.prepare(made)
-        ray.get(llm._backend._actors[1].__ray_call__.remote(cut_off))
+        ray.get(llm.backend.actors[1].__ray_call__.remote(cut_off))
         outputs = sorted(llm.stream(made), key=lambda output: output.index)
         assert_same([output.outputs[0] for output in outputs], references)
-        (recovery,) = llm._backend.recoveries
+        (recovery,) = llm.backend.recoveries
     # Every stage waits for a neighbour: which of them is cut off nobody can tell.
     assert recovery.stages == [0, 1] and "stood still" in recovery.reason
 
@@ -241,7 +241,7 @@ def test_a_stage_lost_while_nothing_runs_costs_no_more_than_a_new_one(tiny_model
     params = SamplingParams(max_tokens=12, temperature=0.0)
 
     def kill(llm, stage):
-        actor = llm._backend._actors[stage]
+        actor = llm.backend.actors[stage]
         os.kill(ray.get(actor.pid.remote()), signal.SIGKILL)
         with pytest.raises(ray.exceptions.RayActorError):
             ray.get(actor.pid.remote())

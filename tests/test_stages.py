@@ -211,7 +211,7 @@ def test_waiting_for_a_neighbour_is_no_work(tiny_models, executor):
 
 def break_stage(llm, number: int, kind: OpKind, visit: int, error: BaseException) -> None:
     """The stage's next run raises the error at the first op of a kind in a visit."""
-    stage = llm._backend._workers[number]._stage
+    stage = llm.backend.workers[number].stage
     run = stage._cells.run
 
     def broken(op: Op, ready_at: float = 0.0) -> None:

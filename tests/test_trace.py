@@ -21,7 +21,7 @@ PARAMS = SamplingParams(max_tokens=4, temperature=0.0)
 def spans_of(folder, prompts, policy, tmp_path, executor="async") -> tuple[LLM, list, dict]:
     with LLM(folder, policy=policy, trace=True, executor=executor, use_ray=False) as llm:
         llm.generate(prompts, PARAMS)
-        spans = list(all_spans(llm._backend, 0))
+        spans = list(all_spans(llm.backend, 0))
         llm.write_trace(tmp_path / "trace.json")
     return llm, spans, json.loads((tmp_path / "trace.json").read_text())
 

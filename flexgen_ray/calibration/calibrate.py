@@ -158,10 +158,10 @@ def _gb(*rates: float) -> str:
 
 def _network(announce: Callable[[str], None]) -> NetworkRates:
     """Of two actors on this node: what a hop costs at least, wherever the other stage is."""
-    from flexgen_ray.distributed.rehearsal import hops
+    from flexgen_ray.distributed.hop_benchmark import measure_hops
 
     announce("hops between two actors")
-    seconds = {int(size): taken / 1e3 for size, taken in hops(_TRIPS).items()}
+    seconds = {int(size): taken / 1e3 for size, taken in measure_hops(_TRIPS).items()}
     moving = max(seconds[_LARGE_HOP] - seconds[_SMALL_HOP], 1e-6)
     rate = (_LARGE_HOP - _SMALL_HOP) / moving
     return NetworkRates(float(f"{seconds[_SMALL_HOP]:.4g}"), float(f"{rate:.4g}"))

@@ -25,7 +25,7 @@ from flexgen_ray.runtime.stage import LOADING, StageSpec
 LOOK_SECONDS = 2  # between two looks at the stages
 
 
-def load(
+def load_stages(
     actors: Sequence[Any],
     specs: Sequence[StageSpec],
     nodes: Mapping[int, str],
@@ -39,7 +39,7 @@ def load(
     loading = [actor.load.remote(spec) for actor, spec in zip(actors, specs, strict=True)]
     while ray.wait(loading, num_returns=len(loading), timeout=LOOK_SECONDS)[1]:
         on_progress(_together([actor.loading.remote() for actor in actors]))
-    get(loading, nodes)
+    get_results(loading, nodes)
 
 
 def _together(looks: list) -> Progress:
@@ -81,7 +81,9 @@ class Stalled(RuntimeError):
     """A stage that does nothing and waits for nobody."""
 
 
-def ask(references: Sequence[Any], stages: Sequence[int], timeout: float | None = None) -> list:
+def await_stages(
+    references: Sequence[Any], stages: Sequence[int], timeout: float | None = None
+) -> list:
     """What these stages answer; StageLost blames those that don't."""
     answers: list = []
     reasons: dict[int, Exception] = {}
@@ -100,7 +102,9 @@ def ask(references: Sequence[Any], stages: Sequence[int], timeout: float | None 
     return answers
 
 
-def get(references: Sequence[Any], nodes: Mapping[int, str] | None = None, first: int = 0) -> list:
+def get_results(
+    references: Sequence[Any], nodes: Mapping[int, str] | None = None, first: int = 0
+) -> list:
     """The stages' values, or what a stage raised: of its type, with its place and traceback.
 
     nodes: {stage: the name of its node}, where the place is worth telling. first: the first stage.
@@ -114,7 +118,7 @@ def get(references: Sequence[Any], nodes: Mapping[int, str] | None = None, first
         for reference in references:
             _let_fail(reference)
         stage = first + len(values)
-        raise own_error(error, stage, (nodes or {}).get(stage, "")) from None
+        raise original_error(error, stage, (nodes or {}).get(stage, "")) from None
     except RayActorError as error:
         raise RuntimeError(
             f"a stage's process died ({error}); if the node ran out of memory, lower --cpu-memory"
@@ -152,7 +156,9 @@ class Attempt:
             else:
                 self._blame_if_failed(ready[0])
                 followers.remove(ready[0])
-        ask(followers, range(len(self._ends) - len(followers), len(self._ends)), SETTLE_SECONDS)
+        await_stages(
+            followers, range(len(self._ends) - len(followers), len(self._ends)), SETTLE_SECONDS
+        )
 
     def _blame_if_failed(self, end: Any) -> None:
         try:
@@ -186,8 +192,8 @@ class Attempt:
     def _watch(self) -> None:
         """Nothing was told for a while: have the stages done anything since the last look?"""
         try:
-            waiting = [actor.pulse.remote() for actor in self._actors]
-            pulses = ask(waiting, range(len(waiting)), PULSE_SECONDS)
+            waiting = [actor.heartbeat.remote() for actor in self._actors]
+            pulses = await_stages(waiting, range(len(waiting)), PULSE_SECONDS)
         except StageLost:
             # Busy or stopped: one look is no proof.
             pulses = self._pulses
@@ -197,8 +203,8 @@ class Attempt:
         still = time.monotonic() - self._moved_at
         if still < self._stall_seconds:
             return
-        waiting = [actor.pulse.remote() for actor in self._actors]
-        pulses = ask(waiting, range(len(waiting)), PULSE_SECONDS)
+        waiting = [actor.heartbeat.remote() for actor in self._actors]
+        pulses = await_stages(waiting, range(len(waiting)), PULSE_SECONDS)
         stuck: dict[int, Exception] = {
             stage: Stalled(f"has stood still for {still:.0f} s, in {it.op}")
             for stage, it in enumerate(pulses)
@@ -208,7 +214,7 @@ class Attempt:
         raise StageLost(stuck or dict.fromkeys(range(len(pulses)), idle))
 
 
-def own_error(error: RayTaskError, stage: int, node: str = "") -> Exception:
+def original_error(error: RayTaskError, stage: int, node: str = "") -> Exception:
     """The error that a stage raised, of its own type, with its traceback as a note.
 
     node: its name, which then is in the text.

@@ -9,8 +9,8 @@ from typing import Any
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group_table
 
+from flexgen_ray.distributed.capacity import Bundle
 from flexgen_ray.distributed.own_cluster import OwnCluster, initialize
-from flexgen_ray.distributed.room import Bundle
 
 CONNECT_SECONDS = 5
 _NO_CLIENT = (
@@ -39,7 +39,7 @@ def connect(address: str | None) -> OwnCluster | None:
     return None
 
 
-def has_room(group: PlacementGroup) -> bool:
+def is_placed(group: PlacementGroup) -> bool:
     """Whether every bundle is somewhere; Ray looks for another place when a node has gone."""
     return placement_group_table(group)["state"] == "CREATED"
 

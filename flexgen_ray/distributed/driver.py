@@ -18,13 +18,20 @@ import ray
 from ray.exceptions import RayTaskError
 
 from flexgen_ray.config import Deployment, HardwareSpec
-from flexgen_ray.distributed.attempt import Attempt, StageLost, ask, get, load, own_error
+from flexgen_ray.distributed.attempt import (
+    Attempt,
+    StageLost,
+    await_stages,
+    get_results,
+    load_stages,
+    original_error,
+)
+from flexgen_ray.distributed.capacity import Bundle
 from flexgen_ray.distributed.cluster import connect
-from flexgen_ray.distributed.crew import NotStarted, StageActors
 from flexgen_ray.distributed.metrics import count_restarts
 from flexgen_ray.distributed.own_cluster import OBJECT_STORE_BYTES
 from flexgen_ray.distributed.reservation import ResourceWait
-from flexgen_ray.distributed.room import Bundle
+from flexgen_ray.distributed.stage_actors import NotStarted, StageActors
 from flexgen_ray.distributed.transport import JOIN_SECONDS, Rendezvous, RendezvousStore
 from flexgen_ray.hardware.host import users_threads
 from flexgen_ray.request import Finished, Request
@@ -56,26 +63,32 @@ class Driver:
         was_there = ray.is_initialized()
         own_cluster = connect(wanted.address)
         self._brought_cluster = own_cluster is not None and not was_there
-        self._crew = StageActors(own_cluster, on_progress)
+        self._stage_actors = StageActors(own_cluster, on_progress)
         # An LLM that is dropped without `close` gives back what it holds, too.
-        self._give_back = weakref.finalize(self, self._crew.close)
+        self._give_back = weakref.finalize(self, self._stage_actors.close)
         try:
             num_stages = None if wanted.num_stages == "auto" else int(wanted.num_stages)
             threads = wanted.threads or users_threads(os.environ)
             on_progress(Progress(phase="waiting for room on the Ray cluster"))
-            self._crew.reserve(wanted.device, num_stages, threads, wanted.wait_seconds)
-            self._crew.start()
+            self._stage_actors.reserve(wanted.device, num_stages, threads, wanted.wait_seconds)
+            self._stage_actors.start()
         except BaseException:
             self.close()
             raise
 
     @property
-    def _actors(self) -> list[Any]:
-        return self._crew.actors
+    def actors(self) -> list[Any]:
+        """Handles of the stages' actors, in the order of the stages."""
+        return self._stage_actors.actors
+
+    @property
+    def nodes(self) -> dict[int, str]:
+        """{stage: the name of its node}; empty if there is one stage, on this machine."""
+        return self._stage_actors.nodes
 
     @property
     def _bundles(self) -> list[Bundle]:
-        return self._crew.placed.bundles
+        return self._stage_actors.placed.bundles
 
     @property
     def num_stages(self) -> int:
@@ -108,15 +121,15 @@ class Driver:
         return self._each("pid")
 
     def rates(self, spec: StageSpec) -> HardwareSpec:
-        self._crew.start()
-        return get([self._actors[0].rates.remote(spec)], self._crew.nodes)[0]
+        self._stage_actors.start()
+        return get_results([self.actors[0].rates.remote(spec)], self.nodes)[0]
 
     def load(self, specs: list[StageSpec], on_progress: OnProgress = ignore) -> None:
         """Of every stage at the same time."""
-        self._crew.start()
+        self._stage_actors.start()
         self._specs = specs
         try:
-            load(self._actors, specs, self._crew.nodes, on_progress)
+            load_stages(self.actors, specs, self.nodes, on_progress)
         except RuntimeError:
             # A process may have gone; the next load begins with fresh ones.
             self.abort()
@@ -148,7 +161,7 @@ class Driver:
                     self._note(event)
                     yield event
             except StageLost as error:
-                lost = StageLost(error.reasons, self._crew.nodes)
+                lost = StageLost(error.reasons, self.nodes)
 
     def used(self) -> list[dict[str, dict[str, int]]]:
         return self._each("used")
@@ -157,13 +170,13 @@ class Driver:
         return self._each("measured")
 
     def spans(self, stage: int, first: int, count: int) -> list[Span]:
-        return get([self._actors[stage].spans.remote(first, count)], self._crew.nodes, stage)[0]
+        return get_results([self.actors[stage].spans.remote(first, count)], self.nodes, stage)[0]
 
     def abort(self) -> None:
         """Ends a run by ending its processes; fresh ones take their place when they are needed."""
         self._unfinished.clear()
-        self._stop(range(len(self._actors)))
-        self._crew.actors = []
+        self._stop(range(len(self.actors)))
+        self._stage_actors.actors = []
 
     def close(self) -> None:
         """Stops the actors, and Ray if this process started it and uses it no more."""
@@ -176,20 +189,20 @@ class Driver:
         stages = range(self.num_stages)
         if self.num_stages > 1:
             self._epoch += 1
-            place = self._meeting_place = self._meeting_place or RendezvousStore(node_ip())
+            place = self._meeting_place = self._meeting_place or RendezvousStore(node_address())
             ring = self.num_stages, self.uses_nccl, place.secret
             meeting = Rendezvous(place.host, place.port, self._epoch, *ring)
             # Whoever is gone already would be waited for by its neighbours.
-            ask([it.pid.remote() for it in self._actors], stages, ANSWER_SECONDS)
-            joining = [it.join.remote(meeting, rank) for rank, it in enumerate(self._actors)]
-            ask(joining, stages, ANSWER_SECONDS)
+            await_stages([it.pid.remote() for it in self.actors], stages, ANSWER_SECONDS)
+            joining = [it.join.remote(meeting, rank) for rank, it in enumerate(self.actors)]
+            await_stages(joining, stages, ANSWER_SECONDS)
         requests = list(self._unfinished.values())
         pieces = range(0, len(requests), REQUESTS_PER_CALL)
-        leader = self._actors[0]
+        leader = self.actors[0]
         for first in pieces:
             piece = requests[first : first + REQUESTS_PER_CALL]
-            ask([leader.add.remote(piece)], [0], ANSWER_SECONDS)
-        return Attempt(self._actors, self._faults.stall_seconds)
+            await_stages([leader.add.remote(piece)], [0], ANSWER_SECONDS)
+        return Attempt(self.actors, self._faults.stall_seconds)
 
     def _note(self, event: Finished | Progress) -> None:
         """Keeps each unfinished request's tokens and scores."""
@@ -212,24 +225,24 @@ class Driver:
         recovery = Recovery(str(lost), sorted(lost.reasons))
         self.recoveries.append(recovery)
         self._stop(lost.reasons)
-        stages = [stage for stage, actor in enumerate(self._actors) if actor is not None]
-        ask([self._actors[it].leave.remote() for it in stages], stages, LEAVE_SECONDS)
+        stages = [stage for stage, actor in enumerate(self.actors) if actor is not None]
+        await_stages([self.actors[it].leave.remote() for it in stages], stages, LEAVE_SECONDS)
         self._restart(lost)
         recovery.note_restart()
         # Of an earlier recovery too, if that was cut short.
         missing = [it for it in range(self.num_stages) if it not in self._loaded]
-        ask([self._actors[it].load.remote(self._specs[it]) for it in missing], missing)
+        await_stages([self.actors[it].load.remote(self._specs[it]) for it in missing], missing)
         self._loaded.update(missing)
         recovery.note_weights()
         count_restarts(missing)
 
     def _restart(self, lost: StageLost) -> None:
         """As often as it takes: Ray may not know yet that a node has gone, and start them there."""
-        seconds = self._crew.restart_seconds(self._faults.restart_seconds)
+        seconds = self._stage_actors.restart_seconds(self._faults.restart_seconds)
         waiting = ResourceWait(seconds, self._on_progress)
         while True:
             try:
-                return self._crew.start(waiting)
+                return self._stage_actors.start(waiting)
             except NotStarted as error:
                 raise self._gave_up(lost, f"{error}; --restart-timeout gives it longer") from error
             except StageLost as error:
@@ -239,14 +252,14 @@ class Driver:
                 time.sleep(RETRY_SECONDS)
 
     def _stop(self, stages: Iterable[int]) -> None:
-        self._crew.stop(stages)
+        self._stage_actors.stop(stages)
         self._loaded.difference_update(stages)
 
     def _gave_up(self, lost: StageLost, why: str) -> Exception:
         """The first error that a stage itself raised, or one that tells all."""
         for stage, error in lost.reasons.items():
             if isinstance(error, RayTaskError) and error.cause is not None:
-                return own_error(error, stage, self._crew.nodes.get(stage, ""))
+                return original_error(error, stage, self.nodes.get(stage, ""))
         return RuntimeError(
             f"{lost}; {why}. What was answered is kept; if a node ran out of memory, lower "
             "--cpu-memory, and run the rest again"
@@ -254,11 +267,11 @@ class Driver:
 
     def _each(self, method: str, *arguments: Any) -> list:
         """Every stage's answer."""
-        self._crew.start()
-        answers = [getattr(actor, method).remote(*arguments) for actor in self._actors]
-        return get(answers, self._crew.nodes)
+        self._stage_actors.start()
+        answers = [getattr(actor, method).remote(*arguments) for actor in self.actors]
+        return get_results(answers, self.nodes)
 
 
-def node_ip() -> str:
+def node_address() -> str:
     """Of the interface that Ray uses here."""
     return ray.util.get_node_ip_address()

@@ -17,7 +17,7 @@ import ray
 from ray._private import state
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table
 
-from flexgen_ray.distributed.room import (
+from flexgen_ray.distributed.capacity import (
     BundlePlacement,
     ClusterNode,
     FreeResources,
@@ -57,13 +57,13 @@ class ResourceWait:
         """Say what is waited for, if a minute has gone since the last line."""
         if time.monotonic() - self._noted >= NOTE_SECONDS:
             self._noted = time.monotonic()
-            tell(
+            report_note(
                 self._on_progress,
                 f"waiting since {self.waited:.0f} s, for {self.left:.0f} s more: {what}",
             )
 
 
-def tell(on_progress: OnProgress, text: str) -> None:
+def report_note(on_progress: OnProgress, text: str) -> None:
     """A line for people: among the progress that is shown, or as a warning where none is."""
     if on_progress is ignore:
         warnings.warn(text, stacklevel=2)
@@ -71,12 +71,12 @@ def tell(on_progress: OnProgress, text: str) -> None:
         on_progress(Progress(note=text))
 
 
-def scales() -> bool:
+def has_autoscaler() -> bool:
     """True if the cluster has an autoscaler that may start machines."""
     return bool(_types())
 
 
-def look() -> FreeResources:
+def free_resources() -> FreeResources:
     """The cluster as Ray knows it now, which may be a second old."""
     free = state.available_resources_per_node()
     nodes = []
@@ -100,8 +100,8 @@ def reserve(
     is no room within so many seconds; None is SCALING_SECONDS where the cluster scales, else
     WAIT_SECONDS.
     """
-    room = look()
-    seconds = (SCALING_SECONDS if room.types else WAIT_SECONDS) if seconds is None else seconds
+    room = free_resources()
+    seconds = (SCALING_SECONDS if room.node_types else WAIT_SECONDS) if seconds is None else seconds
     waiting = ResourceWait(seconds, on_progress)
     while True:
         try:
@@ -112,15 +112,17 @@ def reserve(
                 raise RuntimeError(_no_room(str(why), waiting)) from None
             waiting.note(str(why))
         time.sleep(LOOK_SECONDS)
-        room = look()
+        room = free_resources()
     if placed.note:
-        tell(on_progress, placed.note)
+        report_note(on_progress, placed.note)
     bundles = placed.bundles
     name = f"{_PREFIX}{socket.gethostname()} {os.getpid()} {next(_numbers)} {time.time():.0f}"
     group = placement_group([it.resources for it in bundles], strategy="SPREAD", name=name)
     try:
         while not group.wait(min(max(waiting.left, 1), NOTE_SECONDS)):
-            what = f"{len(bundles)} bundles of {bundles[0].resources}: {look().held()}"
+            what = (
+                f"{len(bundles)} bundles of {bundles[0].resources}: {free_resources().describe()}"
+            )
             if not waiting.left:
                 raise RuntimeError(_no_room(what, waiting))
             waiting.note(what)

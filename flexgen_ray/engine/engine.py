@@ -79,10 +79,10 @@ class Engine:
         self._is_closed = False
         self._run: Generator[Finished | Progress] | None = None
         self.report = Report()
-        self._backend, reserved = _backend(settings, on_progress)
+        self.backend, reserved = _start_backend(settings, on_progress)
         try:
             folder = str(settings.offload_dir)
-            probed = self._backend.probe(settings.deployment.device, folder)
+            probed = self.backend.probe(settings.deployment.device, folder)
             self.machines = [_with_rates(it, settings.hardware) for it in probed]
             if settings.execution["time_scale"] and self.machines[0].on_cuda:
                 raise ValueError("pace emulates hardware with CPU ops; give device=cpu with it")
@@ -110,7 +110,7 @@ class Engine:
         workload = self._workload(asked)
         if self._plans is not None and self._plans[0].workload.covers(workload):
             return
-        hops_on_device = self.machines[0].on_cuda and self._backend.uses_nccl
+        hops_on_device = self.machines[0].on_cuda and self.backend.uses_nccl
         run = PlannedRun(
             self.config,
             self.dtype,
@@ -153,7 +153,7 @@ class Engine:
             max_prompt_len=longest or max(prompts),
             # The last token of a text that is scored needs no place in the context.
             max_seq_len=longest + 1 if longest else max(it.max_seq_len for it in requests),
-            resumes=self._backend.resumes,
+            resumes=self.backend.resumes,
         )
 
     @property
@@ -167,7 +167,7 @@ class Engine:
         """True if what is read from disk passes through host memory on its way to the device."""
         return self.machines[0].on_cuda or self.settings.execution["time_scale"] is not None
 
-    def _load(self, settled: ChosenPolicies) -> None:
+    def _load(self, chosen: ChosenPolicies) -> None:
         """Bring every stage up with its plan, and with the rates that its ops are modelled by."""
         settings = self.settings
         specs = [
@@ -181,17 +181,17 @@ class Engine:
                 **settings.execution,
             )
             for plan, budget, machine in zip(
-                settled.stages, self.budgets, self.machines, strict=True
+                chosen.stages, self.budgets, self.machines, strict=True
             )
         ]
         if settings.measures:
             self.on_progress(Progress(phase="measuring this machine's rates"))
-            rates = self._backend.rates(specs[0])
+            rates = self.backend.rates(specs[0])
             specs = [replace(spec, hardware=rates) for spec in specs]
-        elif settled.rates and settings.execution["hardware"] is None:
-            pairs = zip(specs, settled.rates, strict=True)
+        elif chosen.rates and settings.execution["hardware"] is None:
+            pairs = zip(specs, chosen.rates, strict=True)
             specs = [replace(spec, hardware=rates) for spec, rates in pairs]
-        self._backend.load(specs, self.on_progress)
+        self.backend.load(specs, self.on_progress)
 
     def stream(
         self, requests: list[Request], on_progress: OnProgress | None = None
@@ -211,20 +211,20 @@ class Engine:
         samples = Samples(requests)
         tally = ProgressTracker(samples.requests, self.report.planned)
         times = RequestTimes(samples.requests)
-        self._backend.add(samples.requests)
-        self._run = cast(Generator[Finished | Progress], self._backend.run())
+        self.backend.add(samples.requests)
+        self._run = cast(Generator[Finished | Progress], self.backend.run())
         try:
             listeners = self.report.add, times.note, on_progress or self.on_progress
             for output in self._outputs(tally.follow(self._run, *listeners), samples):
                 yield times.finish(output)
-            self.report.recoveries = self._backend.recoveries
+            self.report.recoveries = self.backend.recoveries
             found = self._plans, self.budgets, self.machines
-            used, measured = self._backend.used(), self._backend.measured()
+            used, measured = self.backend.used(), self.backend.measured()
             self.report.stages = list(map(StageReport, *found, used, measured))
         except BaseException:
             if self._run is not None:
                 self._stop_run()
-                self._backend.abort()
+                self.backend.abort()
             raise
         finally:
             self._run = None
@@ -234,7 +234,7 @@ class Engine:
         self.check_usable()
         if not self.settings.execution["keeps_spans"]:
             raise ValueError("no trace was kept; make the LLM with trace=True")
-        stages = [spans(self._backend, stage) for stage in range(len(self.report.stages))]
+        stages = [spans(self.backend, stage) for stage in range(len(self.report.stages))]
         write_trace(Path(path), stages, self.settings.execution["time_scale"] is not None)
 
     def close(self) -> None:
@@ -242,7 +242,7 @@ class Engine:
         self._is_closed = True
         self._stop_run()
         self.tokenizer.close()
-        self._backend.close()
+        self.backend.close()
 
     def _outputs(self, run: Iterator[Finished], samples: Samples) -> Iterator[RequestOutput]:
         for finished in run:
@@ -276,7 +276,7 @@ def _shape(plan: StagePlan) -> StagePlan:
     return replace(plan, workload=replace(plan.workload, num_requests=1))
 
 
-def _backend(settings: Settings, on_progress: OnProgress) -> tuple[Backend, int]:
+def _start_backend(settings: Settings, on_progress: OnProgress) -> tuple[Backend, int]:
     """As start_backend; a dry run needs no actor but to see a cluster's machines."""
     wanted = settings.deployment
     if not settings.is_dry:

@@ -55,7 +55,7 @@ class OpWatch:
             del self._under_way[lane]
             self._num_ops += 1
 
-    def pulse(self) -> Heartbeat:
+    def heartbeat(self) -> Heartbeat:
         # Who waits for a neighbour is not to blame.
         own = [it for it in list(self._under_way.values()) if it[1].kind not in EXCHANGE]
         if not own:

@@ -23,11 +23,11 @@ class LocalPipeline:
 
     def __init__(self, num_stages: int = 1, threads: int | None = None) -> None:
         self.recoveries: list[Recovery] = []
-        self._workers = [Worker(threads) for _ in range(num_stages)]
+        self.workers = [Worker(threads) for _ in range(num_stages)]
 
     @property
     def num_stages(self) -> int:
-        return len(self._workers)
+        return len(self.workers)
 
     @property
     def resumes(self) -> bool:
@@ -41,27 +41,27 @@ class LocalPipeline:
 
     def probe(self, device: str, offload_dir: str) -> list[Machine]:
         """The same machine for every stage."""
-        return [worker.probe(device, offload_dir) for worker in self._workers]
+        return [worker.probe(device, offload_dir) for worker in self.workers]
 
     def rates(self, spec: StageSpec) -> HardwareSpec:
-        return self._workers[0].rates(spec)
+        return self.workers[0].rates(spec)
 
     def load(self, specs: list[StageSpec], on_progress: OnProgress = ignore) -> None:
         """One stage after the other."""
-        for worker, spec in zip(self._workers, specs, strict=True):
+        for worker, spec in zip(self.workers, specs, strict=True):
             worker.load(spec, on_progress)
 
     def add(self, requests: list[Request]) -> None:
-        self._workers[0].add(requests)
+        self.workers[0].add(requests)
 
     def run(self) -> Generator[Finished | Progress]:
         """What the first stage yields; the first error of any stage ends all."""
-        first, *others = self._workers
+        first, *others = self.workers
         if not others:
             yield from first.run()
             return
         links = LocalChannel.ring(self.num_stages)
-        for worker, link in zip(self._workers, links, strict=True):
+        for worker, link in zip(self.workers, links, strict=True):
             worker.connect(link)
         errors: list[BaseException] = []
         threads = [
@@ -88,19 +88,19 @@ class LocalPipeline:
             raise min(errors, key=lambda it: isinstance(it, ChannelClosed))
 
     def used(self) -> list[dict[str, dict[str, int]]]:
-        return [worker.used() for worker in self._workers]
+        return [worker.used() for worker in self.workers]
 
     def measured(self) -> list[StageMeasurements]:
-        return [worker.measured() for worker in self._workers]
+        return [worker.measured() for worker in self.workers]
 
     def spans(self, stage: int, first: int, count: int) -> list[Span]:
-        return self._workers[stage].spans(first, count)
+        return self.workers[stage].spans(first, count)
 
     def abort(self) -> None:
         self.close()
 
     def close(self) -> None:
-        for worker in self._workers:
+        for worker in self.workers:
             worker.close()
 
 

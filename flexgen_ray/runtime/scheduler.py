@@ -236,7 +236,8 @@ class Scheduler:
         else:
             stream = request.index if request.first is None else request.first
             number = uniform(self.seed, stream, position, request.sample)
-        given = request.given[position] if position < len(request.given) else None
+        forced = request.forced_token_ids
+        given = forced[position] if position < len(forced) else None
         first = request.scored_from
         top = None if first is None or len(sequence.token_ids) < first else request.top
         return SamplingRow(
@@ -276,7 +277,7 @@ class Scheduler:
         request, params, count = sequence.request, sequence.request.params, len(sequence.generated)
         reason = "length" if count >= request.max_tokens else None
         stop: int | str | None = None
-        if count > len(request.given):
+        if count > len(request.forced_token_ids):
             ends = token in self._ends(params)
             stop = None if ends else self._newest_stop(sequence, count)
             if ends or stop is not None:
@@ -293,7 +294,7 @@ class Scheduler:
         if not params.stop or count <= params.min_tokens:
             return None
         assert self.find_stop is not None, "stop strings need a tokenizer"
-        begin = len(request.prompt_token_ids) + len(request.given)
+        begin = len(request.prompt_token_ids) + len(request.forced_token_ids)
         return self.find_stop(sequence.token_ids, begin, params)
 
 

@@ -225,9 +225,9 @@ class Stage:
         window = window_ops(spec.plan.policy.num_gpu_batches)
         return AsyncExecutor(run, moves, self._crews, self._meter, self._cancel, window)
 
-    def pulse(self) -> Heartbeat:
+    def heartbeat(self) -> Heartbeat:
         """How far the run is; from any thread."""
-        return self._watch.pulse()
+        return self._watch.heartbeat()
 
     def connect(self, link: Channel | None) -> None:
         """The stage's place in a ring; a stage of a model's all layers needs none."""

@@ -61,7 +61,7 @@ class Worker:
     """One stage in this process. threads: see own_threads for None."""
 
     def __init__(self, threads: int | None = None) -> None:
-        self._stage: Stage | None = None
+        self.stage: Stage | None = None
         self._added: list[Request] = []
         self._loading = Progress()
         self._num_threads = threads or own_threads(os.environ)
@@ -111,7 +111,7 @@ class Worker:
             spec = replace(spec, model=str(find_model(spec.model)))
         self._tokenizer = Tokenizer(spec.model) if spec.model else None
         find_stop = StopStrings(self._tokenizer).newest if self._tokenizer else None
-        self._stage = Stage(spec, find_stop, tell)
+        self.stage = Stage(spec, find_stop, tell)
         release_team()
 
     def loading(self) -> Progress:
@@ -120,41 +120,41 @@ class Worker:
 
     def connect(self, link: Channel | None) -> None:
         """The stage's place in a ring of several."""
-        assert self._stage is not None, "load comes first"
-        self._stage.connect(link)
+        assert self.stage is not None, "load comes first"
+        self.stage.connect(link)
 
     def add(self, requests: list[Request]) -> None:
         """Queues requests for the next run."""
-        assert self._stage is not None, "load comes first"
+        assert self.stage is not None, "load comes first"
         if self._tokenizer and any(request.params.stop for request in requests):
             self._tokenizer.load()
         self._added += requests
 
     def run(self, on_logits: LogitsHook | None = None) -> Generator[Finished | Progress]:
         """Runs what was added; see Stage.run."""
-        assert self._stage is not None, "load comes first"
+        assert self.stage is not None, "load comes first"
         requests, self._added = self._added, []
-        yield from self._stage.run(requests, on_logits)
+        yield from self.stage.run(requests, on_logits)
 
-    def pulse(self) -> Heartbeat:
+    def heartbeat(self) -> Heartbeat:
         """How far the run is; from any thread."""
-        return self._stage.pulse() if self._stage else Heartbeat()
+        return self.stage.heartbeat() if self.stage else Heartbeat()
 
     def busy(self) -> dict[str, float]:
         """Seconds that each lane has been at work in the run so far; from any thread."""
-        return self._stage.busy() if self._stage else {}
+        return self.stage.busy() if self.stage else {}
 
     def used(self) -> dict[str, dict[str, int]]:
         """{tier: {what: bytes}} that the stage holds."""
-        return self._stage.used() if self._stage else {}
+        return self.stage.used() if self.stage else {}
 
     def measured(self) -> StageMeasurements:
         """How busy each lane was in the last run."""
-        return self._stage.measured() if self._stage else StageMeasurements()
+        return self.stage.measured() if self.stage else StageMeasurements()
 
     def spans(self, first: int, count: int) -> list[Span]:
         """Some of the last run's ops with their times, if they were kept."""
-        return self._stage.spans[first : first + count] if self._stage else []
+        return self.stage.spans[first : first + count] if self.stage else []
 
     def abort(self) -> None:
         """After a run that didn't end: what it left undone is forgotten, with its stage."""
@@ -163,9 +163,9 @@ class Worker:
     def close(self) -> None:
         """Gives memory and offload files back."""
         self._added = []
-        if self._stage is not None:
-            self._stage.close()
-            self._stage = None
+        if self.stage is not None:
+            self.stage.close()
+            self.stage = None
             if torch.cuda.is_initialized():
                 # Each stream that has multiplied has one, which the next stage's won't use.
                 torch._C._cuda_clearCublasWorkspaces()  # type: ignore[attr-defined]

@@ -12,11 +12,17 @@ from typing import Any
 import ray
 
 from flexgen_ray.distributed.actor import StageActor
-from flexgen_ray.distributed.attempt import StageLost, Stalled, ask
-from flexgen_ray.distributed.cluster import actor_options, has_room
+from flexgen_ray.distributed.attempt import StageLost, Stalled, await_stages
+from flexgen_ray.distributed.capacity import OWN_SHARE, BundlePlacement, FreeResources, place_stages
+from flexgen_ray.distributed.cluster import actor_options, is_placed
 from flexgen_ray.distributed.own_cluster import OwnCluster
-from flexgen_ray.distributed.reservation import NOTE_SECONDS, ResourceWait, look, reserve, scales
-from flexgen_ray.distributed.room import OWN_SHARE, BundlePlacement, FreeResources, place
+from flexgen_ray.distributed.reservation import (
+    NOTE_SECONDS,
+    ResourceWait,
+    free_resources,
+    has_autoscaler,
+    reserve,
+)
 from flexgen_ray.runtime.events import OnProgress
 
 START_SECONDS = 120.0
@@ -53,11 +59,11 @@ class StageActors:
     ) -> None:
         """Find room for the stages; see room.place and reservation.reserve."""
 
-        def find(room: FreeResources, settled: bool) -> BundlePlacement:
+        def find(room: FreeResources, may_shrink: bool) -> BundlePlacement:
             if self._own_cluster is None:
-                return place(room, device, num_stages, threads, settled)
+                return place_stages(room, device, num_stages, threads, may_shrink)
             # Only LLMs of this process are there, and share its cores, as threads do.
-            placed = place(room.with_idle_cores(), device, num_stages, threads, settled)
+            placed = place_stages(room.with_idle_cores(), device, num_stages, threads, may_shrink)
             return placed.with_cores(OWN_SHARE)
 
         self.placed, self._group = reserve(find, seconds, self._on_progress)
@@ -82,7 +88,7 @@ class StageActors:
 
     def restart_seconds(self, wanted: float | None) -> float:
         """How long lost stages may take to start elsewhere, where no number is wanted."""
-        return wanted or (SCALING_RESTART_SECONDS if scales() else RESTART_SECONDS)
+        return wanted or (SCALING_RESTART_SECONDS if has_autoscaler() else RESTART_SECONDS)
 
     def stop(self, stages: Iterable[int]) -> None:
         """End these actors' processes."""
@@ -112,7 +118,7 @@ class StageActors:
                 break
             waiting.note(self._what_lacks([new[starting.index(it)] for it in late]))
         try:
-            self._hosts |= dict(zip(new, ask(starting, new, 0), strict=True))
+            self._hosts |= dict(zip(new, await_stages(starting, new, 0), strict=True))
         except StageLost as error:
             stalled = [it for it, why in error.reasons.items() if isinstance(why, Stalled)]
             if not stalled:
@@ -122,7 +128,7 @@ class StageActors:
 
     def _what_lacks(self, stages: list[int]) -> str:
         which = f"stage {', '.join(map(str, stages))}"
-        if has_room(self._group):
+        if is_placed(self._group):
             return f"{which} did not start"
         needed = self.placed.bundles[stages[0]].resources
-        return f"no node has room for {which}, which needs {needed}: {look().held()}"
+        return f"no node has room for {which}, which needs {needed}: {free_resources().describe()}"

@@ -10,7 +10,7 @@ import ray
 import torch
 
 from flexgen_ray.distributed.cluster import connect
-from flexgen_ray.distributed.driver import node_ip
+from flexgen_ray.distributed.driver import node_address
 from flexgen_ray.distributed.transport import GlooChannel, Rendezvous, RendezvousStore
 
 
@@ -18,7 +18,7 @@ class _Player:
     """One end of a ring of two, each the other's neighbour on both sides."""
 
     def __init__(self, meeting: Rendezvous, rank: int) -> None:
-        self._link = GlooChannel(meeting, rank, node_ip())
+        self._link = GlooChannel(meeting, rank, node_address())
         self._rank = rank
 
     def play(self, nbytes: int, rounds: int) -> list[float]:
@@ -36,7 +36,7 @@ class _Player:
         return seconds
 
 
-def hops(trips: dict[int, int]) -> dict[str, float]:
+def measure_hops(trips: dict[int, int]) -> dict[str, float]:
     """{bytes: milliseconds a hop}, for {bytes: trips}, on a cluster there is or one of its own."""
     own_cluster = connect(None)
     try:
@@ -48,7 +48,7 @@ def hops(trips: dict[int, int]) -> dict[str, float]:
 
 def _hop(nbytes: int, rounds: int) -> float:
     """Milliseconds from one stage to the next, the message that tells of it included."""
-    place = RendezvousStore(node_ip())
+    place = RendezvousStore(node_address())
     meeting = Rendezvous(place.host, place.port, 1, 2, secret=place.secret)
     actor: Any = ray.remote(_Player)
     players = [actor.options(num_cpus=0.5).remote(meeting, rank) for rank in (0, 1)]
