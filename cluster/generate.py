@@ -5,7 +5,7 @@ ray submit cluster/aws.yaml cluster/generate.py -- --model FOLDER --input IN --o
 
 import sys
 
-from flexgen_ray.cli import main
+from flexgen_ray.cli.main import main
 
 if __name__ == "__main__":
     sys.argv[1:] = ["generate", "--address", "auto", *sys.argv[1:]]

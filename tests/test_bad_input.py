@@ -305,7 +305,7 @@ def commands(group: typer.core.TyperGroup, path: str):
 
 def test_each_command_s_help_has_an_example_of_it():
     found = dict(commands(typer.main.get_command(app), "flexgen-ray"))
-    assert {"flexgen-ray generate", "flexgen-ray eval cloze", "python -m benchmarks.ring"} <= set(
+    assert {"flexgen-ray generate", "flexgen-ray eval cloze", "flexgen-ray bench peers"} <= set(
         found
     )
     for name, command in found.items():

@@ -185,7 +185,7 @@ def test_every_kind_has_a_lane():
 COUNT_THREADS = """
 import os
 import torch
-from flexgen_ray.runtime.openmp import release_team
+from flexgen_ray.hardware.host import release_team
 
 torch.set_num_threads(4)
 count = lambda: len(os.listdir("/proc/self/task"))

@@ -25,7 +25,7 @@ STOPPED = "flexgen-ray: stopped\n"
 SCRIPT = """
 import signal
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # tests may run under nohup
-from flexgen_ray import cli
+from flexgen_ray.cli import main as cli
 
 @cli.app.command()
 def wait():

@@ -101,7 +101,7 @@ def test_any_number_of_heads_may_share_keys(group, head_dim, dtype):
 
 GUARDED = """
 import ctypes, mmap, torch
-from flexgen_ray.models.host_attention import HostAttention
+from flexgen_ray.kernels.host_attention import HostAttention
 
 attend, page = HostAttention(threads=1), mmap.PAGESIZE
 for dtype in (torch.float32, torch.float16, torch.bfloat16):

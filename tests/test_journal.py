@@ -223,7 +223,7 @@ def test_two_runs_on_one_file_are_refused_until_the_first_is_gone(tmp_path):
     script = f"""
 import os, sys, time
 from pathlib import Path
-from flexgen_ray.io.journal import Journal
+from flexgen_ray.batch.journal import Journal
 journal = Journal(Path({str(path)!r}))
 print("locked", flush=True)
 time.sleep(60)
@@ -305,7 +305,7 @@ def test_a_signal_waits_until_the_row_is_written(tmp_path, monkeypatch, number):
 def test_standard_output_holds_rows_and_nothing_else(tmp_path, keep_order):
     script = f"""
 from pathlib import Path
-from flexgen_ray.io.journal import Journal
+from flexgen_ray.batch.journal import Journal
 with Journal(Path("-"), keep_order={keep_order}) as journal:
     journal.check({{}}, ["a", "b"])
     journal.begin()

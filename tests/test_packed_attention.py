@@ -88,8 +88,8 @@ def test_the_number_of_threads_and_the_company_of_a_row_change_no_bit(bits):
 
 GUARDED = """
 import ctypes, mmap, torch
-from flexgen_ray.models.host_attention import HostAttention
-from flexgen_ray.models.host_vectors import LANES
+from flexgen_ray.kernels.host_attention import HostAttention
+from flexgen_ray.kernels.vectors import LANES
 from flexgen_ray.quant.packing import packed_bytes
 
 attend, page = HostAttention(threads=1), mmap.PAGESIZE

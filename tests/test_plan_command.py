@@ -13,7 +13,6 @@ import pytest
 from test_exactness import assert_same
 
 from flexgen_ray import LLM, Hardware, SamplingParams
-from flexgen_ray.cli.plan import PlanReport
 from flexgen_ray.cli.plan import plan as command
 from flexgen_ray.hardware.rates import LinkRates, MemorySizes
 from flexgen_ray.models.config import ModelConfig
@@ -24,6 +23,7 @@ from flexgen_ray.planner.grid import SearchSpace
 from flexgen_ray.planner.pipeline_plan import PlannedJob
 from flexgen_ray.planner.search import Planner, choose
 from flexgen_ray.planner.stage_policies import StagePolicies
+from flexgen_ray.reporting.plan_report import PlanReport
 
 FEW = SearchSpace(batch_sizes=(16,), batches=(4,), tiles=(512,), extra_blocks=(0,))
 

@@ -34,12 +34,12 @@ from flexgen_ray.units import format_seconds
 LINE = re.compile(r"\d\d:\d\d:\d\d (.*)\n")
 WAITING = """
 import time
-from flexgen_ray.events import Progress, Standing
-from flexgen_ray.progress import show_progress
+from flexgen_ray.runtime.events import Progress, RunCounts
+from flexgen_ray.reporting.progress import show_progress
 with show_progress() as show:
     show(Progress(phase="waiting for room"))
     time.sleep(2.2)
-    show(Progress(new_tokens=3, standing=Standing(1, 4, 30, 20, 100, 7.5, 7200.0)))
+    show(Progress(new_tokens=3, standing=RunCounts(1, 4, 30, 20, 100, 7.5, 7200.0)))
     show(Progress(note="stage 1 [was] replaced"))
     input()
 """
