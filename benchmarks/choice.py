@@ -23,7 +23,7 @@ from flexgen_ray.config import Budget, HardwareSpec, Placement, Policy
 from flexgen_ray.layout.sizes import stage_bytes, totals
 from flexgen_ray.models.shapes import shape_config
 from flexgen_ray.planner.pipeline_plan import PipelinePlan, PlannedJob, StageDevice
-from flexgen_ray.planner.search import Planner, choose
+from flexgen_ray.planner.search import Planner, find_best_plan
 from flexgen_ray.reporting.result import finish, off_by
 from flexgen_ray.reporting.terminal import say
 from flexgen_ray.runtime.worker import Worker
@@ -67,7 +67,7 @@ def choice(
         prompt_len, max_tokens = WORKLOADS[name]
         planner = planner_of(prompt_len, max_tokens)
         runs = [_compared(planner, plan, cell_ms / 1e3) for plan in _fitting(planner)]
-        chosen = _compared(planner, choose(planner), cell_ms / 1e3)
+        chosen = _compared(planner, find_best_plan(planner), cell_ms / 1e3)
         results[name] = _summary(runs, chosen) | {"chosen": chosen, "grid": runs}
     machine = {"rates": asdict(RATES), "budget": asdict(BUDGET)}
     settings = {"shape": SHAPE, "layers": LAYERS, "cell_ms": cell_ms, "machine": machine}
@@ -93,7 +93,7 @@ def _fitting(planner: Planner) -> Iterator[PipelinePlan]:
         plan = planner.evaluate((LAYERS,), [policy])
         need = totals(stage_bytes(plan.stages[0]))
         if all(getattr(need, tier) <= nbytes for tier, nbytes in asdict(BUDGET).items()):
-            yield planner.played(plan)
+            yield planner.simulate(plan)
 
 
 def _compared(planner: Planner, plan: PipelinePlan, cell_seconds: float) -> dict:

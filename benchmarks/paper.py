@@ -19,7 +19,13 @@ from flexgen_ray.models.shapes import shape_config
 from flexgen_ray.planner.corners import ON_DEVICE, SHARES, Share
 from flexgen_ray.planner.grid import SearchSpace
 from flexgen_ray.planner.pipeline_plan import PlannedJob, StageDevice
-from flexgen_ray.planner.search import Planner, Point, at_latency, choose, frontiers
+from flexgen_ray.planner.search import (
+    Planner,
+    Point,
+    find_best_plan,
+    find_frontiers,
+    throughput_within,
+)
 from flexgen_ray.reporting.plot import draw_frontier
 from flexgen_ray.reporting.result import finish
 from flexgen_ray.reporting.terminal import say
@@ -76,7 +82,7 @@ def paper(
     ablation = _ablation()
     for name, found in ablation.items():
         say(f"{name:>20}: {found:.2f}, published {ABLATION[name]}")
-    curves = {model: frontiers(_planner(model, 512)) for model in ("opt-30b", "opt-175b")}
+    curves = {model: find_frontiers(_planner(model, 512)) for model in ("opt-30b", "opt-175b")}
     claims = _claims(curves["opt-175b"])
     say(f"OPT-175B against row by row: {claims}")
     if plot is not None:
@@ -126,7 +132,10 @@ def _case(case: Case) -> dict:
 def _claims(found: dict[str, list[Point]]) -> dict:
     """How many times the row-by-row schedule's throughput; None where that one fits nothing."""
     ours, theirs = (
-        {"within 5000 s": at_latency(it, CLAIMED_LATENCY), "each at its best": at_latency(it, inf)}
+        {
+            "within 5000 s": throughput_within(it, CLAIMED_LATENCY),
+            "each at its best": throughput_within(it, inf),
+        }
         for it in (found["zig-zag"], found["row by row"])
     )
     return {
@@ -147,14 +156,16 @@ def _ablation() -> dict[str, float]:
     # All weights stream for every batch, whose cache stays on the GPU.
     deepspeed = SearchSpace(batches=(1,), shares=(Share("weights", "cpu"), *ON_DEVICE[1:]))
     return {
-        "all on": choose(planner).tokens_per_s,
+        "all on": find_best_plan(planner).tokens_per_s,
         "no policy search": planner.evaluate(layers, [t4.ORIGINAL_POLICY]).tokens_per_s,
-        "no overlap": choose(_planner(model, 512, SearchSpace(overlaps=False))).tokens_per_s,
-        "no host attention": choose(
+        "no overlap": find_best_plan(
+            _planner(model, 512, SearchSpace(overlaps=False))
+        ).tokens_per_s,
+        "no host attention": find_best_plan(
             _planner(model, 512, SearchSpace(shares=without_host))
         ).tokens_per_s,
-        "no disk": choose(_planner(model, 512, budget=without_disk)).tokens_per_s,
-        "DeepSpeed's policy": choose(_planner(model, 512, deepspeed)).tokens_per_s,
+        "no disk": find_best_plan(_planner(model, 512, budget=without_disk)).tokens_per_s,
+        "DeepSpeed's policy": find_best_plan(_planner(model, 512, deepspeed)).tokens_per_s,
     }
 
 

@@ -118,7 +118,7 @@ def _predicted(policy: Policy, job: PlannedJob, model: str, dtype: str, hardware
     rates = ModelRates.of(hardware, config, dtype)
     device = StageDevice(rates, hardware.budget, "this node", hardware.core_shares)
     planner = Planner(config, (device,), job, dtype, stages_disk=False)
-    plan = planner.played(planner.evaluate((config.num_layers,), [policy]))
+    plan = planner.simulate(planner.evaluate((config.num_layers,), [policy]))
     (of_policy,) = planner.rates(policy)
     return {
         "tokens_per_s": round(plan.tokens_per_s, 3),

@@ -23,7 +23,7 @@ from flexgen_ray.models.config import ModelConfig
 from flexgen_ray.models.shapes import shape_config
 from flexgen_ray.planner.grid import BATCHES, SearchSpace
 from flexgen_ray.planner.pipeline_plan import PlannedJob
-from flexgen_ray.planner.search import Planner, choose
+from flexgen_ray.planner.search import Planner, find_best_plan
 from flexgen_ray.reporting.plot import draw_scaling
 from flexgen_ray.reporting.result import finish
 from flexgen_ray.reporting.terminal import say
@@ -146,7 +146,7 @@ def _best_run(config: ModelConfig, num_stages: int, num_blocks: int, most: int) 
     """The planner's choice for so many blocks, run."""
     job = PlannedJob.uniform(most, t4.PROMPT_LEN, t4.MAX_TOKENS)
     search = replace(GRID, extra_blocks=(num_blocks - num_stages,))
-    best = choose(Planner(config, t4.machines(num_stages), job, "float16", search))
+    best = find_best_plan(Planner(config, t4.machines(num_stages), job, "float16", search))
     likeness = Likeness(best.stages, [t4.MACHINE] * num_stages, MIDDLE, CELL_SECONDS)
     predicted = {
         "predicted_decode_tokens_per_s": round(best.decode_tokens_per_s, 3),

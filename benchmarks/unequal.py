@@ -23,7 +23,7 @@ from flexgen_ray.config import Budget
 from flexgen_ray.hardware.spec import Hardware
 from flexgen_ray.models.shapes import shape_config
 from flexgen_ray.planner.pipeline_plan import ModelRates, PipelinePlan, PlannedJob, StageDevice
-from flexgen_ray.planner.search import Planner, choose
+from flexgen_ray.planner.search import Planner, find_best_plan
 from flexgen_ray.reporting.result import finish
 from flexgen_ray.reporting.terminal import say
 
@@ -63,12 +63,12 @@ def _cluster(names: list[str], model: str, requests: int, step: int) -> dict:
         devices.append(StageDevice(rates, budget, f"machine {number}"))
     job = PlannedJob.uniform(requests, t4.PROMPT_LEN, t4.MAX_TOKENS)
     planner = Planner(config, tuple(devices), job, DTYPE)
-    chosen = choose(planner)
+    chosen = find_best_plan(planner)
     tried = [_of_split(planner, chosen, it) for it in splits(config.num_layers, len(names), step)]
     fastest = sorted(filter(None, tried), key=lambda plan: -plan.tokens_per_s)[:PLAYED_SPLITS]
-    best = max(map(planner.played, fastest), key=lambda plan: plan.tokens_per_s)
+    best = max(map(planner.simulate, fastest), key=lambda plan: plan.tokens_per_s)
     whole, rest = divmod(config.num_layers, len(names))
-    equal = choose(
+    equal = find_best_plan(
         replace(
             planner,
             search=replace(

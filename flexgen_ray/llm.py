@@ -134,8 +134,8 @@ class LLM(Engine):
         config = shape_config(str(model)) if is_shape else read_config(self.model)
         self.max_model_len = _limit(max_model_len, config)
         packed = {it: getattr(config, it) for it in ("weight_bits", "embedding_bits")}
-        given = StagePolicies.given(policy)
-        self.policies = given and given.compressed(**lossy).completed(**packed)
+        given = StagePolicies.parse(policy)
+        self.policies = given and given.compressed(**lossy).with_default_bits(**packed)
         memory = {"gpu": gpu_memory, "cpu": cpu_memory, "disk": disk_memory}
         limits = {
             tier: None if size is None else parse_bytes(size) for tier, size in memory.items()

@@ -26,7 +26,7 @@ from flexgen_ray.hardware.spec import Hardware
 from flexgen_ray.models.checkpoint import Checkpoint
 from flexgen_ray.models.configs import load_config, model_defaults
 from flexgen_ray.paths import hardware_file
-from flexgen_ray.planner.choose import PlannedRun
+from flexgen_ray.planner.choose import PlanningProblem
 
 
 @pytest.fixture
@@ -194,7 +194,7 @@ def test_a_file_system_without_direct_requests_works_and_is_warned_of(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("where", [(Checkpoint, "read_into"), (PlannedRun, "plan")])
+@pytest.mark.parametrize("where", [(Checkpoint, "read_into"), (PlanningProblem, "plan")])
 def test_stopped_while_it_loads_or_plans_nothing_is_left(
     run_here,
     files,  # noqa: F811

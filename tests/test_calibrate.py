@@ -101,10 +101,10 @@ def test_what_runs_together_is_counted_each_for_itself():
         counts[index] += 1
 
     with Bench(CPU, 2**20, 0.01) as bench:
-        rates = bench.together((1, lambda: count(0)), (10, lambda: count(1)))
+        rates = bench.measure_together((1, lambda: count(0)), (10, lambda: count(1)))
         assert all(rate > 0 for rate in rates) and min(counts) >= 2
         with pytest.raises(ZeroDivisionError):
-            bench.together((1, lambda: count(0)), (1, lambda: 1 // 0))
+            bench.measure_together((1, lambda: count(0)), (1, lambda: 1 // 0))
 
 
 def test_a_copy_moves_every_piece_of_the_buffer():
@@ -178,6 +178,6 @@ def test_a_measurement_beside_which_others_worked_does_not_count():
 def test_a_part_that_exceeds_its_whole_is_refused_with_the_figures():
     take, what = measurer(), "host memory gave {} GB/s together, and {} to a plain read"
     with pytest.raises(Unsteady, match="gave 37.9 GB/s together, and 1.05 .* calibrate again"):
-        take.within(37.9e9, 1.05e9, what)
-    assert take.within(1.05e9, 1e9, what) == 1e9 and take.within(5e8, 1e9, what) == 5e8
-    assert Measurer(str, 1).within(37.9e9, 1e9, what) == 1e9
+        take.check_part(37.9e9, 1.05e9, what)
+    assert take.check_part(1.05e9, 1e9, what) == 1e9 and take.check_part(5e8, 1e9, what) == 5e8
+    assert Measurer(str, 1).check_part(37.9e9, 1e9, what) == 1e9

@@ -8,7 +8,7 @@ from flexgen_ray.hardware.spec import Hardware
 from flexgen_ray.models.shapes import shape_config
 from flexgen_ray.planner.comparison import HardwareNode, devices_of
 from flexgen_ray.planner.pipeline_plan import PlannedJob
-from flexgen_ray.planner.search import Planner, choose
+from flexgen_ray.planner.search import Planner, find_best_plan
 
 # Tokens/s of the best plan that is known, every layer played: one machine, and four with a stage
 # each; prompts of 512 tokens, answers of 32, float16.
@@ -43,7 +43,9 @@ def chosen(machine: str, shape: str, stages: int) -> float:
     devices, job = devices_of(nodes, config, "float16"), PlannedJob.uniform(10**6, 512, 32)
     estimates: list[float] = []
     planner = Planner(config, devices, job, "float16")
-    plan = choose(planner, lambda it: estimates.append(job.mean_tokens / it.seconds_per_sequence))
+    plan = find_best_plan(
+        planner, lambda it: estimates.append(job.mean_tokens / it.seconds_per_sequence)
+    )
     (estimate,) = estimates
     assert 0.5 * estimate < plan.tokens_per_s < 2 * estimate
     return plan.tokens_per_s

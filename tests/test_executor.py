@@ -185,7 +185,7 @@ def test_every_kind_has_a_lane():
 COUNT_THREADS = """
 import os
 import torch
-from flexgen_ray.hardware.host import release_team
+from flexgen_ray.hardware.host import release_openmp_team
 
 torch.set_num_threads(4)
 count = lambda: len(os.listdir("/proc/self/task"))
@@ -193,7 +193,7 @@ before = count()
 x = torch.ones(1 << 20)
 x.add_(1)
 with_team = count()
-release_team()
+release_openmp_team()
 released = count()
 x.add_(1)
 print(before, with_team, released, count(), x.sum().item())

@@ -8,13 +8,13 @@ import pytest
 
 from flexgen_ray.calibration import calibrate
 from flexgen_ray.config import Placement, Policy, Workload
-from flexgen_ray.hardware.known import ASSUMED, CALIBRATED, disk_rates
+from flexgen_ray.hardware.known import ASSUMED, CALIBRATED, measure_disk
 from flexgen_ray.hardware.rates import DiskRates, MemorySizes
-from flexgen_ray.hardware.spec import Hardware, adapted, preset_for
+from flexgen_ray.hardware.spec import Hardware, adapt_preset, find_preset
 from flexgen_ray.models.shapes import shape_config
 from flexgen_ray.paths import hardware_file
 from flexgen_ray.planner.budgets import settle_budgets
-from flexgen_ray.planner.choose import ChosenPolicies, PlannedRun
+from flexgen_ray.planner.choose import PlanningProblem, PolicyChoice
 from flexgen_ray.planner.forecast import Forecast
 from flexgen_ray.planner.stage_policies import StagePolicies, plan_stages
 from flexgen_ray.request import Request, SamplingParams
@@ -41,26 +41,26 @@ GEFORCE = "NVIDIA GeForce RTX 4090"
     ],
 )
 def test_a_preset_is_found_by_the_name_that_torch_gives_its_gpu(name, preset):
-    found = preset_for(name)
+    found = find_preset(name)
     assert (found and found.name) == preset
 
 
 def test_an_adapted_preset_has_the_machines_memory_cores_and_disk():
     preset = Hardware.preset("rtx4090")
     sizes, disk = MemorySizes(20 * GIB, 30 * GIB, 40 * GIB), DiskRates(1e8, 2e8)
-    small = adapted(preset, sizes, 2, disk)
+    small = adapt_preset(preset, sizes, 2, disk)
     assert small.memory == sizes and small.disk == disk
     assert small.device == preset.device and small.link == preset.link
     for ours, whole in zip(small.host.attention, preset.host.attention, strict=True):
         assert ours.bytes_per_s == whole.bytes_per_s / 4
-    large = adapted(preset, sizes, 64, None)
+    large = adapt_preset(preset, sizes, 64, None)
     assert large.host.attention == preset.host.attention and large.disk == preset.disk
 
 
 def test_a_disks_rate_is_measured_where_there_is_room(tmp_path):
-    found = disk_rates(tmp_path, 2**40)
+    found = measure_disk(tmp_path, 2**40)
     assert found is None or min(found.read_bytes_per_s, found.write_bytes_per_s) > 1e6
-    assert disk_rates(tmp_path, 2**20) is None
+    assert measure_disk(tmp_path, 2**20) is None
     assert list(tmp_path.iterdir()) == []
 
 
@@ -82,7 +82,7 @@ def test_without_rates_the_reason_is_given_and_a_bound_on_latency_is_refused():
     here = [machine(None)]
     budgets = settle_budgets(here, {"gpu": None, "cpu": None, "disk": None}, 0)
     requests = [Request(0, [1] * 10, SamplingParams(max_tokens=4))]
-    run = PlannedRun(shape_config("opt-125m"), "float32", True, False, Workload(1, 10, 14))
+    run = PlanningProblem(shape_config("opt-125m"), "float32", True, False, Workload(1, 10, 14))
     (note,) = run.plan(None, here, budgets, requests).notes
     assert "here isn't calibrated, so the tiers are filled" in note
     (note,) = run.plan(StagePolicies((Policy(),)), here, budgets, requests).notes
@@ -107,14 +107,14 @@ def machine(hardware: Hardware | None, gpu: float = 23, cpu: float = 64) -> Mach
 
 def settled(
     model: str, count: int, max_tokens: int, policies=None, max_seconds=None, **sizes
-) -> ChosenPolicies:
-    hardware = adapted(preset_for(GEFORCE), MemorySizes(GIB, GIB, GIB), 16, None)
+) -> PolicyChoice:
+    hardware = adapt_preset(find_preset(GEFORCE), MemorySizes(GIB, GIB, GIB), 16, None)
     here = [machine(hardware, **sizes)]
     budgets = settle_budgets(here, {"gpu": None, "cpu": None, "disk": None}, 0)
     requests = [
         Request(i, [1] * 100, SamplingParams(max_tokens=max_tokens - i % 2)) for i in range(count)
     ]
-    run = PlannedRun(
+    run = PlanningProblem(
         shape_config(model), "float16", True, False, Workload(count, 100, 100 + max_tokens)
     )
     run = replace(run, max_seconds=max_seconds)

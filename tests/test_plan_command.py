@@ -21,7 +21,7 @@ from flexgen_ray.paths import find_config, hardware_file
 from flexgen_ray.planner.comparison import HardwareNode, compare, devices_of, read_job, read_nodes
 from flexgen_ray.planner.grid import SearchSpace
 from flexgen_ray.planner.pipeline_plan import PlannedJob
-from flexgen_ray.planner.search import Planner, choose
+from flexgen_ray.planner.search import Planner, find_best_plan
 from flexgen_ray.planner.stage_policies import StagePolicies
 from flexgen_ray.reporting.plan_report import PlanReport
 
@@ -132,7 +132,9 @@ def test_of_a_name_on_the_hub_only_the_config_is_fetched(monkeypatch, tmp_path):
 @pytest.mark.parametrize("requests", [1, 3, 20, 1000])
 def test_a_job_takes_whole_rounds_of_no_more_than_itself(requests):
     (config, machine), job = a_third(), PlannedJob.uniform(requests, 128, 16)
-    found = choose(Planner(config, devices_of([machine], config, "float16"), job, "float16"))
+    found = find_best_plan(
+        Planner(config, devices_of([machine], config, "float16"), job, "float16")
+    )
     slots = found.num_blocks * found.block_size
     assert slots < requests + found.stages[0].policy.num_gpu_batches
     assert found.num_rounds * slots >= requests > (found.num_rounds - 1) * slots

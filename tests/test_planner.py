@@ -18,9 +18,9 @@ from flexgen_ray.models.shapes import shape_config
 from flexgen_ray.planner.comparison import HardwareNode, devices_of
 from flexgen_ray.planner.corners import ON_DEVICE, Corners, policy_of, shares_of
 from flexgen_ray.planner.grid import SearchSpace
-from flexgen_ray.planner.lp import whole
-from flexgen_ray.planner.pipeline_plan import ONE_BATCH, PLAYED, PlannedJob, StageDevice
-from flexgen_ray.planner.search import Infeasible, Planner, choose
+from flexgen_ray.planner.lp import round_layers
+from flexgen_ray.planner.pipeline_plan import ONE_BATCH, SCHEDULE, PlannedJob, StageDevice
+from flexgen_ray.planner.search import Infeasible, Planner, find_best_plan
 
 GIB = 2**30
 OPT = shape_config("opt-1.3b")
@@ -141,7 +141,7 @@ def test_no_plan_exceeds_its_budget(gpu, cpu, requests, prompt_len, bits):
     job = PlannedJob.uniform(requests, prompt_len, 16)
     try:
         search = replace(FEW_SHAPES, base=Policy(weight_bits=bits, cache_bits=bits))
-        plan = choose(Planner(OPT, (device(budget),), job, "float16", search))
+        plan = find_best_plan(Planner(OPT, (device(budget),), job, "float16", search))
         assert plan.stages[0].policy.weight_bits == bits
     except Infeasible as error:
         assert "budget" in str(error)
@@ -155,25 +155,27 @@ def test_what_fits_nowhere_is_refused_with_the_budget_that_lacks():
     with pytest.raises(
         Infeasible, match=r"GPU of stage 0 lacks .*MiB beyond its budget of 16.0 MiB"
     ):
-        choose(Planner(OPT, (device(budget),), JOB, "float16"))
+        find_best_plan(Planner(OPT, (device(budget),), JOB, "float16"))
     nowhere = Budget(GIB, GIB // 4, 0)
     with pytest.raises(Infeasible, match="lacks"):
-        choose(Planner(OPT, (device(nowhere),), JOB, "float16"))
+        find_best_plan(Planner(OPT, (device(nowhere),), JOB, "float16"))
     with pytest.raises(Infeasible, match="25 stages are more than the model's 24 layers"):
         Planner(OPT, (device(),) * 25, JOB, "float16")
 
 
 def test_a_block_answers_within_the_latency_that_is_asked_for():
-    free = choose(Planner(OPT, (device(),), JOB, "float16", FEW_SHAPES))
-    sketches = Planner(OPT, (device(),), JOB, "float16", FEW_SHAPES).sketches()
+    free = find_best_plan(Planner(OPT, (device(),), JOB, "float16", FEW_SHAPES))
+    sketches = Planner(OPT, (device(),), JOB, "float16", FEW_SHAPES).all_candidates()
     limit = 1.5 * min(sketch.block_seconds for sketch in sketches)
     assert free.block_seconds > limit
     search = replace(FEW_SHAPES, max_seconds=limit)
-    quick = choose(Planner(OPT, (device(),), JOB, "float16", search))
+    quick = find_best_plan(Planner(OPT, (device(),), JOB, "float16", search))
     assert quick.block_seconds <= limit * 1.01
     assert quick.tokens_per_s <= free.tokens_per_s
     with pytest.raises(Infeasible, match="no placement answers a block within 1e-05 s"):
-        choose(Planner(OPT, (device(),), JOB, "float16", replace(FEW_SHAPES, max_seconds=1e-5)))
+        find_best_plan(
+            Planner(OPT, (device(),), JOB, "float16", replace(FEW_SHAPES, max_seconds=1e-5))
+        )
 
 
 TINY = replace(OPT, num_layers=4)
@@ -202,7 +204,7 @@ def test_no_policy_of_a_grid_is_played_faster_than_the_choice(
     planner = Planner(
         TINY, (device(budget, rates),), PlannedJob.uniform(1000, 128, max_tokens), "float16", TRIED
     )
-    chosen = choose(planner)
+    chosen = find_best_plan(planner)
     shapes = product(TRIED.batch_sizes, TRIED.batches, WEIGHTS, CACHES)
     for size, batches, weights, (cache, attended) in shapes:
         policy = Policy(size, batches, 512, weights, cache, Placement(1, 0, 0), attended)
@@ -211,7 +213,7 @@ def test_no_policy_of_a_grid_is_played_faster_than_the_choice(
         fits = all(getattr(need, tier) <= getattr(budget, tier) for tier in TIERS)
         # No plan is played faster than its lanes are.
         if fits and plan.tokens_per_s > chosen.tokens_per_s:
-            assert chosen.tokens_per_s >= 0.95 * planner.played(plan).tokens_per_s
+            assert chosen.tokens_per_s >= 0.95 * planner.simulate(plan).tokens_per_s
 
 
 def test_a_model_that_fits_the_gpu_is_planned_in_one_batch_if_that_is_faster():
@@ -221,7 +223,7 @@ def test_a_model_that_fits_the_gpu_is_planned_in_one_batch_if_that_is_faster():
         config, devices_of([node], config, "float16"), PlannedJob.uniform(1000, 256, 128), "float16"
     )
     resident = replace(planner, search=SearchSpace(batches=(1,), shares=ON_DEVICE))
-    chosen, alone = choose(planner), choose(resident)
+    chosen, alone = find_best_plan(planner), find_best_plan(resident)
     assert alone.stages[0].policy.num_gpu_batches == 1
     assert alone.tokens_per_s > 2200
     assert chosen.tokens_per_s >= 0.99 * alone.tokens_per_s
@@ -235,14 +237,14 @@ def test_no_schedule_is_quicker_than_one_batchs_way(policy, batches, is_prefill)
     plan = planner.evaluate((TINY.num_layers,), [policy])
     phase = PHASES[not is_prefill]
     (seconds,) = plan.seconds
-    played = planner.played(plan).seconds[0][phase][PLAYED]
+    played = planner.simulate(plan).seconds[0][phase][SCHEDULE]
     assert played >= 0.97 * seconds[phase][ONE_BATCH]
 
 
 @pytest.mark.slow
 def test_the_coarse_grid_misses_little_of_the_whole_one():
     planner = Planner(OPT, (device(),), JOB, "float16")
-    quick, whole_grid = planner.promising()[0], planner.sketches()[0]
+    quick, whole_grid = planner.promising_candidates()[0], planner.all_candidates()[0]
     assert quick.seconds_per_sequence <= 1.05 * whole_grid.seconds_per_sequence
 
 
@@ -250,7 +252,7 @@ def test_the_coarse_grid_misses_little_of_the_whole_one():
 def test_whole_layers_sum_to_all_of_them(layers, more):
     total = len(layers) + more
     scale = total / sum(layers)
-    counts = whole([it * scale for it in layers], total)
+    counts = round_layers([it * scale for it in layers], total)
     assert sum(counts) == total and min(counts) >= 1
 
 
@@ -259,7 +261,7 @@ def test_layers_go_where_they_are_fast():
     fast = replace(RATES, h2d_bytes_per_s=2 * RATES.h2d_bytes_per_s, device_flops_per_s=8e12)
     devices = device(node="a"), device(Budget(3 * GIB, 4 * GIB, 64 * GIB), fast, "b")
     search = SearchSpace(batch_sizes=(16,), batches=(4,), tiles=(512,), extra_blocks=(0,))
-    chosen = choose(Planner(OPT, devices, JOB, "float16", search))
+    chosen = find_best_plan(Planner(OPT, devices, JOB, "float16", search))
 
     def rate(first: int) -> float:
         layers = (first, OPT.num_layers - first)
@@ -277,7 +279,9 @@ def test_stages_of_one_node_share_its_memory_and_bandwidth():
     together = tuple(device(node="one") for _ in range(2))
     apart = tuple(device(node=name) for name in "ab")
     search = SearchSpace(batch_sizes=(16,), batches=(4,), extra_blocks=(0,))
-    near, far = (choose(Planner(OPT, it, JOB, "float16", search)) for it in (together, apart))
+    near, far = (
+        find_best_plan(Planner(OPT, it, JOB, "float16", search)) for it in (together, apart)
+    )
     needs = [totals(stage_bytes(stage)) for stage in near.stages]
     assert sum(need.cpu for need in needs) <= SMALL.cpu
     assert near.tokens_per_s <= far.tokens_per_s

@@ -12,10 +12,10 @@ from flexgen_ray.config import Budget, HardwareSpec
 from flexgen_ray.cost.ops import drawn_share
 from flexgen_ray.hardware.spec import Hardware
 from flexgen_ray.models.shapes import shape_config
-from flexgen_ray.planner.choose import job_of
+from flexgen_ray.planner.choose import planned_job
 from flexgen_ray.planner.grid import SearchSpace
 from flexgen_ray.planner.pipeline_plan import ModelRates, PlannedJob, StageDevice
-from flexgen_ray.planner.search import Planner, choose
+from flexgen_ray.planner.search import Planner, find_best_plan
 from flexgen_ray.request import Request
 
 GREEDY = SamplingParams(5, 0.0)
@@ -53,8 +53,8 @@ def test_a_plan_counts_what_its_job_draws():
     prompt = list(range(64))
 
     def seconds(params: SamplingParams) -> tuple[float, float]:
-        job = job_of([Request(index, prompt, params) for index in range(256)])
-        plan = choose(Planner(config, (device,), job, "float32", SearchSpace()))
+        job = planned_job([Request(index, prompt, params) for index in range(256)])
+        plan = find_best_plan(Planner(config, (device,), job, "float32", SearchSpace()))
         visits = sum(plan.visits.values()) * plan.num_blocks
         return plan.block_seconds, plan.block_size * config.vocab_size * visits
 
@@ -63,7 +63,7 @@ def test_a_plan_counts_what_its_job_draws():
     some, _ = seconds(SamplingParams(32, 1.0, top_k=20))
     assert greedy < some < drawn
     assert drawn >= logits / device.rates(8, 64).sampled_values_per_s
-    assert job_of([Request(0, prompt, GREEDY)]) == PlannedJob.uniform(1, 64, 5)
+    assert planned_job([Request(0, prompt, GREEDY)]) == PlannedJob.uniform(1, 64, 5)
 
 
 def test_the_report_names_sampling_where_it_takes_a_large_part(tiny_models):

@@ -28,7 +28,7 @@ from flexgen_ray.planner.budgets import (
     settle_budgets,
     settle_dtype,
 )
-from flexgen_ray.planner.fill import default_policies
+from flexgen_ray.planner.fill import fill_tiers
 from flexgen_ray.quant.formats import WeightFormat
 from flexgen_ray.runtime.worker import Machine
 from flexgen_ray.schedule.zigzag import StageLayers
@@ -160,7 +160,7 @@ def test_a_budget_one_byte_short_is_refused_with_the_numbers(policy, tier):
 
 
 def default_policy(config, stage, workload, dtype, budget) -> Policy:
-    (policy,) = default_policies([StagePlan(config, stage, Policy(), workload, dtype)], [budget])
+    (policy,) = fill_tiers([StagePlan(config, stage, Policy(), workload, dtype)], [budget])
     return policy
 
 

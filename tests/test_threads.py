@@ -7,7 +7,7 @@ import json
 import pytest
 
 from flexgen_ray import LLM
-from flexgen_ray.hardware.host import own_threads, usable_cores, users_threads
+from flexgen_ray.hardware.host import default_threads, threads_set_by_user, usable_cores
 
 JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 CORES = usable_cores()
@@ -39,8 +39,8 @@ def of_job(**env_vars: str) -> str:
     ],
 )
 def test_a_number_counts_if_a_user_set_it(environment, users, own):
-    assert users_threads(environment) == users
-    assert own_threads(environment) == own
+    assert threads_set_by_user(environment) == users
+    assert default_threads(environment) == own
 
 
 @pytest.mark.parametrize("num_stages", [1, 2])

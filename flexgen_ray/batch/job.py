@@ -149,7 +149,7 @@ def lossy_facts(policy: Path | None, **lossy: int | float | None) -> dict:
 
     Raises OSError or ValueError for a policy that can't be read.
     """
-    given = (StagePolicies.given(policy) or StagePolicies((Policy(),))).compressed(**lossy)
+    given = (StagePolicies.parse(policy) or StagePolicies((Policy(),))).compressed(**lossy)
     kinds = {name: [getattr(it, name) for it in given.policies] for name in lossy}
     return {name: list(dict.fromkeys(bits)) for name, bits in kinds.items()}
 

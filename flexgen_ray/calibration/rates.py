@@ -127,9 +127,9 @@ def _link(bench: Bench, take: Measurer) -> LinkRates:
     to_device, to_host = bench.copier(to_device=True), bench.copier(to_device=False)
     (h2d,) = take("link, host to device", lambda: [bench.rate(*to_device)])
     (d2h,) = take("link, device to host", lambda: [bench.rate(*to_host)])
-    both = take("link, both directions", lambda: bench.together(to_device, to_host))
+    both = take("link, both directions", lambda: bench.measure_together(to_device, to_host))
     what = "the link gave {} GB/s to a direction while it was busy, and {} alone"
-    busy = (take.within(*pair, what) for pair in zip(both, (h2d, d2h), strict=True))
+    busy = (take.check_part(*pair, what) for pair in zip(both, (h2d, d2h), strict=True))
     return LinkRates(*map(_rounded, (h2d, d2h, *busy)))
 
 
@@ -150,13 +150,13 @@ def _host(bench: Bench, cache: CacheShape, cores: Cores, take: Measurer, scope: 
         attending = bench.attender(kernels[name], of_queries, shape)
         what = f"host attention, {name}, {dtype}, {group} queries a KV head"
         alone, busy, link = take(what, partial(_alone_and_beside, bench, attending, copying))
-        busy = take.within(busy, alone, f"{what}: {{}} GB/s beside the link, and {{}} alone")
+        busy = take.check_part(busy, alone, f"{what}: {{}} GB/s beside the link, and {{}} alone")
         entries.append(AttentionRates(name, dtype, group, _rounded(alone), _rounded(busy)))
         joint = max(joint, busy + link)
     told = "host memory gave {} GB/s to link and attention together, and {} to a plain read"
     if take.most == 1:
         read = max(read, joint)
-    joint = take.within(joint, read, told)
+    joint = take.check_part(joint, read, told)
     torch.set_num_threads(cores.total)
     product = partial(bench.gemm_rate, torch.float32, GEMM_ROWS[-1], (_HOST_WIDTH,) * 2, True)
     (flops,) = take("matrix products of the host", lambda: [product()])
@@ -167,7 +167,7 @@ def _alone_and_beside(
     bench: Bench, work: tuple[float, Action], other: tuple[float, Action]
 ) -> list[float]:
     """Rates of the first alone, and of both together."""
-    return [bench.rate(*work), *bench.together(work, other)]
+    return [bench.rate(*work), *bench.measure_together(work, other)]
 
 
 def _device(bench: Bench, effort: Effort, take: Measurer, scope: Scope) -> DeviceRates:

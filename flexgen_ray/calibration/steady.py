@@ -98,7 +98,7 @@ class Measurer:
         self.notes.append(f"{name}: {len(found)} measurements differed by more than a tenth.")
         return tuple(median(each) for each in zip(*found, strict=True))
 
-    def within(self, part: float, whole: float, what: str, unit: float = 1e9) -> float:
+    def check_part(self, part: float, whole: float, what: str, unit: float = 1e9) -> float:
         """The part, cut to its whole where it is a tenth more at most, or if most is 1.
 
         what: words with a place for the part and one for the whole, which are divided by unit.

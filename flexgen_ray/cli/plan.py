@@ -184,9 +184,9 @@ def _config(model: str) -> ModelConfig:
 def _draw(planner, title: str, path: Path) -> dict:
     from dataclasses import asdict
 
-    from flexgen_ray.planner.search import frontiers
+    from flexgen_ray.planner.search import find_frontiers
     from flexgen_ray.reporting.plot import draw_frontier
 
-    found = frontiers(planner)
+    found = find_frontiers(planner)
     draw_frontier(title, found, path)
     return {name: [asdict(point) for point in points] for name, points in found.items()}

@@ -33,7 +33,7 @@ from flexgen_ray.distributed.own_cluster import OBJECT_STORE_BYTES
 from flexgen_ray.distributed.reservation import ResourceWait
 from flexgen_ray.distributed.stage_actors import NotStarted, StageActors
 from flexgen_ray.distributed.transport import JOIN_SECONDS, Rendezvous, RendezvousStore
-from flexgen_ray.hardware.host import users_threads
+from flexgen_ray.hardware.host import threads_set_by_user
 from flexgen_ray.request import Finished, Request
 from flexgen_ray.runtime.events import OnProgress, Progress, Recovery, ignore
 from flexgen_ray.runtime.meter import StageMeasurements
@@ -68,7 +68,7 @@ class Driver:
         self._give_back = weakref.finalize(self, self._stage_actors.close)
         try:
             num_stages = None if wanted.num_stages == "auto" else int(wanted.num_stages)
-            threads = wanted.threads or users_threads(os.environ)
+            threads = wanted.threads or threads_set_by_user(os.environ)
             on_progress(Progress(phase="waiting for room on the Ray cluster"))
             self._stage_actors.reserve(wanted.device, num_stages, threads, wanted.wait_seconds)
             self._stage_actors.start()

@@ -19,8 +19,14 @@ from flexgen_ray.hardware.spec import Hardware
 from flexgen_ray.layout.plan import StagePlan
 from flexgen_ray.models.config import ModelConfig
 from flexgen_ray.planner.budgets import settle_budgets, settle_dtype
-from flexgen_ray.planner.choose import ChosenPolicies, Name, PlannedRun, cost_of_longest, numbered
-from flexgen_ray.planner.other_machines import OtherMachines
+from flexgen_ray.planner.choose import (
+    Name,
+    PlanningProblem,
+    PolicyChoice,
+    describe_longest,
+    numbered_request,
+)
+from flexgen_ray.planner.other_machines import HardwareFileBackend
 from flexgen_ray.planner.stage_policies import StagePolicies
 from flexgen_ray.processor import Samples
 from flexgen_ray.reporting.report import Report, StageReport
@@ -96,7 +102,7 @@ class Engine:
             self.close()
             raise
 
-    def prepare(self, requests: list[Request], name: Name = numbered) -> None:
+    def prepare(self, requests: list[Request], name: Name = numbered_request) -> None:
         """Settle the policy, check the budget, and load the weights unless what is loaded serves.
 
         name: a request's name for people, from its index, for what is said of single ones. Raises
@@ -111,7 +117,7 @@ class Engine:
         if self._plans is not None and self._plans[0].workload.covers(workload):
             return
         hops_on_device = self.machines[0].on_cuda and self.backend.uses_nccl
-        run = PlannedRun(
+        run = PlanningProblem(
             self.config,
             self.dtype,
             self._stages_disk,
@@ -122,7 +128,7 @@ class Engine:
         )
         self.on_progress(Progress(phase="planning"))
         chooses_block = settings.policies is None and settings.max_model_len is None
-        longest = cost_of_longest(run, self.budgets, requests, name) if chooses_block else None
+        longest = describe_longest(run, self.budgets, requests, name) if chooses_block else None
         try:
             found = run.plan(settings.policies, self.machines, self.budgets, asked)
         except ValueError as error:
@@ -167,7 +173,7 @@ class Engine:
         """True if what is read from disk passes through host memory on its way to the device."""
         return self.machines[0].on_cuda or self.settings.execution["time_scale"] is not None
 
-    def _load(self, chosen: ChosenPolicies) -> None:
+    def _load(self, chosen: PolicyChoice) -> None:
         """Bring every stage up with its plan, and with the rates that its ops are modelled by."""
         settings = self.settings
         specs = [
@@ -282,7 +288,7 @@ def _start_backend(settings: Settings, on_progress: OnProgress) -> tuple[Backend
     if not settings.is_dry:
         return start_backend(wanted, on_progress)
     if settings.hardware is not None:
-        return OtherMachines(settings.hardware, wanted), 0
+        return HardwareFileBackend(settings.hardware, wanted), 0
     is_here = wanted.num_stages == 1 and not (wanted.address or os.environ.get("RAY_ADDRESS"))
     return start_backend(replace(wanted, use_ray=wanted.use_ray and not is_here), on_progress)
 

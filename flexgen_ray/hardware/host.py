@@ -30,7 +30,7 @@ import psutil
 _SOFT = 1  # omp_pause_soft: what was set stays, and the next parallel region makes a new team
 
 
-def release_team() -> None:
+def release_openmp_team() -> None:
     """Of the calling thread, if it has one."""
     pause = getattr(ctypes.CDLL(None), "omp_pause_resource_all", None)
     if pause is not None:
@@ -42,13 +42,13 @@ _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD, _M_ARENA_MAX = -3, -1, -8
 _MIB = 2**20
 
 
-def for_loading() -> None:
+def tune_malloc_for_loading() -> None:
     """Large temporaries go back to the system when freed: each is another tensor's."""
     _set(_M_ARENA_MAX, 1)
     _set(_M_MMAP_THRESHOLD, 4 * _MIB)
 
 
-def for_ops() -> None:
+def tune_malloc_for_ops() -> None:
     """Temporaries are kept for the next op, once for all lanes: pages that were given back cost
     more, when they are touched anew, than a small model's products. But not large ones, which leave
     holes that nothing fits: up to 32 MiB they took 2.7 times what was live at most, up to 8 MiB
@@ -67,7 +67,7 @@ _OPENMP = "OMP_NUM_THREADS"
 _JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # in the driver of a submitted job
 
 
-def users_threads(environment: Mapping[str, str]) -> int | None:
+def threads_set_by_user(environment: Mapping[str, str]) -> int | None:
     """OMP_NUM_THREADS where a user set it, None where it isn't set or where Ray set it.
 
     Ray sets it to 1 for `ray job submit`, RayJob, `ray submit` and `ray exec`, and to the cores of
@@ -80,9 +80,9 @@ def users_threads(environment: Mapping[str, str]) -> int | None:
     return _first_number(environment.get(_OPENMP))
 
 
-def own_threads(environment: Mapping[str, str]) -> int:
+def default_threads(environment: Mapping[str, str]) -> int:
     """Threads for work in this process: the user's number, a Ray task's cores, or all usable."""
-    threads = users_threads(environment)
+    threads = threads_set_by_user(environment)
     if threads is None and _is_in_ray(environment) and _JOB_CONFIG not in environment:
         # A task's or an actor's: others may have the rest of the node.
         threads = _first_number(environment.get(_OPENMP)) if "RAY_JOB_ID" in environment else None

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from flexgen_ray.hardware.rates import DiskRates, MemorySizes
-from flexgen_ray.hardware.spec import Hardware, adapted, preset_for
+from flexgen_ray.hardware.spec import Hardware, adapt_preset, find_preset
 from flexgen_ray.store.disk import DiskTier
 from flexgen_ray.store.memory import page_aligned
 
@@ -14,23 +14,23 @@ CALIBRATED, ASSUMED, GIVEN = "calibrated", "assumed", "given"
 _DISK_BYTES = 64 * 2**20  # written and read to see how fast a disk is
 
 
-def calibrated(uses_cuda: bool) -> Hardware | None:
+def load_calibrated(uses_cuda: bool) -> Hardware | None:
     """Rates that `flexgen-ray calibrate` measured of this node, for the device that is used."""
     found = Hardware.local()
     return found if found is not None and found.device.is_cpu != uses_cuda else None
 
 
-def assumed(
+def assume_from_preset(
     device_name: str, memory: MemorySizes, cores: int, offload_dir: Path
 ) -> Hardware | None:
     """The preset for this GPU with the node's own memory, cores and disk; None if there is none."""
-    preset = preset_for(device_name)
+    preset = find_preset(device_name)
     if preset is None:
         return None
-    return adapted(preset, memory, cores, disk_rates(offload_dir, memory.disk))
+    return adapt_preset(preset, memory, cores, measure_disk(offload_dir, memory.disk))
 
 
-def disk_rates(folder: Path, free: int) -> DiskRates | None:
+def measure_disk(folder: Path, free: int) -> DiskRates | None:
     """Measured within a second or so; None where the page cache can't be left out, or there is no
     room."""
     if free < 8 * _DISK_BYTES:

@@ -159,7 +159,7 @@ class Bench(AbstractContextManager):
             count = min(max(count, ceil(count * _LEAST_SECONDS / taken)), _MOST_REPEATS)
         return amount / self._of_runs(runs)
 
-    def together(self, *works: tuple[float, Action]) -> list[float]:
+    def measure_together(self, *works: tuple[float, Action]) -> list[float]:
         """Amounts a second of actions that run at the same time: the first in this thread, the
         others on a core each. An action returns when its work is done."""
         for _, action in works:
@@ -293,7 +293,7 @@ class Bench(AbstractContextManager):
     def share_taken(self, own: Action, other: tuple[float, Action]) -> float:
         """Of `own`'s work, what goes undone while `other` is at work at its own rate."""
         own_alone, other_alone = self.rate(1, own), self.rate(*other)
-        own_beside, other_beside = self.together((1, own), other)
+        own_beside, other_beside = self.measure_together((1, own), other)
         return (1 - own_beside / own_alone) * other_alone / other_beside
 
 

@@ -42,7 +42,7 @@ _GPUS = {
 _CORES = 8  # that draw all of what a preset's host memory gives
 
 
-def preset_for(device_name: str) -> Hardware | None:
+def find_preset(device_name: str) -> Hardware | None:
     """The preset whose GPU torch calls by this name; None if there is none."""
     if " MIG " in device_name:
         return None
@@ -50,7 +50,9 @@ def preset_for(device_name: str) -> Hardware | None:
     return Hardware.preset(names[0]) if names else None
 
 
-def adapted(preset: Hardware, memory: MemorySizes, cores: int, disk: DiskRates | None) -> Hardware:
+def adapt_preset(
+    preset: Hardware, memory: MemorySizes, cores: int, disk: DiskRates | None
+) -> Hardware:
     """The preset with a machine's own memory, cores and, if it was measured, disk."""
     share = min(cores / _CORES, 1)
 
@@ -159,7 +161,7 @@ class Hardware:
         usual = _SAMPLED_BY_A_CORE if self.device.is_cpu else _UNMEASURED
         return self.device.sampled_values_per_s or usual
 
-    def knows(self, dtype: str) -> bool:
+    def has_rates_for(self, dtype: str) -> bool:
         """Whether there are figures for a dtype."""
         attention = {it.dtype for it in self.host.attention}
         return dtype in attention & {it.dtype for it in self.device.gemm}

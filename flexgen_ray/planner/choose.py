@@ -20,10 +20,15 @@ from flexgen_ray.cost.ops import drawn_share
 from flexgen_ray.hardware.known import ASSUMED
 from flexgen_ray.layout.plan import StagePlan
 from flexgen_ray.models.config import ModelConfig
-from flexgen_ray.planner.forecast import NOTHING_FITS, Forecast, suggestion, unknown
+from flexgen_ray.planner.forecast import (
+    NOTHING_FITS,
+    Forecast,
+    explain_no_forecast,
+    suggest_compression,
+)
 from flexgen_ray.planner.grid import SearchSpace
 from flexgen_ray.planner.pipeline_plan import ModelRates, PipelinePlan, PlannedJob, StageDevice
-from flexgen_ray.planner.search import Infeasible, Planner, choose
+from flexgen_ray.planner.search import Infeasible, Planner, find_best_plan
 from flexgen_ray.planner.stage_policies import StagePolicies, plan_stages
 from flexgen_ray.request import Request
 from flexgen_ray.runtime.worker import Machine
@@ -34,13 +39,13 @@ USUAL_SHARE = 0.9  # of the requests, by whose length the others count as long
 Name = Callable[[int], str]
 
 
-def numbered(index: int) -> str:
+def numbered_request(index: int) -> str:
     """A request by its place, where it has no name of its own."""
     return f"request {index}"
 
 
-def cost_of_longest(
-    run: PlannedRun, budgets: list[Budget], requests: Sequence[Request], name: Name
+def describe_longest(
+    run: PlanningProblem, budgets: list[Budget], requests: Sequence[Request], name: Name
 ) -> str | None:
     """A line for people if the longest requests make the block smaller; None if they don't.
 
@@ -66,7 +71,7 @@ def cost_of_longest(
     )
 
 
-def _fit(run: PlannedRun, budgets: list[Budget]) -> int:
+def _fit(run: PlanningProblem, budgets: list[Budget]) -> int:
     """Sequences of all blocks in flight."""
     try:
         plan = run.filled(budgets)[0]
@@ -79,7 +84,7 @@ LONG_SECONDS = 600  # from which a job is worth a suggestion
 
 
 @dataclass(frozen=True)
-class ChosenPolicies:
+class PolicyChoice:
     """Each stage's plan; if it was chosen by a prediction, that and the rates that it rests on.
 
     notes: lines for people. forecast: the prediction of a policy that was chosen or given."""
@@ -92,7 +97,7 @@ class ChosenPolicies:
 
 
 @dataclass(frozen=True)
-class PlannedRun:
+class PlanningProblem:
     """What of a run its plan depends on, beside machines and requests; as in StagePlan. base: has
     what of a policy is never chosen: its lossy options. max_seconds: that a block may take."""
 
@@ -110,29 +115,29 @@ class PlannedRun:
         machines: Sequence[Machine],
         budgets: list[Budget],
         requests: Sequence[Request],
-    ) -> ChosenPolicies:
+    ) -> PolicyChoice:
         """By the given policies; without any, planned where every machine's rates are known for
         this dtype, and elsewhere the tiers are filled, fastest first.
 
         Raises ValueError, with what lacks, if nothing fits.
         """
-        if not all(it.hardware and it.hardware.knows(self.dtype) for it in machines):
+        if not all(it.hardware and it.hardware.has_rates_for(self.dtype) for it in machines):
             if self.max_seconds is not None:
                 raise ValueError(
                     f"--max-latency needs a plan, but no rates of {machines[0].host} in "
                     f"{self.dtype} are known; run `flexgen-ray calibrate` first, or give --hardware"
                 )
-            note = unknown(machines[0], self.dtype, policies is None)
-            return ChosenPolicies(self._stages(policies, budgets), notes=(note,))
+            note = explain_no_forecast(machines[0], self.dtype, policies is None)
+            return PolicyChoice(self._stages(policies, budgets), notes=(note,))
         planner = self._planner(machines, budgets, requests, self.base)
         if policies is not None:
             return self._foretold(self._stages(policies, budgets), planner, machines, requests)
         try:
-            plan = choose(planner)
+            plan = find_best_plan(planner)
         except Infeasible:
             if self.max_seconds is not None or machines[0].rates_are != ASSUMED:
                 raise
-            return ChosenPolicies(self._stages(None, budgets), notes=(NOTHING_FITS,))
+            return PolicyChoice(self._stages(None, budgets), notes=(NOTHING_FITS,))
         chosen = StagePolicies(
             tuple(stage.policy for stage in plan.stages),
             tuple(stage.num_decoder_layers for stage in plan.stages),
@@ -141,7 +146,7 @@ class PlannedRun:
         suggested = self._suggestions(forecast, machines, budgets, requests)
         notes = (forecast.line(machines[0]), *suggested)
         rates = planner.rates(plan.stages[0].policy)
-        return ChosenPolicies(self._stages(chosen, budgets), plan, rates, notes, plan)
+        return PolicyChoice(self._stages(chosen, budgets), plan, rates, notes, plan)
 
     def _planner(
         self,
@@ -171,17 +176,17 @@ class PlannedRun:
         planner: Planner,
         machines: Sequence[Machine],
         requests: Sequence[Request],
-    ) -> ChosenPolicies:
+    ) -> PolicyChoice:
         """A given policy, and how long it will take."""
         layers = tuple(stage.num_decoder_layers for stage in stages)
-        plan = planner.played(planner.evaluate(layers, [stage.policy for stage in stages]))
+        plan = planner.simulate(planner.evaluate(layers, [stage.policy for stage in stages]))
         if self.max_seconds is not None and plan.block_seconds > self.max_seconds:
             raise ValueError(
                 f"the policy's blocks take about {format_seconds(plan.block_seconds)}, more than "
                 f"--max-latency {self.max_seconds:g}; leave --policy out, or raise the bound"
             )
         note = Forecast.of(plan, requests).line(machines[0])
-        return ChosenPolicies(stages, notes=(note,), forecast=plan)
+        return PolicyChoice(stages, notes=(note,), forecast=plan)
 
     def _suggestions(
         self,
@@ -202,7 +207,7 @@ class PlannedRun:
         plan = packed.plan(shape)
         if plan is None:
             return []
-        found = suggestion(forecast, Forecast.of(packed.played(plan), requests))
+        found = suggest_compression(forecast, Forecast.of(packed.simulate(plan), requests))
         return [found] if found else []
 
     def filled(self, budgets: list[Budget]) -> list[StagePlan]:
@@ -213,7 +218,7 @@ class PlannedRun:
         """The job to plan for: average needs, and at most what the workload has room for."""
         longest, prompt_len = self.workload.max_seq_len, self.workload.max_prompt_len
         max_tokens = max(longest - prompt_len, 1)
-        return replace(job_of(requests), prompt_len=prompt_len, max_tokens=max_tokens)
+        return replace(planned_job(requests), prompt_len=prompt_len, max_tokens=max_tokens)
 
     def _stages(self, policies: StagePolicies | None, budgets: list[Budget]) -> list[StagePlan]:
         return plan_stages(
@@ -231,7 +236,7 @@ class PlannedRun:
         return StageDevice(rates, budget, f"stage {number}", hardware.core_shares)
 
 
-def job_of(requests: Sequence[Request]) -> PlannedJob:
+def planned_job(requests: Sequence[Request]) -> PlannedJob:
     """What they need at most, and on average."""
     prompts = [len(request.prompt_token_ids) for request in requests]
     longest = max(request.max_seq_len for request in requests)

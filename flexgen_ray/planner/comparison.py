@@ -27,7 +27,7 @@ from flexgen_ray.planner.pipeline_plan import (
     Rates,
     StageDevice,
 )
-from flexgen_ray.planner.search import Infeasible, Planner, choose
+from flexgen_ray.planner.search import Infeasible, Planner, find_best_plan
 from flexgen_ray.units import parse_bytes
 
 MAX_MACHINES = 1024
@@ -168,7 +168,7 @@ def compare(
     before it is made, with about its tokens/s. Raises Infeasible if the job can't be done on these
     machines at all."""
     devices = devices_of(nodes, config, dtype, search.base.cache_bits)
-    plan = choose(
+    plan = find_best_plan(
         Planner(config, devices, job, dtype, search),
         lambda sketch: estimate(job.mean_tokens / sketch.seconds_per_sequence),
     )
@@ -220,7 +220,7 @@ def _try(
     search: SearchSpace,
 ) -> Alternative:
     try:
-        plan = choose(Planner(config, devices, job, dtype, search))
+        plan = find_best_plan(Planner(config, devices, job, dtype, search))
     except Infeasible as error:
         return Alternative(name, None, str(error))
     return Alternative(name, plan.tokens_per_s)

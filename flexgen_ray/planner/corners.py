@@ -98,7 +98,7 @@ class Corners:
         return [base if _is_base(share) else self._at(share) for share in SHARES]
 
     def _at(self, share: Share) -> dict[Quantity, tuple[float, float]]:
-        policy = corner(self.plan.policy, share)
+        policy = corner_policy(self.plan.policy, share)
         needs = [_bytes(_small(self.plan, layers, policy)) for layers in (1, 2)]
         found: dict[Quantity, tuple[float, float]] = {}
         for tier in TIERS:
@@ -133,7 +133,7 @@ def _with_batches(plan: StagePlan, batches: int) -> StagePlan:
     return replace(plan, policy=replace(plan.policy, num_gpu_batches=batches))
 
 
-def corner(policy: Policy, share: Share) -> Policy:
+def corner_policy(policy: Policy, share: Share) -> Policy:
     """All of the share's group where it says, the other groups on the device."""
     place = {"attended": "cpu", "streamed": "cpu"}.get(share.where, share.where)
     weights, cache, activations = (_ON[place if it == share.what else "gpu"] for it in GROUPS)

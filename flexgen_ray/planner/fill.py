@@ -17,7 +17,7 @@ TILES = (2048, 512, 128)
 BISECTIONS = 7  # a fraction is settled to within 1 %
 
 
-def default_policies(plans: list[StagePlan], budgets: list[Budget]) -> list[Policy]:
+def fill_tiers(plans: list[StagePlan], budgets: list[Budget]) -> list[Policy]:
     """Of a pipeline's stages: the largest block that leaves little on disk, the same for all; of
     the others the one that leaves least.
 
@@ -84,10 +84,10 @@ def _fill(plans: list[StagePlan], budgets: list[Budget]) -> list[StagePlan]:
     whole = [_with(plan, weights=device, cache=device, activations=device) for plan in plans]
     if all(map(_fits, whole, budgets)):
         return whole
-    return list(map(fill, map(_in_two_batches, plans), budgets))
+    return list(map(fill_stage, map(_in_two_batches, plans), budgets))
 
 
-def fill(plan: StagePlan, budget: Budget) -> StagePlan:
+def fill_stage(plan: StagePlan, budget: Budget) -> StagePlan:
     """As much on the faster tiers as fits: weights first, then the cache."""
     plan = _barest(plan, budget)
     plan = _lift(plan, "weights", "disk", "gpu", budget)

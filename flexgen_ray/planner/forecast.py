@@ -59,7 +59,7 @@ class Forecast:
         )
 
 
-def unknown(machine: Machine, dtype: str, is_planned: bool) -> str:
+def explain_no_forecast(machine: Machine, dtype: str, is_planned: bool) -> str:
     """A line for a machine without rates; is_planned: no policy was given."""
     has = (
         f"{machine.host} has rates, but none for {dtype}"
@@ -71,7 +71,7 @@ def unknown(machine: Machine, dtype: str, is_planned: bool) -> str:
     return f"no prediction: {has}{filled}; {remedy}"
 
 
-def suggestion(lossless: Forecast, packed: Forecast) -> str | None:
+def suggest_compression(lossless: Forecast, packed: Forecast) -> str | None:
     """A line about 4-bit weights and cache, if they are much faster."""
     ratio = lossless.seconds / packed.seconds
     if ratio < WORTH_SAYING:

@@ -23,7 +23,7 @@ class SearchSpace:
     """What may be chosen. base: has what may not, such as the bits of weights and cache; layers:
     of each stage, if they are settled; max_seconds: that a block may take; shares, overlaps: as in
     lp.Aim; extra_blocks: in flight beyond the number of stages; cells: of a visit, as many are
-    played (`Planner.played`)."""
+    played (`Planner.simulate`)."""
 
     base: Policy = Policy()
     batch_sizes: tuple[int, ...] = BATCH_SIZES

@@ -36,10 +36,10 @@ from flexgen_ray.units import format_bytes
 
 # A linear function of the variables: a coefficient for each, and a constant at the end.
 Linear = np.ndarray
-Row = tuple[Linear, float, float]  # that lies between these two
+Constraint = tuple[Linear, float, float]  # that lies between these two
 
 
-def minimise(aim: Linear, rows: list[Row], low: Linear, high: Linear) -> Linear | None:
+def minimise(aim: Linear, rows: list[Constraint], low: Linear, high: Linear) -> Linear | None:
     """The variables' values, each between its `low` and `high`, where `aim` is least, and a one for
     the constant; None if no values satisfy all rows."""
     matrix = np.array([row for row, _, _ in rows])
@@ -79,7 +79,7 @@ def _solver() -> highspy.Highs:
     return solver
 
 
-def over_budgets(devices: Sequence[StageDevice], stages: list[StagePlan]) -> list[dict[str, int]]:
+def excess_bytes(devices: Sequence[StageDevice], stages: list[StagePlan]) -> list[dict[str, int]]:
     """{tier: bytes beyond the budget} of each stage; of the host's tiers, those of its node."""
     needs = [totals(stage_bytes(stage)) for stage in stages]
     found = []
@@ -94,20 +94,20 @@ def over_budgets(devices: Sequence[StageDevice], stages: list[StagePlan]) -> lis
     return found
 
 
-def less(budget: Budget, over: dict[str, int]) -> Budget:
+def tighten_budget(budget: Budget, over: dict[str, int]) -> Budget:
     """By what was too much, and a little more, for a row or a tensor is a step."""
     cuts = {tier: nbytes + getattr(budget, tier) // 256 for tier, nbytes in over.items()}
     left = {tier: getattr(budget, tier) - cuts.get(tier, 0) for tier in TIERS}
     return Budget(**{tier: max(nbytes, 0) for tier, nbytes in left.items()})
 
 
-def add_one_batch(seconds: list[dict[str, float]], num_blocks: int) -> None:
+def add_batch_latency(seconds: list[dict[str, float]], num_blocks: int) -> None:
     """A batch's way through all stages, in one phase, by the blocks under way meanwhile."""
     ways = [sum(stage.pop(way, 0.0) for stage in seconds) for way in WAYS]
     seconds[-1][ONE_BATCH] = max(ways) / num_blocks
 
 
-def add_shared(
+def add_shared_seconds(
     devices: Sequence[StageDevice], seconds: list[dict[str, float]], overlaps: bool
 ) -> None:
     """Add the seconds of what a stage's lanes, or a node's stages, share in one phase.
@@ -189,12 +189,12 @@ def solve(stages: list[StageProblem], num_layers: int, aim: Objective) -> Soluti
     return _Program(stages, num_layers, aim).solve()
 
 
-def what_lacks(stages: list[StageProblem], num_layers: int, aim: Objective) -> str:
+def explain_infeasible(stages: list[StageProblem], num_layers: int, aim: Objective) -> str:
     """The budget that lacks most for the smallest need there is, and by how much."""
-    return _Program(stages, num_layers, aim).what_lacks()
+    return _Program(stages, num_layers, aim).explain_infeasible()
 
 
-def whole(layers: list[float], total: int) -> tuple[int, ...]:
+def round_layers(layers: list[float], total: int) -> tuple[int, ...]:
     """Whole numbers of layers, one at least, that sum to the total; the largest remainders up."""
     counts = [max(int(it + 1e-6), 1) for it in layers]
     while sum(counts) != total:
@@ -208,7 +208,7 @@ class _Program:
     """The variables and constraints of the linear program.
 
     Variables: the seconds of each phase's visit; then each stage's shares and its layers; at the
-    end, for `what_lacks`, what each budget lacks.
+    end, for `explain_infeasible`, what each budget lacks.
     """
 
     def __init__(self, stages: list[StageProblem], num_layers: int, aim: Objective) -> None:
@@ -240,7 +240,7 @@ class _Program:
             [float(self._layers(number) @ found) for number, _ in enumerate(self._stages)],
         )
 
-    def what_lacks(self) -> str:
+    def explain_infeasible(self) -> str:
         """The least by which budgets would have to grow, whatever the time."""
         budgets = list(self._over_budgets())
         slacks = [self._variable(self._placed + it) for it, _ in enumerate(budgets)]
@@ -293,7 +293,7 @@ class _Program:
     def _layers(self, stage: int) -> Linear:
         return self._variable(self._at(stage, len(self._aim.shares)))
 
-    def _of_placement(self) -> Iterator[Row]:
+    def _of_placement(self) -> Iterator[Constraint]:
         """Every layer has its weights, cache and hidden states somewhere."""
         for number, _ in enumerate(self._stages):
             for what in GROUPS:

@@ -11,7 +11,7 @@ from flexgen_ray.runtime.events import Recovery
 from flexgen_ray.runtime.worker import Machine
 
 
-class OtherMachines:
+class HardwareFileBackend:
     """A backend of one such machine a stage, which only knows what it would be."""
 
     uses_nccl = False

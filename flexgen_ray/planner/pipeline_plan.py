@@ -17,7 +17,7 @@ from flexgen_ray.models.config import ModelConfig
 
 # Among the seconds, where no lane and no resource is: what playing the ops gave, and a batch's way
 # through all stages, on which its ops wait for each other.
-PLAYED = "the schedule"
+SCHEDULE = "the schedule"
 ONE_BATCH = "one batch"
 Rates = Callable[[int, int], HardwareSpec]
 
@@ -111,7 +111,7 @@ class PipelinePlan:
     def bound_seconds(self, phase: str) -> float:
         """Seconds that a visit takes on the slowest stage's busiest lane."""
         stages = (stage[phase].items() for stage in self.seconds)
-        return max(it for seconds in stages for name, it in seconds if name != PLAYED)
+        return max(it for seconds in stages for name, it in seconds if name != SCHEDULE)
 
     def visit_seconds(self, phase: str) -> float:
         """Of the slowest stage's busiest lane, or as the schedule was played."""
@@ -124,7 +124,7 @@ class PipelinePlan:
             (i, name)
             for i, stage in enumerate(self.seconds)
             for name in stage["decode"]
-            if name not in (PLAYED, ONE_BATCH)
+            if name not in (SCHEDULE, ONE_BATCH)
         )
         return max(names, key=lambda it: self._block_seconds(*it))
 

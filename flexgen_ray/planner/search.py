@@ -27,15 +27,15 @@ from flexgen_ray.planner.lp import (
     Objective,
     Solution,
     StageProblem,
-    add_one_batch,
-    add_shared,
-    less,
-    over_budgets,
+    add_batch_latency,
+    add_shared_seconds,
+    excess_bytes,
+    explain_infeasible,
+    round_layers,
     solve,
-    what_lacks,
-    whole,
+    tighten_budget,
 )
-from flexgen_ray.planner.pipeline_plan import PLAYED, PipelinePlan, PlannedJob, StageDevice
+from flexgen_ray.planner.pipeline_plan import SCHEDULE, PipelinePlan, PlannedJob, StageDevice
 from flexgen_ray.schedule.zigzag import StageLayers
 
 ROW_BY_ROW = (*(Share("weights", where) for where in GROUPS["weights"]), *ON_DEVICE[1:])
@@ -50,16 +50,16 @@ class Point:
     sequences: int
 
 
-def frontiers(planner: Planner) -> dict[str, list[Point]]:
+def find_frontiers(planner: Planner) -> dict[str, list[Point]]:
     """{schedule: its points, each the fastest within its latency, the quickest first}."""
     rows = replace(planner.search, batches=(1,), shares=ROW_BY_ROW, extra_blocks=(0,))
     return {
-        "zig-zag": _best(_points(planner.sketches(), planner)),
-        "row by row": _best(_points(replace(planner, search=rows).sketches(), planner)),
+        "zig-zag": _best(_points(planner.all_candidates(), planner)),
+        "row by row": _best(_points(replace(planner, search=rows).all_candidates(), planner)),
     }
 
 
-def at_latency(points: list[Point], seconds: float) -> float:
+def throughput_within(points: list[Point], seconds: float) -> float:
     """Tokens/s within a latency; 0 if nothing is as quick."""
     return max((point.tokens_per_s for point in points if point.seconds <= seconds), default=0.0)
 
@@ -107,13 +107,13 @@ class Candidate:
 OnEstimate = Callable[[Candidate], None]
 
 
-def choose(planner: Planner, on_estimate: OnEstimate = lambda sketch: None) -> PipelinePlan:
+def find_best_plan(planner: Planner, on_estimate: OnEstimate = lambda sketch: None) -> PipelinePlan:
     """The best of the grid's most promising plans, played if their lanes overlap.
 
     on_estimate: called early with the best of a few shapes, about as fast as the plan will be.
     Raises Infeasible with what the smallest block lacks if nothing fits.
     """
-    sketches = planner.promising(on_estimate)
+    sketches = planner.promising_candidates(on_estimate)
     planned = filter(None, (planner.plan(sketch.shape) for sketch in sketches))
     plans = sorted(islice(planned, PLANNED), key=_rate)
     if not plans:
@@ -121,10 +121,10 @@ def choose(planner: Planner, on_estimate: OnEstimate = lambda sketch: None) -> P
     best = plans.pop()
     if not planner.search.overlaps:
         return best
-    best, left = planner.played(best, planner.search.cells), FINALISTS - 1
+    best, left = planner.simulate(best, planner.search.cells), FINALISTS - 1
     # None is played faster than it is planned.
     while plans and left and _rate(plans[-1]) > WORTH_PLAYING * _rate(best):
-        best = max(best, planner.played(plans.pop(), planner.search.cells), key=_rate)
+        best = max(best, planner.simulate(plans.pop(), planner.search.cells), key=_rate)
         left -= 1
     return best
 
@@ -160,7 +160,9 @@ class Planner:
                 "layers; use fewer"
             )
 
-    def promising(self, on_estimate: OnEstimate = lambda sketch: None) -> list[Candidate]:
+    def promising_candidates(
+        self, on_estimate: OnEstimate = lambda sketch: None
+    ) -> list[Candidate]:
         """The fastest first: of a coarse grid, around its best as long as that finds better, and of
         the best with every size of tile. on_estimate: called with the best of the first few."""
         grid = self._grid
@@ -181,7 +183,7 @@ class Planner:
         found = _fastest(found, self._sketched(grid.with_larger_tiles(best)))
         return found or self._sketched(grid.smallest())
 
-    def sketches(self) -> list[Candidate]:
+    def all_candidates(self) -> list[Candidate]:
         """Of the whole grid; slower."""
         return self._sketched(self._grid.all())
 
@@ -194,14 +196,16 @@ class Planner:
             if solution is None:
                 return None
             if layers is None:
-                layers = whole(solution.layers, self.config.num_layers)
+                layers = round_layers(solution.layers, self.config.num_layers)
                 continue
             policies = map(policy_of, [shape] * len(layers), layers, solution.shares)
             plan = self.evaluate(layers, list(policies))
-            over = over_budgets(self.devices, plan.stages)
+            over = excess_bytes(self.devices, plan.stages)
             if not any(over):
                 return plan
-            budgets = [less(budget, more) for budget, more in zip(budgets, over, strict=True)]
+            budgets = [
+                tighten_budget(budget, more) for budget, more in zip(budgets, over, strict=True)
+            ]
         return None
 
     def evaluate(self, layers: tuple[int, ...], policies: list[Policy]) -> PipelinePlan:
@@ -219,11 +223,11 @@ class Planner:
         for phase in PHASES:
             own = [stage[phase] for stage in seconds]
             if self.search.overlaps:
-                add_one_batch(own, stages[0].num_blocks)
-            add_shared(self.devices, own, self.search.overlaps)
+                add_batch_latency(own, stages[0].num_blocks)
+            add_shared_seconds(self.devices, own, self.search.overlaps)
         return PipelinePlan(self.job, stages, seconds, self._prefill_visits(stages[0]))
 
-    def played(self, plan: PipelinePlan, cells: int | None = None) -> PipelinePlan:
+    def simulate(self, plan: PipelinePlan, cells: int | None = None) -> PipelinePlan:
         """The plan with the seconds that the schedule makes of it, where that is slower. cells: of
         a visit of all blocks, layers and batches; about as many are played, all if None, and the
         others taken to be slowed as much."""
@@ -240,7 +244,7 @@ class Planner:
             visit = simulate_pipeline(part.stages, rates, rows[phase], cores)
             if part is not plan:
                 visit *= plan.bound_seconds(phase) / part.bound_seconds(phase)
-            seconds[-1][phase][PLAYED] = visit
+            seconds[-1][phase][SCHEDULE] = visit
         return replace(plan, seconds=seconds)
 
     def _part(self, plan: PipelinePlan, cells: int | None) -> PipelinePlan:
@@ -271,7 +275,9 @@ class Planner:
         )
         if self._sketch(smallest) is None:
             problems = self._problems(smallest, self._budgets, self._settled_layers)
-            return Infeasible(what_lacks(problems, self.config.num_layers, self._aim(smallest)))
+            return Infeasible(
+                explain_infeasible(problems, self.config.num_layers, self._aim(smallest))
+            )
         return Infeasible("no placement fits in whole tensors and rows; raise the budgets")
 
     @property

@@ -14,7 +14,7 @@ from flexgen_ray.files.text import read_yaml
 from flexgen_ray.layout.plan import StagePlan
 from flexgen_ray.layout.sizes import check_budgets
 from flexgen_ray.models.config import ModelConfig
-from flexgen_ray.planner.fill import default_policies
+from flexgen_ray.planner.fill import fill_tiers
 from flexgen_ray.schedule.zigzag import StageLayers
 
 AUTO = "auto"  # in place of a file: as if no policy were given
@@ -47,7 +47,7 @@ class StagePolicies:
         policies = tuple(policy.compressed(**lossy) for policy in self.policies)
         return replace(self, policies=policies)
 
-    def completed(self, **bits: int | None) -> StagePolicies:
+    def with_default_bits(self, **bits: int | None) -> StagePolicies:
         """Each policy with these for the bits that it doesn't give."""
 
         def complete(policy: Policy) -> Policy:
@@ -56,7 +56,7 @@ class StagePolicies:
 
         return replace(self, policies=tuple(map(complete, self.policies)))
 
-    def of(self, num_stages: int) -> list[Policy]:
+    def for_stages(self, num_stages: int) -> list[Policy]:
         """A policy a stage; ValueError if the file is for another number of stages."""
         if len(self.policies) not in (1, num_stages):
             raise ValueError(
@@ -73,7 +73,7 @@ class StagePolicies:
         return [replace(policy, blocks_in_flight=blocks) for policy in found]
 
     @staticmethod
-    def given(policy: Policy | StagePolicies | str | Path | None) -> StagePolicies | None:
+    def parse(policy: Policy | StagePolicies | str | Path | None) -> StagePolicies | None:
         """What a user may give: one policy for every stage, several, a file of either, or auto."""
         if str(policy) == AUTO:
             return None
@@ -130,11 +130,13 @@ def plan_stages(
     Raises ValueError, naming the stage, for what doesn't fit.
     """
     count = len(budgets)
-    counts = policies.layers if policies and policies.layers else even_layers(config, count)
+    counts = policies.layers if policies and policies.layers else split_layers_evenly(config, count)
     stages = StageLayers.split(config.num_layers, counts)
     if len(stages) != count:
         raise ValueError(f"the policy's layers are for {len(stages)} stages, but there are {count}")
-    given = policies.of(count) if policies else [replace(base, blocks_in_flight=count)] * count
+    given = (
+        policies.for_stages(count) if policies else [replace(base, blocks_in_flight=count)] * count
+    )
     plans = [
         StagePlan(
             config,
@@ -149,13 +151,13 @@ def plan_stages(
         for stage, policy in zip(stages, given, strict=True)
     ]
     if policies is None:
-        filled = default_policies(plans, budgets)
+        filled = fill_tiers(plans, budgets)
         plans = [replace(plan, policy=policy) for plan, policy in zip(plans, filled, strict=True)]
     check_budgets(plans, budgets)
     return plans
 
 
-def even_layers(config: ModelConfig, num_stages: int) -> Sequence[int]:
+def split_layers_evenly(config: ModelConfig, num_stages: int) -> Sequence[int]:
     """As alike as can be, the first with one more; ValueError if there are too few layers."""
     if num_stages > config.num_layers:
         raise ValueError(

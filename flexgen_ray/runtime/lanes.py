@@ -23,7 +23,7 @@ from functools import partial
 
 import torch
 
-from flexgen_ray.hardware.host import release_team
+from flexgen_ray.hardware.host import release_openmp_team
 from flexgen_ray.runtime.meter import Meter, Timing
 from flexgen_ray.schedule.ops import EXCHANGE, LANE, Lane, Op
 
@@ -249,7 +249,7 @@ class Lanes:
         sys.setswitchinterval(SWITCH_INTERVAL)
         # Nor for a garbage collection that looks at all that was ever imported.
         gc.freeze()
-        release_team()
+        release_openmp_team()
         for post in self._posts:
             name = f"lane {'+'.join(post.crew.lanes)}"
             post.thread = threading.Thread(target=self._work, args=(post,), name=name)

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from flexgen_ray.config import Budget, HardwareSpec
-from flexgen_ray.hardware import host as malloc
+from flexgen_ray.hardware.host import tune_malloc_for_loading, tune_malloc_for_ops
 from flexgen_ray.kernels.host_kernel import Kernel, Shape, choose, load, ready, takes_torch_threads
 from flexgen_ray.layout.moves import Moves
 from flexgen_ray.layout.plan import StagePlan
@@ -103,9 +103,9 @@ class Stage:
         try:
             self.tiers.gpu.book("workspace", workspace_bytes(plan))
             self.tiers.cpu.book("workspace", host_workspace_bytes(plan))
-            malloc.for_loading()
+            tune_malloc_for_loading()
             weights = WeightStore(plan, _weight_source(spec), self.tiers, tell)
-            malloc.for_ops()
+            tune_malloc_for_ops()
             self.batcher = Scheduler(
                 plan.policy.gpu_batch_size,
                 plan.num_batches,

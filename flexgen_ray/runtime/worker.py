@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 
 from flexgen_ray.config import DEVICES, HardwareSpec, is_device
-from flexgen_ray.hardware.host import free_memory, own_threads, release_team
-from flexgen_ray.hardware.known import ASSUMED, CALIBRATED, assumed, calibrated
+from flexgen_ray.hardware.host import default_threads, free_memory, release_openmp_team
+from flexgen_ray.hardware.known import ASSUMED, CALIBRATED, assume_from_preset, load_calibrated
 from flexgen_ray.hardware.measure import measure_rates
 from flexgen_ray.hardware.rates import MemorySizes
 from flexgen_ray.hardware.spec import Hardware
@@ -58,13 +58,13 @@ class Machine:
 
 
 class Worker:
-    """One stage in this process. threads: see own_threads for None."""
+    """One stage in this process. threads: default_threads(), if None."""
 
     def __init__(self, threads: int | None = None) -> None:
         self.stage: Stage | None = None
         self._added: list[Request] = []
         self._loading = Progress()
-        self._num_threads = threads or own_threads(os.environ)
+        self._num_threads = threads or default_threads(os.environ)
         torch.set_num_threads(self._num_threads)
 
     def probe(self, device: str, offload_dir: str, with_rates: bool = True) -> Machine:
@@ -112,7 +112,7 @@ class Worker:
         self._tokenizer = Tokenizer(spec.model) if spec.model else None
         find_stop = StopStrings(self._tokenizer).newest if self._tokenizer else None
         self.stage = Stage(spec, find_stop, tell)
-        release_team()
+        release_openmp_team()
 
     def loading(self) -> Progress:
         """How much of its weights the stage has loaded; from any thread."""
@@ -199,12 +199,12 @@ def find_device(name: str) -> torch.device:
 def with_known_rates(machine: Machine, offload_dir: Path) -> Machine:
     """With the node's calibrated rates, or those of the preset for its GPU, if there are any."""
     uses_cuda = machine.on_cuda
-    if hardware := calibrated(uses_cuda):
+    if hardware := load_calibrated(uses_cuda):
         return replace(machine, hardware=hardware)
     if not uses_cuda:
         return machine
     sizes = MemorySizes(machine.gpu_bytes, machine.cpu_bytes, max(machine.disk_bytes, 1))
-    hardware = assumed(machine.device_name, sizes, machine.num_threads, offload_dir)
+    hardware = assume_from_preset(machine.device_name, sizes, machine.num_threads, offload_dir)
     return replace(machine, hardware=hardware, rates_are=ASSUMED)
 
 
