@@ -240,8 +240,8 @@ def test_every_node_of_a_launched_cluster_asks_for_the_token(name):
     assert any("export RAY_AUTH_MODE=token" in each for each in config["initialization_commands"])
 
 
-def test_the_readme_gives_commands_that_ray_has():
-    text = (CLUSTER / "README.md").read_text(encoding="utf-8").replace("\\\n", "")
+def test_the_documentation_gives_commands_that_ray_has():
+    text = (ROOT / "docs/clusters.md").read_text(encoding="utf-8").replace("\\\n", "")
     lines = [line for line in text.splitlines() if line.startswith("ray ")]
     assert len(lines) > 9
     for line in lines:
