@@ -19,7 +19,7 @@ from benchmarks.command import run_as_command
 from benchmarks.rounding import PEERS, peer_perplexity
 from flexgen_ray.cli.options import JsonOption, PlotOption
 from flexgen_ray.evaluation.perplexity import measure
-from flexgen_ray.files import text as text_files
+from flexgen_ray.files import text_files
 from flexgen_ray.llm import LLM
 from flexgen_ray.paths import find_model
 from flexgen_ray.reporting.result import finish

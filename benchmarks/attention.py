@@ -31,7 +31,7 @@ import typer
 from benchmarks.command import run_as_command
 from flexgen_ray.cli.options import JsonOption
 from flexgen_ray.files.json_text import to_json
-from flexgen_ray.files.output import write_text
+from flexgen_ray.files.output_files import write_text
 from flexgen_ray.reporting.terminal import display, say
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from flexgen_ray.cli.options import JsonOption
 from flexgen_ray.cli.quantize import packed_copy
 from flexgen_ray.config import Policy
 from flexgen_ray.llm import LLM
-from flexgen_ray.models.configs import load_config
+from flexgen_ray.models.config_files import load_config
 from flexgen_ray.paths import find_model
 from flexgen_ray.reporting.result import finish
 from flexgen_ray.request import SamplingParams

@@ -20,7 +20,7 @@ from flexgen_ray.config import kept_tokens
 from flexgen_ray.evaluation.perplexity import windows
 from flexgen_ray.kernels import pack_plain as plain
 from flexgen_ray.kernels.pack_search import TURNS, WIDTHS
-from flexgen_ray.models.configs import load_config
+from flexgen_ray.models.config_files import load_config
 from flexgen_ray.models.registry import FAMILIES
 from flexgen_ray.quant.formats import WeightFormat
 from flexgen_ray.quant.packing import GROUP, packed_bytes

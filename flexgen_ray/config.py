@@ -12,7 +12,7 @@ from math import ceil
 from numbers import Real
 from pathlib import Path
 
-from flexgen_ray.files.text import read_yaml
+from flexgen_ray.files.text_files import read_yaml
 from flexgen_ray.names import explains_unknown, unknown_name
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}

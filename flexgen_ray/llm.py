@@ -32,7 +32,7 @@ from flexgen_ray.engine.prompts import (
 from flexgen_ray.hardware.spec import Hardware
 from flexgen_ray.models.checkpoint import checkpoint_config
 from flexgen_ray.models.config import ModelConfig
-from flexgen_ray.models.configs import load_config, model_defaults
+from flexgen_ray.models.config_files import load_config, load_sampling_defaults
 from flexgen_ray.models.shapes import shape_config
 from flexgen_ray.names import explains_call, explains_unknown
 from flexgen_ray.paths import default_offload_dir, find_description, find_model
@@ -169,7 +169,7 @@ class LLM(Engine):
         if dry_run and not tokenizer.exists:
             tokenizer = GuessedTokenizer(self.model, config.vocab_size)
         self._stops = StopStrings(tokenizer)
-        config = config.ended_by(tokenizer.eos_token_id)
+        config = config.with_end_tokens(tokenizer.eos_token_id)
         super().__init__(config, tokenizer, settings, on_progress)
 
     @explains_call("generate", ELSEWHERE_IN_CALLS)
@@ -223,7 +223,9 @@ class LLM(Engine):
         options = ChatOptions(tools, add_generation_prompt, continue_final_message, variables)
 
         def request(index: int, chat: object, params: SamplingParams) -> Request:
-            return self.request(index, self.tokenizer.chat(parse_messages(chat), options), params)
+            return self.request(
+                index, self.tokenizer.encode_chat(parse_messages(chat), options), params
+            )
 
         chats = several_chats(messages)
         with self._shown(use_tqdm):
@@ -274,7 +276,9 @@ class LLM(Engine):
 
     def _default_params(self, **unless: Any) -> SamplingParams:
         """unless: values of parameters that the model doesn't set."""
-        return SamplingParams(**unless | ({} if self._is_dummy else model_defaults(self.model)))
+        return SamplingParams(
+            **unless | ({} if self._is_dummy else load_sampling_defaults(self.model))
+        )
 
     def get_tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer, transformers' own. ValueError if the folder has none."""

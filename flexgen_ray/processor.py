@@ -77,7 +77,7 @@ def _logprobs(
     """
     if top is None:
         return None
-    texts = tokenizer.names(token_ids, first) if tokenizer.exists else [None] * len(token_ids)
+    texts = tokenizer.token_texts(token_ids, first) if tokenizer.exists else [None] * len(token_ids)
     described: list[Logprobs | None] = []
     for place, (score, text) in enumerate(zip(scores[first:], texts, strict=False), start=first):
         names: dict[int, str] = {}

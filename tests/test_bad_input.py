@@ -24,7 +24,7 @@ from transformers import AutoTokenizer
 from flexgen_ray.cli.main import app
 from flexgen_ray.hardware.spec import Hardware
 from flexgen_ray.models.checkpoint import Checkpoint
-from flexgen_ray.models.configs import load_config, model_defaults
+from flexgen_ray.models.config_files import load_config, load_sampling_defaults
 from flexgen_ray.paths import hardware_file
 from flexgen_ray.planner.choose import PlanningProblem
 
@@ -286,7 +286,7 @@ def test_the_model_s_own_sampling_counts_where_nobody_says(run_here, files, mode
 
 
 def test_a_generation_config_that_can_t_be_is_named(refused, model):
-    assert model_defaults(model) == {}
+    assert load_sampling_defaults(model) == {}
     generation(model, temperature="hot")
     said = refused()
     assert "generation_config.json: temperature is 'hot'; it must be 0 (greedy) to 2" in said

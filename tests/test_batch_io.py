@@ -13,14 +13,9 @@ from openai.types.chat import ChatCompletion
 from openai.types.shared import ErrorObject
 
 from flexgen_ray.batch import request_fields
-from flexgen_ray.batch.openai_lines import (
-    error_row,
-    read_lines,
-    refusal,
-    response_row,
-    with_columns,
-)
-from flexgen_ray.files.lines import MAX_LINE_BYTES, InputLines
+from flexgen_ray.batch.request_lines import read_lines
+from flexgen_ray.batch.response_lines import error_message, error_row, response_row, with_columns
+from flexgen_ray.files.input_lines import MAX_LINE_BYTES, InputLines
 from flexgen_ray.request import CompletionOutput, RequestOutput, SamplingParams
 
 DEFAULTS = SamplingParams(max_tokens=7, temperature=0.0)
@@ -423,7 +418,7 @@ def test_openai_s_own_types_read_every_answer(text, reason, custom_id):
     plain = response_row(custom_id, "m", answered(text, reason))
     chat = response_row(custom_id, "m", answered(text, reason), is_chat=True)
     for row in (plain, chat):
-        assert row["custom_id"] == custom_id and row["error"] is None and refusal(row) is None
+        assert row["custom_id"] == custom_id and row["error"] is None and error_message(row) is None
         assert row["id"].startswith("batch_req_")
         assert row["response"]["status_code"] == 200 and row["response"]["request_id"]
     completion = Completion.model_validate(plain["response"]["body"], strict=True)
@@ -442,10 +437,12 @@ def test_openai_s_own_types_read_every_refusal(message):
     row = error_row("b", message)
     error = ErrorObject.model_validate(row["response"]["body"]["error"], strict=True)
     assert row["response"]["status_code"] == 400
-    assert error.message == message == refusal(row) and error.type == "invalid_request_error"
+    assert error.message == message == error_message(row) and error.type == "invalid_request_error"
 
 
 def test_refusals_of_other_servers_are_understood():
     body = {"error": {"message": "too long"}}
-    assert refusal({"response": {"status_code": 400, "body": json.dumps(body)}}) == "too long"
-    assert refusal({"response": None, "error": {"code": "x", "message": "expired"}}) == "expired"
+    assert error_message({"response": {"status_code": 400, "body": json.dumps(body)}}) == "too long"
+    assert (
+        error_message({"response": None, "error": {"code": "x", "message": "expired"}}) == "expired"
+    )

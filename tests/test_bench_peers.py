@@ -18,7 +18,7 @@ from flexgen_ray.cli.bench.peers import peers
 from flexgen_ray.cli.bench.random_checkpoints import SHAPES, make_checkpoint
 from flexgen_ray.cli.bench.standings import standings
 from flexgen_ray.cli.bench.work import Run
-from flexgen_ray.models.configs import load_config
+from flexgen_ray.models.config_files import load_config
 
 MAX_TOKENS = 5
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexgen_ray import LLM, SamplingParams
-from flexgen_ray.batch.openai_lines import read_lines
+from flexgen_ray.batch.request_lines import read_lines
 from flexgen_ray.text.chat_template import ChatTemplate
 from flexgen_ray.text.messages import ChatOptions, parse_messages
 from flexgen_ray.text.tokenizer import Tokenizer
@@ -168,7 +168,7 @@ def test_a_model_s_thinking_is_switched_off_from_python_and_from_lines(chat_mode
     bodies = [off, {"reasoning_effort": "none"}, off | {"reasoning_effort": "high"}]
     lines = [json.dumps({"body": {"messages": ASK} | body}).encode() for body in bodies]
     for line in read_lines(lines, GREEDY):
-        assert tokenizer.chat(line.messages, line.chat) == wanted
+        assert tokenizer.encode_chat(line.messages, line.chat) == wanted
 
 
 def test_an_answer_continues_the_final_message(chat_model):

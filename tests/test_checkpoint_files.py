@@ -21,7 +21,7 @@ from flexgen_ray import LLM, Policy, SamplingParams
 from flexgen_ray.cli.quantize import packed_copy
 from flexgen_ray.models.checkpoint import Checkpoint, checkpoint_config
 from flexgen_ray.models.config import ModelConfig
-from flexgen_ray.models.configs import load_config
+from flexgen_ray.models.config_files import load_config
 
 MAX_TOKENS = 8
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -23,7 +23,7 @@ from flexgen_ray import LLM, Placement, Policy, SamplingParams
 from flexgen_ray.cli.main import app
 from flexgen_ray.kernels import pack_plain as plain
 from flexgen_ray.kernels.pack import pack
-from flexgen_ray.models.configs import load_config
+from flexgen_ray.models.config_files import load_config
 from flexgen_ray.planner.stage_policies import StagePolicies
 from flexgen_ray.quant.formats import WeightFormat
 from flexgen_ray.quant.packing import packed_bytes

@@ -13,7 +13,7 @@ from flexgen_ray.cost.ops import CostModel
 from flexgen_ray.cost.resources import Resource
 from flexgen_ray.layout.plan import StagePlan
 from flexgen_ray.layout.rows import Composition, Row, Rows
-from flexgen_ray.models.configs import load_config
+from flexgen_ray.models.config_files import load_config
 from flexgen_ray.schedule.ops import Op, OpKind
 from flexgen_ray.schedule.zigzag import StageLayers
 from flexgen_ray.store.disk import Region

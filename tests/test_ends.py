@@ -14,7 +14,7 @@ from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flexgen_ray import LLM, SamplingParams
-from flexgen_ray.batch.openai_lines import read_lines
+from flexgen_ray.batch.request_lines import read_lines
 from flexgen_ray.processor import generation_request
 
 SPECIAL = "~"

@@ -10,7 +10,7 @@ import tiny
 
 from flexgen_ray.models.checkpoint import Checkpoint
 from flexgen_ray.models.config import ModelConfig
-from flexgen_ray.models.configs import load_config
+from flexgen_ray.models.config_files import load_config
 from flexgen_ray.quant.formats import WeightFormat
 
 

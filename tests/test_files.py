@@ -15,7 +15,7 @@ from test_cli import arguments, files  # noqa: F401 - a fixture
 
 from flexgen_ray.cli.app import is_written
 from flexgen_ray.cli.main import app
-from flexgen_ray.files.output import check_distinct, replacing, write_text
+from flexgen_ray.files.output_files import atomic_write, check_distinct, write_text
 
 READ = {"input", "policy", "data", "workload", "nodes", "prompts", "model"}
 PLACES = {"offload_dir"}
@@ -132,7 +132,7 @@ def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path, before):
     if before is not None:
         path.write_text(before)
         path.chmod(0o640)
-    with pytest.raises(RuntimeError), replacing(path) as file:
+    with pytest.raises(RuntimeError), atomic_write(path) as file:
         file.write("half")
         file.flush()
         raise RuntimeError

@@ -108,7 +108,7 @@ def test_what_a_planner_computes_with_loads_neither_torch_nor_ray():
     modules = [f"flexgen_ray.{path.parent.name}.{path.stem}" for path in MODULES
                if path.parent.name in ("cost", "schedule", "layout", "quant")]  # fmt: skip
     modules += [f"flexgen_ray.planner.{name}" for name in ("search", "lp", "corners", "fill")]
-    modules += ["flexgen_ray.hardware.spec", "flexgen_ray.models.configs"]
+    modules += ["flexgen_ray.hardware.spec", "flexgen_ray.models.config_files"]
     modules = [name.removesuffix(".__init__") for name in modules]
     script = "import sys\n" + "".join(f"import {name}\n" for name in modules)
     script += "assert not {'torch', 'ray'} & set(sys.modules)"

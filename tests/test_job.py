@@ -16,7 +16,7 @@ from openai.types.chat import ChatCompletion
 from flexgen_ray import LLM, Policy, SamplingParams
 from flexgen_ray.batch.job import read_job, run_job
 from flexgen_ray.batch.journal import Journal
-from flexgen_ray.files.text import check_encoding
+from flexgen_ray.files.text_files import check_encoding
 from flexgen_ray.runtime.events import Progress
 
 DEFAULTS = SamplingParams(max_tokens=6, temperature=1.0)

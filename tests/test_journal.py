@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexgen_ray.batch.journal import Journal
-from flexgen_ray.batch.openai_lines import error_row
+from flexgen_ray.batch.response_lines import error_row
 
 FACTS = {"model": "m", "seed": 0}
 IDS = [f"id-{number}" for number in range(6)]
@@ -275,8 +275,8 @@ def test_refusals_are_counted_over_all_runs(tmp_path):
             journal.check(FACTS, IDS)
             journal.begin()
             journal.append(error_row(custom_id, f"{custom_id} is bad"))
-            assert journal.num_refusals == count
-            assert journal.first_refusal == ("id-0", "id-0 is bad")
+            assert journal.num_errors == count
+            assert journal.first_error == ("id-0", "id-0 is bad")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

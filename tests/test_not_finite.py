@@ -20,7 +20,7 @@ from test_stages import pipelines
 from transformers import AutoModelForCausalLM
 
 from flexgen_ray import LLM, Placement, Policy, SamplingParams
-from flexgen_ray.evaluation.run import answers
+from flexgen_ray.evaluation.run import run_requests
 from flexgen_ray.files.json_text import to_json
 from flexgen_ray.kernels import host_kernel
 from flexgen_ray.kernels.pack import pack, unpack
@@ -260,7 +260,7 @@ def test_an_evaluation_ends_with_the_reason(poisoned):
             llm.score_request(1, [5, 3, 9], 1),
         ]
         with pytest.raises(ValueError, match="text 1 can.t be scored: .* not finite"):
-            answers(llm, requests)
+            run_requests(llm, requests)
 
 
 VALUES = [float("nan"), float("inf"), -float("inf")]

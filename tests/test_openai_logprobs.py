@@ -15,7 +15,7 @@ from flexgen_ray import LLM, SamplingParams
 from flexgen_ray.batch.job import read_job, run_job
 from flexgen_ray.batch.journal import Journal
 from flexgen_ray.batch.logprobs import Echo, logprobs_object
-from flexgen_ray.batch.openai_lines import read_lines
+from flexgen_ray.batch.request_lines import read_lines
 from flexgen_ray.request import CompletionOutput, Logprob, RequestOutput
 
 BODIES = {

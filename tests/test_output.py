@@ -21,8 +21,8 @@ from test_journal import FACTS, IDS, fresh, names, read, row
 
 from flexgen_ray.batch.job import fingerprint
 from flexgen_ray.batch.journal import MODEL_FILES, Journal
-from flexgen_ray.batch.openai_lines import error_row, refusal
-from flexgen_ray.files.line_file import OutputLost
+from flexgen_ray.batch.response_lines import error_message, error_row
+from flexgen_ray.files.jsonl_file import OutputLost
 
 DAMAGES = {
     "was removed": lambda path: path.unlink(),
@@ -187,7 +187,7 @@ def test_error_rows_are_replaced_however_often_that_is_killed(
 ):
     path = fresh(tmp_path) / name
     run(path, bad, keep_order)
-    good = {it["custom_id"]: it for it in read(path) if refusal(it) is None}
+    good = {it["custom_id"]: it for it in read(path) if error_message(it) is None}
     for step, retry in kills:
         killed_at(step, path, still_bad, keep_order, retry)
         left = {it["custom_id"]: it for it in read_whole(path)}
@@ -203,7 +203,7 @@ def test_error_rows_are_replaced_however_often_that_is_killed(
     assert in_order == found or not keep_order
     for it in found:
         custom_id = it["custom_id"]
-        is_bad = refusal(it) is not None
+        is_bad = error_message(it) is not None
         assert is_bad == (custom_id in still_bad and custom_id in bad)
         assert is_bad or it == row(custom_id)
     assert names(path.parent) == {name, f"{name}.job.json"}
@@ -340,7 +340,9 @@ def test_texts_without_a_tokenizer_are_the_job_s_fault_and_retried_once_it_is_th
         path.rename(model / path.name)
     done = run_here(*job, "--retry-errors")
     assert done.returncode == 0, done.stderr
-    assert {name for name, it in rows_by_id(files / "out.jsonl").items() if not refusal(it)} == {
+    assert {
+        name for name, it in rows_by_id(files / "out.jsonl").items() if not error_message(it)
+    } == {
         "line-1",
         "line-2",
     }

@@ -21,7 +21,7 @@ from flexgen_ray.kernels.sampling import Penalties, SamplingRow, score
 from flexgen_ray.layout.plan import StagePlan
 from flexgen_ray.layout.rows import Row, Rows, ScoredRow
 from flexgen_ray.layout.sizes import scored_tokens_at_a_time, workspace_bytes
-from flexgen_ray.models.configs import load_config
+from flexgen_ray.models.config_files import load_config
 from flexgen_ray.request import Request, Score
 from flexgen_ray.runtime.ring import Header, SampledTokens
 from flexgen_ray.runtime.scheduler import Scheduler

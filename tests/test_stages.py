@@ -15,7 +15,7 @@ from test_exactness import assert_same, greedy, policies
 
 from flexgen_ray import LLM, Placement, Policy, SamplingParams
 from flexgen_ray.config import Budget, Workload
-from flexgen_ray.models.configs import load_config
+from flexgen_ray.models.config_files import load_config
 from flexgen_ray.planner.stage_policies import StagePolicies, plan_stages
 from flexgen_ray.runtime.lanes import timed
 from flexgen_ray.runtime.ring import ChannelClosed, LocalChannel

@@ -13,8 +13,8 @@ from test_cli import arguments, files, rows  # noqa: F401 - a fixture
 
 from flexgen_ray.config import Policy
 from flexgen_ray.evaluation.cloze import _text
-from flexgen_ray.files.lines import open_input
-from flexgen_ray.files.text import MAX_YAML_BYTES, read_lines, read_text, read_yaml
+from flexgen_ray.files.input_lines import open_input
+from flexgen_ray.files.text_files import MAX_YAML_BYTES, read_lines, read_text, read_yaml
 from flexgen_ray.hardware.spec import Hardware
 from flexgen_ray.planner.comparison import read_job, read_nodes
 from flexgen_ray.planner.stage_policies import StagePolicies

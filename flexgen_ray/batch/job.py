@@ -16,23 +16,19 @@ from typing import Any
 
 from flexgen_ray.batch.journal import MODEL_FILES, Journal
 from flexgen_ray.batch.logprobs import Echo
-from flexgen_ray.batch.openai_lines import (
-    MAX_PROMPTS,
+from flexgen_ray.batch.request_lines import MAX_PROMPTS, BatchLine, Prompt, line_error, read_lines
+from flexgen_ray.batch.response_lines import (
     SERVER_ERROR,
-    BatchLine,
-    Prompt,
     error_row,
-    joined,
-    line_error,
-    read_lines,
+    join_rows,
     response_row,
     with_columns,
 )
 from flexgen_ray.config import LOSSY, Policy
-from flexgen_ray.files.lines import open_input
-from flexgen_ray.files.output import check_distinct
+from flexgen_ray.files.input_lines import open_input
+from flexgen_ray.files.output_files import check_distinct
 from flexgen_ray.llm import LLM
-from flexgen_ray.models.configs import model_defaults
+from flexgen_ray.models.config_files import load_sampling_defaults
 from flexgen_ray.planner.stage_policies import StagePolicies
 from flexgen_ray.reporting.progress import counted
 from flexgen_ray.request import DEFAULT_MAX_TOKENS, Request, RequestOutput, SamplingParams
@@ -107,11 +103,11 @@ def read_job(
                 missing.append(line)
         facts = {"input_sha256": lines.sha256(), **asdict(defaults), **facts}
     journal.check(facts, custom_ids, asdict(SamplingParams()))
-    refuse_hopeless(journal.answered, [line.error for line in missing])
+    check_any_answerable(journal.answered, [line.error for line in missing])
     return missing
 
 
-def refuse_hopeless(answered: set[str], errors: list[str | None]) -> None:
+def check_any_answerable(answered: set[str], errors: list[str | None]) -> None:
     """ValueError if no line can be answered, nor has been: the fault is not the lines'.
 
     errors: what is wrong with each line that is to be answered, or None.
@@ -128,7 +124,7 @@ def sampling_defaults(model: Path | None, given: dict[str, Any]) -> SamplingPara
 
     model: None for made-up weights. Without a number of anyone's, max_tokens depends on the line.
     """
-    own = {"max_tokens": None} | ({} if model is None else model_defaults(model))
+    own = {"max_tokens": None} | ({} if model is None else load_sampling_defaults(model))
     return SamplingParams(**own | given)
 
 
@@ -161,7 +157,7 @@ def run_job(llm: LLM, journal: Journal, lines: list[BatchLine]) -> None:
     """
     llm.tokenizer.now = journal.begun_at
     requests, errors = job_requests(llm, lines)
-    refuse_hopeless(journal.answered, [errors.get(line.custom_id) for line in lines])
+    check_any_answerable(journal.answered, [errors.get(line.custom_id) for line in lines])
     for note in length_notes(lines):
         llm.on_progress(Progress(note=note))
     owners = {request.index: (line, place) for request, line, place in requests}
@@ -177,7 +173,7 @@ def run_job(llm: LLM, journal: Journal, lines: list[BatchLine]) -> None:
         rows = pending.setdefault(line.number, {})
         rows[place] = _row(llm, line, place, answer)
         if len(rows) == max(len(line.prompts), 1):
-            row = joined([rows[place] for place in sorted(rows)])
+            row = join_rows([rows[place] for place in sorted(rows)])
             journal.append(with_columns(row, line.columns))
             del pending[line.number]
 
@@ -223,7 +219,7 @@ def _line_requests(llm: LLM, line: BatchLine) -> list[Request]:
         raise ValueError(line.error)
     prompts: Sequence[Prompt] = line.prompts
     if line.messages is not None:
-        prompts = [llm.tokenizer.chat(line.messages, line.chat)]
+        prompts = [llm.tokenizer.encode_chat(line.messages, line.chat)]
     if line.echo:
         llm.tokenizer.load()
     made = []
@@ -261,7 +257,7 @@ def length_notes(lines: list[BatchLine]) -> list[str]:
 def _echo(llm: LLM, asked: Prompt, answer: RequestOutput) -> Echo:
     """The prompt, to come before the answer."""
     prompt, tokenizer = answer.prompt_token_ids, llm.tokenizer
-    (first,) = tokenizer.names(prompt[:1])
+    (first,) = tokenizer.token_texts(prompt[:1])
     if isinstance(asked, str):
         return Echo(asked, first)
     # A character of both is the answer's.

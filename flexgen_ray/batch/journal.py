@@ -22,15 +22,15 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from flexgen_ray.batch.openai_lines import refusal
-from flexgen_ray.files.line_file import LineFile, refuse_others
-from flexgen_ray.files.output import siblings, write_text
+from flexgen_ray.batch.response_lines import error_message
+from flexgen_ray.files.jsonl_file import JsonlFile, refuse_special_files
+from flexgen_ray.files.output_files import sidecar_paths, write_text
 from flexgen_ray.units import format_bytes
 
 MODEL_FILES = "model_files"  # of each file of the model, what tells it from a changed one
 
 
-def compare(
+def compare_facts(
     output: str, old: Mapping, new: Mapping, defaults: Mapping, may_add_files: bool
 ) -> list[str]:
     """Notes for the user on what can't be compared.
@@ -70,11 +70,11 @@ def _compare_files(output: str, old: Any, new: Any, may_add_files: bool) -> None
             )
 
 
-class InOrder:
+class OrderedWriter:
     """Passes rows on to `file` when it is their turn; of those that wait in `waiting`, which a kill
     doesn't lose, memory holds only the places."""
 
-    def __init__(self, file: LineFile, waiting: LineFile) -> None:
+    def __init__(self, file: JsonlFile, waiting: JsonlFile) -> None:
         self._file = file
         self._waiting = waiting
         self._places: dict[str, tuple[int, int]] = {}
@@ -155,19 +155,19 @@ class Journal:
         """
         self.path = path
         self.answered: set[str] = set()
-        self.num_refusals = 0
-        self.first_refusal: tuple[str, str] | None = None
+        self.num_errors = 0
+        self.first_error: tuple[str, str] | None = None
         self.has_begun = False
         self.notes: list[str] = []
         self._retries = retry_errors
         self._facts: dict = {}
         self.begun_at = datetime.now()
         self._custom_ids: list[str] = []
-        self._order: InOrder | None = None
-        for beside in siblings(path):
-            refuse_others(beside)
+        self._order: OrderedWriter | None = None
+        for beside in sidecar_paths(path):
+            refuse_special_files(beside)
         with ExitStack() as stack:
-            self._file = LineFile(path)
+            self._file = JsonlFile(path)
             stack.callback(self._file.close)
             stack.push(self._remove_if_failed)
             found = [it for it in (path, self._waiting_path) if it.is_file() and it.stat().st_size]
@@ -180,7 +180,7 @@ class Journal:
             # Bytes and rows before the first row that is answered again; all, if none is.
             self._kept_bytes, self._num_kept, self._first_dropped = 0, 0, -1
             if keep_order:
-                self._order = InOrder(self._file, self._waiting_file(stack))
+                self._order = OrderedWriter(self._file, self._waiting_file(stack))
             if self._resumes:
                 self._recover()
             self._open_files = stack.pop_all()
@@ -191,7 +191,7 @@ class Journal:
         return self._file.is_file
 
     @property
-    def can_go_on(self) -> bool:
+    def is_partly_answered(self) -> bool:
         """True if another run would find answers to keep, and lines to answer."""
         return self.can_resume and 0 < len(self.answered) < len(self._custom_ids)
 
@@ -212,7 +212,7 @@ class Journal:
             old = self._facts_so_far()
             if "begun_at" in old:
                 self.begun_at = datetime.fromisoformat(old.pop("begun_at"))
-            self.notes = compare(str(self.path), old, facts, defaults or {}, self._retries)
+            self.notes = compare_facts(str(self.path), old, facts, defaults or {}, self._retries)
         self._facts = facts | {"begun_at": self.begun_at.isoformat()}
         if self._file.is_file:
             needed = num_rows * _ROW_BYTES[self.path.suffix == ".gz"]
@@ -228,8 +228,8 @@ class Journal:
     def begin(self) -> None:
         """From now on the file is this job's."""
         self.has_begun = True
-        for beside in siblings(self.path):
-            refuse_others(beside)
+        for beside in sidecar_paths(self.path):
+            refuse_special_files(beside)
         if self._order:
             missing = self._custom_ids[self._num_kept :]
             self._order.begin(self._kept_bytes, missing, self._kept_rows(self._kept_bytes))
@@ -283,13 +283,13 @@ class Journal:
     def _waiting_path(self) -> Path:
         return self.path.with_name(f"{self.path.name}.waiting")
 
-    def _waiting_file(self, stack: ExitStack) -> LineFile:
+    def _waiting_file(self, stack: ExitStack) -> JsonlFile:
         path = self._waiting_path
         if not self._file.is_file:
             # A nameless file is gone when the process is.
             nameless = stack.enter_context(tempfile.TemporaryFile())
             path = Path(f"/proc/self/fd/{nameless.fileno()}")
-        waiting = LineFile(path, is_own=self._file.is_file)
+        waiting = JsonlFile(path, is_own=self._file.is_file)
         stack.callback(waiting.close)
         return waiting
 
@@ -313,7 +313,7 @@ class Journal:
                 self._note(row)
 
     def _is_dropped(self, row: dict) -> bool:
-        return self._retries and refusal(row) is not None
+        return self._retries and error_message(row) is not None
 
     def _kept_rows(self, first: int = 0) -> Iterator[dict]:
         """Rows of the file from this byte on that stay."""
@@ -338,7 +338,7 @@ class Journal:
 
     def _note(self, row: dict) -> None:
         self.answered.add(row["custom_id"])
-        message = refusal(row)
+        message = error_message(row)
         if message is not None:
-            self.num_refusals += 1
-            self.first_refusal = self.first_refusal or (row["custom_id"], message)
+            self.num_errors += 1
+            self.first_error = self.first_error or (row["custom_id"], message)

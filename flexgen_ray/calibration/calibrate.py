@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flexgen_ray.files.output import write_text
+from flexgen_ray.files.output_files import write_text
 from flexgen_ray.hardware.rates import DeviceRates, MemorySizes, NetworkRates
 from flexgen_ray.hardware.spec import Hardware
 from flexgen_ray.units import format_bytes

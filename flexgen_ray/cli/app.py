@@ -18,8 +18,8 @@ from typing import Any
 
 import typer
 
-from flexgen_ray.files.lines import STANDARD
-from flexgen_ray.files.output import check_distinct, check_folders, siblings
+from flexgen_ray.files.input_lines import STANDARD_STREAM
+from flexgen_ray.files.output_files import check_distinct, check_folders, sidecar_paths
 
 _IN_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for a submitted job's own process
 _PACKAGES = re.compile(r"/session_[^/]+/runtime_resources/")
@@ -35,7 +35,7 @@ def check_kept(written: Mapping[str, Path], environment: Mapping[str, str]) -> N
         place = os.path.realpath(path)
         is_package = _PACKAGES.search(place) is not None
         is_relative = _IN_JOB in environment and not path.is_absolute()
-        if path != STANDARD and (is_package or is_relative):
+        if path != STANDARD_STREAM and (is_package or is_relative):
             fate = "Ray deletes after the job" if is_package else "the job was started in by Ray"
             raise ValueError(
                 f"{option} {path} would be {place} on node {socket.gethostname()}, in a folder "
@@ -73,7 +73,7 @@ def _checked(function: Callable[..., None]) -> Callable[..., None]:
             for path in _paths(name, values.get(name)):
                 (written if is_written(parameter) else read)[_option(parameter)] = path
         if "--output" in written and function.__name__ == "generate":
-            beside = siblings(written["--output"])
+            beside = sidecar_paths(written["--output"])
             written |= {f"--output's {path.suffix}": path for path in beside}
         folder = {"--output": values["output"]} if function.__name__ == "quantize" else {}
         check_kept(written | folder, os.environ)

@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from flexgen_ray.batch.job import job_requests, length_notes, line_name, refuse_hopeless
-from flexgen_ray.batch.openai_lines import BatchLine, read_lines
+from flexgen_ray.batch.job import check_any_answerable, job_requests, length_notes, line_name
+from flexgen_ray.batch.request_lines import BatchLine, read_lines
 from flexgen_ray.config import TIERS
-from flexgen_ray.files.lines import STANDARD, open_input
+from flexgen_ray.files.input_lines import STANDARD_STREAM, open_input
 from flexgen_ray.layout.plan import StagePlan
 from flexgen_ray.layout.sizes import stage_bytes, totals
 from flexgen_ray.llm import LLM
@@ -49,7 +49,7 @@ def plan_job(
             llm.check_stops(defaults.stop)
             owned, errors = job_requests(llm, lines)
             requests = [request for request, _, _ in owned]
-            refuse_hopeless(answered, [errors.get(line.custom_id) for line in lines])
+            check_any_answerable(answered, [errors.get(line.custom_id) for line in lines])
             notes += length_notes(lines)
             llm.prepare(requests, line_name(owned))
     yield "dry run: nothing was written and no weights were loaded"
@@ -62,7 +62,7 @@ def plan_job(
 
 def _answered(output: Path | None) -> set[str]:
     """custom_ids of the output's whole rows; the output stays as it is."""
-    if output is None or output == STANDARD or not output.is_file():
+    if output is None or output == STANDARD_STREAM or not output.is_file():
         return set()
     found = set()
     with gzip.open(output) if output.suffix == ".gz" else output.open("rb") as file:

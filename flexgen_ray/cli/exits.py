@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
 
-from flexgen_ray.files.line_file import OutputLost
+from flexgen_ray.files.jsonl_file import OutputLost
 from flexgen_ray.paths import user_cache_dir
 from flexgen_ray.reporting.terminal import printable, say
 from flexgen_ray.signals import EXIT_STOPPED, raise_on_stop, was_stopped
@@ -113,7 +113,7 @@ def told_how_to_resume(journal: Journal) -> Iterator[None]:
     except (typer.Exit, OutputLost):
         raise
     except BaseException as error:
-        if journal.can_go_on and (journal.has_begun or _is_stop(error)):
+        if journal.is_partly_answered and (journal.has_begun or _is_stop(error)):
             say(
                 f"{len(journal.answered)} lines are answered in {journal.path}; the same command, "
                 "without --overwrite, goes on from there"
@@ -139,10 +139,10 @@ def parse_max_errors(text: str) -> int | float:
 def exit_status(journal: Journal, max_errors: int | float = 0) -> None:
     """Ends the command with status 2 if more lines than this, or this share of them, have an error
     row, of this run or an earlier one; says how many in any case."""
-    if journal.first_refusal is None:
+    if journal.first_error is None:
         return
-    custom_id, message = journal.first_refusal
-    count, lines = journal.num_refusals, len(journal.answered)
+    custom_id, message = journal.first_error
+    count, lines = journal.num_errors, len(journal.answered)
     say(f"{count} lines got an error row (of {lines}), the first {custom_id}: {message}")
     most = max_errors if isinstance(max_errors, int) else max_errors * lines
     if count > most:

@@ -43,7 +43,7 @@ from flexgen_ray.cli.options import (
 from flexgen_ray.cli.plan import plan
 from flexgen_ray.cli.quantize import quantize
 from flexgen_ray.files.json_text import to_json
-from flexgen_ray.files.output import write_text
+from flexgen_ray.files.output_files import write_text
 from flexgen_ray.reporting.terminal import display, say
 
 if TYPE_CHECKING:
@@ -149,14 +149,14 @@ def generate(
     from flexgen_ray.batch.job import job_facts, sampling_defaults
     from flexgen_ray.batch.journal import Journal
     from flexgen_ray.cli.dry_run import plan_job
-    from flexgen_ray.files.lines import STANDARD
+    from flexgen_ray.files.input_lines import STANDARD_STREAM
     from flexgen_ray.paths import find_description, find_model
     from flexgen_ray.request import SamplingParams
 
     options = {"max_tokens": max_tokens, "temperature": temperature, "stop": stop or None}
     given: dict[str, Any] = {name: it for name, it in options.items() if it is not None}
     SamplingParams(**given)
-    if retry_errors and (overwrite or output == STANDARD):
+    if retry_errors and (overwrite or output == STANDARD_STREAM):
         raise typer.BadParameter(
             "it needs an --output that has rows, without --overwrite", param_hint="--retry-errors"
         )

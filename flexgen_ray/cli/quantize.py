@@ -60,9 +60,9 @@ def packed_copy(
     """Bytes of the tensors before and after; bits: weight_bits and embedding_bits, the rest as in
     `write_packed`."""
     from flexgen_ray.models.checkpoint import checkpoint_config
-    from flexgen_ray.models.packed_checkpoint import write_packed
+    from flexgen_ray.models.quantized_checkpoint import write_quantized
     from flexgen_ray.quant.formats import WeightFormat
 
     config = checkpoint_config(folder)
     kept = WeightFormat(config.dtype, bits["weight_bits"], bits["embedding_bits"])
-    return write_packed(folder, config, kept, bits, output, announce)
+    return write_quantized(folder, config, kept, bits, output, announce)

@@ -264,7 +264,7 @@ class CostModel:
         """Keys, or values, of shares of rows' tokens."""
         config, pairs, tokens = self.plan.config, 0.0, 0.0
         for row, share in rows:
-            window = config.seen(layer, row.seq_len)
+            window = config.attended_tokens(layer, row.seq_len)
             pairs += share * _attended_pairs(row, window)
             tokens += share * min(row.seq_len, window + row.num_new_tokens - 1)
         amounts = {
@@ -276,7 +276,9 @@ class CostModel:
         return amounts
 
     def _attend_host(self, placed: PlacedRows, layer: int) -> Amounts:
-        tokens = sum(self.plan.config.seen(layer, row.seq_len) for row in placed.attended)
+        tokens = sum(
+            self.plan.config.attended_tokens(layer, row.seq_len) for row in placed.attended
+        )
         read = tokens * self._kv_token * self._share_read
         return {_R.HOST_ATTENTION: read, _R.HOST_MEMORY: read}
 

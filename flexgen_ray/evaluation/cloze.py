@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 
-from flexgen_ray.evaluation.run import answers
+from flexgen_ray.evaluation.run import run_requests
 from flexgen_ray.llm import LLM
 from flexgen_ray.request import Request
 
@@ -27,7 +27,7 @@ def measure(llm: LLM, text: str, scored_in: str, max_texts: int | None) -> dict[
             raise ValueError(f"line {number}: {error}") from error
     if not requests:
         raise ValueError('there is no text; give lines of {"text": ...}')
-    outputs = answers(llm, requests)
+    outputs = run_requests(llm, requests)
     right = sum(all(it.rank == 1 for it in output.scores) for output in outputs)
     tokens = sum(len(output.scores) for output in outputs)
     return {"accuracy": right / len(outputs), "texts": len(outputs), "tokens": tokens}

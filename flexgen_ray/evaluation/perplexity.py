@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from flexgen_ray.evaluation.run import answers
+from flexgen_ray.evaluation.run import run_requests
 from flexgen_ray.llm import LLM
 
 
@@ -55,7 +55,7 @@ def measure(
         llm.score_request(i, token_ids[it.start : it.stop], it.first - it.start, in_decode)
         for i, it in enumerate(windows(len(token_ids), context, stride))
     ]
-    logprobs = [it.logprob for output in answers(llm, requests) for it in output.scores]
+    logprobs = [it.logprob for output in run_requests(llm, requests) for it in output.scores]
     nll = -math.fsum(logprobs) / len(logprobs)
     perplexity = math.exp(nll) if nll < 700 else math.inf  # a float ends there
     return {"perplexity": perplexity, "nll": nll, "tokens": len(logprobs)}

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from flexgen_ray.files.text import read_text
+from flexgen_ray.files.text_files import read_text
 from flexgen_ray.llm import LLM
 from flexgen_ray.reporting.progress import show_progress
 from flexgen_ray.reporting.result import finish
@@ -39,7 +39,7 @@ def evaluate(
     finish(figures | seconds | told | settings | {"stages": stages}, device, json_file)
 
 
-def answers(llm: LLM, requests: list[Request]) -> list[RequestOutput]:
+def run_requests(llm: LLM, requests: list[Request]) -> list[RequestOutput]:
     """Each request's output, in their order; ValueError if one failed."""
     outputs: dict[int, RequestOutput] = {}
     with show_progress() as llm.on_progress:

@@ -17,7 +17,7 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 
-from flexgen_ray.files import text as text_files
+from flexgen_ray.files import text_files
 from flexgen_ray.names import NO_HINTS, unknown_name
 from flexgen_ray.units import parse_bytes
 

@@ -25,7 +25,7 @@ from lm_eval.models.utils import (
 )
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from flexgen_ray.evaluation.run import answers
+from flexgen_ray.evaluation.run import run_requests
 from flexgen_ray.llm import LLM
 from flexgen_ray.request import SamplingParams
 from flexgen_ray.text.messages import ChatOptions
@@ -175,7 +175,7 @@ class FlexGenRay(TemplateLM):
             first = max(len(token_ids) - len(continuation), 1)
             made.append(self.llm.score_request(index, token_ids, first))
         found = []
-        for (texts, _, _), output in zip(requests, answers(self.llm, made), strict=True):
+        for (texts, _, _), output in zip(requests, run_requests(self.llm, made), strict=True):
             is_greedy = all(it.rank == 1 for it in output.scores)
             result = math.fsum(it.logprob for it in output.scores), is_greedy
             found.append(result)
@@ -195,7 +195,9 @@ class FlexGenRay(TemplateLM):
             params = _params(wanted, max_tokens, stops[-1])
             made.append(self.llm.request(index, token_ids, params))
         texts = []
-        for request, stop, output in zip(requests, stops, answers(self.llm, made), strict=True):
+        for request, stop, output in zip(
+            requests, stops, run_requests(self.llm, made), strict=True
+        ):
             text = output.outputs[0].text
             texts.append(postprocess_generated_text(text, stop, self._think_end_token))
             self.cache_hook.add_partial("generate_until", request.args, texts[-1])

@@ -122,7 +122,9 @@ class StagePlan:
 
     def kept_tokens(self, layer: int, tokens: int) -> int:
         """Of so many tokens of a row those that decoding attends in a layer."""
-        return kept_tokens(self.config.seen(layer, tokens), self.policy.attention_sparsity)
+        return kept_tokens(
+            self.config.attended_tokens(layer, tokens), self.policy.attention_sparsity
+        )
 
     @property
     def most_kept_tokens(self) -> int:

@@ -2,33 +2,27 @@
 
 Each read maps the file, copies one tensor and lets go, so memory peaks at one tensor. Weights of
 one name in the checkpoint are rows of one tensor there, in the order of the family's WEIGHT_NAMES.
-In a packed checkpoint (packed_checkpoint.py) matrices are uint8 as stores keep them.
+In a packed checkpoint (quantized_checkpoint.py) matrices are uint8 as stores keep them.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from flexgen_ray.models.config import ModelConfig
-from flexgen_ray.models.configs import load_config
+from flexgen_ray.models.config_files import load_config
 from flexgen_ray.models.registry import FAMILIES
 from flexgen_ray.models.tensor_files import StoredTensor, open_tensors, stored_tensors
+from flexgen_ray.quant.formats import WeightFormat
 from flexgen_ray.quant.packing import packed_bytes
 
 PACKED = "U8"
 _DTYPES = ("F64", "F32", "F16", "BF16", PACKED)
 _COMPARED_ROWS = 4096
-
-
-class Kept(Protocol):
-    """How weights are to be kept; bits of a packed one, None for another."""
-
-    def bits_of(self, name: str, shape: tuple[int, ...]) -> int | None: ...
 
 
 class Checkpoint:
@@ -42,7 +36,9 @@ class Checkpoint:
         self._names = FAMILIES[config.family].WEIGHT_NAMES
         self._tensors = stored_tensors(self.folder)
 
-    def check(self, layer: int, tensors: dict[str, tuple[int, ...]], kept: Kept) -> None:
+    def check(
+        self, layer: int, tensors: dict[str, tuple[int, ...]], weight_format: WeightFormat
+    ) -> None:
         """ValueError if a tensor of the layer is missing, has another shape or an unknown dtype, or
         is packed already and not as it is to be kept."""
         for name, shape in tensors.items():
@@ -54,7 +50,7 @@ class Checkpoint:
                     "not supported; take the checkpoint in bfloat16, float16 or float32"
                 )
             if self.is_packed(layer, name):
-                bits = kept.bits_of(name, shape)
+                bits = weight_format.bits_of(name, shape)
                 if bits is None or found != (*whole[:-1], packed_bytes(shape[-1], bits)):
                     raise ValueError(
                         f"{self.folder}: {self.key(layer, name)} is packed into other bits "

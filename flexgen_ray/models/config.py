@@ -84,7 +84,7 @@ class ModelConfig:
     def kv_size(self) -> int:
         return self.num_kv_heads * self.head_dim
 
-    def ended_by(self, *token_ids: int | None) -> ModelConfig:
+    def with_end_tokens(self, *token_ids: int | None) -> ModelConfig:
         """With more end tokens; None and ids outside the vocabulary end nothing."""
         ends = dict.fromkeys((*self.eos_token_ids, *token_ids))
         inside = [it for it in ends if it is not None and 0 <= it < self.vocab_size]
@@ -94,7 +94,7 @@ class ModelConfig:
         """How many tokens, itself included, one attends in a decoder layer; None for all."""
         return None if layer in self.full_attention_layers else self.sliding_window
 
-    def seen(self, layer: int, tokens: int) -> int:
+    def attended_tokens(self, layer: int, tokens: int) -> int:
         """How many tokens the last of so many attends in a decoder layer."""
         return min(tokens, self.window(layer) or tokens)
 

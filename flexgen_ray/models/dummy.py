@@ -24,7 +24,7 @@ class DummyWeights:
         self._normal = torch.randn(BLOCK, generator=generator)
         self._scaled: dict[tuple[int, torch.dtype], Tensor] = {}
 
-    def check(self, layer: int, tensors: dict[str, tuple[int, ...]], kept: object) -> None:
+    def check(self, layer: int, tensors: dict[str, tuple[int, ...]], weight_format: object) -> None:
         """Any shape will do."""
 
     def is_packed(self, layer: int, name: str) -> bool:

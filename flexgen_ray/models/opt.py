@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from flexgen_ray.models.config import ModelConfig
-from flexgen_ray.models.families import POSITION_OFFSET
+from flexgen_ray.models.config_parsers import POSITION_OFFSET
 from flexgen_ray.models.layers import (
     ACTIVATIONS,
     Lookup,

@@ -1,4 +1,4 @@
-"""The families of models there are. What their config.json files say, configs.py reads."""
+"""The families of models there are. What their config.json files say, config_parsers.py reads."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ The numbers are those of the config.json that each model was published with.
 from __future__ import annotations
 
 from flexgen_ray.models.config import ModelConfig
-from flexgen_ray.models.families import (
+from flexgen_ray.models.config_parsers import (
     parse_gemma,
     parse_gemma3,
     parse_llama,

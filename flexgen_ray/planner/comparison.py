@@ -15,7 +15,7 @@ from pathlib import Path
 from statistics import fmean
 
 from flexgen_ray.config import Budget, HardwareSpec, Policy
-from flexgen_ray.files.text import read_lines, read_yaml
+from flexgen_ray.files.text_files import read_lines, read_yaml
 from flexgen_ray.hardware.spec import Hardware
 from flexgen_ray.models.config import ModelConfig
 from flexgen_ray.planner.corners import ON_DEVICE

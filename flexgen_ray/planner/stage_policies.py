@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from flexgen_ray.config import Budget, Policy, Workload
-from flexgen_ray.files.text import read_yaml
+from flexgen_ray.files.text_files import read_yaml
 from flexgen_ray.layout.plan import StagePlan
 from flexgen_ray.layout.sizes import check_budgets
 from flexgen_ray.models.config import ModelConfig

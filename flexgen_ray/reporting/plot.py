@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from flexgen_ray.files.output import replacing
+from flexgen_ray.files.output_files import atomic_write
 
 
 def draw_scaling(result: dict, path: Path) -> None:
@@ -87,5 +87,5 @@ def draw_accuracy(result: dict, path: Path) -> None:
 
 
 def _save(figure: Any, path: Path) -> None:
-    with replacing(path, "wb") as file:
+    with atomic_write(path, "wb") as file:
         figure.savefig(file, dpi=150, format=path.suffix.removeprefix(".") or None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from flexgen_ray.files.json_text import to_json
-from flexgen_ray.files.output import write_text
+from flexgen_ray.files.output_files import write_text
 from flexgen_ray.reporting.report import environment
 from flexgen_ray.reporting.terminal import display
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from flexgen_ray.files.json_text import to_json
-from flexgen_ray.files.output import replacing
+from flexgen_ray.files.output_files import atomic_write
 from flexgen_ray.schedule.ops import LANE, Lane, Span
 
 _ROW = {lane: row for row, lane in enumerate(lane for lane in Lane if lane.worker is lane)}
@@ -18,7 +18,7 @@ _ROW = {lane: row for row, lane in enumerate(lane for lane in Lane if lane.worke
 
 def write_trace(path: Path, stages: Iterable[Iterable[Span]], is_emulated: bool = False) -> None:
     """Spans of each stage, in any order; OSError if the file can't be written."""
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         file.write('{"displayTimeUnit":"ms","traceEvents":[\n')
         file.write(",\n".join(_events(stages, " (emulated time)" if is_emulated else "")))
         file.write("\n]}\n")

@@ -110,6 +110,6 @@ class StopStrings:
     def _spell(self, stop: str) -> str:
         """A stop string as tokens spell it, alone or, if it is only then whole, between words."""
         alone, *others = (
-            self._tokenizer.spelt(text) for text in (stop, f"a{stop}a", f"a {stop} a")
+            self._tokenizer.round_trip(text) for text in (stop, f"a{stop}a", f"a {stop} a")
         )
         return next((text for text in others if stop in text and stop not in alone), alone)

@@ -119,7 +119,7 @@ class Tokenizer:
         with _panics_named(self.folder):
             return self.hf.encode(text, verbose=False)
 
-    def chat(self, messages: Messages, options: ChatOptions | None = None) -> list[int]:
+    def encode_chat(self, messages: Messages, options: ChatOptions | None = None) -> list[int]:
         """A chat up to where the model's answer begins, as its template formats it.
 
         Raises ValueError if there is no template, or if it refuses these messages.
@@ -129,7 +129,7 @@ class Tokenizer:
             return self.hf.encode(text, add_special_tokens=False, verbose=False)
 
     def format_chat(self, messages: Messages, options: ChatOptions | None = None) -> str:
-        """The text of which `chat` makes token ids. ValueError as there."""
+        """The text of which `encode_chat` makes token ids. ValueError as there."""
         options = options or ChatOptions()
         return self._template(options.tools).render(messages, options, self.now)
 
@@ -184,7 +184,7 @@ class Tokenizer:
         with _panics_named(self.folder):
             return self.detokenizer.text(token_ids, first, last, skip)
 
-    def spelt(self, text: str) -> str:
+    def round_trip(self, text: str) -> str:
         """The text as it comes back from its tokens, which may not have all its characters."""
         with _panics_named(self.folder):
             return self.text(self.hf.encode(text, add_special_tokens=False, verbose=False))
@@ -194,7 +194,7 @@ class Tokenizer:
         """The token that ends a text; None without a tokenizer, or if it has none."""
         return self.hf.eos_token_id if self.exists else None
 
-    def names(self, token_ids: Sequence[int], first: int = 0) -> list[str]:
+    def token_texts(self, token_ids: Sequence[int], first: int = 0) -> list[str]:
         """Text of each token from `first` on, special ones as they are written."""
         with _panics_named(self.folder):
             pieces = self.detokenizer.pieces(token_ids, first)
@@ -283,10 +283,10 @@ class GuessedTokenizer(Tokenizer):
         """Zeros, as many as the text may have tokens."""
         return [0] * -(-len(text.encode()) // _BYTES_A_TOKEN)
 
-    def chat(self, messages: Messages, options: ChatOptions | None = None) -> list[int]:
+    def encode_chat(self, messages: Messages, options: ChatOptions | None = None) -> list[int]:
         """Zeros for the messages as JSON, which takes about as much as a template adds."""
         return self.encode(json.dumps(messages, ensure_ascii=False))
 
-    def spelt(self, text: str) -> str:
+    def round_trip(self, text: str) -> str:
         """Every text can come up."""
         return text

@@ -24,7 +24,7 @@ from flexgen_ray.cli.bench.standings import reference, standings, table
 from flexgen_ray.cli.bench.work import OURS, PeerTask, Run
 from flexgen_ray.cli.options import DeviceOption, JsonOption
 from flexgen_ray.config import DTYPE_BYTES
-from flexgen_ray.files.text import read_lines
+from flexgen_ray.files.text_files import read_lines
 from flexgen_ray.reporting.result import emit
 from flexgen_ray.reporting.terminal import say
 from flexgen_ray.text.tokenizer import Tokenizer
@@ -142,7 +142,7 @@ def _prompts(
     """Token ids; ValueError if there are none or the model's context is too short for them."""
     if file is not None and prompt_len is not None:
         raise ValueError("--prompts and --prompt-len exclude each other; give one")
-    from flexgen_ray.models.configs import load_config
+    from flexgen_ray.models.config_files import load_config
 
     config = load_config(model)
     if prompt_len is not None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from flexgen_ray.config import DTYPE_BYTES
 from flexgen_ray.models.config import ModelConfig
-from flexgen_ray.models.families import (
+from flexgen_ray.models.config_parsers import (
     parse_gemma,
     parse_gemma3,
     parse_llama,
@@ -35,7 +35,7 @@ _FIELDS = {
 }
 
 
-def model_defaults(folder: Path) -> dict[str, Any]:
+def load_sampling_defaults(folder: Path) -> dict[str, Any]:
     """Fields of SamplingParams that the model folder sets; none without the file.
 
     do_sample false is temperature 0. ValueError, naming the file, for what can't be.

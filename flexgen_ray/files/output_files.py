@@ -16,12 +16,12 @@ from itertools import combinations
 from pathlib import Path
 from typing import IO
 
-from flexgen_ray.files.lines import STANDARD
+from flexgen_ray.files.input_lines import STANDARD_STREAM
 
 
-def siblings(output: Path) -> list[Path]:
+def sidecar_paths(output: Path) -> list[Path]:
     """The files that a job keeps beside its output: what it is, a draft of that, waiting rows."""
-    if output == STANDARD or not output.name:  # a folder, such as ".", is refused elsewhere
+    if output == STANDARD_STREAM or not output.name:  # a folder, such as ".", is refused elsewhere
         return []
     return [output.parent / f"{output.name}.{kind}" for kind in ("job.json", "job.tmp", "waiting")]
 
@@ -59,12 +59,12 @@ def check_distinct(written: Mapping[str, Path], read: Mapping[str, Path]) -> Non
 
 def write_text(path: Path, text: str, draft: Path | None = None) -> None:
     """Replaces a file's content as a whole, as `replacing`; OSError if that can't be done."""
-    with replacing(path, draft=draft) as file:
+    with atomic_write(path, draft=draft) as file:
         file.write(text)
 
 
 @contextmanager
-def replacing(path: Path, mode: str = "w", draft: Path | None = None) -> Iterator[IO]:
+def atomic_write(path: Path, mode: str = "w", draft: Path | None = None) -> Iterator[IO]:
     """A file that takes the place of `path` when the block ends without an error.
 
     mode: "w" (UTF-8) or "wb". draft: the file's name until then, of which a killed run may have
@@ -79,7 +79,7 @@ def replacing(path: Path, mode: str = "w", draft: Path | None = None) -> Iterato
     if draft is None:
         draft = target.with_name(f".{target.name[:200]}.{secrets.token_hex(4)}")
     draft.unlink(missing_ok=True)
-    descriptor = create(draft)
+    descriptor = create_new(draft)
     try:
         with os.fdopen(descriptor, mode, encoding=encoding) as file:
             if target.exists():
@@ -98,7 +98,7 @@ def replacing(path: Path, mode: str = "w", draft: Path | None = None) -> Iterato
         raise
 
 
-def create(path: Path) -> int:
+def create_new(path: Path) -> int:
     """A descriptor of a new file; FileExistsError if anything, a symlink too, has that name."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_APPEND | os.O_CLOEXEC
     return os.open(path, flags, 0o666)
@@ -110,12 +110,12 @@ def _identity(path: Path, descriptor: int) -> set:
     descriptor: of the standard stream that `-` stands for.
     """
     with suppress(OSError):
-        status = os.fstat(descriptor) if path == STANDARD else path.stat()
+        status = os.fstat(descriptor) if path == STANDARD_STREAM else path.stat()
         if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
             return set()
         names: set = {(status.st_dev, status.st_ino)}
-        return names if path == STANDARD else names | {os.path.realpath(path)}
-    return {os.path.realpath(path)} - {os.path.realpath(STANDARD)}
+        return names if path == STANDARD_STREAM else names | {os.path.realpath(path)}
+    return {os.path.realpath(path)} - {os.path.realpath(STANDARD_STREAM)}
 
 
 def _is_file_of(folder: Path, path: Path) -> bool:

@@ -10,14 +10,11 @@ from __future__ import annotations
 
 import json
 import re
-import time
-import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import cast
 
-from flexgen_ray.batch.logprobs import Echo, chat_logprobs, logprobs_object
 from flexgen_ray.batch.request_fields import (
     CHAT,
     COMPLETION,
@@ -26,40 +23,12 @@ from flexgen_ray.batch.request_fields import (
     split_columns,
     used_fields,
 )
-from flexgen_ray.files.lines import MAX_LINE_BYTES
-from flexgen_ray.request import DEFAULT_MAX_TOKENS, MAX_LOGPROBS, RequestOutput, SamplingParams
+from flexgen_ray.files.json_text import parse_object, refuse_surrogates
+from flexgen_ray.request import DEFAULT_MAX_TOKENS, MAX_LOGPROBS, SamplingParams
 from flexgen_ray.text.messages import ChatOptions, Messages, parse_messages
 
 # Strings, integers and what structures JSON; the rest of a damaged line is skipped.
 _TOKEN = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|-?\d+(?=\s*[,}])|[][{}:,]', re.DOTALL)
-
-
-def parse_object(raw: bytes) -> dict:
-    """The object of one line; ValueError says why there is none.
-
-    Halves of surrogate pairs may be in it: `refuse_surrogates` looks for them.
-    """
-    if len(raw) > MAX_LINE_BYTES:
-        raise ValueError(
-            f"longer than {MAX_LINE_BYTES} bytes, the most a line may have; shorten its prompt"
-        )
-    try:
-        value = json.loads(raw.decode("utf-8"), object_pairs_hook=_distinct)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"not UTF-8 (byte {error.start})") from error
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"not valid JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise ValueError("must be a JSON object")
-    return value
-
-
-def refuse_surrogates(value: object) -> None:
-    """ValueError if a string in it, or a key, can't be written as UTF-8."""
-    try:
-        json.dumps(value, ensure_ascii=False).encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ValueError("holds half of a surrogate pair, which is no character") from error
 
 
 def find_custom_id(raw: bytes) -> object:
@@ -81,22 +50,12 @@ def _value(token: bytes) -> object:
         return None
 
 
-def _distinct(pairs: list[tuple[str, object]]) -> dict:
-    value = dict(pairs)
-    if len(value) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{twice!r} is there twice in one object; give it once")
-    return value
-
-
 # What a request to each url asks with.
 _ASKS = {COMPLETION: "prompt", CHAT: "messages"}
 # OpenAI's paths and Azure's, which may name a deployment.
 _PATH = re.compile(r"(/v1|/openai/v1|/openai/deployments/[^/?]+)?(/chat)?/completions([?].*)?")
 _LENGTHS = ("max_tokens", "max_completion_tokens")  # the older name and the newer
 _LINE_KEYS = {"custom_id", "method", "url", "body"}
-SERVER_ERROR = 500
 _MAX_MESSAGE = 1000
 MAX_ID_LEN = 1000  # characters of a custom_id
 MAX_PROMPTS = 2048  # of one line
@@ -367,98 +326,3 @@ def _is_prompt(value: object) -> bool:
     return isinstance(value, str) or (
         isinstance(value, list) and bool(value) and all(type(token) is int for token in value)
     )
-
-
-def response_row(
-    custom_id: str,
-    model: str,
-    output: RequestOutput,
-    is_chat: bool = False,
-    echo: Echo | None = None,
-    top: int = 0,
-) -> dict:
-    """The response line of one answered request (usage counts the end token as generated).
-
-    echo: the prompt, if its text is to come before the answer's. top: the likeliest tokens that
-    are told of each of a chat's, if it asked for log-probabilities.
-    """
-    choices = []
-    for answer in output.outputs:
-        if is_chat:
-            message = {"role": "assistant", "content": answer.text, "refusal": None}
-            told: dict = {"message": message, "logprobs": chat_logprobs(answer, top)}
-        else:
-            text = (echo.text if echo else "") + answer.text
-            told = {"text": text, "logprobs": logprobs_object(output, answer, text, echo)}
-        choices.append({"index": answer.index, **told, "finish_reason": answer.finish_reason})
-    prompt_tokens = len(output.prompt_token_ids)
-    new_tokens = sum(len(answer.token_ids) for answer in output.outputs)
-    body = {
-        "id": f"{'chatcmpl' if is_chat else 'cmpl'}-{uuid.uuid4().hex}",
-        "object": "chat.completion" if is_chat else "text_completion",
-        "created": int(time.time()),
-        "model": model,
-        "choices": choices,
-        "usage": {
-            "prompt_tokens": prompt_tokens,
-            "completion_tokens": new_tokens,
-            "total_tokens": prompt_tokens + new_tokens,
-        },
-    }
-    return _row(custom_id, 200, body)
-
-
-def joined(rows: list[dict]) -> dict:
-    """One response line for all prompts of a request, whose choices are numbered on; an error row
-    if one of them is."""
-    for row in rows:
-        if row["response"]["status_code"] != 200:
-            return row
-    bodies = [row["response"]["body"] for row in rows]
-    choices = [choice for body in bodies for choice in body["choices"]]
-    usage = {name: sum(body["usage"][name] for body in bodies) for name in bodies[0]["usage"]}
-    bodies[0] |= {
-        "choices": [choice | {"index": place} for place, choice in enumerate(choices)],
-        "usage": usage,
-    }
-    return rows[0]
-
-
-def with_columns(row: dict, columns: dict) -> dict:
-    """An output line that returns its input line's own columns, if there are any."""
-    return row | {"columns": columns} if columns else row
-
-
-def error_row(custom_id: str, message: str, status_code: int = 400) -> dict:
-    """The response line of a request that can't be answered, as OpenAI writes it.
-
-    status_code: 400 where the request is at fault, SERVER_ERROR where answering it failed.
-    """
-    kind = "server_error" if status_code == SERVER_ERROR else "invalid_request_error"
-    error = {"message": message, "type": kind, "param": None, "code": None}
-    return _row(custom_id, status_code, {"error": error})
-
-
-def _row(custom_id: str, status_code: int, body: dict) -> dict:
-    response = {"status_code": status_code, "request_id": f"req-{uuid.uuid4().hex}", "body": body}
-    return {
-        "id": f"batch_req_{uuid.uuid4().hex}",
-        "custom_id": custom_id,
-        "response": response,
-        "error": None,
-    }
-
-
-def refusal(row: dict) -> str | None:
-    """What an output line says instead of an answer, if it does.
-
-    A body may be an object, or, as some servers write it, a string that holds one.
-    """
-    response, error = row.get("response") or {}, row.get("error")
-    if error is None and response.get("status_code") == 200:
-        return None
-    body = response.get("body")
-    if isinstance(body, str):
-        body = parse_object(body.encode())
-    error = error or (body or {}).get("error") or {}
-    return str(error.get("message", "no reason is given"))

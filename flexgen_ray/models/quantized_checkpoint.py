@@ -17,18 +17,19 @@ from torch import Tensor
 
 from flexgen_ray.config import DTYPE_BYTES
 from flexgen_ray.kernels.pack import pack
-from flexgen_ray.models.checkpoint import Checkpoint, Kept
+from flexgen_ray.models.checkpoint import Checkpoint
 from flexgen_ray.models.config import ModelConfig
-from flexgen_ray.models.configs import QUANT_METHOD
+from flexgen_ray.models.config_files import QUANT_METHOD
 from flexgen_ray.models.tensor_files import INDEX, save_tensors
+from flexgen_ray.quant.formats import WeightFormat
 
 _BESIDE = ("*.json", "*.model", "*.txt", "*.jinja")  # tokenizer, generation_config, templates
 
 
-def write_packed(
+def write_quantized(
     source: Path,
     config: ModelConfig,
-    kept: Kept,
+    weight_format: WeightFormat,
     bits: dict[str, int | None],
     output: Path,
     announce: Callable[[str], None],
@@ -47,7 +48,7 @@ def write_packed(
         count = config.num_layers + 2
         for layer in range(count):
             announce(f"layer {layer + 1} of {count}")
-            tensors = _packed(checkpoint, config, layer, kept, sizes)
+            tensors = _packed(checkpoint, config, layer, weight_format, sizes)
             name = f"model-{layer + 1:05}-of-{count:05}.safetensors"
             if tensors:
                 save_tensors(tensors, output / name)
@@ -67,7 +68,7 @@ def _packed(
     checkpoint: Checkpoint,
     config: ModelConfig,
     layer: int,
-    kept: Kept,
+    weight_format: WeightFormat,
     sizes: list[int],
 ) -> dict[str, Tensor]:
     """A layer's tensors by their names in the checkpoint; their bytes are added to the sizes."""
@@ -77,7 +78,7 @@ def _packed(
             continue
         values = torch.empty(shape, dtype=getattr(torch, config.dtype))
         checkpoint.read_into(layer, name, values)
-        bits = kept.bits_of(name, shape)
+        bits = weight_format.bits_of(name, shape)
         written = values if bits is None else pack(values, bits, least_squares=True)
         sizes[0] += values.numel() * DTYPE_BYTES[config.dtype]
         sizes[1] += written.nbytes

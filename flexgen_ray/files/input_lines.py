@@ -14,9 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, cast
 
-from flexgen_ray.files.text import UTF8_MARK, check_encoding
+from flexgen_ray.files.text_files import UTF8_MARK, check_encoding
 
-STANDARD = Path("-")
+STANDARD_STREAM = Path("-")
 MAX_LINE_BYTES = 16 * 2**20
 _PIECE_BYTES = 2**20
 
@@ -61,7 +61,7 @@ class InputLines:
 @contextmanager
 def open_input(path: Path) -> Iterator[InputLines]:
     """`-` is standard input; `.gz` is unpacked. OSError, naming the file, if it can't be read."""
-    if path == STANDARD:
+    if path == STANDARD_STREAM:
         yield InputLines(sys.stdin.buffer, "standard input")
         return
     if not path.exists():

@@ -19,8 +19,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from flexgen_ray.files.input_lines import STANDARD_STREAM
 from flexgen_ray.files.json_text import to_json
-from flexgen_ray.files.lines import STANDARD
 from flexgen_ray.signals import STOPS
 
 # Small, as what follows a member's end is copied for each member that a piece holds.
@@ -31,7 +31,7 @@ class OutputLost(OSError):
     """The output is no longer where it was written to."""
 
 
-class LineFile:
+class JsonlFile:
     """Opened and locked, its content as it was. num_bytes: where the next line goes."""
 
     def __init__(self, path: Path, is_own: bool = False) -> None:
@@ -44,13 +44,13 @@ class LineFile:
         self._is_gzip = path.suffix == ".gz"
         self.is_new = False
         self._is_begun = False
-        if path == STANDARD:
+        if path == STANDARD_STREAM:
             self._fd = os.dup(1)
             # Whatever else is printed in this process must not end up among the lines.
             os.dup2(2, 1)
         else:
             self._fd, self.is_new = _open_locked(path, is_own)
-        self.is_file = path != STANDARD and stat.S_ISREG(os.fstat(self._fd).st_mode)
+        self.is_file = path != STANDARD_STREAM and stat.S_ISREG(os.fstat(self._fd).st_mode)
         self.num_bytes = 0
 
     def rows(self) -> Iterator[tuple[int, int, dict]]:
@@ -101,7 +101,7 @@ class LineFile:
     def replace(self, rows: Iterator[dict]) -> None:
         """Has these rows instead, in one step: a kill leaves the old rows or the new ones."""
         draft = self.remove_draft()
-        new = LineFile(draft, is_own=True)
+        new = JsonlFile(draft, is_own=True)
         try:
             os.fchmod(new._fd, stat.S_IMODE(os.fstat(self._fd).st_mode))
             new.truncate(0)
@@ -163,7 +163,7 @@ class LineFile:
         try:
             self.sync()
         finally:
-            if self.path == STANDARD:
+            if self.path == STANDARD_STREAM:
                 os.dup2(self._fd, 1)
             os.close(self._fd)
 
@@ -183,7 +183,7 @@ class LineFile:
         return row
 
 
-def refuse_others(path: Path) -> None:
+def refuse_special_files(path: Path) -> None:
     """ValueError if something else than a plain file has the name, such as a symlink or FIFO."""
     if os.path.lexists(path) and not stat.S_ISREG(path.lstat().st_mode):
         raise ValueError(
@@ -226,7 +226,7 @@ def _open_locked(path: Path, is_own: bool) -> tuple[int, bool]:
     """A descriptor, and whether the file was made. The lock goes with the process."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
     if is_own:
-        refuse_others(path)
+        refuse_special_files(path)
         flags |= os.O_NOFOLLOW | os.O_NONBLOCK
     while True:
         try:
