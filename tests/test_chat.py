@@ -66,7 +66,7 @@ def test_whatever_a_template_raises_refuses_the_messages(chat_model, tmp_path, t
     folder = shutil.copytree(chat_model, tmp_path / "model")
     (folder / "chat_template.jinja").write_text(template)
     with pytest.raises(ValueError, match="chat template refuses the messages: ."):
-        Tokenizer(folder).chat(ASK)
+        Tokenizer(folder).encode_chat(ASK)
 
 
 TURNS = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"

@@ -1,4 +1,4 @@
-"""Host attention (models/host_attention.py): right for every layout, whatever lies beside."""
+"""Host attention (kernels/host_attention.py): right for every layout, whatever lies beside."""
 
 from __future__ import annotations
 

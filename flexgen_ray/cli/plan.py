@@ -19,13 +19,7 @@ from flexgen_ray.cli.options import (
 )
 from flexgen_ray.config import DTYPE_BYTES
 from flexgen_ray.files.json_text import to_json
-<<<<<<< HEAD
-from flexgen_ray.files.output import write_text
-=======
 from flexgen_ray.files.output_files import write_text
-from flexgen_ray.layout.plan import StagePlan
-from flexgen_ray.layout.sizes import stage_bytes, totals, weight_bytes
->>>>>>> 8549fa0 (Names that say which file is which: config_files and config_parsers beside config, request and response lines, JSONL and input lines; atomic_write, sidecar_paths, OrderedWriter, encode_chat and their like)
 from flexgen_ray.models.config import ModelConfig
 from flexgen_ray.reporting.terminal import display
 
