@@ -135,8 +135,8 @@ class Journal:
     """Use as a context manager; if that ends with an error, a file without a row is removed.
 
     answered: custom_ids of rows that are there, found or appended. has_begun: whether the output
-    may have been changed. first_refusal: (custom_id, message) of the first that tells an error;
-    num_refusals: how many do. begun_at: when the job began, for templates that ask for the time; a
+    may have been changed. first_error: (custom_id, message) of the first that tells an error;
+    num_errors: how many do. begun_at: when the job began, for templates that ask for the time; a
     resumed run has the time of the first.
     """
 
