@@ -37,7 +37,7 @@ from flexgen_ray.reporting.terminal import display, say
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from flexgen_ray.kernels.host_kernel import Kernel
+    from flexgen_ray.kernels.host_kernel import HostKernel
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -123,12 +123,12 @@ def attention(
     """
     import torch
 
-    from flexgen_ray.kernels.host_kernel import KERNELS, load
+    from flexgen_ray.kernels.host_kernel import KERNELS, load_kernel
     from flexgen_ray.store.memory import page_aligned
 
     threads = threads or len(os.sched_getaffinity(0))
     torch.set_num_threads(threads)
-    kernels = {name: load(name, threads) for name in KERNELS}
+    kernels = {name: load_kernel(name, threads) for name in KERNELS}
     memory = page_aligned(megabytes << 20)
     forms = _forms(bits or [], sparsity)
     headings = [*kernels, "of bound", *forms]
@@ -194,7 +194,7 @@ def _forms(bits: list[int], sparsity: float | None) -> dict[str, tuple[int | Non
 
 
 def _attending(
-    case: tuple[Tensor, ...], kernel: Kernel, bits: int | None, share: float
+    case: tuple[Tensor, ...], kernel: HostKernel, bits: int | None, share: float
 ) -> tuple[int, Callable[[], object]]:
     """Bytes that attending the case's rows reads if they are packed, and by share; what does it."""
     import torch
@@ -216,7 +216,7 @@ def _attending(
 
 def _measure(
     case: tuple[Tensor, ...],
-    kernels: dict[str, Kernel],
+    kernels: dict[str, HostKernel],
     others: dict[str, tuple[int, Callable[[], object]]],
     seconds: float,
     threads: int,

@@ -40,7 +40,7 @@ from flexgen_ray.planner.stage_policies import StagePolicies
 from flexgen_ray.processor import generation_request, scoring_request
 from flexgen_ray.reporting.progress import counted, show_progress
 from flexgen_ray.request import Request, RequestOutput, SamplingParams
-from flexgen_ray.runtime.events import OnProgress, ignore
+from flexgen_ray.runtime.events import OnProgress, ignore_progress
 from flexgen_ray.text.messages import ChatOptions, parse_messages
 from flexgen_ray.text.stop_strings import StopStrings
 from flexgen_ray.text.tokenizer import GuessedTokenizer, Tokenizer
@@ -111,7 +111,7 @@ class LLM(Engine):
         embedding_bits: int | None = None,
         cache_bits: int | None = None,
         attention_sparsity: float | None = None,
-        on_progress: OnProgress = ignore,
+        on_progress: OnProgress = ignore_progress,
         plan_for: str | Path | None = None,
         max_latency: float | None = None,
         dry_run: bool = False,

@@ -89,7 +89,7 @@ def test_choosing_tokens_never_waits_for_the_device():
     penalties = Penalties(0.5, 0.5, 1.5, (1, 2), ((2, 1), (3, 4)))
     draws = [
         SamplingRow(0.0, 1.0, 0.0),
-        SamplingRow(0.0, 1.0, 0.0, given=7),
+        SamplingRow(0.0, 1.0, 0.0, forced_token=7),
         SamplingRow(0.7, 0.9, 0.3, top_k=5, min_p=0.01),
         SamplingRow(1.0, 1.0, 0.8, banned=(3, 4)),
         SamplingRow(0.0, 1.0, 0.0, penalties=penalties),

@@ -69,13 +69,13 @@ def test_a_machine_knows_the_rates_of_its_gpus_preset_unless_it_was_calibrated(
 ):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     found = with_known_rates(machine(None), tmp_path)
-    assert found.hardware.name == "rtx4090" and found.rates_are == ASSUMED
+    assert found.hardware.name == "rtx4090" and found.rates_source == ASSUMED
     assert found.hardware.memory == MemorySizes(23 * GIB, 64 * GIB, 1000 * GIB)
     other = with_known_rates(replace(machine(None), device_name="NVIDIA L4"), tmp_path)
     assert other.hardware is None
     calibrate.save(Hardware.preset("h100"), hardware_file())
-    measured = with_known_rates(replace(machine(None), rates_are=CALIBRATED), tmp_path)
-    assert measured.hardware.name == "h100" and measured.rates_are == CALIBRATED
+    measured = with_known_rates(replace(machine(None), rates_source=CALIBRATED), tmp_path)
+    assert measured.hardware.name == "h100" and measured.rates_source == CALIBRATED
 
 
 def test_without_rates_the_reason_is_given_and_a_bound_on_latency_is_refused():

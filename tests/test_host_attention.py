@@ -183,32 +183,32 @@ def test_both_kernels_share_a_signature(name, window):
     case = make_case(torch.float32, 2, group=3, head_dim=64, lens=[9, 33], window=window)
     for cached in (case.k, case.v):
         cached.nan_to_num_()
-    result = case.run(host_kernel.load(name, threads=2))
+    result = case.run(host_kernel.load_kernel(name, threads=2))
     assert (result.double() - reference(case)).abs().max() < 1e-5
 
 
 def test_a_choice_is_measured_once_and_kept(tmp_path, monkeypatch):
-    shape = host_kernel.Shape("float32", num_heads=4, num_kv_heads=2, head_dim=64)
+    shape = host_kernel.AttentionShape("float32", num_heads=4, num_kv_heads=2, head_dim=64)
     times = {"sdpa": 1.0, "numba": 2.0}
     monkeypatch.setattr(host_kernel, "measure", lambda shape, threads, nbytes: times)
-    assert host_kernel.choose(shape, 2, tmp_path) == "sdpa"
+    assert host_kernel.choose_kernel(shape, 2, tmp_path) == "sdpa"
     times["sdpa"] = 3.0
-    assert host_kernel.choose(shape, 2, tmp_path) == "sdpa"
-    assert host_kernel.choose(shape, 3, tmp_path) == "numba"
+    assert host_kernel.choose_kernel(shape, 2, tmp_path) == "sdpa"
+    assert host_kernel.choose_kernel(shape, 3, tmp_path) == "numba"
     (kept,) = tmp_path.iterdir()
     for text in ("{", "[]", '{"a": 1}', "\0"):
         kept.write_text(text)
-        assert host_kernel.choose(shape, 2, tmp_path) == "numba"
+        assert host_kernel.choose_kernel(shape, 2, tmp_path) == "numba"
     kept.unlink()
     tmp_path.joinpath("taken").write_text("")
-    assert host_kernel.choose(shape, 2, tmp_path / "taken" / "below") == "numba"
+    assert host_kernel.choose_kernel(shape, 2, tmp_path / "taken" / "below") == "numba"
 
 
 def test_measuring_takes_both_kernels_and_little_time():
-    times = host_kernel.measure(host_kernel.Shape("float32", 4, 2, 64), threads=2)
+    times = host_kernel.measure(host_kernel.AttentionShape("float32", 4, 2, 64), threads=2)
     assert set(times) == {"sdpa", "numba"} and all(seconds > 0 for seconds in times.values())
 
 
 def test_heads_smaller_than_a_vector_are_left_to_torch(tmp_path):
-    shape = host_kernel.Shape("float32", num_heads=2, num_kv_heads=2, head_dim=4)
-    assert host_kernel.choose(shape, 2, tmp_path) == "sdpa"
+    shape = host_kernel.AttentionShape("float32", num_heads=2, num_kv_heads=2, head_dim=4)
+    assert host_kernel.choose_kernel(shape, 2, tmp_path) == "sdpa"

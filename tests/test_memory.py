@@ -29,7 +29,7 @@ with LLM(folder, use_ray=False, dtype="float32", device="cpu", **options) as llm
     import torch, transformers.models.auto  # what a run imports, before the baseline
     torch.nn.functional.linear(torch.zeros(64, 64), torch.zeros(64, 64))
     from flexgen_ray.kernels import host_kernel  # and compiles: numba and LLVM are libraries too
-    host_kernel.measure(host_kernel.Shape("float32", 8, 8, 64), 1, 1 << 20)
+    host_kernel.measure(host_kernel.AttentionShape("float32", 8, 8, 64), 1, 1 << 20)
     before = peak()
     outputs = llm.generate(prompts, params)
     used = {tier: sum(parts.values()) for tier, parts in llm.report.stages[0].used.items()}

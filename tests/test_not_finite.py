@@ -279,8 +279,8 @@ def test_a_row_whose_largest_logit_is_not_finite_gets_no_token(data, value):
                 SamplingRow,
                 temperature=st.sampled_from([0.0, 1.0]),
                 top_p=st.sampled_from([0.5, 1.0]),
-                uniform=st.floats(0, 0.99),
-                given=st.sampled_from([None, 4]),
+                uniform_number=st.floats(0, 0.99),
+                forced_token=st.sampled_from([None, 4]),
                 top_k=st.sampled_from([0, 3]),
                 min_p=st.sampled_from([0.0, 0.3]),
                 banned=st.sampled_from([(), (2, 3)]),
@@ -299,8 +299,8 @@ def test_a_row_whose_largest_logit_is_not_finite_gets_no_token(data, value):
 
 
 KERNELS = {
-    "sdpa": host_kernel.load("sdpa", 1),
-    "numba": host_kernel.load("numba", 1),
+    "sdpa": host_kernel.load_kernel("sdpa", 1),
+    "numba": host_kernel.load_kernel("numba", 1),
 }
 
 

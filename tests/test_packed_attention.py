@@ -133,11 +133,11 @@ def test_caches_that_do_not_fit_are_refused():
 @pytest.mark.parametrize("bits", [4, 8])
 def test_both_kernels_attend_a_packed_cache(name, bits):
     case = make_case(torch.float32, 2, group=3, head_dim=80, lens=[33, 33], window=20)
-    assert error(case, bits, host_kernel.load(name, threads=2)) <= 2
+    assert error(case, bits, host_kernel.load_kernel(name, threads=2)) <= 2
 
 
 def test_a_choice_for_a_packed_cache_is_one_of_its_own(tmp_path, monkeypatch):
-    plain = host_kernel.Shape("float16", num_heads=4, num_kv_heads=2, head_dim=64)
+    plain = host_kernel.AttentionShape("float16", num_heads=4, num_kv_heads=2, head_dim=64)
     times = host_kernel.measure(replace(plain, bits=4), threads=1, nbytes=1 << 20)
     assert set(times) == set(host_kernel.KERNELS) and all(it > 0 for it in times.values())
     faster = {None: "sdpa", 4: "numba", 8: "sdpa"}
@@ -146,4 +146,4 @@ def test_a_choice_for_a_packed_cache_is_one_of_its_own(tmp_path, monkeypatch):
         | {faster[shape.bits]: 1.0}
     )  # fmt: skip
     for bits, name in faster.items():
-        assert host_kernel.choose(replace(plain, bits=bits), 2, tmp_path) == name
+        assert host_kernel.choose_kernel(replace(plain, bits=bits), 2, tmp_path) == name

@@ -18,10 +18,10 @@ from flexgen_ray import LLM, Policy, SamplingParams
 from flexgen_ray.kernels.sampling import (
     Penalties,
     SamplingRow,
-    likeliest,
-    penalise,
+    apply_penalties,
+    largest_logits,
     sample,
-    uniform,
+    uniform_number,
 )
 from flexgen_ray.layout.rows import Rows
 from flexgen_ray.runtime.ring import Header
@@ -38,7 +38,7 @@ def counts(logits: list[float], **params) -> Counter:
         SamplingRow(
             sampling.temperature,
             sampling.top_p,
-            uniform(11, 5, position),
+            uniform_number(11, 5, position),
             top_k=sampling.top_k,
             min_p=sampling.min_p,
         )
@@ -90,12 +90,12 @@ def test_temperature_zero_is_greedy():
 
 def test_uniform_numbers_are_uniform_and_reproducible():
     numbers = [
-        uniform(seed, stream, p) for seed in (0, 1) for stream in (2, 3) for p in range(1000)
+        uniform_number(seed, stream, p) for seed in (0, 1) for stream in (2, 3) for p in range(1000)
     ]
     assert len(set(numbers)) == len(numbers)
     tenths = Counter(int(number * 10) for number in numbers)
     assert sum((tenths[i] - 400) ** 2 / 400 for i in range(10)) < 27.9  # p = 0.001, 9 degrees
-    assert uniform(1, 2, 3) == uniform(1, 2, 3)
+    assert uniform_number(1, 2, 3) == uniform_number(1, 2, 3)
 
 
 def test_the_batch_around_a_request_never_changes_its_tokens(tiny_models):
@@ -131,8 +131,8 @@ def test_the_same_seed_gives_the_same_answer_wherever_the_request_stands(tiny_mo
 
 def reference_token(logits: list[float], draw: SamplingRow) -> int:
     """One token by plain loops: bias, penalties, bans, temperature, min_p, top_k, top_p."""
-    if draw.given is not None:
-        return draw.given
+    if draw.forced_token is not None:
+        return draw.forced_token
     values = list(logits)
     for token, bias in draw.bias:
         values[token] += bias
@@ -157,7 +157,7 @@ def reference_token(logits: list[float], draw: SamplingRow) -> int:
         reached += weight
         if reached >= draw.top_p * sum(kept):
             break
-    number, passed = draw.uniform * sum(nucleus), 0.0
+    number, passed = draw.uniform_number * sum(nucleus), 0.0
     for token, weight in zip(order, nucleus, strict=False):
         passed += weight
         if passed > number:
@@ -177,8 +177,8 @@ def draws_of(draw, size=13):
     return SamplingRow(
         temperature=draw(st.sampled_from([0.0, 0.3, 1.0, 1.7])),
         top_p=draw(st.floats(0.05, 1)),
-        uniform=draw(st.floats(0, 0.999)),
-        given=draw(st.none() | st.integers(0, size - 1)) if maybe == 0 else None,
+        uniform_number=draw(st.floats(0, 0.999)),
+        forced_token=draw(st.none() | st.integers(0, size - 1)) if maybe == 0 else None,
         top_k=draw(st.integers(0, size + 2)),
         min_p=draw(st.sampled_from([0.0, 0.05, 0.4, 1.0])),
         banned=banned,
@@ -206,7 +206,7 @@ LOGITS = st.floats(width=32, allow_nan=False) | st.sampled_from([0.0, -0.0, 1.5,
 def test_the_likeliest_are_those_of_a_stable_sort(logits, count):
     """Of any numbers, infinite and equal ones too, and however few are asked for."""
     rows = torch.tensor([logits, logits[::-1]])
-    values, tokens = likeliest(rows, min(count, len(logits)))
+    values, tokens = largest_logits(rows, min(count, len(logits)))
     wanted = rows.sort(dim=-1, descending=True, stable=True)
     assert torch.equal(tokens, wanted.indices[:, :count])
     assert torch.equal(values, wanted.values[:, :count])
@@ -227,10 +227,10 @@ def test_a_penalty_beyond_all_bounds_still_leaves_a_distribution(repetition, tem
     draw = SamplingRow(temperature, 1.0, 0.5, penalties=its)
     row = torch.tensor([[3.0, -3.0, 0.0, 2.0]])
     penalised = row[0].clone()
-    penalise(penalised, its)
+    apply_penalties(penalised, its)
     assert penalised.isfinite().all()
-    likeliest = 0 if repetition < 1 else 3
-    assert sample(row, [draw]).tolist() == [likeliest]
+    largest = 0 if repetition < 1 else 3
+    assert sample(row, [draw]).tolist() == [largest]
 
 
 def test_min_p_and_top_k_keep_the_likeliest_and_their_proportions():

@@ -38,7 +38,7 @@ def test_every_token_passes_once_and_every_request_finishes_once(shape, job, see
             assert rows.num_tokens <= batcher.cell_tokens
             slots = [row.slot for row in rows.rows]
             assert slots == sorted(set(slots)) and all(0 <= slot < shape[0] for slot in slots)
-            indices = batcher.indices(batch, slots)
+            indices = batcher.request_indices(batch, slots)
             for row, index in zip(rows.rows, indices, strict=True):
                 assert row.position == len(passed[index])
                 passed[index] += rows.token_ids[row.tokens]
@@ -83,7 +83,7 @@ def test_long_prompts_come_first_and_a_free_slot_is_taken_at_the_next_pass(shape
             slots = [row.slot for row in rows.rows]
             share = min(batch_size, -(-len(left) // batches))
             assert share <= len(slots) <= batch_size or not batcher._waiting
-            for index in batcher.indices(batch, slots):
+            for index in batcher.request_indices(batch, slots):
                 if index not in met:
                     met.append(index)
             # Every second row ends.

@@ -130,11 +130,13 @@ def run_pass(batcher: Scheduler, tokens_so_far: list[int]) -> None:
         assert [tokens_so_far[position] for position in at] == list(row.token_ids)
         told.append((row.slot, [Score(float(position), 1) for position in at]))
     slots = [row.slot for row in rows.sampled]
-    draws = batcher.draws(0, slots)
+    draws = batcher.sampling_rows(0, slots)
     asked = zip(slots, draws, strict=True)
     last = [Score(float(len(tokens_so_far)), 1)]
     told += [(slot, last) for slot, draw in asked if draw.top is not None]
-    batcher.accept(0, slots, [6 if it.given is None else it.given for it in draws], told)
+    batcher.accept(
+        0, slots, [6 if it.forced_token is None else it.forced_token for it in draws], told
+    )
 
 
 @settings(max_examples=200)

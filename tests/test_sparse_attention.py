@@ -161,17 +161,17 @@ def test_of_equal_weights_the_first_are_kept(weights, share):
 def test_both_kernels_attend_sparsely(name, bits, window):
     case = make_case(torch.float32, 2, group=3, head_dim=64, lens=[33, 33], window=window)
     cached, case = (case, case) if bits is None else packed(case, bits)
-    out = cached.run(host_kernel.load(name, threads=2), 0.2)
+    out = cached.run(host_kernel.load_kernel(name, threads=2), 0.2)
     expected, clear = one_by_one(case, 0.2)
     assert clear
     torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_choice_for_sparse_attention_is_one_of_its_own(tmp_path):
-    shape = host_kernel.Shape("float32", 4, 2, 64, sparsity=0.1)
+    shape = host_kernel.AttentionShape("float32", 4, 2, 64, sparsity=0.1)
     times = host_kernel.measure(shape, threads=1, nbytes=1 << 20)
     assert set(times) == set(host_kernel.KERNELS) and all(it > 0 for it in times.values())
-    host_kernel.choose(shape, 1, tmp_path, nbytes=1 << 20)
-    host_kernel.choose(replace(shape, sparsity=1.0), 1, tmp_path, nbytes=1 << 20)
+    host_kernel.choose_kernel(shape, 1, tmp_path, nbytes=1 << 20)
+    host_kernel.choose_kernel(replace(shape, sparsity=1.0), 1, tmp_path, nbytes=1 << 20)
     (kept,) = tmp_path.iterdir()
     assert len(kept.read_text().splitlines()) == 4

@@ -53,8 +53,8 @@ def test_hidden_states_wait_for_nothing_but_their_sender():
         first, last = pool.map(lambda rank: GlooChannel(meeting, rank, place.host), range(2))
         out, hidden = torch.zeros(3, 4), torch.arange(12.0).view(3, 4)
         receiving = pool.submit(last.recv, out)
-        first.post(b"rows")
-        assert last.next() == b"rows"
+        first.post_message(b"rows")
+        assert last.next_message() == b"rows"
         assert last._receiver._pending is None
         first.send(hidden)
         receiving.result(60)
@@ -82,7 +82,7 @@ def test_a_message_of_an_absurd_size_closes_the_link_and_takes_no_memory(announc
     with ThreadPoolExecutor(2) as pool:
         stranger, link = pool.submit(announce), pool.submit(GlooChannel, meeting, 1, place.host)
         with pytest.raises(ChannelClosed, match=f"announced a message of {announced:,} bytes"):
-            link.result(60).next()
+            link.result(60).next_message()
         assert stranger.result(60)
 
 
@@ -94,9 +94,9 @@ def test_a_message_too_large_to_send_is_refused_by_its_size(monkeypatch):
         links = pool.map(lambda rank: GlooChannel(meeting, rank, place.host), range(2))
         first, last = links
         with pytest.raises(ValueError, match="a message of 9 bytes"):
-            first.post(bytes(9))
-        first.post(bytes(8))
-        assert last.next() == bytes(8)
+            first.post_message(bytes(9))
+        first.post_message(bytes(8))
+        assert last.next_message() == bytes(8)
         first.close()
 
 

@@ -32,7 +32,7 @@ from flexgen_ray.models.config_files import load_sampling_defaults
 from flexgen_ray.planner.stage_policies import StagePolicies
 from flexgen_ray.reporting.progress import counted
 from flexgen_ray.request import DEFAULT_MAX_TOKENS, Request, RequestOutput, SamplingParams
-from flexgen_ray.runtime.events import OnProgress, Progress, ignore
+from flexgen_ray.runtime.events import OnProgress, Progress, ignore_progress
 
 _WHOLE = (
     "config.json", "generation_config.json", "chat_template*", "tokenizer*", "*.model",
@@ -85,7 +85,7 @@ def read_job(
     journal: Journal,
     defaults: SamplingParams,
     facts: dict,
-    on_progress: OnProgress = ignore,
+    on_progress: OnProgress = ignore_progress,
 ) -> list[BatchLine]:
     """The lines that the journal's file doesn't answer yet; a bad line is only its own fault.
 

@@ -27,7 +27,7 @@ from flexgen_ray.hardware.rates import (
     HostRates,
     LinkRates,
 )
-from flexgen_ray.kernels.host_kernel import KERNELS, load
+from flexgen_ray.kernels.host_kernel import KERNELS, load_kernel
 from flexgen_ray.runtime.lanes import Cores
 from flexgen_ray.store.tiers import TORCH_DTYPE
 
@@ -139,7 +139,7 @@ def _host(bench: Bench, cache: CacheShape, cores: Cores, take: Measurer, scope: 
     torch.set_num_threads(cores.total)
     (read,) = take("host memory", lambda: [bench.read_rate(_HOST)])
     torch.set_num_threads(cores.host)
-    kernels = {name: load(name, cores.host) for name in KERNELS}
+    kernels = {name: load_kernel(name, cores.host) for name in KERNELS}
     copying = bench.copier(to_device=True)
     entries, joint = [], 0.0
     for name, dtype, group in _attended(scope):
@@ -214,7 +214,7 @@ def _core_shares(
     copies = share("cores that copies take", bench.copier(to_device=True))
     with bench.disk(folder) as (reading, _):
         disk = share("cores that disk reads take", reading)
-    attending = bench.attender(load("numba", cores.host), torch.float32, effort.cache)
+    attending = bench.attender(load_kernel("numba", cores.host), torch.float32, effort.cache)
     return CoreShares(copies, disk, share("cores that host attention takes", attending))
 
 

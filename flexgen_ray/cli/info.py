@@ -35,7 +35,7 @@ def lines(device: str, offload_dir: Path) -> list[tuple[str, str]]:
         (
             "calibrated",
             f"on {hardware.date}: {hardware_file()}"
-            if hardware and machine.rates_are == CALIBRATED
+            if hardware and machine.rates_source == CALIBRATED
             else f"no, so runs are planned by the rates of preset {hardware.name}, not its own"
             if hardware
             else "no, so runs without a policy aren't planned; `flexgen-ray calibrate` does it",

@@ -35,7 +35,7 @@ from flexgen_ray.distributed.stage_actors import NotStarted, StageActors
 from flexgen_ray.distributed.transport import JOIN_SECONDS, Rendezvous, RendezvousStore
 from flexgen_ray.hardware.host import threads_set_by_user
 from flexgen_ray.request import Finished, Request
-from flexgen_ray.runtime.events import OnProgress, Progress, Recovery, ignore
+from flexgen_ray.runtime.events import OnProgress, Progress, Recovery, ignore_progress
 from flexgen_ray.runtime.meter import StageMeasurements
 from flexgen_ray.runtime.stage import StageSpec
 from flexgen_ray.runtime.worker import Machine
@@ -50,7 +50,7 @@ ANSWER_SECONDS = 1.5 * JOIN_SECONDS
 class Driver:
     """Stages on a cluster that is there already, or on one started for this run."""
 
-    def __init__(self, wanted: Deployment, on_progress: OnProgress = ignore) -> None:
+    def __init__(self, wanted: Deployment, on_progress: OnProgress = ignore_progress) -> None:
         self._transport = wanted.transport
         self._faults = wanted.faults
         self._on_progress = on_progress
@@ -124,7 +124,7 @@ class Driver:
         self._stage_actors.start()
         return get_results([self.actors[0].rates.remote(spec)], self.nodes)[0]
 
-    def load(self, specs: list[StageSpec], on_progress: OnProgress = ignore) -> None:
+    def load(self, specs: list[StageSpec], on_progress: OnProgress = ignore_progress) -> None:
         """Of every stage at the same time."""
         self._stage_actors.start()
         self._specs = specs

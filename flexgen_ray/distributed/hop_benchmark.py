@@ -28,10 +28,10 @@ class _Player:
             started = time.perf_counter()
             if self._rank == 0:
                 self._link.send(tensor)
-                self._link.next()
+                self._link.next_message()
             else:
                 self._link.recv(tensor)
-                self._link.post(b"taken")
+                self._link.post_message(b"taken")
             seconds.append(time.perf_counter() - started)
         return seconds
 

@@ -24,7 +24,7 @@ from flexgen_ray.distributed.capacity import (
     InsufficientResources,
     NodeType,
 )
-from flexgen_ray.runtime.events import OnProgress, Progress, ignore
+from flexgen_ray.runtime.events import OnProgress, Progress, ignore_progress
 
 WAIT_SECONDS = 10.0  # for room on a cluster of fixed size
 SCALING_SECONDS = 900.0  # on one that may start machines
@@ -65,7 +65,7 @@ class ResourceWait:
 
 def report_note(on_progress: OnProgress, text: str) -> None:
     """A line for people: among the progress that is shown, or as a warning where none is."""
-    if on_progress is ignore:
+    if on_progress is ignore_progress:
         warnings.warn(text, stacklevel=2)
     else:
         on_progress(Progress(note=text))

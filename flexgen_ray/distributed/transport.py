@@ -98,7 +98,7 @@ class GlooChannel:
             else:
                 self._receiver = hidden
 
-    def post(self, message: bytes) -> None:
+    def post_message(self, message: bytes) -> None:
         if len(message) > MAX_MESSAGE_BYTES:
             raise ValueError(
                 f"a pass needs a message of {len(message):,} bytes to the next stage, and at most "
@@ -106,11 +106,11 @@ class GlooChannel:
             )
         self._posted.put(message)
 
-    def next(self) -> bytes:
+    def next_message(self) -> bytes:
         return self._take(self._messages)
 
     def send(self, hidden: Tensor) -> None:
-        self.post(_READY)
+        self.post_message(_READY)
         self._sender.call(lambda group: group.send([_bytes(hidden)], _RECEIVER, 0), hidden)
 
     def recv(self, out: Tensor) -> None:

@@ -33,7 +33,7 @@ from flexgen_ray.reporting.report import Report, StageReport
 from flexgen_ray.reporting.tally import ProgressTracker, RequestTimes
 from flexgen_ray.reporting.trace import write_trace
 from flexgen_ray.request import Finished, Request, RequestOutput
-from flexgen_ray.runtime.events import OnProgress, Progress, ignore
+from flexgen_ray.runtime.events import OnProgress, Progress, ignore_progress
 from flexgen_ray.runtime.stage import StageSpec
 from flexgen_ray.runtime.worker import Machine
 from flexgen_ray.text.tokenizer import Tokenizer
@@ -75,7 +75,7 @@ class Engine:
         config: ModelConfig,
         tokenizer: Tokenizer,
         settings: Settings,
-        on_progress: OnProgress = ignore,
+        on_progress: OnProgress = ignore_progress,
     ) -> None:
         self.config = config
         self.tokenizer = tokenizer
@@ -302,4 +302,4 @@ def _with_rates(machine: Machine, hardware: Hardware | None) -> Machine:
             f"hardware {hardware.name} has {'no' if hardware.device.is_cpu else 'a'} GPU, unlike "
             f"{machine.host}, which runs on {machine.device}; --dry-run plans for it alone"
         )
-    return replace(machine, hardware=hardware, rates_are=GIVEN)
+    return replace(machine, hardware=hardware, rates_source=GIVEN)

@@ -27,8 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flexgen_ray.config import Budget, HardwareSpec
-from flexgen_ray.kernels.host_kernel import Kernel
-from flexgen_ray.kernels.host_kernel import load as load_kernel
+from flexgen_ray.kernels.host_kernel import HostKernel, load_kernel
 from flexgen_ray.kernels.pack import unpack
 from flexgen_ray.kernels.sampling import SamplingRow, sample
 from flexgen_ray.layout.placement import PAGE, aligned
@@ -45,7 +44,7 @@ BUFFER = 256 * 2**20  # bytes; larger than any cache
 
 
 def measure_rates(
-    plan: StagePlan, budget: Budget, device: torch.device, offload_dir: Path, attend: Kernel
+    plan: StagePlan, budget: Budget, device: torch.device, offload_dir: Path, attend: HostKernel
 ) -> HardwareSpec:
     """Rates of this process's device, links, disk and host, for the plan's shapes and dtype.
 
@@ -232,7 +231,9 @@ class Bench(AbstractContextManager):
         out = torch.empty(shape, dtype=dtype, device=self.device)
         return self.rate(2.0 * out.numel(), lambda: unpack(next(matrices), bits, out), self.device)
 
-    def attender(self, kernel: Kernel, dtype: torch.dtype, shape: CacheShape) -> tuple[int, Action]:
+    def attender(
+        self, kernel: HostKernel, dtype: torch.dtype, shape: CacheShape
+    ) -> tuple[int, Action]:
         """Bytes of K and V of some rows, and what attends the next ones on the host; dtype: of the
         queries, and of a cache that isn't packed."""
         memory = _room(self.host, torch.uint8 if shape.bits else dtype, shape.numel)
@@ -298,7 +299,7 @@ class Bench(AbstractContextManager):
 
 
 def _attender(
-    kernel: Kernel, memory: Tensor, shape: CacheShape, dtype: torch.dtype
+    kernel: HostKernel, memory: Tensor, shape: CacheShape, dtype: torch.dtype
 ) -> tuple[int, Action]:
     caches = memory.view(-1, 2, shape.rows, shape.num_kv_heads, shape.context, shape.width)
     size = shape.rows, shape.num_heads, shape.head_dim

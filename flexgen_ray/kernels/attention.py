@@ -51,8 +51,8 @@ def decode_sparse(
 
     All but sparsity as for decode; only the values of the tokens chosen are used.
     """
-    chosen = choose(q, k, lens, sparsity, mask, window)
-    return weigh(chosen.weights, chosen.of(v[:, :, span(lens, window)]))
+    chosen = select_tokens(q, k, lens, sparsity, mask, window)
+    return weighted_sum(chosen.weights, chosen.of(v[:, :, span(lens, window)]))
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class SelectedTokens:
         return cached.gather(2, self.tokens[..., None].expand(-1, -1, -1, cached.shape[-1]))
 
 
-def choose(
+def select_tokens(
     q: Tensor,
     k: Tensor,
     lens: list[int],
@@ -109,7 +109,7 @@ def choose(
     return SelectedTokens(chosen, scores.softmax(-1).add_(fault))
 
 
-def weigh(weights: Tensor, values: Tensor) -> Tensor:
+def weighted_sum(weights: Tensor, values: Tensor) -> Tensor:
     """weights: as chosen; values: [rows, kv_heads, kept, head_dim], of the tokens chosen.
 
     Returns [rows, heads, head_dim] in the dtype of values.

@@ -27,7 +27,7 @@ from flexgen_ray.kernels.pack import unpack
 from flexgen_ray.quant.packing import packed_bytes
 
 
-class Kernel(Protocol):
+class HostKernel(Protocol):
     """HostAttention's arguments."""
 
     def __call__(
@@ -51,7 +51,7 @@ _LEAST_HEAD_DIM = 16
 
 
 @dataclass(frozen=True)
-class Shape:
+class AttentionShape:
     """What a kernel's speed depends on, beside the machine; dtype by its torch name.
 
     bits: 4 or 8 if the cache is packed; sparsity: the share of tokens that are attended.
@@ -71,7 +71,7 @@ class Shape:
         return self.head_dim * getattr(torch, self.dtype).itemsize
 
 
-def load(name: str, threads: int) -> Kernel:
+def load_kernel(name: str, threads: int) -> HostKernel:
     """One of KERNELS by its name; each takes plain and packed caches, and any sparsity.
 
     sdpa takes as many threads as torch is set to. Raises ValueError for another name.
@@ -85,12 +85,14 @@ def load(name: str, threads: int) -> Kernel:
     raise ValueError(f"there is no host attention kernel {name!r}; there are {KERNELS}")
 
 
-def takes_torch_threads(kernel: Kernel) -> bool:
+def takes_torch_threads(kernel: HostKernel) -> bool:
     """Whether it runs on as many threads as torch is set to, not on its own."""
     return kernel is _sdpa
 
 
-def choose(shape: Shape, threads: int, folder: Path, nbytes: int = MEASURED_BYTES) -> str:
+def choose_kernel(
+    shape: AttentionShape, threads: int, folder: Path, nbytes: int = MEASURED_BYTES
+) -> str:
     """The faster of KERNELS; measured (about half a second) unless the folder has the answer.
 
     The folder is made if need be. What can't be read there is measured anew, what can't be
@@ -109,26 +111,28 @@ def choose(shape: Shape, threads: int, folder: Path, nbytes: int = MEASURED_BYTE
     return chosen
 
 
-def measure(shape: Shape, threads: int, nbytes: int = MEASURED_BYTES) -> dict[str, float]:
+def measure(shape: AttentionShape, threads: int, nbytes: int = MEASURED_BYTES) -> dict[str, float]:
     """Seconds each kernel takes for one pass over a cache of so many bytes, by default far more
     than a CPU's caches hold."""
     row_bytes = 2 * shape.num_kv_heads * _CONTEXT * shape.vector_bytes()
     seconds = {}
     for name in KERNELS:
-        kernel = ready(name, threads, shape)
+        kernel = compiled_kernel(name, threads, shape)
         run = _call(kernel, shape, max(1, nbytes // row_bytes), _CONTEXT)
         seconds[name] = best_seconds(run, _SECONDS_EACH)
     return seconds
 
 
-def ready(name: str, threads: int, shape: Shape) -> Kernel:
+def compiled_kernel(name: str, threads: int, shape: AttentionShape) -> HostKernel:
     """One of KERNELS that has run once for the shape, and so is compiled."""
-    kernel = load(name, threads)
+    kernel = load_kernel(name, threads)
     _call(kernel, shape, 1, 1)()
     return kernel
 
 
-def _call(kernel: Kernel, shape: Shape, rows: int, context: int) -> Callable[[], object]:
+def _call(
+    kernel: HostKernel, shape: AttentionShape, rows: int, context: int
+) -> Callable[[], object]:
     """The kernel on as many rows of made-up values."""
     dtype = getattr(torch, shape.dtype)
     size = (2, rows, shape.num_kv_heads, context, shape.vector_bytes())
@@ -177,7 +181,7 @@ def _unpacked(packed: Tensor, bits: int, like: Tensor) -> Tensor:
     return values
 
 
-def _key(shape: Shape, threads: int) -> str:
+def _key(shape: AttentionShape, threads: int) -> str:
     heads = f"{shape.num_heads}/{shape.num_kv_heads}x{shape.head_dim}"
     if shape.bits is not None:
         heads += f" in {shape.bits} bits"

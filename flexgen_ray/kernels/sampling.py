@@ -79,19 +79,21 @@ class Penalties:
 
 @dataclass(frozen=True)
 class SamplingRow:
-    """How one row's next token is chosen; temperature 0 is greedy, uniform is in [0, 1).
+    """Settings that choose one row's next token; temperature 0 is greedy.
 
-    given: the token that it is, whatever is likely. top: how many of the likeliest are told with
-    the token's score; None asks for no score. top_k: how many of the likeliest may be chosen, 0
-    for all; min_p: how likely a token must be, as a share of the likeliest. banned: tokens that
-    may not be chosen; allowed: the only ones that may, if not None. bias: (token, what is added to
-    its logit before penalties).
+    uniform_number: in [0, 1), the point at which the distribution is inverted.
+    forced_token: the token that follows, however unlikely it is; None to choose one.
+    top: number of likeliest tokens reported with the token's score; None asks for no score.
+    top_k: number of likeliest tokens to choose from, 0 for all.
+    min_p: least probability of a token, as a share of the likeliest token's.
+    banned: tokens that are never chosen; allowed: the only tokens to choose from, None for all.
+    bias: (token, number added to its logit before penalties).
     """
 
     temperature: float
     top_p: float
-    uniform: float
-    given: int | None = None
+    uniform_number: float
+    forced_token: int | None = None
     top: int | None = None
     top_k: int = 0
     min_p: float = 0.0
@@ -124,7 +126,7 @@ class SamplingRow:
         )
 
 
-def uniform(seed: int, stream: int, position: int, sample: int = 0) -> float:
+def uniform_number(seed: int, stream: int, position: int, sample: int = 0) -> float:
     """A number in [0, 1), the same for the same integers everywhere."""
     key = f"{seed}/{stream}/{position}" + (f"/{sample}" if sample else "")
     digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
@@ -143,17 +145,17 @@ def sample(logits: Tensor, draws: list[SamplingRow]) -> Tensor:
     # To argmax a NaN is the largest, so the largest logit tells of all; less itself it is 0 or NaN.
     largest = logits.gather(-1, tokens[:, None]).squeeze(-1)
     fails = largest.sub_(largest).isnan()
-    given = [row for row, draw in enumerate(draws) if draw.given is not None]
-    if given:
-        values = place_indices([draws[row].given for row in given], tokens.device)
-        tokens[place_indices(given, tokens.device)] = values
-    rows = [row for row, draw in enumerate(draws) if draw.given is None and _is_special(draw)]
+    forced = {row: it.forced_token for row, it in enumerate(draws) if it.forced_token is not None}
+    if forced:
+        values = place_indices([*forced.values()], tokens.device)
+        tokens[place_indices([*forced], tokens.device)] = values
+    rows = [row for row, draw in enumerate(draws) if row not in forced and _is_special(draw)]
     # A row takes 48 bytes a token here, and as many as 4 a row are free (cost/sizes.py).
     step = max(1, len(draws) // 12)
     for start in range(0, len(rows), step):
         some = rows[start : start + step]
         places = place_indices(some, tokens.device)
-        tokens[places] = _choose(logits[places], [draws[row] for row in some])
+        tokens[places] = _sample_rows(logits[places], [draws[row] for row in some])
     return tokens.masked_fill_(fails, NOT_FINITE)
 
 
@@ -162,7 +164,7 @@ def _is_special(draw: SamplingRow) -> bool:
     return bool(draw.temperature > 0 or masked or draw.penalties or draw.bias)
 
 
-def _choose(logits: Tensor, draws: list[SamplingRow]) -> Tensor:
+def _sample_rows(logits: Tensor, draws: list[SamplingRow]) -> Tensor:
     """Of rows that may be overwritten."""
     for row, draw in zip(logits, draws, strict=True):
         if draw.bias:
@@ -170,7 +172,7 @@ def _choose(logits: Tensor, draws: list[SamplingRow]) -> Tensor:
             added = place_indices(values, row.device, row.dtype)
             row.index_add_(0, place_indices(biased, row.device), added)
         if draw.penalties:
-            penalise(row, draw.penalties)
+            apply_penalties(row, draw.penalties)
         if draw.allowed is not None:
             places = place_indices(draw.allowed, row.device)
             kept = row[places]
@@ -179,15 +181,15 @@ def _choose(logits: Tensor, draws: list[SamplingRow]) -> Tensor:
             row.index_fill_(0, place_indices(draw.banned, row.device), float("-inf"))
     drawn = [row for row, draw in enumerate(draws) if draw.temperature > 0]
     if len(drawn) == len(draws):
-        return _invert(logits, draws)
+        return _invert_cdf(logits, draws)
     tokens = logits.argmax(dim=-1)
     if drawn:
         places = place_indices(drawn, tokens.device)
-        tokens[places] = _invert(logits[places], [draws[row] for row in drawn])
+        tokens[places] = _invert_cdf(logits[places], [draws[row] for row in drawn])
     return tokens
 
 
-def penalise(row: Tensor, its: Penalties) -> None:
+def apply_penalties(row: Tensor, its: Penalties) -> None:
     """row: [vocabulary] logits, changed in place."""
     pairs = place_indices(its.answer, row.device).view(-1, 2)
     tokens, counts = pairs.unbind(1)
@@ -203,7 +205,7 @@ def penalise(row: Tensor, its: Penalties) -> None:
         row[tokens] -= its.frequency * counts + its.presence
 
 
-def _invert(logits: Tensor, draws: list[SamplingRow]) -> Tensor:
+def _invert_cdf(logits: Tensor, draws: list[SamplingRow]) -> Tensor:
     """Of each row the first token, likeliest first, at which the cumulative probability exceeds
     the draw; after temperature min_p, top_k and top_p, in this order, each of what is left."""
 
@@ -212,7 +214,7 @@ def _invert(logits: Tensor, draws: list[SamplingRow]) -> Tensor:
 
     size = logits.shape[-1]
     count = min(max(draw.top_k or size for draw in draws), size)
-    values, tokens = likeliest(logits, count)
+    values, tokens = largest_logits(logits, count)
     # Less its maximum, a logit divided by a tiny temperature can't overflow.
     weights = (values - values[:, :1]).double()
     weights = weights.div_(column([draw.temperature for draw in draws])).exp_()
@@ -226,12 +228,12 @@ def _invert(logits: Tensor, draws: list[SamplingRow]) -> Tensor:
     # The nucleus is the fewest tokens that reach top_p (Holtzman et al. 2020).
     reached = torch.searchsorted(cumulative, top_p * cumulative.gather(-1, last))
     last = torch.where(top_p < 1, torch.minimum(reached, last), last)
-    number = column([draw.uniform for draw in draws]) * cumulative.gather(-1, last)
+    number = column([draw.uniform_number for draw in draws]) * cumulative.gather(-1, last)
     place = torch.searchsorted(cumulative, number, right=True)
     return tokens.gather(-1, torch.minimum(place, last)).squeeze(-1)
 
 
-def likeliest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def largest_logits(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The largest logits of each row, sorted, and their tokens; of equal ones the first first."""
     size = logits.shape[-1]
     if count == size and logits.is_cuda:

@@ -135,7 +135,7 @@ class PlanningProblem:
         try:
             plan = find_best_plan(planner)
         except Infeasible:
-            if self.max_seconds is not None or machines[0].rates_are != ASSUMED:
+            if self.max_seconds is not None or machines[0].rates_source != ASSUMED:
                 raise
             return PolicyChoice(self._stages(None, budgets), notes=(NOTHING_FITS,))
         chosen = StagePolicies(

@@ -84,9 +84,9 @@ def suggest_compression(lossless: Forecast, packed: Forecast) -> str | None:
 
 def _source(machine: Machine) -> str:
     name = machine.hardware.name if machine.hardware else "unknown"
-    if machine.rates_are == CALIBRATED:
+    if machine.rates_source == CALIBRATED:
         return "rates as `flexgen-ray calibrate` measured them"
-    if machine.rates_are == ASSUMED:
+    if machine.rates_source == ASSUMED:
         return (
             f"rates assumed, those of preset {name} for {machine.device_name}; "
             "`flexgen-ray calibrate` measures this machine's own"

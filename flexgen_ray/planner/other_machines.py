@@ -41,7 +41,7 @@ class HardwareFileBackend:
                 is_fast_in_bfloat16=not is_cpu and _is_fast_in_bfloat16(hardware),
                 hardware=hardware,
                 gpu_id=str(number),
-                rates_are=GIVEN,
+                rates_source=GIVEN,
             )
             for number in range(self.num_stages)
         ]

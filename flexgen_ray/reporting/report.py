@@ -97,7 +97,7 @@ class StageReport:
     def wrong_rates(self) -> list[str]:
         """Of lanes that were busy for long, those whose seconds were foretold badly."""
         lanes, foretold = self.lanes(), self.measured.modelled_lanes
-        rates = self.machine.rates_are
+        rates = self.machine.rates_source
         again = " again" if rates == CALIBRATED else ""
         return [
             f"{lane} took {it['busy_s']:.1f} s, by the {rates} rates {foretold[lane]:.1f} s: run "

@@ -98,7 +98,7 @@ class DeviceAttention:
         """cached: [2, rows, kv_heads, tokens seen, width]."""
         if self._plan.is_sparse:
             chosen = self._chosen(work, run, cached[0], window)
-            return attention.weigh(chosen.weights, self._values(chosen.of(cached[1])))
+            return attention.weighted_sum(chosen.weights, self._values(chosen.of(cached[1])))
         k, v = self._values(cached)
         return attention.decode(self._query(work, run), k, v, run.lens, run.mask, window)
 
@@ -107,12 +107,12 @@ class DeviceAttention:
     ) -> attention.SelectedTokens:
         """keys: [rows, kv_heads, tokens seen, width]."""
         k, q = self._values(keys), self._query(work, run)
-        return attention.choose(q, k, run.lens, self._sparsity, run.mask, window)
+        return attention.select_tokens(q, k, run.lens, self._sparsity, run.mask, window)
 
     def _weighed(self, op: Op, run: DecodeRows, weights: Tensor) -> Tensor:
         """By the values that LOAD_VALUES brought."""
         values = self._cache.chosen_values(op, run.first, run.count, weights.shape[-1])
-        return attention.weigh(weights, self._values(values))
+        return attention.weighted_sum(weights, self._values(values))
 
     def _prefill(self, work: CellBuffers, row: Row, cached: Tensor, window: int | None) -> None:
         """A prompt's first chunk needs no cache: all its keys are new."""

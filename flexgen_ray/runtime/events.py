@@ -98,5 +98,5 @@ class Recovery:
 OnProgress = Callable[[Progress], None]
 
 
-def ignore(event: Progress) -> None:
+def ignore_progress(event: Progress) -> None:
     """Shows nothing."""

@@ -11,7 +11,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from flexgen_ray.kernels.host_kernel import Kernel
+from flexgen_ray.kernels.host_kernel import HostKernel
 from flexgen_ray.kernels.sampling import NOT_FINITE, Scores, sample, score
 from flexgen_ray.layout.plan import StagePlan
 from flexgen_ray.layout.rows import Composition, PlacedRows, Rows
@@ -38,7 +38,7 @@ class OpHandlers:
         weights: WeightStore,
         batcher: Scheduler,
         tiers: Tiers,
-        attend_on_host: Kernel,
+        attend_on_host: HostKernel,
     ) -> None:
         self.plan = plan
         self.config = plan.config
@@ -247,8 +247,8 @@ class OpHandlers:
             return
         logits = self._logits.pop(slot)
         if self.on_logits is not None:
-            self.on_logits(its.header.indices, logits)
-        tokens = sample(logits, its.header.draws)
+            self.on_logits(its.header.request_indices, logits)
+        tokens = sample(logits, its.header.sampling_rows)
         if its.prefills:
             fails = self._faults[op.batch][its.sampled_slots].isnan()
             tokens.masked_fill_(fails, NOT_FINITE)

@@ -84,24 +84,24 @@ class Pass(Composition):
     @cached_property
     def scores_sampled(self) -> bool:
         """Whether any sampled row's token is to be scored."""
-        return any(draw.top is not None for draw in self.header.draws)
+        return any(draw.top is not None for draw in self.header.sampling_rows)
 
     @cached_property
     def top(self) -> int:
         """Most likeliest tokens that any score is to be told with."""
         tops = [row.top for row in self.rows.scored]
-        return max(tops + [draw.top or 0 for draw in self.header.draws], default=0)
+        return max(tops + [draw.top or 0 for draw in self.header.sampling_rows], default=0)
 
     @cached_property
     def drawn(self) -> float:
-        return sum(drawn_share(draw.temperature, draw.top_k) for draw in self.header.draws)
+        return sum(drawn_share(draw.temperature, draw.top_k) for draw in self.header.sampling_rows)
 
     def slot_scores(self, scores: Iterable[Score]) -> SlotScores:
         """Whose they are: those of scored tokens come first, then one of each sampled row, if any
         of these is to be scored."""
         rest = iter(scores)
         told = [(row.slot, list(islice(rest, len(row.token_ids)))) for row in self.rows.scored]
-        sampled = zip(self.rows.sampled, self.header.draws, rest, strict=False)
+        sampled = zip(self.rows.sampled, self.header.sampling_rows, rest, strict=False)
         return told + [(row.slot, [it]) for row, draw, it in sampled if draw.top is not None]
 
     def faults(self, token_ids: list[int], scores: SlotScores) -> dict[int, int]:
@@ -184,23 +184,26 @@ class Passes:
             self.ended = op.visit
         rows = batcher.compose(op.batch)
         slots = [row.slot for row in rows.sampled]
-        draws, indices = batcher.draws(op.batch, slots), batcher.indices(op.batch, slots)
+        draws, indices = (
+            batcher.sampling_rows(op.batch, slots),
+            batcher.request_indices(op.batch, slots),
+        )
         header = Header(op.visit, op.batch, rows, draws, indices, op.visit == self.ended)
         if link is not None and not self._has_ended(op.visit):
             self._expected[op.batch] = rows
-            link.post(header.encode())
+            link.post_message(header.encode())
         self._begin_pass(op, header)
 
     def recv_rows(self, op: Op) -> None:
         """A later stage is told, and passes it on."""
         if self._has_ended(op.visit):
             return self._begin_pass(op, Header(op.visit, op.batch, NO_ROWS, [], []))
-        message = self.joined.next()
+        message = self.joined.next_message()
         header = Header.decode(message)
         if (header.visit, header.batch) != (op.visit, op.batch):
             raise RuntimeError(f"rows of {header.visit, header.batch} came for {op}")
         if not self._plan.stage.is_last:
-            self.joined.post(message)
+            self.joined.post_message(message)
         if header.is_last:
             self.ended = header.visit
         self._begin_pass(op, header)
@@ -209,7 +212,7 @@ class Passes:
         """The first stage takes note of what its batch's last visit brought, if it had any rows."""
         rows = self._expected.pop(op.batch, NO_ROWS)
         if rows.num_logits:
-            chosen = SampledTokens.decode(self.joined.next())
+            chosen = SampledTokens.decode(self.joined.next_message())
             if chosen.batch != op.batch:
                 raise RuntimeError(f"tokens of batch {chosen.batch} came for {op}")
             self._accept(op, rows, chosen)
@@ -224,7 +227,7 @@ class Passes:
         found = [it for it in found if it[0] not in faults]
         chosen = SampledTokens(op.visit, op.batch, token_ids, found, faults)
         if self.link is not None:
-            self.link.post(chosen.encode())
+            self.link.post_message(chosen.encode())
         else:
             self._accept(op, its.rows, chosen)
 

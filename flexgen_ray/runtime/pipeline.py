@@ -10,7 +10,7 @@ from threading import Thread
 
 from flexgen_ray.config import HardwareSpec
 from flexgen_ray.request import Finished, Request
-from flexgen_ray.runtime.events import OnProgress, Progress, Recovery, ignore
+from flexgen_ray.runtime.events import OnProgress, Progress, Recovery, ignore_progress
 from flexgen_ray.runtime.meter import StageMeasurements
 from flexgen_ray.runtime.ring import ChannelClosed, LocalChannel
 from flexgen_ray.runtime.stage import StageSpec
@@ -46,7 +46,7 @@ class LocalPipeline:
     def rates(self, spec: StageSpec) -> HardwareSpec:
         return self.workers[0].rates(spec)
 
-    def load(self, specs: list[StageSpec], on_progress: OnProgress = ignore) -> None:
+    def load(self, specs: list[StageSpec], on_progress: OnProgress = ignore_progress) -> None:
         """One stage after the other."""
         for worker, spec in zip(self.workers, specs, strict=True):
             worker.load(spec, on_progress)

@@ -29,21 +29,22 @@ class ChannelClosed(ConnectionError):
 class Header:
     """One pass of one batch, as the first stage composed it.
 
-    draws, indices: of each sampled row, how its next token is chosen and whose it is. is_last: no
-    visit follows this one.
+    sampling_rows: for each sampled row, settings that choose its next token.
+    request_indices: for each sampled row, the index of its request.
+    is_last: True if no visit follows this one.
     """
 
     visit: int
     batch: int
     rows: Rows
-    draws: list[SamplingRow]
-    indices: list[int]
+    sampling_rows: list[SamplingRow]
+    request_indices: list[int]
     is_last: bool = False
 
     def encode(self) -> bytes:
         rows = [_told(row) for row in self.rows.rows]
-        draws = [draw.encode() for draw in self.draws]
-        told = [rows, self.rows.prefill_tokens, draws, self.indices, self.is_last]
+        draws = [draw.encode() for draw in self.sampling_rows]
+        told = [rows, self.rows.prefill_tokens, draws, self.request_indices, self.is_last]
         if self.rows.scored:
             scored = [(r.slot, r.first, r.token_ids, r.top) for r in self.rows.scored]
             told.append(scored)
@@ -105,10 +106,10 @@ class SampledTokens:
 class Channel(Protocol):
     """Every call that waits raises LinkClosed when there is nothing more to wait for."""
 
-    def post(self, message: bytes) -> None:
+    def post_message(self, message: bytes) -> None:
         """A small message to the next stage, from the last one to the first; doesn't wait."""
 
-    def next(self) -> bytes:
+    def next_message(self) -> bytes:
         """Waits for the next small message."""
 
     def send(self, hidden: Tensor) -> None:
@@ -140,10 +141,10 @@ class LocalChannel:
             link._following, following._preceding = following, link
         return links
 
-    def post(self, message: bytes) -> None:
+    def post_message(self, message: bytes) -> None:
         self._following._messages.put(message)
 
-    def next(self) -> bytes:
+    def next_message(self) -> bytes:
         return self._get(self._messages)
 
     def send(self, hidden: Tensor) -> None:

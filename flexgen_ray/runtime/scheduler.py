@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
 
-from flexgen_ray.kernels.sampling import Penalties, SamplingRow, uniform
+from flexgen_ray.kernels.sampling import Penalties, SamplingRow, uniform_number
 from flexgen_ray.layout.rows import Row, Rows, ScoredRow
 from flexgen_ray.request import Finished, Request, SamplingParams, Score, SlotScores
 
@@ -26,7 +26,7 @@ _WIDER = {
 }
 
 
-def not_finite(place: int, dtype: str = "float32", cache_bits: int | None = None) -> str:
+def not_finite_message(place: int, dtype: str = "float32", cache_bits: int | None = None) -> str:
     """The sentence for a request of which hidden states or logits are NaN or infinite.
 
     place: of the token that was to be chosen or scored, in the prompt and the answer together.
@@ -96,7 +96,7 @@ class Scheduler:
     eos_token_ids: frozenset[int]
     find_stop: FindStop | None = None
     seed: int = 0
-    explain: Callable[[int], str] = not_finite
+    explain: Callable[[int], str] = not_finite_message
     _waiting: deque[Request] = field(default_factory=deque)
     _finished: deque[Finished] = field(default_factory=deque)
     _accepted: deque[tuple[int, int]] = field(default_factory=deque)
@@ -141,11 +141,11 @@ class Scheduler:
                     counts[slot] = count
         return self._pack(slots, counts)
 
-    def draws(self, batch: int, slots: list[int]) -> list[SamplingRow]:
+    def sampling_rows(self, batch: int, slots: list[int]) -> list[SamplingRow]:
         """How to choose the next token of each slot."""
-        return [self._draw(self._slots[batch][slot]) for slot in slots]
+        return [self._sampling_row(self._slots[batch][slot]) for slot in slots]
 
-    def indices(self, batch: int, slots: list[int]) -> list[int]:
+    def request_indices(self, batch: int, slots: list[int]) -> list[int]:
         return [self._slots[batch][slot].request.index for slot in slots]
 
     def accept(
@@ -226,25 +226,25 @@ class Scheduler:
             sequence.cached = stop
         return Rows(tuple(rows), tuple(token_ids), prefill_tokens, tuple(scored))
 
-    def _draw(self, sequence: _Sequence) -> SamplingRow:
+    def _sampling_row(self, sequence: _Sequence) -> SamplingRow:
         request, params = sequence.request, sequence.request.params
         position = len(sequence.generated)
         if params.temperature == 0:
             number = 0.0
         elif params.seed is not None:
-            number = uniform(params.seed, -1, position, request.sample)
+            number = uniform_number(params.seed, -1, position, request.sample)
         else:
             stream = request.index if request.first is None else request.first
-            number = uniform(self.seed, stream, position, request.sample)
+            number = uniform_number(self.seed, stream, position, request.sample)
         forced = request.forced_token_ids
-        given = forced[position] if position < len(forced) else None
+        forced_token = forced[position] if position < len(forced) else None
         first = request.scored_from
         top = None if first is None or len(sequence.token_ids) < first else request.top
         return SamplingRow(
             params.temperature,
             params.top_p,
             number,
-            given,
+            forced_token,
             top,
             max(params.top_k, 0),
             params.min_p,

@@ -14,7 +14,14 @@ import torch
 
 from flexgen_ray.config import Budget, HardwareSpec
 from flexgen_ray.hardware.host import tune_malloc_for_loading, tune_malloc_for_ops
-from flexgen_ray.kernels.host_kernel import Kernel, Shape, choose, load, ready, takes_torch_threads
+from flexgen_ray.kernels.host_kernel import (
+    AttentionShape,
+    HostKernel,
+    choose_kernel,
+    compiled_kernel,
+    load_kernel,
+    takes_torch_threads,
+)
 from flexgen_ray.layout.moves import Moves
 from flexgen_ray.layout.plan import StagePlan
 from flexgen_ray.layout.sizes import check_budget, host_workspace_bytes, workspace_bytes
@@ -22,7 +29,7 @@ from flexgen_ray.models.checkpoint import Checkpoint
 from flexgen_ray.models.dummy import DummyWeights
 from flexgen_ray.paths import calibration_dir
 from flexgen_ray.request import Finished, Request
-from flexgen_ray.runtime.events import OnProgress, Progress, ignore
+from flexgen_ray.runtime.events import OnProgress, Progress, ignore_progress
 from flexgen_ray.runtime.executor import AsyncExecutor, SerialExecutor
 from flexgen_ray.runtime.handlers import LogitsHook, OpHandlers
 from flexgen_ray.runtime.lanes import (
@@ -38,7 +45,7 @@ from flexgen_ray.runtime.lanes import (
 from flexgen_ray.runtime.meter import Meter, StageMeasurements, VisitTiming
 from flexgen_ray.runtime.modelled import Modelled
 from flexgen_ray.runtime.ring import Channel
-from flexgen_ray.runtime.scheduler import FindStop, Scheduler, not_finite
+from flexgen_ray.runtime.scheduler import FindStop, Scheduler, not_finite_message
 from flexgen_ray.schedule.dependencies import window_ops
 from flexgen_ray.schedule.ops import Span
 from flexgen_ray.schedule.zigzag import zigzag
@@ -81,7 +88,7 @@ class Stage:
         self,
         spec: StageSpec,
         find_stop: FindStop | None = None,
-        on_progress: OnProgress = ignore,
+        on_progress: OnProgress = ignore_progress,
     ) -> None:
         def tell(done: int, total: int) -> None:
             on_progress(Progress(phase=phase, done=done, total=total, unit="bytes"))
@@ -93,7 +100,7 @@ class Stage:
         self.spec = spec
         self._cores = cores_for(plan, device)
         # Measured, if it has to be, before the budget's memory is taken.
-        attend = host_kernel(plan, self._cores.host, spec.budget.cpu // 2)
+        attend = choose_host_kernel(plan, self._cores.host, spec.budget.cpu // 2)
         self._attends_by_torch = plan.attended_rows > 0 and takes_torch_threads(attend)
         self.tiers = Tiers(
             MemoryTier("gpu", spec.budget.gpu, device),
@@ -113,7 +120,7 @@ class Stage:
                 frozenset(plan.config.eos_token_ids),
                 find_stop,
                 spec.seed,
-                partial(not_finite, dtype=plan.dtype, cache_bits=plan.policy.cache_bits),
+                partial(not_finite_message, dtype=plan.dtype, cache_bits=plan.policy.cache_bits),
             )
             self._cells = OpHandlers(plan, weights, self.batcher, self.tiers, attend)
             self._crews: list[LaneWorker] | None = None
@@ -257,16 +264,20 @@ def cores_for(plan: StagePlan, device: torch.device) -> Cores:
     return divide_cores(torch.get_num_threads(), on_cuda, plan.attended_rows > 0)
 
 
-def host_kernel(plan: StagePlan, threads: int, nbytes: int) -> Kernel:
+def choose_host_kernel(plan: StagePlan, threads: int, nbytes: int) -> HostKernel:
     """The faster host attention for a plan's shapes, compiled; measuring it may take nbytes of
     memory."""
     if not plan.attended_rows:
-        return load("sdpa", threads)
+        return load_kernel("sdpa", threads)
     config = plan.config
     heads = config.num_heads, config.num_kv_heads, config.head_dim
-    shape = Shape(plan.dtype, *heads, plan.policy.cache_bits, plan.policy.attention_sparsity)
+    shape = AttentionShape(
+        plan.dtype, *heads, plan.policy.cache_bits, plan.policy.attention_sparsity
+    )
     with _torch_threads(threads):
-        return ready(choose(shape, threads, calibration_dir(), nbytes), threads, shape)
+        return compiled_kernel(
+            choose_kernel(shape, threads, calibration_dir(), nbytes), threads, shape
+        )
 
 
 def _weight_source(spec: StageSpec) -> WeightSource:

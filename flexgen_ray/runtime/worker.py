@@ -22,12 +22,12 @@ from flexgen_ray.hardware.rates import MemorySizes
 from flexgen_ray.hardware.spec import Hardware
 from flexgen_ray.paths import find_model
 from flexgen_ray.request import Finished, Request
-from flexgen_ray.runtime.events import OnProgress, Progress, ignore
+from flexgen_ray.runtime.events import OnProgress, Progress, ignore_progress
 from flexgen_ray.runtime.handlers import LogitsHook
 from flexgen_ray.runtime.lanes import Heartbeat
 from flexgen_ray.runtime.meter import StageMeasurements
 from flexgen_ray.runtime.ring import Channel
-from flexgen_ray.runtime.stage import LOADING, Stage, StageSpec, cores_for, host_kernel
+from flexgen_ray.runtime.stage import LOADING, Stage, StageSpec, choose_host_kernel, cores_for
 from flexgen_ray.schedule.ops import Span
 from flexgen_ray.text.stop_strings import StopStrings
 from flexgen_ray.text.tokenizer import Tokenizer
@@ -36,7 +36,7 @@ from flexgen_ray.text.tokenizer import Tokenizer
 @dataclass(frozen=True)
 class Machine:
     """What a worker finds where it runs; bytes are those free now. hardware: its rates, if they
-    are known; gpu_id: of no other GPU anywhere; rates_are: calibrated, given, or assumed by the
+    are known; gpu_id: of no other GPU anywhere; rates_source: calibrated, given, or assumed by the
     GPU's name."""
 
     host: str
@@ -49,7 +49,7 @@ class Machine:
     is_fast_in_bfloat16: bool
     hardware: Hardware | None = None
     gpu_id: str = ""
-    rates_are: str = CALIBRATED
+    rates_source: str = CALIBRATED
 
     @property
     def on_cuda(self) -> bool:
@@ -95,10 +95,10 @@ class Worker:
         """What this machine gives for the stage's shapes, measured now; takes a few seconds."""
         self.close()
         plan, device = spec.plan, torch.device(spec.device)
-        attend = host_kernel(plan, cores_for(plan, device).host, spec.budget.cpu // 2)
+        attend = choose_host_kernel(plan, cores_for(plan, device).host, spec.budget.cpu // 2)
         return measure_rates(plan, spec.budget, device, Path(spec.offload_dir), attend)
 
-    def load(self, spec: StageSpec, on_progress: OnProgress = ignore) -> None:
+    def load(self, spec: StageSpec, on_progress: OnProgress = ignore_progress) -> None:
         """Takes the memory, reads the weights; replaces the stage of an earlier load."""
 
         def tell(event: Progress) -> None:
@@ -205,7 +205,7 @@ def with_known_rates(machine: Machine, offload_dir: Path) -> Machine:
         return machine
     sizes = MemorySizes(machine.gpu_bytes, machine.cpu_bytes, max(machine.disk_bytes, 1))
     hardware = assume_from_preset(machine.device_name, sizes, machine.num_threads, offload_dir)
-    return replace(machine, hardware=hardware, rates_are=ASSUMED)
+    return replace(machine, hardware=hardware, rates_source=ASSUMED)
 
 
 def _free_disk(folder: Path) -> int:
