@@ -15,6 +15,7 @@ import torch
 import typer
 
 from benchmarks.command import run_as_command
+from benchmarks.emulation import emulated
 from benchmarks.likeness import alike_requests
 from flexgen_ray.cli.options import JsonOption
 from flexgen_ray.config import Budget, HardwareSpec, Placement, Policy, Workload
@@ -120,7 +121,7 @@ def run_case(case: Case, plan: StagePlan, op_seconds: float) -> dict:
         budget = Budget(*[2**30] * 3)
         spec = StageSpec(None, plan, budget, "cpu", str(Path(folder)))
         hardware = hardware_of(case, plan, op_seconds)
-        worker.load(replace(spec, hardware=hardware, time_scale=1.0, keeps_spans=True))
+        worker.load(replace(spec, **emulated(hardware), keeps_spans=True))
         worker.add(requests_of(plan))
         tokens = sum(it.new_tokens for it in worker.run() if isinstance(it, Progress))
         measured, spans = worker.measured(), worker.spans(0, 10**9)

@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from benchmarks.emulation import emulated
 from flexgen_ray.config import Budget, HardwareSpec, Placement
 from flexgen_ray.cost.bound import decoding, visit_seconds
 from flexgen_ray.cost.steady import Demands
@@ -64,13 +65,11 @@ class Likeness:
             StageSpec(
                 model=None,
                 plan=_small(plan),
-                stands_for=plan,
                 budget=Budget(*[2**34] * 3),
                 device="cpu",
                 offload_dir=folder,
                 executor=self.executor,
-                hardware=its,
-                time_scale=self.time_scale,
+                **emulated(its, self.time_scale, stands_for=plan),
             )
             for plan, its in self._pairs()
         ]

@@ -104,7 +104,7 @@ def run(likeness: Likeness) -> dict:
             measured = driver.measured()
     finally:
         driver.close()
-    shares = [_steady_share(it, plans[0].num_blocks) for it in measured]
+    shares = [_steady_share(it, plans[0].num_blocks, scale) for it in measured]
     slowest = max(range(len(shares)), key=lambda it: shares[it][1])
     last = _steady(measured[-1], plans[0].num_blocks)
     decode = sum(it.new_tokens for it in last[1:]) / (last[-1].ended - last[0].ended)
@@ -129,11 +129,12 @@ def _steady(measured: StageMeasurements, num_blocks: int) -> list[VisitTiming]:
     return decoding[num_blocks - 1 : len(decoding) - num_blocks]
 
 
-def _steady_share(measured: StageMeasurements, num_blocks: int) -> tuple[str, float]:
+def _steady_share(
+    measured: StageMeasurements, num_blocks: int, time_scale: float
+) -> tuple[str, float]:
     """The busiest lane or resource of a stage while every block decodes, and its share of then."""
-    assert measured.time_scale is not None
     visits = _steady(measured, num_blocks)
-    seconds = (visits[-1].ended - visits[0].ended) / measured.time_scale
+    seconds = (visits[-1].ended - visits[0].ended) / time_scale
     busy = {
         name: sum(it.modelled.get(name, 0.0) for it in visits[1:])
         for name in {name for it in visits for name in it.modelled}

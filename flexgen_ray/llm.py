@@ -41,6 +41,7 @@ from flexgen_ray.processor import generation_request, scoring_request
 from flexgen_ray.reporting.progress import counted, show_progress
 from flexgen_ray.request import Request, RequestOutput, SamplingParams
 from flexgen_ray.runtime.events import OnProgress, ignore_progress
+from flexgen_ray.runtime.modelled import RunWrapper
 from flexgen_ray.text.messages import ChatOptions, parse_messages
 from flexgen_ray.text.stop_strings import StopStrings
 from flexgen_ray.text.tokenizer import GuessedTokenizer, Tokenizer
@@ -68,10 +69,11 @@ class LLM(Engine):
     that is longer than those before loads them again. Without a policy, so may a call with more
     prompts, for which a larger block is planned.
     executor: async runs loads, stores, disk and host attention beside the device's work; serial,
-    its oracle, gives the same bits. pace: emulate this hardware, each modelled second taking
-    time_scale seconds. hardware: sum beside the run what its ops should take there; "measured"
-    measures this machine's rates first. trace: keep every op's times, for `write_trace`. lossy:
-    weight_bits, embedding_bits, cache_bits, attention_sparsity as in Policy, over what it says.
+    its oracle, gives the same bits. hardware: sum beside the run what its ops should take there;
+    "measured" measures this machine's rates first. run_wrapper: run the ops through a function
+    named by import path, as benchmarks/emulation.py does to emulate `hardware`. trace: keep every
+    op's times, for `write_trace`. lossy: weight_bits, embedding_bits, cache_bits,
+    attention_sparsity as in Policy, over what it says.
     on_progress: called with each phase and pass, such as what progress.show_progress yields.
     plan_for: plan by the rates of this hardware preset or file; in a dry run for its memory too.
     max_latency: seconds that a block may take, as a bound for the plan. dry_run: `prepare` plans
@@ -102,9 +104,8 @@ class LLM(Engine):
         max_model_len: int | None = None,
         seed: int = 0,
         executor: str = "async",
-        pace: HardwareSpec | None = None,
-        time_scale: float = 1.0,
         hardware: HardwareSpec | str | None = None,
+        run_wrapper: RunWrapper | None = None,
         trace: bool = False,
         load_format: str = "auto",
         weight_bits: int | None = None,
@@ -158,8 +159,8 @@ class LLM(Engine):
                 wait_seconds=wait,
             ),
             seed=int(seed),
-            execution=execution(executor, pace, time_scale, hardware, trace),
-            measures=hardware == "measured" and pace is None,
+            execution=execution(executor, hardware, run_wrapper, trace),
+            measures=hardware == "measured",
             hardware=None if plan_for is None else Hardware.load(plan_for),
             max_seconds=max_latency,
             is_dry=dry_run,

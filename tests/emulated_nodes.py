@@ -22,6 +22,7 @@ import ray
 import torch
 from ray.cluster_utils import Cluster
 
+from benchmarks.emulation import emulated
 from flexgen_ray import LLM, Placement, Policy, SamplingParams
 from flexgen_ray.config import Faults, HardwareSpec
 
@@ -29,7 +30,7 @@ THIRD = Placement(0.3, 0.3, 0.4)
 # Not all requests at once, so that some are answered when a node goes.
 POLICY = Policy(1, 2, 16, THIRD, THIRD, THIRD, 0.5)
 # Slow enough that a node goes in the middle of a run.
-SLOW = HardwareSpec(*[1e12] * 6, device_flops_per_s=1e6, device_bytes_per_s=1e12)
+SLOW = emulated(HardwareSpec(*[1e12] * 6, device_flops_per_s=1e6, device_bytes_per_s=1e12))
 # Ray's own are 3 s and 5, and make the loss of a node known after some 15 s.
 HEALTH = {"health_check_period_ms": 1000, "health_check_failure_threshold": 2}
 
@@ -80,7 +81,7 @@ def main() -> None:
         pipeline_parallel_size=job["num_stages"],
         address=nodes.cluster.address,
         faults=Faults(**job["faults"]),
-        pace=None if job["lose"] is None else SLOW,
+        **({} if job["lose"] is None else SLOW),
     ) as llm:
         params = SamplingParams(max_tokens=job["max_tokens"], temperature=0.0)
         requests = [llm.request(index, it, params) for index, it in enumerate(job["prompts"])]

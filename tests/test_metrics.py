@@ -8,16 +8,19 @@ import re
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from test_exactness import assert_same
 
 from flexgen_ray.request import CompletionOutput
 
+ROOT = Path(__file__).parents[1]
 # A Ray of its own: the session's exports nothing.
 SCRIPT = """
 import json, os, signal, socket, sys, time, urllib.request
 import ray
+from benchmarks.emulation import emulated
 from flexgen_ray import LLM, Policy, SamplingParams
 from flexgen_ray.config import HardwareSpec
 
@@ -29,7 +32,7 @@ ray.init(
     log_to_driver=False, _node_ip_address="127.0.0.1", _metrics_export_port=port,
     _system_config={"metrics_report_interval_ms": 1000},
 )
-SLOW = HardwareSpec(*[1e12] * 6, device_flops_per_s=5e6, device_bytes_per_s=1e12)
+SLOW = emulated(HardwareSpec(*[1e12] * 6, device_flops_per_s=5e6, device_bytes_per_s=1e12))
 
 OF_FIRST = 'stage="0"'
 
@@ -39,7 +42,7 @@ def metrics():
 
 model, prompts, wanted, output = json.loads(sys.argv[1])
 with LLM(
-    model, policy=Policy(1, 2), dtype="float32", pipeline_parallel_size=2, pace=SLOW
+    model, policy=Policy(1, 2), dtype="float32", pipeline_parallel_size=2, **SLOW
 ) as llm:
     requests = [
         llm.request(i, prompt, SamplingParams(max_tokens=12, temperature=0.0))
@@ -89,7 +92,7 @@ def run(tiny_models, tmp_path_factory):
     job = [str(folder), [reference.prompt for reference in references], wanted, str(output)]
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, json.dumps(job)],
-        env=os.environ, capture_output=True, text=True, timeout=200, check=False,
+        cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=200, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     answers, notes, lines, report = json.loads(output.read_text())

@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_exactness import assert_same, policies
 
+from benchmarks.emulation import Pacer, emulated
 from flexgen_ray import LLM, HardwareSpec, Placement, Policy, SamplingParams
 from flexgen_ray.cost.resources import Resource
-from flexgen_ray.runtime.pacer import Pacer
+from flexgen_ray.runtime.modelled import RunWrapper
 from flexgen_ray.store.weights import WeightStore
 
 FAST = {field.name: 1e12 for field in fields(HardwareSpec)}
@@ -27,7 +28,7 @@ def test_an_emulated_run_has_the_same_tokens_and_takes_its_time(tiny_models, nam
     hardware = HardwareSpec(**FAST | {slow: 2e8})
     prompts = [reference.prompt for reference in references]
     params = [SamplingParams(len(r.tokens), temperature=0.0) for r in references]
-    with LLM(folder, policy=policy, dtype="float32", use_ray=False, pace=hardware) as llm:
+    with LLM(folder, policy=policy, dtype="float32", use_ray=False, **emulated(hardware)) as llm:
         outputs = [output.outputs[0] for output in llm.generate(prompts, params)]
         measured = llm.report.stages[0].measured
     assert_same(outputs, references)
@@ -86,7 +87,9 @@ def test_an_error_ends_a_paced_run_at_once(tiny_models, monkeypatch):
     hardware = HardwareSpec(**FAST | {"host_attention_bytes_per_s": 0.1})
     host = Placement(0, 1, 0)
     before = threading.active_count()
-    with LLM(folder, policy=Policy(2, 2, 64, host, host), use_ray=False, pace=hardware) as llm:
+    with LLM(
+        folder, policy=Policy(2, 2, 64, host, host), use_ray=False, **emulated(hardware)
+    ) as llm:
         with pytest.raises(OSError, match="/data/offload"):
             llm.generate([[4 + i for i in range(20)]] * 4, SamplingParams(max_tokens=8))
     assert threading.active_count() <= before
@@ -109,3 +112,19 @@ def test_what_is_late_catches_up():
 def test_a_rate_must_be_a_positive_number(value):
     with pytest.raises(ValueError, match="h2d_bytes_per_s"):
         HardwareSpec(**FAST | {"h2d_bytes_per_s": value})
+
+
+@pytest.mark.parametrize("value", [0, -1, float("nan"), float("inf"), "1", True])
+def test_a_time_scale_must_be_a_positive_number(value):
+    with pytest.raises(ValueError, match="time_scale"):
+        emulated(HardwareSpec(**FAST), value)
+
+
+def test_a_wrapper_that_is_not_there_is_refused_before_weights_are_loaded(tiny_models):
+    folder, _ = tiny_models["llama"]
+    wrapped = emulated(HardwareSpec(**FAST)) | {
+        "run_wrapper": RunWrapper("benchmarks.emulation:no")
+    }
+    with LLM(folder, policy=Policy(2, 2), use_ray=False, **wrapped) as llm:
+        with pytest.raises(ValueError, match="benchmarks.emulation:no.*must be module:name"):
+            llm.generate([[5, 6]], SamplingParams(max_tokens=2))

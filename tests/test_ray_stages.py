@@ -16,6 +16,7 @@ import pytest
 import ray
 from test_exactness import assert_same
 
+from benchmarks.emulation import emulated
 from flexgen_ray import LLM, Placement, Policy, SamplingParams
 from flexgen_ray.config import Faults, HardwareSpec
 from flexgen_ray.distributed.attempt import get_results
@@ -105,13 +106,13 @@ class Killer(threading.Thread):
 
 
 # A visit of the tiny models takes some hundredths of a second at this pace.
-SLOW = HardwareSpec(*[1e12] * 6, device_flops_per_s=5e6, device_bytes_per_s=1e12)
+SLOW = emulated(HardwareSpec(*[1e12] * 6, device_flops_per_s=5e6, device_bytes_per_s=1e12))
 
 
 def disturbed(folder, references, moments, num_stages=3, how=signal.SIGKILL, **faults):
     """How the driver mended what a killer did to a run, whose tokens are as if nothing had been."""
     params = SamplingParams(max_tokens=12, temperature=0.0)
-    options = {"pipeline_parallel_size": num_stages, "faults": Faults(**faults), "pace": SLOW}
+    options = {"pipeline_parallel_size": num_stages, "faults": Faults(**faults)} | SLOW
     with LLM(folder, policy=POLICY, dtype="float32", **options) as llm:
         made = [llm.request(i, reference.prompt, params) for i, reference in enumerate(references)]
         llm.prepare(made)

@@ -174,7 +174,7 @@ def test_a_replayed_request_keeps_its_scores_and_gets_the_others(
 @pytest.mark.parametrize("moment", [0.1, 0.4])
 def test_killed_stages_cost_no_score(tiny_models, logprobs, local_ray, moment):
     """In prefill or in decode: what was told is kept, the rest is scored when it is replayed."""
-    options = {"policy": Policy(2, 2, 4), "pipeline_parallel_size": 2, "pace": SLOW}
+    options = {"policy": Policy(2, 2, 4), "pipeline_parallel_size": 2} | SLOW
     with LLM(tiny_models["opt"][0], dtype="float32", **options) as llm:
         cuts = [len(text) // 2 if index % 2 else len(text) - 1 for index, text in enumerate(TEXTS)]
         requests = [

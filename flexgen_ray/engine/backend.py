@@ -10,6 +10,7 @@ from flexgen_ray.config import Deployment, HardwareSpec
 from flexgen_ray.request import Finished, Request
 from flexgen_ray.runtime.events import OnProgress, Progress, Recovery
 from flexgen_ray.runtime.meter import StageMeasurements
+from flexgen_ray.runtime.modelled import RunWrapper
 from flexgen_ray.runtime.pipeline import LocalPipeline
 from flexgen_ray.runtime.stage import StageSpec
 from flexgen_ray.runtime.worker import Machine
@@ -66,15 +67,14 @@ def spans(backend: Backend, stage: int) -> Iterator[Span]:
 
 def execution(
     executor: str,
-    pace: HardwareSpec | None,
-    time_scale: float,
     hardware: HardwareSpec | str | None,
+    run_wrapper: RunWrapper | None,
     trace: bool,
 ) -> dict[str, Any]:
     """Fields of a StageSpec that say how to run."""
     return {
         "executor": executor,
-        "hardware": pace or (None if isinstance(hardware, str) else hardware),
-        "time_scale": time_scale if pace else None,
+        "hardware": None if isinstance(hardware, str) else hardware,
+        "run_wrapper": run_wrapper,
         "keeps_spans": trace,
     }

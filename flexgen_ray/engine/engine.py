@@ -90,8 +90,6 @@ class Engine:
             folder = str(settings.offload_dir)
             probed = self.backend.probe(settings.deployment.device, folder)
             self.machines = [_with_rates(it, settings.hardware) for it in probed]
-            if settings.execution["time_scale"] and self.machines[0].on_cuda:
-                raise ValueError("pace emulates hardware with CPU ops; give device=cpu with it")
             self.budgets = settle_budgets(self.machines, settings.limits, reserved)
             self.dtype, note = settle_dtype(
                 settings.dtype, config.dtype, self.machines, config.overflows_float16
@@ -171,7 +169,8 @@ class Engine:
     @property
     def _stages_disk(self) -> bool:
         """True if what is read from disk passes through host memory on its way to the device."""
-        return self.machines[0].on_cuda or self.settings.execution["time_scale"] is not None
+        # A wrapped run is laid out as on a GPU, which the emulation stands for.
+        return self.machines[0].on_cuda or self.settings.execution["run_wrapper"] is not None
 
     def _load(self, chosen: PolicyChoice) -> None:
         """Bring every stage up with its plan, and with the rates that its ops are modelled by."""
@@ -241,7 +240,8 @@ class Engine:
         if not self.settings.execution["keeps_spans"]:
             raise ValueError("no trace was kept; make the LLM with trace=True")
         stages = [spans(self.backend, stage) for stage in range(len(self.report.stages))]
-        write_trace(Path(path), stages, self.settings.execution["time_scale"] is not None)
+        is_emulated = any(stage.measured.is_emulated for stage in self.report.stages)
+        write_trace(Path(path), stages, is_emulated)
 
     def close(self) -> None:
         """Stops the worker, in the middle of a stream too; memory and files are given back."""

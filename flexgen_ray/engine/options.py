@@ -21,6 +21,7 @@ from flexgen_ray.config import (
     is_device,
 )
 from flexgen_ray.planner.stage_policies import StagePolicies
+from flexgen_ray.runtime.modelled import RunWrapper
 from flexgen_ray.runtime.stage import EXECUTORS
 from flexgen_ray.units import parse_bytes
 
@@ -166,10 +167,9 @@ _CHECKS: dict[str, Check] = {
     "faults": (_is(_NONE, Faults), "Faults(...) or None"),
     "seed": (_is_int, "an integer"),
     "executor": _one_of(*EXECUTORS),
-    "pace": (_is(_NONE, HardwareSpec), "a HardwareSpec or None"),
-    "time_scale": (_is_rate, "a number above 0"),
     "hardware": (lambda it: it == "measured" or isinstance(it, HardwareSpec | None),
                  'a HardwareSpec, "measured" or None'),
+    "run_wrapper": (_is(_NONE, RunWrapper), "a RunWrapper or None"),
     "trace": _FLAG,
     "max_model_len": (lambda it: it is None or _is_count(it), "None or a number of tokens"),
     "threads": (lambda it: it is None or _is_count(it), "None or a number from 1 up"),

@@ -41,8 +41,8 @@ class VisitTiming:
 class StageMeasurements:
     """Seconds of a run, {lane: seconds}. modelled_*: by a cost model at the rates of `hardware`, if
     the run had one; cores: all lanes' core seconds over the cores, where the device is a CPU.
-    time_scale: of an emulated run. peak_gpu_bytes: what torch took of a GPU. sampling: of the
-    device's busy seconds, those in which tokens were chosen.
+    is_emulated: whether times are those of emulated hardware. peak_gpu_bytes: what
+    torch took of a GPU. sampling: of the device's busy seconds, those in which tokens were chosen.
     """
 
     wall: float = 0.0
@@ -51,14 +51,10 @@ class StageMeasurements:
     modelled_resources: dict[str, float] = field(default_factory=dict)
     cores: float = 0.0
     hardware: HardwareSpec | None = None
-    time_scale: float | None = None
+    is_emulated: bool = False
     visits: list[VisitTiming] = field(default_factory=list)
     peak_gpu_bytes: int = 0
     sampling: float = 0.0
-
-    @property
-    def is_emulated(self) -> bool:
-        return self.time_scale is not None
 
     @property
     def binding_lane(self) -> str:

@@ -1,12 +1,16 @@
-"""Runs ops and sums what they should take on given hardware; paces them by it, if asked.
+"""Runs ops and sums the seconds that the cost model gives them on given hardware.
 
-Knows the cost model and the clock of the emulation; not when ops run.
+Knows the cost model; not when ops run. A wrapper named by import path may stand in its place, as
+the emulation of benchmarks/emulation.py does.
 """
 
 from __future__ import annotations
 
-import time
 from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Any
 
 from flexgen_ray.config import HardwareSpec
 from flexgen_ray.cost.ops import CostModel
@@ -15,32 +19,38 @@ from flexgen_ray.layout.moves import Moves
 from flexgen_ray.layout.plan import StagePlan
 from flexgen_ray.runtime.handlers import OpHandlers
 from flexgen_ray.runtime.meter import Timing
-from flexgen_ray.runtime.pacer import Pacer
-from flexgen_ray.schedule.ops import LANE, Lane, Op, OpKind
+from flexgen_ray.schedule.ops import LANE, Lane, Op
 
 Seconds = dict[Lane, dict[Resource | None, float]]  # None: of the op as a whole
 
 
 class Modelled:
-    """Cells under the cost model of a plan: their own, or that of a larger model's likeness.
+    """Op handlers of one run, with the modelled seconds of the ops that they run.
 
-    time_scale: wall seconds a modelled second; None doesn't pace.
+    moves: whether an op is dispatched. is_emulated: whether times are those of emulated hardware.
     """
 
-    def __init__(
-        self, cells: OpHandlers, plan: StagePlan, hardware: HardwareSpec, time_scale: float | None
-    ) -> None:
+    is_emulated = False
+
+    def __init__(self, cells: OpHandlers, plan: StagePlan, hardware: HardwareSpec) -> None:
         self._cells = cells
-        # Of what the model it stands for dispatches, some may be nothing to do here.
-        self._acts = Moves(cells.plan, cells.passes.link is not None)
         self._hardware = hardware
         self._cost = CostModel(plan)
-        self._pacer = None if time_scale is None else Pacer(hardware, time_scale)
+        self.moves = Moves(plan, is_linked=cells.passes.link is not None)
         self._of_visit: dict[int, Seconds] = {}
         self.seconds = _no_seconds()
 
     def run(self, op: Op, ready_at: float) -> Timing | None:
-        """As Cells.run; tells when a paced op ran in emulated time."""
+        """Run the op and add its modelled seconds; see OpHandlers.run.
+
+        Returns when the op ran, where that isn't the time that the call took.
+        """
+        self._add(op)
+        self._cells.run(op, ready_at)
+        return None
+
+    def _add(self, op: Op) -> Amounts:
+        """Add the op's modelled seconds to its visit; returns the amounts they come from."""
         cells = self._cells
         amounts = {} if cells.is_idle(op) else self._cost.amounts(op, cells.composition(op))
         if amounts:
@@ -53,27 +63,7 @@ class Modelled:
             sums[None] += seconds_alone(taken)
             for resource, seconds in taken.items():
                 sums[resource] += seconds
-        if self._pacer is None:
-            self._act(op, ready_at)
-            return None
-        return self._run_paced(self._pacer, op, amounts, ready_at)
-
-    def _run_paced(self, pacer: Pacer, op: Op, amounts: Amounts, ready_at: float) -> Timing:
-        """What arrives does so when it does; what is sent has crossed the network before that."""
-        if op.kind in _ARRIVALS:
-            self._act(op, ready_at)
-            ready_at = time.perf_counter()
-        job = pacer.begin(amounts, ready_at)
-        if op.kind not in _ARRIVALS and op.kind is not OpKind.SEND:
-            self._act(op, ready_at)
-        pacer.end(job)
-        if op.kind is OpKind.SEND:
-            self._act(op, ready_at)
-        return Timing(job.started, job.ended, job.seconds)
-
-    def _act(self, op: Op, ready_at: float) -> None:
-        if self._acts(op):
-            self._cells.run(op, ready_at)
+        return amounts
 
     def end_visit(self, visit: int) -> dict[str, float]:
         """Modelled seconds of each lane and resource in a visit.
@@ -93,9 +83,7 @@ class Modelled:
         return resources | lanes
 
     def cancel(self) -> None:
-        """Holds no op back any longer."""
-        if self._pacer is not None:
-            self._pacer.cancel()
+        """End at once what an op under way waits for here; called when a run stops early."""
 
     def lanes(self) -> dict[str, float]:
         """Modelled seconds of each lane."""
@@ -111,7 +99,27 @@ class Modelled:
         return dict(total)
 
 
-_ARRIVALS = frozenset({OpKind.RECV_TOKENS, OpKind.RECV_ROWS, OpKind.RECV})
+@dataclass(frozen=True)
+class RunWrapper:
+    """What a stage runs its ops through, named by import path so that Ray actors find it.
+
+    path: `module:name` of a subclass of Modelled, or of a function that returns one, called at the
+    start of each run as (handlers, plan, hardware, **options). options: serializable values.
+    """
+
+    path: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def load(self) -> Callable[..., Modelled]:
+        """Import what `path` names; ValueError if it can't be imported here."""
+        module, _, name = self.path.partition(":")
+        try:
+            return getattr(import_module(module), name)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise ValueError(
+                f"run_wrapper {self.path!r} can't be imported ({error}); it must be module:name, "
+                "on the path of every stage's process"
+            ) from error
 
 
 def _no_seconds() -> Seconds:

@@ -43,7 +43,7 @@ from flexgen_ray.runtime.lanes import (
     make_lane_workers,
 )
 from flexgen_ray.runtime.meter import Meter, StageMeasurements, VisitTiming
-from flexgen_ray.runtime.modelled import Modelled
+from flexgen_ray.runtime.modelled import Modelled, RunWrapper
 from flexgen_ray.runtime.ring import Channel
 from flexgen_ray.runtime.scheduler import FindStop, Scheduler, not_finite_message
 from flexgen_ray.schedule.dependencies import window_ops
@@ -62,9 +62,7 @@ class StageSpec:
     """All that a stage needs to come up anywhere the files are; plain values, sent to actors.
 
     model: a folder; None makes weights up.
-    hardware: whose cost model is summed beside the run; with a time_scale (wall seconds a modelled
-    second) the run is paced by it, as if the model were that of the plan `stands_for`, if given:
-    a plan like this one but for the model's size and where weights lie, here all on the device.
+    hardware: whose cost model is summed beside the run, by run_wrapper if one is named.
     keeps_spans: when every op ran.
     """
 
@@ -76,8 +74,7 @@ class StageSpec:
     seed: int = 0
     executor: str = "async"
     hardware: HardwareSpec | None = None
-    time_scale: float | None = None
-    stands_for: StagePlan | None = None
+    run_wrapper: RunWrapper | None = None
     keeps_spans: bool = False
 
 
@@ -96,6 +93,9 @@ class Stage:
         packs = spec.plan.policy.weight_bits and not spec.plan.config.weight_bits
         phase = PACKING if packs else LOADING
         check_budget(spec.plan, spec.budget)
+        self._model = Modelled if spec.run_wrapper is None else spec.run_wrapper.load()
+        if spec.run_wrapper is not None and spec.hardware is None:
+            raise ValueError(f"run_wrapper {spec.run_wrapper.path!r} needs hardware=HardwareSpec")
         plan, device = spec.plan, torch.device(spec.device)
         self.spec = spec
         self._cores = cores_for(plan, device)
@@ -183,9 +183,9 @@ class Stage:
             busy=busy,
             modelled_lanes=lanes,
             modelled_resources=self._modelled.resources(),
-            cores=0.0 if on_cuda or self.spec.time_scale else self._cores.seconds(lanes),
+            cores=0.0 if on_cuda or self._modelled.is_emulated else self._cores.seconds(lanes),
             hardware=self.spec.hardware,
-            time_scale=self.spec.time_scale,
+            is_emulated=self._modelled.is_emulated,
             visits=self._visits,
             peak_gpu_bytes=peak,
             sampling=self._meter.sampling,
@@ -214,13 +214,12 @@ class Stage:
         self._meter = Meter(spec.keeps_spans)
         self._visits = []
         run: Run = cells.run
+        moves = Moves(spec.plan, is_linked=cells.passes.link is not None)
         if spec.hardware is not None:
-            plan = spec.stands_for or spec.plan
-            self._modelled = Modelled(cells, plan, spec.hardware, spec.time_scale)
-            run = self._modelled.run
+            options = {} if spec.run_wrapper is None else spec.run_wrapper.options
+            self._modelled = self._model(cells, spec.plan, spec.hardware, **options)
+            run, moves = self._modelled.run, self._modelled.moves
         self._watch = run = OpWatch(run)
-        # What the model it stands for would dispatch takes its turn here too.
-        moves = Moves(spec.stands_for or spec.plan, is_linked=cells.passes.link is not None)
         wait = device_wait(self.tiers.device)
         if wait is not None:
             # What was written on another stream, weights above all, must be there.

@@ -1,0 +1,194 @@
+"""Emulated hardware: real ops and tokens, but no op ends before its modelled end.
+
+An op starts, in emulated time, when its lane is free and the ops that it depends on have ended.
+Alone it takes the seconds of the resource that it needs longest; ops that together need more of a
+resource than there is are slowed alike. Each op is held until its emulated end. When Python is
+late, the next ops are held for less time, until the emulation has caught up.
+
+Use `LLM(model, device="cpu", **emulated(HardwareSpec(...)))`. Stages import `EmulatedRun` by its
+name, Ray actors too, so run it from the folder that holds `benchmarks`.
+Knows amounts, rates and clocks; not what an op computes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+import time
+from math import inf
+from typing import Any
+
+from flexgen_ray.config import HardwareSpec
+from flexgen_ray.cost.resources import Amounts, Resource, demand_of, speed
+from flexgen_ray.layout.moves import Moves
+from flexgen_ray.layout.plan import StagePlan
+from flexgen_ray.runtime.handlers import OpHandlers
+from flexgen_ray.runtime.meter import Timing
+from flexgen_ray.runtime.modelled import Modelled, RunWrapper
+from flexgen_ray.schedule.ops import Op, OpKind
+
+LONGEST_SLEEP = 0.1  # seconds until a cancelled op notices
+WAKING = 1e-4  # seconds
+_PR_SET_TIMERSLACK = 29
+_is_precise = threading.local()
+
+
+def emulated(
+    hardware: HardwareSpec, time_scale: float = 1.0, stands_for: StagePlan | None = None
+) -> dict[str, Any]:
+    """Arguments of an LLM or a StageSpec whose run emulates this hardware on a CPU.
+
+    time_scale: wall seconds that one modelled second takes; above 0. stands_for: plan of the model
+    whose ops are timed, if it isn't the one that runs: like that one but for the model's size and
+    where weights lie, which must be the device.
+    """
+    is_number = isinstance(time_scale, int | float) and not isinstance(time_scale, bool)
+    if not is_number or not 0 < time_scale < inf:
+        raise ValueError(f"time_scale is {time_scale!r}; it must be a number above 0")
+    options = {"time_scale": time_scale, "stands_for": stands_for}
+    return {
+        "hardware": hardware,
+        "run_wrapper": RunWrapper("benchmarks.emulation:EmulatedRun", options),
+    }
+
+
+class EmulatedRun(Modelled):
+    """Op handlers that take, in wall time, the modelled seconds times `time_scale`."""
+
+    is_emulated = True
+
+    def __init__(
+        self,
+        handlers: OpHandlers,
+        plan: StagePlan,
+        hardware: HardwareSpec,
+        time_scale: float = 1.0,
+        stands_for: StagePlan | None = None,
+    ) -> None:
+        """See `emulated`; ValueError on a GPU, whose ops run after they were launched."""
+        if handlers.device.type != "cpu":
+            raise ValueError("hardware is emulated with CPU ops; give device='cpu'")
+        # The ops that the large model would dispatch take their turn, and time, here too ...
+        super().__init__(handlers, stands_for or plan, hardware)
+        # ... though some have nothing to do for the small one.
+        self._acts = Moves(plan, is_linked=handlers.passes.link is not None)
+        self._pacer = Pacer(hardware, time_scale)
+
+    def run(self, op: Op, ready_at: float) -> Timing:
+        """Run the op and return at its emulated end; says when it ran in emulated time.
+
+        What is received takes no time before it arrives; what is sent crosses the network first.
+        """
+        amounts = self._add(op)
+        if op.kind in _ARRIVALS:
+            self._act(op, ready_at)
+            ready_at = time.perf_counter()
+        job = self._pacer.begin(amounts, ready_at)
+        if op.kind not in _ARRIVALS and op.kind is not OpKind.SEND:
+            self._act(op, ready_at)
+        self._pacer.end(job)
+        if op.kind is OpKind.SEND:
+            self._act(op, ready_at)
+        return Timing(job.started, job.ended, job.seconds)
+
+    def cancel(self) -> None:
+        """Hold no op back any longer."""
+        self._pacer.cancel()
+
+    def _act(self, op: Op, ready_at: float) -> None:
+        if self._acts(op):
+            self._cells.run(op, ready_at)
+
+
+_ARRIVALS = frozenset({OpKind.RECV_TOKENS, OpKind.RECV_ROWS, OpKind.RECV})
+
+
+class Pacer:
+    """Clock of the emulation: which ops run, what each needs, and when each has had its time.
+
+    time_scale: wall seconds that one modelled second takes.
+    """
+
+    def __init__(self, hardware: HardwareSpec, time_scale: float) -> None:
+        self._hardware = hardware
+        self._time_scale = time_scale
+        self._changed = threading.Condition()
+        self._running: set[PacedOp] = set()
+        self._load: dict[str, float] = dict.fromkeys(Resource, 0.0)
+        self._is_cancelled = False
+
+    def begin(self, amounts: Amounts, ready_at: float) -> PacedOp:
+        """Start an op of these amounts at `ready_at` (perf_counter), or now if that is 0."""
+        demand = demand_of(amounts, self._hardware)
+        seconds = demand.seconds * self._time_scale
+        with self._changed:
+            now = time.perf_counter()
+            job = PacedOp(seconds, demand.shares, min(ready_at or now, now))
+            self._admit(job, 1, now)
+        return job
+
+    def end(self, job: PacedOp) -> None:
+        """Wait until the op has had its seconds; job.ended is then its emulated end."""
+        _sleep_precisely()
+        while True:
+            with self._changed:
+                now = time.perf_counter()
+                self._advance(now)
+                left = job.remaining / self._speed(job)
+                if left <= 0 or self._is_cancelled:
+                    job.ended = min(now + left, now)
+                    self._admit(job, -1, now)
+                    return
+                if self._is_short():
+                    # An op that leaves a scarce resource wakes those that it slowed.
+                    self._changed.wait(left)
+                    continue
+            # A thread wakes a little late, so the last WAKING seconds are spent in this loop.
+            time.sleep(min(max(left - WAKING, 0.0), LONGEST_SLEEP))
+
+    def cancel(self) -> None:
+        """Hold no op back any longer."""
+        with self._changed:
+            self._is_cancelled = True
+            self._changed.notify_all()
+
+    def _admit(self, job: PacedOp, sign: int, now: float) -> None:
+        """Add (sign 1) or remove (-1) an op; until now the others ran at their old speeds."""
+        self._advance(now)
+        was_short = self._is_short()
+        (self._running.add if sign > 0 else self._running.discard)(job)
+        for resource, share in job.shares.items():
+            self._load[resource] += sign * share
+        # Ops that were slowed by this one now end earlier than they had planned to wake.
+        if sign < 0 and was_short:
+            self._changed.notify_all()
+
+    def _is_short(self) -> bool:
+        return any(load > 1.0 + 1e-9 for load in self._load.values())
+
+    def _advance(self, now: float) -> None:
+        for job in self._running:
+            job.remaining -= (now - job.since) * self._speed(job)
+            job.since = now
+
+    def _speed(self, job: PacedOp) -> float:
+        return speed(job.shares, self._load)
+
+
+class PacedOp:
+    """An op under way: its wall seconds alone, those that remain, and its emulated times."""
+
+    def __init__(self, seconds: float, shares: dict[str, float], started: float) -> None:
+        self.seconds = seconds
+        self.remaining = seconds
+        self.shares = shares
+        self.started = self.since = self.ended = started
+
+
+def _sleep_precisely() -> None:
+    """Ask Linux to wake this thread within 1 ns instead of 50 us after its time (prctl(2))."""
+    if not getattr(_is_precise, "done", False):
+        _is_precise.done = True
+        prctl = getattr(ctypes.CDLL(None), "prctl", None)
+        if prctl is not None:
+            prctl(_PR_SET_TIMERSLACK, 1)
