@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Submits a JSONL batch to a Ray cluster, follows it, and ends with its exit status.
-#   bash examples/submit_job.sh MODEL_FOLDER INPUT.jsonl OUTPUT.jsonl [--stages auto ...]
+#   bash examples/submit_job.sh MODEL_FOLDER INPUT.jsonl OUTPUT.jsonl [--pipeline-parallel-size auto ...]
 # Run it in the project's folder, which is uploaded: INPUT lies in it. MODEL_FOLDER and OUTPUT are
 # absolute paths on the cluster; the model's is the same on every node. Needs ray[default].
 set -euo pipefail

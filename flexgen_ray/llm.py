@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from flexgen_ray.config import Deployment, Faults, HardwareSpec, Policy
 from flexgen_ray.engine.backend import execution
 from flexgen_ray.engine.engine import Engine, Settings
-from flexgen_ray.engine.options import ELSEWHERE, ELSEWHERE_IN_CALLS, check_values
+from flexgen_ray.engine.options import ELSEWHERE, ELSEWHERE_IN_CALLS, check_values, failure_limits
 from flexgen_ray.engine.prompts import (
     Chat,
     Make,
@@ -61,7 +61,10 @@ class LLM(Engine):
     tiers are filled from the fastest down. *_memory:
     bytes or `16GiB`; what is free, less a margin, if None. pipeline_parallel_size: the number of
     stages, or auto, one for every GPU. use_ray: run each in a Ray actor, on the cluster at
-    `address` (or RAY_ADDRESS), or on one started for this run; faults: what is borne there.
+    `address` (or RAY_ADDRESS), or on one started for this run. max_restarts: times that lost stages
+    are replaced there; stall_timeout: seconds without progress after which a stage counts as lost;
+    restart_timeout: seconds in which lost stages must start elsewhere, 120 if None, or 600 where
+    the cluster may start machines. faults: these three limits as one object, the older form.
     threads: host threads of each stage; its share of the node's cores if None. wait:
     seconds for room on the cluster; 10 if None, or 900 where it may start machines.
     max_model_len: the longest prompt and answer together, in tokens. Weights are then loaded once
@@ -98,6 +101,9 @@ class LLM(Engine):
         use_ray: bool = True,
         address: str | None = None,
         transport: str = "auto",
+        max_restarts: int = 3,
+        stall_timeout: float = 300.0,
+        restart_timeout: float | None = None,
         faults: Faults | None = None,
         threads: int | None = None,
         wait: float | None = None,
@@ -154,7 +160,7 @@ class LLM(Engine):
                 use_ray=use_ray,
                 address=address,
                 transport=transport,
-                faults=faults or Faults(),
+                faults=failure_limits(max_restarts, stall_timeout, restart_timeout, faults),
                 threads=threads,
                 wait_seconds=wait,
             ),

@@ -40,7 +40,7 @@ def find_model(
     host = socket.gethostname()
     no_name = (
         f"{host} has no folder {name}; --model takes a Hugging Face model folder, a name on the "
-        "hub with its owner, such as Qwen/Qwen3-32B, or with --dummy-weights a built-in shape, "
+        "hub with its owner, such as Qwen/Qwen3-32B, or with --load-format dummy a built-in shape, "
         "such as opt-30b"
     )
     if "/" not in str(name):

@@ -40,7 +40,7 @@ def refused(run_here, files, model):  # noqa: F811
     """Runs the job, which can't, and returns what is said."""
 
     def call(*options: object) -> str:
-        done = run_here(*arguments(files, model, "--no-ray", *options))
+        done = run_here(*arguments(files, model, "--no-use-ray", *options))
         assert done.returncode == 1, done.stderr
         assert "Traceback" not in done.stderr and not (files / "out.jsonl").exists()
         assert done.stderr.count("flexgen-ray: error: ") == 1
@@ -55,7 +55,7 @@ def answered(run_here, files, model):  # noqa: F811
     """Runs the job and returns its rows and what is said."""
 
     def call(*options: object) -> tuple[dict[str, dict], str]:
-        done = run_here(*arguments(files, model, "--no-ray", *options))
+        done = run_here(*arguments(files, model, "--no-use-ray", *options))
         assert done.returncode in (0, 2), done.stderr
         return rows(files / "out.jsonl"), done.stderr
 
@@ -212,7 +212,7 @@ def test_stopped_while_it_loads_or_plans_nothing_is_left(
             signal.raise_signal(number)
 
     monkeypatch.setattr(*where, stop)
-    done = run_here(*arguments(files, model, "--no-ray"))
+    done = run_here(*arguments(files, model, "--no-use-ray"))
     assert done.returncode == 130 and done.stderr.splitlines()[-1] == "flexgen-ray: stopped"
     assert "Traceback" not in done.stderr and not (files / "out.jsonl").exists()
     assert not [*files.glob("offload/*")]
@@ -221,7 +221,7 @@ def test_stopped_while_it_loads_or_plans_nothing_is_left(
 def test_an_empty_input_is_told_and_a_folder_is_refused(run_here, refused, files, model):  # noqa: F811
     assert f"{model} is a folder; --input takes" in refused("--input", model)
     (files / "in.jsonl").write_text("\n \n")
-    done = run_here(*arguments(files, model, "--no-ray"))
+    done = run_here(*arguments(files, model, "--no-use-ray"))
     assert done.returncode == 0 and "in.jsonl holds no requests" in done.stderr
     assert (files / "out.jsonl").read_text() == ""
 
@@ -264,7 +264,7 @@ def test_the_model_s_own_sampling_counts_where_nobody_says(run_here, files, mode
 
     def texts(line: dict, *options: object) -> list[str]:
         (files / "in.jsonl").write_text("\n".join([json.dumps(prompt | line)] * 4))
-        job = arguments(files, model, "--no-ray", "--overwrite")
+        job = arguments(files, model, "--no-use-ray", "--overwrite")
         at = job.index("--temperature")
         job = [*job[:at], *job[at + 2 :], *options]
         job.remove("--max-tokens")

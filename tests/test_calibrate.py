@@ -37,7 +37,15 @@ def test_a_quick_calibration_writes_a_file_that_the_planner_can_load(tmp_path, m
     hardware_file().parent.mkdir(parents=True)
     hardware_file().write_text("what another version: wrote\n")
     offload = tmp_path / "offload"
-    command = ["calibrate", "--quick", "--no-ray", "--device", "cpu", "--offload-dir", str(offload)]
+    command = [
+        "calibrate",
+        "--quick",
+        "--no-use-ray",
+        "--device",
+        "cpu",
+        "--offload-dir",
+        str(offload),
+    ]
     done = CliRunner().invoke(app, [*command, "--gpu-memory", "64MiB"], catch_exceptions=False)
     assert done.exit_code == 0
     assert list(offload.iterdir()) == []
@@ -46,7 +54,7 @@ def test_a_quick_calibration_writes_a_file_that_the_planner_can_load(tmp_path, m
     numbers = all_numbers(hardware)
     assert numbers and all(isfinite(number) and number > 0 for number in numbers)
     assert hardware.device.is_cpu and hardware.memory.gpu == 64 * 2**20
-    assert hardware.network is None and "--no-ray" in hardware.notes
+    assert hardware.network is None and "--no-use-ray" in hardware.notes
     assert dict(hardware.core_shares)["device"] == 1
     assert not Hardware.preset("t4").core_shares
     for dtype in ("float32", "float16", "bfloat16"):

@@ -103,7 +103,7 @@ def assert_answers(files: Path) -> None:
 
 
 def test_generate_in_this_process(files, text_model):
-    done = run(*arguments(files, text_model, "--no-ray", "--report", files / "report.json"))
+    done = run(*arguments(files, text_model, "--no-use-ray", "--report", files / "report.json"))
     assert done.returncode == 2, done.stderr
     assert_answers(files)
     report = json.loads((files / "report.json").read_text())
@@ -132,10 +132,10 @@ def test_a_cluster_that_does_not_answer_is_named_at_once(files, text_model):
 
 def test_output_with_content_is_spared(run_here, files, text_model):
     (files / "out.jsonl").write_text("precious\n")
-    done = run_here(*arguments(files, text_model, "--no-ray"))
+    done = run_here(*arguments(files, text_model, "--no-use-ray"))
     assert done.returncode == 1 and "--overwrite" in done.stderr
     assert (files / "out.jsonl").read_text() == "precious\n"
-    assert run_here(*arguments(files, text_model, "--no-ray", "--overwrite")).returncode == 2
+    assert run_here(*arguments(files, text_model, "--no-use-ray", "--overwrite")).returncode == 2
     assert_answers(files)
 
 
@@ -155,7 +155,7 @@ def test_output_with_content_is_spared(run_here, files, text_model):
 )
 def test_a_wrong_policy_is_refused_before_any_work(run_here, files, text_model, change, complaint):
     (files / "policy.yaml").write_text(yaml.safe_dump(POLICY | change))
-    done = run_here(*arguments(files, text_model, "--no-ray"))
+    done = run_here(*arguments(files, text_model, "--no-use-ray"))
     assert done.returncode == 1 and complaint in done.stderr, done.stderr
     assert "Traceback" not in done.stderr and not (files / "out.jsonl").exists()
 
@@ -180,7 +180,7 @@ def test_a_wrong_policy_is_refused_before_any_work(run_here, files, text_model, 
 def test_what_cannot_work_is_said_in_one_line(run_here, files, text_model, options, complaint):
     if options[0] == "--device" and _has_cuda():
         pytest.skip("this machine has CUDA")
-    done = run_here(*arguments(files, text_model, "--no-ray", *options))
+    done = run_here(*arguments(files, text_model, "--no-use-ray", *options))
     assert done.returncode == 1 and complaint in done.stderr, done.stderr
     assert "Traceback" not in done.stderr and not (files / "out.jsonl").exists()
 
@@ -234,7 +234,7 @@ def test_a_damaged_model_is_named(run_here, files, tmp_path, how, complaint):
     folder = tiny.save("llama", tmp_path / "model")
     tiny.add_tokenizer(folder)
     _damage(folder, how)
-    done = run_here(*arguments(files, folder, "--no-ray"))
+    done = run_here(*arguments(files, folder, "--no-use-ray"))
     assert done.returncode == 1 and complaint in done.stderr, done.stderr
     assert "Traceback" not in done.stderr and not (files / "out.jsonl").exists()
 
@@ -243,7 +243,9 @@ def test_stop_strings_end_an_answer_and_are_cut_off(run_here, files, text_model)
     def answer(**more) -> dict:
         line = {"prompt": "Hello there", "max_tokens": 30, "temperature": 0, **more}
         (files / "in.jsonl").write_text(json.dumps(line))
-        assert run_here(*arguments(files, text_model, "--no-ray", "--overwrite")).returncode == 0
+        assert (
+            run_here(*arguments(files, text_model, "--no-use-ray", "--overwrite")).returncode == 0
+        )
         return rows(files / "out.jsonl")["line-1"]["response"]["body"]
 
     whole = answer()["choices"][0]["text"]
@@ -268,10 +270,10 @@ def offloaded(folder: Path) -> set[str]:
 @pytest.mark.parametrize(
     ("how", "where"),
     [
-        (signal.SIGKILL, ["--no-ray"]),
-        pytest.param(signal.SIGTERM, ["--no-ray"], marks=pytest.mark.slow),
-        pytest.param(signal.SIGINT, ["--no-ray"], marks=pytest.mark.slow),
-        pytest.param(signal.SIGTERM, ["--stages", "2"], marks=pytest.mark.slow),
+        (signal.SIGKILL, ["--no-use-ray"]),
+        pytest.param(signal.SIGTERM, ["--no-use-ray"], marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, ["--no-use-ray"], marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, ["--pipeline-parallel-size", "2"], marks=pytest.mark.slow),
         pytest.param(signal.SIGINT, [], marks=pytest.mark.slow),
     ],
 )
@@ -297,7 +299,7 @@ def test_a_killed_run_leaves_whole_lines_and_no_offload_files(files, text_model,
     assert not offloaded(offload)
     assert [path.name for path in offload.iterdir()] == ["someone-elses"]
     (files / "in.jsonl").write_text(lines[0])
-    assert run(*arguments(files, text_model, "--no-ray", "--overwrite")).returncode == 0
+    assert run(*arguments(files, text_model, "--no-use-ray", "--overwrite")).returncode == 0
     assert [path.name for path in offload.iterdir()] == ["someone-elses"]
 
 

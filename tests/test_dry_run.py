@@ -40,8 +40,8 @@ def rehearse(run_here, folder: Path, input: Path, *more: object):
 
 def test_a_shape_on_a_preset_needs_neither_gpu_nor_weights_nor_output(run_here, tmp_path, input):
     done = rehearse(
-        run_here, tmp_path, input, "--model", "opt-6.7b", "--dummy-weights", "--hardware", "t4",
-        "--gpu-memory", "6GiB",
+        run_here, tmp_path, input, "--model", "opt-6.7b", "--load-format", "dummy",
+        "--plan-for", "t4", "--gpu-memory", "6GiB",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "nothing was written and no weights were loaded" in done.stdout
@@ -55,8 +55,8 @@ def test_a_shape_on_a_preset_needs_neither_gpu_nor_weights_nor_output(run_here, 
 
 def test_stages_are_a_machine_each(run_here, tmp_path, input):
     done = rehearse(
-        run_here, tmp_path, input, "--model", "opt-1.3b", "--dummy-weights", "--hardware", "t4",
-        "--stages", 2,
+        run_here, tmp_path, input, "--model", "opt-1.3b", "--load-format", "dummy",
+        "--plan-for", "t4", "--pipeline-parallel-size", 2,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert len(re.findall(r"stage [01], layers \d+ to \d+: on gpu/cpu/disk", done.stdout)) == 2
@@ -76,13 +76,13 @@ def test_here_the_output_counts_and_is_left_as_it_is(run_here, tmp_path, input, 
 
 
 def test_what_would_stop_the_job_stops_the_dry_run(run_here, tmp_path, input):
-    shape = "--model", "opt-6.7b", "--dummy-weights", "--hardware", "t4"
+    shape = "--model", "opt-6.7b", "--load-format", "dummy", "--plan-for", "t4"
     for more, complaint in (
         (("--gpu-memory", "30GiB"), "more than the 15.0 GiB free on t4"),
         (("--cpu-memory", "1MiB", "--disk-memory", "1MiB", "--gpu-memory", "1GiB"), "GiB"),
         (("--max-latency", "0.001"), "0.001"),
         (("--max-latency", "-1"), "above 0"),
-        (("--hardware", "t5"), "presets are"),
+        (("--plan-for", "t5"), "presets are"),
     ):
         done = rehearse(run_here, tmp_path, input, *shape, *more)
         assert done.returncode == 1 and complaint in done.stderr, (more, done.stderr)
@@ -92,7 +92,7 @@ def test_what_would_stop_the_job_stops_the_dry_run(run_here, tmp_path, input):
 
 
 def test_without_a_dry_run_an_output_is_required(run_here, input):
-    done = run_here("generate", "--model", "opt-1.3b", "--dummy-weights", "--input", input)
+    done = run_here("generate", "--model", "opt-1.3b", "--load-format", "dummy", "--input", input)
     assert done.returncode not in (0, 1, 2) or "--output" in done.stderr
     assert "--output" in done.stderr and "--dry-run" in done.stderr
 

@@ -149,7 +149,7 @@ def job(model, tmp_path, run_here):
         (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, lines)))
         files = ("--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl")
         done = run_here(
-            "generate", "--no-ray", "--dtype", "float32", "--model", model, *files,
+            "generate", "--no-use-ray", "--dtype", "float32", "--model", model, *files,
             "--report", tmp_path / "report.json", *options,
         )  # fmt: skip
         rows = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())

@@ -26,7 +26,7 @@ def run_eval(monkeypatch, capsys, text_model):
     """The result of the command, and what it said; or the exit status and the error."""
 
     def call(*arguments: object) -> dict | str:
-        options = ["--model", text_model, "--no-ray", "--dtype", "float32", "--device", "cpu"]
+        options = ["--model", text_model, "--no-use-ray", "--dtype", "float32", "--device", "cpu"]
         argv = ["flexgen-ray", "eval", *arguments, *options]
         monkeypatch.setattr(sys, "argv", [str(argument) for argument in argv])
         terminate = signal.getsignal(signal.SIGTERM)

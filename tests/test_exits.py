@@ -277,7 +277,7 @@ def test_escapes_of_a_file_reach_no_terminal(tmp_path, run_here, text_model):
     )
     done = run_here(
         "generate", "--model", text_model, "--input", tmp_path / "in.jsonl", "--output",
-        tmp_path / "out.jsonl", "--no-ray", "--max-tokens", 1, "--device", "cpu",
+        tmp_path / "out.jsonl", "--no-use-ray", "--max-tokens", 1, "--device", "cpu",
     )  # fmt: skip
     assert done.returncode == 2 and "the first a\\x1b[2J: line 1" in done.stderr, done.stderr
     assert "\x1b[2J" not in done.stderr

@@ -68,7 +68,7 @@ def test_what_is_written_never_replaces_what_the_job_has(
         target.write_text("precious\n")
     before = target.read_bytes()
     path = leads_to(target, how, files / "link")
-    done = run_here(*arguments(files, text_model, "--no-ray", "--overwrite", option, path))
+    done = run_here(*arguments(files, text_model, "--no-use-ray", "--overwrite", option, path))
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert option in done.stderr and ("both write" in done.stderr or "overwrite" in done.stderr)
     assert target.read_bytes() == before

@@ -37,7 +37,7 @@ def generate(run_here, folder: Path, model: object, *more: object):
     (folder / "in.jsonl").write_text(json.dumps({"prompt": [5, 6, 7], "temperature": 0}))
     return run_here(
         "generate", "--model", model, "--input", folder / "in.jsonl", "--output",
-        folder / "out.jsonl", "--device", "cpu", "--no-ray", "--max-tokens", 2, *more,
+        folder / "out.jsonl", "--device", "cpu", "--no-use-ray", "--max-tokens", 2, *more,
     )  # fmt: skip
 
 
@@ -119,10 +119,10 @@ def test_what_the_hub_refuses_is_explained(monkeypatch, error, words):
 
 def test_a_shape_runs_with_made_up_weights_and_only_with_them(run_here, tmp_path):
     done = generate(run_here, tmp_path, "opt-125m")
-    assert done.returncode == 1 and "--dummy-weights" in done.stderr
+    assert done.returncode == 1 and "--load-format dummy" in done.stderr
     assert not (tmp_path / "out.jsonl").exists()
-    done = generate(run_here, tmp_path, "opt-126m", "--dummy-weights")
+    done = generate(run_here, tmp_path, "opt-126m", "--load-format", "dummy")
     assert done.returncode == 1 and "opt-125m" in done.stderr
-    done = generate(run_here, tmp_path, "opt-125m", "--dummy-weights")
+    done = generate(run_here, tmp_path, "opt-125m", "--load-format", "dummy")
     assert done.returncode == 0, done.stderr
     assert len(rows(tmp_path / "out.jsonl")) == 1

@@ -104,7 +104,7 @@ def test_a_file_s_longer_prompts_get_error_rows_and_a_resumed_job_has_the_same_l
     lines = [{"prompt": "x" * size, "max_tokens": 50, "temperature": 0} for size in (5, 30)]
     (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, lines)))
     job = ("generate", "--model", text_model, "--input", tmp_path / "in.jsonl", "--output",
-           tmp_path / "out.jsonl", "--no-ray", "--max-model-len")  # fmt: skip
+           tmp_path / "out.jsonl", "--no-use-ray", "--max-model-len")  # fmt: skip
     assert run_here(*job, 20).returncode == 2
     rows = [json.loads(line)["response"] for line in (tmp_path / "out.jsonl").open()]
     answer, error = sorted(rows, key=lambda row: row["status_code"])

@@ -239,7 +239,7 @@ def test_a_job_writes_an_error_row_that_names_the_dtype(poisoned, tmp_path, run_
     (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, lines)))
     ended = run_here(
         "generate", "--model", model, "--input", tmp_path / "in.jsonl", "--dtype", dtype,
-        "--output", tmp_path / "out.jsonl", "--report", tmp_path / "report.json", "--no-ray",
+        "--output", tmp_path / "out.jsonl", "--report", tmp_path / "report.json", "--no-use-ray",
     )  # fmt: skip
     assert ended.returncode == 2
     written = (tmp_path / "out.jsonl").read_text()

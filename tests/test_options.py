@@ -164,6 +164,9 @@ WRONG = {
     "use_ray": ["False", None, 0],
     "address": [6379],
     "transport": ["tcp", None],
+    "max_restarts": [-1, "3", 1.5, True, None],
+    "stall_timeout": [0, -1.0, "300", None, True],
+    "restart_timeout": [0, -1, "120", True],
     "faults": [3],
     "seed": [None, 1.5, "x", True],
     "executor": ["parallel"],
@@ -268,6 +271,7 @@ def test_a_negative_number_of_texts_is_refused(run_here, text_model, tmp_path, c
 
 @pytest.mark.parametrize("stages", ["two", "0", "-1", "1.5", ""])
 def test_a_wrong_number_of_stages_is_refused_in_the_option_s_name(run_here, text_model, stages):
-    job = ("--model", text_model, "--input", "in.jsonl", "--output", "out.jsonl", "--no-ray")
-    refused = run_here("generate", *job, "--stages", stages)
-    assert refused.returncode and f"--stages is {stages!r}; it must be auto or" in refused.stderr
+    job = ("--model", text_model, "--input", "in.jsonl", "--output", "out.jsonl", "--no-use-ray")
+    refused = run_here("generate", *job, "--pipeline-parallel-size", stages)
+    assert refused.returncode and "--pipeline-parallel-size" in refused.stderr
+    assert f"{stages!r} is neither auto nor a number from 1 up" in refused.stderr

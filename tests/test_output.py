@@ -82,7 +82,7 @@ def test_the_command_ends_with_an_error_and_no_false_promise(
         journal.path.unlink(missing_ok=True)
 
     monkeypatch.setattr(Journal, "append", removing)
-    done = run_here(*arguments(files, text_model, "--no-ray"))
+    done = run_here(*arguments(files, text_model, "--no-use-ray"))
     assert done.returncode == 1 and "out.jsonl was removed" in done.stderr, done.stderr
     assert "the same command" not in done.stderr and "Traceback" not in done.stderr
 
@@ -283,7 +283,7 @@ def test_any_change_of_a_model_changes_its_fingerprint(text_model, tmp_path):
 
 def test_a_job_goes_on_with_its_own_model_only(run_here, files, text_model):  # noqa: F811
     model = shutil.copytree(text_model, files / "model")
-    job = arguments(files, model, "--no-ray")
+    job = arguments(files, model, "--no-use-ray")
     assert run_here(*job).returncode == 2
     before = (files / "out.jsonl").read_bytes()
     path = model / "model.safetensors"
@@ -311,7 +311,7 @@ def test_a_fault_of_the_whole_job_leaves_the_output_alone(
 ):
     (files / "in.jsonl").write_text(content)
     (files / "out.jsonl").write_text("precious")
-    done = run_here(*arguments(files, text_model, "--no-ray", "--overwrite"))
+    done = run_here(*arguments(files, text_model, "--no-use-ray", "--overwrite"))
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert done.stderr.count("error:") == 1
     assert re.search(complaint, done.stderr), done.stderr
@@ -329,7 +329,7 @@ def test_texts_without_a_tokenizer_are_the_job_s_fault_and_retried_once_it_is_th
     hidden.mkdir()
     for path in model.glob("tokenizer*"):
         path.rename(hidden / path.name)
-    job = arguments(files, model, "--no-ray")
+    job = arguments(files, model, "--no-use-ray")
     (files / "in.jsonl").write_text('{"prompt": "Hi"}\n')
     done = run_here(*job)
     assert done.returncode == 1 and "has no tokenizer" in done.stderr
@@ -350,5 +350,5 @@ def test_texts_without_a_tokenizer_are_the_job_s_fault_and_retried_once_it_is_th
 
 @pytest.mark.parametrize("options", [["--overwrite"], ["--output", "-"]])
 def test_a_retry_needs_rows(run_here, files, text_model, options):  # noqa: F811
-    done = run_here(*arguments(files, text_model, "--no-ray", "--retry-errors", *options))
+    done = run_here(*arguments(files, text_model, "--no-use-ray", "--retry-errors", *options))
     assert done.returncode == 64 and "--retry-errors" in done.stderr

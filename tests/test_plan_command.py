@@ -41,7 +41,7 @@ def test_a_plan_for_a_machine_one_does_not_own(tmp_path):
     done = plan(
         "--model", "opt-125m", "--hardware", "t4", "--num-requests", 20, "--prompt-len", 128,
         "--max-tokens", 16, "--price-per-hour", 0.5, "--policy-out", policy, "--json", result,
-        "--weight-bits", 4, "--cache-bits", 8, "--sparsity", 0.5,
+        "--weight-bits", 4, "--cache-bits", 8, "--attention-sparsity", 0.5,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     estimate, first, *rest = done.stdout.splitlines()
@@ -78,8 +78,14 @@ def test_a_plan_for_a_machine_one_does_not_own(tmp_path):
         ({"hardware": ["t4"], "disk_memory": "much"}, "--disk-memory: 'much' is not a size"),
         ({"hardware": ["t4"], "dtype": "float8"}, "dtype is 'float8'"),
         ({"hardware": ["t4"], "prompt_len": 4000}, "the model's context is 2048"),
-        ({"hardware": ["t4", "h100"], "stages": 3}, "--stages 3, but 2 machines"),
-        ({"hardware": ["t4"], "stages": 10**6}, "--stages is 1000000; it must be 1 to 1024"),
+        (
+            {"hardware": ["t4", "h100"], "pipeline_parallel_size": 3},
+            "--pipeline-parallel-size 3, but 2 machines",
+        ),
+        (
+            {"hardware": ["t4"], "pipeline_parallel_size": 10**6},
+            "--pipeline-parallel-size is 1000000; it must be 1 to 1024",
+        ),
         ({"hardware": ["t4"], "workload": Path("/nowhere.csv")}, "/nowhere.csv"),
         ({"hardware": ["t4"], "nodes": Path("/nowhere.yaml")}, "/nowhere.yaml"),
     ],

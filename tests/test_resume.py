@@ -43,7 +43,7 @@ def job(chat_model, tmp_path_factory):
     return [
         "generate", "--model", chat_model, "--input", folder / "in.jsonl",
         "--policy", folder / "policy.yaml", "--offload-dir", folder / "offload",
-        "--device", "cpu", "--dtype", "float32", "--temperature", 0.9, "--no-ray",
+        "--device", "cpu", "--dtype", "float32", "--temperature", 0.9, "--no-use-ray",
     ]  # fmt: skip
 
 
@@ -181,7 +181,7 @@ def test_ctrl_c_at_a_terminal_takes_ray_along(job, tmp_path):
     """It goes to every process of the group."""
     output, input = tmp_path / "out.jsonl", tmp_path / "in.jsonl"
     input.write_text("\n".join(line(number) for number in range(400) if number % 7))
-    arguments = [it for it in job if it != "--no-ray"]
+    arguments = [it for it in job if it != "--no-use-ray"]
     whole = command(*arguments, "--input", input, "--output", output)
     with subprocess.Popen(
         whole, stderr=subprocess.PIPE, text=True, start_new_session=True

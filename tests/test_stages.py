@@ -153,7 +153,7 @@ ONE = Policy()
     [
         (None, 4, "4 stages are more than the model's 3 layers; use fewer"),
         (StagePolicies((ONE,)), 4, "4 stages are more than the model's 3 layers; use fewer"),
-        (StagePolicies((ONE, ONE)), 3, "the policy is for 2 stages, but there are 3; use --stages"),
+        (StagePolicies((ONE, ONE)), 3, "2 stages, but there are 3; use --pipeline-parallel-size 2"),
         (StagePolicies((ONE,), (1, 2)), 3, "the policy's layers are for 2 stages, but there are 3"),
         (StagePolicies((ONE,), (1, 1)), 2, "stages of 1, 1 layers: .* must be the model's 3"),
         (StagePolicies((ONE,), (3, 0)), 2, "stages of 3, 0 layers: each needs one at least"),

@@ -70,7 +70,7 @@ def test_another_encoding_is_named_once_with_the_remedy(tmp_path, reader, encodi
 def test_a_mark_at_the_start_costs_no_line(run_here, files, text_model):  # noqa: F811
     lines = '{"custom_id": "first", "prompt": "Hello"}\n{"custom_id": "second", "prompt": "Hi"}\n'
     (files / "in.jsonl").write_text(lines, encoding="utf-8-sig")
-    assert run_here(*arguments(files, text_model, "--no-ray")).returncode == 0
+    assert run_here(*arguments(files, text_model, "--no-use-ray")).returncode == 0
     assert rows(files / "out.jsonl").keys() == {"first", "second"}
     (files / "lengths.csv").write_text("512,32\n100,10\n", encoding="utf-8-sig")
     assert read_job(files / "lengths.csv").num_requests == 2
@@ -78,7 +78,7 @@ def test_a_mark_at_the_start_costs_no_line(run_here, files, text_model):  # noqa
 
 def test_an_input_in_utf_16_is_refused_as_a_whole(run_here, files, text_model):  # noqa: F811
     (files / "in.jsonl").write_text('{"prompt": "Hello"}\n' * 9, encoding="utf-16")
-    done = run_here(*arguments(files, text_model, "--no-ray"))
+    done = run_here(*arguments(files, text_model, "--no-use-ray"))
     assert done.returncode == 1 and "in.jsonl is in UTF-16" in done.stderr
     assert not (files / "out.jsonl").exists()
 
@@ -95,7 +95,7 @@ def test_cloze_texts_may_hold_any_character(run_here, tmp_path, text_model):
     assert _text(text) == "one\u2028two three"
     (tmp_path / "data.jsonl").write_text(f"{text}\n{text}\n", encoding="utf-8")
     done = run_here(
-        "eval", "cloze", "--model", text_model, "--data", tmp_path / "data.jsonl", "--no-ray",
+        "eval", "cloze", "--model", text_model, "--data", tmp_path / "data.jsonl", "--no-use-ray",
         "--device", "cpu",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

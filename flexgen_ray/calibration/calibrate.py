@@ -25,7 +25,7 @@ _MIB = 2**20
 _SMALL_HOP, _LARGE_HOP = 64 * 2**10, 32 * 2**20
 _TRIPS = {_SMALL_HOP: 50, _LARGE_HOP: 5}
 MOST_REPEATS = 5  # measurements of one thing
-_NO_HOPS = "Hops between actors were not measured (--no-ray)."
+_NO_HOPS = "Hops between actors were not measured (--no-use-ray)."
 _HEADER = "# Measured by `flexgen-ray calibrate`; figures may be corrected by hand.\n"
 
 

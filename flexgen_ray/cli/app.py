@@ -1,6 +1,8 @@
-"""How every command begins: files that it is to write are checked before anything is touched.
+"""How every command is declared, parsed and begun.
 
-Files that would be lost on a cluster: Ray deletes the folder that a submitted job runs in.
+Options keep their former names, help is grouped by subject, and files that a command is to write
+are checked before anything else happens: that no two options write the same file or one that is
+read, and that Ray won't delete them (it deletes the folder that a submitted job runs in).
 
 Knows paths and environment variables; not Ray.
 """
@@ -11,18 +13,84 @@ import os
 import re
 import socket
 from collections.abc import Callable, Iterator, Mapping
+from enum import Enum
 from functools import wraps
 from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
 
 import typer
+from typer.core import TyperCommand
 
 from flexgen_ray.files.input_lines import STANDARD_STREAM
 from flexgen_ray.files.output_files import check_distinct, check_folders, sidecar_paths
 
+# Names that options had before; they still work, in every command that has the new option.
+FORMER_NAMES = {
+    "--stages": "--pipeline-parallel-size",
+    "--sparsity": "--attention-sparsity",
+    "--no-ray": "--no-use-ray",
+    "--dummy-weights": "--load-format=dummy",
+    "--hardware": "--plan-for",
+}
+_HELP_WIDTH = 100
 _IN_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # Ray sets it for a submitted job's own process
 _PACKAGES = re.compile(r"/session_[^/]+/runtime_resources/")
+# Options with a text that may be the path of a file to read.
+_MAYBE_PATHS = ("model", "hardware", "plan_for")
+
+
+class Writes(Enum):
+    """Annotation of an option that writes something other than one file into an old folder."""
+
+    JOB = "a job's output, which has files beside it"
+    FOLDER = "a new folder"
+    INTO_NEW_FOLDER = "a file, whose folder is made"
+    SCRATCH = "temporary data, into a folder"
+
+
+class App(typer.Typer):
+    """Commands by name. An option that writes a file is declared `writable=True`."""
+
+    def command(self, name: str | None = None, **options: Any) -> Callable:
+        """Registers a function, which runs once its files are checked."""
+        settings = {"max_content_width": _HELP_WIDTH}
+        register = super().command(name, cls=Command, context_settings=settings, **options)
+        return lambda function: register(_checked(function))
+
+
+class Command(TyperCommand):
+    """A command whose options keep their former names, and whose help groups them by subject."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, self._renamed(args))
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            heading = getattr(parameter, "rich_help_panel", None) or ""
+            if (record := parameter.get_help_record(ctx)) is not None:
+                sections.setdefault(heading, []).append(record)
+        for heading, records in sections.items():
+            with formatter.section(
+                heading or ("Other options" if len(sections) > 1 else "Options")
+            ):
+                formatter.write_dl(records)
+
+    def _renamed(self, arguments: list[str]) -> list[str]:
+        """The arguments with today's names of options in place of former ones."""
+        names = {name for each in self.params for name in (*each.opts, *each.secondary_opts)}
+        flags = {name for each in self.params if getattr(each, "is_flag", False)
+                 for name in (*each.opts, *each.secondary_opts)}  # fmt: skip
+        renamed, is_value = [], False
+        for argument in arguments:
+            name, equals, value = argument.partition("=")
+            new = FORMER_NAMES.get(name, "")
+            if not is_value and name not in names and new.partition("=")[0] in names:
+                argument = f"{new}{equals}{value}"
+            is_value = not is_value and argument in names - flags
+            renamed.append(argument)
+        return renamed
 
 
 def check_kept(written: Mapping[str, Path], environment: Mapping[str, str]) -> None:
@@ -43,44 +111,36 @@ def check_kept(written: Mapping[str, Path], environment: Mapping[str, str]) -> N
             )
 
 
-# Texts that may be paths of files to read; an --offload-dir is a place, not what lies there.
-_PERHAPS_PATHS = ("model", "hardware")
-_PLACES = ("offload_dir",)
-
-
-class App(typer.Typer):
-    """Commands by name. An option that writes a file is declared `writable=True`."""
-
-    def command(self, name: str | None = None, **options: Any) -> Callable:
-        """Registers a function, which runs once its files are checked."""
-        register = super().command(name, **options)
-        return lambda function: register(_checked(function))
-
-
 def is_written(parameter: Parameter) -> bool:
     """True if a command's parameter gives a file to write."""
-    return any(getattr(it, "writable", False) for it in _declared(parameter))
+    return any(getattr(each, "writable", False) for each in _declared(parameter))
 
 
 def _checked(function: Callable[..., None]) -> Callable[..., None]:
+    """The command, run once the files that it reads and writes are checked."""
     parameters = signature(function, eval_str=True).parameters
 
     @wraps(function)
     def run(**values: Any) -> None:
         written: dict[str, Path] = {}
+        folders: dict[str, Path] = {}
         read: dict[str, Path] = {}
         for name, parameter in parameters.items():
+            kind, option = _kind(parameter), _option(parameter)
             for path in _paths(name, values.get(name)):
-                (written if is_written(parameter) else read)[_option(parameter)] = path
-        if "--output" in written and function.__name__ == "generate":
-            beside = sidecar_paths(written["--output"])
-            written |= {f"--output's {path.suffix}": path for path in beside}
-        folder = {"--output": values["output"]} if function.__name__ == "quantize" else {}
-        check_kept(written | folder, os.environ)
+                if is_written(parameter):
+                    written[option] = path
+                elif kind is not Writes.SCRATCH:
+                    read[option] = path
+                if kind is Writes.FOLDER:
+                    folders[option] = path
+                if kind is Writes.JOB:
+                    written |= {f"{option}'s {each.suffix}": each for each in sidecar_paths(path)}
+        check_kept(written | folders, os.environ)
         check_distinct(written, read)
-        if function.__name__ == "calibrate":
-            for path in written.values():
-                path.parent.mkdir(parents=True, exist_ok=True)
+        for parameter in parameters.values():
+            if _kind(parameter) is Writes.INTO_NEW_FOLDER and _option(parameter) in written:
+                written[_option(parameter)].parent.mkdir(parents=True, exist_ok=True)
         check_folders(written)
         function(**values)
 
@@ -91,16 +151,20 @@ def _declared(parameter: Parameter) -> tuple:
     return getattr(parameter.annotation, "__metadata__", ())
 
 
+def _kind(parameter: Parameter) -> Writes | None:
+    return next((each for each in _declared(parameter) if isinstance(each, Writes)), None)
+
+
 def _option(parameter: Parameter) -> str:
     """The option's name as users type it."""
-    given = (name for it in _declared(parameter) for name in it.param_decls or ())
-    return next(given, f"--{parameter.name.replace('_', '-')}")
+    names = (name for each in _declared(parameter) for name in getattr(each, "param_decls", ()))
+    return next(names, f"--{parameter.name.replace('_', '-')}")
 
 
 def _paths(name: str, value: object) -> Iterator[Path]:
     """The paths that a parameter's value gives."""
     for part in value if isinstance(value, list | tuple) else [value]:
-        if isinstance(part, Path) and name not in _PLACES:
+        if isinstance(part, Path):
             yield part
-        elif isinstance(part, str) and name in _PERHAPS_PATHS and Path(part).exists():
+        elif isinstance(part, str) and name in _MAYBE_PATHS and Path(part).exists():
             yield Path(part)

@@ -1,6 +1,6 @@
-"""`flexgen-ray eval …`: what an offloaded model, with its policy, makes of given text.
+"""`flexgen-ray eval ...`: scores a text with an offloaded model.
 
-Parses and shows; without torch until a command runs.
+Parses and shows; imports no torch until a command runs.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from typing import Annotated, Any
 import typer
 
 from flexgen_ray.cli.app import App
-from flexgen_ray.cli.options import JsonOption, with_engine
+from flexgen_ray.cli.options import FILES, JsonOption, with_llm_options
 
 app = App(no_args_is_help=True)
+_EVALUATION = "Evaluation"
 
 
 class Phase(StrEnum):
@@ -25,28 +26,55 @@ class Phase(StrEnum):
 ScoredInOption = Annotated[
     Phase,
     typer.Option(
-        help="prefill: many tokens at a time; decode: one by one, as generation meets them."
+        rich_help_panel=_EVALUATION,
+        help="Phase whose computation is scored. prefill: many tokens at a time, which is faster. "
+        "decode: token by token, as generation computes them.",
     ),
 ]
 
 
-@app.command()
-@with_engine
+@app.command(short_help="Perplexity of a text.")
+@with_llm_options
 def perplexity(
     engine: dict[str, Any],
-    data: Annotated[Path, typer.Option(help="A text file, scored as one text.")],
-    context: Annotated[int, typer.Option(min=1, help="Tokens of a window.")] = 1024,
+    data: Annotated[
+        Path,
+        typer.Option(
+            metavar="FILE", rich_help_panel=FILES, help="Text file (UTF-8), scored as one text."
+        ),
+    ],
+    json_file: JsonOption = None,
+    context: Annotated[
+        int,
+        typer.Option(
+            min=1, metavar="N", rich_help_panel=_EVALUATION, help="Length of a window in tokens."
+        ),
+    ] = 1024,
     stride: Annotated[
-        int, typer.Option(min=1, help="Tokens from one window's start to the next one's.")
+        int,
+        typer.Option(
+            min=1,
+            metavar="N",
+            rich_help_panel=_EVALUATION,
+            help="Tokens from the start of one window to the start of the next.",
+        ),
     ] = 512,
     max_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Only so many of the text's first tokens.")
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            rich_help_panel=_EVALUATION,
+            help="Score only the first N tokens of the text. [default: all of it]",
+        ),
     ] = None,
     scored_in: ScoredInOption = Phase.prefill,
-    json_file: JsonOption = None,
 ) -> None:
-    """Perplexity of a text, by tokens, each scored once with a sliding window before it.
+    """Measure the perplexity of a text: each token is scored once, after a sliding window.
 
+    Use it to see what a lossy option, such as --weight-bits 4, costs.
+
+    \b
     Example: flexgen-ray eval perplexity --model ./opt-30b --data wiki.txt --gpu-memory 16GiB
     """
     from flexgen_ray.evaluation.perplexity import measure
@@ -59,19 +87,35 @@ def perplexity(
     evaluate(measure, engine, data, settings, json_file)
 
 
-@app.command()
-@with_engine
+@app.command(short_help="Accuracy of predicted last words.")
+@with_llm_options
 def cloze(
     engine: dict[str, Any],
-    data: Annotated[Path, typer.Option(help='JSONL of {"text": ...}, such as LAMBADA.')],
+    data: Annotated[
+        Path,
+        typer.Option(
+            metavar="FILE",
+            rich_help_panel=FILES,
+            help='JSONL file of {"text": ...} lines, such as LAMBADA.',
+        ),
+    ],
+    json_file: JsonOption = None,
     max_texts: Annotated[
-        int | None, typer.Option(min=1, help="Score only the first lines.")
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            rich_help_panel=_EVALUATION,
+            help="Score only the first N texts. [default: all of them]",
+        ),
     ] = None,
     scored_in: ScoredInOption = Phase.prefill,
-    json_file: JsonOption = None,
 ) -> None:
-    """Accuracy of texts' last words: how often all their tokens are the greedy ones.
+    """Measure how often greedy decoding gives a text's last word (as LAMBADA does).
 
+    Use it to see what a lossy option, such as --cache-bits 4, costs.
+
+    \b
     Example: flexgen-ray eval cloze --model ./opt-30b --data lambada.jsonl --gpu-memory 16GiB
     """
     from flexgen_ray.evaluation.cloze import measure

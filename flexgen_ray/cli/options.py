@@ -1,4 +1,8 @@
-"""The options that several commands share, with their help."""
+"""The options that several commands share, with their help.
+
+An option that configures LLM, Policy or SamplingParams has the name of its Python argument, with
+dashes. Knows names and help texts; no model and no machine.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,17 @@ from typing import Annotated, Any
 
 import typer
 
+from flexgen_ray.cli.app import Writes
 from flexgen_ray.cli.exits import parse_max_errors
+
+# Headings of a command's help, in the order in which `generate` shows them.
+MODEL = "Model"
+FILES = "Input and output"
+SAMPLING = "Sampling, for requests that don't set it themselves"
+PLANNING = "Planning"
+LOSSY = "Quantization and sparsity (lossy)"
+MEMORY = "Device and memory"
+CLUSTER = "Pipeline and Ray cluster"
 
 
 class Dtype(StrEnum):
@@ -21,7 +35,19 @@ class Dtype(StrEnum):
     bfloat16 = "bfloat16"
 
 
-def _device(name: str) -> str:
+class LoadFormat(StrEnum):
+    auto = "auto"
+    dummy = "dummy"
+
+
+class Transport(StrEnum):
+    auto = "auto"
+    nccl = "nccl"
+    gloo = "gloo"
+
+
+def parse_device(name: str) -> str:
+    """A device's name as given; BadParameter if no device can have it."""
     from flexgen_ray.config import DEVICES, is_device
 
     if not is_device(name):
@@ -29,270 +55,430 @@ def _device(name: str) -> str:
     return name
 
 
+def parse_stages(text: str) -> int | str:
+    """A number of pipeline stages, or "auto"; BadParameter for anything else."""
+    if text != "auto" and not (text.isdecimal() and int(text)):
+        raise typer.BadParameter(f"{text!r} is neither auto nor a number from 1 up")
+    return int(text) if text.isdecimal() else text
+
+
 ModelOption = Annotated[
     str,
     typer.Option(
-        help="Hugging Face model folder (safetensors), or a name on its hub; with --dummy-weights "
-        "also a shape, such as opt-30b."
+        metavar="MODEL",
+        rich_help_panel=MODEL,
+        help="Model folder in Hugging Face's format (safetensors), or a model's name on the "
+        "Hugging Face hub, such as Qwen/Qwen3-32B. With --load-format dummy also a built-in shape, "
+        "such as opt-30b.",
     ),
 ]
+DtypeOption = Annotated[
+    Dtype,
+    typer.Option(
+        rich_help_panel=MODEL,
+        help="Number format of weights, KV cache and hidden states. auto: on a GPU the "
+        "checkpoint's (float16 in place of bfloat16 where the GPU has no fast bfloat16); on a CPU "
+        "float32, or bfloat16 if the checkpoint has it and the CPU is fast in it.",
+    ),
+]
+LoadFormatOption = Annotated[
+    LoadFormat,
+    typer.Option(
+        rich_help_panel=MODEL,
+        help="Source of the weights. auto: the model's safetensors files. dummy: random weights, "
+        "to measure speed without a checkpoint; the text is nonsense.",
+    ),
+]
+MaxModelLenOption = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N",
+        rich_help_panel=MODEL,
+        help="Limit on the tokens of a prompt and its answer together. Longer prompts get an error "
+        "row; answers end at the limit. [default: the model's context length; memory is planned "
+        "for the longest request]",
+    ),
+]
+
 InputOption = Annotated[
     Path,
     typer.Option(
-        help='JSONL: OpenAI Batch lines, {"prompt": ...} or {"messages": ...}; .gz; - is standard '
-        "input."
+        metavar="FILE",
+        rich_help_panel=FILES,
+        help='JSONL file of requests, one a line: OpenAI Batch lines, {"prompt": ...}, or '
+        '{"messages": [...]}, which is formatted with the model\'s chat template. Files that end '
+        "in .gz are decompressed; - is standard input.",
     ),
 ]
 OutputOption = Annotated[
     Path | None,
     typer.Option(
+        metavar="FILE",
         writable=True,
-        help="JSONL of responses, one line a request; .gz; - is standard output. Required but for "
-        "--dry-run.",
+        rich_help_panel=FILES,
+        help="JSONL file of responses to write, one line a request. Files that end in .gz are "
+        "compressed; - is standard output. [required, except with --dry-run]",
     ),
-]
-DryRunOption = Annotated[
-    bool,
-    typer.Option(
-        "--dry-run",
-        help="Check everything, print the plan and how long it would take, and end: nothing is "
-        "written, no weights are loaded.",
-    ),
-]
-PlanForOption = Annotated[
-    str | None,
-    typer.Option(
-        "--hardware",
-        help="Plan by the rates of this hardware preset or file instead of this machine's; with "
-        "--dry-run for its memory too, a machine for each of --stages.",
-    ),
-]
-MaxLatencyOption = Annotated[
-    float | None,
-    typer.Option(help="Seconds that a block may take from its start to its last answer."),
+    Writes.JOB,
 ]
 OverwriteOption = Annotated[
     bool,
-    typer.Option("--overwrite/--resume", help="Answer all anew, or what the output lacks yet."),
+    typer.Option(
+        "--overwrite/--resume",
+        rich_help_panel=FILES,
+        help="Start over, or answer only the requests that the output lacks.",
+    ),
 ]
 RetryOption = Annotated[
     bool,
     typer.Option(
         "--retry-errors",
-        help="Answer again the lines that have an error row, which new rows replace, as after an "
-        "update or once the model has the tokenizer that it lacked.",
+        rich_help_panel=FILES,
+        help="Answer the lines that have an error row again, and replace those rows.",
     ),
 ]
 KeepOrderOption = Annotated[
-    bool, typer.Option("--keep-order", help="In the input's order, not as answers are finished.")
+    bool,
+    typer.Option(
+        "--keep-order",
+        rich_help_panel=FILES,
+        help="Write responses in the order of the input. Without this flag each is written as soon "
+        "as it is finished.",
+    ),
 ]
 MaxErrorsOption = Annotated[
     float | None,
     typer.Option(
         parser=parse_max_errors,
         metavar="N|SHARE",
-        help="Error rows with which the exit status still is 0: a number of lines, such as 5, or "
-        "a share, such as 0.001. [default: 0]",
+        rich_help_panel=FILES,
+        help="Number of error rows, such as 5, or share of the lines, such as 0.001, up to which "
+        "the exit status is still 0. [default: 0]",
     ),
 ]
+ReportOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        writable=True,
+        rich_help_panel=FILES,
+        help="JSON file to write the final report to, which is also printed. [default: only print]",
+    ),
+]
+TraceOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        writable=True,
+        rich_help_panel=FILES,
+        help="File to write a Chrome trace to: the start and duration of every op, one row a lane. "
+        "Open it in ui.perfetto.dev. [default: no trace]",
+    ),
+]
+PlotOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE",
+        writable=True,
+        help="Image to draw the result to, .png or .svg; needs matplotlib. [default: no plot]",
+    ),
+]
+JsonOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--json",
+        metavar="FILE",
+        writable=True,
+        rich_help_panel=FILES,
+        help="JSON file to write the result to. [default: only print]",
+    ),
+]
+
 MaxTokensOption = Annotated[
     int | None,
     typer.Option(
-        help="Most tokens of an answer, for lines that don't set it. [default: the model's "
-        "generation_config.json; else 16 for prompts, and what the context leaves, up to 2,048, "
-        "for chats]"
+        metavar="N",
+        rich_help_panel=SAMPLING,
+        help="Maximum tokens of an answer. [default: the model's generation_config.json; else 16 "
+        "for prompts, and for chats the rest of the context, up to 2,048]",
+    ),
+]
+TemperatureOption = Annotated[
+    float | None,
+    typer.Option(
+        metavar="X",
+        rich_help_panel=SAMPLING,
+        help="Sampling temperature, from 0 up; 0 is greedy. [default: the model's "
+        "generation_config.json, else 1.0]",
     ),
 ]
 StopOption = Annotated[
     list[str] | None,
     typer.Option(
         "--stop",
-        help="Text that ends an answer, for lines that set no stop; may be given several times. "
-        "Special tokens work too, such as '<|im_end|>'. A newline is $'\\n' in bash. "
-        "[default: none]",
+        metavar="TEXT",
+        rich_help_panel=SAMPLING,
+        help="Text that ends an answer, such as '<|im_end|>'; give the option again for each "
+        "further text. A newline is $'\\n' in bash. [default: none]",
     ),
 ]
-TemperatureOption = Annotated[
-    float | None, typer.Option(help="Likewise; the model's own, or 1; 0 is greedy.")
+SeedOption = Annotated[
+    int,
+    typer.Option(
+        metavar="N",
+        rich_help_panel=SAMPLING,
+        help="Seed of the random numbers; equal seeds give equal answers.",
+    ),
 ]
-DummyOption = Annotated[
+
+DryRunOption = Annotated[
     bool,
     typer.Option(
-        "--dummy-weights",
-        help="Make weights up, to measure without a checkpoint; text is nonsense.",
+        "--dry-run",
+        rich_help_panel=PLANNING,
+        help="Check the input and the options, print the plan and the predicted time, and end. "
+        "Writes nothing and loads no weights.",
     ),
 ]
-DtypeOption = Annotated[
-    Dtype,
+PlanForOption = Annotated[
+    str | None,
     typer.Option(
-        help="auto: the checkpoint's on a GPU; on a CPU float32, or bfloat16 if both have it."
+        metavar="HARDWARE",
+        rich_help_panel=PLANNING,
+        help="Hardware preset, such as t4, or YAML file whose rates the plan uses. With --dry-run "
+        "its memory counts too, and each pipeline stage gets such a machine. [default: this "
+        "machine, if calibrated]",
     ),
 ]
+MaxLatencyOption = Annotated[
+    float | None,
+    typer.Option(
+        metavar="SECONDS",
+        rich_help_panel=PLANNING,
+        help="Limit on the planned time of a block of requests, from its start to its last answer. "
+        "[default: no limit]",
+    ),
+]
+
 DeviceOption = Annotated[
     str,
     typer.Option(
         metavar="[auto|cpu|cuda|cuda:N]",
-        callback=_device,
-        help="Where the layers run; auto is a CUDA GPU if there is one, cuda:1 the second one.",
+        callback=parse_device,
+        rich_help_panel=MEMORY,
+        help="Device that computes the layers. auto: a CUDA GPU if there is one, else the CPU; "
+        "cuda:1 is the second GPU.",
     ),
 ]
 PolicyOption = Annotated[
     Path | None,
     typer.Option(
-        help="YAML policy, or auto: planned if the machines were calibrated or their GPUs have a "
-        "preset, else the tiers are filled, fastest first."
-    ),
-]
-WeightBitsOption = Annotated[
-    int | None, typer.Option(help="4 or 8: keep weights quantized in groups of 64. Lossy.")
-]
-EmbeddingBitsOption = Annotated[
-    int | None, typer.Option(help="The same of the embedding and the head.")
-]
-CacheBitsOption = Annotated[int | None, typer.Option(help="The same of keys and values.")]
-SparsityOption = Annotated[
-    float | None,
-    typer.Option(
-        "--sparsity", help="Share of its tokens that decoding attends, such as 0.1. Lossy."
+        metavar="FILE|auto",
+        rich_help_panel=MEMORY,
+        help="YAML file with batch sizes and the shares of weights, KV cache and hidden states on "
+        "GPU, host and disk. auto: planned for the highest throughput if the hardware's rates are "
+        "known (calibrated, or a preset of its GPU); else memory is filled, fastest tier first. "
+        "[default: auto]",
     ),
 ]
 GpuOption = Annotated[
-    str | None, typer.Option(help="GPU memory to use, such as 16GiB; what is free.")
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        rich_help_panel=MEMORY,
+        help="GPU memory budget of each stage, such as 16GiB. [default: 90% of what is free]",
+    ),
 ]
 CpuOption = Annotated[
-    str | None, typer.Option(help="Host memory to use, such as 64GiB; what is free.")
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        rich_help_panel=MEMORY,
+        help="Host memory budget of each machine, such as 64GiB. [default: 80% of what is free]",
+    ),
 ]
 DiskOption = Annotated[
-    str | None, typer.Option(help="Disk space to use, such as 200GiB; what is free.")
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        rich_help_panel=MEMORY,
+        help="Disk space budget of each machine, such as 200GiB. [default: 90% of what is free]",
+    ),
 ]
 OffloadOption = Annotated[
-    Path | None, typer.Option(help="Folder for offloaded data; the user's cache if not given.")
-]
-ReportOption = Annotated[
-    Path | None,
-    typer.Option(writable=True, help="Also write the final report to this JSON file."),
-]
-TraceOption = Annotated[
     Path | None,
     typer.Option(
-        writable=True, help="Write when every op ran, one row a lane, for ui.perfetto.dev."
+        metavar="DIR",
+        rich_help_panel=MEMORY,
+        help="Folder for data that is offloaded to disk; a fast local disk is best. [default: "
+        "flexgen_ray/offload in $XDG_CACHE_HOME, else in ~/.cache]",
     ),
+    Writes.SCRATCH,
 ]
-StagesOption = Annotated[
-    str, typer.Option(help="Pipeline stages, each a Ray actor; auto: one for every GPU.")
-]
-TransportOption = Annotated[
-    str, typer.Option(help="Between stages: nccl, gloo, or auto, nccl if each has a GPU.")
-]
-RestartsOption = Annotated[int, typer.Option(help="Times that lost stages are replaced.")]
-StallOption = Annotated[
-    float, typer.Option(help="Seconds without progress after which a stage counts as lost.")
-]
-NoRayOption = Annotated[bool, typer.Option("--no-ray", help="Run in this process, without Ray.")]
-MaxModelLenOption = Annotated[
+ThreadsOption = Annotated[
     int | None,
     typer.Option(
-        help="Longest prompt and answer together, in tokens: longer prompts get an error row, and "
-        "answers end there. [default: the model's context; memory is planned for the longest line]"
+        metavar="N",
+        rich_help_panel=MEMORY,
+        help="Host threads of each stage. [default: OMP_NUM_THREADS, unless Ray set it (in jobs "
+        "and `ray submit`); else the stage's share of the node's cores]",
     ),
 ]
-WaitOption = Annotated[
+
+WeightBitsOption = Annotated[
+    int | None,
+    typer.Option(
+        metavar="4|8",
+        rich_help_panel=LOSSY,
+        help="Quantize the layers' weights to 4 or 8 bits (groups of 64). Lossy. [default: not "
+        "quantized]",
+    ),
+]
+CacheBitsOption = Annotated[
+    int | None,
+    typer.Option(
+        metavar="4|8",
+        rich_help_panel=LOSSY,
+        help="Quantize the KV cache to 4 or 8 bits (groups of 64). Lossy. [default: not quantized]",
+    ),
+]
+EmbeddingBitsOption = Annotated[
+    int | None,
+    typer.Option(
+        metavar="4|8",
+        rich_help_panel=LOSSY,
+        help="Quantize the embedding and the output head to 4 or 8 bits (groups of 64). Lossy. "
+        "[default: not quantized]",
+    ),
+]
+AttentionSparsityOption = Annotated[
     float | None,
     typer.Option(
-        help="Seconds to wait for room on the Ray cluster. [default: 10, or 900 where it may start "
-        "machines]"
+        metavar="SHARE",
+        rich_help_panel=LOSSY,
+        help="Share of each sequence's tokens that decoding attends to, above 0 and at most 1, "
+        "such as 0.1: those with the largest attention weights. Below 1 it is lossy. [default: "
+        "1.0]",
+    ),
+]
+
+PipelineOption = Annotated[
+    str,
+    typer.Option(
+        parser=parse_stages,
+        metavar="N|auto",
+        rich_help_panel=CLUSTER,
+        help="Number of pipeline stages, each with its share of the layers. auto: one for every "
+        "GPU of the cluster.",
+    ),
+]
+UseRayOption = Annotated[
+    bool,
+    typer.Option(
+        rich_help_panel=CLUSTER,
+        help="Run each stage in a Ray actor, or all of them in this process.",
+    ),
+]
+AddressOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="HOST:PORT",
+        rich_help_panel=CLUSTER,
+        help="Address of the Ray cluster to run on. [default: RAY_ADDRESS, else a cluster on this "
+        "machine, started for this run]",
+    ),
+]
+TransportOption = Annotated[
+    Transport,
+    typer.Option(
+        rich_help_panel=CLUSTER,
+        help="Library that sends hidden states between stages. auto: nccl if every stage has a "
+        "GPU, else gloo.",
+    ),
+]
+RestartsOption = Annotated[
+    int,
+    typer.Option(
+        metavar="N",
+        rich_help_panel=CLUSTER,
+        help="Maximum number of times that lost stages are replaced before the run fails.",
+    ),
+]
+StallOption = Annotated[
+    float,
+    typer.Option(
+        metavar="SECONDS",
+        rich_help_panel=CLUSTER,
+        help="Time without progress after which a stage counts as lost.",
     ),
 ]
 RestartTimeoutOption = Annotated[
     float | None,
     typer.Option(
-        help="Seconds that lost stages may take to start elsewhere. [default: 120, or 600 where "
-        "the cluster may start machines]"
+        metavar="SECONDS",
+        rich_help_panel=CLUSTER,
+        help="Time limit for replacing lost stages. [default: 120, or 600 where the cluster may "
+        "start machines]",
     ),
 ]
-ThreadsOption = Annotated[
-    int | None,
+WaitOption = Annotated[
+    float | None,
     typer.Option(
-        help="Host threads of each stage. [default: OMP_NUM_THREADS, unless Ray set it, as it does "
-        "in jobs and in `ray submit`; else the stage's share of the node's cores]"
+        metavar="SECONDS",
+        rich_help_panel=CLUSTER,
+        help="Time limit for waiting until the Ray cluster has room. [default: 10, or 900 where "
+        "the cluster may start machines]",
     ),
 ]
-AddressOption = Annotated[
-    str | None, typer.Option(help="Ray cluster; RAY_ADDRESS, or one of its own, if not given.")
-]
-PlotOption = Annotated[
-    Path | None,
-    typer.Option(writable=True, help="Also draw it, as .png or .svg; needs matplotlib."),
-]
-JsonOption = Annotated[
-    Path | None,
-    typer.Option("--json", writable=True, help="Also write the result to this file."),
-]
 
 
-def _engine(
+def llm_options(
     model: ModelOption,
     dtype: DtypeOption = Dtype.auto,
+    load_format: LoadFormatOption = LoadFormat.auto,
+    max_model_len: MaxModelLenOption = None,
     device: DeviceOption = "auto",
     policy: PolicyOption = None,
-    weight_bits: WeightBitsOption = None,
-    cache_bits: CacheBitsOption = None,
-    embedding_bits: EmbeddingBitsOption = None,
-    sparsity: SparsityOption = None,
     gpu_memory: GpuOption = None,
     cpu_memory: CpuOption = None,
     disk_memory: DiskOption = None,
     offload_dir: OffloadOption = None,
-    stages: StagesOption = "1",
-    transport: TransportOption = "auto",
+    threads: ThreadsOption = None,
+    weight_bits: WeightBitsOption = None,
+    cache_bits: CacheBitsOption = None,
+    embedding_bits: EmbeddingBitsOption = None,
+    attention_sparsity: AttentionSparsityOption = None,
+    pipeline_parallel_size: PipelineOption = "1",
+    use_ray: UseRayOption = True,
+    address: AddressOption = None,
+    transport: TransportOption = Transport.auto,
     max_restarts: RestartsOption = 3,
     stall_timeout: StallOption = 300.0,
     restart_timeout: RestartTimeoutOption = None,
     wait: WaitOption = None,
-    threads: ThreadsOption = None,
-    max_model_len: MaxModelLenOption = None,
-    no_ray: NoRayOption = False,
-    address: AddressOption = None,
-    dummy_weights: DummyOption = False,
 ) -> dict[str, Any]:
-    """An LLM's keyword arguments."""
-    from flexgen_ray.config import Faults
-
+    """LLM's keyword arguments, from options of the same names."""
     return {
-        "model": model, "dtype": dtype.value, "device": device, "policy": policy,
-        "weight_bits": weight_bits, "cache_bits": cache_bits, "embedding_bits": embedding_bits,
-        "attention_sparsity": sparsity,
-        "gpu_memory": gpu_memory, "cpu_memory": cpu_memory, "disk_memory": disk_memory,
-        "offload_dir": offload_dir, "pipeline_parallel_size": num_stages(stages),
-        "use_ray": not no_ray, "address": address, "transport": transport,
-        "faults": Faults(max_restarts, stall_timeout, restart_timeout), "threads": threads,
-        "wait": wait, "max_model_len": max_model_len,
-        "load_format": "dummy" if dummy_weights else "auto",
-    }  # fmt: skip
+        name: value.value if isinstance(value, StrEnum) else value
+        for name, value in locals().items()
+    }
 
 
-def num_stages(text: str) -> int | str:
-    """A number, or auto; ValueError, in the option's name, for other words."""
-    if text != "auto" and not (text.isdecimal() and int(text)):
-        raise ValueError(f"--stages is {text!r}; it must be auto or a number from 1 up")
-    return int(text) if text.isdecimal() else text
-
-
-def with_engine(command: Callable[..., None]) -> Callable[..., None]:
-    """A command that has an LLM's options beside its own; it gets them as `engine`, the LLM's
-    keyword arguments."""
-    engine = list(signature(_engine, eval_str=True).parameters.values())
+def with_llm_options(command: Callable[..., None]) -> Callable[..., None]:
+    """A command with LLM's options beside its own; it gets LLM's arguments as `engine`."""
+    shared = list(signature(llm_options, eval_str=True).parameters.values())
     own = dict(signature(command, eval_str=True).parameters)
     del own["engine"]
 
     @wraps(command)
     def run(**values: Any) -> None:
-        options = {it.name: values.pop(it.name) for it in engine}
-        command(engine=_engine(**options), **values)
+        options = {each.name: values.pop(each.name) for each in shared}
+        command(engine=llm_options(**options), **values)
 
     parameters = [
-        it.replace(kind=Parameter.KEYWORD_ONLY) for it in (engine[0], *own.values(), *engine[1:])
+        each.replace(kind=Parameter.KEYWORD_ONLY)
+        for each in (shared[0], *own.values(), *shared[1:])
     ]
     run.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
-    run.__annotations__ = {it.name: it.annotation for it in parameters}
+    run.__annotations__ = {each.name: each.annotation for each in parameters}
     return run

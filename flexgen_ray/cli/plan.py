@@ -11,10 +11,13 @@ from typing import Annotated
 import typer
 
 from flexgen_ray.cli.options import (
+    FILES,
+    MODEL,
+    AttentionSparsityOption,
     CacheBitsOption,
     EmbeddingBitsOption,
     JsonOption,
-    SparsityOption,
+    MaxLatencyOption,
     WeightBitsOption,
 )
 from flexgen_ray.config import DTYPE_BYTES
@@ -23,60 +26,147 @@ from flexgen_ray.files.output_files import write_text
 from flexgen_ray.models.config import ModelConfig
 from flexgen_ray.reporting.terminal import display
 
-HardwareOption = Annotated[
-    list[str] | None,
-    typer.Option(help="auto (this machine, calibrated), a preset or a file; again for each more."),
-]
+_MACHINES = "Machines"
+_JOB = "Job"
 
 
 def plan(
-    model: Annotated[str, typer.Option(help="Model folder, or a built-in shape such as opt-30b.")],
-    hardware: HardwareOption = None,
+    model: Annotated[
+        str,
+        typer.Option(
+            metavar="MODEL",
+            rich_help_panel=MODEL,
+            help="Model folder, a name on the Hugging Face hub (only its config.json is read), or "
+            "a built-in shape, such as opt-30b.",
+        ),
+    ],
+    dtype: Annotated[
+        str,
+        typer.Option(
+            metavar="|".join((*DTYPE_BYTES, "auto")),
+            rich_help_panel=MODEL,
+            help="Number format of weights, KV cache and hidden states. auto: the checkpoint's.",
+        ),
+    ] = "float16",
+    hardware: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="HARDWARE",
+            rich_help_panel=_MACHINES,
+            help="Machine to plan for: a preset, such as t4, a YAML file, or auto (this machine, "
+            "if calibrated); give the option again for each further machine. [default: auto]",
+        ),
+    ] = None,
+    pipeline_parallel_size: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            rich_help_panel=_MACHINES,
+            help="Number of machines like the one given, each a pipeline stage. [default: one for "
+            "each --hardware]",
+        ),
+    ] = None,
     nodes: Annotated[
         Path | None,
-        typer.Option(exists=True, help="YAML list of {hardware, count, gpus} instead."),
-    ] = None,
-    stages: Annotated[
-        int | None, typer.Option(help="So many machines like the one given, a stage each.")
+        typer.Option(
+            exists=True,
+            metavar="FILE",
+            rich_help_panel=_MACHINES,
+            help="YAML list of {hardware, count, gpus}, in place of --hardware. [default: none]",
+        ),
     ] = None,
     gpu_memory: Annotated[
-        str | None, typer.Option(help="Memory of each GPU, such as 16GiB. [default: the file's]")
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            rich_help_panel=_MACHINES,
+            help="Memory of each GPU, such as 16GiB. [default: the hardware's own]",
+        ),
     ] = None,
     cpu_memory: Annotated[
-        str | None, typer.Option(help="Host memory of each machine. [default: the file's]")
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            rich_help_panel=_MACHINES,
+            help="Host memory of each machine, such as 64GiB. [default: the hardware's own]",
+        ),
     ] = None,
     disk_memory: Annotated[
-        str | None, typer.Option(help="Disk space of each machine. [default: the file's]")
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            rich_help_panel=_MACHINES,
+            help="Disk space of each machine, such as 1TiB. [default: the hardware's own]",
+        ),
     ] = None,
-    prompt_len: Annotated[int, typer.Option(min=1, help="Tokens of every prompt.")] = 512,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of every answer.")] = 32,
+    price_per_hour: Annotated[
+        float | None,
+        typer.Option(
+            metavar="DOLLARS",
+            rich_help_panel=_MACHINES,
+            help="Price of all machines together, to show the price of the tokens. [default: not "
+            "shown]",
+        ),
+    ] = None,
     num_requests: Annotated[
-        int | None, typer.Option(min=1, help="Requests of the job. [default: 1000, or the file's]")
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            rich_help_panel=_JOB,
+            help="Number of requests. [default: the lines of --workload, else 1000]",
+        ),
     ] = None,
+    prompt_len: Annotated[
+        int, typer.Option(min=1, metavar="N", rich_help_panel=_JOB, help="Tokens of each prompt.")
+    ] = 512,
+    max_tokens: Annotated[
+        int, typer.Option(min=1, metavar="N", rich_help_panel=_JOB, help="Tokens of each answer.")
+    ] = 32,
     workload: Annotated[
-        Path | None, typer.Option(help="CSV instead; its last two columns are those lengths.")
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            rich_help_panel=_JOB,
+            help="CSV file with a line a request, whose last two columns are its prompt's and its "
+            "answer's tokens, in place of --prompt-len and --max-tokens. [default: none]",
+        ),
     ] = None,
-    max_latency: Annotated[float | None, typer.Option(help="Seconds a block may take.")] = None,
-    dtype: Annotated[
-        str, typer.Option(help=f"{', '.join(DTYPE_BYTES)}, or auto: the checkpoint's.")
-    ] = "float16",
+    max_latency: MaxLatencyOption = None,
     weight_bits: WeightBitsOption = None,
     cache_bits: CacheBitsOption = None,
     embedding_bits: EmbeddingBitsOption = None,
-    sparsity: SparsityOption = None,
-    price_per_hour: Annotated[float | None, typer.Option(help="$ for all machines.")] = None,
+    attention_sparsity: AttentionSparsityOption = None,
+    policy_out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            writable=True,
+            rich_help_panel=FILES,
+            help="YAML file to write the planned policy to, for generate --policy. [default: not "
+            "written]",
+        ),
+    ] = None,
     frontier: Annotated[
         Path | None,
-        typer.Option(writable=True, help="Draw throughput over latency, as .png or .svg."),
-    ] = None,
-    policy_out: Annotated[
-        Path | None, typer.Option(writable=True, help="Write the policy, as YAML.")
+        typer.Option(
+            metavar="FILE",
+            writable=True,
+            rich_help_panel=FILES,
+            help="Image to draw throughput over latency to, .png or .svg; needs matplotlib. "
+            "[default: no plot]",
+        ),
     ] = None,
     json_file: JsonOption = None,
 ) -> None:
-    """Predict a job: does it fit, how fast, what binds, what would help.
+    """Predict a job: if it fits the machines, its speed, its bottleneck, and what would help.
 
-    Example: flexgen-ray plan --model opt-30b --hardware t4 --stages 4 --num-requests 1000000
+    Use it before you rent or buy machines: nothing is downloaded but the model's config.json, and
+    nothing runs. All figures are predictions.
+
+    \b
+    Example: flexgen-ray plan --model opt-30b --hardware t4 --pipeline-parallel-size 4
+             --num-requests 1000000
     """
     from flexgen_ray.config import Policy
     from flexgen_ray.planner.comparison import PlannedJob, compare, devices_of, read_job, read_nodes
@@ -85,9 +175,13 @@ def plan(
     from flexgen_ray.reporting.plan_report import PlanReport, estimate_line, headline
 
     _check(dtype, max_latency, price_per_hour, frontier)
-    machines = read_nodes(nodes) if nodes else _machines(hardware or ["auto"], stages)
-    if nodes and (hardware or stages):
-        raise ValueError("--nodes says all about the machines; leave --hardware and --stages out")
+    machines = (
+        read_nodes(nodes) if nodes else _machines(hardware or ["auto"], pipeline_parallel_size)
+    )
+    if nodes and (hardware or pipeline_parallel_size):
+        raise ValueError(
+            "--nodes describes all machines; leave --hardware and --pipeline-parallel-size out"
+        )
     machines = [it.with_memory(gpu_memory, cpu_memory, disk_memory) for it in machines]
     job = (
         read_job(workload, num_requests)
@@ -105,7 +199,7 @@ def plan(
         weight_bits=weight_bits,
         cache_bits=cache_bits,
         embedding_bits=embedding_bits,
-        attention_sparsity=sparsity,
+        attention_sparsity=attention_sparsity,
     )
     search = SearchSpace(base, max_seconds=max_latency)
     names = [
@@ -144,10 +238,11 @@ def _machines(names: list[str], stages: int | None) -> list:
     if stages is None:
         return machines
     if not 1 <= stages <= MAX_MACHINES:
-        raise ValueError(f"--stages is {stages}; it must be 1 to {MAX_MACHINES}")
+        raise ValueError(f"--pipeline-parallel-size is {stages}; it must be 1 to {MAX_MACHINES}")
     if len(machines) not in (1, stages):
         raise ValueError(
-            f"--stages {stages}, but {len(machines)} machines; give one, or as many as stages"
+            f"--pipeline-parallel-size {stages}, but {len(machines)} machines; give one, or one "
+            "for each stage"
         )
     return machines * (stages if len(machines) == 1 else 1)
 

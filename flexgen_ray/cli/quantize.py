@@ -1,4 +1,4 @@
-"""`flexgen-ray quantize`: a model's weights packed once, for later runs to load as they are."""
+"""`flexgen-ray quantize`: a model's weights quantized once, for later runs to load as they are."""
 
 from __future__ import annotations
 
@@ -9,20 +9,45 @@ from typing import Annotated
 
 import typer
 
-from flexgen_ray.cli.options import EmbeddingBitsOption, JsonOption, ModelOption
+from flexgen_ray.cli.app import Writes
+from flexgen_ray.cli.options import (
+    FILES,
+    LOSSY,
+    EmbeddingBitsOption,
+    JsonOption,
+    ModelOption,
+)
 from flexgen_ray.reporting.terminal import say
 
 
 def quantize(
     model: ModelOption,
-    output: Annotated[Path, typer.Option(help="Model folder to write.")],
-    weight_bits: Annotated[int, typer.Option(help="4 or 8, in groups of 64.")] = 4,
+    output: Annotated[
+        Path,
+        typer.Option(
+            metavar="DIR",
+            rich_help_panel=FILES,
+            help="Model folder to write; it must not exist yet.",
+        ),
+        Writes.FOLDER,
+    ],
+    weight_bits: Annotated[
+        int,
+        typer.Option(
+            metavar="4|8",
+            rich_help_panel=LOSSY,
+            help="Quantize the layers' weights to 4 or 8 bits (groups of 64). Lossy.",
+        ),
+    ] = 4,
     embedding_bits: EmbeddingBitsOption = None,
     json_file: JsonOption = None,
 ) -> None:
-    """Write a model folder with quantized weights, which runs then read as they are.
+    """Write a copy of a model folder with quantized weights, smaller and faster to load.
 
-    The same that --weight-bits makes of them while a run loads, to be made once only.
+    Use it before several runs with --weight-bits: each would quantize the weights while it loads
+    them, with the same result. Runs with the copy need no --weight-bits.
+
+    \b
     Example: flexgen-ray quantize --model ./opt-30b --output ./opt-30b-int4
     """
     from flexgen_ray.config import Policy

@@ -108,14 +108,14 @@ def place_stages(
     count, note = num_stages or free or 1, ""
     if count > room.max_gpus:
         raise ValueError(
-            f"{count} stages need a GPU each, but the cluster has {room.max_gpus:g}; use --stages "
-            f"{room.max_gpus:g} or --device cpu"
+            f"{count} stages need a GPU each, but the cluster has {room.max_gpus:g}; use "
+            f"--pipeline-parallel-size {room.max_gpus:g} or --device cpu"
         )
     if num_stages is None and free < room.max_gpus:
         more = f"{up - free} of {up} GPUs are taken" if free < up else f"only {up} GPUs are up"
         note = (
             f"{more}, and the cluster may have {room.max_gpus:g}: {count} stages; "
-            "--stages N waits for N GPUs"
+            "--pipeline-parallel-size N waits for N GPUs"
         )
     if num_stages is None and free < up and not may_shrink:
         raise InsufficientResources(f"not every GPU is free: {room.describe()}")

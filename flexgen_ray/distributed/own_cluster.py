@@ -93,7 +93,7 @@ OBJECT_STORE_BYTES = 80 * 2**20  # Ray's minimum is 75 MiB; prompts and tokens n
 LOOPBACK_ONLY = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # "0": Ray's nodes are on 127.0.0.1
 _MODE, _TOKEN, _TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
 _MEMORY = "RAY_memory_usage_threshold"
-_REMEDY = "use --no-ray, give the --address of a cluster, or install another version of Ray"
+_REMEDY = "use --no-use-ray, give the --address of a cluster, or install another version of Ray"
 
 
 class InsecureCluster(RuntimeError):
@@ -173,7 +173,7 @@ def _start(**options: Any) -> str:
     except Exception as error:
         raise RuntimeError(
             f"Ray did not start on this machine ({error}); try again when it is less busy, or use "
-            "--no-ray"
+            "--no-use-ray"
         ) from error
 
 

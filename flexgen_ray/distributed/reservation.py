@@ -135,7 +135,7 @@ def reserve(
 def _no_room(what: str, waiting: ResourceWait) -> str:
     return (
         f"no room on the Ray cluster after {waiting.waited:.0f} s: {what}; close what holds it, "
-        "use fewer --stages or --threads, or wait longer with --wait SECONDS"
+        "lower --pipeline-parallel-size or --threads, or wait longer with --wait SECONDS"
     )
 
 

@@ -82,6 +82,8 @@ ELSEWHERE: Mapping[str, str] = {
     "num_stages": "use pipeline_parallel_size",
     "stages": "use pipeline_parallel_size",
     "sparsity": "use attention_sparsity",
+    "no_ray": "use use_ray=False",
+    "dummy_weights": 'use load_format="dummy"',
 }  # fmt: skip
 
 # Options of vLLM's generate and chat.
@@ -108,6 +110,23 @@ def check_values(options: Mapping[str, object]) -> None:
     for name, (is_good, wanted) in _CHECKS.items():
         if not is_good(options[name]):
             raise ValueError(f"{name} is {options[name]!r}; it must be {wanted}")
+
+
+def failure_limits(
+    max_restarts: int, stall_timeout: float, restart_timeout: float | None, faults: Faults | None
+) -> Faults:
+    """Limits on failures, from their own options or from `faults`, the older form.
+
+    Raises ValueError if both are given.
+    """
+    limits = Faults(max_restarts, stall_timeout, restart_timeout)
+    if faults is None:
+        return limits
+    if limits != Faults():
+        raise ValueError(
+            "give max_restarts, stall_timeout and restart_timeout, or faults=Faults(...), not both"
+        )
+    return faults
 
 
 def _is(*types: type) -> Callable[[object], bool]:
@@ -164,6 +183,10 @@ _CHECKS: dict[str, Check] = {
     "use_ray": _FLAG,
     "address": (_is(_NONE, str), "a Ray cluster's address, or None"),
     "transport": _one_of(*TRANSPORTS),
+    "max_restarts": (lambda it: _is_int(it) and it >= 0, "a number from 0 up"),
+    "stall_timeout": (_is_rate, "a number of seconds above 0"),
+    "restart_timeout": (lambda it: it is None or _is_rate(it),
+                        "None or a number of seconds above 0"),
     "faults": (_is(_NONE, Faults), "Faults(...) or None"),
     "seed": (_is_int, "an integer"),
     "executor": _one_of(*EXECUTORS),

@@ -73,7 +73,7 @@ def settle_budget(machine: Machine, limits: dict[str, int | None], reserved: int
     if cpu < reserved:
         raise ValueError(
             f"--cpu-memory {format_bytes(cpu)} is less than the {format_bytes(reserved)} that "
-            "Ray's object store takes; raise it, or use --no-ray"
+            "Ray's object store takes; raise it, or use --no-use-ray"
         )
     for tier, size, free in (
         ("gpu", gpu, machine.gpu_bytes),

@@ -61,7 +61,7 @@ class StagePolicies:
         if len(self.policies) not in (1, num_stages):
             raise ValueError(
                 f"the policy is for {len(self.policies)} stages, but there are {num_stages}; "
-                f"use --stages {len(self.policies)} or leave `stages` out of the policy"
+                f"use --pipeline-parallel-size {len(self.policies)}, or a policy without `stages`"
             )
         found = self.policies * (num_stages if len(self.policies) == 1 else 1)
         blocks = self.policies[0].blocks_in_flight or num_stages

@@ -1,0 +1,84 @@
+"""Options of the command line: their names, the names that they had, and their help."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from inspect import signature
+
+import pytest
+import typer
+from test_bad_input import commands
+
+from flexgen_ray import LLM, Policy, SamplingParams
+from flexgen_ray.cli.app import FORMER_NAMES
+from flexgen_ray.cli.main import app
+
+COMMANDS = {
+    name: command
+    for name, command in commands(typer.main.get_command(app), "flexgen-ray")
+    if name.startswith("flexgen-ray")
+}
+# Options of `generate` that configure the job's files, and nothing that Python has.
+OF_THE_JOB = {
+    "input", "output", "overwrite", "retry_errors", "keep_order", "max_errors", "report",
+}  # fmt: skip
+
+
+def options(name: str) -> list:
+    return [option for option in COMMANDS[name].params if option.name != "help"]
+
+
+def parsed(name: str, *arguments: object) -> dict:
+    command = COMMANDS[name]
+    required = {
+        "flexgen-ray generate": ["--model", "m", "--input", "in", "--output", "out"],
+        "flexgen-ray plan": ["--model", "m"],
+    }
+    words = [*required.get(name, []), *map(str, arguments)]
+    return command.make_context(name, words).params
+
+
+def test_an_option_that_configures_a_run_has_the_name_of_its_python_argument():
+    arguments = set(signature(LLM.__init__).parameters)
+    arguments |= {field.name for kind in (Policy, SamplingParams) for field in fields(kind)}
+    names = {option.name for option in options("flexgen-ray generate")}
+    assert OF_THE_JOB <= names and names - OF_THE_JOB <= arguments
+    assert {"pipeline_parallel_size", "attention_sparsity", "use_ray", "stall_timeout"} <= names
+    for option in options("flexgen-ray generate"):
+        assert option.opts == [f"--{option.name.replace('_', '-')}"]
+
+
+@pytest.mark.parametrize(
+    ("command", "old", "new"),
+    [
+        ("generate", ["--stages", "2"], {"pipeline_parallel_size": 2}),
+        ("generate", ["--stages=auto"], {"pipeline_parallel_size": "auto"}),
+        ("generate", ["--sparsity", 0.25], {"attention_sparsity": 0.25}),
+        ("generate", ["--no-ray"], {"use_ray": False}),
+        ("generate", ["--dummy-weights"], {"load_format": "dummy"}),
+        ("generate", ["--hardware", "t4"], {"plan_for": "t4"}),
+        ("demo", ["--stages", 3, "--no-ray"], {"pipeline_parallel_size": 3, "use_ray": False}),
+        ("calibrate", ["--no-ray"], {"use_ray": False}),
+        ("plan", ["--stages", 4, "--sparsity", 0.5],
+         {"pipeline_parallel_size": 4, "attention_sparsity": 0.5}),
+        ("plan", ["--hardware", "t4"], {"hardware": ["t4"]}),
+        ("generate", ["--stop", "--no-ray"], {"stop": ["--no-ray"], "use_ray": True}),
+    ],
+)  # fmt: skip
+def test_former_names_still_work_and_values_are_no_names(command, old, new):
+    values = parsed(f"flexgen-ray {command}", *old)
+    assert {name: values[name] for name in new} == new
+
+
+@pytest.mark.parametrize("name", [name for name in COMMANDS if " bench " not in name])
+def test_each_option_s_help_stands_alone_and_says_the_default_once(name):
+    """Former names are not shown."""
+    context = typer.Context(COMMANDS[name])
+    for option in options(name):
+        shown, text = option.get_help_record(context)
+        words = " ".join(text.split())
+        assert words[0].isupper(), shown
+        defaults = words.count("[default: ") + words.count("; default: ")
+        is_switch = option.is_flag and not option.secondary_opts
+        assert defaults + words.count("required") == (0 if is_switch else 1), (shown, words)
+        assert not set(shown.split()) & set(FORMER_NAMES) or name == "flexgen-ray plan", shown
