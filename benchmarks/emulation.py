@@ -20,7 +20,7 @@ from typing import Any
 
 from flexgen_ray.config import HardwareSpec
 from flexgen_ray.cost.resources import Amounts, Resource, demand_of, speed
-from flexgen_ray.layout.moves import Moves
+from flexgen_ray.layout.active_ops import ActiveOps
 from flexgen_ray.layout.plan import StagePlan
 from flexgen_ray.runtime.handlers import OpHandlers
 from flexgen_ray.runtime.meter import Timing
@@ -71,7 +71,7 @@ class EmulatedRun(Modelled):
         # The ops that the large model would dispatch take their turn, and time, here too ...
         super().__init__(handlers, stands_for or plan, hardware)
         # ... though some have nothing to do for the small one.
-        self._acts = Moves(plan, is_linked=handlers.passes.link is not None)
+        self._is_active = ActiveOps(plan, in_ring=handlers.passes.link is not None)
         self._pacer = Pacer(hardware, time_scale)
 
     def run(self, op: Op, ready_at: float) -> Timing:
@@ -96,7 +96,7 @@ class EmulatedRun(Modelled):
         self._pacer.cancel()
 
     def _act(self, op: Op, ready_at: float) -> None:
-        if self._acts(op):
+        if self._is_active(op):
             self._cells.run(op, ready_at)
 
 

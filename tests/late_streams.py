@@ -19,8 +19,8 @@ import torch
 from flexgen_ray import LLM
 from flexgen_ray.runtime import lanes as crews
 from flexgen_ray.runtime import stage
-from flexgen_ray.runtime.handlers import _HANDLERS, OpHandlers
-from flexgen_ray.schedule.ops import LANE, Lane
+from flexgen_ray.runtime.handlers import HANDLERS, OpHandlers
+from flexgen_ray.schedule.ops import Lane
 
 CUDA = torch.device("cuda")
 LATE_SECONDS = 1e-3
@@ -56,13 +56,13 @@ class LateCuda:
             # What there is to do is known at the launch; how it is done, when it runs.
             if cells.is_idle(op):
                 return
-            act = partial(_HANDLERS[op.kind], cells, op)
-            if LANE[op.kind].worker in crews.ON_STREAMS:
+            act = partial(HANDLERS[op.kind], cells, op)
+            if op.lane.worker in crews.ON_STREAMS:
                 stream = getattr(cuda._of_thread, "stream", default)
-                stream.worker = LANE[op.kind].worker
+                stream.worker = op.lane.worker
                 stream.push(act)
             else:
-                if LANE[op.kind].worker is cuda.slow:
+                if op.lane.worker is cuda.slow:
                     time.sleep(LATE_SECONDS)
                 act()
 

@@ -16,7 +16,6 @@ from flexgen_ray.calibration.calibrate import calibrate
 from flexgen_ray.engine.backend import spans as all_spans
 from flexgen_ray.kernels.sampling import Penalties, SamplingRow, sample
 from flexgen_ray.planner.budgets import CUDA_RESERVE
-from flexgen_ray.schedule.ops import LANE
 from flexgen_ray.store import memory
 from flexgen_ray.store.memory import MemoryTier
 
@@ -111,7 +110,7 @@ def test_every_lane_of_a_cuda_run_is_timed_on_its_stream(tiny_models, policy_of_
         llm.generate([reference.prompt for reference in references], GREEDY)
         spans = list(all_spans(llm.backend, 0))
         measured = llm.report.stages[0].measured
-    lanes = {LANE[span.op.kind].worker.value for span in spans}
+    lanes = {span.op.lane.worker.value for span in spans}
     assert {"device", "load_weights", "load_cache", "store", "host", "disk_read"} <= lanes
     assert all(0 <= span.start <= span.end for span in spans)
     assert all(seconds <= measured.wall * 1.05 for seconds in measured.busy.values())

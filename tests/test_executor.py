@@ -17,7 +17,7 @@ from flexgen_ray import LLM, Policy, SamplingParams
 from flexgen_ray.runtime.executor import AsyncExecutor, SerialExecutor
 from flexgen_ray.runtime.lanes import Cores, LaneWorker, make_lane_workers
 from flexgen_ray.runtime.worker import Worker
-from flexgen_ray.schedule.ops import LANE, Lane, OpKind
+from flexgen_ray.schedule.ops import OPS, Lane, OpKind
 from flexgen_ray.schedule.zigzag import StageLayers, zigzag
 
 
@@ -179,7 +179,7 @@ def test_torchs_own_host_attention_has_the_hosts_cores():
 
 
 def test_every_kind_has_a_lane():
-    assert set(LANE) == set(OpKind) and set(LANE.values()) == set(Lane)
+    assert set(OPS) == set(OpKind) and {spec.lane for spec in OPS.values()} == set(Lane)
 
 
 COUNT_THREADS = """

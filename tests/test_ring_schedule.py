@@ -128,7 +128,7 @@ def waits(ring, num_blocks: int, num_visits: int, in_program_order: bool) -> dic
         for index, op in enumerate(zigzag(stage, num_batches, range(num_visits), num_blocks)):
             place[number, op.kind, op.visit, op.batch] = number, index
             before = {last.get(None if in_program_order else op.lane)} - {None}
-            before |= dependencies.of(index, op)
+            before |= dependencies.add(index, op)
             graph[number, index, "begins"] = {(number, it, "ends") for it in before}
             graph[number, index, "ends"] = {(number, index, "begins")}
             last[None if in_program_order else op.lane] = index

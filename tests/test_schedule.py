@@ -39,7 +39,7 @@ def play(ops: list[Op], seed: int) -> list[tuple[float, float]]:
     pace = defaultdict(lambda: rng.choice([0.1, 1.0, 10.0]))
     dependencies, lane_free, times = Dependencies(), defaultdict(float), []
     for index, op in enumerate(ops):
-        waits = [times[i][1] for i in dependencies.of(index, op)]
+        waits = [times[i][1] for i in dependencies.add(index, op)]
         start = max([lane_free[op.lane], *waits])
         end = start + rng.random() * pace[op.lane]
         lane_free[op.lane] = end

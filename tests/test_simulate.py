@@ -23,7 +23,7 @@ from flexgen_ray.layout.plan import StagePlan
 from flexgen_ray.layout.rows import NO_ROWS, Rows
 from flexgen_ray.reporting.trace import write_trace
 from flexgen_ray.schedule.dependencies import Dependencies
-from flexgen_ray.schedule.ops import LANE, Lane, Op, OpKind
+from flexgen_ray.schedule.ops import Lane, Op, OpKind
 from flexgen_ray.schedule.zigzag import StageLayers
 
 ALMOST = 1 + 1e-9
@@ -83,7 +83,7 @@ def assert_in_order(ops: list[Op], found: Simulated) -> None:
     for index, op in enumerate(ops):
         span = ran[op]
         assert lane_free[op.lane] <= span.start <= span.end
-        assert all(ran[ops[it]].end <= span.start for it in dependencies.of(index, op))
+        assert all(ran[ops[it]].end <= span.start for it in dependencies.add(index, op))
         lane_free[op.lane] = span.end
 
 
@@ -219,7 +219,7 @@ def test_a_cpu_that_is_the_device_too_does_one_thing_at_a_time(plan, rates, is_p
     freely, shared = (stream(plan, rates, lambda op: rows, visits, it) for it in ((), shares))
     ops, demands, run = played(shared)
     work = sum(demands[op].seconds * demands[op].shares.get(CORES, 0) for op in ops)
-    on_device = sum(demands[op].seconds for op in ops if LANE[op.kind].worker is Lane.DEVICE)
+    on_device = sum(demands[op].seconds for op in ops if op.lane.worker is Lane.DEVICE)
     assert on_device <= work * ALMOST
     assert run.seconds * ALMOST >= max(work, simulate(freely).seconds)
 
@@ -280,4 +280,4 @@ def test_a_simulation_is_drawn_as_a_run_is(tmp_path):
     assert max(e["ts"] + e["dur"] for e in events if e["ph"] == "X") == pytest.approx(
         found.seconds * 1e6, abs=0.01
     )
-    assert {LANE[op.kind].worker.value for op in ops} == set(found.busy)
+    assert {op.lane.worker.value for op in ops} == set(found.busy)

@@ -16,7 +16,7 @@ from test_exactness import greedy, placements, policies
 from test_executor import generate
 
 from flexgen_ray import LLM, Placement, Policy, SamplingParams
-from flexgen_ray.schedule.ops import LANE, Lane, OpKind
+from flexgen_ray.schedule.ops import OPS, Lane, OpKind
 
 HALF = Placement(0.5, 0.5, 0.0)
 ELSEWHERE = (
@@ -88,7 +88,7 @@ def counted(folder, prompts, policy, monkeypatch, max_tokens: int = 5):
             llm.generate(prompts, SamplingParams(max_tokens=max_tokens, temperature=0.0))
             modelled = llm.report.stages[0].measured.modelled_resources
     loading = (Lane.LOAD_CACHE, Lane.LOAD_SMALL)
-    moved = {it: count for it, count in copies.moved.items() if LANE[it[0]].worker in loading}
+    moved = {it: count for it, count in copies.moved.items() if OPS[it[0]].lane.worker in loading}
     return Counter(moved), modelled.get("h2d", 0)
 
 

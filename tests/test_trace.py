@@ -12,7 +12,6 @@ from test_exactness import policies
 from flexgen_ray import LLM, SamplingParams
 from flexgen_ray.engine.backend import spans as all_spans
 from flexgen_ray.schedule.dependencies import Dependencies
-from flexgen_ray.schedule.ops import LANE
 from flexgen_ray.schedule.zigzag import StageLayers, zigzag
 
 PARAMS = SamplingParams(max_tokens=4, temperature=0.0)
@@ -43,12 +42,12 @@ def test_no_op_starts_before_its_lane_is_free_and_what_it_waits_for_is_done(
     for op in zigzag(stage, policy.num_gpu_batches, range(visits)):
         if op not in ran:
             continue
-        waits = dependencies.of(len(issued), op)
+        waits = dependencies.add(len(issued), op)
         issued.append(op)
         span = ran[op]
-        assert lane_free[LANE[op.kind]] <= span.start <= span.end
+        assert lane_free[op.lane] <= span.start <= span.end
         assert all(ran[issued[index]].end <= span.start for index in waits)
-        lane_free[LANE[op.kind]] = span.end
+        lane_free[op.lane] = span.end
     assert len(issued) == len(spans)
 
 

@@ -18,26 +18,26 @@ from functools import lru_cache
 from flexgen_ray.config import HardwareSpec
 from flexgen_ray.cost.ops import CostModel
 from flexgen_ray.cost.resources import Amounts, seconds_alone, seconds_by_resource
-from flexgen_ray.layout.moves import Moves
+from flexgen_ray.layout.active_ops import ActiveOps
 from flexgen_ray.layout.plan import StagePlan
 from flexgen_ray.layout.rows import Composition, Row, Rows
-from flexgen_ray.schedule.ops import LANE, OpKind
+from flexgen_ray.schedule.ops import OPS, Path
 from flexgen_ray.schedule.zigzag import zigzag
 
 
 def visit_seconds(plan: StagePlan, hardware: HardwareSpec, rows: Rows) -> dict[str, float]:
     """{lane or resource: seconds} of one visit of a stage whose batches all bring these rows."""
     model, composition = CostModel(plan), Composition(rows, plan.streamed_rows - 1)
-    moves = Moves(plan, is_linked=not plan.stage.is_whole)
+    is_active = ActiveOps(plan, in_ring=not plan.stage.is_whole)
     lanes: dict[str, float] = defaultdict(float)
     resources: dict[str, float] = defaultdict(float)
     for op in zigzag(plan.stage, plan.policy.num_gpu_batches, range(1)):
         # Weights that are fetched for the next visit count there.
-        if op.visit or not moves(op):
+        if op.visit or not is_active(op):
             continue
         seconds = seconds_by_resource(model.amounts(op, composition), hardware)
         if seconds:
-            lanes[LANE[op.kind].worker.value] += seconds_alone(seconds)
+            lanes[op.lane.worker.value] += seconds_alone(seconds)
         for resource, each in seconds.items():
             resources[resource.name.lower()] += each
     # The disk is a resource and a lane of the same name.
@@ -63,14 +63,6 @@ Quantity = tuple[str, str]  # (phase, lane, resource or way): seconds; ("bytes",
 # A batch's way through a stage: ops that wait for each other, where rows are attended on the device
 # or on the host. Weights and caches come ahead of need, and what is written to disk is not awaited.
 WAYS = ("way by the device", "way by the host")
-_OF_WEIGHTS = frozenset({OpKind.READ_WEIGHTS, OpKind.LOAD_WEIGHTS})
-_AHEAD = _OF_WEIGHTS | {OpKind.READ_CACHE, OpKind.LOAD_CACHE, OpKind.WRITE_CACHE}
-_BY_DEVICE = frozenset(
-    {OpKind.CHOOSE, OpKind.GATHER_VALUES, OpKind.LOAD_VALUES, OpKind.ATTEND_DEVICE}
-)
-_BY_HOST = frozenset(
-    {OpKind.STORE_CACHE, OpKind.APPEND_CACHE, OpKind.ATTEND_HOST, OpKind.LOAD_ATTENTION}
-)
 
 
 @dataclass(frozen=True)
@@ -122,8 +114,8 @@ class _VisitOp:
 @lru_cache(maxsize=4096)
 def _ops_of_visit(plan: StagePlan, position: int) -> dict[str, list[_VisitOp]]:
     """{phase: ops of a visit}, for any machine's rates."""
-    moves = Moves(plan, is_linked=not plan.stage.is_whole)
-    ops = [op for op in zigzag(plan.stage, 2, range(1)) if not op.visit and moves(op)]
+    is_active = ActiveOps(plan, in_ring=not plan.stage.is_whole)
+    ops = [op for op in zigzag(plan.stage, 2, range(1)) if not op.visit and is_active(op)]
     model, found = CostModel(plan), {}
     for phase, rows in zip(PHASES, (prefilling(plan)[0], decoding(plan, position)), strict=True):
         composition, its = Composition(rows, plan.streamed_rows - 1), []
@@ -131,9 +123,9 @@ def _ops_of_visit(plan: StagePlan, position: int) -> dict[str, list[_VisitOp]]:
         for op in ops:
             amounts = model.amounts(op, composition)
             if any(amounts.values()):
-                lane, ways = LANE[op.kind].worker.value, _ways(op.kind, attends_on_host)
+                lane, ways = op.lane.worker.value, _ways(OPS[op.kind].path, attends_on_host)
                 is_of_layer = plan.stage.kind(op.layer) == "decoder"
-                is_further = op.batch > 0 and op.kind not in _OF_WEIGHTS
+                is_further = op.batch > 0 and not OPS[op.kind].moves_weights
                 its.append(_VisitOp(lane, ways, is_of_layer, is_further, amounts))
         found[phase] = its
     return found
@@ -143,12 +135,14 @@ def _sums() -> defaultdict[str, list[float]]:
     return defaultdict(lambda: [0.0] * 4)
 
 
-def _ways(kind: OpKind, attends_on_host: bool) -> tuple[str, ...]:
-    """On which of a batch's ways the op is. Prompts are attended on the device."""
-    if kind in _AHEAD:
-        return ()
-    if kind in _BY_DEVICE:
-        return WAYS[:1]
-    if kind in _BY_HOST:
-        return WAYS[1:] if attends_on_host else ()
-    return WAYS
+def _ways(path: Path, attends_on_host: bool) -> tuple[str, ...]:
+    """The ones of WAYS that an op is on. Prompts are attended on the device."""
+    match path:
+        case Path.BOTH:
+            return WAYS
+        case Path.DEVICE:
+            return WAYS[:1]
+        case Path.HOST:
+            return WAYS[1:] if attends_on_host else ()
+        case Path.NEITHER:
+            return ()

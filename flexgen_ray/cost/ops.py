@@ -1,41 +1,311 @@
-"""What each op takes of each resource, in bytes and flops.
+"""Cost of each kind of op: the bytes and flops that it takes of each resource.
 
-Amounts add up over ops. Knows rows and placement; no rates, no clock, no tensor.
+`COSTS`, at the end, names the function of every kind. Amounts add up over ops. Knows rows, their
+placement and the order of a layer's maths; no rates, clock or tensors.
 
-What stands between matrix products: norms, residuals, activations, rotations, copies, sampling.
-
-Ops of torch, each of which costs a launch and reads and writes values of every token; no product
-hides them. Knows the order of a layer's maths; no rates.
+Beside its matrix products a layer runs small torch ops: norms, residuals, activations, rotary
+embeddings, copies, sampling. Each costs a kernel launch, and reads and writes values of every
+token; no product hides them, so they are counted as resources of their own (DEVICE_OPS,
+ELEMENTWISE, SAMPLING).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache
 
 from flexgen_ray.cost.resources import Amounts, Resource
 from flexgen_ray.layout.placement import PAGE, aligned, split_tokens
 from flexgen_ray.layout.plan import CACHE_BLOCK_TOKENS, StagePlan
-from flexgen_ray.layout.rows import Composition, PlacedRows, Row
+from flexgen_ray.layout.rows import NO_ROWS, Composition, PlacedRows, Row
 from flexgen_ray.layout.sizes import CHOICE_BYTES, packed_values, streamed_bytes
 from flexgen_ray.models.config import ModelConfig
 from flexgen_ray.quant.formats import part_of_op
-from flexgen_ray.schedule.ops import Op, OpKind
+from flexgen_ray.schedule.ops import OPS, Op, OpKind
 
-# Launches of an op, each tile's; of attention, of a run of decoding rows and of each prompt. Ops
-# that scatter, or that attend a few tokens, take as long as several.
+# Kernel launches of an op, per tile of tokens; an op that scatters counts as several.
 LAUNCHES = {OpKind.EMBED: 8, OpKind.PROJECT: 12, OpKind.FINISH: 8, OpKind.SAMPLE: 8}
+# Kernel launches of attention, per run of decoding rows and per prompt.
 LAUNCHES_OF_RUN, LAUNCHES_OF_PROMPT = 8, 5
 
-_OF_SOME = 0.6  # of drawing from all the vocabulary, what drawing from its top_k takes
-
-# Values that ops read or write for each one they are given.
+# Values that a small op reads or writes for each value of its input.
 _COPY, _ADD, _ACTIVATE, _MULTIPLY = 2, 3, 2, 3
-_LAYER_NORM, _RMS_NORM, _ROTATE = 2, 9, 10  # the latter two are made of several ops
+_LAYER_NORM, _RMS_NORM, _ROTATE = 2, 9, 10  # RMS norm and rotation are several torch ops each
+
+_TOP_K_SHARE = 0.6  # work of sampling from the top_k, as a share of sampling from all tokens
+
+_R = Resource
+_NO_PASS = Composition(NO_ROWS, 0)
 
 
-def passed_values(config: ModelConfig, kind: OpKind) -> int:
-    """Values of each token that a decoder layer's op reads or writes beside its products."""
+def drawn_share(temperature: float, top_k: int) -> float:
+    """Work of sampling one token, as a share of sampling from the whole sorted vocabulary.
+
+    With top_k the likeliest tokens are found without sorting the others, and greedy decoding only
+    looks for one.
+    """
+    if not temperature:
+        return 0.0
+    return _TOP_K_SHARE if top_k > 0 else 1.0
+
+
+class CostModel:
+    """Amounts that the ops of one stage take."""
+
+    def __init__(self, plan: StagePlan) -> None:
+        self.plan = plan
+        self._element = plan.element_bytes
+        self._kv_token = plan.kv_bytes
+        # Host attention reads all keys, and the values of the tokens that are kept.
+        self._share_read = (1 + plan.policy.attention_sparsity) / 2
+        self._hidden_token = plan.config.hidden_size * plan.element_bytes
+        self._num_parts = plan.policy.num_gpu_batches
+        self._streamed = cache(lambda layer: streamed_bytes(plan, layer))
+        self._packed_values = cache(lambda *part: packed_values(plan, *part))
+
+    def amounts(self, op: Op, composition: Composition | None) -> Amounts:
+        """Bytes and flops of an op.
+
+        composition: the rows of the op's pass; None if the pass has none, and for moves of weights,
+        whose cost depends on none.
+        """
+        if composition is None:
+            if not OPS[op.kind].moves_weights:
+                return {}
+            composition = _NO_PASS
+        return COSTS[op.kind](self, op, composition)
+
+    # Weights
+
+    def _read_weights(self, op: Op, _: Composition) -> Amounts:
+        return self._transfer(_R.DISK_READ, self._streamed(op.layer)["disk"] / self._num_parts)
+
+    def _load_weights(self, op: Op, _: Composition) -> Amounts:
+        nbytes = self._streamed(op.layer)
+        part = sum(nbytes.values()) / self._num_parts
+        if self.plan.stages_disk or not nbytes["disk"]:
+            return self._transfer(_R.H2D, part)
+        on_disk = nbytes["disk"] / self._num_parts
+        return {_R.H2D: part - on_disk, _R.DISK_READ: on_disk, _R.HOST_MEMORY: part}
+
+    # Hidden states
+
+    def _gather(self, _: Op, composition: Composition) -> Amounts:
+        return {_R.HOST_MEMORY: 2 * composition.rows.num_tokens * self._hidden_token}
+
+    def _load_embedding(self, _: Op, composition: Composition) -> Amounts:
+        return self._transfer(_R.H2D, composition.rows.num_tokens * self._hidden_token)
+
+    def _embed(self, op: Op, composition: Composition) -> Amounts:
+        tokens = composition.rows.num_tokens
+        return self._copy(tokens) | self._small_ops(op, tokens)
+
+    def _read_hidden(self, _: Op, composition: Composition) -> Amounts:
+        return self._transfer(_R.DISK_READ, self._hidden_on_disk(composition))
+
+    def _load_hidden(self, _: Op, composition: Composition) -> Amounts:
+        return self._transfer(_R.H2D, self._hidden_off_device(composition))
+
+    def _store_hidden(self, _: Op, composition: Composition) -> Amounts:
+        return self._transfer(_R.D2H, self._hidden_off_device(composition))
+
+    def _write_hidden(self, _: Op, composition: Composition) -> Amounts:
+        return self._transfer(_R.DISK_WRITE, self._hidden_on_disk(composition))
+
+    def _store_sent(self, _: Op, composition: Composition) -> Amounts:
+        return self._transfer(_R.D2H, composition.rows.num_tokens * self._hidden_token)
+
+    def _send(self, _: Op, composition: Composition) -> Amounts:
+        return self._transfer(_R.NETWORK, composition.rows.num_tokens * self._hidden_token)
+
+    def _hidden_off_device(self, composition: Composition) -> int:
+        _, cpu, disk = split_tokens(self.plan.policy.activations, composition.rows.num_tokens)
+        return (cpu + disk) * self._hidden_token
+
+    def _hidden_on_disk(self, composition: Composition) -> int:
+        disk = split_tokens(self.plan.policy.activations, composition.rows.num_tokens)[2]
+        return aligned(disk * self._hidden_token, PAGE)
+
+    # A layer's maths on the device
+
+    def _project(self, op: Op, composition: Composition) -> Amounts:
+        config, tokens = self.plan.config, composition.rows.num_tokens
+        parameters = config.hidden_size * (config.q_size + 2 * config.kv_size)
+        product = self._linear(tokens, parameters)
+        return product | self._dequantize(op) | self._small_ops(op, tokens)
+
+    def _finish(self, op: Op, composition: Composition) -> Amounts:
+        config, tokens = self.plan.config, composition.rows.num_tokens
+        if self.plan.stage.kind(op.layer) == "exit":
+            product = self._copy(tokens)
+        elif op.layer == config.head_layer:
+            head = config.vocab_size * config.embedding_size
+            product = self._linear(composition.rows.num_logits, head)
+        else:
+            mlp = config.hidden_size * config.intermediate_size * (3 if config.gated_mlp else 2)
+            product = self._linear(tokens, config.q_size * config.hidden_size + mlp)
+        return product | self._dequantize(op) | self._small_ops(op, tokens)
+
+    def _sample(self, op: Op, composition: Composition) -> Amounts:
+        count, drawn = len(composition.rows.sampled), composition.drawn
+        drawn = count * self.plan.workload.drawn if drawn is None else drawn
+        size = self.plan.config.vocab_size
+        logits = {_R.DEVICE_MEMORY: 2 * 4 * size * count, _R.SAMPLING: size * drawn}
+        return logits | self._small_ops(op, composition.rows.num_tokens)
+
+    def _linear(self, tokens: int, parameters: int) -> Amounts:
+        """A matrix product reads its weights once per tile of tokens."""
+        config, tiles = self.plan.config, self._tiles(tokens)
+        moved = parameters * tiles + 4 * tokens * config.hidden_size
+        flops = _R.DECODE_FLOPS if tokens <= self.plan.policy.gpu_batch_size else _R.FLOPS
+        return {flops: 2 * tokens * parameters, _R.DEVICE_MEMORY: moved * self._element}
+
+    def _copy(self, tokens: int) -> Amounts:
+        return {_R.DEVICE_MEMORY: 2 * tokens * self._hidden_token}
+
+    def _dequantize(self, op: Op) -> Amounts:
+        """Weights are dequantized for all batches of a block, in the op of the first one."""
+        if op.batch % self._num_parts:
+            return {}
+        part = part_of_op(op.kind, op.layer == self.plan.config.head_layer)
+        values = self._packed_values(op.layer, part)
+        return {_R.DEQUANTIZE: 2 * values} if values else {}
+
+    def _small_ops(self, op: Op, tokens: int) -> Amounts:
+        """Launches and element-wise values beside the products."""
+        amounts: Amounts = {_R.DEVICE_OPS: LAUNCHES[op.kind] * self._tiles(tokens)}
+        if self.plan.stage.kind(op.layer) == "decoder":
+            values = elementwise_values(self.plan.config, op.kind)
+            amounts[_R.ELEMENTWISE] = values * tokens * self._element
+        return amounts
+
+    def _tiles(self, tokens: int) -> int:
+        return -(-tokens // self.plan.tile_tokens)
+
+    # The KV cache
+
+    def _read_cache(self, op: Op, composition: Composition) -> Amounts:
+        placed = self._placed(op, composition)
+        blocks = sum(row.position // CACHE_BLOCK_TOKENS for row, _ in placed.on_disk)
+        return self._transfer(_R.DISK_READ, blocks * self.plan.cache_block_bytes)
+
+    def _load_cache(self, op: Op, composition: Composition) -> Amounts:
+        placed = self._placed(op, composition)
+        tokens = sum(
+            count * past * self._share_loaded(prefills)
+            for _, _, count, past, prefills in placed.streamed_copies
+        )
+        on_disk = (row for row, _ in placed.on_disk)
+        tokens += sum(row.position * self._share_loaded(row.is_prefill) for row in on_disk)
+        return self._transfer(_R.H2D, tokens * self._kv_token)
+
+    def _share_loaded(self, prefills: bool) -> float:
+        """Only keys (half) of decoding rows whose tokens sparse attention has yet to choose."""
+        return 0.5 if self.plan.is_sparse and not prefills else 1.0
+
+    def _store_cache(self, op: Op, composition: Composition) -> Amounts:
+        placed = self._placed(op, composition)
+        tokens = placed.rows.num_tokens - placed.first_off_device
+        queries = len(placed.attended) * self.plan.config.q_size * self._element
+        return self._transfer(_R.D2H, tokens * self._kv_token + queries)
+
+    def _append_cache(self, op: Op, composition: Composition) -> Amounts:
+        placed = self._placed(op, composition)
+        tokens = placed.rows.num_tokens - placed.first_off_device
+        return {_R.HOST_MEMORY: 2 * tokens * self._kv_token}
+
+    def _write_cache(self, op: Op, composition: Composition) -> Amounts:
+        placed, block = self._placed(op, composition), CACHE_BLOCK_TOKENS
+        filled = sum(r.seq_len // block - r.position // block for r, _ in placed.on_disk)
+        return self._transfer(_R.DISK_WRITE, filled * self.plan.cache_block_bytes)
+
+    # Attention
+
+    def _choose(self, op: Op, composition: Composition) -> Amounts:
+        placed = self._placed(op, composition)
+        chosen = self._chosen_tokens(placed, op.layer)
+        indices = chosen * self.plan.config.num_kv_heads * CHOICE_BYTES
+        rows = [row for _, rows in placed.choosing(self.plan.rows_at_a_time) for row in rows]
+        scored = self._scored(rows, op.layer)
+        return scored | self._transfer(_R.D2H, indices) | {_R.DEVICE_OPS: LAUNCHES_OF_RUN}
+
+    def _gather_values(self, op: Op, composition: Composition) -> Amounts:
+        chosen = self._chosen_tokens(self._placed(op, composition), op.layer)
+        return {_R.HOST_MEMORY: chosen * self._kv_token}
+
+    def _load_values(self, op: Op, composition: Composition) -> Amounts:
+        chosen = self._chosen_tokens(self._placed(op, composition), op.layer)
+        return self._transfer(_R.H2D, chosen * self._kv_token / 2)
+
+    def _chosen_tokens(self, placed: PlacedRows, layer: int) -> int:
+        """Tokens whose values are gathered: each row of a run keeps as many as the longest one."""
+        chosen = (rows for _, rows in placed.choosing(self.plan.rows_at_a_time))
+        most = ((len(rows), max(row.seq_len for row in rows)) for rows in chosen)
+        return sum(count * self.plan.kept_tokens(layer, tokens) for count, tokens in most)
+
+    def _attend_device(self, op: Op, composition: Composition) -> Amounts:
+        placed, layer = self._placed(op, composition), op.layer
+        streamed = [row for row, _ in placed.streamed]
+        rows = [*placed.resident, *streamed]
+        # CHOOSE has scored the keys of streamed rows that decode sparsely.
+        scored = [row for row in streamed if row.is_prefill or not self.plan.is_sparse]
+        keys = self._scored([*placed.resident, *scored], layer)
+        share = self.plan.policy.attention_sparsity
+        values = self._attended(((row, 1.0 if row.is_prefill else share) for row in rows), layer)
+        runs = bool(placed.resident) + bool(streamed)
+        prompts = sum(row.is_prefill for row in rows)
+        passed = elementwise_values(self.plan.config, OpKind.ATTEND_DEVICE)
+        small = {
+            _R.DEVICE_OPS: LAUNCHES_OF_RUN * runs + LAUNCHES_OF_PROMPT * prompts,
+            _R.ELEMENTWISE: passed * sum(row.num_new_tokens for row in rows) * self._element,
+        }
+        return {resource: keys[resource] + values[resource] for resource in keys} | small
+
+    def _scored(self, rows: list[Row], layer: int) -> Amounts:
+        """Scores of all keys that these rows' queries see."""
+        return self._attended(((row, 1.0) for row in rows), layer)
+
+    def _attended(self, rows: Iterable[tuple[Row, float]], layer: int) -> Amounts:
+        """Keys, or values, that attention reads: of each row, a share of its tokens.
+
+        A quantized cache is dequantized first, and then attended like any other.
+        """
+        config, pairs, tokens = self.plan.config, 0.0, 0.0
+        for row, share in rows:
+            window = config.attended_tokens(layer, row.seq_len)
+            pairs += share * _attended_pairs(row, window)
+            tokens += share * min(row.seq_len, window + row.num_new_tokens - 1)
+        amounts = {
+            _R.FLOPS: 2 * config.q_size * pairs,
+            _R.DEVICE_ATTENTION: tokens * config.kv_size * self._element,
+        }
+        if self.plan.policy.cache_bits:
+            amounts[_R.DEQUANTIZE] = 2 * tokens * config.kv_size
+        return amounts
+
+    def _attend_host(self, op: Op, composition: Composition) -> Amounts:
+        attended = self._placed(op, composition).attended
+        tokens = sum(self.plan.config.attended_tokens(op.layer, row.seq_len) for row in attended)
+        read = tokens * self._kv_token * self._share_read
+        return {_R.HOST_ATTENTION: read, _R.HOST_MEMORY: read}
+
+    def _load_attention(self, op: Op, composition: Composition) -> Amounts:
+        attended = self._placed(op, composition).attended
+        return self._transfer(_R.H2D, len(attended) * self.plan.config.q_size * self._element)
+
+    def _placed(self, op: Op, composition: Composition) -> PlacedRows:
+        return composition.placed(self.plan.splits[op.layer, op.batch])
+
+    def _transfer(self, resource: Resource, nbytes: float) -> Amounts:
+        """Bytes that cross a link, the disk's bus or the network also cross host memory."""
+        return {resource: nbytes, _R.HOST_MEMORY: nbytes}
+
+    def _nothing(self, _: Op, __: Composition) -> Amounts:
+        return {}
+
+
+def elementwise_values(config: ModelConfig, kind: OpKind) -> int:
+    """Values per token that a decoder layer's op reads or writes beside its matrix products."""
     hidden, q, kv = config.hidden_size, config.q_size, config.kv_size
     norm = hidden * (_RMS_NORM if config.rope else _LAYER_NORM)
     if kind is OpKind.PROJECT:
@@ -51,272 +321,45 @@ def passed_values(config: ModelConfig, kind: OpKind) -> int:
     return 0
 
 
-def drawn_share(temperature: float, top_k: int) -> float:
-    """Of the work in which a token is drawn of a whole vocabulary, what these settings take: the
-    likeliest are found without sorting the others, and greedy decoding only looks for one."""
-    if not temperature:
-        return 0.0
-    return _OF_SOME if top_k > 0 else 1.0
-
-
-_NONE: Amounts = {}
-_R = Resource
-
-
-class CostModel:
-    """Of one stage's ops."""
-
-    def __init__(self, plan: StagePlan) -> None:
-        self.plan = plan
-        self._element = plan.element_bytes
-        self._kv_token = plan.kv_bytes
-        # All keys, and the values of what is kept.
-        self._share_read = (1 + plan.policy.attention_sparsity) / 2
-        self._hidden_token = plan.config.hidden_size * plan.element_bytes
-        self._streamed = cache(lambda layer: streamed_bytes(plan, layer))
-        self._packed_values = cache(lambda *part: packed_values(plan, *part))
-
-    def amounts(self, op: Op, composition: Composition | None) -> Amounts:
-        """Bytes and flops of an op; composition: of its pass, None for moves of weights."""
-        if op.kind is OpKind.LOAD_WEIGHTS:
-            return self._load_weights(op.layer)
-        if op.kind is OpKind.READ_WEIGHTS:
-            return self._link(_R.DISK_READ, self._streamed(op.layer)["disk"] / self._num_parts)
-        if composition is None:
-            return _NONE
-        amounts = self._of_rows(op, composition)
-        if op.kind not in LAUNCHES:
-            return amounts
-        tokens = composition.rows.num_tokens
-        amounts = amounts | {_R.DEVICE_OPS: LAUNCHES[op.kind] * self._tiles(tokens)}
-        if self.plan.stage.kind(op.layer) == "decoder":
-            amounts[_R.ELEMENTWISE] = self._passed(op.kind, tokens)
-        return amounts
-
-    def _passed(self, kind: OpKind, tokens: int) -> int:
-        return passed_values(self.plan.config, kind) * tokens * self._element
-
-    def _of_rows(self, op: Op, composition: Composition) -> Amounts:
-        tokens = composition.rows.num_tokens
-        if op.kind in _HIDDEN:
-            return self._hidden(op.kind, tokens)
-        if op.kind is OpKind.EMBED:
-            return self._copied(tokens)
-        if op.kind is OpKind.FINISH:
-            finished = self._finish(op.layer, tokens, composition.rows.num_logits)
-            return finished | self._unpacked(op)
-        if op.kind is OpKind.SAMPLE:
-            return self._sample(composition)
-        if op.kind not in _OF_CACHE and op.kind not in _OF_ATTENTION:
-            return _NONE
-        placed = composition.placed(self.plan.splits[op.layer, op.batch])
-        if op.kind in _OF_ATTENTION:
-            return _OF_ATTENTION[op.kind](self, placed, op.layer)
-        amounts = _OF_CACHE[op.kind](self, placed)
-        return amounts | self._unpacked(op) if op.kind is OpKind.PROJECT else amounts
-
-    def _sample(self, composition: Composition) -> Amounts:
-        count, drawn = len(composition.rows.sampled), composition.drawn
-        drawn = count * self.plan.workload.drawn if drawn is None else drawn
-        size = self.plan.config.vocab_size
-        return {_R.DEVICE_MEMORY: 2 * 4 * size * count, _R.SAMPLING: size * drawn}
-
-    @property
-    def _num_parts(self) -> int:
-        return self.plan.policy.num_gpu_batches
-
-    def _load_weights(self, layer: int) -> Amounts:
-        nbytes = self._streamed(layer)
-        part = sum(nbytes.values()) / self._num_parts
-        if self.plan.stages_disk or not nbytes["disk"]:
-            return self._link(_R.H2D, part)
-        on_disk = nbytes["disk"] / self._num_parts
-        return {_R.H2D: part - on_disk, _R.DISK_READ: on_disk, _R.HOST_MEMORY: part}
-
-    def _link(self, resource: Resource, nbytes: float) -> Amounts:
-        """Whatever crosses a link or the disk's bus is read from, or written to, host memory."""
-        return {resource: nbytes, _R.HOST_MEMORY: nbytes}
-
-    def _hidden(self, kind: OpKind, tokens: int) -> Amounts:
-        _, cpu, disk = split_tokens(self.plan.policy.activations, tokens)
-        crossing = {
-            OpKind.GATHER: tokens,
-            OpKind.LOAD_EMBEDDING: tokens,
-            OpKind.READ_HIDDEN: disk,
-            OpKind.LOAD_HIDDEN: cpu + disk,
-            OpKind.STORE_HIDDEN: cpu + disk,
-            OpKind.WRITE_HIDDEN: disk,
-            OpKind.STORE_SENT: tokens,
-            OpKind.SEND: tokens,
-        }[kind]
-        nbytes = crossing * self._hidden_token
-        resource = _HIDDEN[kind]
-        if resource in (_R.DISK_READ, _R.DISK_WRITE):
-            nbytes = aligned(nbytes, PAGE)
-        return self._link(resource, nbytes) if resource else {_R.HOST_MEMORY: 2 * nbytes}
-
-    def _linear(self, tokens: int, parameters: int) -> Amounts:
-        """A matrix product reads its weights and moves its tokens once a tile."""
-        config, tiles = self.plan.config, self._tiles(tokens)
-        moved = parameters * tiles + 4 * tokens * config.hidden_size
-        flops = _R.DECODE_FLOPS if tokens <= self.plan.policy.gpu_batch_size else _R.FLOPS
-        return {flops: 2 * tokens * parameters, _R.DEVICE_MEMORY: moved * self._element}
-
-    def _tiles(self, tokens: int) -> int:
-        return -(-tokens // self.plan.tile_tokens)
-
-    def _unpacked(self, op: Op) -> Amounts:
-        """Weights that are unpacked for all batches, in the first one's op."""
-        if op.batch % self._num_parts:
-            return _NONE
-        part = part_of_op(op.kind, op.layer == self.plan.config.head_layer)
-        values = self._packed_values(op.layer, part)
-        return {_R.DEQUANTIZE: 2 * values} if values else _NONE
-
-    def _project(self, placed: PlacedRows) -> Amounts:
-        config = self.plan.config
-        parameters = config.hidden_size * (config.q_size + 2 * config.kv_size)
-        return self._linear(placed.rows.num_tokens, parameters)
-
-    def _finish(self, layer: int, tokens: int, num_logits: int) -> Amounts:
-        config = self.plan.config
-        if self.plan.stage.kind(layer) == "exit":
-            return self._copied(tokens)
-        if layer == config.head_layer:
-            return self._linear(num_logits, config.vocab_size * config.embedding_size)
-        mlp = config.hidden_size * config.intermediate_size * (3 if config.gated_mlp else 2)
-        return self._linear(tokens, config.q_size * config.hidden_size + mlp)
-
-    def _copied(self, tokens: int) -> Amounts:
-        return {_R.DEVICE_MEMORY: 2 * tokens * self._hidden_token}
-
-    def _read_cache(self, placed: PlacedRows) -> Amounts:
-        blocks = sum(row.position // CACHE_BLOCK_TOKENS for row, _ in placed.on_disk)
-        return self._link(_R.DISK_READ, blocks * self.plan.cache_block_bytes)
-
-    def _load_cache(self, placed: PlacedRows) -> Amounts:
-        """Of rows whose tokens are yet to be chosen, the keys."""
-        tokens = sum(
-            count * past * self._share_loaded(prefills)
-            for _, _, count, past, prefills in placed.streamed_copies
-        )
-        on_disk = (row for row, _ in placed.on_disk)
-        tokens += sum(row.position * self._share_loaded(row.is_prefill) for row in on_disk)
-        return self._link(_R.H2D, tokens * self._kv_token)
-
-    def _share_loaded(self, prefills: bool) -> float:
-        return 0.5 if self.plan.is_sparse and not prefills else 1.0
-
-    def _chosen(self, placed: PlacedRows, layer: int) -> int:
-        """Tokens whose values are gathered: runs of rows keep as many as the longest."""
-        chosen = (rows for _, rows in placed.choosing(self.plan.rows_at_a_time))
-        most = ((len(rows), max(row.seq_len for row in rows)) for rows in chosen)
-        return sum(count * self.plan.kept_tokens(layer, tokens) for count, tokens in most)
-
-    def _choose(self, placed: PlacedRows, layer: int) -> Amounts:
-        told = self._chosen(placed, layer) * self.plan.config.num_kv_heads * CHOICE_BYTES
-        rows = [row for _, rows in placed.choosing(self.plan.rows_at_a_time) for row in rows]
-        small = {_R.DEVICE_OPS: LAUNCHES_OF_RUN}
-        return self._scored(rows, layer) | self._link(_R.D2H, told) | small
-
-    def _gather_values(self, placed: PlacedRows, layer: int) -> Amounts:
-        return {_R.HOST_MEMORY: self._chosen(placed, layer) * self._kv_token}
-
-    def _load_values(self, placed: PlacedRows, layer: int) -> Amounts:
-        return self._link(_R.H2D, self._chosen(placed, layer) * self._kv_token / 2)
-
-    def _store_cache(self, placed: PlacedRows) -> Amounts:
-        tokens = placed.rows.num_tokens - placed.first_off_device
-        queries = len(placed.attended) * self.plan.config.q_size * self._element
-        return self._link(_R.D2H, tokens * self._kv_token + queries)
-
-    def _append_cache(self, placed: PlacedRows) -> Amounts:
-        tokens = placed.rows.num_tokens - placed.first_off_device
-        return {_R.HOST_MEMORY: 2 * tokens * self._kv_token}
-
-    def _write_cache(self, placed: PlacedRows) -> Amounts:
-        block = CACHE_BLOCK_TOKENS
-        filled = sum(r.seq_len // block - r.position // block for r, _ in placed.on_disk)
-        return self._link(_R.DISK_WRITE, filled * self.plan.cache_block_bytes)
-
-    def _attend_device(self, placed: PlacedRows, layer: int) -> Amounts:
-        """Of a packed cache all that is attended is unpacked, and then attended like another."""
-        streamed = [row for row, _ in placed.streamed]
-        scored = [row for row in streamed if row.is_prefill or not self.plan.is_sparse]
-        keys = self._scored([*placed.resident, *scored], layer)
-        share = self.plan.policy.attention_sparsity
-        shares = ((row, 1.0 if row.is_prefill else share) for row in [*placed.resident, *streamed])
-        values = self._attended(shares, layer)
-        runs = bool(placed.resident) + bool(streamed)
-        prompts = sum(row.is_prefill for row in [*placed.resident, *streamed])
-        tokens = sum(row.num_new_tokens for row in [*placed.resident, *streamed])
-        small = {
-            _R.DEVICE_OPS: LAUNCHES_OF_RUN * runs + LAUNCHES_OF_PROMPT * prompts,
-            _R.ELEMENTWISE: self._passed(OpKind.ATTEND_DEVICE, tokens),
-        }
-        return {resource: keys[resource] + values[resource] for resource in keys} | small
-
-    def _scored(self, rows: list[Row], layer: int) -> Amounts:
-        """All keys that these rows' queries see."""
-        return self._attended(((row, 1.0) for row in rows), layer)
-
-    def _attended(self, rows: Iterable[tuple[Row, float]], layer: int) -> Amounts:
-        """Keys, or values, of shares of rows' tokens."""
-        config, pairs, tokens = self.plan.config, 0.0, 0.0
-        for row, share in rows:
-            window = config.attended_tokens(layer, row.seq_len)
-            pairs += share * _attended_pairs(row, window)
-            tokens += share * min(row.seq_len, window + row.num_new_tokens - 1)
-        amounts = {
-            _R.FLOPS: 2 * config.q_size * pairs,
-            _R.DEVICE_ATTENTION: tokens * config.kv_size * self._element,
-        }
-        if self.plan.policy.cache_bits:
-            amounts[_R.DEQUANTIZE] = 2 * tokens * config.kv_size
-        return amounts
-
-    def _attend_host(self, placed: PlacedRows, layer: int) -> Amounts:
-        tokens = sum(
-            self.plan.config.attended_tokens(layer, row.seq_len) for row in placed.attended
-        )
-        read = tokens * self._kv_token * self._share_read
-        return {_R.HOST_ATTENTION: read, _R.HOST_MEMORY: read}
-
-    def _load_attention(self, placed: PlacedRows) -> Amounts:
-        results = len(placed.attended) * self.plan.config.q_size * self._element
-        return self._link(_R.H2D, results)
-
-
 def _attended_pairs(row: Row, window: int) -> float:
-    """(query, key) pairs of a row's new tokens, each seeing what is before it and itself, up to a
-    window of tokens."""
+    """(query, key) pairs of a row's new tokens under a causal mask.
+
+    Each token sees itself and the tokens before it, up to `window` tokens in all: a growing number
+    until the window is full, then the whole window.
+    """
     growing = min(max(window - row.position, 0), row.num_new_tokens)
     return growing * (row.position + (growing + 1) / 2) + (row.num_new_tokens - growing) * window
 
 
-_HIDDEN: dict[OpKind, Resource | None] = {
-    OpKind.GATHER: None,
-    OpKind.LOAD_EMBEDDING: _R.H2D,
-    OpKind.READ_HIDDEN: _R.DISK_READ,
-    OpKind.LOAD_HIDDEN: _R.H2D,
-    OpKind.STORE_HIDDEN: _R.D2H,
-    OpKind.WRITE_HIDDEN: _R.DISK_WRITE,
-    OpKind.STORE_SENT: _R.D2H,
-    OpKind.SEND: _R.NETWORK,
-}
-_OF_CACHE = {
-    OpKind.PROJECT: CostModel._project,
+COSTS: dict[OpKind, Callable[[CostModel, Op, Composition], Amounts]] = {
+    OpKind.RECV_TOKENS: CostModel._nothing,
+    OpKind.COMPOSE: CostModel._nothing,
+    OpKind.RECV_ROWS: CostModel._nothing,
+    OpKind.RECV: CostModel._nothing,  # SEND of the stage before takes the network
+    OpKind.GATHER: CostModel._gather,
+    OpKind.LOAD_EMBEDDING: CostModel._load_embedding,
+    OpKind.EMBED: CostModel._embed,
+    OpKind.READ_WEIGHTS: CostModel._read_weights,
+    OpKind.LOAD_WEIGHTS: CostModel._load_weights,
+    OpKind.READ_HIDDEN: CostModel._read_hidden,
+    OpKind.LOAD_HIDDEN: CostModel._load_hidden,
     OpKind.READ_CACHE: CostModel._read_cache,
     OpKind.LOAD_CACHE: CostModel._load_cache,
+    OpKind.PROJECT: CostModel._project,
     OpKind.STORE_CACHE: CostModel._store_cache,
     OpKind.APPEND_CACHE: CostModel._append_cache,
     OpKind.WRITE_CACHE: CostModel._write_cache,
-    OpKind.LOAD_ATTENTION: CostModel._load_attention,
-}
-_OF_ATTENTION = {
     OpKind.CHOOSE: CostModel._choose,
     OpKind.GATHER_VALUES: CostModel._gather_values,
     OpKind.LOAD_VALUES: CostModel._load_values,
     OpKind.ATTEND_DEVICE: CostModel._attend_device,
     OpKind.ATTEND_HOST: CostModel._attend_host,
+    OpKind.LOAD_ATTENTION: CostModel._load_attention,
+    OpKind.FINISH: CostModel._finish,
+    OpKind.STORE_HIDDEN: CostModel._store_hidden,
+    OpKind.WRITE_HIDDEN: CostModel._write_hidden,
+    OpKind.STORE_SENT: CostModel._store_sent,
+    OpKind.SEND: CostModel._send,
+    OpKind.SAMPLE: CostModel._sample,
+    OpKind.ACCEPT: CostModel._nothing,
 }

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from flexgen_ray.cost.resources import SIMULTANEOUS, Demand, RunningOp, SharedResources
 from flexgen_ray.schedule.dependencies import VISITS_AHEAD, Dependencies
-from flexgen_ray.schedule.ops import LANE, Lane, Op, Span
+from flexgen_ray.schedule.ops import Lane, Op, Span
 from flexgen_ray.schedule.ring import Message, heard, told
 
 
@@ -87,7 +87,7 @@ class _SimulatedOp(RunningOp):
         self.index = index
         self.op = op
         self.post = post
-        self.queue = post.queues[LANE[op.kind]]
+        self.queue = post.queues[op.lane]
         self.missing = 0
         self.dependents: list[_SimulatedOp] = []
         self.is_done = False
@@ -148,14 +148,12 @@ class _SimulatedStage:
             index, op = next(self._ops, (0, None))
             if op is None:
                 return
-            self._queue(
-                _SimulatedOp(index, op, self._post_of[LANE[op.kind]], self._stream.demand(op))
-            )
+            self._queue(_SimulatedOp(index, op, self._post_of[op.lane], self._stream.demand(op)))
             self._room = window // 2 if self._in_flight >= window else window - 1
 
     def _queue(self, job: _SimulatedOp) -> None:
         queue = job.queue
-        for other in self._dependencies.of(job, job.op):
+        for other in self._dependencies.add(job, job.op):
             if not other.is_done and other.queue is not queue:
                 other.dependents.append(job)
                 job.missing += 1
@@ -205,7 +203,7 @@ class _SimulatedStage:
         job.queue.popleft()
         job.is_done = True
         self._seconds = now
-        self._busy[LANE[op.kind].worker.value] += job.demand.seconds
+        self._busy[op.lane.worker.value] += job.demand.seconds
         if op.ends_visit:
             self._visit_ends.append(now)
         if self._stream.keeps_spans:

@@ -17,11 +17,11 @@ from flexgen_ray.config import HardwareSpec
 from flexgen_ray.cost.ops import CostModel
 from flexgen_ray.cost.resources import CORES, Amounts, Demand, Resource, demand_of
 from flexgen_ray.cost.simulate import OpStream, simulate_ring
-from flexgen_ray.layout.moves import Moves
+from flexgen_ray.layout.active_ops import ActiveOps
 from flexgen_ray.layout.plan import StagePlan
 from flexgen_ray.layout.rows import NO_ROWS, Composition, Rows
 from flexgen_ray.schedule.dependencies import window_ops
-from flexgen_ray.schedule.ops import LANE, Lane, Op, OpKind
+from flexgen_ray.schedule.ops import OPS, Lane, Op, OpKind
 from flexgen_ray.schedule.zigzag import zigzag
 
 RowsOf = Callable[[Op], Rows]
@@ -37,9 +37,9 @@ def stream(
 ) -> OpStream:
     """So many visits of a stage, as an executor would run them. rows: of an op's pass, by its visit
     and batch. core_shares: none where the cores aren't the device too."""
-    moves = Moves(plan, is_linked=not plan.stage.is_whole)
+    is_active = ActiveOps(plan, in_ring=not plan.stage.is_whole)
     batches = plan.policy.num_gpu_batches
-    ops = filter(moves, zigzag(plan.stage, batches, range(num_visits), plan.num_blocks))
+    ops = filter(is_active, zigzag(plan.stage, batches, range(num_visits), plan.num_blocks))
     return OpStream(ops, Demands(plan, hardware, rows, core_shares), window_ops(batches))
 
 
@@ -72,7 +72,7 @@ class Demands:
 
     def __call__(self, op: Op) -> Demand:
         """Nothing, if its pass has no rows."""
-        its = self._weights if op.kind in _OF_WEIGHTS else self._pass(self._rows(op))
+        its = self._weights if OPS[op.kind].moves_weights else self._pass(self._rows(op))
         key = op.kind, op.layer, op.batch
         found = its.demands.get(key)
         if found is None:
@@ -85,7 +85,7 @@ class Demands:
         if not of_cores or not demand.shares:
             return demand
         used = {Resource(it).name.lower(): share for it, share in demand.shares.items()}
-        if LANE[op.kind].worker is Lane.DEVICE:
+        if op.lane.worker is Lane.DEVICE:
             used[Lane.DEVICE.value] = 1.0
         cores = sum(of_cores.get(name, 0.0) * share for name, share in used.items())
         return replace(demand, shares=demand.shares | {CORES: cores})
@@ -97,9 +97,6 @@ class Demands:
             composition = Composition(rows, self._spare) if rows.rows else None
             found = self._passes[id(rows)] = _PassDemands(rows, composition)
         return found
-
-
-_OF_WEIGHTS = frozenset({OpKind.READ_WEIGHTS, OpKind.LOAD_WEIGHTS})
 
 
 FIRST_VISITS = 1  # in which lanes and slots fill

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from flexgen_ray.files.json_text import to_json
 from flexgen_ray.files.output_files import atomic_write
-from flexgen_ray.schedule.ops import LANE, Lane, Span
+from flexgen_ray.schedule.ops import Lane, Span
 
 _ROW = {lane: row for row, lane in enumerate(lane for lane in Lane if lane.worker is lane)}
 
@@ -39,7 +39,7 @@ def _complete(stage: int, span: Span) -> str:
     name = f"{op.kind.value} L{op.layer} b{op.batch}"
     numbers = {"visit": op.visit, "layer": op.layer, "batch": op.batch}
     times = {"ts": round(span.start * 1e6, 3), "dur": round((span.end - span.start) * 1e6, 3)}
-    row = _ROW[LANE[op.kind].worker]
+    row = _ROW[op.lane.worker]
     return _event("X", name, stage, row, cat=op.kind.value, args=numbers, **times)
 
 

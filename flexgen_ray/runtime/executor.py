@@ -23,20 +23,20 @@ class SerialExecutor:
     def __init__(
         self,
         run: Run,
-        moves: Callable[[Op], bool],
+        is_active: Callable[[Op], bool],
         meter: Meter | None = None,
         wait: Callable[[], None] | None = None,
     ) -> None:
         self._run = run
-        self._moves = moves
+        self._is_active = is_active
         self._meter = meter or Meter()
         self._wait = wait
 
     def run(self, ops: Iterable[Op]) -> Generator[Op]:
-        """Yields each op that ends a visit when it is done; ops that move nothing are skipped."""
+        """Yields each op that ends a visit when it is done; ops without work are skipped."""
         ended = 0.0
         for op in ops:
-            if self._moves(op):
+            if self._is_active(op):
                 timing = timed(self._run_whole, op, ended)
                 ended = timing.ended
                 self._meter.note(op, timing)
@@ -60,14 +60,14 @@ class AsyncExecutor:
     def __init__(
         self,
         run: Run,
-        moves: Callable[[Op], bool],
+        is_active: Callable[[Op], bool],
         crews: Iterable[LaneWorker],
         meter: Meter | None = None,
         cancel: Callable[[], None] | None = None,
         window: int = 256,
     ) -> None:
         self._run = run
-        self._moves = moves
+        self._is_active = is_active
         self._crews = crews
         self._meter = meter or Meter()
         self._cancel = cancel
@@ -81,9 +81,9 @@ class AsyncExecutor:
         dependencies: Dependencies[IssuedOp] = Dependencies()
         ends: deque[IssuedOp] = deque()
         with Lanes(self._run, self._crews, self._meter, self._cancel) as lanes:
-            for index, op in enumerate(filter(self._moves, ops)):
+            for index, op in enumerate(filter(self._is_active, ops)):
                 ticket = IssuedOp(index, op)
-                lanes.issue(ticket, dependencies.of(ticket, op))
+                lanes.issue(ticket, dependencies.add(ticket, op))
                 lanes.wait_for_room(self._window)
                 if op.ends_visit:
                     ends.append(ticket)

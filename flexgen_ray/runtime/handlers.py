@@ -20,7 +20,7 @@ from flexgen_ray.models.registry import FAMILIES
 from flexgen_ray.runtime.device_attention import DeviceAttention
 from flexgen_ray.runtime.passes import Pass, Passes
 from flexgen_ray.runtime.scheduler import Scheduler
-from flexgen_ray.schedule.ops import CELL_SLOTS, Op, OpKind
+from flexgen_ray.schedule.ops import CELL_SLOTS, OPS, Op, OpKind
 from flexgen_ray.store.activations import CellBuffers, HiddenStore
 from flexgen_ray.store.kv_cache import KVCache
 from flexgen_ray.store.tiers import Tiers
@@ -69,13 +69,14 @@ class OpHandlers:
     def run(self, op: Op, ready_at: float = 0.0) -> None:
         """Does what the op says, whenever it was ready; nothing if its pass has no rows."""
         if not self.is_idle(op):
-            _HANDLERS[op.kind](self, op)
+            HANDLERS[op.kind](self, op)
 
     def is_idle(self, op: Op) -> bool:
         """Whether there is nothing to do: no rows, or weights of a visit that has none."""
-        if op.kind in _OF_WEIGHTS:
+        spec = OPS[op.kind]
+        if spec.moves_weights:
             return self.passes.is_empty(op.visit)
-        return op.kind not in _WITHOUT_ROWS and not self.rows(op).rows
+        return spec.needs_rows and not self.rows(op).rows
 
     def rows(self, op: Op) -> Rows:
         """The composition of the op's pass; looked up when the op starts, not when it is issued."""
@@ -87,7 +88,7 @@ class OpHandlers:
 
     def composition(self, op: Op) -> Composition | None:
         """Of the op's pass; None for what needs none, or has no rows."""
-        if op.kind in _WITHOUT_ROWS or op.kind in _OF_WEIGHTS:
+        if not OPS[op.kind].needs_rows:
             return None
         found = self._pass(op)
         return found if found.rows.rows else None
@@ -268,17 +269,37 @@ class OpHandlers:
 
 
 Handler = Callable[[OpHandlers, Op], None]
-_WITHOUT_ROWS = frozenset({OpKind.RECV_TOKENS, OpKind.COMPOSE, OpKind.RECV_ROWS})
-_OF_WEIGHTS = frozenset({OpKind.READ_WEIGHTS, OpKind.LOAD_WEIGHTS})
-_DELEGATED: dict[OpKind, Handler] = {
+HANDLERS: dict[OpKind, Handler] = {
+    OpKind.RECV_TOKENS: lambda cells, op: cells.passes.recv_tokens(op),
     OpKind.COMPOSE: lambda cells, op: cells.passes.compose(op),
     OpKind.RECV_ROWS: lambda cells, op: cells.passes.recv_rows(op),
-    OpKind.RECV_TOKENS: lambda cells, op: cells.passes.recv_tokens(op),
+    OpKind.RECV: OpHandlers._recv,
+    OpKind.GATHER: OpHandlers._gather,
+    OpKind.LOAD_EMBEDDING: OpHandlers._load_embedding,
+    OpKind.EMBED: OpHandlers._embed,
     OpKind.READ_WEIGHTS: lambda cells, op: cells.weights.read_part(op),
     OpKind.LOAD_WEIGHTS: lambda cells, op: cells.weights.load_part(op),
-}
-_HANDLERS: dict[OpKind, Handler] = _DELEGATED | {
-    kind: getattr(OpHandlers, f"_{kind.value}") for kind in OpKind if kind not in _DELEGATED
+    OpKind.READ_HIDDEN: OpHandlers._read_hidden,
+    OpKind.LOAD_HIDDEN: OpHandlers._load_hidden,
+    OpKind.READ_CACHE: OpHandlers._read_cache,
+    OpKind.LOAD_CACHE: OpHandlers._load_cache,
+    OpKind.PROJECT: OpHandlers._project,
+    OpKind.STORE_CACHE: OpHandlers._store_cache,
+    OpKind.APPEND_CACHE: OpHandlers._append_cache,
+    OpKind.WRITE_CACHE: OpHandlers._write_cache,
+    OpKind.CHOOSE: OpHandlers._choose,
+    OpKind.GATHER_VALUES: OpHandlers._gather_values,
+    OpKind.LOAD_VALUES: OpHandlers._load_values,
+    OpKind.ATTEND_DEVICE: OpHandlers._attend_device,
+    OpKind.ATTEND_HOST: OpHandlers._attend_host,
+    OpKind.LOAD_ATTENTION: OpHandlers._load_attention,
+    OpKind.FINISH: OpHandlers._finish,
+    OpKind.STORE_HIDDEN: OpHandlers._store_hidden,
+    OpKind.WRITE_HIDDEN: OpHandlers._write_hidden,
+    OpKind.STORE_SENT: OpHandlers._store_sent,
+    OpKind.SEND: OpHandlers._send,
+    OpKind.SAMPLE: OpHandlers._sample,
+    OpKind.ACCEPT: OpHandlers._accept,
 }
 _FINISH: dict[str, Handler] = {
     "decoder": OpHandlers._finish_decoder,

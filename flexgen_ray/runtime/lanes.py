@@ -25,7 +25,7 @@ import torch
 
 from flexgen_ray.hardware.host import release_openmp_team
 from flexgen_ray.runtime.meter import Meter, Timing
-from flexgen_ray.schedule.ops import EXCHANGE, LANE, Lane, Op
+from flexgen_ray.schedule.ops import OPS, Lane, Op
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class OpWatch:
         self._under_way: dict[Lane, tuple[float, Op]] = {}
 
     def __call__(self, op: Op, ready_at: float) -> Timing | None:
-        lane = LANE[op.kind]
+        lane = op.lane
         self._under_way[lane] = time.monotonic(), op
         try:
             return self._run(op, ready_at)
@@ -57,7 +57,7 @@ class OpWatch:
 
     def heartbeat(self) -> Heartbeat:
         # Who waits for a neighbour is not to blame.
-        own = [it for it in list(self._under_way.values()) if it[1].kind not in EXCHANGE]
+        own = [it for it in list(self._under_way.values()) if not OPS[it[1].kind].is_exchange]
         if not own:
             return Heartbeat(self._num_ops)
         began, op = min(own, key=lambda it: it[0])
@@ -157,7 +157,7 @@ class IssuedOp:
     def __init__(self, index: int, op: Op) -> None:
         self.index = index
         self.op = op
-        self.lane = LANE[op.kind]
+        self.lane = op.lane
         self.missing = 0
         self.ready_at = self.ended_at = 0.0
         self.dependents: list[IssuedOp] = []
@@ -359,7 +359,7 @@ def timed(run: Run, op: Op, ready_at: float) -> Timing:
     started = time.perf_counter()
     timing = run(op, ready_at)
     ended = time.perf_counter()
-    busy = 0.0 if op.kind in EXCHANGE else ended - started
+    busy = 0.0 if OPS[op.kind].is_exchange else ended - started
     return timing or Timing(started, ended, busy)
 
 

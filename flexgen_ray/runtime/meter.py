@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 
 from flexgen_ray.config import HardwareSpec
-from flexgen_ray.schedule.ops import LANE, Lane, Op, OpKind, Span
+from flexgen_ray.schedule.ops import Lane, Op, OpKind, Span
 
 MAX_SPANS = 1_000_000  # of a trace; about 150 MB as JSON
 
@@ -88,7 +88,7 @@ class Meter:
 
     def note(self, op: Op, timing: Timing) -> None:
         """An op that has run."""
-        self.busy[LANE[op.kind].worker] += timing.busy
+        self.busy[op.lane.worker] += timing.busy
         if op.kind is OpKind.SAMPLE:
             self.sampling += timing.busy
         if self.keeps_spans and len(self.spans) < MAX_SPANS:

@@ -15,11 +15,11 @@ from typing import Any
 from flexgen_ray.config import HardwareSpec
 from flexgen_ray.cost.ops import CostModel
 from flexgen_ray.cost.resources import Amounts, Resource, seconds_alone, seconds_by_resource
-from flexgen_ray.layout.moves import Moves
+from flexgen_ray.layout.active_ops import ActiveOps
 from flexgen_ray.layout.plan import StagePlan
 from flexgen_ray.runtime.handlers import OpHandlers
 from flexgen_ray.runtime.meter import Timing
-from flexgen_ray.schedule.ops import LANE, Lane, Op
+from flexgen_ray.schedule.ops import Lane, Op
 
 Seconds = dict[Lane, dict[Resource | None, float]]  # None: of the op as a whole
 
@@ -27,7 +27,7 @@ Seconds = dict[Lane, dict[Resource | None, float]]  # None: of the op as a whole
 class Modelled:
     """Op handlers of one run, with the modelled seconds of the ops that they run.
 
-    moves: whether an op is dispatched. is_emulated: whether times are those of emulated hardware.
+    is_active: whether an op is dispatched. is_emulated: whether times are those of emulated hardware.
     """
 
     is_emulated = False
@@ -36,7 +36,7 @@ class Modelled:
         self._cells = cells
         self._hardware = hardware
         self._cost = CostModel(plan)
-        self.moves = Moves(plan, is_linked=cells.passes.link is not None)
+        self.is_active = ActiveOps(plan, in_ring=cells.passes.link is not None)
         self._of_visit: dict[int, Seconds] = {}
         self.seconds = _no_seconds()
 
@@ -59,7 +59,7 @@ class Modelled:
             of_visit = self._of_visit.get(op.visit)
             if of_visit is None:
                 of_visit = self._of_visit.setdefault(op.visit, _no_seconds())
-            sums = of_visit[LANE[op.kind].worker]
+            sums = of_visit[op.lane.worker]
             sums[None] += seconds_alone(taken)
             for resource, seconds in taken.items():
                 sums[resource] += seconds

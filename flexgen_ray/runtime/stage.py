@@ -22,7 +22,7 @@ from flexgen_ray.kernels.host_kernel import (
     load_kernel,
     takes_torch_threads,
 )
-from flexgen_ray.layout.moves import Moves
+from flexgen_ray.layout.active_ops import ActiveOps
 from flexgen_ray.layout.plan import StagePlan
 from flexgen_ray.layout.sizes import check_budget, host_workspace_bytes, workspace_bytes
 from flexgen_ray.models.checkpoint import Checkpoint
@@ -214,22 +214,22 @@ class Stage:
         self._meter = Meter(spec.keeps_spans)
         self._visits = []
         run: Run = cells.run
-        moves = Moves(spec.plan, is_linked=cells.passes.link is not None)
+        is_active = ActiveOps(spec.plan, in_ring=cells.passes.link is not None)
         if spec.hardware is not None:
             options = {} if spec.run_wrapper is None else spec.run_wrapper.options
             self._modelled = self._model(cells, spec.plan, spec.hardware, **options)
-            run, moves = self._modelled.run, self._modelled.moves
+            run, is_active = self._modelled.run, self._modelled.is_active
         self._watch = run = OpWatch(run)
         wait = device_wait(self.tiers.device)
         if wait is not None:
             # What was written on another stream, weights above all, must be there.
             wait()
         if spec.executor == "serial":
-            return SerialExecutor(run, moves, self._meter, wait)
+            return SerialExecutor(run, is_active, self._meter, wait)
         if self._crews is None:
             self._crews = make_lane_workers(self.tiers.device, self._cores, self._attends_by_torch)
         window = window_ops(spec.plan.policy.num_gpu_batches)
-        return AsyncExecutor(run, moves, self._crews, self._meter, self._cancel, window)
+        return AsyncExecutor(run, is_active, self._crews, self._meter, self._cancel, window)
 
     def heartbeat(self) -> Heartbeat:
         """How far the run is; from any thread."""

@@ -10,11 +10,10 @@ How far ahead ops are issued: little by little, they disturb the lanes less.
 from __future__ import annotations
 
 from collections.abc import Hashable
-from enum import StrEnum, auto
 from functools import cache
 from typing import Generic, TypeVar
 
-from flexgen_ray.schedule.ops import LANE, Lane, Op, OpKind
+from flexgen_ray.schedule.ops import OPS, Buffer, Lane, Op, OpKind
 
 VISITS_AHEAD = 1  # issued beyond the oldest that is not over
 CELL_OPS = 16  # of a cell, at most; sparse attention may add three
@@ -26,129 +25,22 @@ def window_ops(num_batches: int) -> int:
     return CELL_OPS * (num_batches + CELLS_AHEAD)
 
 
-class Buffer(StrEnum):
-    """A piece of memory that ops share; `reads` and `writes` tell which copy an op touches."""
-
-    __hash__ = str.__hash__  # Enum's own is Python, and these are looked up all the time
-
-    DEVICE_WEIGHTS = auto()  # streamed weights; one copy per weights slot
-    HOST_WEIGHTS = auto()  # a part of disk weights on its way; one copy per staging slot
-    WORK = auto()  # hidden states of a cell on the device; the following per cell slot
-    QUERY = auto()
-    NEW_KV = auto()
-    ATTENTION = auto()  # lies where the queries lay
-    STREAMED_CACHE = auto()
-    CHOICE = auto()  # which tokens streamed rows keep, told to the host too
-    ARRIVED = auto()  # embeddings looked up, or hidden states received
-    HOST_NEW_KV = auto()
-    HOST_QUERY = auto()
-    HOST_ATTENTION = auto()
-    HOST_VALUES = auto()  # of the tokens kept
-    HIDDEN_IN = auto()
-    HIDDEN_OUT = auto()
-    CACHE_IN = auto()
-    CACHE_OUT = auto()
-    LOGITS = auto()
-    CHOSEN = auto()
-    HIDDEN_GPU = auto()  # where hidden states live between layers; one copy per hidden slot
-    HIDDEN_CPU = auto()
-    HIDDEN_DISK = auto()
-    SENT = auto()
-    TOKENS = auto()  # per batch
-    ROWS = auto()  # the composition of a pass; per batch and turn
-    CACHE_GPU = auto()  # where keys and values live; per layer and batch
-    CACHE_CPU = auto()
-    CACHE_TAIL = auto()
-    CACHE_DISK = auto()
-
-
-_B = Buffer
-READS: dict[OpKind, tuple[Buffer, ...]] = {
-    OpKind.RECV_TOKENS: (_B.TOKENS,),
-    OpKind.COMPOSE: (_B.TOKENS,),
-    OpKind.RECV_ROWS: (),
-    OpKind.RECV: (_B.ROWS,),
-    OpKind.GATHER: (_B.ROWS,),
-    OpKind.LOAD_EMBEDDING: (_B.ROWS, _B.ARRIVED),
-    OpKind.EMBED: (_B.ROWS, _B.WORK),
-    OpKind.READ_WEIGHTS: (),
-    OpKind.LOAD_WEIGHTS: (_B.HOST_WEIGHTS,),
-    OpKind.READ_HIDDEN: (_B.ROWS, _B.HIDDEN_DISK),
-    OpKind.LOAD_HIDDEN: (_B.ROWS, _B.HIDDEN_CPU, _B.HIDDEN_IN),
-    OpKind.READ_CACHE: (_B.ROWS, _B.CACHE_DISK),
-    OpKind.LOAD_CACHE: (_B.ROWS, _B.CACHE_CPU, _B.CACHE_TAIL, _B.CACHE_IN),
-    OpKind.PROJECT: (_B.ROWS, _B.DEVICE_WEIGHTS, _B.HIDDEN_GPU, _B.WORK),
-    OpKind.STORE_CACHE: (_B.ROWS, _B.NEW_KV, _B.QUERY),
-    OpKind.APPEND_CACHE: (_B.ROWS, _B.HOST_NEW_KV),
-    OpKind.WRITE_CACHE: (_B.ROWS, _B.CACHE_OUT),
-    OpKind.CHOOSE: (_B.ROWS, _B.QUERY, _B.NEW_KV, _B.STREAMED_CACHE),
-    OpKind.GATHER_VALUES: (_B.ROWS, _B.CHOICE, _B.CACHE_CPU, _B.CACHE_TAIL, _B.CACHE_IN),
-    OpKind.LOAD_VALUES: (_B.ROWS, _B.HOST_VALUES),
-    OpKind.ATTEND_DEVICE: (
-        _B.ROWS,
-        _B.QUERY,
-        _B.NEW_KV,
-        _B.CACHE_GPU,
-        _B.STREAMED_CACHE,
-        _B.CHOICE,
-    ),
-    OpKind.ATTEND_HOST: (_B.ROWS, _B.HOST_QUERY, _B.CACHE_CPU),
-    OpKind.LOAD_ATTENTION: (_B.ROWS, _B.HOST_ATTENTION),
-    OpKind.FINISH: (_B.ROWS, _B.DEVICE_WEIGHTS, _B.WORK, _B.ATTENTION, _B.HIDDEN_GPU),
-    OpKind.STORE_HIDDEN: (_B.ROWS, _B.WORK),
-    OpKind.WRITE_HIDDEN: (_B.ROWS, _B.HIDDEN_OUT),
-    OpKind.STORE_SENT: (_B.ROWS, _B.WORK),
-    OpKind.SEND: (_B.ROWS, _B.SENT),
-    OpKind.SAMPLE: (_B.ROWS, _B.LOGITS),
-    OpKind.ACCEPT: (_B.ROWS, _B.CHOSEN, _B.TOKENS),
-}
-WRITES: dict[OpKind, tuple[Buffer, ...]] = {
-    OpKind.RECV_TOKENS: (_B.TOKENS,),
-    OpKind.COMPOSE: (_B.ROWS, _B.TOKENS),
-    OpKind.RECV_ROWS: (_B.ROWS,),
-    OpKind.RECV: (_B.ARRIVED,),
-    OpKind.GATHER: (_B.ARRIVED,),
-    OpKind.LOAD_EMBEDDING: (_B.WORK,),
-    OpKind.EMBED: (_B.WORK, _B.HIDDEN_GPU),
-    OpKind.READ_WEIGHTS: (_B.HOST_WEIGHTS,),
-    OpKind.LOAD_WEIGHTS: (_B.DEVICE_WEIGHTS,),
-    OpKind.READ_HIDDEN: (_B.HIDDEN_IN,),
-    OpKind.LOAD_HIDDEN: (_B.WORK,),
-    OpKind.READ_CACHE: (_B.CACHE_IN,),
-    OpKind.LOAD_CACHE: (_B.STREAMED_CACHE,),
-    OpKind.PROJECT: (_B.WORK, _B.QUERY, _B.ATTENTION, _B.NEW_KV, _B.CACHE_GPU),
-    OpKind.STORE_CACHE: (_B.HOST_NEW_KV, _B.HOST_QUERY),
-    OpKind.APPEND_CACHE: (_B.CACHE_CPU, _B.CACHE_TAIL, _B.CACHE_OUT),
-    OpKind.WRITE_CACHE: (_B.CACHE_DISK,),
-    OpKind.CHOOSE: (_B.STREAMED_CACHE, _B.CHOICE),
-    OpKind.GATHER_VALUES: (_B.HOST_VALUES,),
-    OpKind.LOAD_VALUES: (_B.STREAMED_CACHE,),
-    OpKind.ATTEND_DEVICE: (_B.ATTENTION, _B.STREAMED_CACHE),
-    OpKind.ATTEND_HOST: (_B.HOST_ATTENTION,),
-    OpKind.LOAD_ATTENTION: (_B.ATTENTION,),
-    OpKind.FINISH: (_B.WORK, _B.HIDDEN_GPU, _B.LOGITS),
-    OpKind.STORE_HIDDEN: (_B.HIDDEN_CPU, _B.HIDDEN_OUT),
-    OpKind.WRITE_HIDDEN: (_B.HIDDEN_DISK,),
-    OpKind.STORE_SENT: (_B.SENT,),
-    OpKind.SEND: (),
-    OpKind.SAMPLE: (_B.CHOSEN,),
-    OpKind.ACCEPT: (_B.TOKENS,),
-}
-
-_PER_HIDDEN_SLOT = frozenset({_B.HIDDEN_GPU, _B.HIDDEN_CPU, _B.HIDDEN_DISK, _B.SENT})
-_PER_LAYER = frozenset({_B.CACHE_GPU, _B.CACHE_CPU, _B.CACHE_TAIL, _B.CACHE_DISK})
+_PER_HIDDEN_SLOT = frozenset(
+    {Buffer.HIDDEN_GPU, Buffer.HIDDEN_CPU, Buffer.HIDDEN_DISK, Buffer.SENT}
+)
+_PER_LAYER = frozenset({Buffer.CACHE_GPU, Buffer.CACHE_CPU, Buffer.CACHE_TAIL, Buffer.CACHE_DISK})
 
 Slot = tuple[Buffer, int, int]
 
 
 def reads(op: Op) -> tuple[Slot, ...]:
     """The slots that an op reads."""
-    return tuple(_slot(buffer, *op.key[1:]) for buffer in READS[op.kind])
+    return tuple(_slot(buffer, *op.key[1:]) for buffer in OPS[op.kind].reads)
 
 
 def writes(op: Op) -> tuple[Slot, ...]:
     """The slots that an op writes."""
-    return tuple(_slot(buffer, *op.key[1:]) for buffer in WRITES[op.kind])
+    return tuple(_slot(buffer, *op.key[1:]) for buffer in OPS[op.kind].writes)
 
 
 @cache
@@ -191,15 +83,15 @@ class Dependencies(Generic[Ticket]):
 
     def __init__(self) -> None:
         self._slots: dict[Slot, _SlotState] = {}
-        self._touched: dict[tuple, tuple[list[_SlotState], list[_SlotState]]] = {}
+        self._touched: dict[tuple, _Touched] = {}
 
-    def of(self, ticket: Ticket, op: Op) -> set[Ticket]:
-        """Tickets of the ops that this one waits for; call in program order."""
-        lane = LANE[op.kind]
-        touched = self._touched.get(op.key)
+    def add(self, ticket: Ticket, op: Op) -> set[Ticket]:
+        """Tickets of the earlier ops that this op must wait for; call in program order."""
+        key = op.key
+        touched = self._touched.get(key)
         if touched is None:
-            touched = self._touched[op.key] = self._states(op)
-        read, written = touched
+            touched = self._touched[key] = self._look_up(op)
+        lane, read, written = touched
         waits: set = set()
         for state in read:
             waits.update(state.writers.values())
@@ -212,12 +104,12 @@ class Dependencies(Generic[Ticket]):
         waits.discard(ticket)
         return waits
 
-    def _states(self, op: Op) -> tuple[list[_SlotState], list[_SlotState]]:
+    def _look_up(self, op: Op) -> _Touched:
         read, written = (
             [self._slots.setdefault(slot, _SlotState()) for slot in slots]
             for slots in (reads(op), writes(op))
         )
-        return read, written
+        return op.lane, read, written
 
 
 class _SlotState:
@@ -247,10 +139,11 @@ class _SlotState:
         self.writers[lane] = ticket
 
 
+_Touched = tuple[Lane, list[_SlotState], list[_SlotState]]  # (lane, read, written)
+
+
 def _content(op: Op) -> tuple[int, ...]:
     """What a slot holds after this op: ops of equal content fill different parts of it."""
     if op.kind is OpKind.LOAD_WEIGHTS:
         return op.visit, op.layer
-    if op.kind is OpKind.READ_WEIGHTS:
-        return op.visit, op.layer, op.part
     return op.visit, op.layer, op.batch

@@ -1,0 +1,66 @@
+"""Which ops of the schedule have work under a stage's plan; the others are never dispatched.
+
+The executor and the simulation filter ops by the same answer. Knows plans; not the rows of a pass.
+"""
+
+from __future__ import annotations
+
+from flexgen_ray.layout.placement import RowSplit
+from flexgen_ray.layout.plan import StagePlan
+from flexgen_ray.schedule.ops import OPS, Condition, Op, OpKind
+
+
+class ActiveOps:
+    """Predicate over one stage's ops: False if an op has no work, whatever rows its pass has.
+
+    in_ring: True if the stage is one of several.
+    """
+
+    def __init__(self, plan: StagePlan, in_ring: bool) -> None:
+        self._plan = plan
+        self._in_ring = in_ring
+        self._answers: dict[tuple[OpKind, int, int], bool] = {}
+
+    def __call__(self, op: Op) -> bool:
+        key = op.kind, op.layer, op.batch
+        answer = self._answers.get(key)
+        if answer is None:
+            answer = self._answers[key] = self._holds(OPS[op.kind].condition, op.layer, op.batch)
+        return answer
+
+    def _holds(self, condition: Condition, layer: int, batch: int) -> bool:
+        plan = self._plan
+        match condition:
+            case Condition.ALWAYS:
+                return True
+            case Condition.IN_RING:
+                return self._in_ring
+            case Condition.STREAMS_WEIGHTS:
+                return bool(plan.weights.streams[layer].extents)
+            case Condition.STAGES_DISK_WEIGHTS:
+                return plan.stages_disk and plan.weights.streams[layer].nbytes("disk") > 0
+            case Condition.INPUT_FROM_HOST:
+                return not plan.stage.is_first or not plan.weights.embeds_on_device
+            case Condition.HIDDEN_OFF_DEVICE:
+                return plan.policy.activations.gpu < 1
+            case Condition.HIDDEN_ON_DISK:
+                return plan.policy.activations.disk > 0
+            case _:
+                return self._holds_of_cache(condition, plan.splits[layer, batch])
+
+    def _holds_of_cache(self, condition: Condition, split: RowSplit) -> bool:
+        """Conditions on how the rows of one (layer, batch) are divided."""
+        streamed = split.off_device - split.attended
+        match condition:
+            case Condition.CACHE_OFF_DEVICE:
+                return split.off_device > 0
+            case Condition.CACHE_ON_DISK:
+                return split.disk > 0
+            case Condition.STREAMS_CACHE:
+                # Chunked prompts are attended on the device, even if decoding rows are not.
+                return streamed > 0 or (split.off_device > 0 and self._plan.chunks_prompts)
+            case Condition.STREAMS_CHOSEN_VALUES:
+                return self._plan.is_sparse and streamed > 0
+            case Condition.ATTENDS_ON_HOST:
+                return split.attended > 0
+        raise AssertionError(condition)
