@@ -27,7 +27,7 @@ Seconds = dict[Lane, dict[Resource | None, float]]  # None: of the op as a whole
 class Modelled:
     """Op handlers of one run, with the modelled seconds of the ops that they run.
 
-    is_active: whether an op is dispatched. is_emulated: whether times are those of emulated hardware.
+    is_active: True for the ops that are dispatched. is_emulated: True if times are emulated.
     """
 
     is_emulated = False
