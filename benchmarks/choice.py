@@ -17,7 +17,7 @@ import torch
 import typer
 
 from benchmarks.command import run_as_command
-from benchmarks.likeness import Likeness, alike_requests, memory_folder
+from benchmarks.stand_in import StandIn, alike_requests, memory_folder
 from flexgen_ray.cli.options import JsonOption
 from flexgen_ray.config import Budget, HardwareSpec, Placement, Policy
 from flexgen_ray.layout.sizes import stage_bytes, totals
@@ -112,16 +112,16 @@ def _compared(planner: Planner, plan: PipelinePlan, cell_seconds: float) -> dict
 def _run(plan: PipelinePlan, cell_seconds: float) -> float:
     """Generated tokens per modelled second of one block."""
     job = plan.job
-    likeness = Likeness(plan.stages, [RATES], job.middle_position, cell_seconds)
+    stand_in = StandIn(plan.stages, [RATES], job.middle_position, cell_seconds)
     worker = Worker()
     with tempfile.TemporaryDirectory(prefix="flexgen-bench-", dir=memory_folder()) as folder:
-        worker.load(likeness.specs(folder)[0])
+        worker.load(stand_in.specs(folder)[0])
         worker.add(alike_requests(plan.block_size, job.prompt_len, job.max_tokens))
         for _ in worker.run():
             pass
         wall = worker.measured().wall
         worker.close()
-    return plan.block_size * job.max_tokens / wall * likeness.time_scale
+    return plan.block_size * job.max_tokens / wall * stand_in.time_scale
 
 
 def _summary(runs: list[dict], chosen: dict) -> dict:

@@ -11,8 +11,8 @@ from dataclasses import fields, replace
 
 from benchmarks import paper_machines as t4
 from benchmarks.lanes import FREE
-from benchmarks.likeness import Likeness
 from benchmarks.scaling import CELL_SECONDS, run
+from benchmarks.stand_in import StandIn
 from flexgen_ray.config import HardwareSpec, Policy, Workload
 from flexgen_ray.cost.bound import decoding
 from flexgen_ray.cost.ops import CostModel
@@ -41,8 +41,8 @@ def hidden_hops() -> dict:
 
 
 def _rate(plans: list[StagePlan], hardware: HardwareSpec) -> float:
-    likeness = Likeness(plans, [hardware] * STAGES, t4.PROMPT_LEN, CELL_SECONDS)
-    return run(likeness)["decode_tokens_per_s"]
+    stand_in = StandIn(plans, [hardware] * STAGES, t4.PROMPT_LEN, CELL_SECONDS)
+    return run(stand_in)["decode_tokens_per_s"]
 
 
 def _plans(num_blocks: int) -> list[StagePlan]:

@@ -16,7 +16,7 @@ import typer
 
 from benchmarks.command import run_as_command
 from benchmarks.emulation import emulated
-from benchmarks.likeness import alike_requests
+from benchmarks.stand_in import alike_requests
 from flexgen_ray.cli.options import JsonOption
 from flexgen_ray.config import Budget, HardwareSpec, Placement, Policy, Workload
 from flexgen_ray.cost.ops import CostModel

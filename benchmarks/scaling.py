@@ -16,7 +16,7 @@ import typer
 
 from benchmarks import paper_machines as t4
 from benchmarks.command import run_as_command
-from benchmarks.likeness import Likeness, alike_requests, memory_folder
+from benchmarks.stand_in import StandIn, alike_requests, memory_folder
 from flexgen_ray.cli.options import JsonOption, PlotOption
 from flexgen_ray.config import Deployment, Faults
 from flexgen_ray.models.config import ModelConfig
@@ -85,17 +85,17 @@ def scaling(
     finish(result, "emulated T4 machines", json_file)
 
 
-def run(likeness: Likeness) -> dict:
+def run(stand_in: StandIn) -> dict:
     """One emulated run, from the prompts of all blocks to their last tokens."""
     from flexgen_ray.distributed.driver import Driver
 
-    plans, scale = likeness.plans, likeness.time_scale
+    plans, scale = stand_in.plans, stand_in.time_scale
     policy = plans[0].policy
     count = policy.block_size * plans[0].num_blocks
     driver = Driver(Deployment(num_stages=len(plans), device="cpu", faults=Faults(max_restarts=0)))
     try:
         with tempfile.TemporaryDirectory(prefix="flexgen-bench-", dir=memory_folder()) as folder:
-            driver.load(likeness.specs(folder))
+            driver.load(stand_in.specs(folder))
             driver.add(alike_requests(count, t4.PROMPT_LEN, t4.MAX_TOKENS))
             started, cpu = time.perf_counter(), time.process_time()
             for _ in driver.run():
@@ -148,18 +148,18 @@ def _best_run(config: ModelConfig, num_stages: int, num_blocks: int, most: int) 
     job = PlannedJob.uniform(most, t4.PROMPT_LEN, t4.MAX_TOKENS)
     search = replace(GRID, extra_blocks=(num_blocks - num_stages,))
     best = find_best_plan(Planner(config, t4.machines(num_stages), job, "float16", search))
-    likeness = Likeness(best.stages, [t4.MACHINE] * num_stages, MIDDLE, CELL_SECONDS)
+    stand_in = StandIn(best.stages, [t4.MACHINE] * num_stages, MIDDLE, CELL_SECONDS)
     predicted = {
         "predicted_decode_tokens_per_s": round(best.decode_tokens_per_s, 3),
         "predicted_generation_tokens_per_s": round(best.tokens_per_s, 3),
     }
-    return run(likeness) | predicted | likeness.op_times()
+    return run(stand_in) | predicted | stand_in.op_times()
 
 
 def _as_the_original() -> dict:
     """One stage with the original's policy and constants, one op after the other."""
     plans = [t4.original_plan(shape_config("opt-30b"))]
-    found = run(Likeness(plans, [t4.ORIGINAL], MIDDLE, CELL_SECONDS, "serial"))
+    found = run(StandIn(plans, [t4.ORIGINAL], MIDDLE, CELL_SECONDS, "serial"))
     measured, published = found["decode_tokens_per_s"], PAPER["opt-30b"]["decode"][0]
     _say(f"the original's policy, constants and serial sums: {measured} against {published}")
     return found | {"published": published, "ratio": round(measured / published, 4)}

@@ -16,8 +16,8 @@ import typer
 
 from benchmarks import paper_machines as t4
 from benchmarks.command import run_as_command
-from benchmarks.likeness import Likeness
 from benchmarks.scaling import CELL_SECONDS, MIDDLE, run
+from benchmarks.stand_in import StandIn
 from flexgen_ray.cli.options import JsonOption
 from flexgen_ray.config import Budget
 from flexgen_ray.hardware.spec import Hardware
@@ -114,7 +114,7 @@ def _told(plan: PipelinePlan) -> dict:
 
 def _run(planner: Planner, plan: PipelinePlan) -> dict:
     rates = planner.rates(plan.stages[0].policy)
-    return run(Likeness(plan.stages, rates, MIDDLE, CELL_SECONDS))
+    return run(StandIn(plan.stages, rates, MIDDLE, CELL_SECONDS))
 
 
 if __name__ == "__main__":

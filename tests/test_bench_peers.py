@@ -14,10 +14,10 @@ from typer.testing import CliRunner
 
 from flexgen_ray.cli.bench import contest, page_cache
 from flexgen_ray.cli.bench.contest import MemoryCgroup
+from flexgen_ray.cli.bench.peer_task import PeerRun
 from flexgen_ray.cli.bench.peers import peers
 from flexgen_ray.cli.bench.random_checkpoints import SHAPES, make_checkpoint
 from flexgen_ray.cli.bench.standings import standings
-from flexgen_ray.cli.bench.work import Run
 from flexgen_ray.models.config_files import load_config
 
 MAX_TOKENS = 5
@@ -115,11 +115,11 @@ def test_what_cannot_work_is_refused_with_the_remedy(bench, options, message):
 
 def test_standings_show_every_difference_and_the_best_batch_size():
     runs = [
-        Run("transformers", 1, tokens=[[1, 2], [3, 4]], seconds=4.0),
-        Run("transformers", 2, tokens=[[1, 2], [3, 5]], seconds=2.0),
-        Run("transformers", 2, tokens=[[1, 2], [3, 4]], seconds=1.0),
-        Run("transformers", 2, tokens=[[1, 2], [3, 4]], seconds=8.0),
-        Run("flexgen-ray", None, tokens=[[1, 2], [3, 4]], seconds=1.0),
+        PeerRun("transformers", 1, tokens=[[1, 2], [3, 4]], seconds=4.0),
+        PeerRun("transformers", 2, tokens=[[1, 2], [3, 5]], seconds=2.0),
+        PeerRun("transformers", 2, tokens=[[1, 2], [3, 4]], seconds=1.0),
+        PeerRun("transformers", 2, tokens=[[1, 2], [3, 4]], seconds=8.0),
+        PeerRun("flexgen-ray", None, tokens=[[1, 2], [3, 4]], seconds=1.0),
     ]
     theirs, ours = standings(runs)
     assert theirs["best"] == {"batch_size": 2, "tokens_per_s": 2.0}

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
-from flexgen_ray.cli.bench.work import OURS, PeerTask, Run
+from flexgen_ray.cli.bench.peer_task import OURS, PeerRun, PeerTask
 from flexgen_ray.units import format_bytes
 
 _ROOT = Path("/sys/fs/cgroup")
@@ -155,7 +155,7 @@ class Rules:
             raise ValueError(f"repeats is {self.rounds}; it must be 1 or more")
 
 
-def compete(work: PeerTask, rules: Rules, on_run: Callable[[Run], None]) -> list[Run]:
+def compete(work: PeerTask, rules: Rules, on_run: Callable[[PeerRun], None]) -> list[PeerRun]:
     """All runs, in the order in which they took place: A B A B, since machines drift.
 
     A contestant that fails is not asked again. Raises OSError if a memory limit can't be had.
@@ -165,13 +165,13 @@ def compete(work: PeerTask, rules: Rules, on_run: Callable[[Run], None]) -> list
     entries: list[tuple[str, int | None]] = []
     for peer in rules.peers:
         entries += [(peer, size) for size in ([None] if peer == OURS or missing[peer] else sizes)]
-    runs: list[Run] = []
+    runs: list[PeerRun] = []
 
     for _ in range(rules.rounds):
         for peer, size in list(entries):
             reason = missing[peer]
             run = (
-                Run(peer, None, error=reason)
+                PeerRun(peer, None, error=reason)
                 if reason
                 else _run_apart(work, peer, size, rules.timeout)
             )
@@ -187,7 +187,7 @@ def _not_installed(peer: str) -> str | None:
     return f"not installed: pip install {' '.join(missing)}" if missing else None
 
 
-def _run_apart(work: PeerTask, peer: str, batch_size: int | None, timeout: float) -> Run:
+def _run_apart(work: PeerTask, peer: str, batch_size: int | None, timeout: float) -> PeerRun:
     """A run in a process of its own, with an offload folder of its own; both end with it."""
     limit = work.memory_limit
     with (
@@ -209,9 +209,9 @@ def _run_apart(work: PeerTask, peer: str, batch_size: int | None, timeout: float
         ]
         error = _launch(command, cgroup, log, work.threads, timeout)
         if target.is_file():
-            run = Run(**json.loads(target.read_text(encoding="utf-8")))
+            run = PeerRun(**json.loads(target.read_text(encoding="utf-8")))
         else:
-            run = Run(peer, batch_size, error=error)
+            run = PeerRun(peer, batch_size, error=error)
         return run if cgroup is None else replace(run, peak_cgroup_bytes=cgroup.peak_bytes())
 
 

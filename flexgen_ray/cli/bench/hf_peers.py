@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from flexgen_ray.cli.bench.work import PeerTask
+from flexgen_ray.cli.bench.peer_task import PeerTask
 
 
 class HuggingFace:

@@ -19,7 +19,7 @@ import torch
 
 from flexgen_ray.calibration.steady import OtherLoad
 from flexgen_ray.cli.bench import page_cache
-from flexgen_ray.cli.bench.work import OURS, PeerTask, Run
+from flexgen_ray.cli.bench.peer_task import OURS, PeerRun, PeerTask
 from flexgen_ray.llm import LLM
 from flexgen_ray.reporting.report import environment
 from flexgen_ray.request import Request, SamplingParams
@@ -71,7 +71,7 @@ class Ours:
         return [self._llm.request(index, prompt, params) for index, prompt in enumerate(prompts)]
 
 
-def run(work: PeerTask, peer: str, batch_size: int | None) -> Run:
+def run(work: PeerTask, peer: str, batch_size: int | None) -> PeerRun:
     """One timed run; raises whatever the contestant raises."""
     torch.set_num_threads(work.threads)
     device = find_device(work.device)
@@ -95,7 +95,7 @@ def run(work: PeerTask, peer: str, batch_size: int | None) -> Run:
     lengths = {len(answer) for answer in tokens}
     if lengths != {work.max_tokens}:
         raise RuntimeError(f"asked for {work.max_tokens} tokens a prompt, got {sorted(lengths)}")
-    return Run(
+    return PeerRun(
         peer=peer,
         batch_size=batch_size,
         tokens=tokens,
@@ -118,7 +118,7 @@ def main() -> None:
         result = run(PeerTask(**task["work"]), peer, batch_size)
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
-        result = Run(peer, batch_size, error=reason)
+        result = PeerRun(peer, batch_size, error=reason)
     target.write_text(json.dumps(asdict(result)), encoding="utf-8")
     sys.exit(1 if result.error else 0)
 

@@ -19,9 +19,9 @@ import typer
 from rich.console import Console
 
 from flexgen_ray.cli.bench.contest import PACKAGES, Rules, compete
+from flexgen_ray.cli.bench.peer_task import OURS, PeerRun, PeerTask
 from flexgen_ray.cli.bench.random_checkpoints import SHAPES, make_checkpoint
 from flexgen_ray.cli.bench.standings import reference, standings, table
-from flexgen_ray.cli.bench.work import OURS, PeerTask, Run
 from flexgen_ray.cli.options import DeviceOption, JsonOption
 from flexgen_ray.config import DTYPE_BYTES
 from flexgen_ray.files.text_files import read_lines
@@ -168,7 +168,7 @@ def _prompts(
     return found
 
 
-def _tell(run: Run) -> None:
+def _tell(run: PeerRun) -> None:
     batch = "" if run.batch_size is None else f", batch {run.batch_size}"
     said = run.error or (
         f"{run.tokens_per_s:.2f} tokens/s, {run.seconds:.1f} s, "
@@ -179,7 +179,7 @@ def _tell(run: Run) -> None:
     _say(f"{run.peer}{batch}: {said}")
 
 
-def _result(work: PeerTask, rules: Rules, runs: list[Run]) -> dict:
+def _result(work: PeerTask, rules: Rules, runs: list[PeerRun]) -> dict:
     """What --json holds: all that is needed to believe the figures, or to do the same again."""
     from flexgen_ray.reporting.report import environment
 

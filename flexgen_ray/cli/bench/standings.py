@@ -6,17 +6,17 @@ from statistics import median
 
 from rich.table import Table
 
-from flexgen_ray.cli.bench.work import OURS, Run
+from flexgen_ray.cli.bench.peer_task import OURS, PeerRun
 from flexgen_ray.units import format_bytes
 
 
-def reference(runs: list[Run]) -> Run | None:
+def reference(runs: list[PeerRun]) -> PeerRun | None:
     """Whose tokens the others are held to: transformers', or where it didn't run the first's."""
     finished = [run for run in runs if run.error is None]
     return next((run for run in finished if run.peer == "transformers"), next(iter(finished), None))
 
 
-def mismatches(run: Run, right: Run) -> list[tuple[int, int]]:
+def mismatches(run: PeerRun, right: PeerRun) -> list[tuple[int, int]]:
     """(prompt, position) of the first differing token of each sequence that differs."""
     found = []
     for index, (ours, theirs) in enumerate(zip(run.tokens, right.tokens, strict=True)):
@@ -26,7 +26,7 @@ def mismatches(run: Run, right: Run) -> list[tuple[int, int]]:
     return found
 
 
-def standings(runs: list[Run]) -> list[dict]:
+def standings(runs: list[PeerRun]) -> list[dict]:
     """One entry a contestant: its runs, its best batch size by median, our ratio to that.
 
     Throughput is generated tokens per second of prefill and decode. `ratio` is ours over theirs,
@@ -70,7 +70,7 @@ def _batch(size: int | None) -> str:
     return "policy" if size is None else str(size)
 
 
-def _entry(peer: str, runs: list[Run], right: Run | None) -> dict:
+def _entry(peer: str, runs: list[PeerRun], right: PeerRun | None) -> dict:
     mine = [run for run in runs if run.peer == peer]
     finished = [run for run in mine if run.error is None]
     rates: dict[int | None, list[float]] = {}
@@ -89,7 +89,7 @@ def _entry(peer: str, runs: list[Run], right: Run | None) -> dict:
     }
 
 
-def _run(run: Run, right: Run | None) -> dict:
+def _run(run: PeerRun, right: PeerRun | None) -> dict:
     if run.error or right is None:
         return {
             "batch_size": run.batch_size,

@@ -23,7 +23,7 @@ from flexgen_ray.schedule.zigzag import zigzag
 
 
 @dataclass(frozen=True)
-class Likeness:
+class StandIn:
     """What runs, what it stands for, and at what pace.
 
     hardware: of each stage; middle: position of an average decoding row; cell_seconds: wall time of

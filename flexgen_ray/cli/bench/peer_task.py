@@ -39,7 +39,7 @@ class PeerTask:
 
 
 @dataclass(frozen=True)
-class Run:
+class PeerRun:
     """One timed run of a contestant. `error` says why there are no figures.
 
     seconds: generation of all prompts, without loading and warm-up. peak_rss_bytes: VmHWM, with
