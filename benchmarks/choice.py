@@ -24,7 +24,7 @@ from flexgen_ray.layout.sizes import stage_bytes, totals
 from flexgen_ray.models.shapes import shape_config
 from flexgen_ray.planner.pipeline_plan import PipelinePlan, PlannedJob, StageDevice
 from flexgen_ray.planner.search import Planner, find_best_plan
-from flexgen_ray.reporting.result import finish, off_by
+from flexgen_ray.reporting.result import finish, prediction_errors
 from flexgen_ray.reporting.terminal import say
 from flexgen_ray.runtime.worker import Worker
 
@@ -129,7 +129,7 @@ def _summary(runs: list[dict], chosen: dict) -> dict:
     return {
         "chosen_to_best_of_grid": round(chosen["measured_tokens_per_s"] / max(measured), 4),
         "best_to_worst_of_grid": round(max(measured) / min(measured), 3),
-    } | off_by([*runs, chosen])
+    } | prediction_errors([*runs, chosen])
 
 
 if __name__ == "__main__":

@@ -6,13 +6,13 @@ from collections.abc import Callable
 
 from flexgen_ray.cli.app import App
 from flexgen_ray.cli.exits import run
-from flexgen_ray.reporting.progress import while_it_runs
+from flexgen_ray.reporting.progress import with_progress
 
 
 def as_app(benchmark: Callable[..., None]) -> App:
     """A Typer app of one command, the benchmark, with its progress on standard error."""
     app = App(add_completion=False)
-    app.command()(while_it_runs(benchmark, f"benchmarks.{benchmark.__name__}"))
+    app.command()(with_progress(benchmark, f"benchmarks.{benchmark.__name__}"))
     return app
 
 

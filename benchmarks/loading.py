@@ -17,7 +17,7 @@ from benchmarks.command import run_as_command
 from flexgen_ray.cli.bench.page_cache import read_once
 from flexgen_ray.cli.bench.random_checkpoints import SHAPES, make_checkpoint
 from flexgen_ray.cli.options import JsonOption
-from flexgen_ray.cli.quantize import packed_copy
+from flexgen_ray.cli.quantize import write_quantized_copy
 from flexgen_ray.config import Policy
 from flexgen_ray.llm import LLM
 from flexgen_ray.models.config_files import load_config
@@ -67,7 +67,7 @@ def _quantize(folder: Path, output: Path, weight_bits: int) -> float:
     """Seconds."""
     started = time.perf_counter()
     bits = {"weight_bits": weight_bits, "embedding_bits": None}
-    packed_copy(folder, output, bits)
+    write_quantized_copy(folder, output, bits)
     return time.perf_counter() - started
 
 

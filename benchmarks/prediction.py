@@ -30,7 +30,7 @@ from flexgen_ray.models.shapes import shape_config
 from flexgen_ray.planner.pipeline_plan import ModelRates, PlannedJob, StageDevice
 from flexgen_ray.planner.search import Planner
 from flexgen_ray.reporting.report import Report
-from flexgen_ray.reporting.result import finish, off_by
+from flexgen_ray.reporting.result import finish, prediction_errors
 from flexgen_ray.reporting.terminal import say
 
 SHAPES = ((8, 2), (16, 2))
@@ -64,7 +64,7 @@ def prediction(
             say(str(attempts[-1]))
         runs.append(min(attempts, key=_drift))
     settings = {"model": model, "dtype": dtype, "prompt_len": prompt_len, "max_tokens": max_tokens}
-    finish({"settings": settings} | off_by(runs) | {"runs": runs}, "CPU", json_file)
+    finish({"settings": settings} | prediction_errors(runs) | {"runs": runs}, "CPU", json_file)
 
 
 def _drift(attempt: dict) -> float:

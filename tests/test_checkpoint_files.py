@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from flexgen_ray import LLM, Policy, SamplingParams
-from flexgen_ray.cli.quantize import packed_copy
+from flexgen_ray.cli.quantize import write_quantized_copy
 from flexgen_ray.models.checkpoint import Checkpoint, checkpoint_config
 from flexgen_ray.models.config import ModelConfig
 from flexgen_ray.models.config_files import load_config
@@ -82,7 +82,7 @@ def test_a_head_in_the_file_counts_as_in_transformers(folder, head):
 
 def test_a_head_of_its_own_is_there_after_packing(folder, tmp_path):
     change(folder, {"lm_head.weight": torch.randn(tiny.VOCABULARY, 32)})
-    packed_copy(folder, tmp_path / "packed", {"weight_bits": 8, "embedding_bits": 8})
+    write_quantized_copy(folder, tmp_path / "packed", {"weight_bits": 8, "embedding_bits": 8})
     assert not checkpoint_config(tmp_path / "packed").tie_word_embeddings
     assert not load_config(tmp_path / "packed").tie_word_embeddings
 
@@ -92,7 +92,9 @@ def test_packed_folders_are_readable_by_whoever_may_read_new_files(folder, tmp_p
         path.chmod(0o600)
     before = os.umask(0o022)
     try:
-        packed_copy(folder, tmp_path / "packed", {"weight_bits": 4, "embedding_bits": None})
+        write_quantized_copy(
+            folder, tmp_path / "packed", {"weight_bits": 4, "embedding_bits": None}
+        )
     finally:
         os.umask(before)
     modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "packed").iterdir()}

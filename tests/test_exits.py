@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import flexgen_ray
 from flexgen_ray.batch.journal import Journal
 from flexgen_ray.batch.response_lines import error_row
-from flexgen_ray.cli.exits import exit_status, parse_max_errors, run, told_how_to_resume
+from flexgen_ray.cli.exits import end_with_status, parse_max_errors, run, explain_resuming
 from flexgen_ray.reporting.terminal import printable
 from flexgen_ray.signals import EXIT_STOPPED, STOPS, Stopped, raise_on_stop
 
@@ -218,7 +218,7 @@ def test_error_rows_up_to_max_errors_give_status_0(tmp_path, good, bad, most, sh
         ):
             status = 0
             try:
-                exit_status(journal, limit)
+                end_with_status(journal, limit)
             except typer.Exit as end:
                 status = end.exit_code
             assert status == (2 if is_over else 0)
@@ -253,7 +253,7 @@ def test_how_to_go_on_is_said_where_it_is_true(tmp_path, capsys, error, begins, 
         journal.begin()
         for custom_id in "ab"[:answered]:
             journal.append({"custom_id": custom_id, "response": {"status_code": 200}})
-    with pytest.raises(type(error)), Journal(path) as journal, told_how_to_resume(journal):
+    with pytest.raises(type(error)), Journal(path) as journal, explain_resuming(journal):
         journal.check({}, ["a", "b"])
         if begins:
             journal.begin()

@@ -13,7 +13,7 @@ import typer
 from test_bad_input import commands
 from test_cli import arguments, files  # noqa: F401 - a fixture
 
-from flexgen_ray.cli.app import is_written
+from flexgen_ray.cli.app import writes_file
 from flexgen_ray.cli.main import app
 from flexgen_ray.files.output_files import atomic_write, check_distinct, write_text
 
@@ -28,7 +28,7 @@ def test_each_option_that_is_a_path_is_known_to_be_read_or_written():
             if parameter.annotation is Path or Path in get_args(get_args(parameter.annotation)[0]):
                 is_new_folder = name == "flexgen-ray quantize" and parameter.name == "output"
                 is_read = parameter.name in READ | PLACES or is_new_folder
-                assert is_written(parameter) != is_read, f"{name} {parameter.name}"
+                assert writes_file(parameter) != is_read, f"{name} {parameter.name}"
 
 
 def leads_to(target: Path, how: str, link: Path) -> Path:

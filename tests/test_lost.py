@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from flexgen_ray.cli.app import check_kept
+from flexgen_ray.cli.app import refuse_deleted_folders
 
 JOB = ("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
 PACKAGE = "/tmp/ray/session_2026-01-01_00-00-00_1_2/runtime_resources/working_dir_files/_ray_pkg_1"
@@ -38,17 +38,17 @@ def test_a_packed_model_would_be_lost_as_well(run_here, monkeypatch, tmp_path, t
 @pytest.mark.parametrize("environment", [{}, dict([JOB])])
 def test_a_path_in_a_package_of_ray_is_refused_anywhere(environment, tmp_path):
     with pytest.raises(ValueError, match="Ray deletes after the job"):
-        check_kept({"--output": Path(PACKAGE, "out.jsonl")}, environment)
+        refuse_deleted_folders({"--output": Path(PACKAGE, "out.jsonl")}, environment)
     link = tmp_path / "out.jsonl"
     link.symlink_to(Path(PACKAGE, "out.jsonl"))
     with pytest.raises(ValueError, match="Ray deletes after the job"):
-        check_kept({"--output": link}, environment)
+        refuse_deleted_folders({"--output": link}, environment)
 
 
 @pytest.mark.parametrize("path", ["/data/out.jsonl", "-", "/dev/null"])
 def test_what_stays_is_no_concern_in_a_job(path):
-    check_kept({"--output": Path(path)}, dict([JOB]))
+    refuse_deleted_folders({"--output": Path(path)}, dict([JOB]))
 
 
 def test_a_relative_path_outside_of_jobs_is_no_concern():
-    check_kept({"--output": Path("out.jsonl")}, {"RAY_ADDRESS": "auto"})
+    refuse_deleted_folders({"--output": Path("out.jsonl")}, {"RAY_ADDRESS": "auto"})

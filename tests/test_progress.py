@@ -20,10 +20,10 @@ from flexgen_ray.planner.pipeline_plan import PipelinePlan, PlannedJob
 from flexgen_ray.reporting.progress import (
     LINE_SECONDS,
     Lines,
-    counted,
+    track,
     show_progress,
     show_steps,
-    while_it_runs,
+    with_progress,
 )
 from flexgen_ray.reporting.tally import ProgressTracker
 from flexgen_ray.request import Finished, Request, SamplingParams
@@ -122,7 +122,7 @@ def test_a_terminal_gets_a_bar_of_tokens():
 
 def test_counted_items_are_those_that_come():
     seen = []
-    assert list(counted("abc", seen.append, "reading", "lines")) == ["a", "b", "c"]
+    assert list(track("abc", seen.append, "reading", "lines")) == ["a", "b", "c"]
     assert [(event.current_phase, event.done) for event in seen] == [
         ("reading", number) for number in range(4)
     ]
@@ -135,7 +135,7 @@ def test_steps_and_what_cannot_say_how_far_it_is_get_lines_too(capfd):
         time.sleep(1.7)
     said = LINE.findall(capfd.readouterr().err)
     assert said[0] == "quantizing" and len(said) == 1
-    while_it_runs(lambda seconds: time.sleep(seconds), "bench lanes")(seconds=0)
+    with_progress(lambda seconds: time.sleep(seconds), "bench lanes")(seconds=0)
     assert LINE.findall(capfd.readouterr().err) == ["bench lanes"]
 
 

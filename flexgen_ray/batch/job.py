@@ -30,7 +30,7 @@ from flexgen_ray.files.output_files import check_distinct
 from flexgen_ray.llm import LLM
 from flexgen_ray.models.config_files import load_sampling_defaults
 from flexgen_ray.planner.stage_policies import StagePolicies
-from flexgen_ray.reporting.progress import counted
+from flexgen_ray.reporting.progress import track
 from flexgen_ray.request import DEFAULT_MAX_TOKENS, Request, RequestOutput, SamplingParams
 from flexgen_ray.runtime.events import OnProgress, Progress, ignore_progress
 
@@ -97,7 +97,7 @@ def read_job(
     missing: list[BatchLine] = []
     with open_input(input) as lines:
         numbered = read_lines(lines, defaults)
-        for line in counted(numbered, on_progress, "reading the input", "lines"):
+        for line in track(numbered, on_progress, "reading the input", "lines"):
             custom_ids.append(line.custom_id)
             if line.custom_id not in journal.answered:
                 missing.append(line)
@@ -199,7 +199,7 @@ def job_requests(llm: LLM, lines: list[BatchLine]) -> tuple[list[Owned], dict[st
     errors: dict[str, str] = {}
     llm.tokenizer.check()  # its own faults are no line's
     unused = count(1 + max((line.number for line in lines), default=0))
-    for line in counted(lines, llm.on_progress, "tokenizing", "lines", len(lines)):
+    for line in track(lines, llm.on_progress, "tokenizing", "lines", len(lines)):
         try:
             made = _line_requests(llm, line)
         except ValueError as error:

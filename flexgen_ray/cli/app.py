@@ -93,7 +93,7 @@ class Command(TyperCommand):
         return renamed
 
 
-def check_kept(written: Mapping[str, Path], environment: Mapping[str, str]) -> None:
+def refuse_deleted_folders(written: Mapping[str, Path], environment: Mapping[str, str]) -> None:
     """Refuses files, by the option that gives them, that a Ray job would lose.
 
     Those are relative paths in a submitted job, and all paths in Ray's folders for packages. Raises
@@ -111,7 +111,7 @@ def check_kept(written: Mapping[str, Path], environment: Mapping[str, str]) -> N
             )
 
 
-def is_written(parameter: Parameter) -> bool:
+def writes_file(parameter: Parameter) -> bool:
     """True if a command's parameter gives a file to write."""
     return any(getattr(each, "writable", False) for each in _declared(parameter))
 
@@ -128,7 +128,7 @@ def _checked(function: Callable[..., None]) -> Callable[..., None]:
         for name, parameter in parameters.items():
             kind, option = _kind(parameter), _option(parameter)
             for path in _paths(name, values.get(name)):
-                if is_written(parameter):
+                if writes_file(parameter):
                     written[option] = path
                 elif kind is not Writes.SCRATCH:
                     read[option] = path
@@ -136,7 +136,7 @@ def _checked(function: Callable[..., None]) -> Callable[..., None]:
                     folders[option] = path
                 if kind is Writes.JOB:
                     written |= {f"{option}'s {each.suffix}": each for each in sidecar_paths(path)}
-        check_kept(written | folders, os.environ)
+        refuse_deleted_folders(written | folders, os.environ)
         check_distinct(written, read)
         for parameter in parameters.values():
             if _kind(parameter) is Writes.INTO_NEW_FOLDER and _option(parameter) in written:

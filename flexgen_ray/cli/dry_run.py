@@ -18,7 +18,7 @@ from flexgen_ray.files.input_lines import STANDARD_STREAM, open_input
 from flexgen_ray.layout.plan import StagePlan
 from flexgen_ray.layout.sizes import stage_bytes, totals
 from flexgen_ray.llm import LLM
-from flexgen_ray.reporting.progress import counted, show_progress
+from flexgen_ray.reporting.progress import track, show_progress
 from flexgen_ray.reporting.report import block_line
 from flexgen_ray.request import Request, SamplingParams
 from flexgen_ray.runtime.events import Progress
@@ -36,7 +36,7 @@ def plan_job(
     with show_progress() as show:
         answered = _answered(output)
         with open_input(input) as raw:
-            read = counted(read_lines(raw, defaults), show, "reading the input", "lines")
+            read = track(read_lines(raw, defaults), show, "reading the input", "lines")
             lines = [line for line in read if line.custom_id not in answered]
 
         def listen(event: Progress) -> None:

@@ -49,14 +49,14 @@ def run(command: Callable[..., Any]) -> NoReturn:
     except BaseException as error:
         status = EXIT_STOPPED
         if not _is_stop(error):
-            say(f"flexgen-ray: error: {sentence(error)}")
+            say(f"flexgen-ray: error: {describe_error(error)}")
             status = EXIT_FAULT
     if status == EXIT_STOPPED:
         say("flexgen-ray: stopped")
     sys.exit(status or 0)
 
 
-def sentence(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """An error in one line; for one that nobody foresaw, with the name of its traceback's file."""
     text = re.sub(r"\s*\n\s*", " ", str(error).strip())[:_MAX_SENTENCE]
     if _explains_itself(error):
@@ -106,7 +106,7 @@ def _is_stop(error: BaseException | None) -> bool:
 
 
 @contextmanager
-def told_how_to_resume(journal: Journal) -> Iterator[None]:
+def explain_resuming(journal: Journal) -> Iterator[None]:
     """For a job that is stopped, by a signal or an error, while answers are there."""
     try:
         yield
@@ -136,7 +136,7 @@ def parse_max_errors(text: str) -> int | float:
     return share
 
 
-def exit_status(journal: Journal, max_errors: int | float = 0) -> None:
+def end_with_status(journal: Journal, max_errors: int | float = 0) -> None:
     """Ends the command with status 2 if more lines than this, or this share of them, have an error
     row, of this run or an earlier one; says how many in any case."""
     if journal.first_error is None:

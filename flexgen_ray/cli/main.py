@@ -17,7 +17,7 @@ from flexgen_ray import __version__
 from flexgen_ray.cli.app import App, Writes
 from flexgen_ray.cli.bench.group import Benchmarks
 from flexgen_ray.cli.evaluate import app as evaluation
-from flexgen_ray.cli.exits import exit_status, run, told_how_to_resume
+from flexgen_ray.cli.exits import end_with_status, run, explain_resuming
 from flexgen_ray.cli.options import (
     FILES,
     AddressOption,
@@ -177,13 +177,13 @@ def generate(
     engine |= {"seed": seed, "trace": trace is not None}
     with (
         Journal(output, overwrite, keep_order, retry_errors) as journal,
-        told_how_to_resume(journal),
+        explain_resuming(journal),
     ):
         made = _answer(engine, journal, input, defaults, facts, trace)
         if made is not None:
             _show_report(made, report)
             journal.confirm()
-        exit_status(journal, max_errors or 0)
+        end_with_status(journal, max_errors or 0)
 
 
 def _answer(

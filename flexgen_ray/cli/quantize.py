@@ -65,7 +65,7 @@ def quantize(
     config = checkpoint_config(folder)
     started = time.perf_counter()
     with show_steps("quantizing", config.num_layers + 2) as announce:
-        before, after = packed_copy(folder, output, bits, announce)
+        before, after = write_quantized_copy(folder, output, bits, announce)
     seconds = time.perf_counter() - started
     say(
         f"{output}: {format_bytes(before)} of {config.dtype} became {format_bytes(after)}, "
@@ -76,7 +76,7 @@ def quantize(
     finish(result, "CPU", json_file)
 
 
-def packed_copy(
+def write_quantized_copy(
     folder: Path,
     output: Path,
     bits: dict[str, int | None],

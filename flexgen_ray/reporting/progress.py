@@ -41,7 +41,7 @@ def show_progress(phase: str = "starting") -> Iterator[OnProgress]:
         yield show
 
 
-def while_it_runs(command: Callable[..., None], phase: str) -> Callable[..., None]:
+def with_progress(command: Callable[..., None], phase: str) -> Callable[..., None]:
     """The command with a sign of life, for what can't say how far it is."""
 
     @wraps(command)
@@ -52,7 +52,7 @@ def while_it_runs(command: Callable[..., None], phase: str) -> Callable[..., Non
     return run
 
 
-def counted(
+def track(
     items: Iterable[Item], show: OnProgress, phase: str, unit: str, total: int = 0
 ) -> Iterator[Item]:
     """The items, each counted as it is taken; total: 0 if it isn't known."""

@@ -12,7 +12,7 @@ from flexgen_ray.reporting.terminal import display
 NEAR = 0.15  # how far a prediction may be off
 
 
-def off_by(runs: list[dict]) -> dict:
+def prediction_errors(runs: list[dict]) -> dict:
     """How far predictions were off; each run has its measured_to_predicted."""
     off = [abs(run["measured_to_predicted"] - 1) for run in runs]
     return {

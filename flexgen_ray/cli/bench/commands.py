@@ -5,8 +5,8 @@ from __future__ import annotations
 from flexgen_ray.cli.app import App
 from flexgen_ray.cli.bench.peers import peers
 from flexgen_ray.cli.bench.throughput import throughput
-from flexgen_ray.reporting.progress import while_it_runs
+from flexgen_ray.reporting.progress import with_progress
 
 app = App()
 for command in (throughput, peers):
-    app.command()(while_it_runs(command, f"bench {command.__name__}"))
+    app.command()(with_progress(command, f"bench {command.__name__}"))
