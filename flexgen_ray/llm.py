@@ -38,7 +38,7 @@ from flexgen_ray.names import explains_call, explains_unknown
 from flexgen_ray.paths import default_offload_dir, find_description, find_model
 from flexgen_ray.planner.stage_policies import StagePolicies
 from flexgen_ray.processor import generation_request, scoring_request
-from flexgen_ray.reporting.progress import track, show_progress
+from flexgen_ray.reporting.progress import show_progress, track
 from flexgen_ray.request import Request, RequestOutput, SamplingParams
 from flexgen_ray.runtime.events import OnProgress, ignore_progress
 from flexgen_ray.runtime.modelled import RunWrapper

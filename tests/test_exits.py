@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import flexgen_ray
 from flexgen_ray.batch.journal import Journal
 from flexgen_ray.batch.response_lines import error_row
-from flexgen_ray.cli.exits import end_with_status, parse_max_errors, run, explain_resuming
+from flexgen_ray.cli.exits import end_with_status, explain_resuming, parse_max_errors, run
 from flexgen_ray.reporting.terminal import printable
 from flexgen_ray.signals import EXIT_STOPPED, STOPS, Stopped, raise_on_stop
 

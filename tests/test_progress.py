@@ -20,9 +20,9 @@ from flexgen_ray.planner.pipeline_plan import PipelinePlan, PlannedJob
 from flexgen_ray.reporting.progress import (
     LINE_SECONDS,
     Lines,
-    track,
     show_progress,
     show_steps,
+    track,
     with_progress,
 )
 from flexgen_ray.reporting.tally import ProgressTracker

@@ -18,7 +18,7 @@ from flexgen_ray.files.input_lines import STANDARD_STREAM, open_input
 from flexgen_ray.layout.plan import StagePlan
 from flexgen_ray.layout.sizes import stage_bytes, totals
 from flexgen_ray.llm import LLM
-from flexgen_ray.reporting.progress import track, show_progress
+from flexgen_ray.reporting.progress import show_progress, track
 from flexgen_ray.reporting.report import block_line
 from flexgen_ray.request import Request, SamplingParams
 from flexgen_ray.runtime.events import Progress

@@ -17,7 +17,7 @@ from flexgen_ray import __version__
 from flexgen_ray.cli.app import App, Writes
 from flexgen_ray.cli.bench.group import Benchmarks
 from flexgen_ray.cli.evaluate import app as evaluation
-from flexgen_ray.cli.exits import end_with_status, run, explain_resuming
+from flexgen_ray.cli.exits import end_with_status, explain_resuming, run
 from flexgen_ray.cli.options import (
     FILES,
     AddressOption,
