@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
+import importlib
 import subprocess
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from flexgen_ray.kernels import host_attention, host_kernel
+from flexgen_ray.kernels import host_attention, host_kernel, pack_host, vectors
 from flexgen_ray.kernels.host_attention import HostAttention
-from flexgen_ray.kernels.vectors import LANES
+from flexgen_ray.kernels.vectors import LANES, hash_sources
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 ATTEND = HostAttention(threads=1)
@@ -129,13 +128,40 @@ def test_memory_beyond_what_is_valid_is_not_even_touched():
     subprocess.run([sys.executable, "-c", GUARDED], check=True, timeout=120)
 
 
-def test_the_compiled_kernel_is_kept_no_longer_than_its_source():
-    folder = Path(host_attention.__file__).parent
-    parts = (
-        folder / f"host_{name}.py" for name in ("rows", "scores", "sparse", "tiles", "vectors")
+def test_compiled_code_is_cached_until_any_file_it_may_hold_changes(tmp_path, monkeypatch):
+    """numba itself looks at the file of the function only, and would run the old sibling's code."""
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(vectors, "_SOURCES", ("kernels_of_a_test",))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # it doesn't see changes within a second
+    folder = tmp_path / "kernels_of_a_test"
+    folder.mkdir()
+    (folder / "__init__.py").touch()
+    (folder / "kernel.py").write_text(
+        "from flexgen_ray.kernels.vectors import compiled\n"
+        "from kernels_of_a_test.sibling import add\n"
+        "@compiled\n"
+        "def kernel(x):\n"
+        "    return add(x)\n"
     )
-    digest = hashlib.sha256(b"".join(part.read_bytes() for part in parts)).hexdigest()[:8]
-    assert host_attention._PARTS == digest, f"write {digest} there, so that it is compiled anew"
+    results, cached = [], []
+    for number in (1, 1, 2):
+        sibling = f"import numba\n@numba.njit\ndef add(x):\n    return x + {number}\n"
+        (folder / "sibling.py").write_text(sibling)
+        for name in [name for name in sys.modules if name.startswith("kernels_of_a_test")]:
+            del sys.modules[name]
+        importlib.invalidate_caches()
+        hash_sources.cache_clear()
+        kernel = importlib.import_module("kernels_of_a_test.kernel").kernel
+        results.append(kernel(1))
+        cached.append(sum(kernel.stats.cache_hits.values()))
+    hash_sources.cache_clear()
+    assert results == [2, 2, 3] and cached == [0, 1, 0]
+
+
+def test_a_kernel_is_cached_for_the_sources_of_attention_and_quantization():
+    digest = hash_sources("flexgen_ray.kernels", "flexgen_ray.quant")
+    for kernel in (host_attention._attend, pack_host._pack, pack_host._unpack):
+        assert kernel.py_func.__qualname__.endswith(digest)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)

@@ -1,14 +1,33 @@
-"""Tiles of host attention, but for their scores (host_scores): for use within numba functions.
+"""Tiles of host attention, except their scores (host_scores): for use within numba functions.
 
-A tile is 8, 4, 2 or 1 query heads of a KV head with a block of its tokens; it computes in float32.
-Rows are padded to whole vectors: the last one holds a row's last LANES elements, so that nothing
-beside the row is read, and the queries have zeros there for what the vector before holds too.
+A tile is 8, 4, 2 or 1 query heads of one KV head, with BLOCK of its cached tokens at a time:
+
+                          head_dim (padded to whole vectors)
+                    +---------------------------------+
+    query heads     |  queries                        |     8, 4, 2 or 1 rows
+                    +---------------------------------+
+                                                              scores of a block
+                    +---------------------------------+       +-------+
+    cached tokens   |  keys, then values              |  -->  | BLOCK |
+    BLOCK at a time |                                 |       |   x   |
+                    |                                 |       | heads |
+                    +---------------------------------+       +-------+
+
+For every block (online softmax, Milakov and Gimelshein, 2018):
+    scores = keys @ queries                          host_scores
+    scores = 2 ** (scores - largest so far)          softmax_block; sums shrink if that grew
+    sums  += scores @ values                         add_weighted_values
+and at the end results = sums / sum of weights       store_results
+
+All of it is float32. Rows are padded to whole vectors: the last vector holds a row's last LANES
+elements, so that nothing beside the row is read, and the queries have zeros in those of its lanes
+that the vector before holds too.
 
 queries: [padded / part, heads, part]; a vector has `part` elements of the queries of some heads
-scores:  [BLOCK, heads], later their weights; the softmax is the same work in every lane
-sums:    [heads, padded], of weighted values
-state:   [2, LANES]: the largest score so far; the sum of weights, in as many terms as a head has
-         lanes
+scores:  [BLOCK, heads], later weights; head h is in lanes h, h + heads, ... of every vector
+sums:    [heads, padded], weighted sums of values
+state:   [2, LANES]: each head's largest score so far; and the sum of its weights, spread over the
+         lanes that a head has in a vector of scores
 
 Knows the softmax's parts and weighted sums; no threads, and not which heads make up a tile.
 """
@@ -20,7 +39,7 @@ import math
 from llvmlite import ir
 from numba.core import types
 
-from flexgen_ray.kernels.host_rows import lanes_in, offset, parameters, read
+from flexgen_ray.kernels.host_rows import count_lanes, load_parameters, read_vector, vector_offset
 from flexgen_ray.kernels.vectors import (
     F32,
     I64,
@@ -30,6 +49,7 @@ from flexgen_ray.kernels.vectors import (
     WIDE,
     ZEROS,
     constant,
+    element_at,
     emit_loop,
     emit_switch,
     emitted,
@@ -37,9 +57,9 @@ from flexgen_ray.kernels.vectors import (
     fma,
     is_packed,
     load,
+    load_repeated,
     maximum,
     narrow,
-    plus,
     prefetch,
     row_at,
     shuffle,
@@ -55,29 +75,31 @@ from flexgen_ray.quant.packing import GROUP
 BLOCK = 64
 TILES = (8, 4, 2, 1)
 LINE = 64
-# Vectors of values at once, widest first: with all heads' sums of them they fit the registers.
+# Vectors of values read at once, by number of heads, widest first: with all heads' sums they fit
+# the registers.
 _COLUMNS = {8: (2, 1) if WIDE else (1,), 4: (4, 1) if WIDE else (2, 1), 2: (4, 1), 1: (8, 4, 1)}
-# Picked rows that are prefetched before they are read; there are so many more picks.
+# Distance at which picked rows are prefetched; the list of picks is longer by as many entries.
 AHEAD = 8
 _UNROLLED = 4
 
 
 def vectors_of_queries(kind: types.Type, heads: int) -> int:
-    """How many hold a part of every head's query; each is multiplied with the same keys."""
-    # A vector of 4-bit codes is read whole, since what makes numbers of them costs most.
+    """Number of vectors that hold a part of every head's query and share each loaded key."""
+    # A vector of 4-bit codes is read whole, since converting codes to numbers costs most.
     return heads if kind == types.int8 else min(heads, 4 if WIDE else 2)
 
 
 def part_of_row(kind: types.Type, heads: int) -> int:
-    """Elements of a row that a vector holds for each of its heads."""
+    """Number of a row's elements that a vector of queries holds for each of its heads."""
     return LANES * vectors_of_queries(kind, heads) // heads
 
 
 @emitted
-def begin(context, kind, heads, dim, scale, rows, queries, sums, state):
-    """queries = rows * scale; sums and state as before any token. rows: matrix of the heads.
+def start_tile(context, kind, heads, dim, scale, rows, queries, sums, state):
+    """queries = rows * scale; sums and state as before the first token.
 
-    For packed keys the rows are float32, in the order of the codes, and may be the sums.
+    rows: matrix of the heads' queries, dim elements each. For packed keys these are float32, in the
+    order of the codes' lanes, and may lie where the sums do.
     """
 
     def generate(context, b, signature, args):
@@ -92,14 +114,14 @@ def begin(context, kind, heads, dim, scale, rows, queries, sums, state):
             def step(d, _):
                 at = smaller(b, d, last)
                 new = b.icmp_signed(">=", lanes, splat(b, b.sub(d, at)))
-                place = plus(b, queries, d, 4 * heads)
+                place = element_at(b, queries, d, 4 * heads)
                 for head in range(heads):
-                    row = plus(b, row_at(b, rows, I64(head)), at, size_in_bytes(stored))
+                    row = element_at(b, row_at(b, rows, I64(head)), at, size_in_bytes(stored))
                     q = b.select(new, b.fmul(load(b, stored, row), splat(b, scale)), ZEROS)
                     for i in range(LANES // part):
                         piece = shuffle(b, q, q, list(range(i * part, (i + 1) * part)))
                         store(b, piece, b.add(place, I64(4 * (i * heads + head) * part)))
-                    store(b, ZEROS, plus(b, row_at(b, sums, I64(head)), d, 4))
+                    store(b, ZEROS, element_at(b, row_at(b, sums, I64(head)), d, 4))
                 return []
 
             emit_loop(b, dim, LANES, [], step)
@@ -115,8 +137,11 @@ def begin(context, kind, heads, dim, scale, rows, queries, sums, state):
 
 
 @emitted
-def soften(context, heads, tokens, dim, scores, sums, state):
-    """scores[:tokens] become 2**(score - largest); sums shrink if the largest grew."""
+def softmax_block(context, heads, tokens, dim, scores, sums, state):
+    """Replace a block's scores by weights 2**(score - largest); shrink sums if the largest grew.
+
+    heads, tokens: of the tile; dim: padded; scores, state: addresses; sums: matrix of the heads.
+    """
 
     def generate(context, b, signature, args):
         heads, tokens, dim, scores, sums, state = args
@@ -124,38 +149,39 @@ def soften(context, heads, tokens, dim, scores, sums, state):
         largest, total = (load(b, types.float32, place) for place in (state, total_at))
 
         def places(i):
-            return [plus(b, scores, b.add(i, I64(n * LANES)), 4) for n in range(_UNROLLED)]
+            return [element_at(b, scores, b.add(i, I64(n * LANES)), 4) for n in range(_UNROLLED)]
 
         def emit(heads):
             valid, end = b.mul(tokens, I64(heads)), I64(BLOCK * heads)
 
             def clear(i, _):
                 minus_infinity = ir.Constant(F32, -math.inf)
-                store(b, minus_infinity, plus(b, scores, b.add(valid, i), 4))
+                store(b, minus_infinity, element_at(b, scores, b.add(valid, i), 4))
                 return []
 
-            def look(i, found):
-                read = [load(b, types.float32, place) for place in places(i)]
-                return [maximum(b, x, y) for x, y in zip(read, found, strict=True)]
+            def track_largest(i, largest):
+                block = [load(b, types.float32, place) for place in places(i)]
+                return [maximum(b, x, y) for x, y in zip(block, largest, strict=True)]
 
-            def weigh(i, added):
-                read = [load(b, types.float32, place) for place in places(i)]
-                weights = [exp2(b, b.fsub(x, new)) for x in read]
+            def add_weights(i, added):
+                block = [load(b, types.float32, place) for place in places(i)]
+                weights = [exp2(b, b.fsub(x, new)) for x in block]
                 for weight, place in zip(weights, places(i), strict=True):
                     store(b, weight, place)
                 return [b.fadd(x, y) for x, y in zip(added, weights, strict=True)]
 
+            # Lanes beyond the tokens weigh nothing; then the largest score, then the weights.
             emit_loop(b, b.sub(end, valid), 1, [], clear)
-            found = emit_loop(b, end, _UNROLLED * LANES, [largest] * _UNROLLED, look)
-            new = across(b, heads, found, maximum)
+            candidates = emit_loop(b, end, _UNROLLED * LANES, [largest] * _UNROLLED, track_largest)
+            new = reduce_per_head(b, heads, candidates, maximum)
             shrunk = exp2(b, b.fsub(largest, new))
-            added = emit_loop(b, end, _UNROLLED * LANES, [ZEROS] * _UNROLLED, weigh)
+            added = emit_loop(b, end, _UNROLLED * LANES, [ZEROS] * _UNROLLED, add_weights)
             store(b, new, state)
-            store(b, fma(b, total, shrunk, _pairwise(b, added, ir.IRBuilder.fadd)), total_at)
+            store(b, fma(b, total, shrunk, reduce_pairwise(b, added, ir.IRBuilder.fadd)), total_at)
 
             def shrink(d, _):
                 for head in range(heads):
-                    place = plus(b, row_at(b, sums, I64(head)), d, 4)
+                    place = element_at(b, row_at(b, sums, I64(head)), d, 4)
                     factor = shuffle(b, shrunk, shrunk, [head] * LANES)
                     store(b, b.fmul(load(b, types.float32, place), factor), place)
                 return []
@@ -170,15 +196,16 @@ def soften(context, heads, tokens, dim, scores, sums, state):
     return types.void(*[types.int64] * 4, MATRIX, types.int64), generate
 
 
-def _pairwise(b, vectors, combine):
+def reduce_pairwise(b, vectors, combine):
+    """One vector of several, combined in pairs; their number is a power of two."""
     while len(vectors) > 1:
         vectors = [combine(b, x, y) for x, y in zip(vectors[::2], vectors[1::2], strict=True)]
     return vectors[0]
 
 
-def across(b, heads, vectors, combine):
-    """Vectors combined, and then all lanes of each head, which get the same result."""
-    vector, turn = _pairwise(b, vectors, combine), heads
+def reduce_per_head(b, heads, vectors, combine):
+    """Combine vectors, and then the lanes of each head, so that all lanes of a head agree."""
+    vector, turn = reduce_pairwise(b, vectors, combine), heads
     while turn < LANES:
         turned = shuffle(b, vector, vector, [(lane + turn) % LANES for lane in range(LANES)])
         vector, turn = combine(b, vector, turned), 2 * turn
@@ -186,44 +213,46 @@ def across(b, heads, vectors, combine):
 
 
 @emitted
-def mix(context, kind, heads, shape, weights, values, picks, sums, ahead):
-    """sums[h, :] += weights[:, h] @ values; shape: (tokens, bytes of one).
+def add_weighted_values(context, kind, heads, shape, weights, values, picks, sums, ahead):
+    """sums[h, :] += weights[:, h] @ values; shape: (tokens, bytes of one row).
 
-    picks: None, or the address of each token's index in values; ahead: as for score, if None.
+    picks: None, or the address of each token's index in values.
+    ahead: matrix of rows that are read soon, and are prefetched; unused with picks, which are
+    prefetched themselves.
     """
 
     def generate(context, b, signature, args):
         _, heads, shape, weights, values, picked, sums, ahead = args
         tokens, nbytes = (b.extract_value(shape, i) for i in range(2))
-        lanes, vector = lanes_in(b, kind, nbytes), vector_bytes(kind)
+        lanes, vector = count_lanes(b, kind, nbytes), vector_bytes(kind)
 
         def rows_of(j):
             if not picking:
                 return row_at(b, values, j), row_at(b, ahead, j)
-            places = (plus(b, picked, i, 8) for i in (j, b.add(j, I64(AHEAD))))
+            places = (element_at(b, picked, i, 8) for i in (j, b.add(j, I64(AHEAD))))
             indices = (b.load(b.inttoptr(place, I64.as_pointer())) for place in places)
             return [row_at(b, values, index) for index in indices]
 
+        # Sums of one strip of `columns` vectors, for all heads, stay in registers over all tokens.
         def strip(heads, columns, d):
-            at, width = offset(b, kind, nbytes, d), columns * vector
+            at, width = vector_offset(b, kind, nbytes, d), columns * vector
 
             def step(j, carried):
                 row, later = rows_of(j)
                 v = []
                 for c in range(columns):
                     if c * LANES % GROUP == 0:
-                        group = parameters(b, kind, row, nbytes, b.add(d, I64(c * LANES)))
-                    v.append(read(b, kind, b.add(row, b.add(at, I64(c * vector))), group))
+                        group = load_parameters(b, kind, row, nbytes, b.add(d, I64(c * LANES)))
+                    v.append(read_vector(b, kind, b.add(row, b.add(at, I64(c * vector))), group))
                 for line in range(0, width if heads > 1 or picking else 0, LINE):
                     prefetch(b, b.add(later, b.add(at, I64(line))))
-                place = plus(b, weights, j, 4 * heads)
-                w = [
-                    load(b, types.float32, b.add(place, I64(4 * h)), count=1) for h in range(heads)
-                ]
+                place = element_at(b, weights, j, 4 * heads)
+                places = [b.add(place, I64(4 * h)) for h in range(heads)]
+                w = [load_repeated(b, types.float32, place, count=1) for place in places]
                 pairs = [(x, y) for x in w for y in v]
                 return [fma(b, x, y, z) for (x, y), z in zip(pairs, carried, strict=True)]
 
-            rows = [plus(b, row_at(b, sums, I64(h)), d, 4) for h in range(heads)]
+            rows = [element_at(b, row_at(b, sums, I64(h)), d, 4) for h in range(heads)]
             places = [b.add(row, I64(c * VECTOR_BYTES)) for row in rows for c in range(columns)]
             first = [load(b, types.float32, place) for place in places]
             for place, total in zip(places, emit_loop(b, tokens, 1, first, step), strict=True):
@@ -233,7 +262,7 @@ def mix(context, kind, heads, shape, weights, values, picks, sums, ahead):
             start = I64(0)
             for columns in _COLUMNS[heads]:
                 left, width = b.sub(lanes, start), I64(columns * LANES)
-                if columns > 1:
+                if columns > 1:  # whole strips only; narrower ones take what is left
                     whole = b.mul(b.udiv(nbytes, I64(vector)), I64(LANES))
                     left = b.mul(b.udiv(b.sub(whole, start), width), width)
 
@@ -253,8 +282,8 @@ def mix(context, kind, heads, shape, weights, values, picks, sums, ahead):
 
 
 @emitted
-def give(context, kind, heads, dim, sums, state, rows):
-    """rows = sums / the sum of weights; rows: matrix of the heads."""
+def store_results(context, kind, heads, dim, sums, state, rows):
+    """rows = sums / sum of weights, narrowed to the kind; dim: elements of a row."""
 
     def generate(context, b, signature, args):
         _, heads, dim, sums, state, rows = args
@@ -262,12 +291,12 @@ def give(context, kind, heads, dim, sums, state, rows):
         terms = load(b, types.float32, b.add(state, I64(VECTOR_BYTES)))
 
         def emit(heads):
-            total = across(b, heads, [terms], ir.IRBuilder.fadd)
+            total = reduce_per_head(b, heads, [terms], ir.IRBuilder.fadd)
 
             def step(d, _):
                 at = b.mul(smaller(b, d, last), I64(size_in_bytes(kind)))
                 for head in range(heads):
-                    value = load(b, types.float32, plus(b, row_at(b, sums, I64(head)), d, 4))
+                    value = load(b, types.float32, element_at(b, row_at(b, sums, I64(head)), d, 4))
                     value = b.fdiv(value, shuffle(b, total, total, [head] * LANES))
                     store(b, narrow(b, kind, value), b.add(row_at(b, rows, I64(head)), at))
                 return []

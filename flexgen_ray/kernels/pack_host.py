@@ -1,7 +1,7 @@
-"""Packing and unpacking on the CPU, near the speed of its memory; bit for bit as plain.py.
+"""Quantization of vectors on the CPU, near the speed of its memory; bit for bit as pack_plain.
 
-(Which NaN stands for what can't be packed is not said.) Each vector is the work of one thread, of
-as many as torch has. Knows addresses of vectors.
+Only which NaN stands for a value that can't be quantized may differ. Each vector is the work of
+one thread, of as many as torch has. Knows addresses of vectors; no tiers.
 """
 
 from __future__ import annotations
@@ -15,41 +15,37 @@ import torch
 from torch import Tensor
 
 from flexgen_ray.kernels.groups import (
-    KINDS,
     RUN,
+    dequantize_one,
+    dequantize_run,
     extremes,
     from_half,
-    spread_one,
-    spread_run,
-    squeeze_one,
-    squeeze_run,
+    quantize_one,
+    quantize_run,
     store_halves,
     to_half,
     value_at,
 )
 from flexgen_ray.kernels.pack_search import LANES, STATE_ROWS, rounded, search
-from flexgen_ray.kernels.vectors import compiled
+from flexgen_ray.kernels.vectors import KINDS, compiled
 from flexgen_ray.quant.packing import GROUP, LARGEST, PARAMETER_BYTES, code_bytes
 
-# numba's cache heeds changes of this file only, so it names the state of those that it compiles
-# with it: host_groups, host_search and packing (a test says).
-_PARTS = "5395597c"
-
-# A thread's least work: far more than it costs to start one.
+# Least work of a thread: far more than it costs to start one.
 _VALUES_PER_THREAD = 1 << 20
 
 
 def pack(x: Tensor, bits: int, out: Tensor, least_squares: bool = False) -> bool:
-    """Whether all could be packed: groups become NaN which hold something beyond LARGEST."""
+    """Quantize vectors; False if a group holds a value beyond LARGEST, and so becomes NaN."""
     return all(_on_threads(_pack, x, out, (bits, x.shape[-1], least_squares)))
 
 
 def unpack(packed: Tensor, bits: int, out: Tensor) -> None:
+    """Dequantize vectors into out, rounded to its dtype."""
     _on_threads(_unpack, out, packed, (bits, out.shape[-1]))
 
 
 def _on_threads(kernel: Callable, values: Tensor, packed: Tensor, task: tuple) -> list:
-    """What the kernel returns for each thread's share of the vectors."""
+    """Run the kernel on each thread's share of the vectors; returns each one's result."""
     kind = KINDS[str(values.dtype).removeprefix("torch.")]
     places = _addresses(values), _addresses(packed)
     bits, size = task[:2]
@@ -69,7 +65,7 @@ def _on_threads(kernel: Callable, values: Tensor, packed: Tensor, task: tuple) -
 
 
 def _addresses(x: Tensor) -> np.ndarray:
-    """Of x's vectors, in order."""
+    """Addresses of x's vectors, in order."""
     places = np.array(x.data_ptr())
     for length, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True):
         places = np.add.outer(places, np.arange(length) * (stride * x.element_size()))
@@ -77,21 +73,24 @@ def _addresses(x: Tensor) -> np.ndarray:
 
 
 @numba.njit(nogil=True)
-def _spread(kind, count, codes, shift, mask, parameters, out, nbytes):
-    """count values, of nbytes each, from as many bytes."""
+def _dequantize(kind, count, codes, shift, mask, parameters, out, nbytes):
+    """Write count values, of nbytes each, from as many bytes of codes."""
     i = 0
     while i + RUN <= count:
-        spread_run(kind, codes + i, shift, mask, parameters, out + i * nbytes)
+        dequantize_run(kind, codes + i, shift, mask, parameters, out + i * nbytes)
         i += RUN
     while i < count:
-        spread_one(kind, codes + i, shift, mask, parameters, out + i * nbytes)
+        dequantize_one(kind, codes + i, shift, mask, parameters, out + i * nbytes)
         i += 1
 
 
 @compiled
 def _unpack(kind, task, strides, places, first, end):
-    """Vectors from the first to before the end; strides: bytes of a value, of a vector's codes;
-    places: (values, packed)."""
+    """Dequantize the vectors from first to before end.
+
+    task: (bits, values of a vector); strides: bytes of a value, and of a vector's codes; places:
+    addresses of each vector's (values, packed bytes).
+    """
     (bits, size), (nbytes, middle) = task, strides
     none, four, low, whole = np.uint8(0), np.uint8(4), np.uint8(15), np.uint8(255)
     for vector in range(first, end):
@@ -100,12 +99,14 @@ def _unpack(kind, task, strides, places, first, end):
         for start in range(0, size, GROUP):
             n = min(GROUP, size - start)
             if bits == 8:
-                _spread(kind, n, codes, none, whole, parameters, out, nbytes)
+                _dequantize(kind, n, codes, none, whole, parameters, out, nbytes)
                 codes += n
             else:
                 half = (n + 1) // 2
-                _spread(kind, half, codes, none, low, parameters, out, nbytes)
-                _spread(kind, n - half, codes, four, low, parameters, out + half * nbytes, nbytes)
+                _dequantize(kind, half, codes, none, low, parameters, out, nbytes)
+                _dequantize(
+                    kind, n - half, codes, four, low, parameters, out + half * nbytes, nbytes
+                )
                 codes += half
             out += n * nbytes
             parameters += PARAMETER_BYTES
@@ -126,7 +127,7 @@ def _ends(kind, values, n, nbytes):
 
 @numba.njit(nogil=True)
 def _covering(span, levels):
-    """The bits of the smallest float16 with which the highest code reaches the span."""
+    """Bits of the smallest float16 scale with which the highest code reaches the span."""
     if not span > 0:
         return np.uint16(0)
     scale = to_half(span * (np.float32(1) / levels))
@@ -134,30 +135,31 @@ def _covering(span, levels):
 
 
 @numba.njit(nogil=True)
-def _squeeze(kind, n, values, grid, codes, bits, nbytes):
-    """The codes of n values, as a group has them; returns the address after them."""
+def _quantize(kind, n, values, grid, codes, bits, nbytes):
+    """Write the codes of a group's n values; returns the address after them."""
     count = n if bits == 8 else n // 2
     ahead = 0 if bits == 8 else (n + 1) // 2 * nbytes
     i = 0
     while i + RUN <= count:
         place = values + i * nbytes
-        squeeze_run(kind, place, place + ahead if ahead else 0, grid, codes + i)
+        quantize_run(kind, place, place + ahead if ahead else 0, grid, codes + i)
         i += RUN
     while i < count:
         place = values + i * nbytes
-        squeeze_one(kind, place, place + ahead if ahead else 0, grid, codes + i)
+        quantize_one(kind, place, place + ahead if ahead else 0, grid, codes + i)
         i += 1
     if bits == 4 and n % 2:
-        squeeze_one(kind, values + i * nbytes, 0, grid, codes + i)
+        quantize_one(kind, values + i * nbytes, 0, grid, codes + i)
         i += 1
     return codes + i
 
 
 @numba.njit(nogil=True)
 def _ranges(kind, values, size, nbytes, levels, ends, lines):
-    """Of up to LANES groups: how many, and whether none has a value beyond LARGEST.
+    """Fill in extremes (ends), minimum and scale (lines) of up to LANES groups.
 
-    Fills in their extremes, minimum and scale; NaN and 0 where a value is beyond it.
+    Minimum and scale are NaN and 0 where a value is beyond LARGEST. Returns the number of groups,
+    and whether no value is beyond it.
     """
     count, valid = 0, True
     for start in range(0, min(size, LANES * GROUP), GROUP):
@@ -175,7 +177,10 @@ def _ranges(kind, values, size, nbytes, levels, ends, lines):
 
 @compiled
 def _pack(kind, task, strides, places, first, end):
-    """As _unpack; whether all values are within LARGEST."""
+    """Quantize the vectors from first to before end; False if a value is beyond LARGEST.
+
+    Arguments as for _unpack; task has a third entry, whether to search for least squares.
+    """
     (bits, size, least_squares), (nbytes, middle) = task, strides
     top, zero, one = np.float32(2**bits - 1), np.float32(0), np.float32(1)
     ends, lines = np.zeros((2, LANES), np.float32), np.zeros((2, LANES), np.float32)
@@ -197,9 +202,9 @@ def _pack(kind, task, strides, places, first, end):
                 minimum, scale = lines[0, group], lines[1, group]
                 store_halves(to_half(minimum), to_half(scale), parameters)
                 grid = (minimum, scale if scale > 0 else one, top)
-                codes = _squeeze(kind, n, values, grid, codes, bits, nbytes)
+                codes = _quantize(kind, n, values, grid, codes, bits, nbytes)
                 values += n * nbytes
                 parameters += PARAMETER_BYTES
-        if codes < places[1][vector] + middle:  # a byte that makes them even is zero
-            squeeze_one(kind, places[0][vector], 0, (zero, one, zero), codes)
+        if codes < places[1][vector] + middle:  # the byte that makes their number even is zero
+            quantize_one(kind, places[0][vector], 0, (zero, one, zero), codes)
     return all_valid

@@ -1,94 +1,116 @@
-"""A search for the minimum and scale of least squared error, of many groups at once.
+"""Search for the minimum and scale of least squared error, for several groups at once.
 
-Alternating least squares from several starts: the best line through given codes, then the best
-codes on that line, which finds a near optimum only. Each group is a lane of vectors, so every CPU
-adds in the same order. For use within numba functions.
+Alternating least squares from several starts: fit the best line through given codes, then choose
+the best codes on that line, and so on, which ends in a near optimum. Each group is a lane of
+vectors, so every CPU adds in the same order. For use within numba functions. Knows no layout.
 """
 
 from __future__ import annotations
 
 import numba
 import numpy as np
-from numba.core import cgutils, types
+from llvmlite import ir
+from numba.core import types
 
 from flexgen_ray.kernels.groups import (
-    F32,
     HALF_MAX,
-    ROUNDER,
-    codes_above,
-    constant,
-    emitted,
     from_half,
-    load,
+    round_to_codes,
     round_to_half,
-    splat,
-    store,
     to_half,
     value_at,
+)
+from flexgen_ray.kernels.vectors import (
+    I64,
+    ROUNDER,
+    constant,
+    element_at,
+    emit_loop,
+    emitted,
+    load,
+    splat,
+    store,
 )
 from flexgen_ray.quant.packing import GROUP
 
 LANES = 8  # groups that are searched together
-# Of a group's range, where the search begins; and how many lines it tries from there.
+# Widths that a search starts from, as shares of the group's range; lines tried from each start.
 WIDTHS = (0.8, 0.85, 0.9, 0.95, 1.05)
 TURNS = 4
-# Rows of the state, LANES float32 each: the groups' base (the minimum they had), the sum of their
-# values less that, the line to be tried, and the best line so far with its squared error.
+# Rows of the state, one float32 for each group: its base (the minimum it had), the sum of its
+# values less the base, the line to try (minimum and step), the best line so far, and its error.
 BASE, TOTAL, LOW, STEP, BEST_LOW, BEST_STEP, LEAST = range(7)
 STATE_ROWS = 7
+_ROW_BYTES = 4 * LANES
+
+
+def _number(value: float) -> ir.Constant:
+    return constant(value, count=LANES)
+
+
+def _sums_over_group(
+    b: ir.IRBuilder,
+    values: ir.Value,
+    line: tuple[ir.Value, ir.Value, ir.Value],
+    levels: ir.Value,
+) -> list[ir.Value]:
+    """Squared error, and sums of code, code**2 and code * value, over each group's values.
+
+    line: its lowest value less the base, its step, and the step's inverse.
+    """
+    shift, step, inverse = line
+
+    def add_value(i: ir.Value, sums: list[ir.Value]) -> list[ir.Value]:
+        y = load(b, types.float32, element_at(b, values, i, _ROW_BYTES), LANES)
+        steps = round_to_codes(b, b.fmul(b.fsub(y, shift), inverse), levels)
+        code = b.fsub(steps, _number(ROUNDER))
+        miss = b.fsub(y, b.fadd(b.fmul(code, step), shift))
+        terms = b.fmul(miss, miss), code, b.fmul(code, code), b.fmul(code, y)
+        return [b.fadd(before, term) for before, term in zip(sums, terms, strict=True)]
+
+    return emit_loop(b, I64(GROUP), 1, [_number(0.0)] * 4, add_value)
 
 
 @emitted
 def try_lines(context, values, state, levels):
-    """Try each group's line, keep it if it's the best so far, and make the next of its codes.
+    """Try each group's line, keep it if it is the best so far, and fit the next to its codes.
 
-    values: address of float32 [GROUP, LANES], less the base; state: of float32 [STATE_ROWS, LANES].
-    A line that leaves float16 is not kept.
+    values: address of float32 [GROUP, LANES], less the base; state: of float32 [STATE_ROWS, LANES];
+    levels: the highest code. A line that leaves the range of float16 is not kept.
     """
 
     def generate(context, b, signature, args):
         values, state, levels = args
         levels = splat(b, levels, LANES)
-        row = 4 * LANES
-
-        def number(value):
-            return constant(F32, value, LANES)
 
         def place(index):
-            return b.add(state, state.type(index * row))
+            return b.add(state, I64(index * _ROW_BYTES))
 
         base, total, low, step, best_low, best_step, least = (
-            load(b, F32, place(index), LANES) for index in range(STATE_ROWS)
+            load(b, types.float32, place(index), LANES) for index in range(STATE_ROWS)
         )
-        shift, inverse = b.fsub(low, base), b.fdiv(number(1.0), step)
-        sums = [cgutils.alloca_once_value(b, number(0.0)) for _ in range(4)]
-        with cgutils.for_range(b, values.type(GROUP)) as loop:
-            y = load(b, F32, b.add(values, b.mul(loop.index, values.type(row))), LANES)
-            steps = codes_above(b, b.fmul(b.fsub(y, shift), inverse), levels)
-            code = b.fsub(steps, number(ROUNDER))
-            miss = b.fsub(y, b.fadd(b.fmul(code, step), shift))
-            terms = b.fmul(miss, miss), code, b.fmul(code, code), b.fmul(code, y)
-            for place_of, term in zip(sums, terms, strict=True):
-                b.store(b.fadd(b.load(place_of), term), place_of)
-        error, c, cc, cy = map(b.load, sums)
+        line = b.fsub(low, base), step, b.fdiv(_number(1.0), step)
+        error, c, cc, cy = _sums_over_group(b, values, line, levels)
+        # Is the line the best so far?
         high = b.fadd(low, b.fmul(levels, step))
         within = b.and_(
-            b.fcmp_ordered(">=", low, number(-HALF_MAX)),
-            b.fcmp_ordered("<=", high, number(HALF_MAX)),
+            b.fcmp_ordered(">=", low, _number(-HALF_MAX)),
+            b.fcmp_ordered("<=", high, _number(HALF_MAX)),
         )
-        is_line = b.and_(within, b.fcmp_ordered(">", step, number(0.0)))
+        is_line = b.and_(within, b.fcmp_ordered(">", step, _number(0.0)))
         is_best = b.and_(is_line, b.fcmp_ordered("<", error, least))
         pairs = ((BEST_LOW, low, best_low), (BEST_STEP, step, best_step), (LEAST, error, least))
-        for index, found, kept in pairs:
-            store(b, b.select(is_best, found, kept), place(index))
-        count = number(float(GROUP))
+        for index, new, best in pairs:
+            store(b, b.select(is_best, new, best), place(index))
+        # The next line is the regression of the values on their codes, rounded to float16.
+        count = _number(float(GROUP))
         spread = b.fsub(b.fmul(count, cc), b.fmul(c, c))
         slope = b.fdiv(b.fsub(b.fmul(count, cy), b.fmul(c, total)), spread)
         mean = b.fdiv(b.fsub(total, b.fmul(slope, c)), count)
         next_low = round_to_half(b, b.fadd(base, mean))
         rest = b.fsub(cy, b.fmul(b.fsub(next_low, base), c))
         next_step = round_to_half(b, b.fdiv(rest, cc))
-        goes_on = b.and_(is_line, b.fcmp_ordered(">", spread, number(0.0)))
+        goes_on = b.and_(is_line, b.fcmp_ordered(">", spread, _number(0.0)))
         store(b, b.select(goes_on, next_low, low), place(LOW))
         store(b, b.select(goes_on, next_step, step), place(STEP))
         return context.get_dummy_value()
@@ -98,17 +120,18 @@ def try_lines(context, values, state, levels):
 
 @numba.njit(nogil=True)
 def rounded(value):
-    """As float16 holds it; added to zero, since -0.0 would be packed as another byte than 0.0."""
+    """Float32 rounded to float16 and added to zero, since -0.0 has other bytes than 0.0."""
     return from_half(to_half(np.float32(value))) + np.float32(0)
 
 
 @numba.njit(nogil=True)
 def search(kind, values, count, nbytes, levels, ends, lines, transposed, state):
-    """Better lines for `count` whole groups that lie one after the other at an address.
+    """Replace the lines of `count` whole groups, side by side at an address, by better ones.
 
-    ends: float32 [2, LANES], their least and largest values; lines: float32 [2, LANES], minimum
-    and scale, which are replaced if others have less squared error; transposed, state: float32
-    [GROUP, LANES] and [STATE_ROWS, LANES], to work in.
+    kind, nbytes: type and bytes of a value; levels: the highest code.
+    ends: float32 [2, LANES], each group's least and largest values.
+    lines: float32 [2, LANES], minimum and scale, replaced where others have less squared error.
+    transposed, state: workspace, float32 [GROUP, LANES] and [STATE_ROWS, LANES].
     """
     places = transposed.ctypes.data, state.ctypes.data
     for group in range(count):
