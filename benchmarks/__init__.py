@@ -1,1 +1,1 @@
-"""What proves claims to ourselves: each runs as `python -m benchmarks.NAME`."""
+"""Does the project do what it claims? Benchmarks for a checkout: `python -m benchmarks.NAME`."""

@@ -1,4 +1,4 @@
-"""`python -m benchmarks` lists the benchmarks with what each shows."""
+"""`python -m benchmarks` lists the benchmarks with the question that each answers."""
 
 from __future__ import annotations
 
@@ -9,4 +9,4 @@ for path in sorted(Path(__file__).parent.glob("*.py")):
     source = path.read_text(encoding="utf-8")
     if "run_as_command(" in source and path.stem != "command":
         about = (ast.get_docstring(ast.parse(source)) or "").splitlines()[0]
-        print(f"python -m benchmarks.{path.stem:<12} {about}")
+        print(f"python -m benchmarks.{path.stem:<10} {about}")

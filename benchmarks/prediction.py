@@ -21,7 +21,7 @@ from benchmarks.command import run_as_command
 from flexgen_ray.calibration.calibrate import calibrate
 from flexgen_ray.calibration.rates import Scope
 from flexgen_ray.calibration.steady import OtherLoad
-from flexgen_ray.cli.bench.throughput import random_requests
+from flexgen_ray.cli.bench.runs import synthetic_requests
 from flexgen_ray.cli.options import JsonOption
 from flexgen_ray.config import Placement, Policy
 from flexgen_ray.hardware.spec import Hardware
@@ -138,9 +138,9 @@ def _report(policy: Policy, job: PlannedJob, model: str, dtype: str) -> Report:
         "use_ray": False,
     }
     with LLM(model, policy=policy, **options) as llm:
-        requests = random_requests(llm, job.num_requests, job.prompt_len, job.max_tokens)
+        requests = synthetic_requests(llm, [(job.prompt_len, job.max_tokens)] * job.num_requests)
         llm.prepare(requests)
-        first = random_requests(llm, job.num_requests, job.prompt_len, 1)
+        first = synthetic_requests(llm, [(job.prompt_len, 1)] * job.num_requests)
         for _ in chain(llm.stream(first), llm.stream(requests)):
             pass
         return llm.report

@@ -19,6 +19,8 @@ def draw_scaling(result: dict, path: Path) -> None:
     from matplotlib import pyplot as plt
 
     models = result["models"]
+    is_emulated = result.get("emulated", False)
+    said, machines = (" (emulated)", "T4 machines") if is_emulated else ("", "pipeline stages")
     figure, axes = plt.subplots(
         1, len(models), figsize=(4 * len(models), 3.6), squeeze=False, layout="constrained"
     )
@@ -26,11 +28,11 @@ def draw_scaling(result: dict, path: Path) -> None:
         counts = [int(count) for count in found["stages"]]
         rates = [run["decode_tokens_per_s"] for run in found["stages"].values()]
         alone = rates[counts.index(1)] if 1 in counts else rates[0] / counts[0]
-        panel.plot(counts, rates, "o-", label="pipeline (emulated)")
+        panel.plot(counts, rates, "o-", label="pipeline" + said)
         panel.plot(counts, [alone * it for it in counts], ":", color="grey", label="copies of one")
         if found.get("paper"):
             panel.plot((1, 4), found["paper"]["decode"], "s--", color="tab:red", label="FlexGen")
-        panel.set(title=name, xlabel="T4 machines", xticks=counts, xlim=(0.4, None), ylim=(0, None))
+        panel.set(title=name, xlabel=machines, xticks=counts, xlim=(0.4, None), ylim=(0, None))
         for count, rate in zip(counts, rates, strict=True):
             label = f"{rate:.1f}" if rate < 100 else f"{rate:.0f}"
             panel.annotate(label, (count, rate), (-4, 4), textcoords="offset points", ha="right")

@@ -1,18 +1,16 @@
-"""The paper's workload: a block of equal prompts and equal outputs, prefill and decode apart.
+"""`flexgen-ray bench throughput`: equal prompts and equal answers, the FlexGen paper's workload.
 
-The bound is the cost of the run's own ops at rates measured just before: the busiest lane,
-resource, or, where the device is the CPU, the cores that all lanes share.
+Knows one run and its bound (runs.py); compares it with nothing else.
 """
 
 from __future__ import annotations
 
-import random
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from flexgen_ray.cli.bench.runs import WORKLOAD, ModelOrShapeOption, run_figures, synthetic_requests
 from flexgen_ray.cli.options import (
     CpuOption,
     DeviceOption,
@@ -26,21 +24,28 @@ from flexgen_ray.cli.options import (
     TraceOption,
 )
 from flexgen_ray.llm import LLM
-from flexgen_ray.reporting.report import Report
 from flexgen_ray.reporting.result import finish
 from flexgen_ray.reporting.terminal import say
-from flexgen_ray.request import Request, SamplingParams
 
 
 def throughput(
-    model: Annotated[
-        str,
-        typer.Option(help="Model folder, or a built-in shape such as opt-30b (made-up weights)."),
-    ],
-    prompt_len: Annotated[int, typer.Option(min=1, help="Tokens of every prompt.")] = 512,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of every answer.")] = 32,
+    model: ModelOrShapeOption,
+    prompt_len: Annotated[
+        int,
+        typer.Option(rich_help_panel=WORKLOAD, metavar="N", min=1, help="Tokens of each prompt."),
+    ] = 512,
+    max_tokens: Annotated[
+        int,
+        typer.Option(rich_help_panel=WORKLOAD, metavar="N", min=1, help="Tokens of each answer."),
+    ] = 32,
     num_prompts: Annotated[
-        int | None, typer.Option(min=1, help="One block of the policy, or 32, if not given.")
+        int | None,
+        typer.Option(
+            rich_help_panel=WORKLOAD,
+            metavar="N",
+            min=1,
+            help="Number of prompts. [default: one block of --policy, else 32]",
+        ),
     ] = None,
     policy: PolicyOption = None,
     dtype: DtypeOption = Dtype.auto,
@@ -49,11 +54,20 @@ def throughput(
     cpu_memory: CpuOption = None,
     disk_memory: DiskOption = None,
     offload_dir: OffloadOption = None,
-    executor: Annotated[str, typer.Option(help="async, or serial: its oracle.")] = "async",
+    executor: Annotated[
+        str,
+        typer.Option(
+            rich_help_panel=WORKLOAD,
+            metavar="[async|serial]",
+            help="async: loads, stores and compute overlap. serial: one op after the other, for "
+            "comparison; the tokens are the same.",
+        ),
+    ] = "async",
     trace: TraceOption = None,
     json_file: JsonOption = None,
 ) -> None:
-    """Generated tokens/s of the paper's workload, and what fraction of the bound that is.
+    """Measure generated tokens/s on equal prompts, and which fraction of the hardware's bound
+    that is.
 
     Example: flexgen-ray bench throughput --model opt-30b --gpu-memory 16GiB --policy 30b.yaml
     """
@@ -65,7 +79,7 @@ def throughput(
     }  # fmt: skip
     with LLM(model, **options) as llm:
         count = num_prompts or (llm.policies.policies[0].block_size if llm.policies else 32)
-        requests = random_requests(llm, count, prompt_len, max_tokens)
+        requests = synthetic_requests(llm, [(prompt_len, max_tokens)] * count)
         llm.prepare(requests)
         for _ in llm.stream(requests):
             pass
@@ -74,37 +88,5 @@ def throughput(
         for line in llm.report.lines():
             say(line)
         settings = {"model": model, "prompt_len": prompt_len, "max_tokens": max_tokens}
-        result = settings | {"num_prompts": count} | _result(llm.report)
+        result = settings | {"num_prompts": count} | run_figures(llm.report)
     finish(result, llm.report.device, json_file)
-
-
-def random_requests(llm: LLM, count: int, prompt_len: int, max_tokens: int) -> list[Request]:
-    """As many, of as many random tokens each, that are answered greedily to the last token."""
-    rng, vocabulary = random.Random(0), llm.config.vocab_size
-    prompts = [[rng.randrange(vocabulary) for _ in range(prompt_len)] for _ in range(count)]
-    params = SamplingParams(max_tokens, 0.0, ignore_eos=True)
-    return [llm.request(index, prompt, params) for index, prompt in enumerate(prompts)]
-
-
-def _result(report: Report) -> dict:
-    (stage,) = report.stages
-    measured, bound = stage.measured, stage.measured.bound
-    ideal = max(bound.values())
-    decode = report.decode_tokens / report.decode_seconds if report.decode_seconds else 0.0
-    assert measured.hardware is not None
-    return {
-        "prefill_s": round(report.prefill_seconds, 4),
-        "decode_s": round(report.decode_seconds, 4),
-        "total_s": round(report.seconds, 4),
-        "generated_tokens_per_s": round(report.tokens_per_s, 3),
-        "decode_tokens_per_s": round(decode, 3),
-        "bound_tokens_per_s": round(report.new_tokens / ideal, 3),
-        "fraction_of_bound": round(ideal / report.seconds, 4),
-        "binding_lane": max(bound, key=lambda lane: bound[lane]),
-        "bound_s": {lane: round(seconds, 4) for lane, seconds in bound.items()},
-        "busiest_lane": measured.binding_lane,
-        "lanes": {lane: it["fraction"] for lane, it in stage.lanes().items()},
-        "peak_bytes": stage.peak_bytes(),
-        "rates": asdict(measured.hardware),
-        "policy": asdict(stage.plan.policy),
-    }

@@ -1,0 +1,74 @@
+"""What the benchmarks of one model share: synthetic requests, and a run's figures with its bound.
+
+The bound is the cost of the run's own ops at rates measured just before: the busiest lane or
+resource, or, where the device is the CPU, the cores that all lanes share. Knows an LLM and its
+report; not what a benchmark varies.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from flexgen_ray.cli.options import MODEL
+from flexgen_ray.llm import LLM
+from flexgen_ray.reporting.report import Report
+from flexgen_ray.request import Request, SamplingParams
+
+WORKLOAD = "Workload"  # heading of a command's help
+ModelOrShapeOption = Annotated[
+    str,
+    typer.Option(
+        metavar="MODEL",
+        rich_help_panel=MODEL,
+        help="Model folder in Hugging Face's format, or a built-in shape, such as opt-30b, which "
+        "gets random weights.",
+    ),
+]
+
+
+def synthetic_requests(llm: LLM, lengths: Iterable[tuple[int, int]]) -> list[Request]:
+    """Requests of random tokens, answered greedily to their last token.
+
+    lengths: (tokens of the prompt, tokens of the answer) of each request. Raises ValueError for a
+    prompt that doesn't fit the model's context.
+    """
+    rng, vocabulary = random.Random(0), llm.config.vocab_size
+    requests = []
+    for index, (prompt_len, max_tokens) in enumerate(lengths):
+        prompt = [rng.randrange(vocabulary) for _ in range(prompt_len)]
+        params = SamplingParams(max_tokens, 0.0, ignore_eos=True)
+        requests.append(llm.request(index, prompt, params))
+    return requests
+
+
+def run_figures(report: Report) -> dict:
+    """Seconds, tokens/s, the bound and what the stage held, of a run with measured rates.
+
+    report: of an LLM of one stage that was made with hardware="measured".
+    """
+    (stage,) = report.stages
+    measured, bound = stage.measured, stage.measured.bound
+    shortest = max(bound.values())
+    decode = report.decode_tokens / report.decode_seconds if report.decode_seconds else 0.0
+    assert measured.hardware is not None
+    return {
+        "prefill_s": round(report.prefill_seconds, 4),
+        "decode_s": round(report.decode_seconds, 4),
+        "total_s": round(report.seconds, 4),
+        "generated_tokens_per_s": round(report.tokens_per_s, 3),
+        "decode_tokens_per_s": round(decode, 3),
+        "bound_tokens_per_s": round(report.new_tokens / shortest, 3),
+        "fraction_of_bound": round(shortest / report.seconds, 4),
+        "binding_lane": max(bound, key=lambda lane: bound[lane]),
+        "bound_s": {lane: round(seconds, 4) for lane, seconds in bound.items()},
+        "busiest_lane": measured.binding_lane,
+        "lanes": {lane: each["fraction"] for lane, each in stage.lanes().items()},
+        "peak_bytes": stage.peak_bytes(),
+        "rates": asdict(measured.hardware),
+        "policy": asdict(stage.plan.policy),
+    }
