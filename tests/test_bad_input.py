@@ -22,11 +22,11 @@ from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
 from flexgen_ray.cli.main import app
+from flexgen_ray.engine import engine
 from flexgen_ray.hardware.spec import Hardware
 from flexgen_ray.models.checkpoint import Checkpoint
 from flexgen_ray.models.config_files import load_config, load_sampling_defaults
 from flexgen_ray.paths import hardware_file
-from flexgen_ray.planner.choose import PlanningProblem
 
 
 @pytest.fixture
@@ -194,7 +194,7 @@ def test_a_file_system_without_direct_requests_works_and_is_warned_of(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("where", [(Checkpoint, "read_into"), (PlanningProblem, "plan")])
+@pytest.mark.parametrize("where", [(Checkpoint, "read_into"), (engine, "choose_policy")])
 def test_stopped_while_it_loads_or_plans_nothing_is_left(
     run_here,
     files,  # noqa: F811

@@ -50,7 +50,9 @@ def test_a_shape_on_a_preset_needs_neither_gpu_nor_weights_nor_output(run_here, 
     assert "opt-6.7b in float16 on t4" in done.stdout
     (gpu,) = re.findall(r"gpu ([\d.]+) GiB of 5.9 GiB", done.stdout)
     assert 0 < float(gpu) <= 5.9
-    assert re.search(r"predicted: 3 answers of .* take about .*; rates of t4\n", done.stdout)
+    assert re.search(
+        r"predicted: 3 answers with .* take about .*; by the rates of t4\n", done.stdout
+    )
 
 
 def test_stages_are_a_machine_each(run_here, tmp_path, input):

@@ -210,21 +210,21 @@ def test_a_line_that_makes_the_block_smaller_is_named_before_the_run_starts(job,
     memory = ("--gpu-memory", "250KiB", "--cpu-memory", "400KiB", "--disk-memory", "2MiB")
     _, done, _ = job([*lines, outlier], *memory)
     said = re.search(
-        r"line 16 \(custom_id 'long\\x1b\[2J'\) \(5 prompt tokens, max_tokens 150\) makes every "
-        r"slot 155 tokens long: memory then takes (\d+) sequences at a time, and (\d+), in slots "
-        r"of 9 tokens, without it",
+        r"line 16 \(custom_id 'long\\x1b\[2J'\) \(5 prompt tokens, max_tokens 150\) is the "
+        r"longest request, so every sequence gets memory for 155 tokens, and (\d+) sequences fit "
+        r"at a time; without it 9 tokens would do, and (\d+) sequences would fit",
         done.stderr,
     )
     assert said is not None, done.stderr
     assert said.start() < done.stderr.index("answers cut")
     blocks = [re.search(r"block of (\d+) x (\d+) seq", done.stderr).groups()]
     _, done, _ = job([*lines, outlier | {"max_tokens": 4}], *memory, "--overwrite")
-    assert "makes every slot" not in done.stderr
+    assert "is the longest request" not in done.stderr
     blocks.append(re.search(r"block of (\d+) x (\d+) seq", done.stderr).groups())
     sizes = [int(batches) * int(size) for batches, size in blocks]
     assert sizes == [*map(int, said.groups())] and sizes[0] < sizes[1]
     _, done, _ = job([*lines, outlier], "--overwrite", *memory, "--gpu-memory", "200KiB")
-    assert done.returncode == 1 and "memory then takes 0 sequences at a time" in done.stderr
+    assert done.returncode == 1 and "and 0 sequences fit at a time" in done.stderr
     others = [line | {"custom_id": f"dry {line['custom_id']}"} for line in [*lines, outlier]]
     _, done, _ = job(others, *memory, "--dry-run")
-    assert "line 16 (custom_id 'dry long" in done.stdout and "slot 155 tokens" in done.stdout
+    assert "line 16 (custom_id 'dry long" in done.stdout and "memory for 155 tokens" in done.stdout

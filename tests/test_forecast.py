@@ -14,9 +14,9 @@ from flexgen_ray.hardware.spec import Hardware, adapt_preset, find_preset
 from flexgen_ray.models.shapes import shape_config
 from flexgen_ray.paths import hardware_file
 from flexgen_ray.planner.budgets import settle_budgets
-from flexgen_ray.planner.choose import PlanningProblem, PolicyChoice
+from flexgen_ray.planner.choose import Origin, PlanningProblem, PolicyChoice, choose_policy
 from flexgen_ray.planner.forecast import Forecast
-from flexgen_ray.planner.stage_policies import StagePolicies, plan_stages
+from flexgen_ray.planner.stage_policies import StagePolicies
 from flexgen_ray.request import Request, SamplingParams
 from flexgen_ray.runtime.worker import Machine, with_known_rates
 
@@ -82,15 +82,22 @@ def test_without_rates_the_reason_is_given_and_a_bound_on_latency_is_refused():
     here = [machine(None)]
     budgets = settle_budgets(here, {"gpu": None, "cpu": None, "disk": None}, 0)
     requests = [Request(0, [1] * 10, SamplingParams(max_tokens=4))]
-    run = PlanningProblem(shape_config("opt-125m"), "float32", True, False, Workload(1, 10, 14))
-    (note,) = run.plan(None, here, budgets, requests).notes
-    assert "here isn't calibrated, so the tiers are filled" in note
-    (note,) = run.plan(StagePolicies((Policy(),)), here, budgets, requests).notes
+    config, workload = shape_config("opt-125m"), Workload(1, 10, 14)
+    problem = PlanningProblem(
+        config, "float32", workload, here, budgets, requests, stages_disk=True
+    )
+    choice = choose_policy(problem)
+    (note,) = choice.notes
+    assert choice.origin is Origin.FILLED
+    assert "here isn't calibrated, so memory is filled in order of speed" in note
+    choice = choose_policy(problem, StagePolicies((Policy(),)))
+    (note,) = choice.notes
+    assert choice.origin is Origin.GIVEN
     assert "isn't calibrated" in note and "filled" not in note
     with pytest.raises(ValueError, match="--max-latency needs a plan"):
-        replace(run, max_seconds=1.0).plan(None, here, budgets, requests)
+        choose_policy(replace(problem, max_seconds=1.0))
     known = [replace(here[0], hardware=Hardware.preset("t4-paper"))]
-    (note,) = run.plan(None, known, budgets, requests).notes
+    (note,) = choose_policy(replace(problem, machines=known)).notes
     assert "but none for float32" in note
 
 
@@ -106,37 +113,43 @@ def machine(hardware: Hardware | None, gpu: float = 23, cpu: float = 64) -> Mach
 
 
 def settled(
-    model: str, count: int, max_tokens: int, policies=None, max_seconds=None, **sizes
+    model: str, count: int, max_tokens: int, policies=None, max_seconds=None, known=True, **sizes
 ) -> PolicyChoice:
     hardware = adapt_preset(find_preset(GEFORCE), MemorySizes(GIB, GIB, GIB), 16, None)
-    here = [machine(hardware, **sizes)]
+    here = [machine(hardware if known else None, **sizes)]
     budgets = settle_budgets(here, {"gpu": None, "cpu": None, "disk": None}, 0)
     requests = [
         Request(i, [1] * 100, SamplingParams(max_tokens=max_tokens - i % 2)) for i in range(count)
     ]
-    run = PlanningProblem(
-        shape_config(model), "float16", True, False, Workload(count, 100, 100 + max_tokens)
+    problem = PlanningProblem(
+        shape_config(model),
+        "float16",
+        Workload(count, 100, 100 + max_tokens),
+        here,
+        budgets,
+        requests,
+        max_seconds=max_seconds,
+        stages_disk=True,
     )
-    run = replace(run, max_seconds=max_seconds)
-    return run.plan(policies, here, budgets, requests)
+    return choose_policy(problem, policies)
 
 
 def test_an_uncalibrated_gpu_with_a_preset_is_planned_and_told_that_rates_are_assumed():
     found = settled("opt-6.7b", 8, 32, gpu=6, cpu=30)
-    assert found.predicted and found.rates
+    assert found.origin is Origin.PLANNED and found.planned and found.rates
     (line,) = found.notes
-    assert "8 answers of 252 new tokens at most take about" in line
-    assert "the first are there after" in line
+    assert "8 answers with at most 252 new tokens take about" in line
+    assert "the first arrive after" in line
     assert f"rates assumed, those of preset rtx4090 for {GEFORCE}" in line
     assert "flexgen-ray calibrate" in line
 
-    budgets = settle_budgets([machine(None, 6, 30)], {"gpu": None, "cpu": None, "disk": None}, 0)
-    config, workload = shape_config("opt-6.7b"), Workload(8, 100, 132)
-    filled = plan_stages(config, None, workload, "float16", budgets, True)[0].policy
+    choice = settled("opt-6.7b", 8, 32, known=False, gpu=6, cpu=30)
+    assert choice.origin is Origin.FILLED
+    filled = choice.stages[0].policy
     by_filling = settled("opt-6.7b", 8, 32, StagePolicies((filled,)), gpu=6, cpu=30)
     assert by_filling.stages[0].policy.block_size == filled.block_size
-    assert not by_filling.predicted and "8 answers" in by_filling.notes[0]
-    assert found.predicted.tokens_per_s >= by_filling.forecast.tokens_per_s
+    assert not by_filling.planned and "8 answers" in by_filling.notes[0]
+    assert found.planned.tokens_per_s >= by_filling.forecast.tokens_per_s
 
 
 def test_four_bits_are_suggested_where_they_are_much_faster():

@@ -122,7 +122,7 @@ def test_more_of_anything_never_makes_the_optimum_slower(tier, rate, factor):
 
     def seconds(budget: Budget, rates: HardwareSpec) -> float:
         planner = Planner(OPT, (device(budget, rates),), JOB, "float16")
-        return planner._sketch(shape).seconds_per_sequence
+        return planner.estimate(shape).seconds_per_sequence
 
     base = seconds(SMALL, RATES)
     # The optimum is told to spare other lanes too, at a hundredth of their weight.
@@ -165,8 +165,8 @@ def test_what_fits_nowhere_is_refused_with_the_budget_that_lacks():
 
 def test_a_block_answers_within_the_latency_that_is_asked_for():
     free = find_best_plan(Planner(OPT, (device(),), JOB, "float16", FEW_SHAPES))
-    sketches = Planner(OPT, (device(),), JOB, "float16", FEW_SHAPES).all_candidates()
-    limit = 1.5 * min(sketch.block_seconds for sketch in sketches)
+    candidates = Planner(OPT, (device(),), JOB, "float16", FEW_SHAPES).all_candidates()
+    limit = 1.5 * min(it.block_seconds for it in candidates)
     assert free.block_seconds > limit
     search = replace(FEW_SHAPES, max_seconds=limit)
     quick = find_best_plan(Planner(OPT, (device(),), JOB, "float16", search))
@@ -298,4 +298,4 @@ def test_without_overlap_lanes_add_up():
     overlapped, serial = plans
     for phase in PHASES:
         assert serial.visit_seconds(phase) > overlapped.visit_seconds(phase)
-    assert serial.binding[1] == "all lanes"
+    assert serial.bottleneck[1] == "all lanes"

@@ -158,7 +158,10 @@ def test_generate_shows_progress_only_when_asked(text_model, capfd):
         phases = list(dict.fromkeys(event.current_phase for event in seen if not event.note))
         assert phases == ["tokenizing", "planning", "loading weights", "prefill", "decode"]
         notes = [event.note for event in seen if event.note]
-        assert len(notes) == 1 and "isn't calibrated, so the tiers are filled" in notes[0]
+        assert (
+            len(notes) == 1
+            and "isn't calibrated, so memory is filled in order of speed" in notes[0]
+        )
         last = seen[-1].standing
         assert last and (last.requests_done, last.new_tokens, last.seconds_left) == (2, 6, 0)
         count = len(seen)

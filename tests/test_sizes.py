@@ -160,8 +160,8 @@ def test_a_budget_one_byte_short_is_refused_with_the_numbers(policy, tier):
 
 
 def default_policy(config, stage, workload, dtype, budget) -> Policy:
-    (policy,) = fill_tiers([StagePlan(config, stage, Policy(), workload, dtype)], [budget])
-    return policy
+    (plan,) = fill_tiers([StagePlan(config, stage, Policy(), workload, dtype)], [budget])
+    return plan.policy
 
 
 @given(

@@ -16,9 +16,12 @@ from test_exactness import assert_same, greedy, policies
 from flexgen_ray import LLM, Placement, Policy, SamplingParams
 from flexgen_ray.config import Budget, Workload
 from flexgen_ray.models.config_files import load_config
-from flexgen_ray.planner.stage_policies import StagePolicies, plan_stages
+from flexgen_ray.planner.choose import PlanningProblem, choose_policy
+from flexgen_ray.planner.stage_policies import StagePolicies
+from flexgen_ray.request import Request
 from flexgen_ray.runtime.lanes import timed
 from flexgen_ray.runtime.ring import ChannelClosed, LocalChannel
+from flexgen_ray.runtime.worker import Machine
 from flexgen_ray.schedule.ops import OPS, Op, OpKind
 
 
@@ -125,9 +128,9 @@ def test_a_file_gives_each_stage_its_layers_and_placement(tiny_models, tmp_path)
     "text, message",
     [
         ("- 1", "the file must hold keys and values"),
-        ("stages: 3", "stages must be a list of keys and values, one entry a stage"),
-        ("stages: [1, 2]", "stages must be a list of keys and values, one entry a stage"),
-        ("stages: []", "stages must be a list of keys and values, one entry a stage"),
+        ("stages: 3", "stages must be a list of keys and values, one entry for a stage"),
+        ("stages: [1, 2]", "stages must be a list of keys and values, one entry for a stage"),
+        ("stages: []", "stages must be a list of keys and values, one entry for a stage"),
         ("layers: 3", "unknown key 'layers'"),
         ("stages: [{layer: 3}]", "unknown key 'layer'"),
         ("stages: [{layers: 1}, {}]", r"layers are \[1, None\]; give every stage a number"),
@@ -159,7 +162,7 @@ ONE = Policy()
         (StagePolicies((ONE,), (3, 0)), 2, "stages of 3, 0 layers: each needs one at least"),
         (
             StagePolicies((replace(ONE, blocks_in_flight=2),)), 3,
-            "blocks_in_flight is 2; 3 stages need as many",
+            "blocks_in_flight is 2; 3 stages need at least 3",
         ),
         (
             StagePolicies((ONE, replace(ONE, weights=Placement(0.0, 1.0, 0.0)))), 2,
@@ -172,8 +175,13 @@ def test_what_no_pipeline_can_be_is_refused_before_any_work(
 ):
     config = load_config(tiny_models["llama"][0])
     budgets = [Budget(2**30, 2**30, 2**30), *[Budget(2**30, 0, 2**30)] * (num_stages - 1)]
+    here = Machine("here", "cpu", "CPU", 2**31, 2**31, 2**31, 1, False)
+    requests = [Request(0, [1] * 4, SamplingParams(max_tokens=4))]
+    problem = PlanningProblem(
+        config, "float32", Workload(1, 4, 8), [here] * num_stages, budgets, requests
+    )
     with pytest.raises(ValueError, match=message):
-        plan_stages(config, policies, Workload(1, 4, 8), "float32", budgets, False)
+        choose_policy(problem, policies)
 
 
 def test_policies_and_layers_of_different_counts_are_refused():

@@ -20,10 +20,10 @@ from flexgen_ray.layout.plan import StagePlan
 from flexgen_ray.models.config import ModelConfig
 from flexgen_ray.planner.budgets import settle_budgets, settle_dtype
 from flexgen_ray.planner.choose import (
-    Name,
     PlanningProblem,
     PolicyChoice,
-    describe_longest,
+    RequestName,
+    choose_policy,
     numbered_request,
 )
 from flexgen_ray.planner.other_machines import HardwareFileBackend
@@ -100,7 +100,7 @@ class Engine:
             self.close()
             raise
 
-    def prepare(self, requests: list[Request], name: Name = numbered_request) -> None:
+    def prepare(self, requests: list[Request], name: RequestName = numbered_request) -> None:
         """Settle the policy, check the budget, and load the weights unless what is loaded serves.
 
         name: a request's name for people, from its index, for what is said of single ones. Raises
@@ -110,42 +110,38 @@ class Engine:
         if not requests:
             return
         self.tokenizer.check()
-        settings, asked = self.settings, Samples(requests).requests
-        workload = self._workload(asked)
+        settings, workload = self.settings, self._workload(requests)
         if self._plans is not None and self._plans[0].workload.covers(workload):
             return
-        hops_on_device = self.machines[0].on_cuda and self.backend.uses_nccl
-        run = PlanningProblem(
+        self.on_progress(Progress(phase="planning"))
+        problem = PlanningProblem(
             self.config,
             self.dtype,
-            self._stages_disk,
-            hops_on_device,
             workload,
+            self.machines,
+            self.budgets,
+            requests,
             settings.base,
             settings.max_seconds,
+            self._stages_disk,
+            hops_on_device=self.machines[0].on_cuda and self.backend.uses_nccl,
+            # With max_model_len, the requests' lengths don't decide how much memory one takes.
+            request_name=name if settings.max_model_len is None else None,
         )
-        self.on_progress(Progress(phase="planning"))
-        chooses_block = settings.policies is None and settings.max_model_len is None
-        longest = describe_longest(run, self.budgets, requests, name) if chooses_block else None
-        try:
-            found = run.plan(settings.policies, self.machines, self.budgets, asked)
-        except ValueError as error:
-            if longest is None:
-                raise
-            raise ValueError(f"{error}; {longest}") from error
-        for note in filter(None, (longest, *found.notes)):
+        choice = choose_policy(problem, settings.policies)
+        for note in choice.notes:
             self.on_progress(Progress(note=note))
-        if self._plans is not None and list(map(_shape, found.stages)) == list(
+        if self._plans is not None and list(map(_shape, choice.stages)) == list(
             map(_shape, self._plans)
         ):
-            self._plans = found.stages
+            self._plans = choice.stages
             return
         self._plans = None
         started = time.perf_counter()
         if not settings.is_dry:
-            self._load(found)
-        self._plans = found.stages
-        self.report = Report(time.perf_counter() - started, found.predicted)
+            self._load(choice)
+        self._plans = choice.stages
+        self.report = Report(time.perf_counter() - started, choice.planned)
 
     def _workload(self, requests: list[Request]) -> Workload:
         """Demands of these requests on the stores; with max_model_len, of any request within it."""
@@ -153,7 +149,7 @@ class Engine:
         prompts = (len(request.prompt_token_ids) for request in requests)
         return Workload(
             # How many there are matters to the default policy alone.
-            num_requests=1 if self.settings.policies else len(requests),
+            num_requests=1 if self.settings.policies else sum(it.params.n for it in requests),
             max_prompt_len=longest or max(prompts),
             # The last token of a text that is scored needs no place in the context.
             max_seq_len=longest + 1 if longest else max(it.max_seq_len for it in requests),

@@ -1,17 +1,18 @@
-"""The policy of a run where nobody gives one: planned, if the machines' rates are known.
+"""The front of the planner: `choose_policy` settles every stage's policy for a run.
 
-`flexgen-ray calibrate` makes them known, node by node; a GPU with a preset has assumed ones. Knows
-machines as they were probed and what a job's requests need; no Ray.
+A policy has one of three origins. It is *given* by the user. Or it is *planned*, by linear
+programming and simulation (search.py), where the rates of every machine are known: measured by
+`flexgen-ray calibrate`, or assumed from a preset for the GPU. Or the tiers are *filled*, fastest
+first (fill.py), which needs no rates.
 
-Requests that make every slot longer than others need, and how much smaller the block gets.
-
-Knows requests and how tiers are filled; runs nothing.
+The module knows machines as they were probed, and the lengths of a job's requests; it runs nothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from enum import Enum
 from math import ceil
 from statistics import fmean
 
@@ -19,7 +20,9 @@ from flexgen_ray.config import Budget, HardwareSpec, Policy, Workload
 from flexgen_ray.cost.ops import drawn_share
 from flexgen_ray.hardware.known import ASSUMED
 from flexgen_ray.layout.plan import StagePlan
+from flexgen_ray.layout.sizes import check_budgets
 from flexgen_ray.models.config import ModelConfig
+from flexgen_ray.planner.fill import fill_tiers
 from flexgen_ray.planner.forecast import (
     NOTHING_FITS,
     Forecast,
@@ -29,140 +32,134 @@ from flexgen_ray.planner.forecast import (
 from flexgen_ray.planner.grid import SearchSpace
 from flexgen_ray.planner.pipeline_plan import ModelRates, PipelinePlan, PlannedJob, StageDevice
 from flexgen_ray.planner.search import Infeasible, Planner, find_best_plan
-from flexgen_ray.planner.stage_policies import StagePolicies, plan_stages
+from flexgen_ray.planner.stage_policies import StagePolicies, split_layers_evenly
 from flexgen_ray.request import Request
 from flexgen_ray.runtime.worker import Machine
+from flexgen_ray.schedule.zigzag import StageLayers
 from flexgen_ray.units import format_seconds
 
-USUAL_SHARE = 0.9  # of the requests, by whose length the others count as long
+USUAL_SHARE = 0.9  # A request is long if it is longer than this share of all requests.
+LONG_SECONDS = 600  # Suggest lossy options only for runs that take longer.
 
-Name = Callable[[int], str]
+RequestName = Callable[[int], str]
 
 
 def numbered_request(index: int) -> str:
-    """A request by its place, where it has no name of its own."""
+    """Name of a request for people, where it has none of its own."""
     return f"request {index}"
 
 
-def describe_longest(
-    run: PlanningProblem, budgets: list[Budget], requests: Sequence[Request], name: Name
-) -> str | None:
-    """A line for people if the longest requests make the block smaller; None if they don't.
+class Origin(Enum):
+    """The way in which a policy came about."""
 
-    Compares the blocks that fill the tiers with and without them, which takes no planner.
-    """
-    lengths = sorted(request.max_seq_len for request in requests)
-    usual = lengths[ceil(USUAL_SHARE * len(lengths)) - 1]
-    if lengths[-1] == usual:
-        return None
-    others = [request for request in requests if request.max_seq_len <= usual]
-    prompt_len = max(len(request.prompt_token_ids) for request in others)
-    workload = replace(run.workload, max_prompt_len=prompt_len, max_seq_len=usual)
-    fit, fit_without = _fit(run, budgets), _fit(replace(run, workload=workload), budgets)
-    if fit_without <= fit:
-        return None
-    longest = max(requests, key=lambda request: request.max_seq_len)
-    asks = f"{len(longest.prompt_token_ids)} prompt tokens, max_tokens {longest.max_tokens}"
-    few = len(requests) - len(others)
-    return (
-        f"{name(longest.index)} ({asks}) makes every slot {lengths[-1]} tokens long: memory then "
-        f"takes {fit} sequences at a time, and {fit_without}, in slots of {usual} tokens, without "
-        + (f"these {few} longest requests" if few > 1 else "it")
-    )
-
-
-def _fit(run: PlanningProblem, budgets: list[Budget]) -> int:
-    """Sequences of all blocks in flight."""
-    try:
-        plan = run.filled(budgets)[0]
-    except ValueError:  # not even one
-        return 0
-    return plan.num_blocks * plan.policy.num_gpu_batches * plan.policy.gpu_batch_size
-
-
-LONG_SECONDS = 600  # from which a job is worth a suggestion
+    GIVEN = "given"
+    PLANNED = "planned"
+    FILLED = "filled"
 
 
 @dataclass(frozen=True)
 class PolicyChoice:
-    """Each stage's plan; if it was chosen by a prediction, that and the rates that it rests on.
+    """The chosen policies.
 
-    notes: lines for people. forecast: the prediction of a policy that was chosen or given."""
+    stages: a plan for each stage, which has its policy.
+    forecast: the predicted times of the whole pipeline, None if rates are unknown.
+    rates: rates of each stage's device if the policy was planned, else empty.
+    notes: lines for people.
+    """
 
+    origin: Origin
     stages: list[StagePlan]
-    predicted: PipelinePlan | None = None
+    forecast: PipelinePlan | None = None
     rates: list[HardwareSpec] = field(default_factory=list)
     notes: tuple[str, ...] = ()
-    forecast: PipelinePlan | None = None
+
+    @property
+    def planned(self) -> PipelinePlan | None:
+        """The forecast, if the policy was planned by it."""
+        return self.forecast if self.origin is Origin.PLANNED else None
 
 
 @dataclass(frozen=True)
 class PlanningProblem:
-    """What of a run its plan depends on, beside machines and requests; as in StagePlan. base: has
-    what of a policy is never chosen: its lossy options. max_seconds: that a block may take."""
+    """Everything that the choice of a policy depends on.
+
+    workload, stages_disk, hops_on_device: as in StagePlan.
+    machines, budgets: one for each stage; a machine's budget is the stage's share of its memory.
+    requests: the job's requests. request_name: gives a request's name for people, from its index;
+    if not None, the choice says how much memory the longest requests cost.
+    base: the parts of a policy that are never chosen, its lossy options.
+    max_seconds: limit on a block's latency.
+    """
 
     config: ModelConfig
     dtype: str
-    stages_disk: bool
-    hops_on_device: bool
     workload: Workload
+    machines: Sequence[Machine]
+    budgets: list[Budget]
+    requests: Sequence[Request]
     base: Policy = Policy()
     max_seconds: float | None = None
+    stages_disk: bool = False
+    hops_on_device: bool = False
+    request_name: RequestName | None = None
 
-    def plan(
-        self,
-        policies: StagePolicies | None,
-        machines: Sequence[Machine],
-        budgets: list[Budget],
-        requests: Sequence[Request],
-    ) -> PolicyChoice:
-        """By the given policies; without any, planned where every machine's rates are known for
-        this dtype, and elsewhere the tiers are filled, fastest first.
+    @property
+    def has_rates(self) -> bool:
+        """True if the rates of every machine are known for the dtype."""
+        known = (machine.hardware for machine in self.machines)
+        return all(hardware and hardware.has_rates_for(self.dtype) for hardware in known)
 
-        Raises ValueError, with what lacks, if nothing fits.
+    @property
+    def answers(self) -> list[Request]:
+        """The requests, each as often as it has answers."""
+        return [request for request in self.requests for _ in range(request.params.n)]
+
+    def stage_plans(self, policies: StagePolicies) -> list[StagePlan]:
+        """A plan for each stage by these policies; budgets are not checked.
+
+        Raises ValueError if the policies are for another number of stages or of layers.
         """
-        if not all(it.hardware and it.hardware.has_rates_for(self.dtype) for it in machines):
-            if self.max_seconds is not None:
-                raise ValueError(
-                    f"--max-latency needs a plan, but no rates of {machines[0].host} in "
-                    f"{self.dtype} are known; run `flexgen-ray calibrate` first, or give --hardware"
-                )
-            note = explain_no_forecast(machines[0], self.dtype, policies is None)
-            return PolicyChoice(self._stages(policies, budgets), notes=(note,))
-        planner = self._planner(machines, budgets, requests, self.base)
-        if policies is not None:
-            return self._foretold(self._stages(policies, budgets), planner, machines, requests)
-        try:
-            plan = find_best_plan(planner)
-        except Infeasible:
-            if self.max_seconds is not None or machines[0].rates_source != ASSUMED:
-                raise
-            return PolicyChoice(self._stages(None, budgets), notes=(NOTHING_FITS,))
-        chosen = StagePolicies(
-            tuple(stage.policy for stage in plan.stages),
-            tuple(stage.num_decoder_layers for stage in plan.stages),
-        )
-        forecast = Forecast.of(plan, requests)
-        suggested = self._suggestions(forecast, machines, budgets, requests)
-        notes = (forecast.line(machines[0]), *suggested)
-        rates = planner.rates(plan.stages[0].policy)
-        return PolicyChoice(self._stages(chosen, budgets), plan, rates, notes, plan)
+        count = len(self.budgets)
+        layers = policies.layers or split_layers_evenly(self.config, count)
+        stages = StageLayers.split(self.config.num_layers, layers)
+        if len(stages) != count:
+            raise ValueError(
+                f"the policy's layers are for {len(stages)} stages, but there are {count}"
+            )
+        return [
+            StagePlan(
+                self.config,
+                stage,
+                policy,
+                self.workload,
+                self.dtype,
+                self.stages_disk,
+                policy.blocks_in_flight or 1,
+                self.hops_on_device,
+            )
+            for stage, policy in zip(stages, policies.for_stages(count), strict=True)
+        ]
 
-    def _planner(
-        self,
-        machines: Sequence[Machine],
-        budgets: list[Budget],
-        requests: Sequence[Request],
-        base: Policy,
-    ) -> Planner:
-        bits = base.cache_bits
+    def planner(self, base: Policy) -> Planner:
+        """A planner for policies with these lossy options. The machines' rates must be known."""
+        # Plan for average lengths, but with room for the longest that the workload allows.
+        longest, prompt_len = self.workload.max_seq_len, self.workload.max_prompt_len
+        job = replace(
+            planned_job(self.answers),
+            prompt_len=prompt_len,
+            max_tokens=max(longest - prompt_len, 1),
+        )
+        devices = []
+        for number, (machine, budget) in enumerate(zip(self.machines, self.budgets, strict=True)):
+            hardware = machine.hardware
+            assert hardware is not None
+            rates = ModelRates.of(hardware, self.config, self.dtype, base.cache_bits)
+            # Each stage is a node of its own: its budget is its share of the host's already.
+            devices.append(StageDevice(rates, budget, f"stage {number}", hardware.core_shares))
         return Planner(
             self.config,
-            tuple(
-                self._device(number, machine, budget, bits)
-                for number, (machine, budget) in enumerate(zip(machines, budgets, strict=True))
-            ),
-            self._job(requests),
+            tuple(devices),
+            job,
             self.dtype,
             SearchSpace(base=base, max_seconds=self.max_seconds),
             stages_disk=self.stages_disk,
@@ -170,74 +167,141 @@ class PlanningProblem:
             resumes=self.workload.resumes,
         )
 
-    def _foretold(
-        self,
-        stages: list[StagePlan],
-        planner: Planner,
-        machines: Sequence[Machine],
-        requests: Sequence[Request],
-    ) -> PolicyChoice:
-        """A given policy, and how long it will take."""
-        layers = tuple(stage.num_decoder_layers for stage in stages)
-        plan = planner.simulate(planner.evaluate(layers, [stage.policy for stage in stages]))
-        if self.max_seconds is not None and plan.block_seconds > self.max_seconds:
-            raise ValueError(
-                f"the policy's blocks take about {format_seconds(plan.block_seconds)}, more than "
-                f"--max-latency {self.max_seconds:g}; leave --policy out, or raise the bound"
-            )
-        note = Forecast.of(plan, requests).line(machines[0])
-        return PolicyChoice(stages, notes=(note,), forecast=plan)
 
-    def _suggestions(
-        self,
-        forecast: Forecast,
-        machines: Sequence[Machine],
-        budgets: list[Budget],
-        requests: Sequence[Request],
-    ) -> list[str]:
-        """A line if 4-bit weights and cache would be much faster."""
-        stages = [stage.policy for stage in forecast.plan.stages]
-        is_resident = all(it.weights.gpu == it.cache.gpu == 1 for it in stages)
-        if self.base != Policy() or is_resident or forecast.seconds < LONG_SECONDS:
-            return []
-        shape = stages[0].compressed(weight_bits=4, cache_bits=4)
-        base = Policy().compressed(weight_bits=4, cache_bits=4)
-        packed = self._planner(machines, budgets, requests, base)
-        # Blocks of the same shape: larger ones may be faster still, but take longer to plan.
-        plan = packed.plan(shape)
-        if plan is None:
-            return []
-        found = suggest_compression(forecast, Forecast.of(packed.simulate(plan), requests))
-        return [found] if found else []
+def choose_policy(problem: PlanningProblem, policies: StagePolicies | None = None) -> PolicyChoice:
+    """The given policies; without any, planned ones if rates are known, else filled ones.
 
-    def filled(self, budgets: list[Budget]) -> list[StagePlan]:
-        """Each stage's plan if the tiers are filled; ValueError, with what lacks, if none fits."""
-        return self._stages(None, budgets)
+    Raises ValueError, which says what is missing, if nothing fits.
+    """
+    longest = None
+    if policies is None and problem.request_name is not None:
+        longest = _describe_longest(problem, problem.request_name)
+    try:
+        choice = _choose(problem, policies)
+    except ValueError as error:
+        if longest is None:
+            raise
+        raise ValueError(f"{error}; {longest}") from error
+    return choice if longest is None else replace(choice, notes=(longest, *choice.notes))
 
-    def _job(self, requests: Sequence[Request]) -> PlannedJob:
-        """The job to plan for: average needs, and at most what the workload has room for."""
-        longest, prompt_len = self.workload.max_seq_len, self.workload.max_prompt_len
-        max_tokens = max(longest - prompt_len, 1)
-        return replace(planned_job(requests), prompt_len=prompt_len, max_tokens=max_tokens)
 
-    def _stages(self, policies: StagePolicies | None, budgets: list[Budget]) -> list[StagePlan]:
-        return plan_stages(
-            self.config, policies, self.workload, self.dtype, budgets, self.stages_disk,
-            self.hops_on_device, self.base,
-        )  # fmt: skip
+def _choose(problem: PlanningProblem, policies: StagePolicies | None) -> PolicyChoice:
+    if not problem.has_rates:
+        return _choose_without_rates(problem, policies)
+    planner = problem.planner(problem.base)
+    if policies is not None:
+        return _predict(problem, policies, planner)
+    try:
+        plan = find_best_plan(planner)
+    except Infeasible:
+        # Assumed rates come with assumed limits; without a latency bound a run can still try.
+        if problem.max_seconds is not None or problem.machines[0].rates_source != ASSUMED:
+            raise
+        return PolicyChoice(Origin.FILLED, _filled_stages(problem), notes=(NOTHING_FITS,))
+    planned = StagePolicies(
+        tuple(stage.policy for stage in plan.stages),
+        tuple(stage.num_decoder_layers for stage in plan.stages),
+    )
+    forecast = Forecast.of(plan, problem.answers)
+    suggestion = _suggest_compression(problem, forecast)
+    notes = (forecast.line(problem.machines[0]), *([suggestion] if suggestion else []))
+    rates = planner.rates(plan.stages[0].policy)
+    return PolicyChoice(Origin.PLANNED, _given_stages(problem, planned), plan, rates, notes)
 
-    def _device(
-        self, number: int, machine: Machine, budget: Budget, cache_bits: int | None
-    ) -> StageDevice:
-        """Its budget is its share of its host's memory already."""
-        hardware = machine.hardware
-        assert hardware is not None
-        rates = ModelRates.of(hardware, self.config, self.dtype, cache_bits)
-        return StageDevice(rates, budget, f"stage {number}", hardware.core_shares)
+
+def _choose_without_rates(problem: PlanningProblem, policies: StagePolicies | None) -> PolicyChoice:
+    """Given or filled policies, with a note that says why there is no prediction."""
+    machine = problem.machines[0]
+    if problem.max_seconds is not None:
+        raise ValueError(
+            f"--max-latency needs a plan, but no rates of {machine.host} in {problem.dtype} are "
+            "known; run `flexgen-ray calibrate` first, or give --hardware"
+        )
+    note = explain_no_forecast(machine, problem.dtype, is_filled=policies is None)
+    if policies is None:
+        return PolicyChoice(Origin.FILLED, _filled_stages(problem), notes=(note,))
+    return PolicyChoice(Origin.GIVEN, _given_stages(problem, policies), notes=(note,))
+
+
+def _predict(problem: PlanningProblem, policies: StagePolicies, planner: Planner) -> PolicyChoice:
+    """Given policies, with their simulated times."""
+    stages = _given_stages(problem, policies)
+    layers = tuple(stage.num_decoder_layers for stage in stages)
+    plan = planner.simulate(planner.evaluate(layers, [stage.policy for stage in stages]))
+    if problem.max_seconds is not None and plan.block_seconds > problem.max_seconds:
+        raise ValueError(
+            f"the policy's blocks take about {format_seconds(plan.block_seconds)}, more than "
+            f"--max-latency {problem.max_seconds:g}; leave --policy out, or raise the bound"
+        )
+    note = Forecast.of(plan, problem.answers).line(problem.machines[0])
+    return PolicyChoice(Origin.GIVEN, stages, plan, notes=(note,))
+
+
+def _given_stages(problem: PlanningProblem, policies: StagePolicies) -> list[StagePlan]:
+    stages = problem.stage_plans(policies)
+    check_budgets(stages, problem.budgets)
+    return stages
+
+
+def _filled_stages(problem: PlanningProblem) -> list[StagePlan]:
+    stages = fill_tiers(problem.stage_plans(StagePolicies((problem.base,))), problem.budgets)
+    check_budgets(stages, problem.budgets)
+    return stages
+
+
+def _suggest_compression(problem: PlanningProblem, forecast: Forecast) -> str | None:
+    """A line for people if 4-bit weights and cache would make a long run much faster."""
+    policies = [stage.policy for stage in forecast.plan.stages]
+    is_resident = all(policy.weights.gpu == policy.cache.gpu == 1 for policy in policies)
+    if problem.base != Policy() or is_resident or forecast.seconds < LONG_SECONDS:
+        return None
+    planner = problem.planner(Policy().compressed(weight_bits=4, cache_bits=4))
+    # Try blocks of the same shape: larger ones may be faster still, but take longer to plan.
+    plan = planner.plan(policies[0].compressed(weight_bits=4, cache_bits=4))
+    if plan is None:
+        return None
+    return suggest_compression(forecast, Forecast.of(planner.simulate(plan), problem.answers))
+
+
+def _describe_longest(problem: PlanningProblem, request_name: RequestName) -> str | None:
+    """A line for people if the longest requests make the block smaller; None if they don't.
+
+    Compares the blocks that fill the tiers with and without these requests, which needs no rates.
+    """
+    requests = problem.requests
+    lengths = sorted(request.max_seq_len for request in requests)
+    usual = lengths[ceil(USUAL_SHARE * len(lengths)) - 1]
+    if lengths[-1] == usual:
+        return None
+    others = [request for request in requests if request.max_seq_len <= usual]
+    prompt_len = max(len(request.prompt_token_ids) for request in others)
+    workload = replace(problem.workload, max_prompt_len=prompt_len, max_seq_len=usual)
+    num_fitting = _num_fitting(problem)
+    num_without = _num_fitting(replace(problem, workload=workload))
+    if num_without <= num_fitting:
+        return None
+    longest = max(requests, key=lambda request: request.max_seq_len)
+    size = f"{len(longest.prompt_token_ids)} prompt tokens, max_tokens {longest.max_tokens}"
+    num_long = len(requests) - len(others)
+    return (
+        f"{request_name(longest.index)} ({size}) is the longest request, so every sequence gets "
+        f"memory for {lengths[-1]} tokens, and {num_fitting} sequences fit at a time; without "
+        + (f"these {num_long} longest requests" if num_long > 1 else "it")
+        + f" {usual} tokens would do, and {num_without} sequences would fit"
+    )
+
+
+def _num_fitting(problem: PlanningProblem) -> int:
+    """Number of sequences of all blocks in flight if the tiers are filled; 0 if nothing fits."""
+    try:
+        plan = _filled_stages(problem)[0]
+    except ValueError:
+        return 0
+    return plan.num_blocks * plan.policy.num_gpu_batches * plan.policy.gpu_batch_size
 
 
 def planned_job(requests: Sequence[Request]) -> PlannedJob:
-    """What they need at most, and on average."""
+    """The job of these requests: their number, and their longest and average lengths."""
     prompts = [len(request.prompt_token_ids) for request in requests]
     longest = max(request.max_seq_len for request in requests)
     return PlannedJob(

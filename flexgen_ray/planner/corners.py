@@ -1,9 +1,16 @@
 """A stage's seconds and bytes as linear functions of where it keeps things.
 
 Costs and sizes add up over layers, and over the shares of weights, cache and hidden states on each
-tier. So what they are when all of a thing lies in one place, a *corner*, for one layer and for two,
-tells what they are for any number of layers and any division, up to the rounding to whole tensors
-and rows. Corners are asked of the same functions that cost real ops and size real buffers.
+tier. A *corner* keeps all of one thing in one place. The amounts at each corner, for one layer and
+for two, therefore give the amounts of any number of layers and any division, up to the rounding to
+whole tensors and rows. The amounts come from the functions that cost real ops and size real
+buffers, so no formula is written twice.
+
+An example with the weights alone. A stage of one layer takes 110 ms a visit with its weights on the
+GPU, and 130 ms with its weights in host memory, which must cross the link. A stage of two layers
+takes 210 ms and 250 ms. So each layer takes 100 ms on the GPU and 120 ms in host memory, and 10 ms
+are taken once. A stage of 8 layers, 6 of them on the GPU and 2 in host memory, takes
+10 + 6 * 100 + 2 * 120 = 850 ms; with x layers in host memory, it takes 10 + 100 * 8 + 20 x.
 """
 
 from __future__ import annotations
@@ -20,37 +27,42 @@ from flexgen_ray.layout.plan import StagePlan
 from flexgen_ray.layout.sizes import stage_bytes, staged_bytes, totals
 from flexgen_ray.schedule.zigzag import StageLayers
 
-_ON = {tier: Placement(*(float(it == tier) for it in TIERS)) for tier in TIERS}
+_ALL_ON = {tier: Placement(*(float(it == tier) for it in TIERS)) for tier in TIERS}
 
 
 @dataclass(frozen=True, order=True)
 class Share:
-    """Some of the weights, the cache or the hidden states, and where it lies.
+    """The part of a group (weights, cache or activations) that lies in one place.
 
-    The cache in host memory is two shares: attended there, and streamed to the device.
+    A place is a tier, but the cache in host memory is two: "attended" there by the host's cores,
+    and "streamed" to the device.
     """
 
-    what: str
-    where: str
+    group: str
+    place: str
 
 
-# The first of each group is what the others are compared with.
+# The places of each group. The first is the base, whose costs the other places are compared with.
 GROUPS = {
     "weights": TIERS,
     "cache": ("gpu", "attended", "streamed", "disk"),
     "activations": TIERS,
 }
-SHARES = tuple(Share(what, where) for what, places in GROUPS.items() for where in places)
-ON_DEVICE = tuple(Share(what, places[0]) for what, places in GROUPS.items())
-_AT = {share: number for number, share in enumerate(SHARES, start=2)}  # in a row of `linear`
+SHARES = tuple(Share(group, place) for group, places in GROUPS.items() for place in places)
+ON_DEVICE = tuple(Share(group, places[0]) for group, places in GROUPS.items())
+# Index of each share's coefficient in a row of `Corners.linear`.
+_INDEX = {share: number for number, share in enumerate(SHARES, start=2)}
 
 
 @dataclass(frozen=True)
 class Corners:
-    """Of a stage that is, or is not, the model's first and its last.
+    """The amounts of one kind of stage at each corner.
 
-    plan: gives the model, the shape of a block and the longest sequences; its own layers and
-    placement don't count. position: of the tokens that an average decoding pass brings.
+    Stages of a kind have the same block shape and hardware, and agree in whether they are the
+    model's first and last.
+
+    plan: a stage of this kind; its own number of layers and its placement don't matter.
+    position: index of the token that an average decoding row processes.
     """
 
     plan: StagePlan
@@ -60,119 +72,111 @@ class Corners:
     def value(
         self, quantity: Quantity, layers: float, shares: Mapping[Share, float], near: float
     ) -> float:
-        """The quantity for so many layers, `shares` of them lying where (in layers, each group
-        summing to `layers`). near: about how many layers, for what a share takes once."""
+        """A quantity of a stage.
+
+        layers: number of decoder layers. shares: {share: number of layers}, each group summing to
+        `layers`. near: as in `linear`.
+        """
         row = self.linear(near).get(quantity)
         if row is None:
             return 0.0
-        parts = (row[_AT[share]] * amount for share, amount in shares.items())
+        parts = (row[_INDEX[share]] * amount for share, amount in shares.items())
         return float(row[0] + row[1] * layers + sum(parts))
 
     def linear(self, near: float) -> dict[Quantity, np.ndarray]:
-        """{quantity: its constant, and its coefficients for layers and for each of SHARES}, of all
-        that are ever above zero."""
-        once, each = self._values[..., 0], self._values[..., 1]
+        """{quantity: coefficients} of all quantities that are ever above zero.
+
+        A row holds the constant, the coefficient of the number of layers, and for each of SHARES
+        the coefficient of its layers: what a layer there takes beyond one in the group's base.
+        near: about how many layers the stage has. An amount that a place takes once, however many
+        layers lie there, is not linear; it is spread over so many layers.
+        """
+        once, each = self._amounts[..., 0], self._amounts[..., 1]
         slopes = each - each[:, :1] + (once - once[:, :1]) / near
         rows = np.concatenate((once[:, :1], each[:, :1], slopes), axis=1)
-        return dict(zip(self._known, rows, strict=True))
+        return dict(zip(self.quantities, rows, strict=True))
 
-    @property
+    @cached_property
     def quantities(self) -> list[Quantity]:
-        """All that are ever above zero."""
-        return self._known
+        """All quantities that are above zero at some corner."""
+        return sorted({name for at in self._corners for name, pair in at.items() if any(pair)})
 
     @cached_property
-    def _known(self) -> list[Quantity]:
-        return sorted({it for at in self._corners for it, amount in at.items() if any(amount)})
-
-    @cached_property
-    def _values(self) -> np.ndarray:
-        """A stage's amounts at each corner, once and for each layer: [quantities, shares, 2]."""
+    def _amounts(self) -> np.ndarray:
+        """Amounts taken once and for each layer: [quantities, shares, 2]."""
         nothing = (0.0, 0.0)
-        return np.array([[at.get(it, nothing) for at in self._corners] for it in self._known])
+        return np.array([[at.get(it, nothing) for at in self._corners] for it in self.quantities])
 
     @cached_property
     def _corners(self) -> list[dict[Quantity, tuple[float, float]]]:
-        """The same, at each of SHARES."""
-        base = self._at(SHARES[0])
-        return [base if _is_base(share) else self._at(share) for share in SHARES]
+        """{quantity: (amount once, amount of each layer)} at the corner of each of SHARES."""
+        base = self._evaluate(SHARES[0])  # All groups on the device: the base corner of each group.
+        return [base if _is_base(share) else self._evaluate(share) for share in SHARES]
 
-    def _at(self, share: Share) -> dict[Quantity, tuple[float, float]]:
+    def _evaluate(self, share: Share) -> dict[Quantity, tuple[float, float]]:
+        """Amounts at the corner of a share.
+
+        Bytes are those of one layer and of two, so the second minus the first is a layer's, and
+        the rest is taken once. Seconds come divided in this way from the cost model.
+        """
         policy = corner_policy(self.plan.policy, share)
-        needs = [_bytes(_small(self.plan, layers, policy)) for layers in (1, 2)]
-        found: dict[Quantity, tuple[float, float]] = {}
-        for tier in TIERS:
-            one, two = (need[tier] for need in needs)
-            found["bytes", tier] = 2 * one - two, two - one
-        # What batches bring doesn't depend on how many there are, nor on the blocks.
+        one, two = (_tier_bytes(_small_stage(self.plan, it, policy)) for it in (1, 2))
+        amounts: dict[Quantity, tuple[float, float]] = {
+            ("bytes", tier): (2 * one[tier] - two[tier], two[tier] - one[tier]) for tier in TIERS
+        }
+        # A further batch takes the same amounts, however many batches and blocks there are; with
+        # these numbers fixed, the cached costs of one shape serve others.
         alike = replace(policy, num_gpu_batches=2, blocks_in_flight=None)
-        small = replace(_small(self.plan, 1, alike), num_blocks=1)
+        stage = replace(_small_stage(self.plan, 1, alike), num_blocks=1)
         more = self.plan.policy.num_gpu_batches - 1
-        for key, taken in seconds_of_visit(small, self.hardware, self.position).items():
-            found[key] = taken.once + more * taken.once_more, taken.each + more * taken.each_more
-        return found
-
-
-def _bytes(plan: StagePlan) -> dict[str, int]:
-    """{tier: bytes} of a small plan: each further batch takes as many, but for weights on their way
-    from disk, whose parts get smaller."""
-    batches = plan.policy.num_gpu_batches
-    two, three = (_unstaged_bytes(_with_batches(plan, number)) for number in (2, 3))
-    found = {tier: two[tier] + (batches - 2) * (three[tier] - two[tier]) for tier in TIERS}
-    return found | {"cpu": found["cpu"] + staged_bytes(plan)}
-
-
-@lru_cache(maxsize=8192)
-def _unstaged_bytes(plan: StagePlan) -> dict[str, int]:
-    need = totals(stage_bytes(plan))
-    found = {tier: getattr(need, tier) for tier in TIERS}
-    return found | {"cpu": found["cpu"] - staged_bytes(plan)}
-
-
-def _with_batches(plan: StagePlan, batches: int) -> StagePlan:
-    return replace(plan, policy=replace(plan.policy, num_gpu_batches=batches))
+        for key, taken in seconds_of_visit(stage, self.hardware, self.position).items():
+            amounts[key] = taken.once + more * taken.once_more, taken.each + more * taken.each_more
+        return amounts
 
 
 def corner_policy(policy: Policy, share: Share) -> Policy:
-    """All of the share's group where it says, the other groups on the device."""
-    place = {"attended": "cpu", "streamed": "cpu"}.get(share.where, share.where)
-    weights, cache, activations = (_ON[place if it == share.what else "gpu"] for it in GROUPS)
+    """The policy with all of the share's group in its place, and the other groups on the device."""
+    tier = {"attended": "cpu", "streamed": "cpu"}.get(share.place, share.place)
+    weights, cache, activations = (_ALL_ON[tier if it == share.group else "gpu"] for it in GROUPS)
     return replace(
         policy,
         weights=weights,
         cache=cache,
         activations=activations,
-        cpu_attention=float(share.where != "streamed"),
+        cpu_attention=float(share.place != "streamed"),
     )
 
 
 def policy_of(shape: Policy, layers: float, shares: Mapping[Share, float]) -> Policy:
-    """The shape with these shares, in layers, as fractions."""
+    """The shape with these shares, in layers, as fractions of a policy."""
 
-    def part(what: str, *places: str) -> float:
-        parts = [shares.get(Share(what, it), 0.0) for it in places]
+    def fraction(group: str, *places: str) -> float:
+        parts = [shares.get(Share(group, place), 0.0) for place in places]
         return min(max(round(sum(parts) / layers, 4), 0.0), 1.0)
 
-    def placement(what: str) -> Placement:
-        disk = part(what, "disk")
-        cpu = min(part(what, "cpu", "attended", "streamed"), 1 - disk)
+    def placement(group: str) -> Placement:
+        disk = fraction(group, "disk")
+        cpu = min(fraction(group, "cpu", "attended", "streamed"), 1 - disk)
         return Placement(round(1 - cpu - disk, 4), cpu, disk)
 
-    host = part("cache", "attended", "streamed")
+    host = fraction("cache", "attended", "streamed")
+    attended = fraction("cache", "attended")
     return replace(
         shape,
         weights=placement("weights"),
         cache=placement("cache"),
         activations=placement("activations"),
-        cpu_attention=min(round(part("cache", "attended") / host, 4), 1.0) if host else 1.0,
+        cpu_attention=min(round(attended / host, 4), 1.0) if host else 1.0,
     )
 
 
 def shares_of(policy: Policy, layers: float) -> dict[Share, float]:
-    """The inverse of `policy_of`."""
+    """The policy's fractions as shares, in layers: the inverse of `policy_of`."""
     attended = policy.cpu_attention
     fractions = {
-        Share(what, tier): getattr(getattr(policy, what), tier) for what in GROUPS for tier in TIERS
+        Share(group, tier): getattr(getattr(policy, group), tier)
+        for group in GROUPS
+        for tier in TIERS
     }
     host = fractions.pop(Share("cache", "cpu"))
     fractions[Share("cache", "attended")] = host * attended
@@ -181,13 +185,14 @@ def shares_of(policy: Policy, layers: float) -> dict[Share, float]:
 
 
 def _is_base(share: Share) -> bool:
-    return share.where == GROUPS[share.what][0]
+    return share.place == GROUPS[share.group][0]
 
 
-def _small(plan: StagePlan, layers: int, policy: Policy) -> StagePlan:
-    """A stage with so few layers, with the model's ends if the plan's has them.
+def _small_stage(plan: StagePlan, layers: int, policy: Policy) -> StagePlan:
+    """A stage of the plan's kind with one layer or two.
 
-    Where only some layers attend within a window, none does here: no layer takes more.
+    Where only some of the model's layers attend within a window, none does here, so no layer is
+    counted too low.
     """
     before, after = not plan.stage.is_first, not plan.stage.is_last
     count = layers + before + after
@@ -198,3 +203,28 @@ def _small(plan: StagePlan, layers: int, policy: Policy) -> StagePlan:
     config = replace(plan.config, num_layers=count, sliding_window=window)
     stage, workload = StageLayers(first, last, count), replace(plan.workload, num_requests=1)
     return replace(plan, config=config, stage=stage, policy=policy, workload=workload)
+
+
+def _tier_bytes(plan: StagePlan) -> dict[str, int]:
+    """{tier: bytes} of a small stage.
+
+    Each batch beyond the second adds the same bytes, so two cached sizes serve any number of
+    batches. The exception is the staging buffer of weights on their way from disk: with more
+    batches, weights move in smaller parts, so its size is asked for.
+    """
+    batches = plan.policy.num_gpu_batches
+    two, three = (_unstaged_bytes(_with_batches(plan, number)) for number in (2, 3))
+    nbytes = {tier: two[tier] + (batches - 2) * (three[tier] - two[tier]) for tier in TIERS}
+    return nbytes | {"cpu": nbytes["cpu"] + staged_bytes(plan)}
+
+
+@lru_cache(maxsize=8192)
+def _unstaged_bytes(plan: StagePlan) -> dict[str, int]:
+    """{tier: bytes} without the staging buffer of weights."""
+    need = totals(stage_bytes(plan))
+    nbytes = {tier: getattr(need, tier) for tier in TIERS}
+    return nbytes | {"cpu": nbytes["cpu"] - staged_bytes(plan)}
+
+
+def _with_batches(plan: StagePlan, batches: int) -> StagePlan:
+    return replace(plan, policy=replace(plan.policy, num_gpu_batches=batches))

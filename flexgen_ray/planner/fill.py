@@ -1,5 +1,7 @@
-"""The policies where none is given: fill the GPU, then host memory, then disk, in as large a block
-as fits. A stand-in until a planner weighs the choices; it knows sizes and no speeds.
+"""Policies for machines without known rates: fill the GPU, then host memory, then the disk.
+
+The block is as large as fits without pushing much to the disk. The module knows sizes and no
+speeds; where rates are known, search.py finds better policies.
 """
 
 from __future__ import annotations
@@ -7,62 +9,94 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from flexgen_ray.config import Budget, Placement, Policy
+from flexgen_ray.config import Budget, Placement
 from flexgen_ray.layout.plan import StagePlan
 from flexgen_ray.layout.sizes import check_budgets, stage_bytes, totals
 
 MAX_BLOCK = 512
 MAX_GPU_BATCH = 64
 TILES = (2048, 512, 128)
-BISECTIONS = 7  # a fraction is settled to within 1 %
+BISECTIONS = 7  # settle a fraction to within 1 %
 
 
-def fill_tiers(plans: list[StagePlan], budgets: list[Budget]) -> list[Policy]:
-    """Of a pipeline's stages: the largest block that leaves little on disk, the same for all; of
-    the others the one that leaves least.
+def fill_tiers(plans: list[StagePlan], budgets: list[Budget]) -> list[StagePlan]:
+    """The plans with filled tiers, all with the same block shape.
 
-    plans: all of the stages; of their policies, what isn't chosen here is kept.
-    Raises ValueError with what the smallest block lacks if nothing fits.
+    Tries blocks from the largest to the smallest, each with tiles from the largest to the smallest,
+    and takes the first that leaves little on disk (see `_merits`). If none does, the one with most
+    merits is taken, so that with a short budget the model still runs.
+
+    plans: all stages; the parts of their policies that are not chosen here stay.
+    Raises ValueError, which says what the smallest block lacks, if nothing fits.
     """
     best: list[StagePlan] | None = None
     requests = -(-plans[0].workload.num_requests // plans[0].num_blocks)
-    for block in _halves(min(requests, MAX_BLOCK)):
+    for block in _halvings(min(requests, MAX_BLOCK)):
         batches = -(-block // MAX_GPU_BATCH)
         for tile in TILES:
-            sized = [_sized(plan, -(-block // batches), batches, tile) for plan in plans]
-            filled = _fill(sized, budgets)
-            if best is None or _worst_merits(filled, budgets) > _worst_merits(best, budgets):
+            shaped = [_with_shape(plan, -(-block // batches), batches, tile) for plan in plans]
+            filled = _fill_stages(shaped, budgets)
+            if best is None or _common_merits(filled, budgets) > _common_merits(best, budgets):
                 best = filled
-            if all(_worst_merits(best, budgets)):
-                return [plan.policy for plan in best]
+            if all(_common_merits(best, budgets)):
+                return best
     assert best is not None
+    # For a stage in which nothing fits, the error is about the smallest block.
     pairs = zip(best, filled, budgets, strict=True)
     check_budgets([a if _fits(a, budget) else b for a, b, budget in pairs], budgets)
-    return [plan.policy for plan in best]
+    return best
 
 
-def _sized(plan: StagePlan, size: int, batches: int, tile: int) -> StagePlan:
+def fill_stage(plan: StagePlan, budget: Budget) -> StagePlan:
+    """The plan with as much on the faster tiers as fits: weights first, then the cache.
+
+    Starts with all weights on disk, then moves the largest shares that fit, step by step.
+    """
+    plan = _slowest(plan, budget)
+    plan = _move_up(plan, "weights", "disk", "gpu", budget)
+    plan = _move_up(plan, "cache", "cpu", "gpu", budget)
+    plan = _move_up(plan, "cache", "disk", "gpu", budget)
+    plan = _move_up(plan, "weights", "disk", "cpu", budget)
+    return _move_up(plan, "cache", "disk", "cpu", budget)
+
+
+def _halvings(size: int) -> Iterator[int]:
+    while size >= 1:
+        yield size
+        size //= 2
+
+
+def _with_shape(plan: StagePlan, size: int, batches: int, tile: int) -> StagePlan:
     policy = replace(
         plan.policy, gpu_batch_size=size, num_gpu_batches=batches, max_batch_tokens=tile
     )
     return replace(plan, policy=policy)
 
 
-def _halves(size: int) -> Iterator[int]:
-    while size >= 1:
-        yield size
-        size //= 2
+def _fill_stages(plans: list[StagePlan], budgets: list[Budget]) -> list[StagePlan]:
+    """Everything on the devices if that fits; else filled, in two batches at least.
+
+    With two batches, moving one's data overlaps computing the other.
+    """
+    device = Placement(1, 0, 0)
+    resident = [_placed(plan, weights=device, cache=device, activations=device) for plan in plans]
+    if all(map(_fits, resident, budgets)):
+        return resident
+    return list(map(fill_stage, map(_in_two_batches, plans), budgets))
 
 
-def _worst_merits(plans: list[StagePlan], budgets: list[Budget]) -> tuple[bool, ...]:
-    """Those that every stage has."""
+def _common_merits(plans: list[StagePlan], budgets: list[Budget]) -> tuple[bool, ...]:
+    """The merits that every stage has."""
     merits = [_merits(plan, budget) for plan, budget in zip(plans, budgets, strict=True)]
     return tuple(all(each) for each in zip(*merits, strict=True))
 
 
 def _merits(plan: StagePlan, budget: Budget) -> tuple[bool, ...]:
-    """Fits; no hidden states on disk; no cache there; no weights there that more than half of the
-    host's memory, taken by the cache, would have kept off it."""
+    """Merits of a plan, the most important first; tuples of them compare like numbers.
+
+    The plan fits; no hidden states are on disk; no cache is on disk; the cache doesn't push weights
+    to disk, that is, no weights are there while the cache takes over half of the host's memory.
+    """
     policy = plan.policy
     displaces = policy.weights.disk > 0 and 2 * stage_bytes(plan)["cpu"]["cache"] > budget.cpu
     return (
@@ -78,39 +112,8 @@ def _fits(plan: StagePlan, budget: Budget) -> bool:
     return need.gpu <= budget.gpu and need.cpu <= budget.cpu and need.disk <= budget.disk
 
 
-def _fill(plans: list[StagePlan], budgets: list[Budget]) -> list[StagePlan]:
-    """All on the devices if it fits; else as much as fits, in two batches that overlap at least."""
-    device = Placement(1, 0, 0)
-    whole = [_with(plan, weights=device, cache=device, activations=device) for plan in plans]
-    if all(map(_fits, whole, budgets)):
-        return whole
-    return list(map(fill_stage, map(_in_two_batches, plans), budgets))
-
-
-def fill_stage(plan: StagePlan, budget: Budget) -> StagePlan:
-    """As much on the faster tiers as fits: weights first, then the cache."""
-    plan = _barest(plan, budget)
-    plan = _lift(plan, "weights", "disk", "gpu", budget)
-    plan = _lift(plan, "cache", "cpu", "gpu", budget)
-    plan = _lift(plan, "cache", "disk", "gpu", budget)
-    plan = _lift(plan, "weights", "disk", "cpu", budget)
-    return _lift(plan, "cache", "disk", "cpu", budget)
-
-
-def _barest(plan: StagePlan, budget: Budget) -> StagePlan:
-    """Weights on disk; cache and hidden states on the fastest tiers that take all of them."""
-    disk = Placement(0, 0, 1)
-    for cache in (Placement(0, 1, 0), disk):
-        for activations in (Placement(1, 0, 0), Placement(0, 1, 0), disk):
-            bare = _with(plan, weights=disk, cache=cache, activations=activations)
-            need = totals(stage_bytes(bare))
-            if need.gpu <= budget.gpu and need.cpu <= budget.cpu:
-                return bare
-    return bare
-
-
 def _in_two_batches(plan: StagePlan) -> StagePlan:
-    """One batch has nothing to overlap with."""
+    """The plan with its only batch divided in two."""
     policy = plan.policy
     if policy.num_gpu_batches > 1 or policy.gpu_batch_size == 1:
         return plan
@@ -118,31 +121,46 @@ def _in_two_batches(plan: StagePlan) -> StagePlan:
     return replace(plan, policy=halves)
 
 
-def _with(plan: StagePlan, **changes: Placement) -> StagePlan:
-    return replace(plan, policy=replace(plan.policy, **changes))  # type: ignore[arg-type]
+def _slowest(plan: StagePlan, budget: Budget) -> StagePlan:
+    """Weights on disk; cache and hidden states on the fastest tiers that take all of them."""
+    disk = Placement(0, 0, 1)
+    for cache in (Placement(0, 1, 0), disk):
+        for activations in (Placement(1, 0, 0), Placement(0, 1, 0), disk):
+            slowest = _placed(plan, weights=disk, cache=cache, activations=activations)
+            need = totals(stage_bytes(slowest))
+            if need.gpu <= budget.gpu and need.cpu <= budget.cpu:
+                return slowest
+    return slowest
 
 
-def _lift(plan: StagePlan, what: str, source: str, tier: str, budget: Budget) -> StagePlan:
-    """Moves the largest share of weights or cache from `source` to `tier` that its budget takes."""
-    placement: Placement = getattr(plan.policy, what)
+def _placed(plan: StagePlan, **placements: Placement) -> StagePlan:
+    return replace(plan, policy=replace(plan.policy, **placements))  # type: ignore[arg-type]
+
+
+def _move_up(plan: StagePlan, group: str, source: str, tier: str, budget: Budget) -> StagePlan:
+    """Move the largest share of weights or cache from `source` to `tier` that its budget takes.
+
+    Bisects the share, because bytes grow with it in steps of whole tensors and rows.
+    """
+    placement: Placement = getattr(plan.policy, group)
     available: float = getattr(placement, source)
 
-    def lifted(share: float) -> StagePlan:
-        moved = available * share
+    def moved(share: float) -> StagePlan:
+        amount = available * share
         changes = {
-            source: 0.0 if share == 1 else available - moved,
-            tier: getattr(placement, tier) + moved,
+            source: 0.0 if share == 1 else available - amount,
+            tier: getattr(placement, tier) + amount,
         }
-        return _with(plan, **{what: replace(placement, **changes)})
+        return _placed(plan, **{group: replace(placement, **changes)})
 
     def fits(candidate: StagePlan) -> bool:
         need = totals(stage_bytes(candidate))
         return getattr(need, tier) <= getattr(budget, tier)
 
-    if not available or fits(lifted(1.0)):
-        return lifted(1.0)
+    if not available or fits(moved(1.0)):
+        return moved(1.0)
     low, high = 0.0, 1.0
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
-        low, high = (middle, high) if fits(lifted(middle)) else (low, middle)
-    return lifted(low)
+        low, high = (middle, high) if fits(moved(middle)) else (low, middle)
+    return moved(low)

@@ -1,6 +1,6 @@
-"""Lines said before a run: how long it will take, by which rates, and what would be much faster.
+"""Lines for people before a run: how long it will take, by which rates, and what would be faster.
 
-Knows predictions and requests; plans nothing.
+The module knows predictions and requests; it plans nothing.
 """
 
 from __future__ import annotations
@@ -15,80 +15,85 @@ from flexgen_ray.request import Request
 from flexgen_ray.runtime.worker import Machine
 from flexgen_ray.units import format_seconds
 
+_FILLED = "memory is filled in order of speed (GPU, host, disk)"
 NOTHING_FITS = (
-    "no plan fits by the assumed rates, so the tiers are filled, fastest first; "
-    "`flexgen-ray calibrate` measures the real ones"
+    f"no plan fits by the assumed rates, so {_FILLED}; "
+    "`flexgen-ray calibrate` measures the real rates"
 )
-WORTH_SAYING = 1.5  # how much faster a lossy way has to be
+MIN_SPEEDUP = 1.5  # Suggest a lossy way only if it is faster by this factor.
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """The most that a job takes by a plan: every answer is taken to be as long as it may be."""
+    """The predicted times of a job if every answer gets as long as it may.
+
+    new_tokens: of all answers. shortest_answer: in tokens.
+    """
 
     plan: PipelinePlan
-    num_requests: int
+    num_answers: int
     new_tokens: int
-    shortest: int
+    shortest_answer: int
 
     @staticmethod
-    def of(plan: PipelinePlan, requests: Sequence[Request]) -> Forecast:
-        lengths = [request.max_tokens for request in requests]
-        return Forecast(plan, len(requests), sum(lengths), min(lengths))
+    def of(plan: PipelinePlan, answers: Sequence[Request]) -> Forecast:
+        """The forecast for these requests, one for each answer."""
+        lengths = [request.max_tokens for request in answers]
+        return Forecast(plan, len(answers), sum(lengths), min(lengths))
 
     @property
     def seconds(self) -> float:
-        """Seconds that all blocks of the job take, each counted as whole."""
+        """Seconds that all blocks of the job take, each counted as full."""
         sequences = self.plan.num_blocks * self.plan.block_size
-        return math.ceil(self.num_requests / sequences) * self.plan.block_seconds
+        return math.ceil(self.num_answers / sequences) * self.plan.block_seconds
 
     @property
     def first_answer_seconds(self) -> float:
-        """Seconds until the shortest answer of the first block is there."""
-        share = min(self.shortest / self.plan.job.mean_tokens, 1)
+        """Seconds until the shortest answer of the first block is finished."""
+        share = min(self.shortest_answer / self.plan.job.mean_tokens, 1)
         return self.plan.prefill_seconds + share * self.plan.decode_seconds
 
     def line(self, machine: Machine) -> str:
-        """One line for people; machine: whose rates these are."""
-        answers = "1 answer" if self.num_requests == 1 else f"{self.num_requests:,} answers"
+        """The forecast in one line for people; machine: the one whose rates it rests on."""
+        answers = "1 answer" if self.num_answers == 1 else f"{self.num_answers:,} answers"
         return (
-            f"predicted: {answers} of {self.new_tokens:,} new tokens at most take about "
+            f"predicted: {answers} with at most {self.new_tokens:,} new tokens take about "
             f"{format_seconds(self.seconds)} ({self.new_tokens / self.seconds:.3g} new tokens/s), "
-            f"the first are there after {format_seconds(self.first_answer_seconds)}; "
-            f"{_source(machine)}"
+            f"the first arrive after {format_seconds(self.first_answer_seconds)}; "
+            f"{_describe_rates(machine)}"
         )
 
 
-def explain_no_forecast(machine: Machine, dtype: str, is_planned: bool) -> str:
-    """A line for a machine without rates; is_planned: no policy was given."""
+def explain_no_forecast(machine: Machine, dtype: str, is_filled: bool) -> str:
+    """A line for people about a machine without rates; is_filled: no policy was given."""
     has = (
         f"{machine.host} has rates, but none for {dtype}"
         if machine.hardware
-        else (f"{machine.host} isn't calibrated")
+        else f"{machine.host} isn't calibrated"
     )
-    filled = ", so the tiers are filled, fastest first" if is_planned else ""
-    remedy = "`flexgen-ray calibrate` (a few minutes) lets runs be predicted and planned"
+    filled = f", so {_FILLED}" if is_filled else ""
+    remedy = "`flexgen-ray calibrate` (a few minutes) allows predictions and faster policies"
     return f"no prediction: {has}{filled}; {remedy}"
 
 
 def suggest_compression(lossless: Forecast, packed: Forecast) -> str | None:
-    """A line about 4-bit weights and cache, if they are much faster."""
+    """A line for people about 4-bit weights and cache, if they are much faster."""
     ratio = lossless.seconds / packed.seconds
-    if ratio < WORTH_SAYING:
+    if ratio < MIN_SPEEDUP:
         return None
     return (
-        f"suggestion: --weight-bits 4 --cache-bits 4, which are lossy, would take about "
-        f"{format_seconds(packed.seconds)}, {ratio:.1f} x as fast"
+        f"suggestion: --weight-bits 4 --cache-bits 4 (lossy) would take about "
+        f"{format_seconds(packed.seconds)}, {ratio:.1f} times as fast"
     )
 
 
-def _source(machine: Machine) -> str:
+def _describe_rates(machine: Machine) -> str:
     name = machine.hardware.name if machine.hardware else "unknown"
     if machine.rates_source == CALIBRATED:
-        return "rates as `flexgen-ray calibrate` measured them"
+        return "by the rates that `flexgen-ray calibrate` measured"
     if machine.rates_source == ASSUMED:
         return (
             f"rates assumed, those of preset {name} for {machine.device_name}; "
             "`flexgen-ray calibrate` measures this machine's own"
         )
-    return f"rates of {name}"
+    return f"by the rates of {name}"

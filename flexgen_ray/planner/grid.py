@@ -1,4 +1,7 @@
-"""The shapes of a block that a planner tries. Knows how large a job is; no costs, no placement."""
+"""The block shapes that the planner tries.
+
+The module knows how large a job is; no costs, no placement.
+"""
 
 from __future__ import annotations
 
@@ -13,17 +16,21 @@ from flexgen_ray.planner.pipeline_plan import PlannedJob
 
 BATCH_SIZES = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 BATCHES = (1, 2, 3, 4, 6, 8, 12, 16)
-# A coarse grid of every so many is tried first.
-COARSE = 2
 TILES = (512, 2048)
+COARSE_STRIDE = 2  # the coarse grid has every second batch size and number of batches
 
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """What may be chosen. base: has what may not, such as the bits of weights and cache; layers:
-    of each stage, if they are settled; max_seconds: that a block may take; shares, overlaps: as in
-    lp.Aim; extra_blocks: in flight beyond the number of stages; cells: of a visit, as many are
-    played (`Planner.simulate`)."""
+    """The choices that the planner has.
+
+    base: gives everything that is not chosen, such as the bits of weights and cache.
+    batch_sizes, batches, tiles: values of gpu_batch_size, num_gpu_batches and max_batch_tokens.
+    extra_blocks: blocks in flight beyond the number of stages.
+    layers: decoder layers of each stage; None lets the planner choose.
+    max_seconds: limit on a block's latency. shares, overlaps: as in lp.Objective.
+    max_cells: about how many cells of a visit are simulated (`Planner.simulate`).
+    """
 
     base: Policy = Policy()
     batch_sizes: tuple[int, ...] = BATCH_SIZES
@@ -34,48 +41,55 @@ class SearchSpace:
     max_seconds: float | None = None
     shares: tuple[Share, ...] = SHARES
     overlaps: bool = True
-    cells: int | None = 384
+    max_cells: int | None = 384
 
     def near(self, shape: Policy) -> SearchSpace:
         """A quicker search, among blocks about as large as those of `shape`."""
         return replace(
             self,
-            cells=128,
-            batch_sizes=_near(shape.gpu_batch_size, self.batch_sizes, 1),
-            batches=_near(shape.num_gpu_batches, self.batches, 1),
+            max_cells=128,
+            batch_sizes=_neighbours(shape.gpu_batch_size, self.batch_sizes, 1),
+            batches=_neighbours(shape.num_gpu_batches, self.batches, 1),
         )
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Of a job on so many stages."""
+    """The shapes of a search space for a job on a number of stages, as policies.
+
+    No block is larger than the job.
+    """
 
     search: SearchSpace
     job: PlannedJob
     num_stages: int
 
     def all(self) -> Iterator[Policy]:
+        """Every shape with every tile."""
         shapes = list(self._shapes(self.search.batch_sizes, self.search.batches))
         return chain(shapes, self.with_larger_tiles(shapes))
 
     def coarse(self) -> Iterator[Policy]:
-        return self._shapes(self.search.batch_sizes[::COARSE], self.search.batches[::COARSE])
+        """A quarter of the shapes, with the smallest tile."""
+        return self._shapes(
+            self.search.batch_sizes[::COARSE_STRIDE], self.search.batches[::COARSE_STRIDE]
+        )
 
     def around(self, shape: Policy) -> Iterator[Policy]:
-        """As far as the coarse grid's next ones."""
+        """Shapes between this one and its neighbours on the coarse grid."""
         return self._shapes(
-            _near(shape.gpu_batch_size, self.search.batch_sizes),
-            _near(shape.num_gpu_batches, self.search.batches),
+            _neighbours(shape.gpu_batch_size, self.search.batch_sizes, COARSE_STRIDE),
+            _neighbours(shape.num_gpu_batches, self.search.batches, COARSE_STRIDE),
         )
 
     def with_larger_tiles(self, shapes: Iterable[Policy]) -> Iterator[Policy]:
-        """The same shapes, unless a batch's prompts fit the smallest tile."""
+        """These shapes with all larger tiles, except where prompts of a batch fit the smallest."""
         for shape in shapes:
             if shape.gpu_batch_size * self.job.prompt_len > self.search.tiles[0]:
                 yield from (replace(shape, max_batch_tokens=it) for it in self.search.tiles[1:])
 
     def smallest(self) -> Iterator[Policy]:
-        """Blocks of a request or two."""
+        """Blocks of one request and of two, in one batch."""
         return self._shapes((1, 2), (1,))
 
     def _shapes(self, sizes: Iterable[int], batches: Sequence[int]) -> Iterator[Policy]:
@@ -97,7 +111,7 @@ class Grid:
                 )
 
 
-def _near(value: int, grid: tuple[int, ...], steps: int = COARSE) -> tuple[int, ...]:
-    """It, or the next above, and as many on each side."""
-    at = min(bisect_left(grid, value), len(grid) - 1)
-    return grid[max(at - steps, 0) : at + steps + 1]
+def _neighbours(value: int, grid: tuple[int, ...], steps: int) -> tuple[int, ...]:
+    """The value, or the next one above it on the grid, with so many neighbours on each side."""
+    index = min(bisect_left(grid, value), len(grid) - 1)
+    return grid[max(index - steps, 0) : index + steps + 1]

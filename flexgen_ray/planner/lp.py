@@ -1,16 +1,13 @@
-"""The linear program: where each stage keeps what, and how many layers it has.
+"""The linear program: where each stage of a pipeline keeps what, and how many layers it has.
 
-FlexGen's (Sheng et al., 2023, section 4.3), for any number of stages: minimise the time of a
-block's prefill and decode, T >= seconds of every lane and resource of every stage, and of what the
-stages of a node share, with every tier within its budget; and T, times the blocks in flight, no
-less than one batch's way through all stages, on which nothing of its own overlaps. Knows corners;
-chooses no block's shape.
+This is FlexGen's program (Sheng et al., 2023, section 4.3), for any number of stages. It minimises
+the time T of a block's prefill and decode. T is at least the seconds of every lane and resource of
+every stage, and of everything that the stages of a node share. Every tier stays within its budget.
+T times the blocks in flight is at least the latency of one batch through all stages, because the
+ops of one batch don't overlap each other.
 
-Limits common to the stages of a pipeline: of nodes, and of batches that pass through all.
-
-Knows bytes and seconds of each stage; chooses nothing.
-
-Linear programs, solved by HiGHS. Knows numbers; not what they mean.
+The module knows each stage's costs as linear functions (corners.py). It doesn't choose the shape
+of a block, and its solution is in fractions of layers: search.py rounds it.
 """
 
 from __future__ import annotations
@@ -34,117 +31,24 @@ from flexgen_ray.planner.pipeline_plan import ONE_BATCH, StageDevice
 from flexgen_ray.schedule.ops import Lane
 from flexgen_ray.units import format_bytes
 
-# A linear function of the variables: a coefficient for each, and a constant at the end.
-Linear = np.ndarray
-Constraint = tuple[Linear, float, float]  # that lies between these two
-
-
-def minimise(aim: Linear, rows: list[Constraint], low: Linear, high: Linear) -> Linear | None:
-    """The variables' values, each between its `low` and `high`, where `aim` is least, and a one for
-    the constant; None if no values satisfy all rows."""
-    matrix = np.array([row for row, _, _ in rows])
-    constants = matrix[:, -1]
-    program = highspy.HighsLp()
-    program.num_col_, program.num_row_ = len(low), len(rows)
-    program.col_cost_ = aim[:-1]
-    program.col_lower_, program.col_upper_ = low, high
-    program.row_lower_ = np.array([least for _, least, _ in rows]) - constants
-    program.row_upper_ = np.array([most for _, _, most in rows]) - constants
-    at, columns = np.nonzero(matrix[:, :-1])
-    program.a_matrix_.format_ = highspy.MatrixFormat.kRowwise
-    program.a_matrix_.start_ = np.searchsorted(at, np.arange(len(rows) + 1)).astype(np.int32)
-    program.a_matrix_.index_ = columns.astype(np.int32)
-    program.a_matrix_.value_ = matrix[at, columns]
-    solver = _solver()
-    solver.passModel(program)
-    solver.run()
-    if solver.getModelStatus() != highspy.HighsModelStatus.kOptimal:
-        return None
-    return np.append(solver.getSolution().col_value, 1.0)
-
-
-@cache
-def _solver() -> highspy.Highs:
-    """HiGHS says its name on standard output, which is for results, when it is first made."""
-    sys.stdout.flush()
-    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(nowhere, 1)
-        solver = highspy.Highs()
-        solver.setOptionValue("output_flag", False)
-    finally:
-        os.dup2(kept, 1)
-        os.close(kept)
-        os.close(nowhere)
-    return solver
-
-
-def excess_bytes(devices: Sequence[StageDevice], stages: list[StagePlan]) -> list[dict[str, int]]:
-    """{tier: bytes beyond the budget} of each stage; of the host's tiers, those of its node."""
-    needs = [totals(stage_bytes(stage)) for stage in stages]
-    found = []
-    for number, device in enumerate(devices):
-        over = {}
-        for tier in TIERS:
-            who = [number] if tier == "gpu" else _mates(devices, device)
-            nbytes = sum(getattr(needs[it], tier) for it in who) - getattr(device.budget, tier)
-            if nbytes > 0:
-                over[tier] = nbytes
-        found.append(over)
-    return found
-
-
-def tighten_budget(budget: Budget, over: dict[str, int]) -> Budget:
-    """By what was too much, and a little more, for a row or a tensor is a step."""
-    cuts = {tier: nbytes + getattr(budget, tier) // 256 for tier, nbytes in over.items()}
-    left = {tier: getattr(budget, tier) - cuts.get(tier, 0) for tier in TIERS}
-    return Budget(**{tier: max(nbytes, 0) for tier, nbytes in left.items()})
-
-
-def add_batch_latency(seconds: list[dict[str, float]], num_blocks: int) -> None:
-    """A batch's way through all stages, in one phase, by the blocks under way meanwhile."""
-    ways = [sum(stage.pop(way, 0.0) for stage in seconds) for way in WAYS]
-    seconds[-1][ONE_BATCH] = max(ways) / num_blocks
-
-
-def add_shared_seconds(
-    devices: Sequence[StageDevice], seconds: list[dict[str, float]], overlaps: bool
-) -> None:
-    """Add the seconds of what a stage's lanes, or a node's stages, share in one phase.
-
-    overlaps: as in lp.Aim.
-    """
-    for device, own in zip(devices, seconds, strict=True):
-        mates = _mates(devices, device)
-        for name in SHARED_SECONDS if len(mates) > 1 else ():
-            own[f"the node's {name}"] = sum(seconds[it].get(name, 0.0) for it in mates)
-        if device.core_shares:
-            own["cores"] = sum(share * own.get(lane, 0) for lane, share in device.core_shares)
-        if not overlaps:
-            own["all lanes"] = sum(it for lane, it in own.items() if lane in LANES)
-
-
-def _mates(devices: Sequence[StageDevice], device: StageDevice) -> list[int]:
-    """The stages on its node."""
-    return [number for number, other in enumerate(devices) if other.node == device.node]
-
-
-# Of a node, whatever stages run on it; the GPU's memory and device are each stage's own.
+# Tiers and resources of which a node has one, for all of its stages; each stage has its own GPU.
 SHARED_TIERS = ("cpu", "disk")
 SHARED_SECONDS = ("host_memory", "disk_read", "disk_write")
 LANES = frozenset(lane.value for lane in Lane)
-# What binds decides; of placements that are alike in that, those that spare the other lanes.
+# Weight of all lanes' seconds beside T: of placements with the same T, prefer the one that leaves
+# the lanes that are no bottleneck most idle.
 SPARE_WEIGHT = 0.01
-_GB = 1e9  # in which the program counts, for solvers like numbers near one
+_GB = 1e9  # The program counts bytes in GB, since solvers are most accurate with numbers near one.
 
 
 @dataclass(frozen=True)
 class StageProblem:
     """One stage: its costs, its budget, and the node it runs on.
 
-    budget: gpu of the stage, cpu and disk of all the node's stages together. layers: None lets the
-    program choose. core_shares: {lane or resource: cores that it takes, of all there are}, where
-    the device is the host's cores.
+    budget: `gpu` is the stage's own, `cpu` and `disk` are those of all stages on the node.
+    layers: number of decoder layers; None lets the program choose.
+    core_shares: {lane or resource: fraction of the cores that it occupies} where the device is the
+    host's cores, else None.
     """
 
     corners: Corners
@@ -156,9 +60,13 @@ class StageProblem:
 
 @dataclass(frozen=True)
 class Objective:
-    """What is minimised: seconds of a block's visits, prefill_visits that bring prompts and
-    decode_visits that don't. num_blocks: in flight. max_seconds: of a block's visits, at most.
-    shares: where things may lie. overlaps: lanes work at once; else their seconds add up."""
+    """The objective: seconds of all visits of a block.
+
+    prefill_visits, decode_visits: visits of a block that process prompts, and that don't.
+    num_blocks: blocks in flight. max_seconds: limit on the block's visits, None for no limit.
+    shares: the places that the program may use.
+    overlaps: True if lanes work in parallel; False adds up their seconds.
+    """
 
     prefill_visits: float
     decode_visits: float
@@ -173,7 +81,11 @@ class Objective:
 
 @dataclass(frozen=True)
 class Solution:
-    """seconds: {phase: of a visit of the slowest stage}; shares in layers, and layers, by stage."""
+    """An optimum of the program, in fractions of layers.
+
+    seconds: {phase: seconds that a visit takes on the slowest stage}.
+    shares: {share: number of layers} of each stage. layers: number of layers of each stage.
+    """
 
     seconds: dict[str, float]
     shares: list[dict[Share, float]]
@@ -184,196 +96,345 @@ class Infeasible(ValueError):
     """No placement fits; the message names the budget that lacks most, and by how much."""
 
 
-def solve(stages: list[StageProblem], num_layers: int, aim: Objective) -> Solution | None:
-    """The optimum; None if no placement fits."""
-    return _Program(stages, num_layers, aim).solve()
+def solve(stages: list[StageProblem], num_layers: int, objective: Objective) -> Solution | None:
+    """The optimal placement; None if the program is infeasible."""
+    return _LinearProgram(stages, num_layers, objective).solve()
 
 
-def explain_infeasible(stages: list[StageProblem], num_layers: int, aim: Objective) -> str:
-    """The budget that lacks most for the smallest need there is, and by how much."""
-    return _Program(stages, num_layers, aim).explain_infeasible()
+def explain_infeasible(stages: list[StageProblem], num_layers: int, objective: Objective) -> str:
+    """A sentence that names the budget which lacks most, by how much, and the remedy."""
+    return _LinearProgram(stages, num_layers, objective).explain_infeasible()
 
 
 def round_layers(layers: list[float], total: int) -> tuple[int, ...]:
-    """Whole numbers of layers, one at least, that sum to the total; the largest remainders up."""
-    counts = [max(int(it + 1e-6), 1) for it in layers]
+    """Round layers of stages to whole numbers, at least one each, that sum to the total.
+
+    Stages are rounded down first; the largest remainders then get one layer more.
+    """
+    counts = [max(int(count + 1e-6), 1) for count in layers]
     while sum(counts) != total:
         step = 1 if sum(counts) < total else -1
-        free = [it for it, count in enumerate(counts) if count + step >= 1]
-        counts[max(free, key=lambda it: step * (layers[it] - counts[it]))] += step
+        stages = [stage for stage, count in enumerate(counts) if count + step >= 1]
+        counts[max(stages, key=lambda it: step * (layers[it] - counts[it]))] += step
     return tuple(counts)
 
 
-class _Program:
-    """The variables and constraints of the linear program.
+# A linear function of the variables: their coefficients, and a constant at the end.
+Linear = np.ndarray
+Constraint = tuple[Linear, float, float]  # a linear function, and the least and most it may be
 
-    Variables: the seconds of each phase's visit; then each stage's shares and its layers; at the
-    end, for `explain_infeasible`, what each budget lacks.
+
+class _LinearProgram:
+    """The variables and constraints of the program.
+
+    The columns, in an example of two stages on one node, with the 10 places of SHARES:
+
+        column   variable
+        0        seconds of the slowest stage's visit in prefill (T of prefill)
+        1        seconds of the slowest stage's visit in decode (T of decode)
+        2..11    stage 0: layers whose weights lie on the GPU, in host memory, on disk; whose cache
+                 is on the GPU, attended on the host, streamed, on disk; and so on, as in SHARES
+        12       stage 0: number of layers (fixed if StageProblem.layers is)
+        13..23   stage 1: its shares and its number of layers
+        24..27   GB that the GPU of stage 0, that of stage 1, the node's host memory and its disk
+                 lack; used by `explain_infeasible` alone
+
+    The constraints of the example:
+
+        placement   for each stage and each of weights, cache, activations:
+                    sum of its shares - layers = 0; layers of all stages = the model's
+        budgets     for each GPU, and for each node's host memory and disk:
+                    GB in use - GB of the budget <= 0
+        time        for each phase and each lane or resource of a stage, and for what the node's
+                    stages share: T of the phase - its seconds >= 0
+        latency     for each phase and both ways of attending a batch:
+                    T of the phase - seconds of one batch through all stages / num_blocks >= 0
+
+    The objective is prefill_visits * T of prefill + decode_visits * T of decode.
     """
 
-    def __init__(self, stages: list[StageProblem], num_layers: int, aim: Objective) -> None:
+    def __init__(self, stages: list[StageProblem], num_layers: int, objective: Objective) -> None:
         self._stages = stages
         self._num_layers = num_layers
-        self._aim = aim
-        self._of_stage = len(aim.shares) + 1
-        self._placed = len(PHASES) + len(stages) * self._of_stage
-        self._size = self._placed + len(stages) + len(SHARED_TIERS) * len(self._nodes)
+        self._objective = objective
+        self._columns_per_stage = len(objective.shares) + 1
+        self._first_slack = len(PHASES) + len(stages) * self._columns_per_stage
+        self._num_columns = (
+            self._first_slack + len(stages) + len(SHARED_TIERS) * len(self._stages_of_node)
+        )
 
     def solve(self) -> Solution | None:
-        seconds = list(self._seconds())
-        total = self._sum(self._aim.visits(phase) * self._time(phase) for phase in PHASES)
-        spared = self._sum(self._aim.visits(phase) * it for phase, it in seconds)
-        rows = [*self._of_placement(), *((over, -inf, 0.0) for over, _, _ in self._over_budgets())]
-        rows += [(self._time(phase) - it, 0.0, inf) for phase, it in seconds]
-        rows += [(self._time(phase) - it, 0.0, inf) for phase, it in self._ways()]
-        if self._aim.max_seconds is not None:
-            rows.append((total, -inf, self._aim.max_seconds))
-        found = minimise(total + SPARE_WEIGHT * spared, rows, *self._bounds)
-        if found is None:
+        objective = self._objective
+        busy = list(self._busy_seconds())
+        total = self._sum(objective.visits(phase) * self._time(phase) for phase in PHASES)
+        all_lanes = self._sum(objective.visits(phase) * seconds for phase, seconds in busy)
+        rows = [*self._placement_constraints()]
+        rows += [(excess, -inf, 0.0) for excess, _, _ in self._budget_excess()]
+        rows += [(self._time(phase) - seconds, 0.0, inf) for phase, seconds in busy]
+        rows += [(self._time(phase) - it, 0.0, inf) for phase, it in self._batch_latencies()]
+        if objective.max_seconds is not None:
+            rows.append((total, -inf, objective.max_seconds))
+        values = minimise(total + SPARE_WEIGHT * all_lanes, rows, *self._bounds)
+        if values is None:
             return None
+        numbers = range(len(self._stages))
         return Solution(
-            {phase: float(self._time(phase) @ found) for phase in PHASES},
+            {phase: float(self._time(phase) @ values) for phase in PHASES},
             [
-                {share: float(self._share(number, share) @ found) for share in self._aim.shares}
-                for number, _ in enumerate(self._stages)
+                {share: float(self._share(number, share) @ values) for share in objective.shares}
+                for number in numbers
             ],
-            [float(self._layers(number) @ found) for number, _ in enumerate(self._stages)],
+            [float(self._layers(number) @ values) for number in numbers],
         )
 
     def explain_infeasible(self) -> str:
-        """The least by which budgets would have to grow, whatever the time."""
-        budgets = list(self._over_budgets())
-        slacks = [self._variable(self._placed + it) for it, _ in enumerate(budgets)]
-        rows = list(self._of_placement())
-        for (over, _, _), slack in zip(budgets, slacks, strict=True):
-            rows.append((over - slack, -inf, 0.0))
-        found = minimise(self._sum(slacks), rows, *self._bounds)
-        if found is None:
+        """Find the smallest additions to budgets with which a placement fits, whatever its time.
+
+        Each budget gets a slack variable, and the sum of the slacks is minimised.
+        """
+        budgets = list(self._budget_excess())
+        slacks = [self._variable(self._first_slack + it) for it, _ in enumerate(budgets)]
+        rows = list(self._placement_constraints())
+        for (excess, _, _), slack in zip(budgets, slacks, strict=True):
+            rows.append((excess - slack, -inf, 0.0))
+        values = minimise(self._sum(slacks), rows, *self._bounds)
+        if values is None:
             return f"{len(self._stages)} stages don't divide {self._num_layers} layers"
-        lacks = [
-            (float(slack @ found) * _GB, where, budget)
-            for slack, (_, where, budget) in zip(slacks, budgets, strict=True)
+        missing = [
+            (float(slack @ values) * _GB, owner, budget)
+            for slack, (_, owner, budget) in zip(slacks, budgets, strict=True)
         ]
-        most, where, budget = max(lacks, key=lambda it: it[0])
+        most, owner, budget = max(missing, key=lambda it: it[0])
         if most < 1:
-            limit = self._aim.max_seconds
+            limit = self._objective.max_seconds
             return f"no placement answers a block within {limit:g} s; raise --max-latency"
         return (
-            f"{where} lacks {format_bytes(int(most))} beyond its budget of {format_bytes(budget)}; "
+            f"{owner} lacks {format_bytes(int(most))} beyond its budget of {format_bytes(budget)}; "
             "raise that (--gpu-memory, --cpu-memory or --disk-memory), or use more stages"
         )
 
     @property
     def _bounds(self) -> tuple[Linear, Linear]:
-        """The least and the most that variables may be."""
-        low, high = np.zeros(self._size), np.full(self._size, inf)
+        """Lower and upper bounds of the variables; a number of layers that is fixed has both."""
+        lower, upper = np.zeros(self._num_columns), np.full(self._num_columns, inf)
         for number, stage in enumerate(self._stages):
-            at = self._at(number, len(self._aim.shares))
-            low[at] = 1 if stage.layers is None else stage.layers
-            high[at] = self._num_layers if stage.layers is None else stage.layers
-        return low, high
+            column = self._column(number, len(self._objective.shares))
+            lower[column] = 1 if stage.layers is None else stage.layers
+            upper[column] = self._num_layers if stage.layers is None else stage.layers
+        return lower, upper
 
-    def _at(self, stage: int, of_stage: int) -> int:
-        return len(PHASES) + stage * self._of_stage + of_stage
+    def _column(self, stage: int, number: int) -> int:
+        """Column of a stage's variable; number: among those of the stage."""
+        return len(PHASES) + stage * self._columns_per_stage + number
 
-    def _sum(self, linears: Iterable[Linear]) -> Linear:
-        return sum(linears, np.zeros(self._size + 1))
+    def _sum(self, functions: Iterable[Linear]) -> Linear:
+        return sum(functions, np.zeros(self._num_columns + 1))
 
-    def _variable(self, at: int) -> Linear:
-        found = np.zeros(self._size + 1)
-        found[at] = 1
-        return found
+    def _variable(self, column: int) -> Linear:
+        """The linear function that is one variable."""
+        function = np.zeros(self._num_columns + 1)
+        function[column] = 1
+        return function
 
     def _time(self, phase: str) -> Linear:
         return self._variable(PHASES.index(phase))
 
     def _share(self, stage: int, share: Share) -> Linear:
-        return self._variable(self._at(stage, self._aim.shares.index(share)))
+        return self._variable(self._column(stage, self._objective.shares.index(share)))
 
     def _layers(self, stage: int) -> Linear:
-        return self._variable(self._at(stage, len(self._aim.shares)))
+        return self._variable(self._column(stage, len(self._objective.shares)))
 
-    def _of_placement(self) -> Iterator[Constraint]:
-        """Every layer has its weights, cache and hidden states somewhere."""
+    def _placement_constraints(self) -> Iterator[Constraint]:
+        """Every layer has its weights, cache and hidden states in some place."""
         for number, _ in enumerate(self._stages):
-            for what in GROUPS:
-                places = (self._share(number, it) for it in self._aim.shares if it.what == what)
-                yield self._sum(places) - self._layers(number), 0.0, 0.0
+            for group in GROUPS:
+                places = [it for it in self._objective.shares if it.group == group]
+                placed = self._sum(self._share(number, share) for share in places)
+                yield placed - self._layers(number), 0.0, 0.0
         if any(stage.layers is None for stage in self._stages):
             layers = self._sum(self._layers(number) for number, _ in enumerate(self._stages))
             yield layers, self._num_layers, self._num_layers
 
-    def _over_budgets(self) -> Iterator[tuple[Linear, str, int]]:
-        """(GB over the budget, what has it, its bytes)."""
+    def _budget_excess(self) -> Iterator[tuple[Linear, str, int]]:
+        """(GB in use beyond a budget, the budget's owner for people, the budget in bytes)."""
         for number, stage in enumerate(self._stages):
-            used = self._of(number, ("bytes", "gpu"))
-            yield self._over(used, stage.budget.gpu), f"the GPU of stage {number}", stage.budget.gpu
-        for node, numbers in self._nodes.items():
+            used, budget = self._quantity(number, ("bytes", "gpu")), stage.budget.gpu
+            yield self._excess(used, budget), f"the GPU of stage {number}", budget
+        for node, numbers in self._stages_of_node.items():
             for tier in SHARED_TIERS:
                 budget = getattr(self._stages[numbers[0]].budget, tier)
-                used = self._sum(self._of(it, ("bytes", tier)) for it in numbers)
+                used = self._sum(self._quantity(it, ("bytes", tier)) for it in numbers)
                 name = {"cpu": "host memory", "disk": "the disk"}[tier]
-                yield self._over(used, budget), f"{name} of {node or 'the node'}", budget
+                yield self._excess(used, budget), f"{name} of {node or 'the node'}", budget
 
-    def _over(self, used: Linear, budget: int) -> Linear:
-        over = used.copy()
-        over[-1] -= budget
-        return over / _GB
+    def _excess(self, used: Linear, budget: int) -> Linear:
+        excess = used.copy()
+        excess[-1] -= budget
+        return excess / _GB
 
-    def _seconds(self) -> Iterator[tuple[str, Linear]]:
-        """(phase, seconds that its visits can't be shorter than)."""
+    def _busy_seconds(self) -> Iterator[tuple[str, Linear]]:
+        """(phase, seconds that a lane or a resource is busy in a visit): lower bounds of T."""
         for phase in PHASES:
             for number, stage in enumerate(self._stages):
-                known = stage.corners.quantities
-                names = [name for of, name in known if of == phase and name not in WAYS]
-                if self._aim.overlaps:
-                    yield from ((phase, self._of(number, (phase, name))) for name in names)
-                else:
-                    yield (
-                        phase,
-                        self._sum(self._of(number, (phase, it)) for it in names if it in LANES),
-                    )
-                if stage.core_shares:
-                    shares = stage.core_shares.items()
-                    yield (
-                        phase,
-                        self._sum(own * self._of(number, (phase, it)) for it, own in shares),
-                    )
-            for numbers in self._nodes.values():
+                yield from ((phase, it) for it in self._stage_seconds(phase, number, stage))
+            for numbers in self._stages_of_node.values():
                 for name in SHARED_SECONDS if len(numbers) > 1 else ():
-                    yield phase, self._sum(self._of(it, (phase, name)) for it in numbers)
+                    yield phase, self._sum(self._quantity(it, (phase, name)) for it in numbers)
 
-    def _ways(self) -> Iterator[tuple[str, Linear]]:
-        """(phase, a batch's way through all stages, by the blocks that are under way meanwhile)."""
-        for phase in PHASES if self._aim.overlaps else ():
+    def _stage_seconds(self, phase: str, number: int, stage: StageProblem) -> Iterator[Linear]:
+        """Seconds of each of the stage's lanes and resources, or of all lanes one by one."""
+        names = [
+            name
+            for of_phase, name in stage.corners.quantities
+            if of_phase == phase and name not in WAYS
+        ]
+        if self._objective.overlaps:
+            yield from (self._quantity(number, (phase, name)) for name in names)
+        else:
+            yield self._sum(self._quantity(number, (phase, it)) for it in names if it in LANES)
+        if stage.core_shares:
+            shares = stage.core_shares.items()
+            yield self._sum(cores * self._quantity(number, (phase, it)) for it, cores in shares)
+
+    def _batch_latencies(self) -> Iterator[tuple[str, Linear]]:
+        """(phase, seconds of one batch through all stages, divided by the blocks in flight)."""
+        for phase in PHASES if self._objective.overlaps else ():
             for way in WAYS:
-                through = self._sum(self._of(it, (phase, way)) for it, _ in enumerate(self._stages))
-                yield phase, through / self._aim.num_blocks
+                stages = range(len(self._stages))
+                latency = self._sum(self._quantity(it, (phase, way)) for it in stages)
+                yield phase, latency / self._objective.num_blocks
 
-    def _of(self, number: int, quantity: Quantity) -> Linear:
-        """A quantity of a stage, by its layers and shares."""
-        found = np.zeros(self._size + 1)
-        row = self._rows[number].get(quantity)
-        if row is not None:
-            at = self._at(number, 0)
-            found[-1] = row[0]
-            found[at : at + len(self._columns)] = row[self._columns]
-        return found
+    def _quantity(self, number: int, quantity: Quantity) -> Linear:
+        """A quantity of a stage as a function of its layers and shares; zero if it never counts."""
+        function = np.zeros(self._num_columns + 1)
+        coefficients = self._coefficients[number].get(quantity)
+        if coefficients is not None:
+            first = self._column(number, 0)
+            order = self._coefficient_order
+            function[-1] = coefficients[0]
+            function[first : first + len(order)] = coefficients[order]
+        return function
 
     @cached_property
-    def _rows(self) -> list[dict[Quantity, np.ndarray]]:
-        """The coefficients of each stage's quantities."""
+    def _coefficients(self) -> list[dict[Quantity, np.ndarray]]:
+        """Each stage's quantities, as `Corners.linear` orders their coefficients."""
         usual = self._num_layers / len(self._stages)
         return [stage.corners.linear(stage.layers or usual) for stage in self._stages]
 
     @cached_property
-    def _columns(self) -> list[int]:
-        """Where in those the aim's shares and the layers are."""
-        return [2 + SHARES.index(share) for share in self._aim.shares] + [1]
+    def _coefficient_order(self) -> list[int]:
+        """Index in a row of `Corners.linear` of each of a stage's columns."""
+        return [2 + SHARES.index(share) for share in self._objective.shares] + [1]
 
     @cached_property
-    def _nodes(self) -> dict[str, list[int]]:
+    def _stages_of_node(self) -> dict[str, list[int]]:
         nodes: dict[str, list[int]] = {}
         for number, stage in enumerate(self._stages):
             nodes.setdefault(stage.node, []).append(number)
         return nodes
+
+
+def minimise(
+    objective: Linear, constraints: list[Constraint], lower: Linear, upper: Linear
+) -> Linear | None:
+    """Solve a linear program with HiGHS.
+
+    objective: [columns + 1], the constant last. lower, upper: [columns], bounds of the variables.
+    Returns the variables' optimal values, with a one at the end for the constant, so that
+    `function @ values` evaluates a linear function; None if the program is infeasible.
+    """
+    matrix = np.array([function for function, _, _ in constraints])
+    constants = matrix[:, -1]
+    program = highspy.HighsLp()
+    program.num_col_, program.num_row_ = len(lower), len(constraints)
+    program.col_cost_ = objective[:-1]
+    program.col_lower_, program.col_upper_ = lower, upper
+    program.row_lower_ = np.array([least for _, least, _ in constraints]) - constants
+    program.row_upper_ = np.array([most for _, _, most in constraints]) - constants
+    # The matrix is passed sparsely, row by row: for each entry its column and its value, and for
+    # each row the index of its first entry.
+    rows, columns = np.nonzero(matrix[:, :-1])
+    program.a_matrix_.format_ = highspy.MatrixFormat.kRowwise
+    program.a_matrix_.start_ = np.searchsorted(rows, np.arange(len(constraints) + 1)).astype(
+        np.int32
+    )
+    program.a_matrix_.index_ = columns.astype(np.int32)
+    program.a_matrix_.value_ = matrix[rows, columns]
+    solver = _solver()
+    solver.passModel(program)
+    solver.run()
+    if solver.getModelStatus() != highspy.HighsModelStatus.kOptimal:
+        return None
+    return np.append(solver.getSolution().col_value, 1.0)
+
+
+@cache
+def _solver() -> highspy.Highs:
+    """A silent solver. HiGHS prints its name to standard output when it is first made; standard
+    output is for results, so it is redirected meanwhile."""
+    sys.stdout.flush()
+    stdout, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 1)
+        solver = highspy.Highs()
+        solver.setOptionValue("output_flag", False)
+    finally:
+        os.dup2(stdout, 1)
+        os.close(stdout)
+        os.close(nowhere)
+    return solver
+
+
+# The same limits for a plan that is rounded already: its seconds and bytes are numbers.
+
+
+def add_shared_seconds(
+    devices: Sequence[StageDevice], seconds: list[dict[str, float]], overlaps: bool
+) -> None:
+    """Add to each stage's seconds those of everything that its lanes, or a node's stages, share.
+
+    seconds: {lane or resource: seconds} of each stage in one phase. overlaps: as in Objective.
+    """
+    for device, own in zip(devices, seconds, strict=True):
+        stages = _stages_on_node(devices, device)
+        for name in SHARED_SECONDS if len(stages) > 1 else ():
+            own[f"the node's {name}"] = sum(seconds[it].get(name, 0.0) for it in stages)
+        if device.core_shares:
+            own["cores"] = sum(share * own.get(lane, 0) for lane, share in device.core_shares)
+        if not overlaps:
+            own["all lanes"] = sum(busy for lane, busy in own.items() if lane in LANES)
+
+
+def add_batch_latency(seconds: list[dict[str, float]], num_blocks: int) -> None:
+    """Replace each stage's share of one batch's latency by that of all stages, in one phase.
+
+    The latency is divided by the blocks in flight, and counted with the last stage.
+    """
+    latencies = [sum(stage.pop(way, 0.0) for stage in seconds) for way in WAYS]
+    seconds[-1][ONE_BATCH] = max(latencies) / num_blocks
+
+
+def excess_bytes(devices: Sequence[StageDevice], stages: list[StagePlan]) -> list[dict[str, int]]:
+    """{tier: bytes beyond the budget} of each stage; host memory and disk count per node."""
+    needs = [totals(stage_bytes(stage)) for stage in stages]
+    result = []
+    for number, device in enumerate(devices):
+        excess = {}
+        for tier in TIERS:
+            users = [number] if tier == "gpu" else _stages_on_node(devices, device)
+            need = sum(getattr(needs[user], tier) for user in users)
+            if need > getattr(device.budget, tier):
+                excess[tier] = need - getattr(device.budget, tier)
+        result.append(excess)
+    return result
+
+
+def tighten_budget(budget: Budget, excess: dict[str, int]) -> Budget:
+    """Reduce a budget by the excess and 1/256 of it, because rows and tensors are coarse steps."""
+    cuts = {tier: nbytes + getattr(budget, tier) // 256 for tier, nbytes in excess.items()}
+    return Budget(**{it: max(getattr(budget, it) - cuts.get(it, 0), 0) for it in TIERS})
+
+
+def _stages_on_node(devices: Sequence[StageDevice], device: StageDevice) -> list[int]:
+    return [number for number, other in enumerate(devices) if other.node == device.node]

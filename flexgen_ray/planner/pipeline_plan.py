@@ -1,6 +1,6 @@
-"""A job, the devices it may run on, and a pipeline's plan with what the cost model says of it.
+"""A job, the devices it may run on, and a pipeline's plan with the cost model's seconds.
 
-Knows seconds and bytes as others give them; chooses nothing.
+The module knows seconds and bytes as others compute them; it chooses nothing.
 """
 
 from __future__ import annotations
@@ -15,17 +15,21 @@ from flexgen_ray.hardware.spec import Hardware
 from flexgen_ray.layout.plan import StagePlan
 from flexgen_ray.models.config import ModelConfig
 
-# Among the seconds, where no lane and no resource is: what playing the ops gave, and a batch's way
-# through all stages, on which its ops wait for each other.
+# Two entries among a plan's seconds that are neither a lane nor a resource: the simulated schedule,
+# and the latency of one batch through all stages, on which its ops wait for each other.
 SCHEDULE = "the schedule"
 ONE_BATCH = "one batch"
+# Rates of a device, from the rows of its matrix products in decode and in prefill.
 Rates = Callable[[int, int], HardwareSpec]
 
 
 @dataclass(frozen=True)
 class PlannedJob:
-    """What is to be answered; lengths in tokens, the longest and on average; drawn: as in
-    Workload."""
+    """The job to plan for; lengths are in tokens.
+
+    prompt_len, max_tokens: the longest prompt, and the tokens of the longest request after it.
+    mean_prompt_len, mean_tokens: averages. drawn: as in Workload.
+    """
 
     num_requests: int
     prompt_len: int
@@ -36,6 +40,7 @@ class PlannedJob:
 
     @staticmethod
     def uniform(num_requests: int, prompt_len: int, max_tokens: int) -> PlannedJob:
+        """A job whose requests are all alike."""
         return PlannedJob(num_requests, prompt_len, max_tokens, prompt_len, max_tokens)
 
     @property
@@ -44,17 +49,17 @@ class PlannedJob:
 
     @property
     def middle_position(self) -> int:
-        """Of the token that an average decoding row brings."""
+        """Position of the token that an average decoding row processes."""
         return int(self.mean_prompt_len + self.mean_tokens / 2)
 
 
 @dataclass(frozen=True)
 class StageDevice:
-    """What one stage runs on.
+    """The device of one stage.
 
-    rates: for matrix products of so many rows in decode and in prefill. budget: gpu is the stage's,
-    cpu and disk are those of all stages on the node. core_shares: (lane or resource, cores that it
-    takes, of all there are), where the device is the host's cores.
+    rates: rates for the rows of its matrix products. budget: `gpu` is the stage's, `cpu` and `disk`
+    are those of all stages on the node. core_shares: pairs of a lane or resource and the fraction
+    of the cores that it occupies, where the device is the host's cores.
     """
 
     rates: Rates
@@ -65,7 +70,7 @@ class StageDevice:
 
 @dataclass(frozen=True)
 class ModelRates:
-    """A machine's rates for one model, by the rows of its products in decode and in prefill."""
+    """A machine's rates for one model, from the rows of its products in decode and in prefill."""
 
     hardware: Hardware
     dtype: str
@@ -76,6 +81,7 @@ class ModelRates:
     def of(
         hardware: Hardware, config: ModelConfig, dtype: str, cache_bits: int | None = None
     ) -> ModelRates:
+        """Rates for the heads of a model."""
         return ModelRates(hardware, dtype, config.num_heads // config.num_kv_heads, cache_bits)
 
     def __call__(self, decode_rows: int, prefill_rows: int) -> HardwareSpec:
@@ -85,9 +91,10 @@ class ModelRates:
 
 @dataclass(frozen=True)
 class PipelinePlan:
-    """A pipeline, and how long its visits take.
+    """A plan for each stage of a pipeline, and how long its visits take.
 
-    seconds: {phase: {lane or resource: of a visit}} by stage; prefill_visits: of a block.
+    seconds: {phase: {lane or resource: seconds of a visit}} of each stage.
+    prefill_visits: visits of a block in which prompts are processed.
     """
 
     job: PlannedJob
@@ -109,43 +116,46 @@ class PipelinePlan:
         return {"prefill": self.prefill_visits, "decode": max(self.job.mean_tokens - 1, 0)}
 
     def bound_seconds(self, phase: str) -> float:
-        """Seconds that a visit takes on the slowest stage's busiest lane."""
+        """Lower bound of a visit: seconds of the slowest stage's busiest lane or resource."""
         stages = (stage[phase].items() for stage in self.seconds)
         return max(it for seconds in stages for name, it in seconds if name != SCHEDULE)
 
     def visit_seconds(self, phase: str) -> float:
-        """Of the slowest stage's busiest lane, or as the schedule was played."""
+        """Seconds of a visit: the bound, or the simulated schedule's where that is slower."""
         return max(max(stage[phase].values()) for stage in self.seconds)
 
     @property
-    def binding(self) -> tuple[int, str]:
-        """The stage that binds, and its busiest lane or resource, over a whole block."""
+    def bottleneck(self) -> tuple[int, str]:
+        """The bottleneck over a whole block: a stage, and its busiest lane or resource."""
         names = (
             (i, name)
             for i, stage in enumerate(self.seconds)
             for name in stage["decode"]
             if name not in (SCHEDULE, ONE_BATCH)
         )
-        return max(names, key=lambda it: self._block_seconds(*it))
+        return max(names, key=lambda it: self._busy_seconds(*it))
 
     @property
     def prefill_seconds(self) -> float:
-        """Of all blocks in flight."""
+        """Seconds that all blocks in flight take for their prompts."""
         return self._phase_seconds("prefill")
 
     @property
     def decode_seconds(self) -> float:
+        """Seconds that all blocks in flight take for their new tokens, after the first."""
         return self._phase_seconds("decode")
 
     @property
     def block_seconds(self) -> float:
-        """What a request waits for its last token, once its block has begun."""
+        """Latency of a request, from the start of its block to its last token."""
         return self.prefill_seconds + self.decode_seconds
 
     @property
     def tokens_per_s(self) -> float:
-        """Generated tokens, prefill and decode counted (FlexGen's throughput); of no more sequences
-        than the job has."""
+        """Throughput in generated tokens per second of prefill and decode, as FlexGen counts.
+
+        A block counts no more sequences than the job has.
+        """
         sequences = min(self.num_blocks * self.block_size, self.job.num_requests)
         return sequences * self.job.mean_tokens / self.block_seconds
 
@@ -156,7 +166,7 @@ class PipelinePlan:
 
     @property
     def num_rounds(self) -> int:
-        """How often all blocks in flight are filled."""
+        """Number of times that all blocks in flight are filled with requests."""
         return ceil(self.job.num_requests / (self.num_blocks * self.block_size))
 
     @property
@@ -164,10 +174,11 @@ class PipelinePlan:
         return self.block_size / self.visit_seconds("decode")
 
     def _phase_seconds(self, phase: str) -> float:
-        """Until the last block has had its visits; the pipeline has to fill."""
+        """Seconds until the last block has had its visits; the pipeline has to fill first."""
         visits = self.num_blocks * self.visits[phase] + len(self.stages) - 1
         return visits * self.visit_seconds(phase)
 
-    def _block_seconds(self, stage: int, name: str) -> float:
+    def _busy_seconds(self, stage: int, name: str) -> float:
+        """Seconds of one lane or resource of a stage over all visits of a block."""
         seconds = self.seconds[stage]
-        return sum(self.visits[it] * seconds[it].get(name, 0.0) for it in PHASES)
+        return sum(self.visits[phase] * seconds[phase].get(name, 0.0) for phase in PHASES)

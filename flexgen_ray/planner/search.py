@@ -1,12 +1,20 @@
-"""Chooses a job's policy: the block's shape from a grid, the placement by linear programming.
+"""Finds a job's policy: the block's shape on a grid, the placement by linear programming.
 
-For every shape the program (lp.py) says how fast it could be; the best few are rounded to what the
-stores can hold, checked against every budget, and judged anew. Knows rates and sizes; runs nothing.
+`find_best_plan` goes from many rough estimates to few exact ones:
 
-How much throughput a block's latency buys: the best plan for every latency.
+1. Grid (grid.py): candidate shapes of a block, that is batch size, batches, tile, blocks in flight.
+2. Linear program (lp.py): for each shape the best placement in fractions of layers, and its time.
+   It is optimistic, because whole tensors are coarser and lanes wait for each other.
+3. Rounding: the most promising shapes get whole layers, tensors and rows. If these exceed a budget,
+   the program is solved again with a tighter budget.
+4. Simulation (cost/steady.py): the best rounded plans run op by op in modelled time. The fastest of
+   them wins.
 
-Beside the zig-zag schedule stands the row-by-row one of earlier systems, which reloads all streamed
-weights for every batch and keeps its cache on the GPU. Knows plans; draws nothing.
+`find_frontiers` asks how much throughput a block's latency buys, for the zig-zag schedule and for
+the row-by-row schedule of earlier systems, which reloads all streamed weights for every batch and
+keeps its cache on the GPU.
+
+The module knows rates and sizes; it runs nothing and draws nothing.
 """
 
 from __future__ import annotations
@@ -38,66 +46,24 @@ from flexgen_ray.planner.lp import (
 from flexgen_ray.planner.pipeline_plan import SCHEDULE, PipelinePlan, PlannedJob, StageDevice
 from flexgen_ray.schedule.zigzag import StageLayers
 
-ROW_BY_ROW = (*(Share("weights", where) for where in GROUPS["weights"]), *ON_DEVICE[1:])
-
-
-@dataclass(frozen=True)
-class Point:
-    """seconds: from a block's start to its last token; sequences: in flight together."""
-
-    seconds: float
-    tokens_per_s: float
-    sequences: int
-
-
-def find_frontiers(planner: Planner) -> dict[str, list[Point]]:
-    """{schedule: its points, each the fastest within its latency, the quickest first}."""
-    rows = replace(planner.search, batches=(1,), shares=ROW_BY_ROW, extra_blocks=(0,))
-    return {
-        "zig-zag": _best(_points(planner.all_candidates(), planner)),
-        "row by row": _best(_points(replace(planner, search=rows).all_candidates(), planner)),
-    }
-
-
-def throughput_within(points: list[Point], seconds: float) -> float:
-    """Tokens/s within a latency; 0 if nothing is as quick."""
-    return max((point.tokens_per_s for point in points if point.seconds <= seconds), default=0.0)
-
-
-def _points(sketches: Iterable[Candidate], planner: Planner) -> list[Point]:
-    return [
-        Point(
-            sketch.block_seconds,
-            planner.job.mean_tokens / sketch.seconds_per_sequence,
-            sketch.shape.block_size * (sketch.shape.blocks_in_flight or 1),
-        )
-        for sketch in sketches
-    ]
-
-
-def _best(points: list[Point]) -> list[Point]:
-    """Those that no quicker one is as fast as."""
-    found: list[Point] = []
-    for point in sorted(points, key=lambda it: (it.seconds, -it.tokens_per_s)):
-        if not found or point.tokens_per_s > found[-1].tokens_per_s:
-            found.append(point)
-    return found
-
-
-PLANNED = 10  # of the most promising sketches, those whose tensors and rows fit
-FINALISTS = 4  # of those plans that are played, if they could be so much faster than the best
-WORTH_PLAYING = 1.01
-# Layers of all stages that are played at least, or their ends would weigh too much.
-FEW_LAYERS = 12
-CENTRES = 3  # of the best shapes, around which others are tried
-FIRST = 4  # of the coarse grid's shapes, every so many make a first estimate
-ROUNDS = 6  # of tightening budgets until whole tensors and rows fit them
+FIRST_ESTIMATE_STRIDE = 4  # every fourth shape of the coarse grid makes the first estimate
+CENTRES = 3  # best shapes, around which the grid is refined
+MAX_ROUNDINGS = 6  # rounds of tightening budgets until whole tensors and rows fit them
+MAX_ROUNDED = 10  # most promising candidates that are rounded
+MAX_SIMULATED = 4  # rounded plans that are simulated
+MIN_GAIN = 1.01  # simulate a plan only if it might be this much faster than the best so far
+# Fewest layers to simulate, of all stages together; with fewer, the model's ends weigh too much.
+MIN_SIMULATED_LAYERS = 12
+ROW_BY_ROW = (*(Share("weights", place) for place in GROUPS["weights"]), *ON_DEVICE[1:])
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A shape, and what its best placement would take, whole tensors and rows left aside: seconds a
-    sequence, and from a block's start to its end."""
+    """A block's shape with the time of its best placement, before rounding to tensors and rows.
+
+    seconds_per_sequence: seconds of all visits of a block, divided by its sequences.
+    block_seconds: seconds from a block's start to its last token.
+    """
 
     seconds_per_sequence: float
     block_seconds: float
@@ -107,38 +73,43 @@ class Candidate:
 OnEstimate = Callable[[Candidate], None]
 
 
-def find_best_plan(planner: Planner, on_estimate: OnEstimate = lambda sketch: None) -> PipelinePlan:
-    """The best of the grid's most promising plans, played if their lanes overlap.
+def _ignore(candidate: Candidate) -> None:
+    """Listen to no estimate."""
+
+
+def find_best_plan(planner: Planner, on_estimate: OnEstimate = _ignore) -> PipelinePlan:
+    """The fastest of the grid's most promising plans, simulated if lanes overlap.
 
     on_estimate: called early with the best of a few shapes, about as fast as the plan will be.
-    Raises Infeasible with what the smallest block lacks if nothing fits.
+    Raises Infeasible, which says what the smallest block lacks, if nothing fits.
     """
-    sketches = planner.promising_candidates(on_estimate)
-    planned = filter(None, (planner.plan(sketch.shape) for sketch in sketches))
-    plans = sorted(islice(planned, PLANNED), key=_rate)
+    candidates = planner.promising_candidates(on_estimate)
+    rounded = filter(None, (planner.plan(candidate.shape) for candidate in candidates))
+    plans = sorted(islice(rounded, MAX_ROUNDED), key=_throughput)
     if not plans:
-        raise planner.refusal()
+        raise planner.infeasible_error()
     best = plans.pop()
     if not planner.search.overlaps:
         return best
-    best, left = planner.simulate(best, planner.search.cells), FINALISTS - 1
-    # None is played faster than it is planned.
-    while plans and left and _rate(plans[-1]) > WORTH_PLAYING * _rate(best):
-        best = max(best, planner.simulate(plans.pop(), planner.search.cells), key=_rate)
+    max_cells = planner.search.max_cells
+    best, left = planner.simulate(best, max_cells), MAX_SIMULATED - 1
+    # A simulated plan is never faster than its bound, so slower bounds need no simulation.
+    while plans and left and _throughput(plans[-1]) > MIN_GAIN * _throughput(best):
+        best = max(best, planner.simulate(plans.pop(), max_cells), key=_throughput)
         left -= 1
     return best
 
 
-def _rate(plan: PipelinePlan) -> float:
+def _throughput(plan: PipelinePlan) -> float:
     return plan.tokens_per_s
 
 
 @dataclass(frozen=True)
 class Planner:
-    """One job of one model on given devices, a stage each.
+    """Plans one job of one model on given devices, one stage each.
 
-    stages_disk, hops_on_device: as in StagePlan; resumes: as in Workload. Raises Infeasible if
-    there are more stages than layers.
+    stages_disk, hops_on_device: as in StagePlan; resumes: as in Workload.
+    Raises Infeasible if there are more stages than layers.
     """
 
     config: ModelConfig
@@ -149,7 +120,7 @@ class Planner:
     stages_disk: bool = True
     hops_on_device: bool = False
     resumes: bool = False
-    _known: dict[tuple, Corners] = field(
+    _corners_of_kind: dict[tuple, Corners] = field(
         default_factory=dict, init=False, compare=False, repr=False
     )
 
@@ -160,38 +131,54 @@ class Planner:
                 "layers; use fewer"
             )
 
-    def promising_candidates(
-        self, on_estimate: OnEstimate = lambda sketch: None
-    ) -> list[Candidate]:
-        """The fastest first: of a coarse grid, around its best as long as that finds better, and of
-        the best with every size of tile. on_estimate: called with the best of the first few."""
+    def promising_candidates(self, on_estimate: OnEstimate = _ignore) -> list[Candidate]:
+        """The fastest candidates first, from part of the grid.
+
+        Estimates a coarse grid, then the neighbours of its best shapes as long as that finds better
+        ones, then every tile size for the best.
+        on_estimate: called with the best of the first few.
+        """
         grid = self._grid
         coarse = list(grid.coarse())
-        found = self._sketched(coarse[::FIRST])
-        if found:
-            on_estimate(found[0])
-        rest = (shape for i, shape in enumerate(coarse) if i % FIRST)
-        found = _fastest(found, self._sketched(rest))
-        tried = {sketch.shape for sketch in found}
+        candidates = self._estimate_all(coarse[::FIRST_ESTIMATE_STRIDE])
+        if candidates:
+            on_estimate(candidates[0])
+        rest = (shape for i, shape in enumerate(coarse) if i % FIRST_ESTIMATE_STRIDE)
+        candidates = _fastest_first(candidates, self._estimate_all(rest))
+        tried = {candidate.shape for candidate in candidates}
         centres: set[Policy] = set()
-        while more := {it.shape for it in found[:CENTRES]} - centres:
-            centres |= more
-            near = set(chain.from_iterable(map(grid.around, more))) - tried
-            found = _fastest(found, self._sketched(near))
-            tried |= near
-        best = [sketch.shape for sketch in found[:CENTRES]]
-        found = _fastest(found, self._sketched(grid.with_larger_tiles(best)))
-        return found or self._sketched(grid.smallest())
+        while new := {candidate.shape for candidate in candidates[:CENTRES]} - centres:
+            centres |= new
+            neighbours = set(chain.from_iterable(map(grid.around, new))) - tried
+            candidates = _fastest_first(candidates, self._estimate_all(neighbours))
+            tried |= neighbours
+        best = [candidate.shape for candidate in candidates[:CENTRES]]
+        larger_tiles = self._estimate_all(grid.with_larger_tiles(best))
+        return _fastest_first(candidates, larger_tiles) or self._estimate_all(grid.smallest())
 
     def all_candidates(self) -> list[Candidate]:
-        """Of the whole grid; slower."""
-        return self._sketched(self._grid.all())
+        """The fastest candidates first, from the whole grid; slower than the promising ones."""
+        return self._estimate_all(self._grid.all())
+
+    def estimate(self, shape: Policy) -> Candidate | None:
+        """The shape with the time of its best placement in fractions; None if nothing fits."""
+        solution = self._solve(shape, self._budgets, self._fixed_layers)
+        if solution is None:
+            return None
+        objective = self._objective(shape)
+        seconds = sum(objective.visits(phase) * solution.seconds[phase] for phase in PHASES)
+        return Candidate(seconds / shape.block_size, seconds * (shape.blocks_in_flight or 1), shape)
 
     def plan(self, shape: Policy) -> PipelinePlan | None:
-        """The shape's best placement in whole layers, tensors and rows; None if there is none."""
+        """The shape's best placement in whole layers, tensors and rows; None if nothing fits.
+
+        The first solution only fixes how many layers each stage has, if that isn't settled. Each
+        later one is rounded to a policy; whole tensors may need more bytes than the fractions, so
+        exceeded budgets are tightened by the excess, and the program is solved again.
+        """
         budgets = self._budgets
-        layers = self._settled_layers
-        for _ in range(ROUNDS):
+        layers = self._fixed_layers
+        for _ in range(MAX_ROUNDINGS):
             solution = self._solve(shape, budgets, layers)
             if solution is None:
                 return None
@@ -200,72 +187,81 @@ class Planner:
                 continue
             policies = map(policy_of, [shape] * len(layers), layers, solution.shares)
             plan = self.evaluate(layers, list(policies))
-            over = excess_bytes(self.devices, plan.stages)
-            if not any(over):
+            excess = excess_bytes(self.devices, plan.stages)
+            if not any(excess):
                 return plan
-            budgets = [
-                tighten_budget(budget, more) for budget, more in zip(budgets, over, strict=True)
-            ]
+            budgets = list(map(tighten_budget, budgets, excess))
         return None
 
     def evaluate(self, layers: tuple[int, ...], policies: list[Policy]) -> PipelinePlan:
-        """What the cost model says of given policies; whether they fit is not asked."""
+        """The cost model's seconds for given policies; budgets are not checked."""
         ranges = StageLayers.split(self.config.num_layers, layers)
-        stages = [self._stage(*pair) for pair in zip(ranges, policies, strict=True)]
-        seconds = []
-        for number, (count, policy) in enumerate(zip(layers, policies, strict=True)):
-            corners, shares = self._corners(number, policy), shares_of(policy, count)
-            found: dict[str, dict[str, float]] = {phase: {} for phase in PHASES}
-            for phase, name in corners.quantities:
-                if phase in found and (name not in WAYS or self.search.overlaps):
-                    found[phase][name] = corners.value((phase, name), count, shares, count)
-            seconds.append(found)
+        stages = list(map(self._stage_plan, ranges, policies))
+        seconds = [
+            self._stage_seconds(number, count, policy)
+            for number, (count, policy) in enumerate(zip(layers, policies, strict=True))
+        ]
         for phase in PHASES:
-            own = [stage[phase] for stage in seconds]
+            of_stages = [stage[phase] for stage in seconds]
             if self.search.overlaps:
-                add_batch_latency(own, stages[0].num_blocks)
-            add_shared_seconds(self.devices, own, self.search.overlaps)
+                add_batch_latency(of_stages, stages[0].num_blocks)
+            add_shared_seconds(self.devices, of_stages, self.search.overlaps)
         return PipelinePlan(self.job, stages, seconds, self._prefill_visits(stages[0]))
 
-    def simulate(self, plan: PipelinePlan, cells: int | None = None) -> PipelinePlan:
-        """The plan with the seconds that the schedule makes of it, where that is slower. cells: of
-        a visit of all blocks, layers and batches; about as many are played, all if None, and the
-        others taken to be slowed as much."""
-        rates, cores = self.rates(plan.stages[0].policy), [it.core_shares for it in self.devices]
+    def _stage_seconds(
+        self, number: int, layers: int, policy: Policy
+    ) -> dict[str, dict[str, float]]:
+        """{phase: {lane, resource or way: seconds of a visit}} of one stage."""
+        corners, shares = self._corners(number, policy), shares_of(policy, layers)
+        seconds: dict[str, dict[str, float]] = {phase: {} for phase in PHASES}
+        for phase, name in corners.quantities:
+            if phase in seconds and (name not in WAYS or self.search.overlaps):
+                seconds[phase][name] = corners.value((phase, name), layers, shares, layers)
+        return seconds
+
+    def simulate(self, plan: PipelinePlan, max_cells: int | None = None) -> PipelinePlan:
+        """The plan with the seconds of its simulated schedule.
+
+        max_cells: about how many cells (layers times batches, of one visit) to simulate; longer
+        visits are shortened and their seconds scaled by the bounds of both. None simulates all.
+        """
+        rates = self.rates(plan.stages[0].policy)
+        core_shares = [device.core_shares for device in self.devices]
         seconds = [{phase: dict(stage[phase]) for phase in PHASES} for stage in plan.seconds]
         rows = {
             "prefill": prefilling(plan.stages[0])[0],
             "decode": decoding(plan.stages[0], self.job.middle_position),
         }
         for phase in PHASES:
-            # Passes of prompts hardly wait, but in a ring.
-            few = phase == "prefill" and len(plan.stages) == 1
-            part = self._part(plan, cells // 4 if cells and few else cells)
-            visit = simulate_pipeline(part.stages, rates, rows[phase], cores)
-            if part is not plan:
-                visit *= plan.bound_seconds(phase) / part.bound_seconds(phase)
+            # Passes of prompts hardly wait, except in a ring, so fewer cells tell enough.
+            hardly_waits = phase == "prefill" and len(plan.stages) == 1
+            cells = max_cells // 4 if max_cells and hardly_waits else max_cells
+            short = self._shortened(plan, cells)
+            visit = simulate_pipeline(short.stages, rates, rows[phase], core_shares)
+            if short is not plan:
+                visit *= plan.bound_seconds(phase) / short.bound_seconds(phase)
             seconds[-1][phase][SCHEDULE] = visit
         return replace(plan, seconds=seconds)
 
-    def _part(self, plan: PipelinePlan, cells: int | None) -> PipelinePlan:
-        """With fewer layers, if all of them are more than so many cells."""
+    def _shortened(self, plan: PipelinePlan, max_cells: int | None) -> PipelinePlan:
+        """The plan for a model with fewer layers, if a visit has more than max_cells cells."""
         batches = plan.stages[0].num_batches
         counts = [stage.num_decoder_layers for stage in plan.stages]
-        if cells is None or sum(counts) * batches <= cells:
+        if max_cells is None or sum(counts) * batches <= max_cells:
             return plan
-        kept = max(cells / batches, FEW_LAYERS) / sum(counts)
-        layers = tuple(min(it, max(1, round(it * kept))) for it in counts)
+        fraction = max(max_cells / batches, MIN_SIMULATED_LAYERS) / sum(counts)
+        layers = tuple(min(count, max(1, round(count * fraction))) for count in counts)
         config = replace(self.config, num_layers=sum(layers))
         short = replace(self, config=config, search=replace(self.search, layers=None))
         return short.evaluate(layers, [stage.policy for stage in plan.stages])
 
     def rates(self, shape: Policy) -> list[HardwareSpec]:
-        """Of each stage's device, for products of the shape's sizes."""
+        """The rates of each stage's device, for matrix products of the shape's sizes."""
         tokens = min(shape.max_batch_tokens, shape.gpu_batch_size * self.job.prompt_len)
         return [device.rates(shape.gpu_batch_size, tokens) for device in self.devices]
 
-    def refusal(self) -> Infeasible:
-        """What the smallest block lacks."""
+    def infeasible_error(self) -> Infeasible:
+        """An error that says what the smallest block lacks."""
         smallest = replace(
             self.search.base,
             gpu_batch_size=1,
@@ -273,51 +269,52 @@ class Planner:
             max_batch_tokens=self.search.tiles[0],
             blocks_in_flight=len(self.devices),
         )
-        if self._sketch(smallest) is None:
-            problems = self._problems(smallest, self._budgets, self._settled_layers)
-            return Infeasible(
-                explain_infeasible(problems, self.config.num_layers, self._aim(smallest))
-            )
-        return Infeasible("no placement fits in whole tensors and rows; raise the budgets")
+        if self.estimate(smallest) is not None:
+            return Infeasible("no placement fits in whole tensors and rows; raise the budgets")
+        problems = self._stage_problems(smallest, self._budgets, self._fixed_layers)
+        objective = self._objective(smallest)
+        return Infeasible(explain_infeasible(problems, self.config.num_layers, objective))
 
     @property
     def _budgets(self) -> list[Budget]:
         return [device.budget for device in self.devices]
 
     @property
-    def _settled_layers(self) -> tuple[int, ...] | None:
+    def _fixed_layers(self) -> tuple[int, ...] | None:
+        """Layers of each stage; None if the program chooses them."""
         return (self.config.num_layers,) if len(self.devices) == 1 else self.search.layers
 
     @property
     def _grid(self) -> Grid:
         return Grid(self.search, self.job, len(self.devices))
 
-    def _sketched(self, shapes: Iterable[Policy]) -> list[Candidate]:
-        """The fastest first, of those for which there is a placement."""
-        return _fastest(list(filter(None, map(self._sketch, shapes))))
-
-    def _sketch(self, shape: Policy) -> Candidate | None:
-        solution, aim = self._solve(shape, self._budgets, self._settled_layers), self._aim(shape)
-        if solution is None:
-            return None
-        seconds = sum(aim.visits(it) * solution.seconds[it] for it in PHASES)
-        return Candidate(seconds / shape.block_size, seconds * (shape.blocks_in_flight or 1), shape)
+    def _estimate_all(self, shapes: Iterable[Policy]) -> list[Candidate]:
+        """The candidates of all shapes for which something fits, the fastest first."""
+        return _fastest_first(list(filter(None, map(self.estimate, shapes))))
 
     def _solve(
         self, shape: Policy, budgets: list[Budget], layers: tuple[int, ...] | None
     ) -> Solution | None:
-        """With hidden states on the device if that fits: their trips take little of any lane, but
-        every layer would wait for them, which the program doesn't see."""
-        problems, aim = self._problems(shape, budgets, layers), self._aim(shape)
-        near = tuple(it for it in aim.shares if it.what != "activations" or it in ON_DEVICE)
-        total = self.config.num_layers
-        return solve(problems, total, replace(aim, shares=near)) or solve(problems, total, aim)
+        """Solve with hidden states on the device, or in any place if that doesn't fit.
 
-    def _aim(self, shape: Policy) -> Objective:
+        Moving hidden states takes little time of any lane, but every layer waits for it, which the
+        program doesn't see.
+        """
+        problems, objective = self._stage_problems(shape, budgets, layers), self._objective(shape)
+        on_device = tuple(
+            share
+            for share in objective.shares
+            if share.group != "activations" or share in ON_DEVICE
+        )
+        total = self.config.num_layers
+        solution = solve(problems, total, replace(objective, shares=on_device))
+        return solution or solve(problems, total, objective)
+
+    def _objective(self, shape: Policy) -> Objective:
         whole_model = StageLayers.whole(self.config.num_layers)
         limit, blocks = self.search.max_seconds, shape.blocks_in_flight or 1
         return Objective(
-            self._prefill_visits(self._stage(whole_model, shape)),
+            self._prefill_visits(self._stage_plan(whole_model, shape)),
             max(self.job.mean_tokens - 1, 0),
             blocks,
             None if limit is None else limit / blocks,
@@ -326,10 +323,13 @@ class Planner:
         )
 
     def _prefill_visits(self, stage: StagePlan) -> float:
-        """Of prompts of the mean length, where the longest would take `prefilling`'s."""
+        """Visits that a block's prompts take if each has the mean length.
+
+        `prefilling` counts those of prompts of the longest length.
+        """
         return max(prefilling(stage)[1] * self.job.mean_prompt_len / self.job.prompt_len, 1)
 
-    def _problems(
+    def _stage_problems(
         self, shape: Policy, budgets: list[Budget], layers: tuple[int, ...] | None
     ) -> list[StageProblem]:
         return [
@@ -344,17 +344,22 @@ class Planner:
         ]
 
     def _corners(self, number: int, shape: Policy) -> Corners:
-        """Of the stage's kind: what its ends are is all of its layers that counts there."""
+        """The corners of a stage's kind, computed once.
+
+        Of the layers that a stage has, only its ends matter: does it embed, has it the head? So
+        all stages in the middle are of one kind.
+        """
         count, last = self.config.num_layers, len(self.devices) - 1
         ends = 0 if number == 0 else 2, count + 1 if number == last else count - 1
         key = ends, shape, id(self.devices[number].rates)
-        found = self._known.get(key)
-        if found is None:
-            stage, rates = self._stage(StageLayers(*ends, count), shape), self.rates(shape)[number]
-            found = self._known[key] = Corners(stage, rates, self.job.middle_position)
-        return found
+        corners = self._corners_of_kind.get(key)
+        if corners is None:
+            stage = self._stage_plan(StageLayers(*ends, count), shape)
+            corners = Corners(stage, self.rates(shape)[number], self.job.middle_position)
+            self._corners_of_kind[key] = corners
+        return corners
 
-    def _stage(self, stage: StageLayers, policy: Policy) -> StagePlan:
+    def _stage_plan(self, stage: StageLayers, policy: Policy) -> StagePlan:
         job, size = self.job, policy.block_size
         workload = Workload(size, job.prompt_len, job.max_seq_len, self.resumes, job.drawn)
         return StagePlan(
@@ -369,5 +374,48 @@ class Planner:
         )
 
 
-def _fastest(*sketches: list[Candidate]) -> list[Candidate]:
-    return sorted(chain(*sketches), key=lambda it: it.seconds_per_sequence)
+def _fastest_first(*candidates: list[Candidate]) -> list[Candidate]:
+    return sorted(chain(*candidates), key=lambda it: it.seconds_per_sequence)
+
+
+@dataclass(frozen=True)
+class Point:
+    """A point of a frontier: how fast a block of this latency can be.
+
+    seconds: from a block's start to its last token. sequences: in flight together.
+    """
+
+    seconds: float
+    tokens_per_s: float
+    sequences: int
+
+
+def find_frontiers(planner: Planner) -> dict[str, list[Point]]:
+    """{schedule: points, each the fastest within its latency}, the shortest latency first."""
+    rows = replace(planner.search, batches=(1,), shares=ROW_BY_ROW, extra_blocks=(0,))
+    return {
+        "zig-zag": _frontier(planner),
+        "row by row": _frontier(replace(planner, search=rows)),
+    }
+
+
+def throughput_within(points: list[Point], seconds: float) -> float:
+    """Tokens/s of the fastest point within a latency; 0 if there is none."""
+    return max((point.tokens_per_s for point in points if point.seconds <= seconds), default=0.0)
+
+
+def _frontier(planner: Planner) -> list[Point]:
+    """The Pareto-optimal candidates: no other has more throughput at a shorter latency."""
+    points = [
+        Point(
+            candidate.block_seconds,
+            planner.job.mean_tokens / candidate.seconds_per_sequence,
+            candidate.shape.block_size * (candidate.shape.blocks_in_flight or 1),
+        )
+        for candidate in planner.all_candidates()
+    ]
+    frontier: list[Point] = []
+    for point in sorted(points, key=lambda it: (it.seconds, -it.tokens_per_s)):
+        if not frontier or point.tokens_per_s > frontier[-1].tokens_per_s:
+            frontier.append(point)
+    return frontier

@@ -41,7 +41,7 @@ class PlanReport:
         plan = self.comparison.plan
         blocks = f"{plan.num_blocks} blocks" if plan.num_blocks > 1 else "a block"
         policy = plan.stages[0].policy
-        stage, lane = plan.binding
+        stage, lane = plan.bottleneck
         prefill, decode = map(format_seconds, (plan.prefill_seconds, plan.decode_seconds))
         lines = [
             headline(self.model, self.hardware, plan),
@@ -59,7 +59,7 @@ class PlanReport:
 
     def as_dict(self) -> dict:
         plan = self.comparison.plan
-        stage, lane = plan.binding
+        stage, lane = plan.bottleneck
         needs = [totals(stage_bytes(it)) for it in plan.stages]
         return {
             "model": self.model,
