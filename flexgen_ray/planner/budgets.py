@@ -1,6 +1,6 @@
-"""What a run may use where nobody says: budgets from free memory, dtype from the machine.
+"""Defaults for what a run may use: budgets from free memory, the dtype from the machine.
 
-Refuses, with the numbers, what the machine can't give. Knows no model.
+The module refuses, with the numbers, what the machine doesn't have. It knows no model.
 """
 
 from __future__ import annotations
@@ -12,17 +12,24 @@ from flexgen_ray.config import Budget
 from flexgen_ray.runtime.worker import Machine
 from flexgen_ray.units import format_bytes
 
-GPU_SHARE = 0.9  # of the free memory, where no budget is given
+# Shares of what is free that a run takes if no limit is set.
+GPU_SHARE = 0.9
 HOST_SHARE = 0.8
 DISK_SHARE = 0.9
-CUDA_RESERVE = 96 * 2**20  # cuBLAS workspaces and what the allocator rounds up
+CUDA_RESERVE = 96 * 2**20  # bytes for cuBLAS workspaces and the allocator's rounding
 
 
 def settle_budgets(
     machines: list[Machine], limits: dict[str, int | None], reserved: int
 ) -> list[Budget]:
-    """Of each stage. Stages on one host divide its memory and disk, and what is reserved there;
-    a limit on those is the host's, one on GPU memory each stage's own. Those on one GPU divide it.
+    """The budget of each stage.
+
+    Stages on one host divide its memory, its disk and the bytes reserved there; a limit on those is
+    the host's. A limit on GPU memory is each stage's own; stages on one GPU divide its free memory.
+
+    limits: {tier: bytes, or None for a share of what is free}. reserved: bytes of host memory that
+    Ray's object store takes.
+    Raises ValueError if a limit exceeds what is free.
     """
     hosts = Counter(machine.host for machine in machines)
     gpus = Counter(machine.gpu_id for machine in machines)
@@ -32,18 +39,18 @@ def settle_budgets(
 def _settle_share(
     machine: Machine, limits: dict[str, int | None], reserved: int, num_stages: int, on_gpu: int
 ) -> Budget:
+    """The budget of one of num_stages stages on a host, on_gpu of which use the same GPU."""
     if num_stages == 1:
         return settle_budget(machine, limits, reserved)
-    on_cuda = machine.on_cuda
-    gpu = machine.gpu_bytes // on_gpu if on_cuda else machine.cpu_bytes // num_stages
+    gpu = machine.gpu_bytes // on_gpu if machine.on_cuda else machine.cpu_bytes // num_stages
     share = replace(
         machine,
         gpu_bytes=gpu,
         cpu_bytes=machine.cpu_bytes // num_stages,
         disk_bytes=machine.disk_bytes // num_stages,
     )
-    given = {tier: limits[tier] for tier in ("cpu", "disk")}
-    shared = {tier: size if size is None else size // num_stages for tier, size in given.items()}
+    of_host = {tier: limits[tier] for tier in ("cpu", "disk")}
+    shared = {tier: size if size is None else size // num_stages for tier, size in of_host.items()}
     try:
         return settle_budget(share, limits | shared, reserved // num_stages)
     except ValueError as error:
@@ -51,9 +58,9 @@ def _settle_share(
 
 
 def settle_budget(machine: Machine, limits: dict[str, int | None], reserved: int) -> Budget:
-    """Given limits as they stand, free memory less a margin for the others.
+    """The limits as they stand; for a tier without one, what is free less a margin for others.
 
-    Without CUDA the gpu tier is host memory too, so the two share what is free.
+    Without CUDA the gpu tier is host memory too, so the two tiers share what is free.
     """
     gpu, cpu, disk = limits["gpu"], limits["cpu"], limits["disk"]
     disk = int(machine.disk_bytes * DISK_SHARE) if disk is None else disk
@@ -91,22 +98,24 @@ def settle_budget(machine: Machine, limits: dict[str, int | None], reserved: int
 
 
 def settle_dtype(
-    wanted: str, checkpoint: str, machines: list[Machine], overflows_float16: bool = False
+    requested: str, checkpoint: str, machines: list[Machine], overflows_float16: bool = False
 ) -> tuple[str, str | None]:
-    """The dtype, and a sentence for people if it is narrower or wider than they may expect.
+    """The dtype, and a note for people if it is narrower or wider than they may expect.
 
-    auto: the checkpoint's on a GPU; on the CPU float32 unless all are fast in bfloat16. A model
-    that overflows_float16 takes bfloat16, or else float32, instead, and ValueError refuses float16.
+    requested: "auto" takes the checkpoint's dtype on a GPU; on a CPU it takes float32, or bfloat16
+    if the checkpoint is in it and all machines are fast in it.
+    overflows_float16: the model's activations exceed float16's range, so auto takes bfloat16, or
+    else float32. Raises ValueError for an unknown dtype, and for float16 in this case.
     """
-    if wanted not in ("auto", "float32", "float16", "bfloat16"):
-        raise ValueError(f"dtype {wanted!r} is unknown; use auto, float32, float16 or bfloat16")
-    if wanted == "float16" and overflows_float16:
+    if requested not in ("auto", "float32", "float16", "bfloat16"):
+        raise ValueError(f"dtype {requested!r} is unknown; use auto, float32, float16 or bfloat16")
+    if requested == "float16" and overflows_float16:
         raise ValueError(
-            "activations of this family of models are known to exceed 65504, where float16 ends; "
-            "use --dtype bfloat16 or float32"
+            "activations of this family of models are known to exceed 65504, the largest number in "
+            "float16; use --dtype bfloat16 or float32"
         )
-    if wanted != "auto":
-        return wanted, None
+    if requested != "auto":
+        return requested, None
     are_fast = all(machine.is_fast_in_bfloat16 for machine in machines)
     if not machines[0].on_cuda:
         is_bfloat16 = checkpoint == "bfloat16" and are_fast
@@ -121,16 +130,17 @@ def settle_dtype(
 def _without_bfloat16(
     checkpoint: str, machines: list[Machine], overflows_float16: bool
 ) -> tuple[str, str | None]:
+    """The dtype and the note for a half-precision checkpoint on GPUs without fast bfloat16."""
     slow = next(machine for machine in machines if not machine.is_fast_in_bfloat16)
-    lacks = f"{slow.device_name} on {slow.host} has no fast bfloat16"
+    reason = f"{slow.device_name} on {slow.host} has no fast bfloat16"
     if overflows_float16:
         return "float32", (
-            f"{lacks}, and this family's activations exceed float16: the run takes float32, at "
+            f"{reason}, and this family's activations exceed float16: the run takes float32, at "
             "twice the memory"
         )
     if checkpoint == "float16":
         return "float16", None
     return "float16", (
-        f"{lacks}, the checkpoint's dtype: the run takes float16, in which a request whose "
+        f"{reason}, the checkpoint's dtype: the run takes float16, in which a request whose "
         "activations exceed 65504 fails; --dtype float32 avoids that, at twice the memory"
     )

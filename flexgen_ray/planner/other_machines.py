@@ -1,4 +1,7 @@
-"""Machines of a hardware file in place of this one, to plan for: nothing can run there."""
+"""A backend for dry runs on the machines of a hardware file, where nothing can run.
+
+It has the calls of the other backends, so that planning needs no case of its own.
+"""
 
 from __future__ import annotations
 
@@ -12,22 +15,22 @@ from flexgen_ray.runtime.worker import Machine
 
 
 class HardwareFileBackend:
-    """A backend of one such machine a stage, which only knows what it would be."""
+    """One machine of the hardware file for each stage; it can be probed, but runs nothing."""
 
     uses_nccl = False
 
-    def __init__(self, hardware: Hardware, wanted: Deployment) -> None:
+    def __init__(self, hardware: Hardware, deployment: Deployment) -> None:
         self._hardware = hardware
-        self.num_stages = 1 if wanted.num_stages == "auto" else int(wanted.num_stages)
-        self.resumes = wanted.use_ray and wanted.faults.max_restarts > 0
-        self._threads = wanted.threads or 1
+        self.num_stages = 1 if deployment.num_stages == "auto" else int(deployment.num_stages)
+        self.resumes = deployment.use_ray and deployment.faults.max_restarts > 0
+        self._threads = deployment.threads or 1
         self.recoveries: list[Recovery] = []
 
     def probe(self, device: str, offload_dir: str) -> list[Machine]:
-        """Each with all that the hardware file says it has."""
+        """The machines, with everything free that the hardware file says they have."""
         hardware, sizes = self._hardware, self._hardware.memory
         is_cpu = hardware.device.is_cpu
-        # Without a GPU its tier is part of the same memory.
+        # Without a GPU its tier is part of the host's memory.
         memory = sizes.cpu + sizes.gpu if is_cpu else sizes.cpu
         return [
             Machine(
@@ -47,10 +50,10 @@ class HardwareFileBackend:
         ]
 
     def close(self) -> None:
-        """Nothing was taken."""
+        """Do nothing: no resource is held."""
 
     def abort(self) -> None:
-        """Nothing runs."""
+        """Do nothing: no run is under way."""
 
     def _refuse(self, *_: object) -> NoReturn:
         raise RuntimeError(f"nothing runs on {self._hardware.name}, which is only planned for")
@@ -59,9 +62,9 @@ class HardwareFileBackend:
 
 
 def _is_fast_in_bfloat16(hardware: Hardware) -> bool:
-    """True if matrix products in it are about as fast as in float16."""
-    known = {it.dtype for it in hardware.device.gemm}
-    if not {"bfloat16", "float16"} <= known:
-        return "bfloat16" in known
+    """True if matrix products in bfloat16 are about as fast as in float16."""
+    dtypes = {gemm.dtype for gemm in hardware.device.gemm}
+    if not {"bfloat16", "float16"} <= dtypes:
+        return "bfloat16" in dtypes
     fast, other = (hardware.gemm_flops_per_s(it, 1024) for it in ("bfloat16", "float16"))
     return fast > other / 2
