@@ -124,12 +124,12 @@ def attention(
     import torch
 
     from flexgen_ray.kernels.host_kernel import KERNELS, load_kernel
-    from flexgen_ray.store.memory import page_aligned
+    from flexgen_ray.store.memory import allocate_pages
 
     threads = threads or len(os.sched_getaffinity(0))
     torch.set_num_threads(threads)
     kernels = {name: load_kernel(name, threads) for name in KERNELS}
-    memory = page_aligned(megabytes << 20)
+    memory = allocate_pages(megabytes << 20)
     forms = _forms(bits or [], sparsity)
     headings = [*kernels, "of bound", *forms]
     _say(f"{'dtype':9}{'head_dim':>9}{'queries/KV':>11}{'read GB/s':>10}", *headings)

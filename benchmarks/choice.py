@@ -20,7 +20,7 @@ from benchmarks.command import run_as_command
 from benchmarks.stand_in import StandIn, alike_requests, memory_folder
 from flexgen_ray.cli.options import JsonOption
 from flexgen_ray.config import Budget, HardwareSpec, Placement, Policy
-from flexgen_ray.layout.sizes import stage_bytes, totals
+from flexgen_ray.layout.sizes import stage_bytes, tier_totals
 from flexgen_ray.models.shapes import shape_config
 from flexgen_ray.planner.pipeline_plan import PipelinePlan, PlannedJob, StageDevice
 from flexgen_ray.planner.search import Planner, find_best_plan
@@ -91,7 +91,7 @@ def _fitting(planner: Planner) -> Iterator[PipelinePlan]:
     """Those of the grid that the machine's memory can hold."""
     for policy in grid():
         plan = planner.evaluate((LAYERS,), [policy])
-        need = totals(stage_bytes(plan.stages[0]))
+        need = tier_totals(stage_bytes(plan.stages[0]))
         if all(getattr(need, tier) <= nbytes for tier, nbytes in asdict(BUDGET).items()):
             yield planner.simulate(plan)
 

@@ -14,7 +14,7 @@ from benchmarks.lanes import FREE
 from benchmarks.scaling import CELL_SECONDS, run
 from benchmarks.stand_in import StandIn
 from flexgen_ray.config import HardwareSpec, Policy, Workload
-from flexgen_ray.cost.bound import decoding
+from flexgen_ray.cost.bound import decoding_rows
 from flexgen_ray.cost.ops import CostModel
 from flexgen_ray.cost.resources import Resource
 from flexgen_ray.layout.plan import StagePlan
@@ -57,7 +57,7 @@ def _plans(num_blocks: int) -> list[StagePlan]:
 
 def _hardware(plan: StagePlan) -> HardwareSpec:
     """A second for a batch in a layer, HOP_LAYERS seconds for its hop, and nothing for the rest."""
-    cost, rows = CostModel(plan), Composition(decoding(plan, t4.PROMPT_LEN), 0)
+    cost, rows = CostModel(plan), Composition(decoding_rows(plan, t4.PROMPT_LEN), 0)
 
     def amount(kind: OpKind, resource: Resource) -> float:
         return cost.amounts(Op(kind, 0, 1, 0, 0, 0), rows)[resource]

@@ -16,7 +16,7 @@ from benchmarks.lanes import CASES, hardware_of, plan_of, requests_of, run_case
 from flexgen_ray.cli.options import JsonOption
 from flexgen_ray.config import HardwareSpec
 from flexgen_ray.cost.simulate import simulate as play
-from flexgen_ray.cost.steady import stream
+from flexgen_ray.cost.steady import op_stream
 from flexgen_ray.layout.plan import StagePlan
 from flexgen_ray.layout.rows import NO_ROWS, Rows
 from flexgen_ray.reporting.result import finish
@@ -64,7 +64,7 @@ def _simulated(plan: StagePlan, hardware: HardwareSpec) -> dict:
     composed = _compose(plan)
     num_visits = len(composed) // plan.num_batches
     # That no other visit follows is known only when the next one is composed.
-    played = stream(
+    played = op_stream(
         plan, hardware, lambda op: composed.get((op.visit, op.batch), NO_ROWS), num_visits + 1
     )
     started = time.perf_counter()

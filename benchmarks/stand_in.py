@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 
 from benchmarks.emulation import emulated
 from flexgen_ray.config import Budget, HardwareSpec, Placement
-from flexgen_ray.cost.bound import decoding, visit_seconds
-from flexgen_ray.cost.steady import Demands
+from flexgen_ray.cost.bound import decoding_rows, visit_seconds
+from flexgen_ray.cost.steady import OpDemands
 from flexgen_ray.layout.plan import StagePlan
 from flexgen_ray.layout.rows import Rows
 from flexgen_ray.request import Request, SamplingParams
@@ -40,7 +40,7 @@ class StandIn:
     def time_scale(self) -> float:
         """Wall seconds a modelled second."""
         slowest = max(
-            max(visit_seconds(plan, its, decoding(plan, self.middle)).values())
+            max(visit_seconds(plan, its, decoding_rows(plan, self.middle)).values())
             / (len(plan.stage.decoders) * plan.policy.num_gpu_batches)
             for plan, its in self._pairs()
         )
@@ -50,7 +50,7 @@ class StandIn:
         """How long the ops of a decoding visit are in wall time, those of all stages."""
         scale, seconds = self.time_scale, list[float]()
         for plan, its in self._pairs():
-            demands = Demands(plan, its, _always(decoding(plan, self.middle)))
+            demands = OpDemands(plan, its, _always(decoding_rows(plan, self.middle)))
             ops = zigzag(plan.stage, plan.policy.num_gpu_batches, range(1))
             seconds += [scale * demands(op).seconds for op in ops]
         taken = [it for it in seconds if it]

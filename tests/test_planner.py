@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from benchmarks import paper_machines as t4
 from flexgen_ray.config import TIERS, Budget, HardwareSpec, Placement, Policy
-from flexgen_ray.cost.bound import PHASES, decoding, visit_seconds
+from flexgen_ray.cost.bound import PHASES, decoding_rows, visit_seconds
 from flexgen_ray.hardware.spec import Hardware
-from flexgen_ray.layout.sizes import stage_bytes, totals
+from flexgen_ray.layout.sizes import stage_bytes, tier_totals
 from flexgen_ray.models.shapes import shape_config
 from flexgen_ray.planner.comparison import HardwareNode, devices_of
 from flexgen_ray.planner.corners import ON_DEVICE, Corners, policy_of, shares_of
@@ -67,14 +67,14 @@ def test_corners_foretell_the_bytes_and_seconds_of_any_placement(config, policy)
     (stage,) = plan.stages
     corners = Corners(stage, RATES, JOB.middle_position)
     count, shares = config.num_layers, shares_of(policy, config.num_layers)
-    need = totals(stage_bytes(stage))
+    need = tier_totals(stage_bytes(stage))
     # A table lies somewhere as a whole, and slots for it are there or aren't.
     table = config.vocab_size * config.hidden_size * 2
     slack = 3 * max(stage_bytes(stage)["gpu"]["weights in flight"], table)
     for tier in TIERS:
         told = corners.value(("bytes", tier), count, shares, count)
         assert told == pytest.approx(getattr(need, tier), rel=0.05, abs=slack)
-    exact = visit_seconds(stage, RATES, decoding(stage, JOB.middle_position))
+    exact = visit_seconds(stage, RATES, decoding_rows(stage, JOB.middle_position))
     longest = max(exact.values())
     for name, seconds in exact.items():
         told = corners.value(("decode", name), count, shares, count)
@@ -100,7 +100,7 @@ def test_no_placement_that_fits_is_faster_than_the_programs(policy):
     anywhere = Placement(1, 0, 0)
     shape = replace(policy, weights=anywhere, cache=anywhere, activations=anywhere)
     plan = planner.evaluate((OPT.num_layers,), [policy])
-    need = totals(stage_bytes(plan.stages[0]))
+    need = tier_totals(stage_bytes(plan.stages[0]))
     if any(getattr(need, tier) > getattr(SMALL, tier) for tier in TIERS):
         return
     best = planner.plan(shape)
@@ -146,7 +146,7 @@ def test_no_plan_exceeds_its_budget(gpu, cpu, requests, prompt_len, bits):
     except Infeasible as error:
         assert "budget" in str(error)
         return
-    need = totals(stage_bytes(plan.stages[0]))
+    need = tier_totals(stage_bytes(plan.stages[0]))
     assert all(getattr(need, tier) <= getattr(budget, tier) for tier in TIERS)
 
 
@@ -209,7 +209,7 @@ def test_no_policy_of_a_grid_is_played_faster_than_the_choice(
     for size, batches, weights, (cache, attended) in shapes:
         policy = Policy(size, batches, 512, weights, cache, Placement(1, 0, 0), attended)
         plan = planner.evaluate((TINY.num_layers,), [policy])
-        need = totals(stage_bytes(plan.stages[0]))
+        need = tier_totals(stage_bytes(plan.stages[0]))
         fits = all(getattr(need, tier) <= getattr(budget, tier) for tier in TIERS)
         # No plan is played faster than its lanes are.
         if fits and plan.tokens_per_s > chosen.tokens_per_s:
@@ -282,7 +282,7 @@ def test_stages_of_one_node_share_its_memory_and_bandwidth():
     near, far = (
         find_best_plan(Planner(OPT, it, JOB, "float16", search)) for it in (together, apart)
     )
-    needs = [totals(stage_bytes(stage)) for stage in near.stages]
+    needs = [tier_totals(stage_bytes(stage)) for stage in near.stages]
     assert sum(need.cpu for need in needs) <= SMALL.cpu
     assert near.tokens_per_s <= far.tokens_per_s
     assert "the node's host_memory" in near.seconds[0]["decode"]

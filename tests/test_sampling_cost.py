@@ -9,7 +9,7 @@ import tiny
 
 from flexgen_ray import LLM, Policy, SamplingParams
 from flexgen_ray.config import Budget, HardwareSpec
-from flexgen_ray.cost.ops import drawn_share
+from flexgen_ray.cost.ops import sampling_share
 from flexgen_ray.hardware.spec import Hardware
 from flexgen_ray.models.shapes import shape_config
 from flexgen_ray.planner.choose import planned_job
@@ -29,7 +29,7 @@ GIB = 2**30
     [
         ([GREEDY] * 3, 0.0),
         ([SamplingParams(5)] * 3, 3.0),
-        ([GREEDY, SamplingParams(5, top_k=4), SamplingParams(5, 0.7)], 1.0 + drawn_share(1, 4)),
+        ([GREEDY, SamplingParams(5, top_k=4), SamplingParams(5, 0.7)], 1.0 + sampling_share(1, 4)),
     ],
 )
 def test_modelled_seconds_are_those_of_the_tokens_that_were_drawn(

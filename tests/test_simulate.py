@@ -15,10 +15,10 @@ from test_sizes import REAL, llama, opt
 
 from benchmarks.paper_machines import MACHINE
 from flexgen_ray.config import HardwareSpec, Placement, Policy, Workload
-from flexgen_ray.cost.bound import decoding, prefilling, visit_seconds
+from flexgen_ray.cost.bound import decoding_rows, prefilling_rows, visit_seconds
 from flexgen_ray.cost.resources import CORES, Demand
-from flexgen_ray.cost.simulate import OpStream, Simulated, simulate, simulate_ring
-from flexgen_ray.cost.steady import simulate_pipeline, steady_visit, stream
+from flexgen_ray.cost.simulate import OpStream, SimulatedRun, simulate, simulate_ring
+from flexgen_ray.cost.steady import op_stream, pipeline_visit_seconds, steady_visit_seconds
 from flexgen_ray.layout.plan import StagePlan
 from flexgen_ray.layout.rows import NO_ROWS, Rows
 from flexgen_ray.reporting.trace import write_trace
@@ -59,22 +59,22 @@ def rings(draw) -> list[StagePlan]:
 
 
 def rows_of(plan: StagePlan, is_prefill: bool) -> Rows:
-    return prefilling(plan)[0] if is_prefill else decoding(plan, 30)
+    return prefilling_rows(plan)[0] if is_prefill else decoding_rows(plan, 30)
 
 
 def alike(plan: StagePlan, rates: HardwareSpec, rows: Rows, visits: int) -> OpStream:
     """Visits all of whose batches bring the same rows."""
-    return stream(plan, rates, lambda op: rows, visits)
+    return op_stream(plan, rates, lambda op: rows, visits)
 
 
-def played(its: OpStream) -> tuple[list[Op], dict[Op, Demand], Simulated]:
+def played(its: OpStream) -> tuple[list[Op], dict[Op, Demand], SimulatedRun]:
     """What was issued, what each op took, and when it ran."""
     ops = list(its.ops)
     demands = {op: its.demand(op) for op in ops}
     return ops, demands, simulate(replace(its, ops=ops))
 
 
-def assert_in_order(ops: list[Op], found: Simulated) -> None:
+def assert_in_order(ops: list[Op], found: SimulatedRun) -> None:
     """Each op once, when its lane is free and all that it waits for has ended."""
     ran = {span.op: span for span in found.spans}
     assert set(ran) == set(ops) and len(found.spans) == len(ops)
@@ -87,7 +87,7 @@ def assert_in_order(ops: list[Op], found: Simulated) -> None:
         lane_free[op.lane] = span.end
 
 
-def assert_one_at_a_time(found: Simulated) -> None:
+def assert_one_at_a_time(found: SimulatedRun) -> None:
     free: dict = defaultdict(float)
     for span in sorted(found.spans, key=lambda span: (span.start, span.end)):
         assert free[span.op.lane.worker] <= span.start
@@ -186,7 +186,7 @@ def test_a_ring_that_waits_for_itself_is_told():
         StagePlan(MODELS["opt"], stage, policy, WORKLOAD, "float32")
         for stage in StageLayers.split(2, [1, 1])
     ]
-    streams = [alike(plan, MACHINE, decoding(plan, 30), 3) for plan in ring]
+    streams = [alike(plan, MACHINE, decoding_rows(plan, 30), 3) for plan in ring]
     with pytest.raises(RuntimeError, match="wait for each other"):
         simulate_ring([replace(it, window=1) for it in streams], 1)
 
@@ -205,9 +205,9 @@ def opt_30b(num_gpu_batches: int) -> StagePlan:
 
 def test_opt_30b_on_a_t4_comes_close_to_its_busiest_lane():
     plan = opt_30b(4)
-    rows = decoding(plan, 528)
+    rows = decoding_rows(plan, 528)
     bound = max(visit_seconds(plan, MACHINE, rows).values())
-    assert steady_visit(plan, MACHINE, rows) <= 1.1 * bound
+    assert steady_visit_seconds(plan, MACHINE, rows) <= 1.1 * bound
 
 
 @given(plan=plans(), rates=hardware, is_prefill=st.booleans(), taken=st.floats(0.1, 1))
@@ -216,7 +216,7 @@ def test_a_cpu_that_is_the_device_too_does_one_thing_at_a_time(plan, rates, is_p
     as if they were not shared."""
     rows, visits = rows_of(plan, is_prefill), 3
     shares = (("device", 1.0), ("h2d", taken), ("disk_read", taken / 2))
-    freely, shared = (stream(plan, rates, lambda op: rows, visits, it) for it in ((), shares))
+    freely, shared = (op_stream(plan, rates, lambda op: rows, visits, it) for it in ((), shares))
     ops, demands, run = played(shared)
     work = sum(demands[op].seconds * demands[op].shares.get(CORES, 0) for op in ops)
     on_device = sum(demands[op].seconds for op in ops if op.lane.worker is Lane.DEVICE)
@@ -230,9 +230,9 @@ def test_two_stages_on_two_machines_take_half_as_long():
     halves = [
         replace(whole, stage=it, num_blocks=2) for it in StageLayers.split(48, [24, 24])
     ]  # fmt: skip
-    rows = decoding(whole, 528)
-    both = simulate_pipeline(halves, [MACHINE] * 2, rows)
-    assert both == pytest.approx(steady_visit(whole, MACHINE, rows) / 2, rel=0.1)
+    rows = decoding_rows(whole, 528)
+    both = pipeline_visit_seconds(halves, [MACHINE] * 2, rows)
+    assert both == pytest.approx(steady_visit_seconds(whole, MACHINE, rows) / 2, rel=0.1)
 
 
 def ring_of_t4s(shape: str, policy: Policy) -> list[StagePlan]:
@@ -263,16 +263,16 @@ def ring_of_t4s(shape: str, policy: Policy) -> list[StagePlan]:
 )  # fmt: skip
 def test_the_busiest_lane_of_a_ring_hardly_waits(shape, policy):
     ring = ring_of_t4s(shape, policy)
-    rows = decoding(ring[0], 528)
+    rows = decoding_rows(ring[0], 528)
     bound = max(max(visit_seconds(plan, MACHINE, rows).values()) for plan in ring)
-    assert simulate_pipeline(ring, [MACHINE] * 4, rows) <= bound / 0.92
+    assert pipeline_visit_seconds(ring, [MACHINE] * 4, rows) <= bound / 0.92
 
 
 def test_a_simulation_is_drawn_as_a_run_is(tmp_path):
     plan = StagePlan(
         MODELS["llama"], StageLayers.whole(3), Policy(2, 2), WORKLOAD, "float32"
     )  # fmt: skip
-    ops, _, found = played(alike(plan, MACHINE, decoding(plan, 30), 2))
+    ops, _, found = played(alike(plan, MACHINE, decoding_rows(plan, 30), 2))
     write_trace(tmp_path / "trace.json", [found.spans])
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     drawn = [event["cat"] for event in events if event["ph"] == "X"]

@@ -19,7 +19,7 @@ from flexgen_ray.layout.placement import (
     tensor_bytes,
 )
 from flexgen_ray.layout.plan import StagePlan
-from flexgen_ray.layout.sizes import check_budget, stage_bytes, totals, weight_bytes
+from flexgen_ray.layout.sizes import check_budget, stage_bytes, tier_totals, weight_bytes
 from flexgen_ray.models.config import ModelConfig
 from flexgen_ray.planner.budgets import (
     CUDA_RESERVE,
@@ -146,7 +146,7 @@ def test_a_budget_one_byte_short_is_refused_with_the_numbers(policy, tier):
     config = REAL["smollm2-135m"]
     stage = StageLayers.whole(config.num_layers)
     plan = StagePlan(config, stage, policy, Workload(8, 100, 120), "float32")
-    need = totals(stage_bytes(plan))
+    need = tier_totals(stage_bytes(plan))
     check_budget(plan, need)
     amounts = {name: getattr(need, name) for name in TIERS}
     if amounts[tier] == 0:
@@ -197,7 +197,7 @@ def test_the_default_policy_fills_the_fastest_tiers_first():
     assert t4.weights.disk == 0 and 0.05 < t4.weights.gpu < 0.25
     assert t4.cache.disk == 0 and t4.block_size >= 64
     assert t4.num_gpu_batches >= 2 and t4.activations.disk == 0
-    need = totals(stage_bytes(StagePlan(config, stage, t4, workload, "float16")))
+    need = tier_totals(stage_bytes(StagePlan(config, stage, t4, workload, "float16")))
     assert need.gpu > 0.95 * 16 * 2**30
     small = policy(16, 32)
     assert small.weights.disk > 0.3 and small.weights.gpu > 0.05

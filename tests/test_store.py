@@ -61,7 +61,7 @@ class RandomWeights:
 def requests(request, monkeypatch):
     """With direct requests where the file system takes them, and without."""
     if request.param == "buffered":
-        monkeypatch.setattr(disk, "bypass_page_cache", lambda fd: False)
+        monkeypatch.setattr(disk, "enable_direct_io", lambda fd: False)
 
 
 def tiers(folder: str | Path, budget: int = 64 * MIB) -> Tiers:
@@ -188,7 +188,7 @@ def test_reads_at_any_offset_see_what_was_written(requests, folder, data):
     try:
         region = tier.allocate("test", (pages + 2) * PAGE).part(PAGE, pages * PAGE)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(disk, "PIECE", 2 * PAGE)
+            patch.setattr(disk, "REQUEST_BYTES", 2 * PAGE)
             written = torch.randint(256, (pages * PAGE + step,), dtype=torch.uint8)[step:]
             region.write(written)
             first = data.draw(st.integers(0, pages * PAGE))

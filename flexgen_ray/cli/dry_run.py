@@ -16,7 +16,7 @@ from flexgen_ray.batch.request_lines import BatchLine, read_lines
 from flexgen_ray.config import TIERS
 from flexgen_ray.files.input_lines import STANDARD_STREAM, open_input
 from flexgen_ray.layout.plan import StagePlan
-from flexgen_ray.layout.sizes import stage_bytes, totals
+from flexgen_ray.layout.sizes import stage_bytes, tier_totals
 from flexgen_ray.llm import LLM
 from flexgen_ray.reporting.progress import show_progress, track
 from flexgen_ray.reporting.report import block_line
@@ -100,7 +100,7 @@ def _plan_lines(llm: LLM) -> Iterator[str]:
     names = dict.fromkeys(machine.device_name for machine in llm.machines)
     yield f"model: {llm.model} in {llm.dtype} on {', '.join(names)}; {block_line(plans[0])}"
     for number, (plan, budget) in enumerate(zip(plans, llm.budgets, strict=True)):
-        need = totals(stage_bytes(plan))
+        need = tier_totals(stage_bytes(plan))
         name = f"stage {number}, layers {plan.stage.first} to {plan.stage.last}: "
         sizes = ", ".join(
             f"{tier} {format_bytes(getattr(need, tier))} of {format_bytes(getattr(budget, tier))}"

@@ -44,13 +44,13 @@ def visit_seconds(plan: StagePlan, hardware: HardwareSpec, rows: Rows) -> dict[s
     return resources | {it: max(lanes[it], resources.get(it, 0.0)) for it in lanes}
 
 
-def decoding(plan: StagePlan, position: int) -> Rows:
+def decoding_rows(plan: StagePlan, position: int) -> Rows:
     """Every slot of a batch brings one token."""
     slots = range(plan.policy.gpu_batch_size)
     return Rows(tuple(Row(slot, position, 1, slot, True, False) for slot in slots), ())
 
 
-def prefilling(plan: StagePlan) -> tuple[Rows, float]:
+def prefilling_rows(plan: StagePlan) -> tuple[Rows, float]:
     """Prompts of as many slots as fit a pass, and how many such passes a batch takes."""
     longest = plan.workload.max_prompt_len
     count = max(1, min(plan.policy.gpu_batch_size, plan.cell_tokens // longest))
@@ -62,27 +62,27 @@ PHASES = ("prefill", "decode")
 Quantity = tuple[str, str]  # (phase, lane, resource or way): seconds; ("bytes", tier): bytes
 # A batch's way through a stage: ops that wait for each other, where rows are attended on the device
 # or on the host. Weights and caches come ahead of need, and what is written to disk is not awaited.
-WAYS = ("way by the device", "way by the host")
+PATHS = ("path by the device", "path by the host")
 
 
 @dataclass(frozen=True)
-class VisitSeconds:
+class VisitTerms:
     """Seconds of a lane, a resource or a way: of a visit of one batch, once and for each layer, and
     of each further batch."""
 
-    once: float = 0.0
-    each: float = 0.0
-    once_more: float = 0.0
-    each_more: float = 0.0
+    fixed: float = 0.0
+    per_layer: float = 0.0
+    per_batch: float = 0.0
+    per_layer_batch: float = 0.0
 
 
 @lru_cache(maxsize=8192)
-def seconds_of_visit(
+def visit_terms(
     plan: StagePlan, hardware: HardwareSpec, position: int
-) -> dict[Quantity, VisitSeconds]:
+) -> dict[Quantity, VisitTerms]:
     """By (phase, lane, resource or way). plan: of one decoder layer and two batches."""
     found = {}
-    for phase, ops in _ops_of_visit(plan, position).items():
+    for phase, ops in _visit_ops(plan, position).items():
         # By whether a further batch brings them, and whether each layer has them.
         resources, lanes, ways = _sums(), _sums(), _sums()
         for op in ops:
@@ -96,7 +96,7 @@ def seconds_of_visit(
         # The disk is a resource and a lane of the same name.
         longer = {it: max(lanes[it], resources.get(it, [0.0]), key=sum) for it in lanes}
         for name, each in (resources | longer | ways).items():
-            found[phase, name] = VisitSeconds(*each)
+            found[phase, name] = VisitTerms(*each)
     return found
 
 
@@ -112,18 +112,20 @@ class _VisitOp:
 
 
 @lru_cache(maxsize=4096)
-def _ops_of_visit(plan: StagePlan, position: int) -> dict[str, list[_VisitOp]]:
+def _visit_ops(plan: StagePlan, position: int) -> dict[str, list[_VisitOp]]:
     """{phase: ops of a visit}, for any machine's rates."""
     is_active = ActiveOps(plan, in_ring=not plan.stage.is_whole)
     ops = [op for op in zigzag(plan.stage, 2, range(1)) if not op.visit and is_active(op)]
     model, found = CostModel(plan), {}
-    for phase, rows in zip(PHASES, (prefilling(plan)[0], decoding(plan, position)), strict=True):
+    for phase, rows in zip(
+        PHASES, (prefilling_rows(plan)[0], decoding_rows(plan, position)), strict=True
+    ):
         composition, its = Composition(rows, plan.streamed_rows - 1), []
         attends_on_host = phase == "decode" and plan.attended_rows > 0
         for op in ops:
             amounts = model.amounts(op, composition)
             if any(amounts.values()):
-                lane, ways = op.lane.worker.value, _ways(OPS[op.kind].path, attends_on_host)
+                lane, ways = op.lane.worker.value, _paths(OPS[op.kind].path, attends_on_host)
                 is_of_layer = plan.stage.kind(op.layer) == "decoder"
                 is_further = op.batch > 0 and not OPS[op.kind].moves_weights
                 its.append(_VisitOp(lane, ways, is_of_layer, is_further, amounts))
@@ -135,14 +137,14 @@ def _sums() -> defaultdict[str, list[float]]:
     return defaultdict(lambda: [0.0] * 4)
 
 
-def _ways(path: Path, attends_on_host: bool) -> tuple[str, ...]:
+def _paths(path: Path, attends_on_host: bool) -> tuple[str, ...]:
     """The ones of WAYS that an op is on. Prompts are attended on the device."""
     match path:
         case Path.BOTH:
-            return WAYS
+            return PATHS
         case Path.DEVICE:
-            return WAYS[:1]
+            return PATHS[:1]
         case Path.HOST:
-            return WAYS[1:] if attends_on_host else ()
+            return PATHS[1:] if attends_on_host else ()
         case Path.NEITHER:
             return ()

@@ -38,7 +38,7 @@ _R = Resource
 _NO_PASS = Composition(NO_ROWS, 0)
 
 
-def drawn_share(temperature: float, top_k: int) -> float:
+def sampling_share(temperature: float, top_k: int) -> float:
     """Work of sampling one token, as a share of sampling from the whole sorted vocabulary.
 
     With top_k the likeliest tokens are found without sorting the others, and greedy decoding only
@@ -225,7 +225,7 @@ class CostModel:
         placed = self._placed(op, composition)
         chosen = self._chosen_tokens(placed, op.layer)
         indices = chosen * self.plan.config.num_kv_heads * CHOICE_BYTES
-        rows = [row for _, rows in placed.choosing(self.plan.rows_at_a_time) for row in rows]
+        rows = [row for _, rows in placed.choosing_runs(self.plan.rows_at_a_time) for row in rows]
         scored = self._scored(rows, op.layer)
         return scored | self._transfer(_R.D2H, indices) | {_R.DEVICE_OPS: LAUNCHES_OF_RUN}
 
@@ -239,7 +239,7 @@ class CostModel:
 
     def _chosen_tokens(self, placed: PlacedRows, layer: int) -> int:
         """Tokens whose values are gathered: each row of a run keeps as many as the longest one."""
-        chosen = (rows for _, rows in placed.choosing(self.plan.rows_at_a_time))
+        chosen = (rows for _, rows in placed.choosing_runs(self.plan.rows_at_a_time))
         most = ((len(rows), max(row.seq_len for row in rows)) for rows in chosen)
         return sum(count * self.plan.kept_tokens(layer, tokens) for count, tokens in most)
 

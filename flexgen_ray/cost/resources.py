@@ -41,7 +41,7 @@ class Resource(StrEnum):
 
 Amounts = dict[Resource, float]
 
-_BY_ITSELF = (
+_SERIAL = (
     Resource.DEQUANTIZE,
     Resource.DEVICE_OPS,
     Resource.ELEMENTWISE,
@@ -58,12 +58,12 @@ def seconds_alone(taken: dict[Resource, float]) -> float:
     """Of an op that has the machine to itself, by its `seconds_by_resource`: what it takes of them
     it takes at the same time, but packed values are unpacked first, and small ops stand between
     large ones."""
-    first = sum(taken.get(resource, 0.0) for resource in _BY_ITSELF)
-    return first + max((it for by, it in taken.items() if by not in _BY_ITSELF), default=0.0)
+    first = sum(taken.get(resource, 0.0) for resource in _SERIAL)
+    return first + max((it for by, it in taken.items() if by not in _SERIAL), default=0.0)
 
 
 CORES = "cores"  # of a CPU that is the device too; ops take shares of them, and no amounts
-SIMULTANEOUS = 1e-12  # of the time so far; ends that differ by rounding alone
+TIME_TOLERANCE = 1e-12  # of the time so far; ends that differ by rounding alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,17 +102,17 @@ class RunningOp:
         self.speed = 1.0
 
 
-W = TypeVar("W", bound=RunningOp)
+RunningOpT = TypeVar("W", bound=RunningOp)
 
 
-class SharedResources(Generic[W]):
+class SharedResources(Generic[RunningOpT]):
     """Resources, and who uses them, in modelled time."""
 
     def __init__(self) -> None:
-        self._running: list[W] = []
+        self._running: list[RunningOpT] = []
         self._load = dict.fromkeys((*Resource, CORES), 0.0)
 
-    def begin(self, work: W, now: float) -> None:
+    def begin(self, work: RunningOpT, now: float) -> None:
         self._share(work, 1, now)
         work.speed = speed(work.demand.shares, self._load)
         work.ends = now + work.demand.seconds / work.speed
@@ -126,16 +126,16 @@ class SharedResources(Generic[W]):
                 first = work.ends
         return first
 
-    def take_ended(self, now: float) -> list[W]:
+    def pop_ended(self, now: float) -> list[RunningOpT]:
         """What has ended by now, and is under way no longer."""
-        latest = now + SIMULTANEOUS * now
+        latest = now + TIME_TOLERANCE * now
         ended = [work for work in self._running if work.ends <= latest]
         for work in ended:
             self._running.remove(work)
             self._share(work, -1, now)
         return ended
 
-    def _share(self, work: W, sign: int, now: float) -> None:
+    def _share(self, work: RunningOpT, sign: int, now: float) -> None:
         """The others' progress so far counts at the old speeds."""
         is_short, load = False, self._load
         for resource, share in work.demand.shares.items():

@@ -13,10 +13,10 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from flexgen_ray.cost.resources import SIMULTANEOUS, Demand, RunningOp, SharedResources
+from flexgen_ray.cost.resources import TIME_TOLERANCE, Demand, RunningOp, SharedResources
 from flexgen_ray.schedule.dependencies import VISITS_AHEAD, Dependencies
 from flexgen_ray.schedule.ops import Lane, Op, Span
-from flexgen_ray.schedule.ring import Message, heard, told
+from flexgen_ray.schedule.ring import Message, awaited_message, sent_message
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class OpStream:
 
 
 @dataclass(frozen=True)
-class Simulated:
+class SimulatedRun:
     """A stage's run. seconds: until its last op ended; visit_ends: until each visit had; busy:
     {lane: seconds} that each lane's ops would take alone; spans: of each op, in the order of their
     ends, if they are kept.
@@ -45,18 +45,18 @@ class Simulated:
     spans: list[Span]
 
 
-def simulate(stream: OpStream) -> Simulated:
+def simulate(stream: OpStream) -> SimulatedRun:
     """One stage that is the whole model."""
     return simulate_ring([stream], 1)[0]
 
 
-def simulate_ring(streams: list[OpStream], num_blocks: int) -> list[Simulated]:
+def simulate_ring(streams: list[OpStream], num_blocks: int) -> list[SimulatedRun]:
     """Stages joined to a ring, with so many blocks in flight.
 
     A batch has crossed the network when its SEND ends. RuntimeError if the ring waits for itself.
     """
-    mail = _RingMessages(num_blocks)
-    stages = [_SimulatedStage(number, stream, mail) for number, stream in enumerate(streams)]
+    messages = _RingMessages(num_blocks)
+    stages = [_SimulatedStage(number, stream, messages) for number, stream in enumerate(streams)]
     now = 0.0
     for stage in stages:
         stage.issue()
@@ -64,11 +64,11 @@ def simulate_ring(streams: list[OpStream], num_blocks: int) -> list[Simulated]:
         # What ends at once may let another stage start.
         while any([stage.start(now) for stage in stages if stage.touched]):
             pass
-        ends = [stage.machine.next_end() for stage in stages]
+        ends = [stage.resources.next_end() for stage in stages]
         now = min(ends)
         if now == math.inf:
             break
-        latest = now + SIMULTANEOUS * now
+        latest = now + TIME_TOLERANCE * now
         for stage, end in zip(stages, ends, strict=True):
             if end <= latest:
                 stage.end(now)
@@ -82,7 +82,7 @@ class _SimulatedOp(RunningOp):
 
     __slots__ = ("dependents", "index", "is_done", "missing", "op", "post", "queue", "started")
 
-    def __init__(self, index: int, op: Op, post: _LaneQueues, demand: Demand) -> None:
+    def __init__(self, index: int, op: Op, post: _Worker, demand: Demand) -> None:
         super().__init__(demand)
         self.index = index
         self.op = op
@@ -94,7 +94,7 @@ class _SimulatedOp(RunningOp):
         self.started = 0.0
 
 
-class _LaneQueues:
+class _Worker:
     """A worker: its lanes' queues, and whether it is at work."""
 
     def __init__(self, lanes: Iterable[Lane]) -> None:
@@ -110,17 +110,17 @@ class _LaneQueues:
 class _SimulatedStage:
     """One stage's lanes, its resources, and what has been issued of its stream."""
 
-    def __init__(self, number: int, stream: OpStream, mail: _RingMessages) -> None:
+    def __init__(self, number: int, stream: OpStream, messages: _RingMessages) -> None:
         self.number = number
-        self.machine: SharedResources[_SimulatedOp] = SharedResources()
+        self.resources: SharedResources[_SimulatedOp] = SharedResources()
         self._stream = stream
         self._ops = enumerate(stream.ops)
-        self._mail = mail
+        self._messages = messages
         self._dependencies: Dependencies[_SimulatedOp] = Dependencies()
-        posts = {it: _LaneQueues(lane for lane in Lane if lane.worker is it) for it in Lane}
+        posts = {it: _Worker(lane for lane in Lane if lane.worker is it) for it in Lane}
         self._post_of = {lane: posts[lane.worker] for lane in Lane}
         self._device = posts[Lane.DEVICE]
-        self.touched: list[_LaneQueues] = []
+        self.touched: list[_Worker] = []
         self._in_flight = 0
         self._room = stream.window - 1
         self._last_ops: deque[_SimulatedOp] = deque()  # of the visits that aren't known to be over
@@ -133,9 +133,9 @@ class _SimulatedStage:
     def is_waiting(self) -> bool:
         return self._in_flight > 0
 
-    def simulated(self) -> Simulated:
+    def simulated(self) -> SimulatedRun:
         """What has been played so far."""
-        return Simulated(self._seconds, self._visit_ends, dict(self._busy), self._spans)
+        return SimulatedRun(self._seconds, self._visit_ends, dict(self._busy), self._spans)
 
     def issue(self) -> None:
         """As many ops as the window takes; then none until half of it is over."""
@@ -157,7 +157,7 @@ class _SimulatedStage:
             if not other.is_done and other.queue is not queue:
                 other.dependents.append(job)
                 job.missing += 1
-        self._mail.expect(self, job)
+        self._messages.await_message(self, job)
         job.queue.append(job)
         self._in_flight += 1
         self.touched.append(job.post)
@@ -180,7 +180,7 @@ class _SimulatedStage:
             job.started = now
             if job.demand.seconds:
                 job.post.is_busy = True
-                self.machine.begin(job, now)
+                self.resources.begin(job, now)
             else:
                 self._finish(job, now)
                 has_ended = True
@@ -188,7 +188,7 @@ class _SimulatedStage:
 
     def end(self, now: float) -> None:
         """Of what is under way, all that is over now."""
-        for job in self.machine.take_ended(now):
+        for job in self.resources.pop_ended(now):
             job.post.is_busy = False
             self._finish(job, now)
 
@@ -212,7 +212,7 @@ class _SimulatedStage:
             self.release(other)
         job.dependents.clear()
         self.touched.append(job.post)
-        self._mail.tell(self.number, op)
+        self._messages.send(self.number, op)
         self._in_flight -= 1
         if self._in_flight <= self._room:
             self.issue()
@@ -223,22 +223,22 @@ class _RingMessages:
 
     def __init__(self, num_blocks: int) -> None:
         self._num_blocks = num_blocks
-        self._told: set[Message] = set()
+        self._sent: set[Message] = set()
         self._waiting: dict[Message, tuple[_SimulatedStage, _SimulatedOp]] = {}
 
-    def expect(self, stage: _SimulatedStage, job: _SimulatedOp) -> None:
+    def await_message(self, stage: _SimulatedStage, job: _SimulatedOp) -> None:
         """The op waits for its message, if it is one that does."""
-        message = heard(stage.number, job.op, self._num_blocks)
-        if message is not None and message not in self._told:
+        message = awaited_message(stage.number, job.op, self._num_blocks)
+        if message is not None and message not in self._sent:
             job.missing += 1
             self._waiting[message] = stage, job
 
-    def tell(self, number: int, op: Op) -> None:
+    def send(self, number: int, op: Op) -> None:
         """What the end of an op of stage `number` lets others know."""
-        message = told(number, op, self._num_blocks)
+        message = sent_message(number, op, self._num_blocks)
         if message is None:
             return
-        self._told.add(message)
+        self._sent.add(message)
         if message in self._waiting:
             stage, job = self._waiting.pop(message)
             stage.release(job)

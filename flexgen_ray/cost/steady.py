@@ -24,14 +24,14 @@ from flexgen_ray.schedule.dependencies import window_ops
 from flexgen_ray.schedule.ops import OPS, Lane, Op, OpKind
 from flexgen_ray.schedule.zigzag import zigzag
 
-RowsOf = Callable[[Op], Rows]
+RowsOfOp = Callable[[Op], Rows]
 CoreShares = tuple[tuple[str, float], ...]  # (lane or resource, of the cores that it takes)
 
 
-def stream(
+def op_stream(
     plan: StagePlan,
     hardware: HardwareSpec,
-    rows: RowsOf,
+    rows: RowsOfOp,
     num_visits: int,
     core_shares: CoreShares = (),
 ) -> OpStream:
@@ -40,7 +40,7 @@ def stream(
     is_active = ActiveOps(plan, in_ring=not plan.stage.is_whole)
     batches = plan.policy.num_gpu_batches
     ops = filter(is_active, zigzag(plan.stage, batches, range(num_visits), plan.num_blocks))
-    return OpStream(ops, Demands(plan, hardware, rows, core_shares), window_ops(batches))
+    return OpStream(ops, OpDemands(plan, hardware, rows, core_shares), window_ops(batches))
 
 
 @dataclass(frozen=True)
@@ -52,14 +52,14 @@ class _PassDemands:
     demands: dict[tuple[OpKind, int, int], Demand] = field(default_factory=dict)
 
 
-class Demands:
+class OpDemands:
     """Of one stage's ops; the arguments are those of `stream`."""
 
     def __init__(
         self,
         plan: StagePlan,
         hardware: HardwareSpec,
-        rows: RowsOf,
+        rows: RowsOfOp,
         core_shares: CoreShares = (),
     ) -> None:
         self._hardware = hardware
@@ -103,12 +103,12 @@ FIRST_VISITS = 1  # in which lanes and slots fill
 LAST_VISITS = 1
 
 
-def steady_visit(plan: StagePlan, hardware: HardwareSpec, rows: Rows) -> float:
+def steady_visit_seconds(plan: StagePlan, hardware: HardwareSpec, rows: Rows) -> float:
     """Seconds of a visit of a model in one stage, all of whose batches bring these rows."""
-    return simulate_pipeline([plan], [hardware], rows)
+    return pipeline_visit_seconds([plan], [hardware], rows)
 
 
-def simulate_pipeline(
+def pipeline_visit_seconds(
     plans: list[StagePlan],
     hardware: list[HardwareSpec],
     rows: Rows,
@@ -120,7 +120,7 @@ def simulate_pipeline(
     num_blocks = plans[0].num_blocks
     filling, measured = FIRST_VISITS * num_blocks, LAST_VISITS * num_blocks
     streams = [
-        replace(stream(plan, its, lambda op: rows, filling + measured, cores), keeps_spans=False)
+        replace(op_stream(plan, its, lambda op: rows, filling + measured, cores), keeps_spans=False)
         for plan, its, cores in zip(plans, hardware, core_shares or [()] * len(plans), strict=True)
     ]
     ends = simulate_ring(streams, num_blocks)[-1].visit_ends

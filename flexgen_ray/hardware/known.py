@@ -8,7 +8,7 @@ from pathlib import Path
 from flexgen_ray.hardware.rates import DiskRates, MemorySizes
 from flexgen_ray.hardware.spec import Hardware, adapt_preset, find_preset
 from flexgen_ray.store.disk import DiskTier
-from flexgen_ray.store.memory import page_aligned
+from flexgen_ray.store.memory import allocate_pages
 
 CALIBRATED, ASSUMED, GIVEN = "calibrated", "assumed", "given"
 _DISK_BYTES = 64 * 2**20  # written and read to see how fast a disk is
@@ -35,7 +35,7 @@ def measure_disk(folder: Path, free: int) -> DiskRates | None:
     room."""
     if free < 8 * _DISK_BYTES:
         return None
-    buffer, tier = page_aligned(_DISK_BYTES).fill_(1), DiskTier(_DISK_BYTES, folder)
+    buffer, tier = allocate_pages(_DISK_BYTES).fill_(1), DiskTier(_DISK_BYTES, folder)
     try:
         region = tier.allocate("a measurement", _DISK_BYTES)
         if not region.is_direct:

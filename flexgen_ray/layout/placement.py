@@ -19,54 +19,54 @@ PAGE = 4096  # bytes; what direct disk requests are made of
 Tensors = dict[str, Shape]
 
 
-class Balance:
+class FractionSplitter:
     """Hands indivisible pieces to one of two sides so that the running total follows a fraction."""
 
     def __init__(self, fraction: float) -> None:
         self._fraction = fraction
-        self._given = 0.0
+        self._assigned = 0.0
         self._total = 0.0
 
-    def give(self, size: float, whole: float = 0.0) -> bool:
+    def assign(self, size: float, whole: float = 0.0) -> bool:
         """True if the first side takes a piece of this size: if it lags by half of it or more.
 
         whole: what all pieces will sum to; a piece that comes early is judged by its share of that.
         """
         self._total += size
-        takes = self._fraction * max(self._total, whole) - self._given >= size / 2
-        self._given += size * takes
+        takes = self._fraction * max(self._total, whole) - self._assigned >= size / 2
+        self._assigned += size * takes
         return takes
 
-    def take(self, count: int) -> int:
+    def split(self, count: int) -> int:
         """How many of `count` unit pieces the first side takes."""
         self._total += count
-        due = floor(self._fraction * self._total + 0.5 - self._given)
+        due = floor(self._fraction * self._total + 0.5 - self._assigned)
         taken = min(max(due, 0), count)
-        self._given += taken
+        self._assigned += taken
         return taken
 
 
-class Apportionment:
+class TierSplitter:
     """Hands pieces to the three tiers: device or not first, so that how the rest is divided between
     host memory and disk never changes what lies on the device."""
 
     def __init__(self, placement: Placement) -> None:
         off_device = placement.cpu + placement.disk
         self._fraction = placement.gpu
-        self._device = Balance(placement.gpu)
-        self._host = Balance(placement.cpu / off_device if off_device else 0.0)
+        self._device = FractionSplitter(placement.gpu)
+        self._host = FractionSplitter(placement.cpu / off_device if off_device else 0.0)
 
-    def give(self, size: float, whole: float = 0.0) -> str:
+    def assign(self, size: float, whole: float = 0.0) -> str:
         """The tier that takes a piece of this size out of a whole, if that is known."""
-        if self._device.give(size, whole):
+        if self._device.assign(size, whole):
             return "gpu"
         off_device = (1 - self._fraction) * whole
-        return "cpu" if self._host.give(size, off_device) else "disk"
+        return "cpu" if self._host.assign(size, off_device) else "disk"
 
-    def take(self, count: int) -> tuple[int, int, int]:
+    def split(self, count: int) -> tuple[int, int, int]:
         """How many of `count` unit pieces each tier takes."""
-        gpu = self._device.take(count)
-        cpu = self._host.take(count - gpu)
+        gpu = self._device.split(count)
+        cpu = self._host.split(count - gpu)
         return gpu, cpu, count - gpu - cpu
 
 
@@ -99,7 +99,7 @@ def place_weights(
     device of them saves most, for a table needs a slot as large as itself to stream through. The
     embedding's tables are one piece: they are looked up together.
     """
-    pieces = Apportionment(placement)
+    pieces = TierSplitter(placement)
     whole = _stage_bytes(config, stage, kept)
     tiers: dict[int, dict[str, str]] = {}
     ends = [layer for layer in stage.layers if layer in (config.embedding_layer, config.head_layer)]
@@ -107,11 +107,11 @@ def place_weights(
         tensors = stored_tensors(config, stage, layer)
         sizes = {name: tensor_bytes(name, shape, kept) for name, shape in tensors.items()}
         if layer == config.embedding_layer:
-            tiers[layer] = dict.fromkeys(sizes, pieces.give(sum(sizes.values()), whole))
+            tiers[layer] = dict.fromkeys(sizes, pieces.assign(sum(sizes.values()), whole))
         else:
             largest_first = sorted(sizes, key=lambda name: -sizes[name])
             of = whole if layer in ends else 0.0
-            tiers[layer] = {name: pieces.give(sizes[name], of) for name in largest_first}
+            tiers[layer] = {name: pieces.assign(sizes[name], of) for name in largest_first}
     return tiers
 
 
@@ -155,15 +155,15 @@ def split_rows(
     The rounding is carried from cell to cell, so a fraction holds over the stage however few slots
     a batch has.
     """
-    rows = Apportionment(policy.cache)
-    share = Balance(policy.cpu_attention)
+    rows = TierSplitter(policy.cache)
+    share = FractionSplitter(policy.cpu_attention)
     split = {}
     for layer in stage.layers:
         if stage.kind(layer) != "decoder":
             continue
         for batch in range(num_blocks * policy.num_gpu_batches):
-            gpu, cpu, disk = rows.take(policy.gpu_batch_size)
-            attended = share.take(cpu)
+            gpu, cpu, disk = rows.split(policy.gpu_batch_size)
+            attended = share.split(cpu)
             split[layer, batch] = RowSplit(gpu, attended, cpu - attended, disk)
     return split
 

@@ -17,7 +17,9 @@ from flexgen_ray.quant.packing import packed_bytes
 from flexgen_ray.schedule.zigzag import StageLayers
 
 PREFILL_TILES = 8  # a batch takes at most this many tiles of max_batch_tokens in a pass
-WORKING = 64 * 2**20  # bytes that attention of several decoding rows takes beside their cache
+ATTENTION_WORKSPACE = (
+    64 * 2**20
+)  # bytes that attention of several decoding rows takes beside their cache
 CACHE_BLOCK_TOKENS = 16  # tokens of one row that go to disk together
 
 
@@ -127,7 +129,7 @@ class StagePlan:
         )
 
     @property
-    def most_kept_tokens(self) -> int:
+    def max_kept_tokens(self) -> int:
         """Of any row in any layer."""
         return kept_tokens(self.max_seq_len, self.policy.attention_sparsity)
 
@@ -144,7 +146,7 @@ class StagePlan:
     def rows_at_a_time(self) -> int:
         """Decoding rows that the device attends at a time: few, if that takes room."""
         rows, each = self.policy.gpu_batch_size, self.attended_row_bytes
-        return max(1, min(rows, WORKING // each)) if each else rows
+        return max(1, min(rows, ATTENTION_WORKSPACE // each)) if each else rows
 
     @property
     def cache_block_bytes(self) -> int:

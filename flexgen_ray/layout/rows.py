@@ -29,7 +29,7 @@ class PlacedRows:
     spare: int
     memo: dict[str, Any] = field(default_factory=dict, compare=False)
 
-    def once(self, name: str, make: Callable[[], T]) -> T:
+    def memoized(self, name: str, make: Callable[[], T]) -> T:
         """What `make` returned the first time, for every layer that treats these rows alike."""
         if name not in self.memo:
             self.memo[name] = make()
@@ -52,7 +52,7 @@ class PlacedRows:
 
     @cached_property
     def attended_runs(self) -> list[list[Row]]:
-        return list(runs(self.attended))
+        return list(decoding_runs(self.attended))
 
     @cached_property
     def streamed(self) -> list[tuple[Row, int]]:
@@ -70,13 +70,14 @@ class PlacedRows:
         """Tokens of the longest streamed row that decodes, with its new one."""
         return max((row.seq_len for row, _ in self.streamed if not row.is_prefill), default=0)
 
-    def choosing(self, most: int) -> list[tuple[int, list[Row]]]:
+    def choosing_runs(self, most: int) -> list[tuple[int, list[Row]]]:
         """(first place in the streaming slot, rows) of the streamed rows that decode, neighbours
         together, `most` at a time."""
         first = self.split.gpu + self.split.attended
         decoding = (row for row, _ in self.streamed if not row.is_prefill)
-        return self.once(
-            f"choosing {most}", lambda: [(it[0].slot - first, it) for it in runs(decoding, most)]
+        return self.memoized(
+            f"choosing {most}",
+            lambda: [(it[0].slot - first, it) for it in decoding_runs(decoding, most)],
         )
 
     @cached_property
@@ -210,7 +211,7 @@ class Rows:
 NO_ROWS = Rows((), ())
 
 
-def runs(rows: Iterable[Row], most: int | None = None) -> Iterator[list[Row]]:
+def decoding_runs(rows: Iterable[Row], most: int | None = None) -> Iterator[list[Row]]:
     """Runs of decoding rows in neighbouring slots, as long as can be, or `most` rows: each a slice
     of cache and tokens."""
     run: list[Row] = []

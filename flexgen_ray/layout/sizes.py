@@ -60,7 +60,7 @@ def packed_values(plan: StagePlan, layer: int, part: str) -> int:
 def unpacked_bytes(plan: StagePlan) -> dict[str, int]:
     """{part: bytes} of the device memory in which a layer's packed weights are unpacked."""
     kept, found = plan.weight_format, dict.fromkeys(PARTS, 0)
-    for layer in plan.stage.with_weights if kept.packs else ():
+    for layer in plan.stage.with_weights if kept.is_quantized else ():
         for part in PARTS:
             shapes = kept.unpacked(plan.config.tensors(layer), part).values()
             nbytes = sum(aligned(prod(shape) * plan.element_bytes) for shape in shapes)
@@ -99,7 +99,7 @@ def _cache_bytes(plan: StagePlan) -> dict[str, dict[str, int]]:
     disk_rows = sum(split.disk for split in splits)
     new_kv = plan.stored_tokens * plan.kv_bytes
     vectors = plan.attended_rows * plan.config.q_size * plan.element_bytes
-    kept = plan.choosing_rows * plan.most_kept_tokens * plan.config.num_kv_heads
+    kept = plan.choosing_rows * plan.max_kept_tokens * plan.config.num_kv_heads
     chosen = kept * (plan.vector_bytes + CHOICE_BYTES)
     return {
         "gpu": {
@@ -122,7 +122,7 @@ def host_workspace_bytes(plan: StagePlan) -> int:
     where the values lie that are gathered beside that."""
     attention = plan.attended_rows * plan.max_seq_len * 4 * (1 + plan.config.num_heads)
     moved = plan.row_bytes if any(split.off_device for split in plan.splits.values()) else 0
-    kept = plan.choosing_rows * plan.most_kept_tokens * plan.config.num_kv_heads
+    kept = plan.choosing_rows * plan.max_kept_tokens * plan.config.num_kv_heads
     gathered = 3 * plan.tile_tokens * plan.config.hidden_size * plan.element_bytes
     return max(attention, moved, gathered if _gathers(plan) else 0) + 2 * 8 * kept
 
@@ -198,14 +198,14 @@ def _op_bytes(plan: StagePlan) -> int:
     attention += rows * plan.max_seq_len * 4 * (1 + config.num_heads)
     attention += plan.rows_at_a_time * plan.attended_row_bytes
     # The weights of what is chosen stay until its values have come.
-    kept = CELL_SLOTS * plan.choosing_rows * plan.most_kept_tokens
+    kept = CELL_SLOTS * plan.choosing_rows * plan.max_kept_tokens
     attention += kept * 4 * config.num_heads
     # All rows' logits in two precisions, one row's distribution sorted and summed in float64.
     logits = config.vocab_size * (8 * rows + 48)
     return max(tile, attention, logits)
 
 
-def totals(sizes: dict[str, dict[str, int]]) -> Budget:
+def tier_totals(sizes: dict[str, dict[str, int]]) -> Budget:
     """Sum of the buffers of each tier."""
     return Budget(**{tier: sum(sizes[tier].values()) for tier in TIERS})
 
@@ -231,7 +231,7 @@ _LEVERS = {
 def check_budget(plan: StagePlan, budget: Budget) -> None:
     """ValueError that names tier, need, budget and remedy if the plan doesn't fit."""
     sizes = stage_bytes(plan)
-    need = totals(sizes)
+    need = tier_totals(sizes)
     for tier in TIERS:
         if getattr(need, tier) > getattr(budget, tier):
             largest = sorted(sizes[tier].items(), key=lambda item: -item[1])[:3]

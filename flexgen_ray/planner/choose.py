@@ -17,7 +17,7 @@ from math import ceil
 from statistics import fmean
 
 from flexgen_ray.config import Budget, HardwareSpec, Policy, Workload
-from flexgen_ray.cost.ops import drawn_share
+from flexgen_ray.cost.ops import sampling_share
 from flexgen_ray.hardware.known import ASSUMED
 from flexgen_ray.layout.plan import StagePlan
 from flexgen_ray.layout.sizes import check_budgets
@@ -310,5 +310,5 @@ def planned_job(requests: Sequence[Request]) -> PlannedJob:
         max(longest - max(prompts), 1),
         fmean(prompts),
         fmean(request.max_tokens for request in requests),
-        fmean(drawn_share(it.params.temperature, it.params.top_k) for it in requests),
+        fmean(sampling_share(it.params.temperature, it.params.top_k) for it in requests),
     )

@@ -22,9 +22,9 @@ from functools import cached_property, lru_cache
 import numpy as np
 
 from flexgen_ray.config import TIERS, HardwareSpec, Placement, Policy
-from flexgen_ray.cost.bound import Quantity, seconds_of_visit
+from flexgen_ray.cost.bound import Quantity, visit_terms
 from flexgen_ray.layout.plan import StagePlan
-from flexgen_ray.layout.sizes import stage_bytes, staged_bytes, totals
+from flexgen_ray.layout.sizes import stage_bytes, staged_bytes, tier_totals
 from flexgen_ray.schedule.zigzag import StageLayers
 
 _ALL_ON = {tier: Placement(*(float(it == tier) for it in TIERS)) for tier in TIERS}
@@ -129,8 +129,11 @@ class Corners:
         alike = replace(policy, num_gpu_batches=2, blocks_in_flight=None)
         stage = replace(_small_stage(self.plan, 1, alike), num_blocks=1)
         more = self.plan.policy.num_gpu_batches - 1
-        for key, taken in seconds_of_visit(stage, self.hardware, self.position).items():
-            amounts[key] = taken.once + more * taken.once_more, taken.each + more * taken.each_more
+        for key, taken in visit_terms(stage, self.hardware, self.position).items():
+            amounts[key] = (
+                taken.fixed + more * taken.per_batch,
+                taken.per_layer + more * taken.per_layer_batch,
+            )
         return amounts
 
 
@@ -221,7 +224,7 @@ def _tier_bytes(plan: StagePlan) -> dict[str, int]:
 @lru_cache(maxsize=8192)
 def _unstaged_bytes(plan: StagePlan) -> dict[str, int]:
     """{tier: bytes} without the staging buffer of weights."""
-    need = totals(stage_bytes(plan))
+    need = tier_totals(stage_bytes(plan))
     nbytes = {tier: getattr(need, tier) for tier in TIERS}
     return nbytes | {"cpu": nbytes["cpu"] - staged_bytes(plan)}
 

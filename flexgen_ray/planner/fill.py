@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from flexgen_ray.config import Budget, Placement
 from flexgen_ray.layout.plan import StagePlan
-from flexgen_ray.layout.sizes import check_budgets, stage_bytes, totals
+from flexgen_ray.layout.sizes import check_budgets, stage_bytes, tier_totals
 
 MAX_BLOCK = 512
 MAX_GPU_BATCH = 64
@@ -108,7 +108,7 @@ def _merits(plan: StagePlan, budget: Budget) -> tuple[bool, ...]:
 
 
 def _fits(plan: StagePlan, budget: Budget) -> bool:
-    need = totals(stage_bytes(plan))
+    need = tier_totals(stage_bytes(plan))
     return need.gpu <= budget.gpu and need.cpu <= budget.cpu and need.disk <= budget.disk
 
 
@@ -127,7 +127,7 @@ def _slowest(plan: StagePlan, budget: Budget) -> StagePlan:
     for cache in (Placement(0, 1, 0), disk):
         for activations in (Placement(1, 0, 0), Placement(0, 1, 0), disk):
             slowest = _placed(plan, weights=disk, cache=cache, activations=activations)
-            need = totals(stage_bytes(slowest))
+            need = tier_totals(stage_bytes(slowest))
             if need.gpu <= budget.gpu and need.cpu <= budget.cpu:
                 return slowest
     return slowest
@@ -154,7 +154,7 @@ def _move_up(plan: StagePlan, group: str, source: str, tier: str, budget: Budget
         return _placed(plan, **{group: replace(placement, **changes)})
 
     def fits(candidate: StagePlan) -> bool:
-        need = totals(stage_bytes(candidate))
+        need = tier_totals(stage_bytes(candidate))
         return getattr(need, tier) <= getattr(budget, tier)
 
     if not available or fits(moved(1.0)):

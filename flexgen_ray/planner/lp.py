@@ -23,9 +23,9 @@ import highspy
 import numpy as np
 
 from flexgen_ray.config import TIERS, Budget
-from flexgen_ray.cost.bound import PHASES, WAYS, Quantity
+from flexgen_ray.cost.bound import PATHS, PHASES, Quantity
 from flexgen_ray.layout.plan import StagePlan
-from flexgen_ray.layout.sizes import stage_bytes, totals
+from flexgen_ray.layout.sizes import stage_bytes, tier_totals
 from flexgen_ray.planner.corners import GROUPS, SHARES, Corners, Share
 from flexgen_ray.planner.pipeline_plan import ONE_BATCH, StageDevice
 from flexgen_ray.schedule.ops import Lane
@@ -287,7 +287,7 @@ class _LinearProgram:
         names = [
             name
             for of_phase, name in stage.corners.quantities
-            if of_phase == phase and name not in WAYS
+            if of_phase == phase and name not in PATHS
         ]
         if self._objective.overlaps:
             yield from (self._quantity(number, (phase, name)) for name in names)
@@ -300,7 +300,7 @@ class _LinearProgram:
     def _batch_latencies(self) -> Iterator[tuple[str, Linear]]:
         """(phase, seconds of one batch through all stages, divided by the blocks in flight)."""
         for phase in PHASES if self._objective.overlaps else ():
-            for way in WAYS:
+            for way in PATHS:
                 stages = range(len(self._stages))
                 latency = self._sum(self._quantity(it, (phase, way)) for it in stages)
                 yield phase, latency / self._objective.num_blocks
@@ -411,13 +411,13 @@ def add_batch_latency(seconds: list[dict[str, float]], num_blocks: int) -> None:
 
     The latency is divided by the blocks in flight, and counted with the last stage.
     """
-    latencies = [sum(stage.pop(way, 0.0) for stage in seconds) for way in WAYS]
+    latencies = [sum(stage.pop(way, 0.0) for stage in seconds) for way in PATHS]
     seconds[-1][ONE_BATCH] = max(latencies) / num_blocks
 
 
 def excess_bytes(devices: Sequence[StageDevice], stages: list[StagePlan]) -> list[dict[str, int]]:
     """{tier: bytes beyond the budget} of each stage; host memory and disk count per node."""
-    needs = [totals(stage_bytes(stage)) for stage in stages]
+    needs = [tier_totals(stage_bytes(stage)) for stage in stages]
     result = []
     for number, device in enumerate(devices):
         excess = {}

@@ -24,8 +24,8 @@ from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 
 from flexgen_ray.config import Budget, HardwareSpec, Policy, Workload
-from flexgen_ray.cost.bound import PHASES, WAYS, decoding, prefilling
-from flexgen_ray.cost.steady import simulate_pipeline
+from flexgen_ray.cost.bound import PATHS, PHASES, decoding_rows, prefilling_rows
+from flexgen_ray.cost.steady import pipeline_visit_seconds
 from flexgen_ray.layout.plan import StagePlan
 from flexgen_ray.models.config import ModelConfig
 from flexgen_ray.planner.corners import GROUPS, ON_DEVICE, Corners, Share, policy_of, shares_of
@@ -215,7 +215,7 @@ class Planner:
         corners, shares = self._corners(number, policy), shares_of(policy, layers)
         seconds: dict[str, dict[str, float]] = {phase: {} for phase in PHASES}
         for phase, name in corners.quantities:
-            if phase in seconds and (name not in WAYS or self.search.overlaps):
+            if phase in seconds and (name not in PATHS or self.search.overlaps):
                 seconds[phase][name] = corners.value((phase, name), layers, shares, layers)
         return seconds
 
@@ -229,15 +229,15 @@ class Planner:
         core_shares = [device.core_shares for device in self.devices]
         seconds = [{phase: dict(stage[phase]) for phase in PHASES} for stage in plan.seconds]
         rows = {
-            "prefill": prefilling(plan.stages[0])[0],
-            "decode": decoding(plan.stages[0], self.job.middle_position),
+            "prefill": prefilling_rows(plan.stages[0])[0],
+            "decode": decoding_rows(plan.stages[0], self.job.middle_position),
         }
         for phase in PHASES:
             # Passes of prompts hardly wait, except in a ring, so fewer cells tell enough.
             hardly_waits = phase == "prefill" and len(plan.stages) == 1
             cells = max_cells // 4 if max_cells and hardly_waits else max_cells
             short = self._shortened(plan, cells)
-            visit = simulate_pipeline(short.stages, rates, rows[phase], core_shares)
+            visit = pipeline_visit_seconds(short.stages, rates, rows[phase], core_shares)
             if short is not plan:
                 visit *= plan.bound_seconds(phase) / short.bound_seconds(phase)
             seconds[-1][phase][SCHEDULE] = visit
@@ -327,7 +327,7 @@ class Planner:
 
         `prefilling` counts those of prompts of the longest length.
         """
-        return max(prefilling(stage)[1] * self.job.mean_prompt_len / self.job.prompt_len, 1)
+        return max(prefilling_rows(stage)[1] * self.job.mean_prompt_len / self.job.prompt_len, 1)
 
     def _stage_problems(
         self, shape: Policy, budgets: list[Budget], layers: tuple[int, ...] | None

@@ -31,7 +31,7 @@ class WeightFormat:
     table_bits: int | None = None
 
     @property
-    def packs(self) -> bool:
+    def is_quantized(self) -> bool:
         """True if any weight is packed."""
         return bool(self.bits or self.table_bits)
 
@@ -55,7 +55,7 @@ class WeightFormat:
         return {
             name: shape
             for name, shape in shapes.items()
-            if self.bits_of(name, shape) and part_of(name) == part
+            if self.bits_of(name, shape) and part_of_weight(name) == part
         }
 
 
@@ -66,7 +66,7 @@ def part_of_op(kind: OpKind, is_head: bool) -> str:
     return "project" if kind is OpKind.PROJECT else "finish"
 
 
-def part_of(name: str) -> str:
+def part_of_weight(name: str) -> str:
     """The one of PARTS that a weight belongs to."""
     if name in TABLES:
         return "head"

@@ -8,7 +8,7 @@ import yaml
 
 from flexgen_ray.config import TIERS
 from flexgen_ray.layout.plan import StagePlan
-from flexgen_ray.layout.sizes import stage_bytes, totals, weight_bytes
+from flexgen_ray.layout.sizes import stage_bytes, tier_totals, weight_bytes
 from flexgen_ray.planner.comparison import RESIDENT, Alternative, Comparison
 from flexgen_ray.planner.pipeline_plan import PipelinePlan
 from flexgen_ray.units import format_bytes, format_seconds
@@ -60,7 +60,7 @@ class PlanReport:
     def as_dict(self) -> dict:
         plan = self.comparison.plan
         stage, lane = plan.bottleneck
-        needs = [totals(stage_bytes(it)) for it in plan.stages]
+        needs = [tier_totals(stage_bytes(it)) for it in plan.stages]
         return {
             "model": self.model,
             "hardware": self.hardware,
@@ -114,7 +114,7 @@ class PlanReport:
         return sum(it.kv_bytes * it.num_decoder_layers for it in self.comparison.plan.stages)
 
     def _stage(self, number: int, stage: StagePlan) -> str:
-        policy, need = stage.policy, totals(stage_bytes(stage))
+        policy, need = stage.policy, tier_totals(stage_bytes(stage))
         name = (
             f"stage {number}, {stage.num_decoder_layers} layers: "
             if not stage.stage.is_whole

@@ -57,7 +57,7 @@ class DeviceAttention:
         for run in self._runs(placed, "streamed", placed.streamed, window):
             keys = cache.streamed_view(op, run.first, run.first + run.count)[0]
             chosen = self._chosen(work, run, keys[:, :, run.seen], window)
-            cache.tell_choice(op, run.first, chosen.tokens + run.seen.start)
+            cache.store_choice(op, run.first, chosen.tokens + run.seen.start)
             self._weights[op.cell_slot].append(chosen.weights)
 
     def attend(self, op: Op, placed: PlacedRows, work: CellBuffers) -> None:
@@ -87,7 +87,7 @@ class DeviceAttention:
         self, placed: PlacedRows, name: str, rows: list[tuple[Row, int]], window: int | None
     ) -> list[DecodeRows]:
         make = partial(decode_runs, rows, self._plan.rows_at_a_time, self._device, window)
-        return placed.once(f"{name} runs {window}", make)
+        return placed.memoized(f"{name} runs {window}", make)
 
     def _query(self, work: CellBuffers, run: DecodeRows) -> Tensor:
         return work.q[run.tokens].view(run.count, self._config.num_heads, self._config.head_dim)

@@ -14,12 +14,12 @@ from math import isnan
 import torch
 from torch import Tensor
 
-from flexgen_ray.cost.ops import drawn_share
+from flexgen_ray.cost.ops import sampling_share
 from flexgen_ray.kernels.attention import length_mask, span
 from flexgen_ray.kernels.indices import place_indices
 from flexgen_ray.kernels.sampling import NOT_FINITE
 from flexgen_ray.layout.plan import StagePlan
-from flexgen_ray.layout.rows import NO_ROWS, Composition, Row, Rows, runs
+from flexgen_ray.layout.rows import NO_ROWS, Composition, Row, Rows, decoding_runs
 from flexgen_ray.request import Score, SlotScores
 from flexgen_ray.runtime.ring import Channel, Header, SampledTokens
 from flexgen_ray.runtime.scheduler import Scheduler
@@ -94,7 +94,9 @@ class Pass(Composition):
 
     @cached_property
     def drawn(self) -> float:
-        return sum(drawn_share(draw.temperature, draw.top_k) for draw in self.header.sampling_rows)
+        return sum(
+            sampling_share(draw.temperature, draw.top_k) for draw in self.header.sampling_rows
+        )
 
     def slot_scores(self, scores: Iterable[Score]) -> SlotScores:
         """Whose they are: those of scored tokens come first, then one of each sampled row, if any
@@ -286,7 +288,7 @@ def decode_runs(
     """Of rows and their places in a cache, `most` rows at a time, in a layer with this window."""
     place = {row.slot: index for row, index in placed}
     found = []
-    for run in runs((row for row, _ in placed if not row.is_prefill), most):
+    for run in decoding_runs((row for row, _ in placed if not row.is_prefill), most):
         tokens = slice(run[0].offset, run[0].offset + len(run))
         lens = [row.seq_len for row in run]
         seen, mask = span(lens, window), length_mask(lens, device, window)

@@ -90,8 +90,8 @@ class Stage:
         def tell(done: int, total: int) -> None:
             on_progress(Progress(phase=phase, done=done, total=total, unit="bytes"))
 
-        packs = spec.plan.policy.weight_bits and not spec.plan.config.weight_bits
-        phase = PACKING if packs else LOADING
+        is_quantized = spec.plan.policy.weight_bits and not spec.plan.config.weight_bits
+        phase = PACKING if is_quantized else LOADING
         check_budget(spec.plan, spec.budget)
         self._model = Modelled if spec.run_wrapper is None else spec.run_wrapper.load()
         if spec.run_wrapper is not None and spec.hardware is None:

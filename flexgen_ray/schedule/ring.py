@@ -9,25 +9,25 @@ from flexgen_ray.schedule.ops import Op, OpKind
 
 Message = tuple[OpKind, int, int, int]
 
-_TELLS = {
+_MESSAGES = {
     OpKind.COMPOSE: OpKind.RECV_ROWS,
     OpKind.RECV_ROWS: OpKind.RECV_ROWS,
     OpKind.SEND: OpKind.RECV,
     OpKind.ACCEPT: OpKind.RECV_TOKENS,
 }
-_HEARS = frozenset(_TELLS.values())
+_AWAITING = frozenset(_MESSAGES.values())
 
 
-def heard(stage: int, op: Op, num_blocks: int) -> Message | None:
+def awaited_message(stage: int, op: Op, num_blocks: int) -> Message | None:
     """What an op of this stage waits for; the first visit of a block for no tokens."""
-    if op.kind not in _HEARS or (op.kind is OpKind.RECV_TOKENS and op.visit < num_blocks):
+    if op.kind not in _AWAITING or (op.kind is OpKind.RECV_TOKENS and op.visit < num_blocks):
         return None
     return op.kind, stage, op.visit, op.batch
 
 
-def told(stage: int, op: Op, num_blocks: int) -> Message | None:
+def sent_message(stage: int, op: Op, num_blocks: int) -> Message | None:
     """What the end of an op of this stage tells: the next stage or, of tokens, the first."""
-    kind = _TELLS.get(op.kind)
+    kind = _MESSAGES.get(op.kind)
     if kind is None:
         return None
     if kind is OpKind.RECV_TOKENS:

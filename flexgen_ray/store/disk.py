@@ -19,11 +19,11 @@ from pathlib import Path
 from torch import Tensor, uint8
 
 from flexgen_ray.layout.placement import PAGE, aligned
-from flexgen_ray.store.memory import Ledger, page_aligned
+from flexgen_ray.store.memory import Ledger, allocate_pages
 from flexgen_ray.units import format_bytes
 
 # Bytes of one request; measured: larger ones, or several at once, are hardly faster.
-PIECE = 8 * 2**20
+REQUEST_BYTES = 8 * 2**20
 _log = logging.getLogger(__name__)
 
 
@@ -52,8 +52,8 @@ class Region:
             self._transfer(os.preadv, view, offset)
             return
         end = offset + len(view)
-        for at in range(offset // PAGE * PAGE, end, PIECE):
-            pages = _bytes_of(page_aligned(min(PIECE, aligned(end - at, PAGE))))
+        for at in range(offset // PAGE * PAGE, end, REQUEST_BYTES):
+            pages = _bytes_of(allocate_pages(min(REQUEST_BYTES, aligned(end - at, PAGE))))
             self._transfer(os.preadv, pages, at)
             low, high = max(at, offset), min(at + len(pages), end)
             view[low - offset : high - offset] = pages[low - at : high - at]
@@ -69,8 +69,8 @@ class Region:
         if not self.is_direct or _in_pages(buffer.data_ptr()):
             self._transfer(os.pwritev, view, offset)
             return
-        for at in range(0, len(view), PIECE):
-            pages = _bytes_of(page_aligned(min(PIECE, len(view) - at)))
+        for at in range(0, len(view), REQUEST_BYTES):
+            pages = _bytes_of(allocate_pages(min(REQUEST_BYTES, len(view) - at)))
             pages[:] = view[at : at + len(pages)]
             self._transfer(os.pwritev, pages, offset + at)
 
@@ -85,7 +85,7 @@ class Region:
         done, doing = 0, "read" if request is os.preadv else "write"
         while done < len(view):
             at = self.start + offset + done
-            piece = view[done : done + PIECE]
+            piece = view[done : done + REQUEST_BYTES]
             try:
                 count = request(self.file.fileno(), [piece], at)
             except OSError as error:
@@ -139,7 +139,7 @@ class DiskTier(Ledger):
                 "--disk-memory or the disk fractions, or choose another --offload-dir",
                 str(self.folder),
             ) from error
-        is_direct = bypass_page_cache(file.fileno())
+        is_direct = enable_direct_io(file.fileno())
         if not is_direct and len(self._files) == 1:
             _log.warning(
                 "%s takes no direct requests (O_DIRECT): offloaded data also fills the page cache, "
@@ -164,7 +164,7 @@ class DiskTier(Ledger):
         return fd
 
 
-def bypass_page_cache(fd: int) -> bool:
+def enable_direct_io(fd: int) -> bool:
     """Asks for direct requests (O_DIRECT); False where the file system or its disk refuses them.
 
     Some refuse when asked, others a request of one page; the file must have that page.
@@ -172,7 +172,7 @@ def bypass_page_cache(fd: int) -> bool:
     flags = fcntl.fcntl(fd, fcntl.F_GETFL)
     try:
         fcntl.fcntl(fd, fcntl.F_SETFL, flags | os.O_DIRECT)
-        os.preadv(fd, [_bytes_of(page_aligned(PAGE))], 0)
+        os.preadv(fd, [_bytes_of(allocate_pages(PAGE))], 0)
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
             raise

@@ -24,7 +24,7 @@ from flexgen_ray.layout.sizes import CHOICE_BYTES
 from flexgen_ray.schedule.ops import CELL_SLOTS, Op
 from flexgen_ray.store.activations import CellBuffers
 from flexgen_ray.store.disk import Region
-from flexgen_ray.store.new_tokens import NewTokens, append, by_heads
+from flexgen_ray.store.new_tokens import NewTokens, append_tokens, split_heads
 from flexgen_ray.store.tiers import TORCH_DTYPE, Tiers
 
 
@@ -45,7 +45,7 @@ class KVCache:
         self._in, self._out = tiers.cpu.allocate("cache in flight", nbytes).view(flight)
         new = (CELL_SLOTS, 2, plan.stored_tokens, plan.config.num_kv_heads * self._width)
         self._new = self._typed(tiers.cpu, "cache in flight", new)
-        kept = plan.most_kept_tokens
+        kept = plan.max_kept_tokens
         choices = (CELL_SLOTS, plan.choosing_rows, plan.config.num_kv_heads, kept)
         self._kept = self._typed(tiers.cpu, "cache in flight", (*choices, self._width))
         nbytes = torch.Size(choices).numel() * CHOICE_BYTES
@@ -77,7 +77,9 @@ class KVCache:
         """New keys and values of the rows that live on the device."""
         home = self._gpu[op.layer, op.batch]
         rows = [(row, row.slot) for row in placed.resident]
-        append(home, placed.once("resident", partial(NewTokens, rows, home)), work.cached)
+        append_tokens(
+            home, placed.memoized("resident", partial(NewTokens, rows, home)), work.cached
+        )
 
     def append_streamed(
         self, op: Op, placed: PlacedRows, work: CellBuffers, prefills: bool
@@ -91,7 +93,7 @@ class KVCache:
             if row.is_prefill is prefills and (row.position or not prefills)
         ]
         make = partial(NewTokens, rows, home)
-        append(home, placed.once(f"streamed {prefills}", make), work.cached)
+        append_tokens(home, placed.memoized(f"streamed {prefills}", make), work.cached)
 
     def read(self, op: Op, placed: PlacedRows) -> None:
         """READ_CACHE: whole blocks of the rows on disk, into the cell's host slot."""
@@ -124,18 +126,18 @@ class KVCache:
         """Keys and values, or keys only, of which LOAD_CACHE brings the past."""
         return slice(2 if prefills or not self.plan.is_sparse else 1)
 
-    def tell_choice(self, op: Op, first: int, tokens: Tensor) -> None:
+    def store_choice(self, op: Op, first: int, tokens: Tensor) -> None:
         """CHOOSE: tells the host the tokens chosen of rows from a place on, [rows, heads, kept]."""
-        told = _front(self._chosen[op.cell_slot], first, tokens.shape)
+        told = _prefix_view(self._chosen[op.cell_slot], first, tokens.shape)
         told.copy_(tokens.int(), non_blocking=True)
 
     def gather_values(self, op: Op, placed: PlacedRows) -> None:
         """GATHER_VALUES: of the tokens chosen, side by side, into the cell's host slot."""
         split, home = self.split(op), self._cpu[op.layer, op.batch][1]
-        for first, rows in placed.choosing(self.plan.rows_at_a_time):
+        for first, rows in placed.choosing_runs(self.plan.rows_at_a_time):
             shape = self._kept_shape(op, rows)
-            tokens = _front(self._chosen[op.cell_slot], first, shape[:-1])
-            values = _front(self._kept[op.cell_slot], first, shape)
+            tokens = _prefix_view(self._chosen[op.cell_slot], first, shape[:-1])
+            values = _prefix_view(self._kept[op.cell_slot], first, shape)
             start = rows[0].slot - split.gpu
             # Rows in memory come before those on disk.
             count = max(0, min(len(rows), split.cpu - start))
@@ -150,15 +152,17 @@ class KVCache:
 
     def load_values(self, op: Op, placed: PlacedRows) -> None:
         """LOAD_VALUES: those, in the place of values of the rows' first tokens."""
-        for first, rows in placed.choosing(self.plan.rows_at_a_time):
+        for first, rows in placed.choosing_runs(self.plan.rows_at_a_time):
             shape = self._kept_shape(op, rows)
-            values = _front(self._kept[op.cell_slot], first, shape)
-            _front(self._streamed[op.cell_slot][1], first, shape).copy_(values, non_blocking=True)
+            values = _prefix_view(self._kept[op.cell_slot], first, shape)
+            _prefix_view(self._streamed[op.cell_slot][1], first, shape).copy_(
+                values, non_blocking=True
+            )
 
     def chosen_values(self, op: Op, first: int, count: int, kept: int) -> Tensor:
         """Those of so many rows from a place on: [rows, kv_heads, kept, width]."""
         shape = (count, self.plan.config.num_kv_heads, kept, self._width)
-        return _front(self._streamed[op.cell_slot][1], first, shape)
+        return _prefix_view(self._streamed[op.cell_slot][1], first, shape)
 
     def _kept_shape(self, op: Op, rows: list[Row]) -> tuple[int, ...]:
         kept = self.plan.kept_tokens(op.layer, max(row.seq_len for row in rows))
@@ -182,10 +186,10 @@ class KVCache:
         first = placed.first_off_device
         home = self._cpu[op.layer, op.batch]
         make = partial(NewTokens, placed.in_memory, home, first)
-        append(home, placed.once("in memory", make), (k, v))
+        append_tokens(home, placed.memoized("in memory", make), (k, v))
         for row, index in placed.on_disk:
             tokens = slice(row.offset - first, row.tokens.stop - first)
-            heads = [by_heads(x[tokens], self._width) for x in (k, v)]
+            heads = [split_heads(x[tokens], self._width) for x in (k, v)]
             self._append_blocks(op, row, index, torch.stack(heads))
 
     def vector_places(self, op: Op, run: list[Row]) -> tuple[slice, slice]:
@@ -288,7 +292,7 @@ class KVCache:
         return tier.allocate(what, nbytes).view(self._dtype).view(shape)
 
 
-def _front(slot: Tensor, first: int, shape: Sequence[int]) -> Tensor:
+def _prefix_view(slot: Tensor, first: int, shape: Sequence[int]) -> Tensor:
     """The memory of a slot's rows from `first` on in a smaller shape: one piece, which crosses in
     one copy."""
     return slot[first : first + shape[0]].view(-1)[: prod(shape)].view(*shape)

@@ -50,7 +50,7 @@ _PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 _log = logging.getLogger(__name__)
 
 
-def page_aligned(nbytes: int) -> Tensor:
+def allocate_pages(nbytes: int) -> Tensor:
     """A zeroed uint8 host tensor that starts at a page: a mapping of its own, which costs nothing
     until touched and is returned whole."""
     if not nbytes:
@@ -85,7 +85,7 @@ class MemoryTier(Ledger):
             # Whoever fills it does so on a stream of its own.
             torch.cuda.synchronize(self.device)
             return memory
-        memory = page_aligned(nbytes)
+        memory = allocate_pages(nbytes)
         # Now, on all cores, and not in the midst of a run; what there isn't is missed now, too.
         memory[::PAGE].zero_()
         if self.pinned and nbytes and _register(memory):

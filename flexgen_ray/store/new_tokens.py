@@ -44,18 +44,18 @@ class NewTokens:
         ]
 
 
-def append(home: Tensor, new: NewTokens, kv: tuple[Tensor, Tensor]) -> None:
+def append_tokens(home: Tensor, new: NewTokens, kv: tuple[Tensor, Tensor]) -> None:
     """Keys and values, [tokens, kv_heads * width] each, into their home."""
     width = home.shape[-1]
     for part, values in zip(home, kv, strict=True):
         for tokens, places in new.runs:
             part.view(-1, width).index_copy_(0, places, values[tokens].view(-1, width))
         for tokens, index, start, stop in new.chunks:
-            part[index, :, start:stop].copy_(by_heads(values[tokens], width))
+            part[index, :, start:stop].copy_(split_heads(values[tokens], width))
         for index, start, stop in new.cleared:
             part[index, :, start:stop].zero_()
 
 
-def by_heads(values: Tensor, width: int) -> Tensor:
+def split_heads(values: Tensor, width: int) -> Tensor:
     """[tokens, kv_heads * width] as [kv_heads, tokens, width]."""
     return values.unflatten(-1, (-1, width)).transpose(0, 1)

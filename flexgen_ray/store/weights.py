@@ -28,7 +28,7 @@ from flexgen_ray.layout.sizes import staging_slot_bytes, unpacked_bytes, weights
 from flexgen_ray.layout.weights import Place
 from flexgen_ray.quant.formats import PARTS, Shape, WeightFormat, part_of_op
 from flexgen_ray.schedule.ops import LAYER_SLOTS, Op, staging_slots
-from flexgen_ray.store.memory import MemoryTier, page_aligned
+from flexgen_ray.store.memory import MemoryTier, allocate_pages
 from flexgen_ray.store.tiers import TORCH_DTYPE, Tiers
 
 
@@ -213,7 +213,7 @@ class WeightStore:
             for name, shape in stored_tensors(plan.config, plan.stage, layer).items()
         ]
         largest = max(map(self._fill_bytes, weights), default=0)
-        buffers = [page_aligned(largest) for _ in range(source.num_readers)]
+        buffers = [allocate_pages(largest) for _ in range(source.num_readers)]
         done, total = 0, sum(weight.place.nbytes for weight in weights)
         with ThreadPoolExecutor(source.num_readers) as readers:
             try:
@@ -271,7 +271,7 @@ class WeightStore:
 
     def _made(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """New host memory for so many rows of a weight, as it is stored."""
-        return self._typed(page_aligned(self._kept.stored_bytes(name, shape)), 0, name, shape)
+        return self._typed(allocate_pages(self._kept.stored_bytes(name, shape)), 0, name, shape)
 
     def _typed(self, memory: Tensor, start: int, name: str, shape: tuple[int, ...]) -> Tensor:
         """A weight as it is stored: uint8 where it is packed."""
