@@ -102,7 +102,7 @@ class RunningOp:
         self.speed = 1.0
 
 
-RunningOpT = TypeVar("W", bound=RunningOp)
+RunningOpT = TypeVar("RunningOpT", bound=RunningOp)
 
 
 class SharedResources(Generic[RunningOpT]):
