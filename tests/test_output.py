@@ -28,7 +28,7 @@ DAMAGES = {
     "was removed": lambda path: path.unlink(),
     "was moved to": lambda path: path.rename(path.with_name("elsewhere")),
     "has 0 bytes": lambda path: os.truncate(path, 0),
-    "cut or wrote it": lambda path: path.write_bytes(path.read_bytes() + b"more"),
+    "truncated or wrote it": lambda path: path.write_bytes(path.read_bytes() + b"more"),
     "removed or replaced": lambda path: (path.unlink(), path.write_text("")),
 }
 
@@ -98,7 +98,7 @@ def test_what_others_put_in_the_place_of_a_job_s_file_is_refused(tmp_path, besid
         os.mkfifo(place)
     else:
         place.mkdir()
-    with pytest.raises(ValueError, match=f"{beside} is a symlink or no plain file"):
+    with pytest.raises(ValueError, match=f"{beside} is a symlink or not a regular file"):
         Journal(tmp_path / "out.jsonl", keep_order=True)
     assert victim.read_text() == "precious" and not (tmp_path / "out.jsonl").exists()
 
@@ -131,7 +131,7 @@ def test_a_row_that_is_no_response_is_named(tmp_path, damage):
     job(tmp_path, FACTS)
     with (tmp_path / "out.jsonl").open("a") as file:
         file.write(json.dumps({"custom_id": "a"} | damage) + "\n")
-    with pytest.raises(ValueError, match="something else than a response at byte"):
+    with pytest.raises(ValueError, match="something other than a response at byte"):
         job(tmp_path, FACTS)
 
 

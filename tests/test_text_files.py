@@ -85,7 +85,7 @@ def test_an_input_in_utf_16_is_refused_as_a_whole(run_here, files, text_model): 
 
 def test_an_unnamed_gzip_is_named(tmp_path):
     (tmp_path / "in.jsonl").write_bytes(b"\x1f\x8b\x08\x00")
-    with pytest.raises(ValueError, match="packed by gzip; give it a name that ends in .gz"):
+    with pytest.raises(ValueError, match="compressed by gzip; give it a name that ends in .gz"):
         READERS["input"](tmp_path / "in.jsonl")
 
 

@@ -1,1 +1,1 @@
-"""How are files read and written so that nothing is lost or misread?"""
+"""Reading and writing files so that nothing is lost or misread."""

@@ -1,6 +1,6 @@
-"""The input's lines, from a file, a gzip file or standard input, in bounded memory.
+"""Reads lines from a file, a gzip file or standard input, in bounded memory.
 
-Knows bytes, not what a line says.
+Knows bytes; the content of a line is opaque here.
 """
 
 from __future__ import annotations
@@ -16,15 +16,16 @@ from typing import BinaryIO, cast
 
 from flexgen_ray.files.text_files import UTF8_MARK, check_encoding
 
-STANDARD_STREAM = Path("-")
+STANDARD_STREAM = Path("-")  # on the command line: standard input or standard output
 MAX_LINE_BYTES = 16 * 2**20
 _PIECE_BYTES = 2**20
 
 
 class InputLines:
-    """Iterates over lines; of one longer than MAX_LINE_BYTES that much and one byte, as a sign.
+    """Iterator over the lines of a stream, with a hash of all bytes that were read.
 
-    ValueError if the stream is damaged, or in another encoding than UTF-8.
+    A line longer than MAX_LINE_BYTES is cut to MAX_LINE_BYTES + 1 bytes, so that the reader can
+    tell that it is too long. Iterating raises ValueError if the stream is damaged or is not UTF-8.
     """
 
     def __init__(self, stream: BinaryIO, name: str = "the input") -> None:
@@ -35,6 +36,7 @@ class InputLines:
     def __iter__(self) -> Iterator[bytes]:
         is_first = True
         while line := self._read(MAX_LINE_BYTES + 1):
+            # Read the rest of a line that was cut, for the hash, and drop it.
             piece = line
             while piece and not piece.endswith(b"\n"):
                 piece = self._read(_PIECE_BYTES)
@@ -44,7 +46,7 @@ class InputLines:
             yield line
 
     def sha256(self) -> str:
-        """Of all that was read, the ends of long lines too."""
+        """Return the SHA-256 of everything read so far, including the parts of lines cut off."""
         return self._hash.hexdigest()
 
     def _read(self, size: int) -> bytes:
@@ -60,7 +62,10 @@ class InputLines:
 
 @contextmanager
 def open_input(path: Path) -> Iterator[InputLines]:
-    """`-` is standard input; `.gz` is unpacked. OSError, naming the file, if it can't be read."""
+    """Open an input for reading by lines. `-` is standard input; `.gz` files are decompressed.
+
+    Raises OSError, naming the file, if it can't be read.
+    """
     if path == STANDARD_STREAM:
         yield InputLines(sys.stdin.buffer, "standard input")
         return

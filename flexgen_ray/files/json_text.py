@@ -1,4 +1,8 @@
-"""The JSON that is written: JSON has no NaN and no infinity, whatever Python's own writer makes."""
+"""JSON text, read and written more strictly than Python's json module does.
+
+Written JSON has no NaN and no infinity; a line that is read holds one object without duplicate
+keys.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,10 @@ from flexgen_ray.files.input_lines import MAX_LINE_BYTES
 
 
 def to_json(value: Any, **options: Any) -> str:
-    """The value as JSON text, every number that isn't finite as null; options: json.dumps's."""
+    """Return the value as JSON text; NaN and infinities, which JSON lacks, become null.
+
+    options: keyword arguments of json.dumps.
+    """
     try:
         return json.dumps(value, allow_nan=False, **options)
     except ValueError:
@@ -18,9 +25,10 @@ def to_json(value: Any, **options: Any) -> str:
 
 
 def parse_object(raw: bytes) -> dict:
-    """The object of one line; ValueError says why there is none.
+    """Return the JSON object that one line holds.
 
-    Halves of surrogate pairs may be in it: `refuse_surrogates` looks for them.
+    Raises ValueError with the reason if it holds none.
+    Lone surrogates are let through; `refuse_surrogates` looks for them.
     """
     if len(raw) > MAX_LINE_BYTES:
         raise ValueError(
@@ -38,7 +46,7 @@ def parse_object(raw: bytes) -> dict:
 
 
 def refuse_surrogates(value: object) -> None:
-    """ValueError if a string in it, or a key, can't be written as UTF-8."""
+    """Raise ValueError if a string or key within the value can't be written as UTF-8."""
     try:
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError as error:
@@ -46,7 +54,7 @@ def refuse_surrogates(value: object) -> None:
 
 
 def _finite(value: Any) -> Any:
-    """A copy with None in the place of every number that isn't finite."""
+    """Return a copy of the value with None in place of NaN and infinities."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
@@ -57,6 +65,7 @@ def _finite(value: Any) -> Any:
 
 
 def _distinct(pairs: list[tuple[str, object]]) -> dict:
+    """Build an object; raise ValueError for a key that occurs twice, where json keeps the last."""
     value = dict(pairs)
     if len(value) < len(pairs):
         names = [name for name, _ in pairs]

@@ -1,7 +1,7 @@
-"""Files that a command writes: none is another file that it reads or writes, and each is replaced
-as a whole or not at all.
+"""Files that a command writes: checked before the run, and replaced as a whole or not at all.
 
-Knows paths and inodes; not what a file says.
+The checks refuse an output that can't be created, and one that is also read or written under
+another option. Knows paths and inodes; the content of a file is opaque here.
 """
 
 from __future__ import annotations
@@ -20,16 +20,21 @@ from flexgen_ray.files.input_lines import STANDARD_STREAM
 
 
 def sidecar_paths(output: Path) -> list[Path]:
-    """The files that a job keeps beside its output: what it is, a draft of that, waiting rows."""
+    """Return the paths of the files that a job keeps beside its output.
+
+    They are the description of the job, a draft of that description, and rows that wait for their
+    turn (batch/journal.py).
+    """
     if output == STANDARD_STREAM or not output.name:  # a folder, such as ".", is refused elsewhere
         return []
     return [output.parent / f"{output.name}.{kind}" for kind in ("job.json", "job.tmp", "waiting")]
 
 
 def check_folders(written: Mapping[str, Path]) -> None:
-    """Refuses files, by the option that gives them, that can't be made where they are to be.
+    """Refuse output files that can't be created.
 
-    Raises OSError for a folder that is missing or read-only, or that has the file's own name.
+    written: path by the option that names it, such as "--output".
+    Raises OSError if the folder is missing or read-only, or if the path itself is a folder.
     """
     for option, path in written.items():
         if not path.parent.is_dir():
@@ -41,9 +46,10 @@ def check_folders(written: Mapping[str, Path]) -> None:
 
 
 def check_distinct(written: Mapping[str, Path], read: Mapping[str, Path]) -> None:
-    """Refuses to write one file twice, or one that is read, also by a symlink or hard link.
+    """Refuse to write one file under two options, or to overwrite a file that is read.
 
-    written, read: paths by the option that gives them. A folder in `read` stands for its files.
+    Sees through symlinks and hard links.
+    written, read: path by the option that names it. A folder in `read` stands for all its files.
     Raises ValueError, naming both options.
     """
     for one, other in combinations(written, 2):
@@ -58,17 +64,19 @@ def check_distinct(written: Mapping[str, Path], read: Mapping[str, Path]) -> Non
 
 
 def write_text(path: Path, text: str, draft: Path | None = None) -> None:
-    """Replaces a file's content as a whole, as `replacing`; OSError if that can't be done."""
+    """Replace a file's content in one step, as `atomic_write` does. Raises OSError if it can't."""
     with atomic_write(path, draft=draft) as file:
         file.write(text)
 
 
 @contextmanager
 def atomic_write(path: Path, mode: str = "w", draft: Path | None = None) -> Iterator[IO]:
-    """A file that takes the place of `path` when the block ends without an error.
+    """Yield a draft file that replaces `path` when the block ends without an error.
 
-    mode: "w" (UTF-8) or "wb". draft: the file's name until then, of which a killed run may have
-    left one; a new name if None. Devices and pipes are written directly.
+    After an error or a kill, `path` is as it was.
+    mode: "w" (UTF-8) or "wb".
+    draft: path of the draft, of which a killed run may have left an old one; None for a random
+    name. Devices and pipes are written directly.
     """
     encoding = None if "b" in mode else "utf-8"
     if path.parts[:2] in (("/", "dev"), ("/", "proc")) or (path.exists() and not path.is_file()):
@@ -99,15 +107,20 @@ def atomic_write(path: Path, mode: str = "w", draft: Path | None = None) -> Iter
 
 
 def create_new(path: Path) -> int:
-    """A descriptor of a new file; FileExistsError if anything, a symlink too, has that name."""
+    """Create a file and return its descriptor.
+
+    Raises FileExistsError if anything has that name, a dangling symlink included.
+    """
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_APPEND | os.O_CLOEXEC
     return os.open(path, flags, 0o666)
 
 
 def _identity(path: Path, descriptor: int) -> set:
-    """Names by which a regular file is known, there or to be made; devices and pipes have none.
+    """Return the identities of a regular file or folder: (device, inode) and resolved path.
 
-    descriptor: of the standard stream that `-` stands for.
+    Two paths are the same file if they share an identity. A file that doesn't exist yet has its
+    resolved path only; devices and pipes have no identity, since many may write them.
+    descriptor: the standard stream that `-` stands for, 0 or 1.
     """
     with suppress(OSError):
         status = os.fstat(descriptor) if path == STANDARD_STREAM else path.stat()
@@ -119,6 +132,6 @@ def _identity(path: Path, descriptor: int) -> set:
 
 
 def _is_file_of(folder: Path, path: Path) -> bool:
-    """True if a path is one of a folder's files already."""
+    """Return whether the path is an existing file within the folder."""
     inside = Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
     return inside and folder.is_dir() and path.is_file()

@@ -1,7 +1,7 @@
-"""Text files that people give: one way to read them, whatever editor wrote them.
+"""Reads text files that users wrote, with any editor.
 
-UTF-8, with or without a mark at the start; a line ends at \\n or \\r\\n and nowhere else. YAML is
-refused where it would take much more memory or stack than its size.
+Files are UTF-8, with or without a byte order mark; a line ends at \\n or \\r\\n and nowhere else.
+YAML that would take much more memory or stack than its size is refused.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ UTF8_MARK = b"\xef\xbb\xbf"
 MAX_YAML_BYTES = 2**18
 MAX_YAML_DEPTH = 32
 MAX_YAML_VALUES = 10_000
-# First bytes of other encodings; the longer ones first.
+# Byte order marks of other encodings. UTF-32's come first, since one begins with UTF-16's.
 _ENCODINGS = (
     (b"\xff\xfe\x00\x00", "UTF-32"),
     (b"\x00\x00\xfe\xff", "UTF-32"),
@@ -25,22 +25,27 @@ _ENCODINGS = (
 
 
 def check_encoding(start: bytes, name: str) -> None:
-    """ValueError, with the remedy, if a file that starts so is no UTF-8 text."""
+    """Raise ValueError, with the remedy, if a file's first bytes show that it isn't UTF-8 text.
+
+    start: the first four bytes or more. name: the file's name for the error.
+    """
     if start.startswith(b"\x1f\x8b"):
-        raise ValueError(f"{name} is packed by gzip; give it a name that ends in .gz, or unpack it")
-    found = next((kind for mark, kind in _ENCODINGS if start.startswith(mark)), None)
-    if found is None and b"\x00" in start[:2] and len(start) > 1:
-        little = start[1] == 0
-        found = "UTF-16LE" if little else "UTF-16BE"
-    if found is not None:
         raise ValueError(
-            f"{name} is in {found}, but must be in UTF-8; convert it, as with "
-            f"`iconv -f {found} -t UTF-8`"
+            f"{name} is compressed by gzip; give it a name that ends in .gz, or decompress it"
+        )
+    encoding = next((kind for mark, kind in _ENCODINGS if start.startswith(mark)), None)
+    # ASCII in UTF-16 without a mark: every other byte is zero.
+    if encoding is None and b"\x00" in start[:2] and len(start) > 1:
+        encoding = "UTF-16LE" if start[1] == 0 else "UTF-16BE"
+    if encoding is not None:
+        raise ValueError(
+            f"{name} is in {encoding}, but must be in UTF-8; convert it, as with "
+            f"`iconv -f {encoding} -t UTF-8`"
         )
 
 
 def read_text(path: str | Path) -> str:
-    """A file's text, with \\n at line ends; OSError or ValueError, naming the file."""
+    """Return a file's text with \\n at line ends. Raises OSError or ValueError, naming the file."""
     content = Path(path).read_bytes()
     check_encoding(content[:4], str(path))
     try:
@@ -51,15 +56,15 @@ def read_text(path: str | Path) -> str:
 
 
 def read_lines(path: str | Path) -> list[str]:
-    """A file's lines without their ends, as `read_text`."""
+    """Return a file's lines without their ends. Raises OSError or ValueError, naming the file."""
     return read_text(path).removesuffix("\n").split("\n")
 
 
 def read_yaml(path: str | Path) -> Any:
-    """The content of a YAML file.
+    """Return the content of a YAML file.
 
-    Raises OSError or ValueError, naming the file, for one that can't be read, is too large, or is
-    made to exhaust its reader.
+    Raises OSError or ValueError, naming the file, if it can't be read, is too large, or would
+    exhaust memory or stack (deep nesting, aliases of aliases).
     """
     size = Path(path).stat().st_size
     if size > MAX_YAML_BYTES:
@@ -73,14 +78,19 @@ def read_yaml(path: str | Path) -> Any:
 
 
 def _check_events(text: str) -> None:
-    """ValueError for YAML that is too deep, or has too many values once aliases are followed."""
-    sizes: dict[str, int] = {}  # values behind each anchor
-    open_ones: list[tuple[str | None, int]] = []  # (anchor, values before it) of what is open
+    """Raise ValueError for YAML that is too deep, or has too many values once aliases are expanded.
+
+    The parser's events are counted before any value is built: ten lists of ten aliases each, every
+    one naming the list before it, would be ten billion values.
+    """
+    sizes: dict[str, int] = {}  # number of values under each anchor
+    open_ones: list[tuple[str | None, int]] = []  # (anchor, count before it) of open collections
     count = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         anchor = getattr(event, "anchor", None)
         if isinstance(event, yaml.AliasEvent):
-            count += sizes.get(anchor or "", MAX_YAML_VALUES)  # one in itself has no end
+            # An alias of a collection that is still open contains itself: it has no end.
+            count += sizes.get(anchor or "", MAX_YAML_VALUES)
         elif isinstance(event, yaml.ScalarEvent):
             count += 1
             sizes |= {anchor: 1} if anchor else {}
