@@ -78,7 +78,7 @@ def test_plain_lines_and_defaults():
         (b'{"prompt": []}', "prompt must be"),
         (b'{"prompt": ["x", []]}', "prompt must be"),
         (b'{"prompt": [' + b"5," * 2048 + b'"x"]}', "prompt must be"),
-        (b'{"prompt": [' + b'"x",' * 2048 + b'"x"]}', "2049 prompts are in one line, of which"),
+        (b'{"prompt": [' + b'"x",' * 2048 + b'"x"]}', "the line has 2049 prompts, but"),
         (b'{"body": {"prompt": "x", "m": 2}}', "body field 'm' is not supported; supported are"),
         (b'{"body": {"prompt": "x", "Top-P": 1}}', "'Top-P' is not supported (is top_p meant?)"),
         (b'{"prompt": "x", "max_token": 2}', "'max_token' is a field that is misspelt or out of"),
@@ -140,7 +140,10 @@ def test_plain_lines_and_defaults():
         (b'{"prompt": "x", "ignore_eos": "yes"}', "ignore_eos is 'yes'"),
         (b'{"prompt": "x", "include_stop_str_in_output": 1}', "in_output is 1; it must be true"),
         (b'{"custom_id": 5.5, "prompt": "x"}', "custom_id is 5.5"),
-        (b'{"custom_id": "' + b"x" * 1001 + b'", "prompt": "x"}', "1001 characters, of which 1000"),
+        (
+            b'{"custom_id": "' + b"x" * 1001 + b'", "prompt": "x"}',
+            "1001 characters, but 1000 at most",
+        ),
         (b'{"custom_id": "\\ud800", "prompt": "x"}', "surrogate"),
         (b'{"prompt": "x", "prompt": "y"}', "'prompt' is there twice"),
         (b'{"custom_id": "a", "url": "/v1/chat", "body": {"prompt": "x"}}', "/v1/completions"),
@@ -157,7 +160,7 @@ def test_a_bad_line_says_what_is_wrong_and_costs_only_itself(line, complaint):
 def test_a_custom_id_answers_one_line_only():
     first, second = parse(batch("a", prompt="x"), batch("a", prompt="y"))
     assert first.error is None
-    assert second.error is not None and "'a' is that of line 1" in second.error
+    assert second.error is not None and "'a' is already used by line 1" in second.error
     assert second.custom_id == "line-2"
 
 
@@ -188,7 +191,7 @@ def test_no_custom_id_an_integer_or_one_that_another_line_has():
     none, number, again = parse(*lines)
     assert (none.custom_id, none.error) == ("line-1", None)
     assert (number.custom_id, number.error) == ("7", None)
-    assert again.custom_id == "line-3" and "'7' is that of line 2" in again.error
+    assert again.custom_id == "line-3" and "'7' is already used by line 2" in again.error
 
 
 @given(st.lists(st.sampled_from(["a", "line-1", "line-2", "line-3", "line-3+", None]), max_size=8))
@@ -301,7 +304,7 @@ def test_fields_and_values_that_change_nothing_are_accepted(asked):
         ({"best_of": 3}, "best_of is 3; only 1 is supported: answers are not compared"),
         ({"use_beam_search": True}, "there is no beam search"),
         ({"audio": {"voice": "x"}}, "audio is not supported: only text"),
-        ({"tool_choice": "required"}, "only 'auto' or 'none' is supported: a call of a tool can't"),
+        ({"tool_choice": "required"}, "only 'auto' or 'none' is supported: a tool call can't"),
         ({"modalities": ["text", "audio"]}, "only text is read and written"),
         ({"temprature": 1}, "(is temperature meant?)"),
     ],

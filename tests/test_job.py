@@ -105,7 +105,7 @@ def test_each_line_has_its_row_and_openai_s_types_read_it(undisturbed):
     said = {row["custom_id"]: row["response"]["body"].get("error") for row in undisturbed}
     assert "line 5: the prompt has 500 tokens" in said["long"]["message"]
     assert "line 6: the prompt is empty" in said["empty"]["message"]
-    assert "line 8: custom_id 'chat' is that of line 2" in said["line-8"]["message"]
+    assert "line 8: custom_id 'chat' is already used by line 2" in said["line-8"]["message"]
 
 
 @pytest.mark.parametrize("keep_order", [False, True])

@@ -1,1 +1,1 @@
-"""How does a JSONL job run from file to file? Requests in, answers out, and its journal."""
+"""A JSONL job from input file to output file: request lines, response lines, and the journal."""

@@ -1,6 +1,6 @@
-"""OpenAI Batch response lines: answers and errors of requests, as OpenAI writes them.
+"""Response lines of a job, as OpenAI's Batch API writes them: answers and errors.
 
-Knows JSON and outputs; nothing of models.
+Knows JSON and request outputs; nothing of models or input lines.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ def response_row(
     echo: Echo | None = None,
     top: int = 0,
 ) -> dict:
-    """The response line of one answered request (usage counts the end token as generated).
+    """Return the response line of an answered request. Its usage counts the end token as generated.
 
-    echo: the prompt, if its text is to come before the answer's. top: the likeliest tokens that
-    are told of each of a chat's, if it asked for log-probabilities.
+    echo: the prompt, if its text is to come before the answer's.
+    top: number of likeliest tokens to list for each token of a chat with log-probabilities.
     """
     choices = []
     for answer in output.outputs:
         if is_chat:
             message = {"role": "assistant", "content": answer.text, "refusal": None}
-            told: dict = {"message": message, "logprobs": chat_logprobs(answer, top)}
+            content: dict = {"message": message, "logprobs": chat_logprobs(answer, top)}
         else:
             text = (echo.text if echo else "") + answer.text
-            told = {"text": text, "logprobs": logprobs_object(output, answer, text, echo)}
-        choices.append({"index": answer.index, **told, "finish_reason": answer.finish_reason})
+            content = {"text": text, "logprobs": logprobs_object(output, answer, text, echo)}
+        choices.append({"index": answer.index, **content, "finish_reason": answer.finish_reason})
     prompt_tokens = len(output.prompt_token_ids)
     new_tokens = sum(len(answer.token_ids) for answer in output.outputs)
     body = {
@@ -55,8 +55,10 @@ def response_row(
 
 
 def join_rows(rows: list[dict]) -> dict:
-    """One response line for all prompts of a request, whose choices are numbered on; an error row
-    if one of them is."""
+    """Join the rows of a request's prompts into one response line, with choices numbered through.
+
+    If one of the rows is an error, returns that row.
+    """
     for row in rows:
         if row["response"]["status_code"] != 200:
             return row
@@ -71,14 +73,14 @@ def join_rows(rows: list[dict]) -> dict:
 
 
 def with_columns(row: dict, columns: dict) -> dict:
-    """An output line that returns its input line's own columns, if there are any."""
+    """Return an output line with the user's columns of its input line, if there are any."""
     return row | {"columns": columns} if columns else row
 
 
 def error_row(custom_id: str, message: str, status_code: int = 400) -> dict:
-    """The response line of a request that can't be answered, as OpenAI writes it.
+    """Return the response line of a request that can't be answered.
 
-    status_code: 400 where the request is at fault, SERVER_ERROR where answering it failed.
+    status_code: 400 if the request is at fault, SERVER_ERROR if answering it failed.
     """
     kind = "server_error" if status_code == SERVER_ERROR else "invalid_request_error"
     error = {"message": message, "type": kind, "param": None, "code": None}
@@ -96,9 +98,9 @@ def _row(custom_id: str, status_code: int, body: dict) -> dict:
 
 
 def error_message(row: dict) -> str | None:
-    """What an output line says instead of an answer, if it does.
+    """Return the error message of an output line; None if the line holds an answer.
 
-    A body may be an object, or, as some servers write it, a string that holds one.
+    The body may be an object or, as some servers write it, a string that holds one.
     """
     response, error = row.get("response") or {}, row.get("error")
     if error is None and response.get("status_code") == 200:

@@ -27,8 +27,8 @@ def to_json(value: Any, **options: Any) -> str:
 def parse_object(raw: bytes) -> dict:
     """Return the JSON object that one line holds.
 
-    Raises ValueError with the reason if it holds none.
-    Lone surrogates are let through; `refuse_surrogates` looks for them.
+    Raises ValueError with the reason if it holds none. Lone surrogates are let through;
+    `refuse_surrogates` looks for them.
     """
     if len(raw) > MAX_LINE_BYTES:
         raise ValueError(
