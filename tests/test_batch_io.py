@@ -300,7 +300,10 @@ def test_fields_and_values_that_change_nothing_are_accepted(asked):
         ),
         ({"stream": True}, "stream is True; only False is supported: answers are written whole"),
         ({"stream": 0}, "stream is 0"),
-        ({"guided_json": {}}, "guided_json is not supported: answers are not held to a form"),
+        (
+            {"guided_json": {}},
+            "guided_json is not supported: answers can't be constrained to a format",
+        ),
         ({"best_of": 3}, "best_of is 3; only 1 is supported: answers are not compared"),
         ({"use_beam_search": True}, "there is no beam search"),
         ({"audio": {"voice": "x"}}, "audio is not supported: only text"),

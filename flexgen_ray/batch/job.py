@@ -1,8 +1,7 @@
-"""One JSONL job from file to file: each input line gets an output line as soon as it is known.
+"""One JSONL job from input file to output file; each answer is written as soon as it is known.
 
-Fingerprints that tell a model folder from one with changed files, in some milliseconds.
-
-Knows files, and of safetensors the header; reads little of the weights themselves.
+`read_job` reads the lines that the output doesn't answer yet, `run_job` answers them. `job_facts`
+is what answers depend on: a resumed run must have the same facts (journal.py).
 """
 
 from __future__ import annotations
@@ -34,50 +33,15 @@ from flexgen_ray.reporting.progress import track
 from flexgen_ray.request import DEFAULT_MAX_TOKENS, Request, RequestOutput, SamplingParams
 from flexgen_ray.runtime.events import OnProgress, Progress, ignore_progress
 
-_WHOLE = (
+Owned = tuple[Request, BatchLine, int]  # a request, its line, and the place of its prompt there
+# Files of a model that are read whole for its fingerprint.
+_SMALL_FILES = (
     "config.json", "generation_config.json", "chat_template*", "tokenizer*", "*.model",
     "vocab.*", "merges.txt", "added_tokens.json", "special_tokens_map.json", "*.index.json",
 )  # fmt: skip
 _WEIGHTS = "model.safetensors"
 _MAX_HEADER_BYTES = 100 * 2**20
-_SAMPLES, _SAMPLE_BYTES = 16, 4096
-
-
-def fingerprint(folder: Path) -> dict[str, str]:
-    """A digest of each file of a model that answers depend on, by name.
-
-    Small files are read whole. Of safetensors the digest covers the size, the header (names,
-    shapes, dtypes and offsets of tensors) and sixteen places of the values: weights that were
-    trained further have the same header.
-    """
-    whole = {path for pattern in _WHOLE for path in folder.glob(pattern) if path.is_file()}
-    has_one = (folder / _WEIGHTS).is_file()
-    weights = [folder / _WEIGHTS] if has_one else sorted(folder.glob("*.safetensors"))
-    found = {path.name: _digest([path.read_bytes()]) for path in sorted(whole)}
-    return found | {path.name: _digest(_parts(path)) for path in weights}
-
-
-def _digest(parts: Iterator[bytes] | list[bytes]) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part)
-    return digest.hexdigest()[:16]
-
-
-def _parts(path: Path) -> Iterator[bytes]:
-    """The size of a safetensors file, its header, and a few pieces of its values."""
-    size = path.stat().st_size
-    yield size.to_bytes(8, "little")
-    with path.open("rb") as file:
-        length = min(int.from_bytes(file.read(8), "little"), _MAX_HEADER_BYTES)
-        yield file.read(length)
-        last = max(size - 8 - length - _SAMPLE_BYTES, 0)
-        for sample in range(_SAMPLES):
-            file.seek(8 + length + last * sample // (_SAMPLES - 1))
-            yield file.read(_SAMPLE_BYTES)
-
-
-Owned = tuple[Request, BatchLine, int]  # whose it is, and which of its prompts
+_SAMPLES, _SAMPLE_BYTES = 16, 4096  # pieces of a weights file that are read
 
 
 def read_job(
@@ -87,10 +51,12 @@ def read_job(
     facts: dict,
     on_progress: OnProgress = ignore_progress,
 ) -> list[BatchLine]:
-    """The lines that the journal's file doesn't answer yet; a bad line is only its own fault.
+    """Read the lines that the output doesn't answer yet. Bad lines are returned with their error.
 
-    facts: what answers depend on besides, by name. Raises OSError or ValueError if the input can't
-    be read, holds bad lines only, or is not that of the output.
+    defaults: sampling parameters of lines that set none.
+    facts: what answers depend on besides the input and the defaults, by name.
+    Raises OSError or ValueError if the input can't be read, has only bad lines, or differs from the
+    input with which the output was begun.
     """
     check_distinct({"--output": journal.path}, {"--input": input})
     custom_ids: list[str] = []
@@ -107,53 +73,11 @@ def read_job(
     return missing
 
 
-def check_any_answerable(answered: set[str], errors: list[str | None]) -> None:
-    """ValueError if no line can be answered, nor has been: the fault is not the lines'.
-
-    errors: what is wrong with each line that is to be answered, or None.
-    """
-    if errors and not answered and None not in errors:
-        raise ValueError(
-            f"none of the {len(errors)} lines can be answered, so the output is left as it is; "
-            f"the first fault is {errors[0]}"
-        )
-
-
-def sampling_defaults(model: Path | None, given: dict[str, Any]) -> SamplingParams:
-    """Sampling parameters of lines that set none: those given, else the model folder's own.
-
-    model: None for made-up weights. Without a number of anyone's, max_tokens depends on the line.
-    """
-    own = {"max_tokens": None} | ({} if model is None else load_sampling_defaults(model))
-    return SamplingParams(**own | given)
-
-
-def job_facts(engine: dict[str, Any], model: Path | None) -> dict[str, Any]:
-    """Facts about the model on which a job's answers depend, by name.
-
-    engine: LLM's arguments; model: its folder, None for made-up weights. Where data lies changes no
-    answer; a resumed run may have other memory, and another policy.
-    """
-    lossy = lossy_facts(engine["policy"], **{name: engine[name] for name in LOSSY})
-    name = f"dummy {engine['model']}" if model is None else str(model)
-    facts = {"model": name, "dtype": engine["dtype"], "max_model_len": engine["max_model_len"]}
-    return lossy | facts | ({} if model is None else {MODEL_FILES: fingerprint(model)})
-
-
-def lossy_facts(policy: Path | None, **lossy: int | float | None) -> dict:
-    """What of a policy, with what is given over it, changes answers; each kind of stage once.
-
-    Raises OSError or ValueError for a policy that can't be read.
-    """
-    given = (StagePolicies.parse(policy) or StagePolicies((Policy(),))).compressed(**lossy)
-    kinds = {name: [getattr(it, name) for it in given.policies] for name in lossy}
-    return {name: list(dict.fromkeys(bits)) for name, bits in kinds.items()}
-
-
 def run_job(llm: LLM, journal: Journal, lines: list[BatchLine]) -> None:
-    """Appends a row for every line: errors at once, answers as they finish.
+    """Append a row to the output for every line: errors first, answers as they finish.
 
-    What can't work (policy, budget) is said before the output is changed.
+    Everything that may refuse the run (policy, memory budgets) is checked before the output is
+    changed.
     """
     llm.tokenizer.now = journal.begun_at
     requests, errors = job_requests(llm, lines)
@@ -179,7 +103,7 @@ def run_job(llm: LLM, journal: Journal, lines: list[BatchLine]) -> None:
 
 
 def _row(llm: LLM, line: BatchLine, place: int, answer: RequestOutput) -> dict:
-    """The response line of one of the line's prompts, or of its chat."""
+    """Return the response line for one prompt of a line, or for its chat. place: the prompt's."""
     if answer.error is not None:
         fault = line_error(line.number, ValueError(answer.error))
         return error_row(line.custom_id, fault, SERVER_ERROR)
@@ -190,14 +114,15 @@ def _row(llm: LLM, line: BatchLine, place: int, answer: RequestOutput) -> dict:
 
 
 def job_requests(llm: LLM, lines: list[BatchLine]) -> tuple[list[Owned], dict[str, str]]:
-    """Requests that can be answered, and what to say to the others, by custom_id.
+    """Return the requests of all lines that can be answered, and the others' errors by custom_id.
 
-    A request is known by its line's number, so that a resumed run draws the same tokens; those of a
-    line's further prompts by numbers beyond the lines', and they draw from streams of their own.
+    Index and random stream of a line's first request are the line's number, so that a resumed run
+    samples the same tokens. Further prompts of a line have indexes above all line numbers, and
+    negative random streams, which depend on line and place alone.
     """
     requests: list[Owned] = []
     errors: dict[str, str] = {}
-    llm.tokenizer.check()  # its own faults are no line's
+    llm.tokenizer.check()  # a broken tokenizer ends the run, and is no line's error
     unused = count(1 + max((line.number for line in lines), default=0))
     for line in track(lines, llm.on_progress, "tokenizing", "lines", len(lines)):
         try:
@@ -214,7 +139,10 @@ def job_requests(llm: LLM, lines: list[BatchLine]) -> tuple[list[Owned], dict[st
 
 
 def _line_requests(llm: LLM, line: BatchLine) -> list[Request]:
-    """A request for each of the line's prompts, or for its chat."""
+    """Return a request for each prompt of a line, or for its chat.
+
+    Raises ValueError if it can't.
+    """
     if line.params is None:
         raise ValueError(line.error)
     prompts: Sequence[Prompt] = line.prompts
@@ -235,13 +163,16 @@ def _line_requests(llm: LLM, line: BatchLine) -> list[Request]:
 
 
 def line_name(requests: list[Owned]) -> Callable[[int], str]:
-    """Names requests by their lines, escaped: terminals would do what a raw name says."""
+    """Return a function that names a request, by index, by its line.
+
+    The custom_id is escaped, since a terminal would obey control characters in it.
+    """
     owners = {request.index: line for request, line, _ in requests}
     return lambda index: f"line {owners[index].number} (custom_id {owners[index].custom_id!r})"
 
 
 def length_notes(lines: list[BatchLine]) -> list[str]:
-    """Notes on lengths of answers that the job's owner may not have meant."""
+    """Return notes on answer lengths that the user may not have intended."""
     num_lines = sum(
         line.limit == "default" and line.params is not None and line.params.max_tokens is not None
         for line in lines
@@ -255,13 +186,97 @@ def length_notes(lines: list[BatchLine]) -> list[str]:
 
 
 def _echo(llm: LLM, asked: Prompt, answer: RequestOutput) -> Echo:
-    """The prompt, to come before the answer."""
+    """Return a prompt's text, to be written before the answer. asked: the prompt of the line."""
     prompt, tokenizer = answer.prompt_token_ids, llm.tokenizer
     (first,) = tokenizer.token_texts(prompt[:1])
     if isinstance(asked, str):
         return Echo(asked, first)
-    # A character of both is the answer's.
+    # Decode prompt and answer together, and take the answer's text off the end: a character whose
+    # bytes are in both belongs to the answer.
     token_ids = prompt + answer.outputs[0].token_ids
     own = len(tokenizer.text(token_ids, len(prompt)))
     text = tokenizer.text(token_ids)
     return Echo(text[: len(text) - own], first)
+
+
+def check_any_answerable(answered: set[str], errors: list[str | None]) -> None:
+    """Raise ValueError if no line can be answered and none has been.
+
+    Then the fault is probably not the lines' (a wrong file, or a wrong model), and the output is
+    better left as it is.
+    answered: custom_ids that the output answers. errors: error of each other line, None if it has
+    none.
+    """
+    if errors and not answered and None not in errors:
+        raise ValueError(
+            f"none of the {len(errors)} lines can be answered, so the output is left as it is; "
+            f"the first fault is {errors[0]}"
+        )
+
+
+def sampling_defaults(model: Path | None, options: dict[str, Any]) -> SamplingParams:
+    """Return the sampling parameters of lines that set none: the user's, else the model folder's.
+
+    model: the model folder; None for made-up weights. options: what the user set, by name.
+    max_tokens stays None if neither sets it, and then depends on the line.
+    """
+    own = {"max_tokens": None} | ({} if model is None else load_sampling_defaults(model))
+    return SamplingParams(**own | options)
+
+
+def job_facts(engine: dict[str, Any], model: Path | None) -> dict[str, Any]:
+    """Return everything about the model and engine that a job's answers depend on, by name.
+
+    Placements are left out: they change no answer, so a resumed run may use another policy or more
+    memory. Lossy settings (compression, sparse attention) are in.
+    engine: arguments of LLM. model: the model folder; None for made-up weights.
+    """
+    lossy = lossy_facts(engine["policy"], **{name: engine[name] for name in LOSSY})
+    name = f"dummy {engine['model']}" if model is None else str(model)
+    facts = {"model": name, "dtype": engine["dtype"], "max_model_len": engine["max_model_len"]}
+    return lossy | facts | ({} if model is None else {MODEL_FILES: fingerprint(model)})
+
+
+def lossy_facts(policy: Path | None, **lossy: int | float | None) -> dict:
+    """Return the settings of a policy that change answers, each as a list of its distinct values.
+
+    policy: a policy file. lossy: settings by name that override the policy's; None doesn't.
+    Raises OSError or ValueError for a policy that can't be read.
+    """
+    stages = (StagePolicies.parse(policy) or StagePolicies((Policy(),))).compressed(**lossy)
+    values = {name: [getattr(it, name) for it in stages.policies] for name in lossy}
+    return {name: list(dict.fromkeys(bits)) for name, bits in values.items()}
+
+
+def fingerprint(folder: Path) -> dict[str, str]:
+    """Return a digest of each file of a model that answers depend on, by name, in milliseconds.
+
+    Small files are read whole. A digest of a safetensors file covers its size, its header (names,
+    shapes, dtypes and offsets of tensors) and sixteen pieces of its values, since weights that were
+    trained further have the same header.
+    """
+    small = {path for pattern in _SMALL_FILES for path in folder.glob(pattern) if path.is_file()}
+    has_one = (folder / _WEIGHTS).is_file()
+    weights = [folder / _WEIGHTS] if has_one else sorted(folder.glob("*.safetensors"))
+    digests = {path.name: _digest([path.read_bytes()]) for path in sorted(small)}
+    return digests | {path.name: _digest(_parts(path)) for path in weights}
+
+
+def _digest(parts: Iterator[bytes] | list[bytes]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()[:16]
+
+
+def _parts(path: Path) -> Iterator[bytes]:
+    """Yield the parts of a safetensors file that its digest covers: size, header, some values."""
+    size = path.stat().st_size
+    yield size.to_bytes(8, "little")
+    with path.open("rb") as file:
+        length = min(int.from_bytes(file.read(8), "little"), _MAX_HEADER_BYTES)
+        yield file.read(length)
+        last = max(size - 8 - length - _SAMPLE_BYTES, 0)
+        for sample in range(_SAMPLES):
+            file.seek(8 + length + last * sample // (_SAMPLES - 1))
+            yield file.read(_SAMPLE_BYTES)

@@ -1,14 +1,23 @@
-"""The output of a job: its lines, which requests they answer, and which job that was.
+"""The output of a job: rows that are answered already, in which order, and of which job.
 
-Each row is written whole as soon as it is there, so a kill loses nothing written, and the next run
-goes on from it. What the job was is told by `OUTPUT.job.json`, which stays beside the output; rows
-that wait for their turn are in `OUTPUT.waiting`, which goes with the last of them.
+On disk, a job with the output OUT.jsonl has up to four files:
 
-Rows in a given order, though they come in another. What comes early waits in a file.
+    OUT.jsonl            the response lines; each is appended whole as soon as it is known
+    OUT.jsonl.job.json   the facts of the job: everything its answers depend on; never removed
+    OUT.jsonl.waiting    with keep_order: rows that came early and wait for their turn
+    OUT.jsonl.job.tmp    a draft of job.json, renamed over it when it is complete
 
-Comparison of a job with the one that an output was begun with: what answers depend on.
+In time: opening a Journal reads and locks the files and changes nothing. `check` compares the job's
+facts with those on disk, and still changes nothing. `begin` is the first write: rows that are to be
+answered again are taken out, and job.json is written. `append` then adds row after row.
 
-Knows names and values; not how they come about.
+A kill at any moment (kill -9) leaves whole rows, and perhaps one torn line at the end of a file,
+which the next run cuts off. The next run reads the rows of OUT.jsonl and of OUT.jsonl.waiting,
+takes their custom_ids as answered, and goes on with the others. No row is lost between the two
+files: the waiting file is emptied only when all its rows are in the output. A row that is in both
+counts once.
+
+Knows rows and names of facts; nothing of how answers come about.
 """
 
 from __future__ import annotations
@@ -27,117 +36,22 @@ from flexgen_ray.files.jsonl_file import JsonlFile, refuse_special_files
 from flexgen_ray.files.output_files import sidecar_paths, write_text
 from flexgen_ray.units import format_bytes
 
-MODEL_FILES = "model_files"  # of each file of the model, what tells it from a changed one
-
-
-def compare_facts(
-    output: str, old: Mapping, new: Mapping, defaults: Mapping, may_add_files: bool
-) -> list[str]:
-    """Notes for the user on what can't be compared.
-
-    old: facts that the output was begun with; defaults: of those that an earlier version didn't
-    write. may_add_files: the model may have files that it lacked.
-    Raises ValueError, naming the first fact that differs.
-    """
-    notes = []
-    for name in sorted(new.keys() | old.keys()):
-        if name == MODEL_FILES:
-            if name in old:
-                _compare_files(output, old[name], new.get(name, {}), may_add_files)
-            else:
-                notes.append(
-                    f"{output} was begun by an earlier version, which didn't note the model's "
-                    "files; they are taken to be the same"
-                )
-        elif new.get(name, defaults.get(name)) != old.get(name, defaults.get(name)):
-            raise ValueError(
-                f"{output} was begun with {name} {old.get(name)!r}, which now is "
-                f"{new.get(name)!r}; go back to that, choose another --output, or give "
-                "--overwrite"
-            )
-    return notes
-
-
-def _compare_files(output: str, old: Any, new: Any, may_add_files: bool) -> None:
-    for name in sorted(new.keys() | old.keys()):
-        if new.get(name) != old.get(name) and not (may_add_files and name not in old):
-            how = "was removed" if name not in new else "was added"
-            how = "has changed" if name in new and name in old else how
-            raise ValueError(
-                f"the model's {name} {how} since {output} was begun, so its other answers would "
-                "be another model's; put the old file back, choose another --output, or give "
-                "--overwrite"
-            )
-
-
-class OrderedWriter:
-    """Passes rows on to `file` when it is their turn; of those that wait in `waiting`, which a kill
-    doesn't lose, memory holds only the places."""
-
-    def __init__(self, file: JsonlFile, waiting: JsonlFile) -> None:
-        self._file = file
-        self._waiting = waiting
-        self._places: dict[str, tuple[int, int]] = {}
-        self._end = 0
-        self._order: Iterator[str] = iter(())
-        self._next: str | None = None
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether no row waits, nor might still be wanted."""
-        return self._waiting.is_empty
-
-    def recover(self, is_wanted: Callable[[dict], bool]) -> Iterator[dict]:
-        """Rows that wait since an earlier run and are wanted; others may still be there."""
-        for start, end, row in self._waiting.rows():
-            self._end = end
-            if is_wanted(row):
-                self._places[row["custom_id"]] = start, end
-                yield row
-
-    def begin(self, num_bytes: int, custom_ids: Iterable[str], moved: Iterable[dict] = ()) -> None:
-        """num_bytes: of the file's rows that stay; custom_ids: of all that are to come or wait, in
-        their order; moved: rows beyond those bytes that wait from now on."""
-        self._waiting.truncate(self._end)
-        for row in moved:
-            self._keep(row)
-        self._waiting.sync()
-        self._file.truncate(num_bytes)
-        self._order = iter(custom_ids)
-        self._advance()
-
-    def append(self, row: dict) -> None:
-        """At once if it is this row's turn, and then those that waited for it."""
-        if row["custom_id"] == self._next:
-            self._file.append(row)
-            self._advance()
-            return
-        self._keep(row)
-
-    def _keep(self, row: dict) -> None:
-        start = self._waiting.num_bytes
-        self._waiting.append(row)
-        self._places[row["custom_id"]] = start, self._waiting.num_bytes
-
-    def _advance(self) -> None:
-        while (custom_id := next(self._order, None)) in self._places:
-            self._file.append(self._waiting.read(*self._places.pop(custom_id)))
-        self._next = custom_id
-        if not self._places and self._waiting.num_bytes:
-            self._waiting.truncate(0)
-
-
-# An empty answer's row takes more than this; half of it is ids, which gzip can't shorten.
+MODEL_FILES = "model_files"  # the fact that holds a fingerprint of each of the model's files
+# Least bytes of a row, by whether it is compressed: an empty answer's row takes more. Half of it is
+# random ids, which gzip can't shorten.
 _ROW_BYTES = {False: 400, True: 200}
 
 
 class Journal:
-    """Use as a context manager; if that ends with an error, a file without a row is removed.
+    """The output file of a job, locked for this process, and the files beside it.
 
-    answered: custom_ids of rows that are there, found or appended. has_begun: whether the output
-    may have been changed. first_error: (custom_id, message) of the first that tells an error;
-    num_errors: how many do. begun_at: when the job began, for templates that ask for the time; a
-    resumed run has the time of the first.
+    Use as a context manager; if the block ends with an error, a new output without rows is removed.
+
+    answered: custom_ids of all rows in the output, from an earlier run or appended by this one.
+    num_errors, first_error: number of rows that are errors, and the first as (custom_id, message).
+    has_begun: whether `begin` was called, so the output may have been changed.
+    begun_at: when the job began, for chat templates that print the date; a resumed run keeps it.
+    notes: sentences for the user, from `check`.
     """
 
     def __init__(
@@ -147,11 +61,13 @@ class Journal:
         keep_order: bool = False,
         retry_errors: bool = False,
     ) -> None:
-        """Nothing is changed before `begin`. retry_errors: rows that tell an error don't count, and
-        make room for new ones.
+        """Open and lock the output and read its rows. Nothing is changed before `begin`.
 
-        Raises OSError if the file can't be written, RuntimeError if another run is writing it,
-        FileExistsError or ValueError if what it holds is not from a job of ours.
+        overwrite: drop the rows of an earlier run.
+        keep_order: write rows in the order of the input; those that come early wait in a file.
+        retry_errors: count rows that are errors as not answered, and drop them when the run begins.
+        Raises OSError if the file can't be written, RuntimeError if another run is writing it, and
+        FileExistsError or ValueError if it holds something other than rows of a job.
         """
         self.path = path
         self.answered: set[str] = set()
@@ -170,14 +86,17 @@ class Journal:
             self._file = JsonlFile(path)
             stack.callback(self._file.close)
             stack.push(self._remove_if_failed)
-            found = [it for it in (path, self._waiting_path) if it.is_file() and it.stat().st_size]
-            self._resumes = self._file.is_file and not overwrite and bool(found)
-            if self._resumes and not self._sidecar.is_file():
+            nonempty = [
+                it for it in (path, self._waiting_path) if it.is_file() and it.stat().st_size
+            ]
+            self._resumes = self._file.is_file and not overwrite and bool(nonempty)
+            if self._resumes and not self._facts_path.is_file():
                 raise FileExistsError(
-                    f"{found[0]} already has content, but not of a job that could be resumed "
-                    f"({self._sidecar} is missing); choose another --output, or give --overwrite"
+                    f"{nonempty[0]} already has content, but not of a job that could be resumed "
+                    f"({self._facts_path} is missing); choose another --output, or give --overwrite"
                 )
-            # Bytes and rows before the first row that is answered again; all, if none is.
+            # The output's rows before the first one that is dropped, in bytes and number: they stay
+            # as they are. _first_dropped: where that one begins; -1 if none is dropped.
             self._kept_bytes, self._num_kept, self._first_dropped = 0, 0, -1
             if keep_order:
                 self._order = OrderedWriter(self._file, self._waiting_file(stack))
@@ -187,29 +106,30 @@ class Journal:
 
     @property
     def can_resume(self) -> bool:
-        """Whether another run could go on from what is written."""
+        """Whether a later run can read what is written; false for standard output and pipes."""
         return self._file.is_file
 
     @property
     def is_partly_answered(self) -> bool:
-        """True if another run would find answers to keep, and lines to answer."""
+        """Whether a later run would find some answers to keep and some lines to answer."""
         return self.can_resume and 0 < len(self.answered) < len(self._custom_ids)
 
     def check(
         self, facts: dict, custom_ids: list[str], defaults: Mapping[str, Any] | None = None
     ) -> None:
-        """Before any work is done for nothing: is it the same job, and has the disk room?
+        """Check, before any work, that this is the job of the output and that the disk has room.
 
-        facts: what the answers depend on, by name; JSON values. custom_ids: of all rows that the
-        output will have, in their order. defaults: of facts that a job begun by an earlier version
-        doesn't name. Raises ValueError for another job, or too little room.
+        facts: everything that answers depend on, by name; JSON values.
+        custom_ids: those of all rows that the output will have, in the order of the input.
+        defaults: values of facts that a job begun by an earlier version doesn't name.
+        Raises ValueError if the output is of another job, or if the disk is too full.
         """
-        # As they will be read back, where a tuple is a list.
+        # Compare facts in the form in which they are read back: JSON has lists, no tuples.
         facts = json.loads(json.dumps(facts))
         self._custom_ids = custom_ids
         num_rows = len(custom_ids) - len(self.answered)
         if self._resumes:
-            old = self._facts_so_far()
+            old = self._read_facts()
             if "begun_at" in old:
                 self.begun_at = datetime.fromisoformat(old.pop("begun_at"))
             self.notes = compare_facts(str(self.path), old, facts, defaults or {}, self._retries)
@@ -217,45 +137,56 @@ class Journal:
         if self._file.is_file:
             needed = num_rows * _ROW_BYTES[self.path.suffix == ".gz"]
             if self._first_dropped >= 0:
-                needed += self.path.stat().st_size  # a copy without the rows that are dropped
+                needed += self.path.stat().st_size  # `begin` writes a copy without dropped rows
             free = shutil.disk_usage(self.path.parent).free
             if needed > free:
                 raise ValueError(
-                    f"{num_rows} rows need at least {format_bytes(needed)}, but where {self.path} "
-                    f"lies {format_bytes(free)} is free; make room, or choose another --output"
+                    f"{num_rows} rows need at least {format_bytes(needed)}, but the disk of "
+                    f"{self.path} has {format_bytes(free)} free; make room, or choose another "
+                    "--output"
                 )
 
     def begin(self) -> None:
-        """From now on the file is this job's."""
+        """Take the output for this job: drop what isn't kept, then write the job's facts.
+
+        The order matters for a kill in between. Rows are dropped before job.json is replaced, so
+        rows of another job never lie beside this job's facts.
+        """
         self.has_begun = True
+        # Others may have put something there since the journal was opened.
         for beside in sidecar_paths(self.path):
             refuse_special_files(beside)
         if self._order:
+            # Kept rows after the first dropped one may be out of their turn now: they move to the
+            # waiting file, and the output is cut before the first dropped row.
             missing = self._custom_ids[self._num_kept :]
             self._order.begin(self._kept_bytes, missing, self._kept_rows(self._kept_bytes))
         elif self._first_dropped >= 0:
             self._file.replace(self._kept_rows())
         else:
+            # Cuts a torn line off or, with --overwrite, everything.
             self._file.remove_draft()
             self._file.truncate(self._kept_bytes)
         if self._file.is_file:
             if not self._order:
                 self._waiting_path.unlink(missing_ok=True)
-            # Once nothing of another job is left; as a whole, or not at all.
             draft = self.path.with_name(f"{self.path.name}.job.tmp")
-            write_text(self._sidecar, json.dumps(self._facts, indent=2) + "\n", draft)
+            write_text(self._facts_path, json.dumps(self._facts, indent=2) + "\n", draft)
 
     def append(self, row: dict) -> None:
-        """One line in one piece; OSError names the file."""
+        """Write a row as one whole line, to the output or to the rows that wait for their turn.
+
+        Raises OSError, naming the file, and OutputLost if the output was changed by others.
+        """
         (self._order or self._file).append(row)
         self._note(row)
 
     def confirm(self) -> None:
-        """OutputLost if the output isn't there any more as it was written."""
+        """Raise OutputLost if the output is no longer there as this run wrote it."""
         self._file.check()
 
     def close(self) -> None:
-        """What was written to a file is on disk when this returns."""
+        """Flush the files to disk and release their locks."""
         if self._order and self._file.is_file and self._order.is_empty:
             self._waiting_path.unlink(missing_ok=True)
         self._open_files.close()
@@ -264,19 +195,19 @@ class Journal:
         return self
 
     def __exit__(self, kind: type | None, *_: object) -> None:
-        # While it is still locked.
+        # Before the lock is released, so that no other run can have begun to write the file.
         self._remove_if_failed(kind)
         self.close()
 
     def _remove_if_failed(self, kind: type | None, *_: object) -> None:
-        """A failed run leaves no empty file that wasn't there before."""
+        """After an error (kind), remove an output without rows that this run created."""
         if kind is None or not self._file.is_new or (self._order and not self._order.is_empty):
             return
         if self._file.remove_if_empty():
-            self._sidecar.unlink(missing_ok=True)
+            self._facts_path.unlink(missing_ok=True)
 
     @property
-    def _sidecar(self) -> Path:
+    def _facts_path(self) -> Path:
         return self.path.with_name(f"{self.path.name}.job.json")
 
     @property
@@ -284,9 +215,11 @@ class Journal:
         return self.path.with_name(f"{self.path.name}.waiting")
 
     def _waiting_file(self, stack: ExitStack) -> JsonlFile:
+        """Open the file of rows that wait for their turn; the stack closes it."""
         path = self._waiting_path
         if not self._file.is_file:
-            # A nameless file is gone when the process is.
+            # Standard output can't be resumed, so neither can its waiting rows: a temporary file
+            # without a name disappears with the process.
             nameless = stack.enter_context(tempfile.TemporaryFile())
             path = Path(f"/proc/self/fd/{nameless.fileno()}")
         waiting = JsonlFile(path, is_own=self._file.is_file)
@@ -294,7 +227,12 @@ class Journal:
         return waiting
 
     def _recover(self) -> None:
-        """Takes note of the rows that are there."""
+        """Read the rows of an earlier run: those of the output, then those that wait.
+
+        Sets `answered`, and where the output's kept rows end. Example with retry_errors and rows
+        a, b, E (an error), c: answered is {a, b, c}, _kept_bytes ends after b, and _first_dropped
+        is where E begins.
+        """
         written: set[str] = set()
         for start, end, row in self._file.rows():
             if self._is_dropped(row):
@@ -313,32 +251,157 @@ class Journal:
                 self._note(row)
 
     def _is_dropped(self, row: dict) -> bool:
+        """Whether a row is an error that is to be answered again."""
         return self._retries and error_message(row) is not None
 
     def _kept_rows(self, first: int = 0) -> Iterator[dict]:
-        """Rows of the file from this byte on that stay."""
+        """Yield the output's rows from byte `first` on that aren't dropped, if any is dropped."""
         if self._first_dropped >= 0:
             for start, _, row in self._file.rows():
                 if start >= first and not self._is_dropped(row):
                     yield row
 
-    def _facts_so_far(self) -> dict:
-        """The facts that an earlier run noted; ValueError if its file is damaged."""
+    def _read_facts(self) -> dict:
+        """Return the facts that an earlier run wrote. Raises ValueError if the file is damaged."""
         try:
-            facts = json.loads(self._sidecar.read_bytes())
+            facts = json.loads(self._facts_path.read_bytes())
             if not isinstance(facts, dict):
                 raise ValueError("no object of facts")
             datetime.fromisoformat(facts.get("begun_at", "2000-01-01"))
         except (ValueError, TypeError, RecursionError) as error:
             raise ValueError(
-                f"{self._sidecar} is damaged ({error}), so the job can't go on; put it back, "
-                "choose another --output, or give --overwrite"
+                f"{self._facts_path} is damaged ({error}), so the job can't be resumed; restore "
+                "it, choose another --output, or give --overwrite"
             ) from error
         return facts
 
     def _note(self, row: dict) -> None:
+        """Count a row that is in the output, or waits for its turn, as answered."""
         self.answered.add(row["custom_id"])
         message = error_message(row)
         if message is not None:
             self.num_errors += 1
             self.first_error = self.first_error or (row["custom_id"], message)
+
+
+class OrderedWriter:
+    """Writes rows in a given order, though they come in another.
+
+    A row whose turn it is goes to `file`; others go to `waiting`, a file too, so that a kill loses
+    none. Memory holds only their byte offsets. Example with order a, b, c: `append(c)` writes c to
+    `waiting`; `append(a)` writes a to `file`; `append(b)` writes b to `file`, then c, and empties
+    `waiting`.
+    """
+
+    def __init__(self, file: JsonlFile, waiting: JsonlFile) -> None:
+        self._file = file
+        self._waiting = waiting
+        self._places: dict[str, tuple[int, int]] = {}
+        self._end = 0
+        self._order: Iterator[str] = iter(())
+        self._next: str | None = None
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the waiting file is empty."""
+        return self._waiting.is_empty
+
+    def recover(self, is_wanted: Callable[[dict], bool]) -> Iterator[dict]:
+        """Yield the rows that wait since an earlier run and are wanted.
+
+        Unwanted ones, such as rows that the output has already, stay in the file unused until it is
+        emptied.
+        """
+        for start, end, row in self._waiting.rows():
+            self._end = end
+            if is_wanted(row):
+                self._places[row["custom_id"]] = start, end
+                yield row
+
+    def begin(self, num_bytes: int, custom_ids: Iterable[str], moved: Iterable[dict] = ()) -> None:
+        """Cut the file to the rows that stay, and write rows that wait if it is their turn.
+
+        num_bytes: length of the file's rows that stay.
+        custom_ids: those of all rows after these, in order, whether they wait or are yet to come.
+        moved: rows of the file beyond num_bytes that wait from now on.
+        """
+        # Moved rows are on disk in the waiting file before the output is cut: a kill in between
+        # leaves them in both files, never in neither.
+        self._waiting.truncate(self._end)
+        for row in moved:
+            self._wait(row)
+        self._waiting.sync()
+        self._file.truncate(num_bytes)
+        self._order = iter(custom_ids)
+        self._advance()
+
+    def append(self, row: dict) -> None:
+        """Write a row to the file if it is its turn, and then the rows that waited for it.
+
+        Otherwise the row waits.
+        """
+        if row["custom_id"] == self._next:
+            self._file.append(row)
+            self._advance()
+            return
+        self._wait(row)
+
+    def _wait(self, row: dict) -> None:
+        """Write a row to the waiting file."""
+        start = self._waiting.num_bytes
+        self._waiting.append(row)
+        self._places[row["custom_id"]] = start, self._waiting.num_bytes
+
+    def _advance(self) -> None:
+        """Write the next rows in order as long as they wait; set the one that is missing next."""
+        while (custom_id := next(self._order, None)) in self._places:
+            self._file.append(self._waiting.read(*self._places.pop(custom_id)))
+        self._next = custom_id
+        # All that waited is in the output: the waiting file can be emptied.
+        if not self._places and self._waiting.num_bytes:
+            self._waiting.truncate(0)
+
+
+def compare_facts(
+    output: str, old: Mapping, new: Mapping, defaults: Mapping, may_add_files: bool
+) -> list[str]:
+    """Check that a job has the facts that its output was begun with.
+
+    output: its path, for messages. old: facts that the output was begun with. new: today's.
+    defaults: values of facts that an earlier version of this project didn't write.
+    may_add_files: accept model files that were missing when the output was begun.
+    Returns notes for the user on what can't be compared.
+    Raises ValueError, naming the first fact that differs, with the remedy.
+    """
+    notes = []
+    for name in sorted(new.keys() | old.keys()):
+        if name == MODEL_FILES:
+            if name in old:
+                _compare_files(output, old[name], new.get(name, {}), may_add_files)
+            else:
+                notes.append(
+                    f"{output} was begun by an earlier version, which didn't record the model's "
+                    "files; they are assumed to be the same"
+                )
+        elif new.get(name, defaults.get(name)) != old.get(name, defaults.get(name)):
+            raise ValueError(
+                f"{output} was begun with {name} {old.get(name)!r}, which now is "
+                f"{new.get(name)!r}; set it back, choose another --output, or give --overwrite"
+            )
+    return notes
+
+
+def _compare_files(output: str, old: Any, new: Any, may_add_files: bool) -> None:
+    """Raise ValueError, naming the first of the model's files whose fingerprint differs.
+
+    old, new: fingerprint of each file by its name.
+    """
+    for name in sorted(new.keys() | old.keys()):
+        if new.get(name) != old.get(name) and not (may_add_files and name not in old):
+            how = "was removed" if name not in new else "was added"
+            how = "has changed" if name in new and name in old else how
+            raise ValueError(
+                f"the model's {name} {how} since {output} was begun, so further answers would be "
+                "another model's; restore the old file, choose another --output, or give "
+                "--overwrite"
+            )

@@ -1,7 +1,8 @@
-"""Fields of a request, in OpenAI's and vLLM's names: three lists for completions, three for chats.
+"""The fields of a request's body, by OpenAI's and vLLM's names, and how each is treated.
 
-SUPPORTED fields change the answer as they say. IGNORED ones can't change it. MISSING ones could,
-so only the values that leave it as it is are accepted. Knows names and values; no model.
+_SUPPORTED fields are implemented. _IGNORED ones can't change an answer. _MISSING ones could, and
+aren't implemented, so only their neutral values are accepted, which change nothing. Knows names and
+values; nothing of models.
 """
 
 from __future__ import annotations
@@ -27,9 +28,11 @@ _IGNORED = {
     "parallel_tool_calls", "prediction", "priority", "prompt_cache_key", "prompt_cache_retention",
     "request_id", "safety_identifier", "service_tier", "store", "stream_options", "user",
 }  # fmt: skip
-_FREE = "answers are not held to a form; ask for it in the prompt"
+# Reasons and remedies that several of the missing fields share.
+_FREE = "answers can't be constrained to a format; ask for it in the prompt"
 _TEXT = "only text is read and written"
 _IDS = "answers in files are text; flexgen_ray.LLM gives token ids"
+# {field: (its neutral values, the reason and the remedy)}
 _MISSING: dict[str, tuple[tuple, str]] = {
     "best_of": ((1,), "answers are not compared; give n for several"),
     "detokenize": ((True,), _IDS),
@@ -77,9 +80,9 @@ _MISSING_BY_URL: dict[str, dict[str, tuple[tuple, str]]] = {
 
 
 def used_fields(url: str, body: dict) -> dict:
-    """The fields of a body that change its answer.
+    """Return the fields of a body that affect its answer.
 
-    Raises ValueError, with the reason, for a field that is missing here or that nobody knows.
+    Raises ValueError, with the reason, for a field that is unknown or not implemented.
     """
     used, missing = {}, _MISSING | _MISSING_BY_URL[url]
     for name, value in body.items():
@@ -96,9 +99,9 @@ def used_fields(url: str, body: dict) -> dict:
 
 
 def split_columns(url: str, line: dict) -> tuple[dict, dict]:
-    """A line without a body: its fields, and the columns that are its owner's.
+    """Split a line without a body into the request's fields and the user's own columns.
 
-    Fields that are ignored may as well be columns, and come back with the answer.
+    Ignored fields count as columns, and are copied to the output line.
     """
     known = _SUPPORTED[url] | _MISSING.keys() | _MISSING_BY_URL[url].keys()
     body = {name: value for name, value in line.items() if name in known}
@@ -106,7 +109,7 @@ def split_columns(url: str, line: dict) -> tuple[dict, dict]:
 
 
 def refuse_fields(columns: dict) -> None:
-    """ValueError for a column that is called nearly like a field: it may be meant as one."""
+    """Raise ValueError for a column whose name is nearly a field's: it may be a misspelt field."""
     for name in columns.keys() - _IGNORED:
         if nearest := _nearest(name):
             raise ValueError(
@@ -116,7 +119,8 @@ def refuse_fields(columns: dict) -> None:
 
 
 def _refuse_unless_neutral(name: str, value: object, neutral: tuple, reason: str) -> None:
-    # In Python True is 1, in JSON it isn't.
+    """Raise ValueError, with the reason, unless the value is a neutral one of a missing field."""
+    # In Python True equals 1, in JSON it doesn't.
     if any(value == it and isinstance(value, bool) == isinstance(it, bool) for it in neutral):
         return
     only = f"is {value!r}; only {' or '.join(map(repr, neutral))} is supported"
@@ -125,6 +129,7 @@ def _refuse_unless_neutral(name: str, value: object, neutral: tuple, reason: str
 
 @lru_cache(maxsize=1024)
 def _nearest(name: str) -> str:
+    """Return a hint at the supported field with the most similar name; "" if none is similar."""
     names = _SUPPORTED[COMPLETION] | _SUPPORTED[CHAT]
-    found = get_close_matches(name.lower().replace("-", "_"), sorted(names), n=1, cutoff=0.85)
-    return f" (is {found[0]} meant?)" if found else ""
+    close = get_close_matches(name.lower().replace("-", "_"), sorted(names), n=1, cutoff=0.85)
+    return f" (is {close[0]} meant?)" if close else ""
