@@ -53,6 +53,7 @@ FENCES = {"", "text", "bash", "python", "yaml", "json", "csv"}  # the first two 
 ELSEWHERE = {
     "--stages": "hidden", "--sparsity": "hidden", "--no-ray": "hidden", "--dummy-weights": "hidden",
     "--fast": "gone, as the changelog says", "--a-b": "any option",
+    "--model_args": "of lm-eval",
 }  # fmt: skip
 SMALL = {
     "--gpu-memory": "64MiB", "--cpu-memory": "64MiB", "--disk-memory": "64MiB",
