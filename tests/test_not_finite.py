@@ -344,7 +344,7 @@ def test_a_packed_group_tells_that_a_value_was_not_finite(bits, value):
     assert not found[1, 64:128].isfinite().any()
     found[1, 64:128] = 0
     assert found.isfinite().all()
-    with pytest.raises(ValueError, match="can't be packed"):
+    with pytest.raises(ValueError, match="can't be quantized"):
         pack(x, bits)
 
 

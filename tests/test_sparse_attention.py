@@ -18,7 +18,7 @@ from flexgen_ray.config import kept_tokens
 from flexgen_ray.kernels import host_kernel
 from flexgen_ray.kernels.attention import decode, decode_sparse
 from flexgen_ray.kernels.host_attention import HostAttention
-from flexgen_ray.kernels.host_sparse import keep
+from flexgen_ray.kernels.host_sparse import keep_largest
 from flexgen_ray.kernels.host_tiles import AHEAD, BLOCK
 
 cases = st.builds(
@@ -150,7 +150,7 @@ def test_of_equal_weights_the_first_are_kept(weights, share):
     room = np.zeros(-(-tokens // BLOCK) * BLOCK, np.float32)
     room[:tokens] = weights
     kept = np.zeros(len(room) + AHEAD, np.int64)
-    assert keep(room, tokens, count, kept) == count
+    assert keep_largest(room, tokens, count, kept) == count
     by_weight = sorted(range(tokens), key=lambda token: (-room[token], token))
     assert kept[:count].tolist() == sorted(by_weight[:count])
 

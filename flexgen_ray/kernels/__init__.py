@@ -1,1 +1,1 @@
-"""How are attention, packing and sampling computed fast? Kernels for host and device."""
+"""Kernels that compute attention, quantization and sampling fast, on host and device."""

@@ -1,4 +1,4 @@
-"""Attention of new tokens to a cache, on whatever device the tensors are. Knows no tiers."""
+"""Attention of new tokens to a cache, in torch, on the device of the tensors. Knows no tiers."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ def decode(
     """Attend one new token per row to its cache.
 
     q: [rows, heads, head_dim]; k, v: [rows, kv_heads, seq, head_dim]
-    lens: valid tokens of each row, the new one included; window: how many of them, the last ones,
-    are attended, if not all; mask: length_mask(lens, window), if it is at hand.
-    Returns [rows, heads, head_dim]. The queries of a KV group are folded into query rows, so the
-    cache is read once however many heads share it.
+    lens: valid tokens of each row, the new one included.
+    mask: length_mask(lens, device, window), if the caller has it already.
+    window: number of each row's last tokens that are attended, None for all.
+    Returns [rows, heads, head_dim]. The query heads that share a KV head become rows of one query
+    matrix, so the cache is read once.
     """
     rows, heads, head_dim = q.shape
     tokens = span(lens, window)
@@ -49,25 +50,27 @@ def decode_sparse(
 ) -> Tensor:
     """Attend one new token per row to the tokens of its cache that weigh most (FlexGen, top-k).
 
-    All but sparsity as for decode; only the values of the tokens chosen are used.
+    sparsity: share of the tokens that are attended; other arguments as for decode. Only the values
+    of the selected tokens are used.
     """
-    chosen = select_tokens(q, k, lens, sparsity, mask, window)
-    return weighted_sum(chosen.weights, chosen.of(v[:, :, span(lens, window)]))
+    selected = select_tokens(q, k, lens, sparsity, mask, window)
+    return weighted_sum(selected.weights, selected.gather(v[:, :, span(lens, window)]))
 
 
 @dataclass(frozen=True)
 class SelectedTokens:
-    """The tokens that decoding rows attend, the best first, and how they weigh.
+    """Tokens that decoding rows attend, heaviest first, and their weights.
 
-    tokens: int64 [rows, kv_heads, kept], from the first of span on; where a row keeps fewer its
-    first again; weights: float32 [rows, kv_heads, heads of each, kept], zero for those.
+    tokens: int64 [rows, kv_heads, kept], counted from the start of span(lens, window); a row that
+    keeps fewer repeats its first.
+    weights: float32 [rows, kv_heads, heads of each, kept], zero for repeated tokens.
     """
 
     tokens: Tensor
     weights: Tensor
 
-    def of(self, cached: Tensor) -> Tensor:
-        """[rows, kv_heads, kept, width] out of [rows, kv_heads, seq, width]."""
+    def gather(self, cached: Tensor) -> Tensor:
+        """Selected entries, [rows, kv_heads, kept, width], of [rows, kv_heads, seq, width]."""
         return cached.gather(2, self.tokens[..., None].expand(-1, -1, -1, cached.shape[-1]))
 
 
@@ -79,11 +82,11 @@ def select_tokens(
     mask: Tensor | None = None,
     window: int | None = None,
 ) -> SelectedTokens:
-    """Of each KV head's tokens within the window those kept_tokens whose softmax weights, summed
-    over the heads that share them, are largest; of equal ones the first. They weigh by a softmax
-    over these.
+    """Select the tokens of each KV head that weigh most; arguments as for decode_sparse.
 
-    Arguments as for decode_sparse.
+    A token's weight is its softmax over the window's tokens, summed over the query heads that share
+    the KV head; of equal weights the first wins. config.kept_tokens says how many are selected. The
+    weights returned are a softmax over the selected tokens alone.
     """
     rows, heads, head_dim = q.shape
     kv_heads, tokens = k.shape[1], span(lens, window)
@@ -94,52 +97,57 @@ def select_tokens(
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
     weights = scores.softmax(-1).sum(2)
-    # NaN if any score is, zero otherwise: the tokens that are kept might not tell of it.
+    # NaN if any score is NaN, else 0: the selected tokens alone might not show it.
     fault = (weights[..., :1] * 0)[:, :, None]
     if mask is not None:
-        weights = weights.masked_fill(~mask[:, 0], -1)  # below those that vanish
-    kept = [kept_tokens(min(end, window or end), sparsity) for end in lens]
-    chosen = weights.sort(dim=-1, descending=True, stable=True).indices[..., : max(kept)]
-    scores = scores.gather(-1, chosen[:, :, None].expand(-1, -1, scores.shape[2], -1))
-    used = length_mask(kept, q.device)
+        weights = weights.masked_fill(~mask[:, 0], -1)  # less than weights that are 0 by underflow
+    counts = [kept_tokens(min(end, window or end), sparsity) for end in lens]
+    selected = weights.sort(dim=-1, descending=True, stable=True).indices[..., : max(counts)]
+    scores = scores.gather(-1, selected[:, :, None].expand(-1, -1, scores.shape[2], -1))
+    used = length_mask(counts, q.device)
     if used is not None:
-        # What lies beyond a row's tokens may not be a number, which no weight of zero would mend.
-        chosen = chosen.where(used[:, 0], chosen[..., :1])
+        # Beyond a row's tokens the cache may hold NaN, which a weight of 0 would not hide.
+        selected = selected.where(used[:, 0], selected[..., :1])
         scores = scores.masked_fill(~used, -torch.inf)
-    return SelectedTokens(chosen, scores.softmax(-1).add_(fault))
+    return SelectedTokens(selected, scores.softmax(-1).add_(fault))
 
 
 def weighted_sum(weights: Tensor, values: Tensor) -> Tensor:
-    """weights: as chosen; values: [rows, kv_heads, kept, head_dim], of the tokens chosen.
+    """Weighted sum of the selected tokens' values.
 
+    weights: of SelectedTokens; values: [rows, kv_heads, kept, head_dim].
     Returns [rows, heads, head_dim] in the dtype of values.
     """
     return (weights.to(values.dtype) @ values).flatten(1, 2)
 
 
 def cache_bits(cached: Tensor, head_dim: int) -> int | None:
-    """Bits of a packed value of keys or values, which their shape tells; None if not packed.
+    """Bits of a quantized value in a cache of keys or values, None if it isn't quantized.
 
-    Raises ValueError for bytes that are no packed vectors of head_dim values.
+    The last dimension's size tells. Raises ValueError for a size that no packed vector of head_dim
+    values has.
     """
     if cached.dtype != torch.uint8:
         return None
     sizes = {packed_bytes(head_dim, bits): bits for bits in (4, 8)}
     if cached.shape[-1] not in sizes:
-        taken = " or ".join(f"{size} in {bits} bits" for size, bits in sizes.items())
+        allowed = " or ".join(f"{size} in {bits} bits" for size, bits in sizes.items())
         raise ValueError(
-            f"a packed vector of {head_dim} values has {taken}, not {cached.shape[-1]} bytes"
+            f"a packed vector of {head_dim} values has {allowed}, not {cached.shape[-1]} bytes"
         )
     return sizes[cached.shape[-1]]
 
 
 def span(lens: list[int], window: int | None = None) -> slice:
-    """The tokens of a cache that rows of these lengths attend, from the first of any row on."""
+    """Cached tokens that some row attends, for rows with these numbers of valid tokens."""
     return slice(0 if window is None else max(0, min(lens) - window), max(lens))
 
 
 def length_mask(lens: list[int], device: torch.device, window: int | None = None) -> Tensor | None:
-    """[rows, 1, 1, tokens of span], true where a row attends one; None if all are equally long."""
+    """Mask of the tokens that each row attends, bool [rows, 1, 1, tokens of span(lens, window)].
+
+    None if all rows are equally long.
+    """
     if min(lens) == max(lens):
         return None
     tokens = span(lens, window)
@@ -160,10 +168,11 @@ def prefill(
 ) -> Tensor:
     """Attend a chunk of one row to its cache and, causally, to itself.
 
-    Over a cached prefix or beyond the window, query_tile queries at a time, which bounds the mask.
-
     q: [tokens, heads, head_dim]; k, v: [kv_heads, start + tokens, head_dim]
-    start: tokens of the row before the chunk; window: as for decode, of each token.
+    start: number of the row's tokens before the chunk.
+    query_tile: most queries at a time over a cached prefix or beyond the window, which bounds the
+    mask's size.
+    window: number of last tokens that each token attends, None for all.
     Returns [tokens, heads, head_dim].
     """
     tokens, heads, head_dim = q.shape

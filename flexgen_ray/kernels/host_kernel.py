@@ -1,7 +1,7 @@
-"""Which kernel attends on the host: the faster on this machine, measured once and kept.
+"""Choice of the kernel for attention on the host: the faster on this machine, measured once.
 
-The two round differently, so a machine keeps its answer, and with it its bits, from run to run.
-Knows how to time a kernel; not how one works.
+The kernels round differently, so a machine remembers its choice, and with it its bits, from run to
+run. Knows how to time a kernel; not how one works.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from flexgen_ray.quant.packing import packed_bytes
 
 
 class HostKernel(Protocol):
-    """HostAttention's arguments."""
+    """Kernel that attends on the host; arguments as for HostAttention."""
 
     def __call__(
         self,
@@ -52,9 +52,9 @@ _LEAST_HEAD_DIM = 16
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """What a kernel's speed depends on, beside the machine; dtype by its torch name.
+    """Shape of attention that a kernel's speed depends on.
 
-    bits: 4 or 8 if the cache is packed; sparsity: the share of tokens that are attended.
+    dtype: torch's name; bits: 4 or 8 for a quantized cache; sparsity: share of attended tokens.
     """
 
     dtype: str
@@ -65,16 +65,17 @@ class AttentionShape:
     sparsity: float = 1.0
 
     def vector_bytes(self) -> int:
-        """Of one token's keys or values of one KV head."""
+        """Bytes of one token's key or value of one KV head."""
         if self.bits is not None:
             return packed_bytes(self.head_dim, self.bits)
         return self.head_dim * getattr(torch, self.dtype).itemsize
 
 
 def load_kernel(name: str, threads: int) -> HostKernel:
-    """One of KERNELS by its name; each takes plain and packed caches, and any sparsity.
+    """Kernel with a name of KERNELS; each takes plain and quantized caches, and any sparsity.
 
-    sdpa takes as many threads as torch is set to. Raises ValueError for another name.
+    threads: for numba; sdpa runs on the number of threads that torch is set to.
+    Raises ValueError for another name.
     """
     if name == "sdpa":
         return _sdpa
@@ -86,24 +87,24 @@ def load_kernel(name: str, threads: int) -> HostKernel:
 
 
 def takes_torch_threads(kernel: HostKernel) -> bool:
-    """Whether it runs on as many threads as torch is set to, not on its own."""
+    """True if the kernel runs on torch's threads, rather than on its own."""
     return kernel is _sdpa
 
 
 def choose_kernel(
     shape: AttentionShape, threads: int, folder: Path, nbytes: int = MEASURED_BYTES
 ) -> str:
-    """The faster of KERNELS; measured (about half a second) unless the folder has the answer.
+    """Name of the faster kernel; measured (about half a second) unless the folder has the answer.
 
-    The folder is made if need be. What can't be read there is measured anew, what can't be
-    written is not kept; neither is an error.
+    folder: created if need be; nbytes: most bytes of cache to measure with. A file that can't be
+    read is ignored, and one that can't be written is left out; neither is an error.
     """
     if shape.head_dim < _LEAST_HEAD_DIM:
         return "sdpa"
     path, key = folder / _FILE, _key(shape, threads)
-    kept = _read(path)
-    if kept.get(key) in KERNELS:
-        return kept[key]
+    choices = _read(path)
+    if choices.get(key) in KERNELS:
+        return choices[key]
     seconds = measure(shape, threads, min(nbytes, MEASURED_BYTES))
     chosen = min(seconds, key=seconds.__getitem__)
     with suppress(OSError):
@@ -112,8 +113,10 @@ def choose_kernel(
 
 
 def measure(shape: AttentionShape, threads: int, nbytes: int = MEASURED_BYTES) -> dict[str, float]:
-    """Seconds each kernel takes for one pass over a cache of so many bytes, by default far more
-    than a CPU's caches hold."""
+    """Seconds that each kernel takes to attend a cache of nbytes once, by the kernel's name.
+
+    The default size is far more than a CPU's caches hold.
+    """
     row_bytes = 2 * shape.num_kv_heads * _CONTEXT * shape.vector_bytes()
     seconds = {}
     for name in KERNELS:
@@ -124,7 +127,7 @@ def measure(shape: AttentionShape, threads: int, nbytes: int = MEASURED_BYTES) -
 
 
 def compiled_kernel(name: str, threads: int, shape: AttentionShape) -> HostKernel:
-    """One of KERNELS that has run once for the shape, and so is compiled."""
+    """Kernel with a name of KERNELS that has run once for the shape, and so is compiled."""
     kernel = load_kernel(name, threads)
     _call(kernel, shape, 1, 1)()
     return kernel
@@ -133,10 +136,10 @@ def compiled_kernel(name: str, threads: int, shape: AttentionShape) -> HostKerne
 def _call(
     kernel: HostKernel, shape: AttentionShape, rows: int, context: int
 ) -> Callable[[], object]:
-    """The kernel on as many rows of made-up values."""
+    """Call of the kernel on a number of rows of made-up values."""
     dtype = getattr(torch, shape.dtype)
     size = (2, rows, shape.num_kv_heads, context, shape.vector_bytes())
-    # Bytes that are small numbers in every dtype, and as minimums and scales.
+    # These bytes are small numbers in every dtype, and as minimums and scales.
     cache = torch.full(size, 0x38, dtype=torch.uint8)
     if shape.bits is None:
         cache = cache.view(dtype)
@@ -146,7 +149,7 @@ def _call(
 
 
 def best_seconds(run: Callable[[], object], budget: float) -> float:
-    """The shortest of at least two runs, repeated until the budget's seconds are spent."""
+    """Seconds of the fastest run, of at least two and of as many as fit the budget in seconds."""
     best, begin, runs = float("inf"), time.perf_counter(), 0
     while runs < 2 or time.perf_counter() - begin < budget:
         start = time.perf_counter()
@@ -164,24 +167,26 @@ def _sdpa(
     sparsity: float = 1.0,
     window: int | None = None,
 ) -> None:
+    """Attend with torch's scaled_dot_product_attention; a quantized cache is dequantized first."""
     bits, tokens = attention.cache_bits(k, q.shape[-1]), attention.span(lens, window)
     k, v = k[:, :, tokens], v[:, :, tokens]
     lens = [end - tokens.start for end in lens]
     if bits is not None:
-        k, v = (_unpacked(x, bits, q) for x in (k, v))
+        k, v = (_dequantized(x, bits, q) for x in (k, v))
     if sparsity == 1:
         out.copy_(attention.decode(q, k, v, lens, window=window))
     else:
         out.copy_(attention.decode_sparse(q, k, v, lens, sparsity, window=window))
 
 
-def _unpacked(packed: Tensor, bits: int, like: Tensor) -> Tensor:
+def _dequantized(packed: Tensor, bits: int, like: Tensor) -> Tensor:
     values = like.new_empty((*packed.shape[:-1], like.shape[-1]))
     unpack(packed, bits, values)
     return values
 
 
 def _key(shape: AttentionShape, threads: int) -> str:
+    """Key of a choice: everything that the kernels' speed depends on."""
     heads = f"{shape.num_heads}/{shape.num_kv_heads}x{shape.head_dim}"
     if shape.bits is not None:
         heads += f" in {shape.bits} bits"
@@ -192,7 +197,7 @@ def _key(shape: AttentionShape, threads: int) -> str:
 
 
 def cpu_name() -> str:
-    """The model and, in brackets, the kind that code is compiled for."""
+    """CPU model and, in brackets, LLVM's name for the CPU that code is compiled for."""
     from llvmlite import binding
 
     with suppress(OSError):
@@ -203,19 +208,21 @@ def cpu_name() -> str:
 
 
 def _read(path: Path) -> dict[str, str]:
+    """Choices of earlier runs, by _key; none if the file can't be read."""
     try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
+        choices = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return kept if isinstance(kept, dict) else {}
+    return choices if isinstance(choices, dict) else {}
 
 
-def _write(path: Path, kept: dict[str, str]) -> None:
+def _write(path: Path, choices: dict[str, str]) -> None:
+    """Replace the file in one step, so that no reader sees half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, written = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(json.dumps(kept, indent=2, sort_keys=True) + "\n")
+            file.write(json.dumps(choices, indent=2, sort_keys=True) + "\n")
         os.replace(written, path)
     except BaseException:
         Path(written).unlink(missing_ok=True)

@@ -41,11 +41,11 @@ _COMMON_DIMS = (64, 128)
 def score_heads(context, kind, heads, shape, queries, rows, scores, ahead):
     """scores[j, h] = rows[j] . queries[h], for two or more heads; shape: (rows, bytes of one row).
 
-    A vector of queries holds the same part of the queries of several heads, say elements 0 to 3:
+    A vector of queries holds the same part of several heads' queries, say elements 0 to 3:
 
         q0[0:4] q1[0:4] q2[0:4] q3[0:4]
 
-    The same part of a key is repeated, once for each head, and multiplied with it. Where the heads
+    That part of a key is repeated, once for each head, and multiplied with it. Where the heads
     don't fit one vector, the repeated part is multiplied with several vectors of queries.
     ahead: matrix of rows that are read soon. Heads compute for so long that memory would idle, so
     these rows are prefetched meanwhile.

@@ -87,9 +87,9 @@ def add_softmax(context, heads, tokens, scores, weights):
 def keep_largest(weights, tokens, count, selected):
     """selected[:n] = positions of the count largest of the tokens' weights, in order.
 
-    Of equal weights the first are selected. Weights are not negative, so their bits, as integers,
-    are in the order of their values. weights has room for whole blocks; selected for one more than
-    count. Returns n, which is the count, or less if there are weights that are NaN.
+    Equal weights are selected from the first on. Weights are not negative, so their bits, as
+    integers, are in the order of their values. weights has room for whole blocks,
+    and selected for one more than count. Returns n, which is the count, or less if weights are NaN.
     """
     weights[tokens:] = -1
     bits = weights.view(np.int32)

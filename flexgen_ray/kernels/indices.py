@@ -1,4 +1,4 @@
-"""Small tensors of indices on their way to a device. Knows no tiers and no rows."""
+"""Transfer of small lists of indices to a device. Knows no tiers and no rows."""
 
 from __future__ import annotations
 
@@ -11,6 +11,6 @@ from torch import Tensor
 def place_indices(
     values: Sequence, device: torch.device, dtype: torch.dtype = torch.int64
 ) -> Tensor:
-    """Indices, or numbers of another dtype, on the device, without waiting for it."""
+    """Tensor of indices, or of numbers of another dtype, on a device; does not wait for it."""
     indices = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
     return indices.to(device, non_blocking=True)

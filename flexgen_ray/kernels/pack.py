@@ -1,7 +1,8 @@
-"""Floats to packed vectors (packing.py has their layout) and back.
+"""Quantization of vectors of floats to packed vectors (quant/packing.py has the layout), and back.
 
 A value is minimum + code * scale in float32, where the product is exact, so every device gives
-the same bits. Knows numbers only: no tiers, no models.
+the same bits. Chooses the fastest code for a tensor's device: pack_host, pack_cuda or pack_plain.
+Knows numbers only: no tiers, no models.
 """
 
 from __future__ import annotations
@@ -31,13 +32,14 @@ def pack(
     """Quantize each vector of x, its last dimension, to the nearest codes.
 
     x: [..., size], of any float dtype, rounded to float32; bits: 4 or 8.
-    out, returned: uint8 [..., packed_bytes(size, bits)], dense in its last dimension; made if None.
-    The minimum is rounded to float16, and the scale up to the next float16 that reaches the
-    largest value; with least_squares both are searched, group by group, for less squared error
-    than that has, at many times the cost. Groups of fewer than 64 values are not searched.
-    Raises ValueError for a value that is not finite or beyond LARGEST; without `raises`, and on
-    CUDA, where that would wait for the device, such a value's group becomes NaN. Nothing is
-    searched there: ValueError.
+    out, returned: uint8 [..., packed_bytes(size, bits)], dense in its last dimension; None to
+    allocate it.
+    least_squares: search each group's minimum and scale for a smaller squared error, at many times
+    the cost; groups of fewer than 64 values are not searched. Otherwise the minimum is rounded to
+    float16, and the scale up to the next float16 that reaches the largest value.
+    raises: raise ValueError for a value that is not finite or beyond LARGEST. Without it, and on
+    CUDA, where checking would wait for the device, such a value's group becomes NaN.
+    Raises ValueError for least_squares on CUDA.
     """
     shape = (*x.shape[:-1], packed_bytes(x.shape[-1], bits))
     if out is None:
@@ -47,29 +49,33 @@ def pack(
     values = values if _is_dense(values) else values.contiguous()
     if x.device.type != "cpu":
         if least_squares:
-            raise ValueError(f"least squares are found on the CPU, not on {x.device}: pack there")
+            raise ValueError(
+                f"least squares are searched on the CPU, not on {x.device}: pack there"
+            )
         _on_device(x.device).pack(values, bits, out)
         return out
     from flexgen_ray.kernels import pack_host as host
 
     if not host.pack(values, bits, out, least_squares) and raises:
         raise ValueError(
-            f"values from {x.min():g} to {x.max():g} can't be packed: beyond {LARGEST:g} their"
-            " scale leaves float16; check the weights, or keep them unpacked"
+            f"values from {x.min():g} to {x.max():g} can't be quantized: beyond {LARGEST:g} their"
+            " scale leaves float16; check the weights, or leave them unquantized"
         )
     return out
 
 
 def unpack(packed: Tensor, bits: int, out: Tensor) -> None:
-    """The values of packed vectors, rounded to out's dtype.
+    """Dequantize packed vectors into out, rounded to its dtype.
 
     packed: uint8 [..., packed_bytes(size, bits)]; out: float32, float16 or bfloat16 [..., size],
     on the same device; both dense in their last dimension.
-    Raises ValueError if they don't fit together.
+    Raises ValueError if the two don't fit together.
     """
     _check(packed, (*out.shape[:-1], packed_bytes(out.shape[-1], bits)), out.device)
     if out.dtype not in _DTYPES:
-        raise ValueError(f"packed values become one of {_DTYPES}, not {out.dtype}")
+        raise ValueError(
+            f"quantized values are dequantized to one of {_DTYPES}, not to {out.dtype}"
+        )
     if not _is_dense(out):
         raise ValueError(f"out must be dense in its last dimension, not strided {out.stride()}")
     if out.device.type != "cpu":
@@ -82,7 +88,10 @@ def unpack(packed: Tensor, bits: int, out: Tensor) -> None:
 
 @cache
 def _on_device(device: torch.device) -> ModuleType:
-    """Triton comes with torch's CUDA packages, but not everywhere, and takes a C compiler too."""
+    """Module that packs on a device other than the CPU: pack_cuda if Triton works, or pack_plain.
+
+    Triton comes with most of torch's CUDA packages, and needs a C compiler when it runs.
+    """
     if not find_spec("triton"):
         return import_module("flexgen_ray.kernels.pack_plain")
     fast = import_module("flexgen_ray.kernels.pack_cuda")
@@ -91,7 +100,7 @@ def _on_device(device: torch.device) -> ModuleType:
         fast.pack(torch.zeros(1, 1, device=device), 8, pack_into)
     except Exception as error:
         _log.warning(
-            "Triton compiles nothing here (%s): packed values take torch's own kernels, which are "
+            "Triton can't compile here (%s): quantized values use torch's own kernels, which are "
             "slower and need more memory; install a C compiler and Python's headers (gcc, "
             "python3-dev)",
             error,
@@ -101,14 +110,15 @@ def _on_device(device: torch.device) -> ModuleType:
 
 
 def _check(packed: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
-    found = packed.dtype, tuple(packed.shape), packed.device
-    if found != (torch.uint8, shape, device) or not _is_dense(packed):
+    """Raise ValueError unless packed is uint8 of this shape, on this device, and dense."""
+    own = packed.dtype, tuple(packed.shape), packed.device
+    if own != (torch.uint8, shape, device) or not _is_dense(packed):
         raise ValueError(
             f"packed vectors must be torch.uint8 {list(shape)} on {device}, dense in their last"
-            f" dimension, not {found[0]} {list(found[1])} on {found[2]}, strided {packed.stride()}"
+            f" dimension, not {own[0]} {list(own[1])} on {own[2]}, strided {packed.stride()}"
         )
 
 
 def _is_dense(x: Tensor) -> bool:
-    """In its last dimension."""
+    """True if a vector's values lie side by side."""
     return x.shape[-1] == 1 or x.stride(-1) == 1

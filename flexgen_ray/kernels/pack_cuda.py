@@ -1,7 +1,7 @@
-"""Packing and unpacking on CUDA in one pass over memory; bit for bit as plain.py, NaN aside.
+"""Quantization on CUDA in one pass over memory; bit for bit as pack_plain, except which NaN.
 
-A program has some groups, one after the other, of all vectors' groups. Numbers of 16 bits are
-read and written byte by byte, for vectors may lie at odd addresses. Needs Triton.
+Each program takes some neighbouring groups out of the groups of all vectors. Numbers of 16 bits are
+read and written byte by byte, because vectors may lie at odd addresses. Needs Triton.
 """
 
 from __future__ import annotations
@@ -15,19 +15,23 @@ from flexgen_ray.quant.packing import GROUP, LARGEST, code_bytes, num_groups
 
 _DIMS = 4
 _GROUPS_PER_PROGRAM = 32
-# These change from pass to pass; each time that one was 1, or a multiple of 16, would be compiled.
+# These sizes change from pass to pass, and Triton would compile anew for sizes that are 1 or a
+# multiple of 16.
 _COUNTS = ("total", "n1", "n2", "n3")
 
 
 def pack(x: Tensor, bits: int, out: Tensor) -> None:
+    """Quantize vectors into out; a group with a value beyond LARGEST becomes NaN."""
     _launch(_pack, x, out, bits)
 
 
 def unpack(packed: Tensor, bits: int, out: Tensor) -> None:
+    """Dequantize vectors into out, rounded to its dtype."""
     _launch(_unpack, out, packed, bits)
 
 
 def _launch(kernel: triton.JITFunction, values: Tensor, packed: Tensor, bits: int) -> None:
+    """Run a kernel over all groups; tensors of more than five dimensions take several launches."""
     if values.dim() - 1 > _DIMS:
         for pair in zip(values, packed, strict=True):
             _launch(kernel, *pair, bits)
@@ -50,13 +54,19 @@ def _launch(kernel: triton.JITFunction, values: Tensor, packed: Tensor, bits: in
 def _place(
     unit, size, n1, n2, n3, v0, v1, v2, v3, p0, p1, p2, p3, BITS: tl.constexpr, GROUP: tl.constexpr
 ):
-    """Of groups: number in the vector, values, bytes of codes, offsets of values and of vector."""
+    """Position of groups, by their numbers among all groups of all vectors.
+
+    v0 to v3 and p0 to p3: strides of values and of packed vectors over the outer dimensions, whose
+    sizes from the second on are n1 to n3.
+    Returns each group's number in its vector, its number of values and of bytes of codes, the
+    offset of its values, and the offset of its packed vector.
+    """
     groups = tl.cdiv(size, GROUP)
     group, vector = unit % groups, unit // groups
     i3, rest = vector % n3, vector // n3
     i2, rest = rest % n2, rest // n2
     i1, i0 = rest % n1, rest // n1
-    # Division of 32 bits is far cheaper; offsets may need more.
+    # 32-bit division is far cheaper, but offsets may need 64 bits.
     i0, i1, i2, i3 = i0.to(tl.int64), i1.to(tl.int64), i2.to(tl.int64), i3.to(tl.int64)
     n = tl.minimum(size - group * GROUP, GROUP)
     nbytes = n if BITS == 8 else (n + 1) // 2
@@ -66,6 +76,7 @@ def _place(
 
 @triton.jit
 def _load_half(address, live):
+    """Float16 at any address, as float32."""
     low = tl.load(address, mask=live, other=0).to(tl.uint16)
     high = tl.load(address + 1, mask=live, other=0).to(tl.uint16)
     return (low | (high << 8)).to(tl.float16, bitcast=True).to(tl.float32)
@@ -73,7 +84,7 @@ def _load_half(address, live):
 
 @triton.jit
 def _store_half(address, value, live):
-    """A float32 that is a float16."""
+    """Write a float32 that float16 can hold, at any address."""
     bits = value.to(tl.float16).to(tl.uint16, bitcast=True)
     tl.store(address, (bits & 255).to(tl.uint8), mask=live)
     tl.store(address + 1, (bits >> 8).to(tl.uint8), mask=live)
@@ -110,7 +121,7 @@ def _unpack(
 
 @triton.jit
 def _ends(x, within, LARGEST: tl.constexpr):
-    """Least, largest, and how many are beyond LARGEST of [groups, values]."""
+    """Least value, largest value and number of values beyond LARGEST, of [groups, values]."""
     low = tl.min(tl.where(within, x, float("inf")), axis=1)
     high = tl.max(tl.where(within, x, float("-inf")), axis=1)
     beyond = tl.sum((within & ~(tl.abs(x) <= LARGEST)).to(tl.int32), axis=1)
@@ -119,9 +130,10 @@ def _ends(x, within, LARGEST: tl.constexpr):
 
 @triton.jit
 def _code(x, minimum, scale, levels):
+    """Codes of [groups, values], uint8."""
     steps = tl.div_rn(x - minimum[:, None], scale[:, None])
     steps = tl.minimum(tl.maximum(steps, 0.0), levels)
-    # A number this large ends in whole numbers, ties to even.
+    # Adding 1.5 * 2**23 rounds to a whole number, ties to even, which is in the sum's low bits.
     return ((steps + 12582912.0).to(tl.int32, bitcast=True) & 255).to(tl.uint8)
 
 

@@ -98,7 +98,7 @@ class DeviceAttention:
         """cached: [2, rows, kv_heads, tokens seen, width]."""
         if self._plan.is_sparse:
             chosen = self._chosen(work, run, cached[0], window)
-            return attention.weighted_sum(chosen.weights, self._values(chosen.of(cached[1])))
+            return attention.weighted_sum(chosen.weights, self._values(chosen.gather(cached[1])))
         k, v = self._values(cached)
         return attention.decode(self._query(work, run), k, v, run.lens, run.mask, window)
 
