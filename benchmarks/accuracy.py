@@ -1,7 +1,15 @@
-"""What compression and sparse attention cost in perplexity, beside that rounding in plain torch.
+"""Do quantization and sparse attention cost no more accuracy than they must? Perplexity, measured.
 
-Every variant is scored by the engine on the same windows of a text; peers are transformers' model
-with rounded weights and a rounding cache. Measures; decides nothing.
+Claim: our 4-bit and 8-bit weights and caches, and sparse attention, raise perplexity no more than
+the same rounding in plain torch, or other libraries' rounding. The engine scores every variant on
+the same windows of a text; peers are transformers' model with rounded weights, a rounding cache, or
+sparse attention (rounding.py).
+
+Good: `against the checkpoint` near 1, and each variant equal to its peer in plain torch.
+docs/results/accuracy-smollm2.json: python -m benchmarks.accuracy --model SmolLM2-135M-Instruct
+--data wikitext2_raw_test.txt --max-tokens 21000 --plot FILE --json FILE
+docs/results/accuracy-opt-6m.json: the same with --model opt-6m-gsm8k --data gsm8k_test.jsonl
+--context 512 --stride 256 --max-tokens 40000
 """
 
 from __future__ import annotations
@@ -30,14 +38,17 @@ CHECKPOINT = "the checkpoint"
 
 @dataclass(frozen=True)
 class Variant:
-    """lossy: as in LLM."""
+    """A way to run the model: its name, and the lossy options of LLM."""
 
     name: str
     lossy: dict[str, Any] = field(default_factory=dict)
 
     @property
     def scored_in(self) -> str:
-        """Prefill sees the cache as it is kept, but only decode is sparse."""
+        """Phase in which the variant is scored: decode if it is sparse, else prefill.
+
+        Only decode is sparse; a quantized cache counts in prefill too, which attends it as stored.
+        """
         return "decode" if "attention_sparsity" in self.lossy else "prefill"
 
 
@@ -58,15 +69,23 @@ VARIANTS = (
 
 
 def accuracy(
-    model: Annotated[str, typer.Option(help="Model folder.")],
-    data: Annotated[Path, typer.Option(help="A text, or .jsonl of questions and answers.")],
-    context: Annotated[int, typer.Option(min=1, help="Tokens of a window.")] = 1024,
-    stride: Annotated[int, typer.Option(min=1, help="Between windows' starts.")] = 512,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Of the text.")] = 21_000,
+    model: Annotated[str, typer.Option(metavar="MODEL", help="Model folder, with a tokenizer.")],
+    data: Annotated[
+        Path,
+        typer.Option(metavar="FILE", help="Text, or .jsonl of GSM8K's questions and answers."),
+    ],
+    context: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens of a window.")] = 1024,
+    stride: Annotated[
+        int,
+        typer.Option(metavar="N", min=1, help="Tokens from a window's start to the next one's."),
+    ] = 512,
+    max_tokens: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Tokens of the text to score, at most.")
+    ] = 21_000,
     plot: PlotOption = None,
     json_file: JsonOption = None,
 ) -> None:
-    """Perplexity of a model in every format, and with the same rounding in plain torch.
+    """Measure a model's perplexity in every format, and with the same rounding in plain torch.
 
     Example: python -m benchmarks.accuracy --model ./smollm2 --data wiki.txt
     """
@@ -85,7 +104,10 @@ def accuracy(
 
 
 def read_text(path: Path) -> str:
-    """A text file, or questions and answers from JSON lines, without GSM8K's sums in brackets."""
+    """Text of a file, or of JSON lines with questions and answers.
+
+    GSM8K's calculator annotations, such as <<1+1=2>>, are left out.
+    """
     text = text_files.read_text(path)
     if path.suffix != ".jsonl":
         return text
@@ -95,22 +117,24 @@ def read_text(path: Path) -> str:
 
 
 def _scored(folder: Path, text: str, windows: dict[str, int]) -> Iterator[dict]:
+    """Figures of each variant, scored by the engine."""
     options: dict[str, Any] = {"dtype": "float32", "device": "cpu", "use_ray": False}
     for variant in VARIANTS:
         with LLM(folder, **options, **variant.lossy) as llm:
             figures = measure(llm, text, **windows, scored_in=variant.scored_in)
-        found = {"name": variant.name, "scored_in": variant.scored_in} | figures
-        say(str(found))
-        yield found
+        run = {"name": variant.name, "scored_in": variant.scored_in} | figures
+        say(str(run))
+        yield run
 
 
 def _peers(folder: Path, text: str, windows: dict[str, int]) -> Iterator[dict]:
+    """Figures of each peer whose package is installed, scored by transformers."""
     for name, peer in PEERS.items():
         figures = peer_perplexity(folder, text, peer, **windows)
         if figures is not None:
-            found = {"name": name, "scored_in": "transformers"} | figures
-            say(str(found))
-            yield found
+            run = {"name": name, "scored_in": "transformers"} | figures
+            say(str(run))
+            yield run
 
 
 if __name__ == "__main__":

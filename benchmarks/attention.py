@@ -1,16 +1,17 @@
-"""`python -m benchmarks.attention`: how near to the speed of memory host attention comes.
+"""Is attention on the CPU as fast as its memory? Kernels against a plain read, in turns.
 
-Decode attention does a few operations on each byte of the cache, so the most it can reach is the
-speed at which the same threads read the same memory and do nothing else. Both are measured in
-turns of milliseconds, since other work on the machine changes them. Where many query heads share
-a KV head, the bound is the CPU's float32 arithmetic instead: one multiply-add for each element and
-query head, at the rate of a loop that does nothing else. Packed caches and sparse attention take
-part in the same turns, over as many tokens: what counts for them is how many rows are attended a
-second, against the plain cache and all of its tokens. Measures; decides nothing.
+Claim: host attention reaches most of the machine's limit. Decode attention does a few operations
+on each byte of the cache, so its limit is the speed at which the same threads read the same memory
+and do nothing else. Where many query heads share a KV head, the limit is float32 arithmetic
+instead: one multiply-add for each element and query head (fma_rate.py). Kernels and limits take
+turns of milliseconds, since other work on the machine changes them. Quantized caches and sparse
+attention take part in the same turns, over as many tokens; rows attended per second count for
+them, against the unquantized cache and all of its tokens.
 
-How many float32 multiply-adds a second the CPU can do: the other bound of host attention.
-
-Chains of them in registers, with nothing to load. Knows no attention.
+Good: `numba_of_bound` near 1, and `int4_of_plain_rows`, `sparse_of_plain_rows` above 1.
+docs/results/host-attention-cpu.json: python -m benchmarks.attention --json FILE
+docs/results/host-attention-packed-cpu.json: python -m benchmarks.attention --bits 4 --bits 8
+--sparsity 0.1 --seconds 3 --json FILE
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from benchmarks.command import run_as_command
+from benchmarks.fma_rate import fma_per_s
 from flexgen_ray.cli.options import JsonOption
 from flexgen_ray.files.json_text import to_json
 from flexgen_ray.files.output_files import write_text
@@ -38,88 +40,51 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from flexgen_ray.kernels.host_kernel import HostKernel
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
-
-import numba
-import numpy as np
-from llvmlite import ir
-from numba.core import types
-from numba.extending import intrinsic
-
-from flexgen_ray.kernels.host_kernel import best_seconds
-from flexgen_ray.kernels.vectors import I32, LANES, constant, emit_loop, fma, splat
-
-# Enough that none waits for its own last result; a register each.
-_CHAINS = 12
-_STEPS = 1_000_000
-
-_intrinsic: Callable[[Callable], Any] = intrinsic
-
-
-def fma_per_s(threads: int, seconds: float) -> float:
-    """The most multiply-adds per second of so many threads together."""
-    start = np.float32(0.5)
-    _run_chains(1, start)
-    with ThreadPoolExecutor(threads) as pool:
-
-        def run() -> None:
-            for future in [pool.submit(_run_chains, _STEPS, start) for _ in range(threads)]:
-                future.result()
-
-        return threads * _STEPS * _CHAINS * LANES / best_seconds(run, seconds)
-
-
-@_intrinsic
-def _chains(context, steps, x):
-    """In each chain y = y * x + x, steps times; their sum, so that no chain is left out."""
-
-    def generate(context, b: ir.IRBuilder, signature, args):
-        steps, factor = args[0], splat(b, args[1])
-
-        def step(_, carried):
-            return [fma(b, x, factor, factor) for x in carried]
-
-        first = [constant(float(i)) for i in range(_CHAINS)]
-        total, *others = emit_loop(b, steps, 1, first, step)
-        for other in others:
-            total = b.fadd(total, other)
-        return b.extract_element(total, I32(0))
-
-    return types.float32(types.int64, types.float32), generate
-
-
-@numba.njit(nogil=True)
-def _run_chains(steps, x):
-    return _chains(steps, x)
-
 
 DTYPES = ("float16", "bfloat16", "float32")
 HEAD_DIMS = (128, 64)
 GROUPS = (1, 4, 8)
 NUM_KV_HEADS = 8
-PATTERN = 8191
-LEAST_TURNS = 5
+PATTERN = 8191  # different vectors that fill the cache, more than a sequence has tokens
+MIN_TURNS = 5
 FMA_SECONDS = 5e-3
-SPIN_SECONDS = 20e-3  # torch's threads wait for more work on their cores that long, and longer
+SPIN_SECONDS = 20e-3  # torch's threads spin on their cores for at least this long after a product
 
 
 def attention(
-    threads: Annotated[int | None, typer.Option(min=1, help="All cores if not given.")] = None,
-    context: Annotated[int, typer.Option(min=1, help="Tokens each sequence attends to.")] = 544,
-    megabytes: Annotated[int, typer.Option(min=1, help="MB of cache; beyond any CPU's own.")] = 512,
-    seconds: Annotated[float, typer.Option(help="Time for each of the rows.")] = 4.0,
+    threads: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="Threads of every kernel. [default: all cores]"),
+    ] = None,
+    context: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Tokens that each sequence attends.")
+    ] = 544,
+    megabytes: Annotated[
+        int, typer.Option(metavar="MB", min=1, help="KV cache, larger than the CPU's own caches.")
+    ] = 512,
+    seconds: Annotated[
+        float, typer.Option(help="Time for each row of the table: dtype, head_dim and group.")
+    ] = 4.0,
     bits: Annotated[
-        list[int] | None, typer.Option(help="Also a cache packed into 4 or 8 bits; repeatable.")
+        list[int] | None,
+        typer.Option(
+            metavar="4|8",
+            help="Measure a cache quantized to 4 or 8 bits too; may be given twice. "
+            "[default: none]",
+        ),
     ] = None,
     sparsity: Annotated[
-        float | None, typer.Option(help="Also attend this share of the tokens only.")
+        float | None,
+        typer.Option(
+            metavar="SHARE",
+            help="Measure sparse attention of this share of the tokens too. [default: none]",
+        ),
     ] = None,
     json_file: JsonOption = None,
 ) -> None:
-    """Bytes of keys and values attended per second, against a plain read of the same memory.
+    """Measure bytes of keys and values attended per second, against a plain read of the memory.
 
-    Ends with one line of JSON on stdout. Example: python -m benchmarks.attention --threads 8
+    Example: python -m benchmarks.attention --threads 8
     """
     import torch
 
@@ -154,7 +119,12 @@ def attention(
 def _case(
     memory: Tensor, dtype, shape: tuple[int, int, int], group: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """q, k, v and out for as many rows as fit the memory; shape: a row's [kv_heads, seq, dim]."""
+    """Tensors q, k, v and out for the number of rows that fills the memory.
+
+    memory: bytes, flat. shape: a row's [kv_heads, seq, head_dim]. group: query heads of a KV head.
+    Returns q and out as [rows, heads, head_dim], k and v as [rows, kv_heads, seq, head_dim]. Raises
+    ValueError if one row doesn't fit.
+    """
     import torch
 
     kv_heads, seq, head_dim = shape
@@ -171,21 +141,21 @@ def _case(
 
 
 def _pattern(head_dim: int) -> Tensor:
-    """Vectors of so many values; more than a sequence's tokens, so that none weighs the same."""
+    """Random vectors [PATTERN, head_dim], so that no two tokens of a sequence weigh the same."""
     import torch
 
     return torch.randn(PATTERN, head_dim, generator=torch.Generator().manual_seed(0))
 
 
 def _repeat(pattern: Tensor, into: Tensor) -> None:
-    """Over all of a flat tensor."""
+    """Fill a flat tensor with copies of the pattern."""
     pattern = pattern.flatten()
     for piece in into.split(len(pattern)):
         piece.copy_(pattern[: len(piece)])
 
 
 def _forms(bits: list[int], sparsity: float | None) -> dict[str, tuple[int | None, float]]:
-    """Bits and share of tokens, by name, of what is compared with the plain cache."""
+    """Bits and share of tokens of each form that is compared with the plain cache, by name."""
     forms: dict[str, tuple[int | None, float]] = {f"int{it}": (it, 1.0) for it in bits}
     if sparsity is not None:
         forms |= {"sparse": (None, sparsity)}
@@ -196,7 +166,10 @@ def _forms(bits: list[int], sparsity: float | None) -> dict[str, tuple[int | Non
 def _attending(
     case: tuple[Tensor, ...], kernel: HostKernel, bits: int | None, share: float
 ) -> tuple[int, Callable[[], object]]:
-    """Bytes that attending the case's rows reads if they are packed, and by share; what does it."""
+    """Bytes that attention over the case's rows reads in one form, and a call that attends them.
+
+    bits: of the quantized cache; None for the plain one. share: of the tokens that are attended.
+    """
     import torch
 
     from flexgen_ray.config import kept_tokens
@@ -223,9 +196,9 @@ def _measure(
 ) -> dict:
     """Bytes per second of a plain read and of each kernel, and the kernels' fractions of it.
 
-    They take turns, a run each: a shared machine's memory changes its speed within seconds, and a
-    fraction is to compare what met the same moment. All are medians over turns, and a fraction
-    that of the turn's own read; of_bound: of the read or, where that is slower, of the arithmetic.
+    Read and kernels take turns of one run each, since a shared machine's memory changes its speed
+    within seconds. Figures are medians over turns; a fraction compares with the read of its own
+    turn. of_bound: fraction of the read or, where that is slower, of the arithmetic.
     """
     q, k, v, out = case
     fmas = (k.numel() + v.numel()) * q.shape[1] // k.shape[1]
@@ -265,12 +238,11 @@ def _take_turns(
     seconds: float,
     threads: int,
 ) -> list[dict[str, float]]:
-    """Seconds of each run, of the faster read and of so many multiply-adds, turn by turn."""
-
+    """Seconds of each run, of the faster read and of `fmas` multiply-adds, for each turn."""
     for run in runs.values():
         run()
     turns, until = list[dict[str, float]](), time.perf_counter() + seconds
-    while len(turns) < LEAST_TURNS or time.perf_counter() < until:
+    while len(turns) < MIN_TURNS or time.perf_counter() < until:
         taken = {name: _seconds(run) for name, run in reversed(runs.items())}
         read = min(map(_seconds, reads))
         turns.append(taken | {"read": read, "arithmetic": fmas / fma_per_s(threads, FMA_SECONDS)})
@@ -289,7 +261,7 @@ def _quartiles(values: list[float]) -> list[float]:
 
 
 def _plain_reads(k: Tensor, v: Tensor) -> list[Callable[[], object]]:
-    """The reductions that read fastest; which one is, depends on the machine."""
+    """Reductions that read memory fastest; the fastest one depends on the machine."""
     import torch
 
     both = torch.as_strided(k, (k.numel() + v.numel(),), (1,))

@@ -1,8 +1,13 @@
 """Is the planner's choice as good as the best policy, and are its predictions right? Emulated.
 
-A machine whose lanes have distinct rates, so that placements differ: in plain RAM every one costs
-the same. Every policy of a grid that fits its memory is run, and so is the planner's choice, from a
-block's prompts to its last tokens. Measures; decides nothing.
+Claim: the planner finds a policy at least as fast as any of a grid, and predicts its throughput.
+Every policy of the grid that fits the machine's memory is run, and so is the planner's choice, from
+a block's prompts to its last tokens. The machine is emulated, with a different rate for each lane,
+since placements cost the same in plain RAM.
+
+Good: `chosen_to_best_of_grid` of 1 or more where `best_to_worst_of_grid` is large, and a
+`largest_error` of at most 0.15.
+docs/results/choice-emulated.json: python -m benchmarks.choice --json FILE
 """
 
 from __future__ import annotations
@@ -44,7 +49,7 @@ BUDGET = Budget(gpu=768 << 20, cpu=4 << 30, disk=32 << 30)
 WORKLOADS = {"paper": (512, 32), "long prompts": (1024, 16), "long outputs": (128, 64)}
 SHAPES = ((8, 2), (12, 3), (16, 4), (32, 2))
 WEIGHTS = (Placement(0.2, 0.8, 0.0), Placement(0.0, 1.0, 0.0), Placement(0.0, 0.5, 0.5))
-CACHES = (  # and the share of the host's that is attended there
+CACHES = (  # placement of the KV cache, and share of the host's part that is attended there
     (Placement(0.0, 1.0, 0.0), 1.0),
     (Placement(0.0, 1.0, 0.0), 0.85),
     (Placement(0.0, 1.0, 0.0), 0.0),
@@ -53,11 +58,19 @@ CACHES = (  # and the share of the host's that is attended there
 
 
 def choice(
-    workloads: Annotated[str, typer.Option(help="Of these.")] = ",".join(WORKLOADS),
-    cell_ms: Annotated[float, typer.Option(help="Wall time of a decoding pass's cell.")] = 5.0,
+    workloads: Annotated[
+        str, typer.Option(metavar="NAME,...", help="Workloads to run.")
+    ] = ",".join(WORKLOADS),
+    cell_ms: Annotated[
+        float,
+        typer.Option(
+            metavar="MS",
+            help="Wall time of a decoding pass's cell (one batch in one layer), in milliseconds.",
+        ),
+    ] = 5.0,
     json_file: JsonOption = None,
 ) -> None:
-    """Emulated policies of a grid, and the planner's choice against the best of them.
+    """Emulate the policies of a grid, and compare the planner's choice with the best of them.
 
     Example: python -m benchmarks.choice --workloads paper
     """
@@ -88,7 +101,7 @@ def grid() -> Iterator[Policy]:
 
 
 def _fitting(planner: Planner) -> Iterator[PipelinePlan]:
-    """Those of the grid that the machine's memory can hold."""
+    """Simulated plans of the grid's policies that the machine's memory can hold."""
     for policy in grid():
         plan = planner.evaluate((LAYERS,), [policy])
         need = tier_totals(stage_bytes(plan.stages[0]))
@@ -97,20 +110,20 @@ def _fitting(planner: Planner) -> Iterator[PipelinePlan]:
 
 
 def _compared(planner: Planner, plan: PipelinePlan, cell_seconds: float) -> dict:
-    """A policy's tokens/s, predicted and run."""
+    """Tokens/s of a policy, predicted and from an emulated run."""
     measured, predicted = _run(plan, cell_seconds), plan.tokens_per_s
-    found = {
+    figures = {
         "policy": asdict(plan.stages[0].policy),
         "predicted_tokens_per_s": round(predicted, 3),
         "measured_tokens_per_s": round(measured, 3),
         "measured_to_predicted": round(measured / predicted, 4),
     }
-    say(f"{planner.job.prompt_len} + {planner.job.max_tokens}: {found}")
-    return found
+    say(f"{planner.job.prompt_len} + {planner.job.max_tokens}: {figures}")
+    return figures
 
 
 def _run(plan: PipelinePlan, cell_seconds: float) -> float:
-    """Generated tokens per modelled second of one block."""
+    """Run one block; returns generated tokens per modelled second."""
     job = plan.job
     stand_in = StandIn(plan.stages, [RATES], job.middle_position, cell_seconds)
     worker = Worker()

@@ -75,9 +75,10 @@ class EmulatedRun(Modelled):
         self._pacer = Pacer(hardware, time_scale)
 
     def run(self, op: Op, ready_at: float) -> Timing:
-        """Run the op and return at its emulated end; says when it ran in emulated time.
+        """Run the op and return at its emulated end; returns its start and end in emulated time.
 
-        What is received takes no time before it arrives; what is sent crosses the network first.
+        A received message is handled when it has arrived; a message is sent at the end of its op,
+        so that it has crossed the emulated network when the neighbour gets it.
         """
         amounts = self._add(op)
         if op.kind in _ARRIVALS:
@@ -104,9 +105,13 @@ _ARRIVALS = frozenset({OpKind.RECV_TOKENS, OpKind.RECV_ROWS, OpKind.RECV})
 
 
 class Pacer:
-    """Clock of the emulation: which ops run, what each needs, and when each has had its time.
+    """Clock of the emulation: the ops under way, their demands, and the time each has left.
 
-    time_scale: wall seconds that one modelled second takes.
+    A resource that running ops demand more of than there is slows those ops alike. Two copies that
+    each need the link for 1 s and start together both end after 2 s; if one of them starts half a
+    second later, it runs at full speed in the last half second. So whenever an op begins or ends,
+    the others' progress is added up at the speeds until then. time_scale: wall seconds that one
+    modelled second takes.
     """
 
     def __init__(self, hardware: HardwareSpec, time_scale: float) -> None:

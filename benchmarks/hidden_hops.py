@@ -1,8 +1,7 @@
-"""Is a slow network hidden by more blocks? Emulated stages that compute, and a hop that takes time.
+"""Do more blocks in flight hide a slow network? Emulated stages whose hops take time; for ring.py.
 
-Two stages with everything on their devices: the network takes nothing in one run, and as long as
-some layers of a batch in the other. Measures the schedule, the executor and the ring; decides
-nothing.
+Two stages hold everything on their devices. The network takes no time in one run, and in the other
+as long as some layers of a batch. The schedule, the executor and the ring are measured.
 """
 
 from __future__ import annotations
@@ -24,20 +23,20 @@ from flexgen_ray.schedule.ops import Op, OpKind
 from flexgen_ray.schedule.zigzag import StageLayers
 
 SHAPE, STAGES, LAYERS_EACH = "opt-125m", 2, 6
-HOP_LAYERS = 4  # that a batch's hop takes as long as
+HOP_LAYERS = 4  # layers of a batch that take as long as its hop
 
 
 def hidden_hops() -> dict:
-    """{blocks a stage: decode throughput with the slow network, as a fraction of that without}."""
-    found: dict = {"emulated": True, "stages": STAGES, "layers_each": LAYERS_EACH}
-    found["hop_in_layers"] = HOP_LAYERS
+    """Decode throughput with the slow network over that with a free one, by blocks a stage."""
+    settings: dict = {"emulated": True, "stages": STAGES, "layers_each": LAYERS_EACH}
+    settings["hop_in_layers"] = HOP_LAYERS
     shares = {}
     for each in (1, 2):
         plans = _plans(each * STAGES)
         slow = _hardware(plans[0])
         free = replace(slow, network_bytes_per_s=FREE)
         shares[str(each)] = round(_rate(plans, slow) / _rate(plans, free), 4)
-    return found | {"throughput_of_blocks_a_stage": shares}
+    return settings | {"throughput_of_blocks_a_stage": shares}
 
 
 def _rate(plans: list[StagePlan], hardware: HardwareSpec) -> float:
@@ -46,23 +45,26 @@ def _rate(plans: list[StagePlan], hardware: HardwareSpec) -> float:
 
 
 def _plans(num_blocks: int) -> list[StagePlan]:
-    config = replace(shape_config(SHAPE), vocab_size=96)  # or the head would take most of the time
+    config = replace(
+        shape_config(SHAPE), vocab_size=96
+    )  # else the head would take most of the time
     policy = Policy(8, 2, blocks_in_flight=num_blocks)
     workload = Workload(policy.block_size, t4.PROMPT_LEN, t4.PROMPT_LEN + t4.MAX_TOKENS)
     stages = StageLayers.split(config.num_layers, [LAYERS_EACH] * STAGES)
     return [
-        StagePlan(config, it, policy, workload, "float16", num_blocks=num_blocks) for it in stages
+        StagePlan(config, each, policy, workload, "float16", num_blocks=num_blocks)
+        for each in stages
     ]
 
 
 def _hardware(plan: StagePlan) -> HardwareSpec:
-    """A second for a batch in a layer, HOP_LAYERS seconds for its hop, and nothing for the rest."""
+    """Rates: a second for a batch in a layer, HOP_LAYERS for its hop, no time for the rest."""
     cost, rows = CostModel(plan), Composition(decoding_rows(plan, t4.PROMPT_LEN), 0)
 
     def amount(kind: OpKind, resource: Resource) -> float:
         return cost.amounts(Op(kind, 0, 1, 0, 0, 0), rows)[resource]
 
-    flops = sum(amount(it, Resource.DECODE_FLOPS) for it in (OpKind.PROJECT, OpKind.FINISH))
+    flops = sum(amount(kind, Resource.DECODE_FLOPS) for kind in (OpKind.PROJECT, OpKind.FINISH))
     free = HardwareSpec(**{field.name: FREE for field in fields(HardwareSpec)})
     return replace(
         free,

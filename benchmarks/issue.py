@@ -1,4 +1,12 @@
-"""What issuing an op costs: generating it, finding what it waits for, queueing it."""
+"""Is Python fast enough to issue ops? CPU time of one thread for each op of the schedule.
+
+Claim: issuing an op (generating it, finding its dependencies, queueing it) costs a few
+microseconds, far less than an op of a large model takes. All lanes run ops that do nothing, so only
+the issuing thread's own CPU time counts.
+
+Good: `median_us_per_op` around 10 or less.
+docs/results/issue-cpu.json: python -m benchmarks.issue --json FILE
+"""
 
 from __future__ import annotations
 
@@ -21,22 +29,24 @@ VISITS = 8
 
 
 def issue(
-    layers: Annotated[int, typer.Option(min=1, help="Decoder layers.")] = 48,
-    batches: Annotated[int, typer.Option(min=1, help="Batches a block.")] = 4,
-    repeats: Annotated[int, typer.Option(min=1, help="The median of so many counts.")] = 5,
+    layers: Annotated[int, typer.Option(metavar="N", min=1, help="Decoder layers.")] = 48,
+    batches: Annotated[int, typer.Option(metavar="N", min=1, help="Batches in a block.")] = 4,
+    repeats: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Measurements; the median counts.")
+    ] = 5,
     json_file: JsonOption = None,
 ) -> None:
-    """Microseconds of CPU that issuing an op costs, every op of the schedule counted.
+    """Measure the microseconds of CPU time that issuing an op costs, over a whole schedule.
 
     Example: python -m benchmarks.issue --layers 48 --batches 4
     """
     costs = sorted(_issue(layers, batches) for _ in range(repeats))
-    result = {"layers": layers, "batches": batches, "us_per_op": [round(it, 2) for it in costs]}
+    result = {"layers": layers, "batches": batches, "us_per_op": [round(cost, 2) for cost in costs]}
     finish(result | {"median_us_per_op": round(costs[repeats // 2], 2)}, "none", json_file)
 
 
 def _issue(layers: int, batches: int) -> float:
-    """Of the issuing thread alone, while every lane runs ops that do nothing."""
+    """Microseconds per op of the issuing thread alone, while the lanes run ops that do nothing."""
     count = 0
 
     def counted() -> Iterator[Op]:

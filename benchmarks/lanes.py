@@ -1,7 +1,11 @@
 """Does a run take no longer than its busiest lane? Emulated hardware, a real schedule and tokens.
 
-A tiny model runs under rates chosen so that one lane, or all, take a given time for each cell. Time
-is emulated: what is measured is the schedule and the executor, not a device.
+Claim: loads, stores, disk, host attention and compute overlap so well that a run takes the time of
+its busiest lane alone. A tiny model runs at rates chosen so that one lane, or all, take a given
+time for each cell. Time is emulated, so the schedule and the executor are measured, not a device.
+
+Good: every case's `ratio` (run over busiest lane) near 1; it can't be below.
+docs/results/lanes-emulated.json: python -m benchmarks.lanes --json FILE
 """
 
 from __future__ import annotations
@@ -33,16 +37,16 @@ from flexgen_ray.runtime.worker import Worker
 from flexgen_ray.schedule.ops import Op, OpKind
 from flexgen_ray.schedule.zigzag import StageLayers
 
-PROMPT_LEN = 64  # long beside the answers, so that passes take alike
+PROMPT_LEN = 64  # long against the answers, so that all passes take about the same time
 BATCH_SIZE = 4
 FREE = 1e18  # a rate at which nothing takes time
-OTHERS = 0.4  # of the slowest lane's time, for each other lane
+OTHERS = 0.4  # share of the slowest lane's time that each other lane takes
 _DEVICE, _HOST, _DISK = Placement(1, 0, 0), Placement(0, 1, 0), Placement(0, 0, 1)
 
 
 @dataclass(frozen=True)
 class Case:
-    """A placement that uses the lanes in question, and which of them is slowest (all if none)."""
+    """A placement that uses the lanes in question, and the slowest of them (None: all alike)."""
 
     weights: Placement
     cache: Placement
@@ -71,13 +75,15 @@ _CELL_OPS = (
 
 
 def lanes(
-    layers: Annotated[int, typer.Option(min=1, help="Decoder layers.")] = 8,
-    batches: Annotated[int, typer.Option(min=1, help="Batches a block.")] = 4,
-    passes: Annotated[int, typer.Option(min=1, help="Decoding passes.")] = 16,
-    op_ms: Annotated[float, typer.Option(help="Modelled time of an op, on average.")] = 1.9,
+    layers: Annotated[int, typer.Option(metavar="N", min=1, help="Decoder layers.")] = 8,
+    batches: Annotated[int, typer.Option(metavar="N", min=1, help="Batches in a block.")] = 4,
+    passes: Annotated[int, typer.Option(metavar="N", min=1, help="Decoding passes.")] = 16,
+    op_ms: Annotated[
+        float, typer.Option(metavar="MS", help="Mean modelled time of an op, in milliseconds.")
+    ] = 1.9,
     json_file: JsonOption = None,
 ) -> None:
-    """Emulated lanes: the run's time as a multiple of the busiest lane's.
+    """Emulate lanes: the run's time as a multiple of the busiest lane's.
 
     Example: python -m benchmarks.lanes --op-ms 1.9
     """
@@ -90,7 +96,7 @@ def lanes(
 
 
 def plan_of(case: Case, layers: int, batches: int, passes: int) -> StagePlan:
-    """A tiny model, one block of requests, and as many decoding passes."""
+    """Plan of a tiny model for one block of requests and this many decoding passes."""
     config = ModelConfig(
         family="opt", num_layers=layers, hidden_size=32, num_heads=4, num_kv_heads=4, head_dim=8,
         intermediate_size=64, vocab_size=96, max_seq_len=2048, embedding_size=32, dtype="float32",
@@ -109,12 +115,16 @@ def plan_of(case: Case, layers: int, batches: int, passes: int) -> StagePlan:
 
 
 def requests_of(plan: StagePlan) -> list[Request]:
-    """As many as fill the block, all alike."""
+    """Equal requests that fill the plan's block."""
     return alike_requests(plan.workload.num_requests, PROMPT_LEN, plan.max_seq_len - PROMPT_LEN)
 
 
 def run_case(case: Case, plan: StagePlan, op_seconds: float) -> dict:
-    """One emulated run of a block from its prompts to its last tokens."""
+    """Figures of one emulated run of a block, from its prompts to its last tokens.
+
+    op_seconds: mean modelled time of an op. last_token_s: when the last token was chosen; wall_s:
+    when the run was over. ratio: of the wall time to the busiest lane's modelled time.
+    """
     worker = Worker()
     torch.set_num_threads(1)  # the tiny model's maths must not disturb the clock
     with tempfile.TemporaryDirectory(prefix="flexgen-bench-") as folder:
@@ -128,23 +138,23 @@ def run_case(case: Case, plan: StagePlan, op_seconds: float) -> dict:
         worker.close()
     busiest = max(measured.bound.values())
     last = len(measured.visits) - 1
-    last_token = max(it.end for it in spans if it.op.ends_visit and it.op.visit == last)
+    last_token = max(span.end for span in spans if span.op.ends_visit and span.op.visit == last)
     return {
         "wall_s": round(measured.wall, 4),
         "last_token_s": round(last_token, 4),
         "busiest_s": round(busiest, 4),
         "ratio": round(measured.wall / busiest, 4),
-        "busy_s": {lane: round(it, 4) for lane, it in measured.modelled_lanes.items()},
+        "busy_s": {lane: round(each, 4) for lane, each in measured.modelled_lanes.items()},
         "op_ms": round(1e3 * sum(measured.modelled_lanes.values()) / len(spans), 3),
         "generated_tokens": tokens,
     }
 
 
 def hardware_of(case: Case, plan: StagePlan, op_seconds: float) -> HardwareSpec:
-    """Rates at which an average op takes so long, and the slowest lane's most."""
+    """Rates at which a mean op takes op_seconds, and the case's slowest lane most of the time."""
     amounts = dict.fromkeys(Resource, 0.0)
     model, pattern = CostModel(plan), _middle_pass(plan)
-    num_ops = 2  # that take no time: STORE_CACHE and APPEND_CACHE
+    num_ops = 2  # STORE_CACHE and APPEND_CACHE, which take no time here
     for kind in _CELL_OPS:
         taken = model.amounts(Op(kind, 0, 1, 0, 0, 0), pattern)
         num_ops += any(taken.values())
@@ -160,7 +170,7 @@ def hardware_of(case: Case, plan: StagePlan, op_seconds: float) -> HardwareSpec:
     for resource, share in shares.items():
         seconds = op_seconds * num_ops * share / sum(shares.values())
         rates[resource] = amounts[resource] / seconds
-    # The pass that brings the prompts then takes about as long as any other.
+    # Prefill is this much faster for each token, so its pass takes about as long as any other.
     rates[Resource.FLOPS] = PROMPT_LEN * rates[Resource.DECODE_FLOPS]
     return HardwareSpec(**{resource.value: rate for resource, rate in rates.items()})
 

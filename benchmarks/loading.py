@@ -1,6 +1,10 @@
-"""How long a checkpoint takes to load: as it is, packed while it loads, and packed before.
+"""Does quantizing a checkpoint in advance pay? Three ways to load it, in turns.
 
-All in one run, in turn, from the page cache to memory; what is packed before is packed here.
+Claim: a folder that `flexgen-ray quantize` wrote loads faster than the checkpoint itself, and much
+faster than quantizing while loading. Each way loads from the page cache to memory, once a round.
+
+Good: `load_s` of the folder quantized in advance is below that of the checkpoint, about by their
+bytes. docs/results/loading-cpu.json: python -m benchmarks.loading --json FILE
 """
 
 from __future__ import annotations
@@ -28,15 +32,26 @@ from flexgen_ray.request import SamplingParams
 
 def loading(
     model: Annotated[
-        str, typer.Option(help=f"Model folder, or a made-up one: {', '.join(SHAPES)}.")
+        str,
+        typer.Option(
+            metavar="MODEL",
+            help=f"Model folder, or a shape to make with random weights: {', '.join(SHAPES)}.",
+        ),
     ] = "llama-2.5gb",
-    weight_bits: Annotated[int, typer.Option(help="4 or 8.")] = 4,
-    rounds: Annotated[int, typer.Option(min=1, help="Each is loaded so often; medians count.")] = 5,
+    weight_bits: Annotated[
+        int, typer.Option(metavar="4|8", help="Bits of the quantized weights.")
+    ] = 4,
+    rounds: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Loads of each way; medians count.")
+    ] = 5,
     json_file: JsonOption = None,
 ) -> None:
-    """Seconds to load a checkpoint in its own dtype, with --weight-bits, and packed by quantize.
+    """Measure the seconds to load a checkpoint in its own dtype, with --weight-bits, and quantized
+    in advance.
 
-    Made-up checkpoints are float16. Example: python -m benchmarks.loading --model ./llama
+    Random checkpoints are float16.
+
+    Example: python -m benchmarks.loading --model ./llama
     """
     Policy(weight_bits=weight_bits)
     if rounds < 1:
@@ -52,7 +67,7 @@ def loading(
             f"the checkpoint, packed into {weight_bits} bits": (folder, lossy),
             "packed by quantize": (packed, {}),
         }
-        # The first compiles what packs.
+        # The first round compiles the kernels that quantize, and doesn't count.
         reports = [{name: _load(*way) for name, way in ways.items()} for _ in range(rounds + 1)]
         runs = [
             _run(name, way[0], [each[name] for each in reports[1:]]) for name, way in ways.items()
@@ -64,7 +79,7 @@ def loading(
 
 
 def _quantize(folder: Path, output: Path, weight_bits: int) -> float:
-    """Seconds."""
+    """Write a quantized copy of a model folder; returns the seconds that took."""
     started = time.perf_counter()
     bits = {"weight_bits": weight_bits, "embedding_bits": None}
     write_quantized_copy(folder, output, bits)
@@ -89,7 +104,7 @@ def _run(name: str, folder: Path, loads: list[tuple[float, int]]) -> dict:
         "bytes_on_disk": sum(path.stat().st_size for path in folder.glob("*.safetensors")),
         "bytes_in_memory": loads[0][1],
         "load_s": round(median(seconds), 4),
-        "each_s": [round(it, 4) for it in seconds],
+        "each_s": [round(each, 4) for each in seconds],
     }
 
 

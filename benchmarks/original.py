@@ -1,9 +1,9 @@
-"""The original's own cost model and constants, frozen: what FlexGen's planner said of a T4.
+"""The original FlexGen's own cost model and constants, frozen, to be compared with ours.
 
-FlexGen (Sheng et al., ICML 2023), section 4.3, and the formulas of its released code, which let
-fewer things overlap: in prefill loads wait for the disk and stores for it too; in decode the copies
-to the GPU come first and the rest overlaps; the GPU's and the host's maths add up, and attention is
-always the host's. Kept to be compared with; nothing plans by it.
+Source: FlexGen (Sheng et al., ICML 2023), section 4.3, and the formulas of its released code, in
+which less overlaps than in ours. In prefill, loads and stores wait for the disk. In decode, copies
+to the GPU come first and the rest overlaps; compute of the GPU and of the host add up, and the host
+attends all of the cache that is off the GPU. No plan is made by this model.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from flexgen_ray.models.config import ModelConfig
 
 _GIB = 2**30
 _T = 1e12
-# Fitted by its authors to their implementation on one machine with a T4.
+# Constants that its authors fitted to their implementation on one machine with a T4: bytes/s of
+# copies and disk, flops/s of products and attention.
 LOAD = 12.89 * _GIB
 STORE_CACHE, STORE_HIDDEN = 0.97 * _GIB, 4.82 * _GIB
 READ = 0.473 * _GIB
@@ -29,7 +30,7 @@ READ_WEIGHTS = 0.95 * READ
 
 @dataclass(frozen=True)
 class Original:
-    """One model, policy and workload; lengths in tokens."""
+    """Predictions for one model, policy and workload; lengths in tokens."""
 
     config: ModelConfig
     policy: Policy
@@ -38,17 +39,18 @@ class Original:
 
     @property
     def tokens_per_s(self) -> float:
-        """Generated tokens, prefill and decode counted."""
+        """Generated tokens per second of prefill and decode."""
         prefill, decode = self.prefill_seconds, (self.max_tokens - 1) * self.decode_seconds
         return self.policy.block_size * self.max_tokens / (prefill + decode)
 
     @property
     def decode_tokens_per_s(self) -> float:
+        """Generated tokens per second of decode alone."""
         return self.policy.block_size / self.decode_seconds
 
     @property
     def prefill_seconds(self) -> float:
-        """Of a block, all layers."""
+        """Seconds of a block's prefill, all layers."""
         policy, tokens = self.policy, self.policy.block_size * self.prompt_len
         hidden, cache = 2 * self._width * tokens, 4 * self._width * (tokens + policy.block_size)
         off_cache = policy.cache.cpu + policy.cache.disk
@@ -64,7 +66,7 @@ class Original:
 
     @property
     def decode_seconds(self) -> float:
-        """Of one token of each sequence of a block, all layers."""
+        """Seconds to decode one token of each sequence of a block, all layers."""
         policy, rows = self.policy, self.policy.block_size
         hidden, new = 2 * self._width * rows, 4 * self._width * rows
         cached = new * (self.prompt_len + self.max_tokens / 2)
@@ -85,12 +87,12 @@ class Original:
 
     @property
     def _weights(self) -> float:
-        """Bytes of a layer in float16."""
+        """Bytes of a layer's weights in float16."""
         return 8 * self._width**2 + 4 * self._width * self.config.intermediate_size
 
     @property
     def _flops_per_token(self) -> float:
-        """Of a layer's matrix products: two for each parameter, of two bytes."""
+        """Flops of a layer's matrix products for a token: two a parameter, which has two bytes."""
         return self._weights
 
     @property
@@ -99,7 +101,7 @@ class Original:
 
     @property
     def _host_attention(self) -> float:
-        """Small batches and narrow layers are slower; fitted likewise."""
+        """Flops/s of host attention, fitted too: small batches and narrow layers are slower."""
         batch = max(0.0, log2(64 / self.policy.gpu_batch_size))
         width = max(0.0, log2(4096 / self._width))
         factor = 1 + 0.0168 * batch * width - 0.0328 * batch - 0.0621 * width

@@ -1,8 +1,13 @@
-"""What cost models say of the paper's machine, against what was measured there.
+"""Do the cost models predict the figures that FlexGen's paper published for its T4? Predicted only.
 
-The original's own model and constants, and ours under the same constants, for the policies that the
-paper and its scripts give; and what is lost by leaving each of FlexGen's ideas out. Nothing runs:
-all but the published figures is predicted.
+Claims: the original's cost model is reproduced faithfully (original.py), and ours says for the same
+machine what each of FlexGen's ideas brings. Both models predict the policies that the paper and its
+scripts give, with the original's constants; and ours predicts throughput without each of the ideas.
+Nothing runs: all figures but the published ones are predicted.
+
+Good: `original_model_of_published` near 1 for OPT-30B; the order of the ablation as published.
+docs/results/paper-predicted.json: python -m benchmarks.paper --plot
+docs/results/frontier-175b-predicted.png --json docs/results/paper-predicted.json
 """
 
 from __future__ import annotations
@@ -36,7 +41,7 @@ MAX_TOKENS = 32
 
 @dataclass(frozen=True)
 class Case:
-    """A policy of the original's, and the tokens/s that were published for it on one T4."""
+    """One of the original's policies, and the tokens/s published for it on one T4."""
 
     model: str
     prompt_len: int
@@ -45,13 +50,13 @@ class Case:
     decode: float | None = None
 
 
-# Paper, tables 2 and 4; policies from its appendix and the released scripts.
+# The paper's tables 2 and 4; policies from its appendix and the released scripts.
 CASES = [
     Case("opt-30b", 512, t4.ORIGINAL_POLICY, 7.32, 11.52),
     Case("opt-30b", 1024, Policy(20, 4, 2048, Placement(0.04, 0.96, 0), _HOST, _HOST), 3.50),
     Case("opt-175b", 512, Policy(32, 8, 2048, Placement(0, 0.5, 0.5), _DISK, _HOST), 0.69, 0.83),
 ]
-# OPT-30B, paper, table 5: the original's throughput without one of its parts.
+# Generated tokens/s of OPT-30B in the paper's table 5, with one of FlexGen's ideas left out.
 ABLATION = {
     "all on": 7.32,
     "no policy search": 7.26,
@@ -62,8 +67,8 @@ ABLATION = {
 }
 
 
-# OPT-175B against row-by-row schedules (section 6.1): within a block latency, and each at its best;
-# with compression, which isn't modelled here, 100.
+# The paper's throughput on OPT-175B as a multiple of row-by-row schedules (section 6.1): within a
+# block latency, and each at its best. With compression, which isn't modelled here, it is 100.
 CLAIMS = {"within 5000 s": 40.0, "each at its best": 69.0}
 CLAIMED_LATENCY = 5000.0
 
@@ -72,7 +77,7 @@ def paper(
     plot: PlotOption = None,
     json_file: JsonOption = None,
 ) -> None:
-    """Predicted against published: FlexGen's figures on one T4.
+    """Predict FlexGen's figures on one T4, and compare with the published ones.
 
     Example: python -m benchmarks.paper --json docs/results/paper-predicted.json
     """
@@ -80,8 +85,8 @@ def paper(
     for case in cases:
         say(f"{case}")
     ablation = _ablation()
-    for name, found in ablation.items():
-        say(f"{name:>20}: {found:.2f}, published {ABLATION[name]}")
+    for name, rate in ablation.items():
+        say(f"{name:>20}: {rate:.2f}, published {ABLATION[name]}")
     curves = {model: find_frontiers(_planner(model, 512)) for model in ("opt-30b", "opt-175b")}
     claims = _claims(curves["opt-175b"])
     say(f"OPT-175B against row by row: {claims}")
@@ -92,8 +97,8 @@ def paper(
         "max_tokens": MAX_TOKENS,
         "cases": cases,
         "ablation_opt_30b": {
-            name: {"ours_tokens_per_s": round(found, 3), "published_tokens_per_s": ABLATION[name]}
-            for name, found in ablation.items()
+            name: {"ours_tokens_per_s": round(rate, 3), "published_tokens_per_s": ABLATION[name]}
+            for name, rate in ablation.items()
         },
         "opt_175b_against_row_by_row": claims,
         "frontiers": {
@@ -101,14 +106,15 @@ def paper(
             for model, both in curves.items()
         },
     }
-    finish(result, "none: the original's T4, as its authors' constants", json_file)
+    finish(result, "none: the original's T4, by its authors' constants", json_file)
 
 
 def _case(case: Case) -> dict:
+    """Throughput of one case as published, by the original's cost model, and by ours."""
     config = shape_config(case.model)
     theirs = Original(config, case.policy, case.prompt_len, MAX_TOKENS)
     ours = _planner(case.model, case.prompt_len).evaluate((config.num_layers,), [case.policy])
-    found = {
+    figures = {
         "model": case.model,
         "prompt_len": case.prompt_len,
         "sequences": case.policy.block_size,
@@ -118,7 +124,7 @@ def _case(case: Case) -> dict:
         "our_model_tokens_per_s": round(ours.tokens_per_s, 3),
     }
     if case.decode:
-        found |= {
+        figures |= {
             "published_decode_tokens_per_s": case.decode,
             "original_model_decode_tokens_per_s": round(theirs.decode_tokens_per_s, 3),
             "original_model_decode_of_published": round(
@@ -126,17 +132,20 @@ def _case(case: Case) -> dict:
             ),
             "our_model_decode_tokens_per_s": round(ours.decode_tokens_per_s, 3),
         }
-    return found
+    return figures
 
 
-def _claims(found: dict[str, list[Point]]) -> dict:
-    """How many times the row-by-row schedule's throughput; None where that one fits nothing."""
+def _claims(curves: dict[str, list[Point]]) -> dict:
+    """Our throughput as a multiple of the row-by-row schedule's; None where that one can't run.
+
+    curves: points of latency and throughput of both schedules.
+    """
     ours, theirs = (
         {
-            "within 5000 s": throughput_within(it, CLAIMED_LATENCY),
-            "each at its best": throughput_within(it, inf),
+            "within 5000 s": throughput_within(curve, CLAIMED_LATENCY),
+            "each at its best": throughput_within(curve, inf),
         }
-        for it in (found["zig-zag"], found["row by row"])
+        for curve in (curves["zig-zag"], curves["row by row"])
     )
     return {
         name: {
@@ -148,12 +157,12 @@ def _claims(found: dict[str, list[Point]]) -> dict:
 
 
 def _ablation() -> dict[str, float]:
-    """OPT-30B, prompt 512, our model under the original's constants."""
+    """Tokens/s of OPT-30B with prompts of 512 by our model, with each of the ideas left out."""
     model, layers = "opt-30b", (shape_config("opt-30b").num_layers,)
     planner = _planner(model, 512)
-    without_host = tuple(it for it in SHARES if it != Share("cache", "attended"))
+    without_host = tuple(share for share in SHARES if share != Share("cache", "attended"))
     without_disk = replace(t4.BUDGET, disk=0)
-    # All weights stream for every batch, whose cache stays on the GPU.
+    # DeepSpeed streams all weights for every batch, and keeps the batch's cache on the GPU.
     deepspeed = SearchSpace(batches=(1,), shares=(Share("weights", "cpu"), *ON_DEVICE[1:]))
     return {
         "all on": find_best_plan(planner).tokens_per_s,

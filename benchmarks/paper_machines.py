@@ -1,7 +1,7 @@
-"""The paper's machines, as rates and budgets, and the policy that the original had for them.
+"""Machines of FlexGen's paper, as rates and budgets, and the original's policy for them.
 
-FlexGen's testbed (section 6 and its released cost model): a T4 with 16 GB, 208 GB of host memory
-and a 1.5 TB disk, one machine a GPU. Knows plans and rates; runs nothing.
+Each machine of the testbed (section 6 and the released cost model) has one T4 of 16 GB, 208 GB of
+host memory and a 1.5 TB disk. Knows plans and rates; runs nothing.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ PROMPT_LEN, MAX_TOKENS = 512, 32
 _PAPER = Hardware.preset("t4-paper")
 BUDGET = Budget(_PAPER.memory.gpu, _PAPER.memory.cpu, _PAPER.memory.disk)
 
-# What the original got out of that machine: its own constants, where it has them.
+# Rates that the original reached on that machine: its own constants, where it has them.
 ORIGINAL = _PAPER.rates("float16", 1, decode_rows=64, prefill_rows=2048)
-# What is assumed of the machine: copies from registered memory go both ways at the link's speed,
-# decode's matrix products and attention are bound by memory before they are by flops, host
-# attention reads at half of the memory's speed, and the disk reads 2 GB/s and writes 1 (with the
-# released code's constants the original's own 0.83 tokens/s on OPT-175B would be out of reach). The
-# network is 10 Gbit/s.
+# Rates that are assumed for the machine. Copies from registered memory reach the link's speed both
+# ways; decode's matrix products and attention are limited by memory before flops; host attention
+# reads at half of the memory's speed; the disk reads 2 GB/s and writes 1 GB/s (with the released
+# code's constants the original's own 0.83 tokens/s on OPT-175B is out of reach). The network has
+# 10 Gbit/s.
 MACHINE = replace(
     ORIGINAL,
     d2h_bytes_per_s=12e9,
@@ -36,7 +36,7 @@ MACHINE = replace(
     device_decode_flops_per_s=21.24e12,
     device_attention_bytes_per_s=0.8 * 320e9,
 )
-# Its policy for OPT-30B (its table of policies), where "20 % on the GPU" was taken at its word.
+# The original's policy for OPT-30B (its table of policies), with "20 % on the GPU" taken literally.
 ORIGINAL_POLICY = Policy(
     gpu_batch_size=48,
     num_gpu_batches=3,
@@ -47,12 +47,14 @@ ORIGINAL_POLICY = Policy(
 
 
 def machines(count: int) -> tuple[StageDevice, ...]:
-    """So many of them, each with its own host memory and disk."""
-    return tuple(StageDevice(lambda *rows: MACHINE, BUDGET, f"machine {it}") for it in range(count))
+    """Devices of this many of the machines, each with its own host memory and disk."""
+    return tuple(
+        StageDevice(lambda *rows: MACHINE, BUDGET, f"machine {number}") for number in range(count)
+    )
 
 
 def original_plan(config: ModelConfig) -> StagePlan:
-    """All layers on one machine, under the original's policy."""
+    """Plan of all layers on one machine, under the original's policy."""
     policy = ORIGINAL_POLICY
     workload = Workload(policy.block_size, PROMPT_LEN, PROMPT_LEN + MAX_TOKENS)
     return StagePlan(config, StageLayers.whole(config.num_layers), policy, workload, "float16")

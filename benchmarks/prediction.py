@@ -1,8 +1,11 @@
-"""Are predictions right on this machine as it is? Policies run for real, against the cost model.
+"""Are predictions right on this machine? Policies run on its CPU in real time, and are predicted.
 
-The rates are calibrated anew between runs, and the mean of the predictions before and after each
-counts, for a shared machine's speed drifts; the model's weights are made up. Measures; decides
-nothing.
+Claim: with calibrated rates the cost model predicts a policy's throughput within 15 %. Weights are
+random. A shared machine's speed drifts, so its rates are calibrated again after each run, and the
+mean of the predictions before and after the run counts.
+
+Good: `predicted_within_15%` equal to `policies`.
+docs/results/prediction-cpu.json: python -m benchmarks.prediction --json FILE
 """
 
 from __future__ import annotations
@@ -35,23 +38,32 @@ from flexgen_ray.reporting.terminal import say
 
 SHAPES = ((8, 2), (16, 2))
 ATTEMPTS = 3
-STEADY = 0.1  # how far two predictions of a steady machine are apart
+STEADY = 0.1  # relative difference below which two predictions are of one and the same speed
 WEIGHTS = (Placement(1, 0, 0), Placement(0, 1, 0), Placement(0, 0, 1))
 CACHES = (Placement(1, 0, 0), Placement(0, 1, 0))
 
 
 def prediction(
-    model: Annotated[str, typer.Option(help="A built-in shape.")] = "opt-1.3b",
-    dtype: Annotated[str, typer.Option(help="Of weights and cache.")] = "float32",
-    prompt_len: Annotated[int, typer.Option(min=1, help="Tokens of every prompt.")] = 32,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of every answer.")] = 16,
+    model: Annotated[
+        str, typer.Option(metavar="NAME", help="Built-in shape to run with random weights.")
+    ] = "opt-1.3b",
+    dtype: Annotated[
+        str, typer.Option(metavar="DTYPE", help="Number format of weights and KV cache.")
+    ] = "float32",
+    prompt_len: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Tokens of each prompt.")
+    ] = 32,
+    max_tokens: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Tokens of each answer.")
+    ] = 16,
     json_file: JsonOption = None,
 ) -> None:
-    """Policies run on the CPU, in real time, as multiples of what was predicted.
+    """Run policies on the CPU in real time: throughput as a multiple of the predicted one.
 
-    Each once before it is measured, for one token, so that nothing is compiled or touched first;
-    and again, up to three times, where the predictions before and after it differ by a tenth or
-    more: the attempt counts in which they differ least.
+    Each policy first generates one token a prompt, so that all kernels are compiled and all memory
+    is touched. A policy runs again, up to three times, while the predictions before and after it
+    differ by a tenth or more; the attempt in which they differ least counts.
+
     Example: python -m benchmarks.prediction --model opt-350m
     """
     runs, machine = [], _measured(model, dtype)
@@ -68,8 +80,10 @@ def prediction(
 
 
 def _drift(attempt: dict) -> float:
-    """How far the two predictions of a run are apart, that before it and that after it: in the
-    phase in which they differ more, lest one that became slower hides one that became faster."""
+    """Relative difference of the predictions before and after a run, in the worse of both phases.
+
+    Seconds of the whole run could hide that one phase became slower and the other faster.
+    """
     before, after = attempt["before"], attempt["after"]
     return max(abs(after[phase] / before[phase] - 1) for phase in ("prefill_s", "decode_s"))
 
@@ -77,22 +91,25 @@ def _drift(attempt: dict) -> float:
 def _attempt(
     policy: Policy, job: PlannedJob, model: str, dtype: str, machine: Hardware
 ) -> tuple[dict, Hardware]:
-    """Predicted for the machine as it was just now, run, and predicted anew for what it is then."""
+    """Run a policy once; returns its figures, and the machine calibrated again after the run.
+
+    machine: as calibrated just before the run. Both calibrations give a prediction.
+    """
     elsewhere = OtherLoad()
     report = _report(policy, job, model, dtype)
     now = _measured(model, dtype)
-    before, after = (_predicted(policy, job, model, dtype, it) for it in (machine, now))
-    foretold = fmean((before["tokens_per_s"], after["tokens_per_s"]))
+    before, after = (_predicted(policy, job, model, dtype, each) for each in (machine, now))
+    predicted = fmean((before["tokens_per_s"], after["tokens_per_s"]))
     (stage,) = report.stages
     attempt = {
         "policy": asdict(policy),
-        "predicted_tokens_per_s": round(foretold, 3),
+        "predicted_tokens_per_s": round(predicted, 3),
         "measured_tokens_per_s": round(report.tokens_per_s, 3),
-        "measured_to_predicted": round(report.tokens_per_s / foretold, 4),
+        "measured_to_predicted": round(report.tokens_per_s / predicted, 4),
         "measured_s": {
             "prefill": round(report.prefill_seconds, 3), "decode": round(report.decode_seconds, 3)
         },
-        "lanes": {lane: it["fraction"] for lane, it in stage.lanes().items()},
+        "lanes": {lane: each["fraction"] for lane, each in stage.lanes().items()},
         "cores_elsewhere": round(elsewhere.cores, 3),
         "before": before,
         "after": after,
@@ -101,19 +118,20 @@ def _attempt(
 
 
 def policies() -> Iterator[Policy]:
-    """Hidden states on the device; what the host has of the cache it attends."""
+    """Policies to run: hidden states on the device; the host attends all of its cache's part."""
     for (size, number), weights, cache in product(SHAPES, WEIGHTS, CACHES):
         yield Policy(size, number, 512, weights, cache, Placement(1, 0, 0), 1.0)
 
 
 def _measured(model: str, dtype: str) -> Hardware:
-    """The machine as it is now."""
+    """The machine's rates, calibrated now for this model and dtype."""
     config = shape_config(model)
     scope = Scope((dtype,), (config.num_heads // config.num_kv_heads,))
     return calibrate("cpu", Path(tempfile.gettempdir()), uses_ray=False, scope=scope)
 
 
 def _predicted(policy: Policy, job: PlannedJob, model: str, dtype: str, hardware: Hardware) -> dict:
+    """Simulated throughput and seconds of a policy on this hardware, and the rates it has."""
     config = shape_config(model)
     rates = ModelRates.of(hardware, config, dtype)
     device = StageDevice(rates, hardware.budget, "this node", hardware.core_shares)
@@ -130,7 +148,7 @@ def _predicted(policy: Policy, job: PlannedJob, model: str, dtype: str, hardware
 
 
 def _report(policy: Policy, job: PlannedJob, model: str, dtype: str) -> Report:
-    """Of the run."""
+    """Run a policy on the job; returns the report of the run that counts."""
     options: dict[str, Any] = {
         "device": "cpu",
         "dtype": dtype,

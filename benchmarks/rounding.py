@@ -1,6 +1,7 @@
-"""Rounding in plain torch, ours and others', inside transformers' own model: what ours is held to.
+"""Reference rounding in plain torch, inside transformers' own model; for accuracy.py and tests.
 
-Knows nothing of tiers or of the engine.
+Holds our rounding of weights and caches, sparse attention by query head, and the rounding of other
+libraries where they are installed. Knows nothing of tiers or of the engine.
 """
 
 from __future__ import annotations
@@ -25,14 +26,17 @@ from flexgen_ray.models.registry import FAMILIES
 from flexgen_ray.quant.formats import WeightFormat
 from flexgen_ray.quant.packing import GROUP, packed_bytes
 
-Round = Callable[[Tensor, int], Tensor]  # of a matrix, to so many bits
+Round = Callable[[Tensor, int], Tensor]  # (matrix, bits) -> rounded matrix
 
 
 @dataclass(frozen=True)
 class Peer:
-    """weights: rounds a matrix of a decoder layer; cache_bits: of keys and values; sparsity: share
-    of tokens that each query head attends, whatever its KV head's others do; package: that it
-    needs."""
+    """A way to round transformers' model.
+
+    weights: rounding of the decoder layers' matrices. cache_bits: bits of keys and values.
+    sparsity: share of tokens that each query head attends, independent of the other heads.
+    package: library that it needs.
+    """
 
     weights: Round | None = None
     cache_bits: int | None = None
@@ -41,7 +45,7 @@ class Peer:
 
 
 class RoundingCache(DynamicCache):
-    """Keeps keys and values as a packed cache does."""
+    """transformers' KV cache with keys and values rounded as our quantized cache rounds them."""
 
     def __init__(self, bits: int) -> None:
         super().__init__()
@@ -53,7 +57,7 @@ class RoundingCache(DynamicCache):
 
 
 def rounded(x: Tensor, bits: int) -> Tensor:
-    """As packing and unpacking in plain torch leaves it."""
+    """The tensor after quantizing and dequantizing in plain torch, by each group's extremes."""
     packed = x.new_empty((*x.shape[:-1], packed_bytes(x.shape[-1], bits)), dtype=torch.uint8)
     plain.pack(x.float(), bits, packed)
     out = torch.empty_like(x)
@@ -62,11 +66,14 @@ def rounded(x: Tensor, bits: int) -> Tensor:
 
 
 def searched(weight: Tensor, bits: int) -> Tensor:
-    """Whole groups on the lines of least squared error that the search of the host finds, from the
-    same starts; the rest as `rounded`."""
+    """The matrix rounded with the lines of least squared error that our search finds.
+
+    Does the host kernel's search (kernels/pack_search.py) from the same starts in plain torch, for
+    whole groups; the rest of each row is as in `rounded`. weight: [rows, columns], float32.
+    """
     best, levels = rounded(weight, bits), 2**bits - 1
     whole = weight.shape[-1] // GROUP * GROUP
-    groups, found = (x[..., :whole].unflatten(-1, (-1, GROUP)).double() for x in (weight, best))
+    groups, nearest = (x[..., :whole].unflatten(-1, (-1, GROUP)).double() for x in (weight, best))
     low, high = groups.aminmax(dim=-1, keepdim=True)
     for part in (1.0, *WIDTHS):
         start = (low + high) / 2 - (high - low) * part / 2
@@ -75,8 +82,8 @@ def searched(weight: Tensor, bits: int) -> Tensor:
             start = start.half().double()
             codes = ((groups - start) / step).round().clamp(0, levels)
             line = codes * step + start
-            errors = ((it - groups).square().sum(-1, keepdim=True) for it in (line, found))
-            found = torch.where(torch.lt(*errors), line, found)
+            errors = ((each - groups).square().sum(-1, keepdim=True) for each in (line, nearest))
+            nearest = torch.where(torch.lt(*errors), line, nearest)
             centred = codes - codes.mean(-1, keepdim=True)
             slope = (centred * groups).sum(-1, keepdim=True) / centred.square().sum(
                 -1, keepdim=True
@@ -84,15 +91,18 @@ def searched(weight: Tensor, bits: int) -> Tensor:
             start = (groups - slope * codes).mean(-1, keepdim=True).half().double()
             rest = ((groups - start) * codes).sum(-1, keepdim=True)
             step = (rest / codes.square().sum(-1, keepdim=True)).half().double()
-    best[..., :whole] = found.flatten(-2).float()
+    best[..., :whole] = nearest.flatten(-2).float()
     return best
 
 
 def peer_perplexity(
     folder: Path, text: str, peer: Peer, context: int, stride: int, max_tokens: int
 ) -> dict | None:
-    """{"perplexity", "nll", "tokens"} by transformers on the same windows; None if the peer's
-    package isn't there."""
+    """Perplexity of a peer by transformers, on the windows that the engine scores.
+
+    context, stride, max_tokens: see evaluation.perplexity.windows. Returns {"perplexity", "nll",
+    "tokens"}, or None if the peer's package isn't installed.
+    """
     if find_spec(peer.package) is None:
         return None
     sparse = SparseAttention(peer.sparsity)
@@ -104,20 +114,24 @@ def peer_perplexity(
     tokens = AutoTokenizer.from_pretrained(folder)(text)["input_ids"][:max_tokens]
     scores: list[float] = []
     with torch.inference_mode():
-        for it in windows(len(tokens), context, stride):
+        for window in windows(len(tokens), context, stride):
             cache = RoundingCache(peer.cache_bits) if peer.cache_bits else DynamicCache()
-            ids = torch.tensor([tokens[it.start : it.stop]])
-            sparse.first = it.first - it.start
-            logits = model(ids, past_key_values=cache).logits[0, it.first - it.start - 1 : -1]
-            wanted = ids[0, it.first - it.start :, None]
+            ids = torch.tensor([tokens[window.start : window.stop]])
+            sparse.first = window.first - window.start
+            logits = model(ids, past_key_values=cache).logits[
+                0, window.first - window.start - 1 : -1
+            ]
+            wanted = ids[0, window.first - window.start :, None]
             scores += logits.float().log_softmax(-1).gather(1, wanted)[:, 0].tolist()
     nll = -math.fsum(scores) / len(scores)
     return {"perplexity": math.exp(nll), "nll": nll, "tokens": len(scores)}
 
 
 class SparseAttention:
-    """transformers' attention of one whole sequence, in which queries from `first` on, as if they
-    were decoded, attend only the tokens of most weight, each head its own."""
+    """transformers' attention of one sequence, sparse from query `first` on, as if those decoded.
+
+    Each query head attends the tokens of largest weight, the share `sparsity` of them.
+    """
 
     def __init__(self, sparsity: float) -> None:
         self._sparsity = sparsity
@@ -143,16 +157,16 @@ class SparseAttention:
 
 
 def round_weights(
-    model: torch.nn.Module, folder: Path, kept: WeightFormat, rounding: Round
+    model: torch.nn.Module, folder: Path, weight_format: WeightFormat, rounding: Round
 ) -> None:
-    """The matrices that this format packs."""
+    """Round, in place, each matrix of the model that this format quantizes."""
     config = load_config(folder)
     names = FAMILIES[config.family].WEIGHT_NAMES
     parameters, rounded_already = dict(model.named_parameters()), set()
     with torch.no_grad():
         for layer in range(config.num_layers + 2):
             for name, shape in config.tensors(layer).items():
-                bits = kept.bits_of(name, shape)
+                bits = weight_format.bits_of(name, shape)
                 module, _, kind = name.rpartition(".")
                 key = f"{names[module].format(layer - 1)}.{kind}"
                 # A tied head is the embedding, and several weights may be rows of one parameter.
@@ -162,7 +176,7 @@ def round_weights(
 
 
 def _torchao(weight: Tensor, bits: int) -> Tensor:
-    """torchao's asymmetric round to nearest, float16 scales and whole zero points."""
+    """torchao's asymmetric rounding to nearest, with float16 scales and integer zero points."""
     from torchao.quantization import quant_primitives as torchao
 
     block, codes = (1, GROUP), (torch.uint8, 0, 2**bits - 1)
@@ -176,7 +190,7 @@ def _torchao(weight: Tensor, bits: int) -> Tensor:
 
 
 def _hqq(optimize: bool) -> Round:
-    """hqq's, with or without its optimizer; float zero points."""
+    """hqq's rounding, with or without its optimizer; zero points are floats."""
 
     def rounding(weight: Tensor, bits: int) -> Tensor:
         from hqq.core.quantize import Quantizer

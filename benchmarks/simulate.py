@@ -1,7 +1,11 @@
-"""Does the simulation predict how long a run takes? Runs and simulates benchmarks.lanes.
+"""Does the simulation predict how long a run takes? Cases of benchmarks.lanes, run and simulated.
 
-Both go by the same ops, amounts and rates; the simulation has neither threads nor a clock, so what
-differs is what running the emulation costs.
+Claim: the planner may trust `simulate`, which plays a run's ops in modelled time. Run and
+simulation use the same ops, amounts and rates; the simulation has neither threads nor a clock, so
+they differ by the cost of running the emulation.
+
+Good: every case's `ratio` (run over simulation) near 1, and tens of thousands of `ops_per_s`.
+docs/results/simulate-emulated.json: python -m benchmarks.simulate --json FILE
 """
 
 from __future__ import annotations
@@ -25,13 +29,15 @@ from flexgen_ray.runtime.scheduler import Scheduler
 
 
 def simulate(
-    layers: Annotated[int, typer.Option(min=1, help="Decoder layers.")] = 8,
-    batches: Annotated[int, typer.Option(min=1, help="Batches a block.")] = 4,
-    passes: Annotated[int, typer.Option(min=1, help="Decoding passes.")] = 16,
-    op_ms: Annotated[float, typer.Option(help="Modelled time of an op, on average.")] = 1.9,
+    layers: Annotated[int, typer.Option(metavar="N", min=1, help="Decoder layers.")] = 8,
+    batches: Annotated[int, typer.Option(metavar="N", min=1, help="Batches in a block.")] = 4,
+    passes: Annotated[int, typer.Option(metavar="N", min=1, help="Decoding passes.")] = 16,
+    op_ms: Annotated[
+        float, typer.Option(metavar="MS", help="Mean modelled time of an op, in milliseconds.")
+    ] = 1.9,
     json_file: JsonOption = None,
 ) -> None:
-    """Emulated lanes: the run's time as a multiple of what the simulation says.
+    """Emulate lanes: the run's time as a multiple of the simulated time.
 
     Example: python -m benchmarks.simulate --op-ms 1.9
     """
@@ -48,8 +54,11 @@ def simulate(
 
 
 def _compared(measured: dict, simulated: dict) -> dict:
-    """ratio: of the times at which the last token was chosen; wall_ratio: of that at which the run
-    was over, when a pass without rows had told that no other follows."""
+    """Times of a run and of its simulation, with their ratios.
+
+    ratio: when the last token was chosen, against the simulated time. wall_ratio: when the run was
+    over, after a pass without rows that shows that no other follows.
+    """
     predicted = simulated["simulated_s"]
     return simulated | {
         "measured_s": measured["last_token_s"],
@@ -60,24 +69,24 @@ def _compared(measured: dict, simulated: dict) -> dict:
 
 
 def _simulated(plan: StagePlan, hardware: HardwareSpec) -> dict:
-    """The run of `run_case`, played; ops_per_s: how fast that is."""
+    """Simulated seconds of the run of `run_case`, and the ops simulated per second."""
     composed = _compose(plan)
     num_visits = len(composed) // plan.num_batches
-    # That no other visit follows is known only when the next one is composed.
+    # One more visit, as in the run: only when it is composed is it known to have no rows.
     played = op_stream(
         plan, hardware, lambda op: composed.get((op.visit, op.batch), NO_ROWS), num_visits + 1
     )
     started = time.perf_counter()
-    found = play(played)
-    taken = time.perf_counter() - started
+    simulation = play(played)
+    seconds = time.perf_counter() - started
     return {
-        "simulated_s": round(found.visit_ends[num_visits - 1], 4),
-        "ops_per_s": round(len(found.spans) / taken),
+        "simulated_s": round(simulation.visit_ends[num_visits - 1], 4),
+        "ops_per_s": round(len(simulation.spans) / seconds),
     }
 
 
 def _compose(plan: StagePlan) -> dict[tuple[int, int], Rows]:
-    """{(visit, batch): rows} of all passes of the run, whatever tokens it chooses."""
+    """Rows of every pass of the run, {(visit, batch): rows}; they depend on no token's value."""
     batcher = Scheduler(plan.policy.gpu_batch_size, plan.num_batches, plan.cell_tokens, frozenset())
     batcher.add(requests_of(plan))
     composed: dict[tuple[int, int], Rows] = {}

@@ -1,7 +1,7 @@
-"""Stand-ins for models too large to run: small tensors, paced by what the large ones would take.
+"""Stand-ins for models too large to run: small tensors whose ops take the large model's time.
 
-Each stage is as the plan of the large model says, in modelled bytes and flops, but computes tokens
-with tensors of almost nothing. Knows plans and the emulation; no benchmark.
+Each stage dispatches the ops of the large model's plan and takes their modelled time, but computes
+tokens with tensors of a few values. Knows plans and the emulation; no benchmark.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ from flexgen_ray.schedule.zigzag import zigzag
 
 @dataclass(frozen=True)
 class StandIn:
-    """What runs, what it stands for, and at what pace.
+    """A pipeline's plans, to be run as small tensors on emulated hardware.
 
-    hardware: of each stage; middle: position of an average decoding row; cell_seconds: wall time of
-    a decoding pass's cell that the time scale aims at.
+    plans: of the large model, one a stage. hardware: rates of each stage's machine. middle:
+    position of an average decoding row. cell_seconds: wall time that a decoding pass's cell (one
+    batch in one layer) of the slowest stage is to take.
     """
 
     plans: list[StagePlan]
@@ -38,29 +39,33 @@ class StandIn:
 
     @property
     def time_scale(self) -> float:
-        """Wall seconds a modelled second."""
+        """Wall seconds that one modelled second takes."""
         slowest = max(
-            max(visit_seconds(plan, its, decoding_rows(plan, self.middle)).values())
+            max(visit_seconds(plan, rates, decoding_rows(plan, self.middle)).values())
             / (len(plan.stage.decoders) * plan.policy.num_gpu_batches)
-            for plan, its in self._pairs()
+            for plan, rates in self._pairs()
         )
         return self.cell_seconds / slowest
 
     def op_times(self) -> dict:
-        """How long the ops of a decoding visit are in wall time, those of all stages."""
+        """Wall time of the ops of a decoding visit of all stages: mean, and share of long ops.
+
+        Python's own time distorts short ops, so results are to be trusted if long ops dominate.
+        """
         scale, seconds = self.time_scale, list[float]()
-        for plan, its in self._pairs():
-            demands = OpDemands(plan, its, _always(decoding_rows(plan, self.middle)))
+        for plan, rates in self._pairs():
+            demands = OpDemands(plan, rates, _always(decoding_rows(plan, self.middle)))
             ops = zigzag(plan.stage, plan.policy.num_gpu_batches, range(1))
             seconds += [scale * demands(op).seconds for op in ops]
-        taken = [it for it in seconds if it]
-        long = sum(it for it in taken if it >= 1e-3)
+        taken = [each for each in seconds if each]
+        long = sum(each for each in taken if each >= 1e-3)
         return {
             "mean_op_ms": round(1e3 * sum(taken) / len(taken), 3),
             "share_of_time_in_ops_of_1_ms_or_more": round(long / sum(taken), 4),
         }
 
     def specs(self, folder: str) -> list[StageSpec]:
+        """Specs that the stages' workers load. folder: place of the offload files."""
         return [
             StageSpec(
                 model=None,
@@ -69,9 +74,9 @@ class StandIn:
                 device="cpu",
                 offload_dir=folder,
                 executor=self.executor,
-                **emulated(its, self.time_scale, stands_for=plan),
+                **emulated(rates, self.time_scale, stands_for=plan),
             )
-            for plan, its in self._pairs()
+            for plan, rates in self._pairs()
         ]
 
     def _pairs(self) -> list[tuple[StagePlan, HardwareSpec]]:
@@ -79,14 +84,14 @@ class StandIn:
 
 
 def alike_requests(count: int, prompt_len: int, max_tokens: int) -> list[Request]:
-    """So many, all alike."""
+    """Equal requests, answered greedily to their last token; lengths in tokens."""
     params = SamplingParams(max_tokens, 0.0, ignore_eos=True)
     prompt = [4 + i % 90 for i in range(prompt_len)]
     return [Request(index, prompt, params) for index in range(count)]
 
 
 def memory_folder() -> str | None:
-    """One whose files take no time beyond what the model says, if there is one."""
+    """Folder in memory, whose files take no time beyond the modelled one; None without /dev/shm."""
     folder = "/dev/shm"
     return folder if os.access(folder, os.W_OK) else None
 
@@ -96,7 +101,7 @@ def _always(rows: Rows) -> Callable[[Op], Rows]:
 
 
 def _small(plan: StagePlan) -> StagePlan:
-    """As many layers, of almost nothing, so that their weights need no place but the device."""
+    """Plan of as many layers whose tensors are tiny, so that all weights lie on the device."""
     config = replace(
         plan.config, hidden_size=8, num_heads=1, num_kv_heads=1, head_dim=8, intermediate_size=8,
         vocab_size=96, embedding_size=8,

@@ -1,8 +1,12 @@
-"""Unequal devices: is the planner's split of the layers the best, and what does it gain? Emulated.
+"""Is the planner's split of the layers over unequal GPUs the best, and what does it gain? Emulated.
 
-For the shape that the planner chose, every split of the layers gets its best policies, and so does
-the equal split; the planner's and the equal one are then run on emulated machines. Measures;
-decides nothing.
+Claim: on machines with unlike GPUs the planner gives each the layers that it can serve, and gains
+over equal stages. For the block shape that the planner chose, every split of the layers gets its
+best policies by prediction, and so does the equal split; the planner's split and the equal one are
+then run on emulated machines.
+
+Good: `chosen_to_best` near 1, and `gain_over_equal` above 1, the more the GPUs differ.
+docs/results/unequal-emulated.json: python -m benchmarks.unequal --json FILE
 """
 
 from __future__ import annotations
@@ -33,13 +37,23 @@ PLAYED_SPLITS = 8
 
 
 def unequal(
-    clusters: Annotated[str, typer.Option(help="Presets, by ',' and ';'.")] = ";".join(CLUSTERS),
-    model: Annotated[str, typer.Option(help="An OPT shape.")] = "opt-30b",
-    requests: Annotated[int, typer.Option(min=1, help="Of the job.")] = 1024,
-    step: Annotated[int, typer.Option(min=1, help="Layers by which enumerated splits differ.")] = 1,
+    clusters: Annotated[
+        str,
+        typer.Option(
+            metavar="PRESET,...;...",
+            help="Clusters, divided by ';': hardware presets of their machines, divided by ','.",
+        ),
+    ] = ";".join(CLUSTERS),
+    model: Annotated[str, typer.Option(metavar="NAME", help="OPT shape to emulate.")] = "opt-30b",
+    requests: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Number of requests of the job.")
+    ] = 1024,
+    step: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Layers by which enumerated splits differ.")
+    ] = 1,
     json_file: JsonOption = None,
 ) -> None:
-    """Emulated machines of unlike GPUs: the planner's split against every other.
+    """Emulate machines with unlike GPUs: the planner's split of the layers against every other.
 
     Example: python -m benchmarks.unequal --clusters t4,rtx4090
     """
@@ -48,8 +62,8 @@ def unequal(
         results[cluster] = _cluster(cluster.split(","), model, requests, step)
         say(f"{cluster}: {results[cluster]}")
     settings = {"model": model, "prompt_len": t4.PROMPT_LEN, "max_tokens": t4.MAX_TOKENS}
-    found = {"emulated": True, "settings": settings | {"step": step}, "clusters": results}
-    finish(found, "emulated machines", json_file)
+    result = {"emulated": True, "settings": settings | {"step": step}, "clusters": results}
+    finish(result, "emulated machines", json_file)
 
 
 def _cluster(names: list[str], model: str, requests: int, step: int) -> dict:
@@ -86,7 +100,7 @@ def _cluster(names: list[str], model: str, requests: int, step: int) -> dict:
 
 
 def splits(num_layers: int, num_stages: int, step: int) -> Iterator[tuple[int, ...]]:
-    """Every way to give each stage some of the layers, in steps of so many."""
+    """Every way to give each stage at least `step` layers, with cuts at multiples of `step`."""
     for cuts in combinations(range(step, num_layers, step), num_stages - 1):
         ends = (0, *cuts, num_layers)
         yield tuple(after - before for before, after in zip(ends, ends[1:], strict=False))
@@ -95,7 +109,7 @@ def splits(num_layers: int, num_stages: int, step: int) -> Iterator[tuple[int, .
 def _of_split(
     planner: Planner, chosen: PipelinePlan, layers: tuple[int, ...]
 ) -> PipelinePlan | None:
-    """The best policies for these layers, of the shape that was chosen."""
+    """The best plan with this split of the layers and the chosen block shape; None if none fits."""
     may_shrink = replace(planner, search=replace(planner.search, layers=layers))
     return may_shrink.plan(chosen.stages[0].policy)
 
