@@ -1,1 +1,1 @@
-"""How long does it take? The cost of each op, the simulation of a run, and its lower bound."""
+"""Durations: the cost of each op, the simulation of a run, and its lower bound."""

@@ -1,12 +1,17 @@
-"""Time that the ops of a visit take: by lane, by resource, and on one batch's way through a stage.
+"""Lower bound of a visit's duration: the busy seconds of each lane, resource and path.
 
-A visit of any number of layers and batches is made of the ops of one layer's first batch and of a
-further one, of the layers at the model's ends, and of weights, which cross once. So amounts are
-derived once for a stage's kind and shape, and take any machine's rates. Knows plans; no clock.
+No schedule is faster than its busiest lane or resource, nor than the path of one batch through the
+layers; runs are compared with this bound.
 
-How long a visit takes at least, by the amounts of all its ops: the bound that runs are held to.
+`visit_seconds` adds up all ops of a visit. `visit_terms` derives the same sums in closed form, for
+planners that try many shapes: the visit of a model with L layers and B batches consists of the ops
+of one layer's first batch (L times), of a further batch in one layer (L * (B - 1) times), of the
+layers at the model's ends, and of the weights, which cross the link once. So the amounts are
+derived once from a plan with one layer and two batches, for the rates of any machine:
 
-A stand-in until a planner uses the same sums as constraints. Knows plans and rates; no clock.
+    seconds = fixed + L * per_layer + (B - 1) * (per_batch + L * per_layer_batch)
+
+Knows plans and rates; no clock, and no dependencies beyond the paths.
 """
 
 from __future__ import annotations
@@ -24,6 +29,13 @@ from flexgen_ray.layout.rows import Composition, Row, Rows
 from flexgen_ray.schedule.ops import OPS, Path
 from flexgen_ray.schedule.zigzag import zigzag
 
+PHASES = ("prefill", "decode")
+# The ways of one batch through a stage: ops that wait for each other, with rows attended on the
+# device or on the host. Weights and caches are prefetched, and no op awaits writes to disk.
+PATHS = ("path by the device", "path by the host")
+# (phase, lane, resource or path), whose amounts are seconds; ("bytes", tier), whose are bytes.
+Quantity = tuple[str, str]
+
 
 def visit_seconds(plan: StagePlan, hardware: HardwareSpec, rows: Rows) -> dict[str, float]:
     """{lane or resource: seconds} of one visit of a stage whose batches all bring these rows."""
@@ -32,7 +44,7 @@ def visit_seconds(plan: StagePlan, hardware: HardwareSpec, rows: Rows) -> dict[s
     lanes: dict[str, float] = defaultdict(float)
     resources: dict[str, float] = defaultdict(float)
     for op in zigzag(plan.stage, plan.policy.num_gpu_batches, range(1)):
-        # Weights that are fetched for the next visit count there.
+        # Weights that are prefetched for the next visit count there.
         if op.visit or not is_active(op):
             continue
         seconds = seconds_by_resource(model.amounts(op, composition), hardware)
@@ -40,35 +52,30 @@ def visit_seconds(plan: StagePlan, hardware: HardwareSpec, rows: Rows) -> dict[s
             lanes[op.lane.worker.value] += seconds_alone(seconds)
         for resource, each in seconds.items():
             resources[resource.name.lower()] += each
-    # The disk is a resource and a lane of the same name.
-    return resources | {it: max(lanes[it], resources.get(it, 0.0)) for it in lanes}
+    # A resource and a lane have the same name where the disk is concerned; the longer counts.
+    return resources | {name: max(lanes[name], resources.get(name, 0.0)) for name in lanes}
 
 
 def decoding_rows(plan: StagePlan, position: int) -> Rows:
-    """Every slot of a batch brings one token."""
+    """Rows of a decoding pass: every slot of a batch brings one token, at this position."""
     slots = range(plan.policy.gpu_batch_size)
     return Rows(tuple(Row(slot, position, 1, slot, True, False) for slot in slots), ())
 
 
 def prefilling_rows(plan: StagePlan) -> tuple[Rows, float]:
-    """Prompts of as many slots as fit a pass, and how many such passes a batch takes."""
+    """Rows of a prefill pass, and the number of such passes that a batch takes.
+
+    A pass has the longest prompts, of as many slots as it has room for.
+    """
     longest = plan.workload.max_prompt_len
     count = max(1, min(plan.policy.gpu_batch_size, plan.cell_tokens // longest))
     rows = tuple(Row(slot, 0, longest, slot * longest, True, True) for slot in range(count))
     return Rows(rows, ()), plan.policy.gpu_batch_size / count
 
 
-PHASES = ("prefill", "decode")
-Quantity = tuple[str, str]  # (phase, lane, resource or way): seconds; ("bytes", tier): bytes
-# A batch's way through a stage: ops that wait for each other, where rows are attended on the device
-# or on the host. Weights and caches come ahead of need, and what is written to disk is not awaited.
-PATHS = ("path by the device", "path by the host")
-
-
 @dataclass(frozen=True)
 class VisitTerms:
-    """Seconds of a lane, a resource or a way: of a visit of one batch, once and for each layer, and
-    of each further batch."""
+    """Terms of a lane's, resource's or path's seconds in a visit; the module explains the sum."""
 
     fixed: float = 0.0
     per_layer: float = 0.0
@@ -80,32 +87,39 @@ class VisitTerms:
 def visit_terms(
     plan: StagePlan, hardware: HardwareSpec, position: int
 ) -> dict[Quantity, VisitTerms]:
-    """By (phase, lane, resource or way). plan: of one decoder layer and two batches."""
-    found = {}
+    """Terms of a visit's seconds, by (phase, lane, resource or path).
+
+    plan: one with one decoder layer and two batches; position: of the rows that decode.
+    """
+    terms = {}
     for phase, ops in _visit_ops(plan, position).items():
-        # By whether a further batch brings them, and whether each layer has them.
-        resources, lanes, ways = _sums(), _sums(), _sums()
+        resources, lanes, paths = _sums(), _sums(), _sums()
         for op in ops:
             taken = seconds_by_resource(op.amounts, hardware)
-            alone, at = seconds_alone(taken), 2 * op.is_further + op.is_of_layer
-            lanes[op.lane][at] += alone
+            # The index of the term in VisitTerms.
+            alone, term = seconds_alone(taken), 2 * op.is_further + op.is_of_layer
+            lanes[op.lane][term] += alone
             for resource, seconds in taken.items():
-                resources[resource.name.lower()][at] += seconds
-            for way in op.ways if not op.is_further else ():
-                ways[way][at] += alone
-        # The disk is a resource and a lane of the same name.
-        longer = {it: max(lanes[it], resources.get(it, [0.0]), key=sum) for it in lanes}
-        for name, each in (resources | longer | ways).items():
-            found[phase, name] = VisitTerms(*each)
-    return found
+                resources[resource.name.lower()][term] += seconds
+            for path in op.paths if not op.is_further else ():
+                paths[path][term] += alone
+        # A resource and a lane have the same name where the disk is concerned; the longer counts.
+        longer = {name: max(lanes[name], resources.get(name, [0.0]), key=sum) for name in lanes}
+        for name, each in (resources | longer | paths).items():
+            terms[phase, name] = VisitTerms(*each)
+    return terms
 
 
 @dataclass(frozen=True)
 class _VisitOp:
-    """An op, whether each layer has it, and whether only a further batch brings it."""
+    """An op with what it takes.
+
+    is_of_layer: True if every decoder layer has such an op; is_further: True if only batches after
+    a block's first one bring it.
+    """
 
     lane: str
-    ways: tuple[str, ...]
+    paths: tuple[str, ...]
     is_of_layer: bool
     is_further: bool
     amounts: Amounts
@@ -113,24 +127,26 @@ class _VisitOp:
 
 @lru_cache(maxsize=4096)
 def _visit_ops(plan: StagePlan, position: int) -> dict[str, list[_VisitOp]]:
-    """{phase: ops of a visit}, for any machine's rates."""
+    """{phase: ops of a visit}, the same for any machine's rates."""
     is_active = ActiveOps(plan, in_ring=not plan.stage.is_whole)
     ops = [op for op in zigzag(plan.stage, 2, range(1)) if not op.visit and is_active(op)]
-    model, found = CostModel(plan), {}
-    for phase, rows in zip(
-        PHASES, (prefilling_rows(plan)[0], decoding_rows(plan, position)), strict=True
-    ):
-        composition, its = Composition(rows, plan.streamed_rows - 1), []
+    model, visit_ops = CostModel(plan), {}
+    rows_of = {"prefill": prefilling_rows(plan)[0], "decode": decoding_rows(plan, position)}
+    for phase, rows in rows_of.items():
+        composition = Composition(rows, plan.streamed_rows - 1)
         attends_on_host = phase == "decode" and plan.attended_rows > 0
-        for op in ops:
-            amounts = model.amounts(op, composition)
-            if any(amounts.values()):
-                lane, ways = op.lane.worker.value, _paths(OPS[op.kind].path, attends_on_host)
-                is_of_layer = plan.stage.kind(op.layer) == "decoder"
-                is_further = op.batch > 0 and not OPS[op.kind].moves_weights
-                its.append(_VisitOp(lane, ways, is_of_layer, is_further, amounts))
-        found[phase] = its
-    return found
+        visit_ops[phase] = [
+            _VisitOp(
+                op.lane.worker.value,
+                _paths(OPS[op.kind].path, attends_on_host),
+                is_of_layer=plan.stage.kind(op.layer) == "decoder",
+                is_further=op.batch > 0 and not OPS[op.kind].moves_weights,
+                amounts=amounts,
+            )
+            for op in ops
+            if any((amounts := model.amounts(op, composition)).values())
+        ]
+    return visit_ops
 
 
 def _sums() -> defaultdict[str, list[float]]:
@@ -138,7 +154,7 @@ def _sums() -> defaultdict[str, list[float]]:
 
 
 def _paths(path: Path, attends_on_host: bool) -> tuple[str, ...]:
-    """The ones of WAYS that an op is on. Prompts are attended on the device."""
+    """The PATHS that an op is on. Prompts are always attended on the device."""
     match path:
         case Path.BOTH:
             return PATHS

@@ -1,8 +1,14 @@
-"""Plays ops in modelled time, by the rule that the executor and the emulation run them by.
+"""Discrete-event simulation of a run: the executor's rules, in modelled time.
 
-An op starts when its lane is free and all that it waits for has ended; one worker serves both of
-the device's lanes, the oldest op that may start first. Running ops share resources. Knows what ops
-wait for and what they take; no plan, no rows.
+An op starts when its worker is free and all ops that it waits for have ended. A worker serves one
+or two lanes, each in order; of two ops that may start, the older one does. Running ops share
+resources (resources.py), so an op's end moves whenever another begins or ends.
+
+The loop in `simulate_ring` has two steps. First start all that may start now: an op without demand
+ends immediately, which may let others start, so this repeats until nothing changes. Then advance
+the clock to the first end among the running ops, and end what ends at that time.
+
+Knows dependencies and demands of ops; no plans or rows.
 """
 
 from __future__ import annotations
@@ -21,9 +27,10 @@ from flexgen_ray.schedule.ring import Message, awaited_message, sent_message
 
 @dataclass(frozen=True)
 class OpStream:
-    """A stage's ops in program order, only those that move something, and what each takes.
+    """Ops of a stage in program order, only those that have work, and the demand of each.
 
-    window: as the executor's: how many are issued and not over. keeps_spans: they take memory.
+    window: most ops that are issued and have not ended, as in the executor. keeps_spans: False
+    saves the memory of the spans.
     """
 
     ops: Iterable[Op]
@@ -34,9 +41,10 @@ class OpStream:
 
 @dataclass(frozen=True)
 class SimulatedRun:
-    """A stage's run. seconds: until its last op ended; visit_ends: until each visit had; busy:
-    {lane: seconds} that each lane's ops would take alone; spans: of each op, in the order of their
-    ends, if they are kept.
+    """Times of a simulated stage, in seconds since the run began.
+
+    seconds: end of the last op; visit_ends: end of each visit; busy: {lane: seconds} that the
+    lane's ops would take if each ran alone; spans: one per op, in order of their ends, or none.
     """
 
     seconds: float
@@ -46,14 +54,14 @@ class SimulatedRun:
 
 
 def simulate(stream: OpStream) -> SimulatedRun:
-    """One stage that is the whole model."""
+    """Simulate one stage that is the whole model."""
     return simulate_ring([stream], 1)[0]
 
 
 def simulate_ring(streams: list[OpStream], num_blocks: int) -> list[SimulatedRun]:
-    """Stages joined to a ring, with so many blocks in flight.
+    """Simulate stages that form a ring, with num_blocks blocks in flight.
 
-    A batch has crossed the network when its SEND ends. RuntimeError if the ring waits for itself.
+    A batch has crossed the network when its SEND ends. Raises RuntimeError on a deadlock.
     """
     messages = _RingMessages(num_blocks)
     stages = [_SimulatedStage(number, stream, messages) for number, stream in enumerate(streams)]
@@ -61,7 +69,7 @@ def simulate_ring(streams: list[OpStream], num_blocks: int) -> list[SimulatedRun
     for stage in stages:
         stage.issue()
     while True:
-        # What ends at once may let another stage start.
+        # An op that takes no time ends here, and its message may let another stage start.
         while any([stage.start(now) for stage in stages if stage.touched]):
             pass
         ends = [stage.resources.next_end() for stage in stages]
@@ -78,16 +86,19 @@ def simulate_ring(streams: list[OpStream], num_blocks: int) -> list[SimulatedRun
 
 
 class _SimulatedOp(RunningOp):
-    """An op that was issued: how many ops it still waits for, and who waits for it."""
+    """An issued op.
 
-    __slots__ = ("dependents", "index", "is_done", "missing", "op", "post", "queue", "started")
+    missing: number of ops and messages that it still waits for. dependents: ops that wait for it.
+    """
 
-    def __init__(self, index: int, op: Op, post: _Worker, demand: Demand) -> None:
+    __slots__ = ("dependents", "index", "is_done", "missing", "op", "queue", "started")
+
+    def __init__(self, index: int, op: Op, worker: _Worker, demand: Demand) -> None:
         super().__init__(demand)
         self.index = index
         self.op = op
-        self.post = post
-        self.queue = post.queues[op.lane]
+        self.worker = worker
+        self.queue = worker.queues[op.lane]
         self.missing = 0
         self.dependents: list[_SimulatedOp] = []
         self.is_done = False
@@ -95,20 +106,23 @@ class _SimulatedOp(RunningOp):
 
 
 class _Worker:
-    """A worker: its lanes' queues, and whether it is at work."""
+    """The queues of the lanes that one worker serves, and whether the worker is busy."""
 
     def __init__(self, lanes: Iterable[Lane]) -> None:
         self.queues: dict[Lane, deque[_SimulatedOp]] = {lane: deque() for lane in lanes}
         self.is_busy = False
 
     def next(self) -> _SimulatedOp | None:
-        """The oldest op that may start."""
+        """The oldest op that may start, among the heads of the queues."""
         heads = [q[0] for q in self.queues.values() if q and not q[0].missing]
-        return min(heads, key=lambda job: job.index) if heads else None
+        return min(heads, key=lambda issued: issued.index) if heads else None
 
 
 class _SimulatedStage:
-    """One stage's lanes, its resources, and what has been issued of its stream."""
+    """One stage: its workers, its resources, and the issued ops of its stream.
+
+    touched: workers for which something changed, so that an op of theirs may be able to start.
+    """
 
     def __init__(self, number: int, stream: OpStream, messages: _RingMessages) -> None:
         self.number = number
@@ -117,13 +131,13 @@ class _SimulatedStage:
         self._ops = enumerate(stream.ops)
         self._messages = messages
         self._dependencies: Dependencies[_SimulatedOp] = Dependencies()
-        posts = {it: _Worker(lane for lane in Lane if lane.worker is it) for it in Lane}
-        self._post_of = {lane: posts[lane.worker] for lane in Lane}
-        self._device = posts[Lane.DEVICE]
+        workers = {it: _Worker(lane for lane in Lane if lane.worker is it) for it in Lane}
+        self._worker_of = {lane: workers[lane.worker] for lane in Lane}
+        self._device = workers[Lane.DEVICE]
         self.touched: list[_Worker] = []
         self._in_flight = 0
         self._room = stream.window - 1
-        self._last_ops: deque[_SimulatedOp] = deque()  # of the visits that aren't known to be over
+        self._last_ops: deque[_SimulatedOp] = deque()  # of visits that may not have ended
         self._seconds = 0.0
         self._visit_ends: list[float] = []
         self._busy: dict[str, float] = defaultdict(float)
@@ -134,11 +148,11 @@ class _SimulatedStage:
         return self._in_flight > 0
 
     def simulated(self) -> SimulatedRun:
-        """What has been played so far."""
+        """Results so far."""
         return SimulatedRun(self._seconds, self._visit_ends, dict(self._busy), self._spans)
 
     def issue(self) -> None:
-        """As many ops as the window takes; then none until half of it is over."""
+        """Issue ops until the window is full; once it is, none until half of it has ended."""
         window, last_ops = self._stream.window, self._last_ops
         while self._in_flight <= self._room:
             while len(last_ops) > VISITS_AHEAD:
@@ -148,70 +162,70 @@ class _SimulatedStage:
             index, op = next(self._ops, (0, None))
             if op is None:
                 return
-            self._queue(_SimulatedOp(index, op, self._post_of[op.lane], self._stream.demand(op)))
+            self._queue(_SimulatedOp(index, op, self._worker_of[op.lane], self._stream.demand(op)))
             self._room = window // 2 if self._in_flight >= window else window - 1
 
-    def _queue(self, job: _SimulatedOp) -> None:
-        queue = job.queue
-        for other in self._dependencies.add(job, job.op):
+    def _queue(self, issued: _SimulatedOp) -> None:
+        queue = issued.queue
+        for other in self._dependencies.add(issued, issued.op):
             if not other.is_done and other.queue is not queue:
-                other.dependents.append(job)
-                job.missing += 1
-        self._messages.await_message(self, job)
-        job.queue.append(job)
+                other.dependents.append(issued)
+                issued.missing += 1
+        self._messages.await_message(self, issued)
+        issued.queue.append(issued)
         self._in_flight += 1
-        self.touched.append(job.post)
-        if job.op.ends_visit:
-            self._last_ops.append(job)
+        self.touched.append(issued.worker)
+        if issued.op.ends_visit:
+            self._last_ops.append(issued)
 
     def start(self, now: float) -> bool:
-        """All that may start; whether anything has also ended, for it takes no time."""
+        """Start all ops that may start; return True if any of them took no time and has ended."""
         has_ended = is_device = False
         while self.touched or is_device:
-            # Only the device has a choice: it comes last, when all that is ready is known.
+            # The device comes last, when all ops that are ready are known, and takes the oldest.
             if not self.touched:
-                post, is_device = self._device, False
-            elif (post := self.touched.pop()) is self._device:
+                worker, is_device = self._device, False
+            elif (worker := self.touched.pop()) is self._device:
                 is_device = True
                 continue
-            job = None if post.is_busy else post.next()
-            if job is None:
+            issued = None if worker.is_busy else worker.next()
+            if issued is None:
                 continue
-            job.started = now
-            if job.demand.seconds:
-                job.post.is_busy = True
-                self.resources.begin(job, now)
+            issued.started = now
+            if issued.demand.seconds:
+                issued.worker.is_busy = True
+                self.resources.begin(issued, now)
             else:
-                self._finish(job, now)
+                self._finish(issued, now)
                 has_ended = True
         return has_ended
 
     def end(self, now: float) -> None:
-        """Of what is under way, all that is over now."""
-        for job in self.resources.pop_ended(now):
-            job.post.is_busy = False
-            self._finish(job, now)
+        """End all running ops whose time is over."""
+        for issued in self.resources.pop_ended(now):
+            issued.worker.is_busy = False
+            self._finish(issued, now)
 
-    def release(self, job: _SimulatedOp) -> None:
-        """One of those that it waited for has ended."""
-        job.missing -= 1
-        if not job.missing:
-            self.touched.append(job.post)
+    def release(self, issued: _SimulatedOp) -> None:
+        """Count an op or message that `issued` waited for as done."""
+        issued.missing -= 1
+        if not issued.missing:
+            self.touched.append(issued.worker)
 
-    def _finish(self, job: _SimulatedOp, now: float) -> None:
-        op = job.op
-        job.queue.popleft()
-        job.is_done = True
+    def _finish(self, issued: _SimulatedOp, now: float) -> None:
+        op = issued.op
+        issued.queue.popleft()
+        issued.is_done = True
         self._seconds = now
-        self._busy[op.lane.worker.value] += job.demand.seconds
+        self._busy[op.lane.worker.value] += issued.demand.seconds
         if op.ends_visit:
             self._visit_ends.append(now)
         if self._stream.keeps_spans:
-            self._spans.append(Span(op, job.started, now))
-        for other in job.dependents:
+            self._spans.append(Span(op, issued.started, now))
+        for other in issued.dependents:
             self.release(other)
-        job.dependents.clear()
-        self.touched.append(job.post)
+        issued.dependents.clear()
+        self.touched.append(issued.worker)
         self._messages.send(self.number, op)
         self._in_flight -= 1
         if self._in_flight <= self._room:
@@ -219,26 +233,26 @@ class _SimulatedStage:
 
 
 class _RingMessages:
-    """Messages between stages that were told, and the ops that wait for others."""
+    """Messages that stages of the ring have sent, and the ops that wait for one."""
 
     def __init__(self, num_blocks: int) -> None:
         self._num_blocks = num_blocks
         self._sent: set[Message] = set()
         self._waiting: dict[Message, tuple[_SimulatedStage, _SimulatedOp]] = {}
 
-    def await_message(self, stage: _SimulatedStage, job: _SimulatedOp) -> None:
-        """The op waits for its message, if it is one that does."""
-        message = awaited_message(stage.number, job.op, self._num_blocks)
+    def await_message(self, stage: _SimulatedStage, issued: _SimulatedOp) -> None:
+        """Let an op wait for its message, if it needs one that has not been sent."""
+        message = awaited_message(stage.number, issued.op, self._num_blocks)
         if message is not None and message not in self._sent:
-            job.missing += 1
-            self._waiting[message] = stage, job
+            issued.missing += 1
+            self._waiting[message] = stage, issued
 
     def send(self, number: int, op: Op) -> None:
-        """What the end of an op of stage `number` lets others know."""
+        """Send the message, if any, of an op of stage `number` that has ended."""
         message = sent_message(number, op, self._num_blocks)
         if message is None:
             return
         self._sent.add(message)
         if message in self._waiting:
-            stage, job = self._waiting.pop(message)
-            stage.release(job)
+            stage, issued = self._waiting.pop(message)
+            stage.release(issued)

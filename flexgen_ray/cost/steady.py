@@ -1,11 +1,9 @@
-"""How long a visit takes in the long run, by playing a few: what a planner judges plans by.
+"""Steady duration of a visit, by simulating a few visits; planners compare plans by it.
 
-`predict.visit_seconds` is the bound that no run beats; this is what the schedule makes of it. Knows
-plans, rates and rows.
+`bound.visit_seconds` is a lower bound of any schedule; this is what our schedule takes.
 
-What a stage's ops will take, where the rows of each pass are known ahead.
-
-Makes of plans, rates and rows what `simulate` plays; doesn't know when ops run.
+Makes the ops, plans, rates and rows into streams that simulate.py plays. Knows plans, rates and
+rows; not when ops run.
 """
 
 from __future__ import annotations
@@ -25,7 +23,39 @@ from flexgen_ray.schedule.ops import OPS, Lane, Op, OpKind
 from flexgen_ray.schedule.zigzag import zigzag
 
 RowsOfOp = Callable[[Op], Rows]
-CoreShares = tuple[tuple[str, float], ...]  # (lane or resource, of the cores that it takes)
+CoreShares = tuple[tuple[str, float], ...]  # (lane or resource, share of the cores it takes)
+
+FILLING_VISITS = 1  # per block, in which lanes and slots fill; not measured
+MEASURED_VISITS = 1  # per block
+
+
+def steady_visit_seconds(plan: StagePlan, hardware: HardwareSpec, rows: Rows) -> float:
+    """Seconds of a visit of a model in one stage, all of whose batches bring these rows."""
+    return pipeline_visit_seconds([plan], [hardware], rows)
+
+
+def pipeline_visit_seconds(
+    plans: list[StagePlan],
+    hardware: list[HardwareSpec],
+    rows: Rows,
+    core_shares: Sequence[CoreShares] | None = None,
+) -> float:
+    """Seconds from the end of one visit to the end of the next, in a ring of stages.
+
+    hardware, core_shares: one per stage, as for `op_stream`. Every batch of every block brings the
+    same rows.
+    """
+    num_blocks = plans[0].num_blocks
+    filling, measured = FILLING_VISITS * num_blocks, MEASURED_VISITS * num_blocks
+    shares = core_shares or [()] * len(plans)
+    streams = [
+        replace(
+            op_stream(plan, spec, lambda op: rows, filling + measured, cores), keeps_spans=False
+        )
+        for plan, spec, cores in zip(plans, hardware, shares, strict=True)
+    ]
+    ends = simulate_ring(streams, num_blocks)[-1].visit_ends
+    return (ends[-1] - ends[filling - 1]) / measured
 
 
 def op_stream(
@@ -35,25 +65,19 @@ def op_stream(
     num_visits: int,
     core_shares: CoreShares = (),
 ) -> OpStream:
-    """So many visits of a stage, as an executor would run them. rows: of an op's pass, by its visit
-    and batch. core_shares: none where the cores aren't the device too."""
+    """The ops of num_visits visits of a stage, as an executor would run them, for `simulate`.
+
+    rows: returns the rows of an op's pass, which depend on its visit and batch. core_shares: shares
+    of the cores that lanes and resources take; empty if the device is no CPU.
+    """
     is_active = ActiveOps(plan, in_ring=not plan.stage.is_whole)
     batches = plan.policy.num_gpu_batches
     ops = filter(is_active, zigzag(plan.stage, batches, range(num_visits), plan.num_blocks))
     return OpStream(ops, OpDemands(plan, hardware, rows, core_shares), window_ops(batches))
 
 
-@dataclass(frozen=True)
-class _PassDemands:
-    """Rows, what follows from them, and what is known so far of ops that bring them."""
-
-    rows: Rows
-    composition: Composition | None
-    demands: dict[tuple[OpKind, int, int], Demand] = field(default_factory=dict)
-
-
 class OpDemands:
-    """Of one stage's ops; the arguments are those of `stream`."""
+    """Demand of each op of one stage, remembered for ops that recur; arguments as `op_stream`'s."""
 
     def __init__(
         self,
@@ -71,57 +95,41 @@ class OpDemands:
         self._weights = _PassDemands(NO_ROWS, None)
 
     def __call__(self, op: Op) -> Demand:
-        """Nothing, if its pass has no rows."""
-        its = self._weights if OPS[op.kind].moves_weights else self._pass(self._rows(op))
+        """Demand of an op; no seconds if its pass has no rows."""
+        known = self._weights if OPS[op.kind].moves_weights else self._pass(self._rows(op))
         key = op.kind, op.layer, op.batch
-        found = its.demands.get(key)
-        if found is None:
-            amounts = self._cost.amounts(op, its.composition)
-            found = its.demands[key] = self._demand(op, amounts)
-        return found
+        demand = known.demands.get(key)
+        if demand is None:
+            amounts = self._cost.amounts(op, known.composition)
+            demand = known.demands[key] = self._demand(op, amounts)
+        return demand
 
     def _demand(self, op: Op, amounts: Amounts) -> Demand:
-        demand, of_cores = demand_of(amounts, self._hardware), self._core_shares
-        if not of_cores or not demand.shares:
+        demand, core_shares = demand_of(amounts, self._hardware), self._core_shares
+        if not core_shares or not demand.shares:
             return demand
-        used = {Resource(it).name.lower(): share for it, share in demand.shares.items()}
+        used = {Resource(name).name.lower(): share for name, share in demand.shares.items()}
         if op.lane.worker is Lane.DEVICE:
             used[Lane.DEVICE.value] = 1.0
-        cores = sum(of_cores.get(name, 0.0) * share for name, share in used.items())
+        cores = sum(core_shares.get(name, 0.0) * share for name, share in used.items())
         return replace(demand, shares=demand.shares | {CORES: cores})
 
     def _pass(self, rows: Rows) -> _PassDemands:
-        # Comparing rows would cost more than to derive anew what follows from equal ones.
-        found = self._passes.get(id(rows))
-        if found is None:
+        # Comparing rows would cost more than deriving the demands of equal rows again.
+        known = self._passes.get(id(rows))
+        if known is None:
             composition = Composition(rows, self._spare) if rows.rows else None
-            found = self._passes[id(rows)] = _PassDemands(rows, composition)
-        return found
+            known = self._passes[id(rows)] = _PassDemands(rows, composition)
+        return known
 
 
-FIRST_VISITS = 1  # in which lanes and slots fill
-LAST_VISITS = 1
+@dataclass(frozen=True)
+class _PassDemands:
+    """Demands known so far of the ops whose passes bring the same rows, by (kind, layer, batch).
 
+    rows: held so that no other rows can get their id.
+    """
 
-def steady_visit_seconds(plan: StagePlan, hardware: HardwareSpec, rows: Rows) -> float:
-    """Seconds of a visit of a model in one stage, all of whose batches bring these rows."""
-    return pipeline_visit_seconds([plan], [hardware], rows)
-
-
-def pipeline_visit_seconds(
-    plans: list[StagePlan],
-    hardware: list[HardwareSpec],
-    rows: Rows,
-    core_shares: Sequence[CoreShares] | None = None,
-) -> float:
-    """Seconds from the end of one visit to that of the next, where plans are joined to a ring, each
-    on hardware of its own, and every batch of every block brings these rows. core_shares: each
-    stage's, as for `stream`."""
-    num_blocks = plans[0].num_blocks
-    filling, measured = FIRST_VISITS * num_blocks, LAST_VISITS * num_blocks
-    streams = [
-        replace(op_stream(plan, its, lambda op: rows, filling + measured, cores), keeps_spans=False)
-        for plan, its, cores in zip(plans, hardware, core_shares or [()] * len(plans), strict=True)
-    ]
-    ends = simulate_ring(streams, num_blocks)[-1].visit_ends
-    return (ends[-1] - ends[filling - 1]) / measured
+    rows: Rows
+    composition: Composition | None
+    demands: dict[tuple[OpKind, int, int], Demand] = field(default_factory=dict)

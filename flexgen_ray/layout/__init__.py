@@ -1,1 +1,1 @@
-"""What lies where? Which weights, rows and bytes a stage keeps on each tier."""
+"""Memory layout: which weights, rows and bytes a stage keeps on each tier."""

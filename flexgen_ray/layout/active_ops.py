@@ -1,4 +1,4 @@
-"""Which ops of the schedule have work under a stage's plan; the others are never dispatched.
+"""The ops of the schedule that have work under a stage's plan; the others are never dispatched.
 
 The executor and the simulation filter ops by the same answer. Knows plans; not the rows of a pass.
 """

@@ -1,1 +1,1 @@
-"""How are packed values laid out, and which tensors are packed?"""
+"""Quantized formats: the layout of packed values, and which tensors are packed."""

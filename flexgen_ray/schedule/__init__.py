@@ -1,1 +1,1 @@
-"""Which ops run, in which order, and which waits for which?"""
+"""The schedule: which ops a stage runs, in which order, and which ops wait for which."""

@@ -20,12 +20,12 @@ WEIGHTS_SLOTS = 3
 
 
 def staging_slots(num_batches: int) -> int:
-    """Parts of disk weights that host memory has room for: one read, one loaded, one between."""
+    """Parts of disk weights that host memory holds: one being read, one loaded, one in between."""
     return min(3, num_batches + 1)
 
 
 class OpKind(StrEnum):
-    """What an op does; docs/design.md shows the cell that the kinds form."""
+    """Kinds of ops; docs/design.md shows the cell that they form."""
 
     __hash__ = str.__hash__  # Enum's __hash__ is Python code, and kinds are dictionary keys
 
@@ -142,7 +142,7 @@ class Buffer(StrEnum):
 
 
 class Condition(Enum):
-    """What a stage's plan must do for an op to have work; layout/active_ops.py evaluates it."""
+    """A condition on a stage's plan for an op to have work; layout/active_ops.py evaluates it."""
 
     ALWAYS = auto()
     IN_RING = auto()  # the stage is one of several
@@ -159,9 +159,9 @@ class Condition(Enum):
 
 
 class Path(Enum):
-    """Where an op lies on a batch's way through a layer; cost/bound.py adds up each path.
+    """The paths of a batch through a layer that an op lies on; cost/bound.py adds up each path.
 
-    A batch's rows are attended on the device and on the host in parallel, so a layer has two paths.
+    The device and the host attend a batch's rows in parallel, so a layer has two paths.
     """
 
     BOTH = auto()
@@ -174,8 +174,8 @@ class Path(Enum):
 class OpSpec:
     """All that the schedule knows of a kind of op.
 
-    reads, writes: the buffers it touches. is_exchange: it may wait for another stage, however
-    little it has to do.
+    reads, writes: the buffers that the op touches. is_exchange: True if the op may wait for another
+    stage, however little it has to do.
     """
 
     lane: Lane
@@ -337,7 +337,7 @@ class Op:
 
     @property
     def key(self) -> tuple:
-        """All that decides which copies of buffers the op touches."""
+        """The fields that decide which copies of buffers the op touches."""
         return (
             self.kind, self.layer, self.batch, self.cell_slot, self.weights_slot,
             self.hidden_slot, self.turn, self.staging_slot,

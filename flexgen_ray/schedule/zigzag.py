@@ -1,13 +1,27 @@
 """The zig-zag block schedule (FlexGen, section 3) as a lazy stream of ops.
 
-A visit walks a block's batches through the layers column by column, so each layer's weights cross
-the link once a visit. Two things run ahead of need, from visit to visit too: weights, by one layer,
-and from disk by a few parts more, one part per batch so that the link's work is spread evenly; and
-the next cell's loads, projection and attention, issued before this cell is finished, so that the
-device works on one batch while the host attends another.
+A *block* is the batches of sequences that share one trip of the weights; a *visit* is one such trip
+through a stage, for all batches of one block; a *cell* is one decoder layer of one batch. A visit
+walks the cells layer by layer, and batch by batch within a layer, so each layer's weights cross the
+link once a visit.
 
-A cell is a decoder layer's. A batch's first brings it into the stage, and its last takes it out, so
-that the next visit begins while this one's last batch is attended.
+Two things run ahead of need, across visits too. Weights are loaded one layer ahead, and read from
+disk a few parts earlier still, one part per batch, so that the link's work is spread evenly. And
+the next cell begins (its loads, projection and attention are issued) before the present one is
+finished, so that the device works on one batch while the host attends another. With two decoder
+layers (L1, L2), two batches (b0, b1), and the next visit's ops marked ':
+
+    step   prefetch            begin          finish
+    0      L1 parts 0 and 1    embed, L1 b0
+    1      L2 part 0           embed, L1 b1   L1 b0
+    2      L2 part 1           L2 b0          L1 b1
+    3      head, L1' part 0    L2 b1          L2 b0, head b0: its tokens are sampled
+    4      L1' part 1          embed', L1' b0 L2 b1, head b1: the visit ends
+    5      L2' part 0          embed', L1' b1 L1' b0
+
+A batch's first cell brings it into the stage (embedding, or receiving from the stage before), and
+its last cell takes it out (head, or sending to the next stage). So visit 1 begins in step 4, while
+the last batch of visit 0 is still attended.
 
 Knows layers, batches and their order; no rows, bytes or placement.
 """
@@ -63,10 +77,11 @@ _LEAVE = {
 
 @dataclass(frozen=True)
 class StageLayers:
-    """The contiguous layers of one stage out of a model of `num_layers` decoder layers.
+    """The contiguous layers of one stage, out of a model of `num_layers` decoder layers.
 
-    Layer 0 embeds, 1 to num_layers decode, num_layers + 1 is the head. To the schedule the layer
-    before a later stage's first is its entry, and the one after an earlier stage's last its exit.
+    Layer 0 embeds, layers 1 to num_layers decode, layer num_layers + 1 is the head. In a pipeline
+    the schedule calls the layer before a stage's first one its entry, and the layer after its last
+    one its exit.
     """
 
     first: int
@@ -75,13 +90,14 @@ class StageLayers:
 
     @staticmethod
     def whole(num_layers: int) -> StageLayers:
+        """The one stage that is the whole model."""
         return StageLayers(0, num_layers + 1, num_layers)
 
     @staticmethod
     def split(num_layers: int, counts: Sequence[int]) -> list[StageLayers]:
-        """Stages of so many decoder layers each; the first embeds, the last has the head.
+        """Divide a model into stages of `counts` decoder layers; the last also has the head.
 
-        Raises ValueError if a stage would have no decoder layer, or they don't sum to num_layers.
+        Raises ValueError if a stage has no decoder layer, or the counts don't sum to num_layers.
         """
         if sum(counts) != num_layers or min(counts) < 1:
             raise ValueError(
@@ -121,12 +137,13 @@ class StageLayers:
         return range(max(self.first, 1), self.last + 1)
 
     def weights_slot(self, visit: int, layer: int) -> int:
-        """Where a layer's streamed weights lie on the device; the embedding has none."""
+        """The device slot of a layer's streamed weights; the embedding has none."""
         if self.kind(layer) != "decoder":
             return HEAD_SLOT
         return (visit * len(self.decoders) + layer - self.decoders.start) % LAYER_SLOTS
 
     def kind(self, layer: int) -> str:
+        """The role of a layer: embedding, entry, decoder, exit or head."""
         if layer not in self.layers:
             return "entry" if layer < self.first else "exit"
         if layer == 0:
@@ -137,11 +154,12 @@ class StageLayers:
 def zigzag(
     stage: StageLayers, num_batches: int, visits: Iterable[int], num_blocks: int = 1
 ) -> Iterator[Op]:
-    """Ops of a stage in program order, for visits 0, 1, 2, …: endless, if they are.
+    """Yield the ops of a stage in program order, for visits 0, 1, 2, …; endless, if `visits` is.
 
-    Blocks take turns: visit v is one of block v % num_blocks, each of num_batches batches.
-    Whether a visit has any rows is known only when its COMPOSE ops run: the one after a job's last
-    has none. When a stream ends, weights have been fetched in vain for what would have come next.
+    Blocks take turns: visit v belongs to block v % num_blocks, and each block has num_batches
+    batches. Only the COMPOSE ops of a visit find out whether it has rows: the visit after a job's
+    last one has none. The last prefetches are wasted: they load weights for a visit that never
+    comes.
     """
     weights = _WeightStream(stage, num_batches)
     yield from weights.prologue()
@@ -151,7 +169,7 @@ def zigzag(
             yield from _begin(following, stage)
         else:
             yield from weights.prefetch(cell)
-            # With one batch the next cell needs what this one finishes.
+            # With one batch the next cell needs the hidden states that this one finishes.
             if num_batches > 1:
                 yield from _begin(following, stage)
             yield from _finish(cell, stage)
@@ -166,11 +184,12 @@ def zigzag(
 def _cells(
     stage: StageLayers, num_batches: int, visits: Iterable[int], num_blocks: int
 ) -> Iterator[Op]:
-    """One op a cell, as the pattern of all its ops."""
+    """Yield one op per cell, from which the other ops of the cell are copied."""
     number = 0
     for visit in visits:
         turn, block = divmod(visit, num_blocks)
-        # Of the blocks that come after it, one at most is met on the way.
+        # Hidden states of two blocks lie between layers at a time: one block's last batches leave
+        # while the next block's first ones enter.
         hidden_block = visit % min(num_blocks, 2)
         for layer in stage.decoders:
             weights_slot = stage.weights_slot(visit, layer)
@@ -188,20 +207,24 @@ def _cells(
 
 
 def _begin(cell: Op, stage: StageLayers) -> Iterator[Op]:
+    """Ops up to a cell's attention, and before those, in a batch's first cell, its entry."""
     if cell.layer == stage.decoders[0]:
         yield from _ops(cell, _ENTER[stage.kind(cell.layer - 1)], cell.layer - 1)
     yield from _ops(cell, _BEGIN, cell.layer)
 
 
 def _finish(cell: Op, stage: StageLayers) -> Iterator[Op]:
+    """Ops after a cell's attention, and after those, in a batch's last cell, its exit."""
     yield from _ops(cell, _FINISH, cell.layer)
     if cell.layer == stage.decoders[-1]:
         yield from _ops(cell, _LEAVE[stage.kind(cell.layer + 1)], cell.layer + 1)
 
 
 def _ops(cell: Op, kinds: Sequence[OpKind], layer: int) -> Iterator[Op]:
-    """Those of a cell's batch in a layer: the cell's own, or beside it. The last of the last cell's
-    ends the visit."""
+    """Ops of these kinds for a cell's batch, in the cell's layer or in one next to it.
+
+    The last op of the last cell ends the visit.
+    """
     weights_slot = cell.weights_slot if layer == cell.layer else HEAD_SLOT
     for kind in kinds:
         yield Op(
@@ -212,10 +235,11 @@ def _ops(cell: Op, kinds: Sequence[OpKind], layer: int) -> Iterator[Op]:
 
 
 class _WeightStream:
-    """The endless walk over the parts of the stage's weights: visit after visit, layer after layer.
+    """Endless sequence of the parts of a stage's weights: visit after visit, layer after layer.
 
-    A part is loaded one layer ahead of its use, and read from disk as many parts ahead of that as
-    host memory has slots for. The head's come with its last decoder layer's first cell.
+    Parts are numbered on, num_batches parts a layer. A part is loaded one layer ahead of its use,
+    and read from disk as many parts before that as there are staging slots in host memory. The
+    head's parts are loaded all together, in the first cell of the last decoder layer.
     """
 
     def __init__(self, stage: StageLayers, num_batches: int) -> None:
@@ -225,14 +249,14 @@ class _WeightStream:
         self.staging_slots = staging_slots(num_batches)
 
     def prologue(self) -> Iterator[Op]:
-        """What the first layer needs before any cell can hide it."""
+        """Loads of the first layer, which no earlier cell can hide."""
         for number in range(self.staging_slots):
             yield self._op(OpKind.READ_WEIGHTS, number)
         for number in range(self.num_batches):
             yield from self._move(number)
 
     def prefetch(self, cell: Op) -> Iterator[Op]:
-        """One part of the next layer's weights, and before those the whole head's."""
+        """A part of the next decoder layer's weights, and before it all of the head's, if next."""
         ordinal = cell.visit * len(self.layers) + cell.layer - self.layers.start + 1
         if self.layers[-1] == cell.layer + 1 and self.stage.kind(cell.layer + 1) == "head":
             if not cell.part:
@@ -242,7 +266,7 @@ class _WeightStream:
         yield from self._move(ordinal * self.num_batches + cell.part)
 
     def _move(self, number: int) -> Iterator[Op]:
-        """Loads a part, and reads another into the staging slot that this frees."""
+        """Load a part, and read a later part into the staging slot that the load frees."""
         yield self._op(OpKind.LOAD_WEIGHTS, number)
         yield self._op(OpKind.READ_WEIGHTS, number + self.staging_slots)
 

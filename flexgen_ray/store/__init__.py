@@ -1,1 +1,1 @@
-"""Where do tensors live? Weights, KV cache and hidden states on GPU, host memory and disk."""
+"""Tensor stores: weights, KV cache and hidden states on GPU, host memory and disk."""
