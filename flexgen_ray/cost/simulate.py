@@ -91,7 +91,7 @@ class _SimulatedOp(RunningOp):
     missing: number of ops and messages that it still waits for. dependents: ops that wait for it.
     """
 
-    __slots__ = ("dependents", "index", "is_done", "missing", "op", "queue", "started")
+    __slots__ = ("dependents", "index", "is_done", "missing", "op", "queue", "started", "worker")
 
     def __init__(self, index: int, op: Op, worker: _Worker, demand: Demand) -> None:
         super().__init__(demand)
