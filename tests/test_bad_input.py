@@ -317,7 +317,7 @@ def test_each_command_s_help_has_an_example_of_it():
 @pytest.mark.parametrize(
     ("file", "change", "words"),
     [
-        ("config.json", {"rope_parameters": "x"}, "config.json has a value of another kind"),
+        ("config.json", {"rope_parameters": "x"}, "config.json has a value of the wrong type"),
         ("config.json", {"hidden_size": "wide"}, "hidden_size is 'wide'; it must be an integer"),
         ("config.json", {"num_attention_heads": 0}, "config.json: num_heads is 0; it must be"),
         ("generation_config.json", {"eos_token_id": [1, None]}, "eos_token_id is [1, None]"),

@@ -167,7 +167,7 @@ def test_a_packed_checkpoint_generates_what_packing_while_loading_does(
     wanted = greedy(folder, prompts, with_formats(policy, formats), use_ray=False)
     found = greedy(packed, prompts, policy, use_ray=False)
     assert [it.token_ids for it in found] == [it.token_ids for it in wanted]
-    with pytest.raises(ValueError, match="packed into other bits"):
+    with pytest.raises(ValueError, match="quantized to other bits"):
         greedy(packed, prompts, Policy(weight_bits=12 - weight_bits), use_ray=False)
     with pytest.raises(ValueError, match="packed already"):
         app(

@@ -100,7 +100,7 @@ def test_a_special_token_is_a_stop_string_alone_and_with_others(llm, keeps):
 
 
 def test_a_stop_string_that_the_tokenizer_cannot_make_is_refused_with_the_reason(llm):
-    with pytest.raises(ValueError, match="stop 'Stöp' can't come up in an answer.*makes 'St.p'"):
+    with pytest.raises(ValueError, match="stop 'Stöp' can't occur in an answer.*into 'St.p'"):
         llm.generate(["Hello"], SamplingParams(stop=["ok", "Stöp"]))
     llm.generate(["Hello"], SamplingParams(stop=["ok", f"o{SPECIAL}k", " ", "  x "]))
 
@@ -200,7 +200,7 @@ def test_stop_strings_of_a_job_are_for_lines_without_and_part_of_the_job(job):
     _, done, _ = job(lines, *options, "--stop=Another")
     assert done.returncode == 1 and "was begun with stop" in done.stderr
     _, done, _ = job(lines, *options, "--overwrite", "--stop=Stöp")
-    assert done.returncode == 1 and "stop 'Stöp' can't come up" in done.stderr
+    assert done.returncode == 1 and "stop 'Stöp' can't occur" in done.stderr
 
 
 def test_a_line_that_makes_the_block_smaller_is_named_before_the_run_starts(job, tmp_path):

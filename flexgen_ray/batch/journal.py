@@ -86,9 +86,8 @@ class Journal:
             self._file = JsonlFile(path)
             stack.callback(self._file.close)
             stack.push(self._remove_if_failed)
-            nonempty = [
-                it for it in (path, self._waiting_path) if it.is_file() and it.stat().st_size
-            ]
+            paths = (path, self._waiting_path)
+            nonempty = [it for it in paths if it.is_file() and it.stat().st_size]
             self._resumes = self._file.is_file and not overwrite and bool(nonempty)
             if self._resumes and not self._facts_path.is_file():
                 raise FileExistsError(
@@ -106,12 +105,12 @@ class Journal:
 
     @property
     def can_resume(self) -> bool:
-        """Whether a later run can read what is written; false for standard output and pipes."""
+        """True if a later run can read what is written; false for standard output and pipes."""
         return self._file.is_file
 
     @property
     def is_partly_answered(self) -> bool:
-        """Whether a later run would find some answers to keep and some lines to answer."""
+        """True if a later run would find some answers to keep and some lines to answer."""
         return self.can_resume and 0 < len(self.answered) < len(self._custom_ids)
 
     def check(
@@ -251,7 +250,7 @@ class Journal:
                 self._note(row)
 
     def _is_dropped(self, row: dict) -> bool:
-        """Whether a row is an error that is to be answered again."""
+        """True if a row is an error that is to be answered again."""
         return self._retries and error_message(row) is not None
 
     def _kept_rows(self, first: int = 0) -> Iterator[dict]:
@@ -303,7 +302,7 @@ class OrderedWriter:
 
     @property
     def is_empty(self) -> bool:
-        """Whether the waiting file is empty."""
+        """True if the waiting file is empty."""
         return self._waiting.is_empty
 
     def recover(self, is_wanted: Callable[[dict], bool]) -> Iterator[dict]:

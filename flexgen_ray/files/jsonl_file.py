@@ -147,7 +147,7 @@ class JsonlFile:
 
     @property
     def is_empty(self) -> bool:
-        """Whether the file has no bytes."""
+        """True if the file has no bytes."""
         return os.fstat(self._fd).st_size == 0
 
     def append(self, row: dict) -> None:

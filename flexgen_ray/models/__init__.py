@@ -1,1 +1,1 @@
-"""Which models are there, and how are their checkpoints read? One short file a family."""
+"""The model families, one short file each, and how their configs and checkpoints are read."""

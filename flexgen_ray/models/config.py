@@ -1,4 +1,4 @@
-"""What a model is: sizes, and the order of its maths, with no torch behind them."""
+"""ModelConfig: a model's sizes and the order of its maths, whatever its family. Without torch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,14 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary position embedding; `type` is one of default, linear, llama3."""
+    """Rotary position embedding (Su et al. 2021).
+
+    theta: base of the frequencies. type: "default", "linear" or "llama3".
+    factor: linear divides all frequencies by it, llama3 the low ones.
+    low_freq_factor, high_freq_factor: llama3 scales wavelengths above original_max_seq_len /
+    low_freq_factor, leaves those below original_max_seq_len / high_freq_factor, and interpolates
+    between.
+    """
 
     theta: float = 10000.0
     type: str = "default"
@@ -19,17 +26,30 @@ class Rope:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A decoder-only transformer, as far as sizes and the order of its maths are concerned.
+    """A decoder-only transformer: its sizes, and the options in the order of its maths.
 
-    attention_bias: of queries, keys and values; output_bias: of what follows attention; qk_norm:
-    "heads" if each head's query and key is normed before it is rotated, "all" if those of all heads
-    are together; query_scale: by which queries are multiplied beside 1 / sqrt(head_dim);
-    norm_offset: added to norms' weights, which then multiply in float32; None: in the dtype;
-    branch_norms: what attention and MLP add is normed, beside what they take. sliding_window:
-    tokens that one attends, itself included, in decoder layers other than full_attention_layers;
-    window_rope: of those with a window, where theirs is another. weight_bits, embedding_bits: of a
-    checkpoint that holds packed weights (quant/packing.py), of the layers' and of both ends'.
-    overflows_float16: the family's activations are known to exceed 65504, where float16 ends.
+    embedding_size: width of the embedding table; OPT-350M projects it to hidden_size.
+    dtype: dtype in which the checkpoint was saved.
+    norm_weight, norm_bias: norms have a weight, a bias.
+    pre_norm: norms come before attention and MLP, not after.
+    final_norm: the head norms hidden states first.
+    gated_mlp: the MLP has a gate projection beside the up projection.
+    attention_bias: projections of queries, keys and values have a bias.
+    output_bias: the projection after attention has a bias.
+    qk_norm: queries and keys are normed before they are rotated: "heads" each head by itself,
+    "all" all heads of a token together; None not at all.
+    query_scale: factor of queries in addition to 1 / sqrt(head_dim).
+    norm_offset: added to norms' weights, which then multiply in float32; None for plain weights,
+    which multiply in the dtype.
+    branch_norms: outputs of attention and MLP are normed too, before they are added (Gemma 3).
+    position_table: number of rows of the learned position embedding; 0 without one.
+    sliding_window: number of tokens, itself included, that a token attends in decoder layers other
+    than full_attention_layers; None if all layers attend everything.
+    window_rope: rotary embedding of layers with a sliding window, if it differs.
+    full_attention_layers: numbers of decoder layers, from 1.
+    weight_bits, embedding_bits: bits of a quantized checkpoint (quant/packing.py): of its decoder
+    layers, and of its embedding and head.
+    overflows_float16: activations of this family are known to exceed 65504, float16's largest.
     """
 
     family: str
@@ -70,38 +90,49 @@ class ModelConfig:
 
     @property
     def embedding_layer(self) -> int:
+        """Number of the embedding layer. Decoder layers are numbered 1 to num_layers."""
         return 0
 
     @property
     def head_layer(self) -> int:
+        """Number of the head, the last layer."""
         return self.num_layers + 1
 
     @property
     def q_size(self) -> int:
+        """Elements of all query heads of one token."""
         return self.num_heads * self.head_dim
 
     @property
     def kv_size(self) -> int:
+        """Elements of all key heads of one token, and of all value heads."""
         return self.num_kv_heads * self.head_dim
 
     def with_end_tokens(self, *token_ids: int | None) -> ModelConfig:
-        """With more end tokens; None and ids outside the vocabulary end nothing."""
+        """Return a config with these end tokens added;
+
+        None and ids outside the vocabulary aren't.
+        """
         ends = dict.fromkeys((*self.eos_token_ids, *token_ids))
         inside = [it for it in ends if it is not None and 0 <= it < self.vocab_size]
         return replace(self, eos_token_ids=tuple(inside))
 
     def window(self, layer: int) -> int | None:
-        """How many tokens, itself included, one attends in a decoder layer; None for all."""
+        """Number of tokens, itself included, that a token attends in a decoder layer;
+
+        None for all.
+        """
         return None if layer in self.full_attention_layers else self.sliding_window
 
     def attended_tokens(self, layer: int, tokens: int) -> int:
-        """How many tokens the last of so many attends in a decoder layer."""
+        """Number of tokens that the last of `tokens` tokens attends in a decoder layer."""
         return min(tokens, self.window(layer) or tokens)
 
     def tensors(self, layer: int) -> dict[str, tuple[int, ...]]:
-        """Shapes of one layer's weights by our names; layer 0 embeds, the last is the head.
+        """Return the shape of each weight of a layer, by this project's names.
 
-        A tied head shares "embed_tokens.weight" with the embedding.
+        layer: 0 for the embedding, 1 to num_layers for decoder layers, then the head. A tied head
+        shares "embed_tokens.weight" with the embedding.
         """
         if layer == self.embedding_layer:
             return self._embedding_tensors()
@@ -142,6 +173,7 @@ class ModelConfig:
         return shapes | {name: (self.vocab_size, self.embedding_size)}
 
     def _norm(self, name: str) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of a norm's weight and bias, if this model has them."""
         shapes: dict[str, tuple[int, ...]] = {}
         if self.norm_weight:
             shapes[f"{name}.weight"] = (self.hidden_size,)
@@ -151,5 +183,6 @@ class ModelConfig:
 
 
 def _linear(name: str, rows: int, columns: int, bias: bool) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a linear layer: a matrix [rows, columns], and perhaps a bias [rows]."""
     shapes: dict[str, tuple[int, ...]] = {f"{name}.weight": (rows, columns)}
     return shapes | {f"{name}.bias": (rows,)} if bias else shapes

@@ -1,7 +1,8 @@
-"""How a model folder becomes a ModelConfig. Knows no torch, so that a plan needs none.
+"""Reads config.json and generation_config.json of a model folder.
 
-How a model is to be sampled where nobody says: the part of its generation_config.json that
-vLLM heeds too. Its end tokens are in ModelConfig. Knows the file; no model.
+`load_config` makes a ModelConfig of them; config_parsers.py knows the keys of each family.
+`load_sampling_defaults` returns the sampling parameters that the model's publisher recommends, the
+same fields that vLLM reads. Imports no torch, so that planning needs none.
 """
 
 from __future__ import annotations
@@ -24,38 +25,6 @@ from flexgen_ray.models.config_parsers import (
 )
 from flexgen_ray.request import SamplingParams
 
-# Its names, and ours.
-_FIELDS = {
-    "temperature": "temperature",
-    "top_p": "top_p",
-    "top_k": "top_k",
-    "min_p": "min_p",
-    "repetition_penalty": "repetition_penalty",
-    "max_new_tokens": "max_tokens",
-}
-
-
-def load_sampling_defaults(folder: Path) -> dict[str, Any]:
-    """Fields of SamplingParams that the model folder sets; none without the file.
-
-    do_sample false is temperature 0. ValueError, naming the file, for what can't be.
-    """
-    path = folder / "generation_config.json"
-    if not path.is_file():
-        return {}
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(values, dict):
-            raise ValueError("it must hold a JSON object")
-        found = {ours: values[its] for its, ours in _FIELDS.items() if values.get(its) is not None}
-        if values.get("do_sample") is False:
-            found["temperature"] = 0.0
-        SamplingParams(**found)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}; correct the file, or take it away") from error
-    return found
-
-
 ARCHITECTURES: dict[str, Callable[[dict], ModelConfig]] = {
     "OPTForCausalLM": parse_opt,
     "LlamaForCausalLM": parse_llama,
@@ -67,21 +36,32 @@ ARCHITECTURES: dict[str, Callable[[dict], ModelConfig]] = {
     "GemmaForCausalLM": parse_gemma,
     "Gemma3ForCausalLM": parse_gemma3,
 }
-ACTIVATIONS = ("relu", "silu", "gelu", "gelu_new", "gelu_pytorch_tanh")  # those of layers.py
-QUANT_METHOD = "flexgen_ray"  # of the quantization_config in a packed checkpoint's config.json
-# The largest value that each size of a model may have: far beyond what is published, and small
-# enough that a damaged or hostile config.json is refused before any work.
+ACTIVATIONS = ("relu", "silu", "gelu", "gelu_new", "gelu_pytorch_tanh")  # implemented in layers.py
+# The quant_method in config.json of a checkpoint that `flexgen-ray quantize` wrote.
+QUANT_METHOD = "flexgen_ray"
+# Limits of a model's sizes: far beyond every published model, and small enough that a damaged or
+# hostile config.json is refused before any work.
 _LARGEST = {
     "num_layers": 2**10, "hidden_size": 2**20, "num_heads": 2**14, "num_kv_heads": 2**14,
     "head_dim": 2**14, "intermediate_size": 2**24, "vocab_size": 2**24, "max_seq_len": 2**32,
 }  # fmt: skip
 _MAX_CONFIG_BYTES = 2**24
+# {field of generation_config.json: field of SamplingParams}
+_FIELDS = {
+    "temperature": "temperature",
+    "top_p": "top_p",
+    "top_k": "top_k",
+    "min_p": "min_p",
+    "repetition_penalty": "repetition_penalty",
+    "max_new_tokens": "max_tokens",
+}
 
 
 def load_config(folder: str | Path) -> ModelConfig:
-    """Reads config.json and, if there, generation_config.json.
+    """Load a model folder's config.json and, for end tokens, its generation_config.json.
 
-    FileNotFoundError if the folder is no model folder; ValueError for what isn't supported.
+    Raises FileNotFoundError if there is no config.json, ValueError, naming the file, if it is
+    damaged or the model isn't supported.
     """
     path = Path(folder) / "config.json"
     if not path.is_file():
@@ -96,11 +76,33 @@ def load_config(folder: str | Path) -> ModelConfig:
         raise ValueError(f"{path}: key {error} is missing") from error
     except (TypeError, AttributeError, ArithmeticError, IndexError) as error:
         raise ValueError(
-            f"{path} has a value of another kind than it must ({error}); download it again"
+            f"{path} has a value of the wrong type ({error}); download it again"
         ) from error
 
 
+def load_sampling_defaults(folder: Path) -> dict[str, Any]:
+    """Return the fields of SamplingParams that generation_config.json sets; {} without the file.
+
+    do_sample false means temperature 0. Raises ValueError, naming the file, for invalid values.
+    """
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return {}
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError("it must hold a JSON object")
+        params = {ours: values[its] for its, ours in _FIELDS.items() if values.get(its) is not None}
+        if values.get("do_sample") is False:
+            params["temperature"] = 0.0
+        SamplingParams(**params)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; correct the file, or remove it") from error
+    return params
+
+
 def _parsed(path: Path, hf: dict) -> ModelConfig:
+    """Return the ModelConfig of config.json's content, every value checked. path: for errors."""
     architecture = (hf.get("architectures") or ["none"])[0]
     if architecture not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
@@ -136,7 +138,7 @@ def _check_size(path: Path, name: str, size: object, largest: int) -> None:
 
 
 def _numbers(config: ModelConfig) -> Iterator[tuple[str, object]]:
-    """Names and values of the config's real numbers."""
+    """Yield (name, value) of the config's real numbers, all of which must be positive."""
     yield "norm_eps", config.norm_eps
     yield "query_scale", config.query_scale
     for rope in filter(None, (config.rope, config.window_rope)):
@@ -146,23 +148,25 @@ def _numbers(config: ModelConfig) -> Iterator[tuple[str, object]]:
 
 
 def _packed_bits(path: Path, hf: dict) -> dict[str, int | None]:
-    """Bits of the weights that `flexgen-ray quantize` packed, by name; {} for a plain checkpoint.
+    """Return weight_bits and embedding_bits of a checkpoint that `flexgen-ray quantize` wrote.
 
-    Raises ValueError for a checkpoint quantized otherwise.
+    Returns {} for a checkpoint that isn't quantized. Raises ValueError for one that other tools
+    quantized.
     """
-    found = hf.get("quantization_config")
-    if found is None:
+    quantization = hf.get("quantization_config")
+    if quantization is None:
         return {}
-    method = found.get("quant_method")
+    method = quantization.get("quant_method")
     if method != QUANT_METHOD:
         raise ValueError(
             f"{path}: weights quantized by {method!r} are not supported; take the original "
             "checkpoint, and --weight-bits 4"
         )
-    return {name: found.get(name) for name in ("weight_bits", "embedding_bits")}
+    return {name: quantization.get(name) for name in ("weight_bits", "embedding_bits")}
 
 
 def _read_json(path: Path) -> dict:
+    """Read a file that holds a JSON object. Raises ValueError, naming the file."""
     if path.stat().st_size > _MAX_CONFIG_BYTES:
         raise ValueError(
             f"{path} is larger than {_MAX_CONFIG_BYTES // 2**20} MiB; download it again"
@@ -177,6 +181,7 @@ def _read_json(path: Path) -> dict:
 
 
 def _checkpoint_dtype(path: Path, hf: dict) -> str:
+    """Return the dtype in which the checkpoint was saved, such as "bfloat16"."""
     dtype = hf.get("dtype") or hf.get("torch_dtype") or "float32"
     if dtype not in DTYPE_BYTES:
         raise ValueError(f"{path}: dtype {dtype!r} is not one of {', '.join(DTYPE_BYTES)}")
@@ -184,7 +189,10 @@ def _checkpoint_dtype(path: Path, hf: dict) -> str:
 
 
 def _eos_token_ids(path: Path, hf: dict) -> tuple[int, ...]:
-    """EOS token ids of config.json and generation_config.json: fine-tuning often changes one."""
+    """Return the end tokens of config.json and generation_config.json together.
+
+    Fine-tuning often changes only one of the two files.
+    """
     generation = path.with_name("generation_config.json")
     files = [hf, *([_read_json(generation)] if generation.is_file() else [])]
     token_ids: dict[int, None] = {}

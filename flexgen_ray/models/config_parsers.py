@@ -1,5 +1,8 @@
-"""From the keys of published config.json files to ModelConfig, family by family. Knows no torch, so
-that a plan needs none.
+"""Makes a ModelConfig of the keys of a published config.json, one function for each family.
+
+Imports no torch, so that planning needs none. To add a family: write `parse_NAME` here, starting
+from its nearest sibling, list it in config_files.ARCHITECTURES, write models/NAME.py with its maths
+and list that in registry.py.
 """
 
 from __future__ import annotations
@@ -8,12 +11,12 @@ from dataclasses import replace
 
 from flexgen_ray.models.config import ModelConfig, Rope
 
-POSITION_OFFSET = 2  # the first two rows of OPT's position table are never used
+POSITION_OFFSET = 2  # OPT's position table begins with two rows that are never used
 ROPE_TYPES = ("default", "linear", "llama3")
 
 
 def parse_opt(hf: dict) -> ModelConfig:
-    """From the keys of Hugging Face's OPTConfig."""
+    """Parse Hugging Face's OPTConfig."""
     hidden, heads = hf["hidden_size"], hf["num_attention_heads"]
     pre_norm = hf.get("do_layer_norm_before", True)
     affine = hf.get("layer_norm_elementwise_affine", True)
@@ -46,10 +49,10 @@ def parse_opt(hf: dict) -> ModelConfig:
 
 
 def parse_llama(hf: dict) -> ModelConfig:
-    """From the keys of Hugging Face's LlamaConfig, MistralConfig, Qwen2Config or Qwen3Config, and
-    of those of families beside this one as far as they are alike.
+    """Parse Hugging Face's LlamaConfig, MistralConfig, Qwen2Config or Qwen3Config.
 
-    ValueError names an unknown rope type.
+    Other families start from this and replace what differs. Raises ValueError, naming it, for an
+    unknown rope type or layer type.
     """
     kind = hf.get("model_type", "llama")
     bias = kind == "qwen2" or hf.get("attention_bias", False)
@@ -83,7 +86,10 @@ def parse_llama(hf: dict) -> ModelConfig:
 
 
 def _windows(hf: dict, kind: str) -> dict:
-    """Sliding-window layers: all of Mistral's and Phi's, Qwen's from max_window_layers on."""
+    """Return ModelConfig's fields about sliding windows.
+
+    All layers of Mistral and Phi have one, and Qwen's layers from max_window_layers on.
+    """
     window, count = hf.get("sliding_window"), hf["num_hidden_layers"]
     if kind in ("mistral", "phi3"):
         return {"sliding_window": window}
@@ -97,7 +103,10 @@ def _windows(hf: dict, kind: str) -> dict:
 
 
 def _windows_of(layer_types: list[str], window: int | None) -> dict:
-    """Fields of ModelConfig. ValueError names an unknown type of a layer, or a missing window."""
+    """Return ModelConfig's fields about sliding windows from Hugging Face's list of layer types.
+
+    Raises ValueError for an unknown layer type, or a missing window.
+    """
     unknown = set(layer_types) - {"full_attention", "sliding_attention"}
     if "sliding_attention" in layer_types and not window:
         raise ValueError("layer_types has sliding_attention, but there is no sliding_window")
@@ -110,7 +119,10 @@ def _windows_of(layer_types: list[str], window: int | None) -> dict:
 
 
 def _rope(hf: dict) -> Rope:
-    """transformers 5 writes rope_parameters; before it rope_theta and rope_scaling."""
+    """Parse rotary embeddings: rope_parameters of transformers 5, or rope_theta and rope_scaling.
+
+    Raises ValueError, naming it, for an unsupported rope type or partial rotation.
+    """
     parameters = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     kind = parameters.get("rope_type") or parameters.get("type") or "default"
     if kind not in ROPE_TYPES:
@@ -131,39 +143,46 @@ def _rope(hf: dict) -> Rope:
 
 
 def parse_phi3(hf: dict) -> ModelConfig:
-    """From the keys of Hugging Face's Phi3Config; ValueError names an unknown rope type."""
+    """Parse Hugging Face's Phi3Config. Raises ValueError, naming it, for an unknown rope type."""
     return replace(parse_llama(hf), family="phi3")
 
 
 def parse_olmo2(hf: dict) -> ModelConfig:
-    """From the keys of Hugging Face's Olmo2Config; ValueError names an unknown rope type."""
+    """Parse Hugging Face's Olmo2Config. Raises ValueError, naming it, for an unknown rope type."""
     config = parse_llama(hf)
     return replace(config, family="olmo2", pre_norm=False, qk_norm="all", norm_offset=0.0)
 
 
 def parse_gemma(hf: dict) -> ModelConfig:
-    """From the keys of Hugging Face's GemmaConfig; ValueError names what is not supported."""
+    """Parse Hugging Face's GemmaConfig.
+
+    Raises ValueError, naming it, for an unsupported feature.
+    """
     _refuse(hf, "use_bidirectional_attention")
     config = parse_llama({"tie_word_embeddings": True} | hf)
     activation = hf.get("hidden_act") or "gelu"
-    # What was published says gelu, and means its approximation.
+    # Published configs say "gelu", but the models were trained with its tanh approximation.
     activation = "gelu_pytorch_tanh" if activation == "gelu" else activation
     return replace(config, family="gemma", activation=activation, norm_offset=1.0)
 
 
 def _refuse(hf: dict, *features: str) -> None:
-    """ValueError names the first feature that the model has."""
+    """Raise ValueError, naming it, if the config sets one of these unsupported features."""
     for name in features:
         if hf.get(name):
             raise ValueError(f"{name} {hf[name]} is not supported")
 
 
 def parse_gemma3(hf: dict) -> ModelConfig:
-    """From the keys of Hugging Face's Gemma3TextConfig; ValueError names what is not supported."""
+    """Parse Hugging Face's Gemma3TextConfig.
+
+    Raises ValueError, naming it, for an unsupported feature.
+    """
     _refuse(hf, "attn_logit_softcapping", "final_logit_softcapping")
     config = parse_gemma(hf | {"hidden_act": hf.get("hidden_activation")})
     ropes = hf.get("rope_parameters")
     if not ropes:
+        # Before transformers 5: scaled frequencies for full attention, plain ones within windows.
         far = {"rope_theta": hf.get("rope_theta", 1e6)} | (hf.get("rope_scaling") or {})
         near = {"rope_theta": hf.get("rope_local_base_freq", 1e4)}
         ropes = {"full_attention": far, "sliding_attention": near}
@@ -171,7 +190,7 @@ def parse_gemma3(hf: dict) -> ModelConfig:
         config,
         family="gemma3",
         overflows_float16=True,
-        max_seq_len=hf["max_position_embeddings"],  # stretched already
+        max_seq_len=hf["max_position_embeddings"],  # includes rope scaling already
         qk_norm="heads",
         branch_norms=True,
         query_scale=(config.head_dim / hf.get("query_pre_attn_scalar", 256)) ** 0.5,
@@ -182,7 +201,10 @@ def parse_gemma3(hf: dict) -> ModelConfig:
 
 
 def _layer_types(hf: dict) -> list[str]:
-    """Where they aren't listed, as in what was published, every sixth attends all."""
+    """Return the attention type of each layer; if the config lists none, every sixth is full.
+
+    The published config.json files list none.
+    """
     every = hf.get("sliding_window_pattern") or 6
     layers = range(1, hf["num_hidden_layers"] + 1)
     return hf.get("layer_types") or [

@@ -1,5 +1,6 @@
-"""Gemma (Gemma Team 2024): Llama's, with embeddings scaled by the square root of the hidden size,
-and norms whose weights are kept less one.
+"""Gemma (Gemma Team 2024): Llama, with embeddings scaled by sqrt(hidden_size).
+
+Weights of norms are stored minus one; that is ModelConfig.norm_offset.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ project, finish, head = llama.project, llama.finish, llama.head
 
 
 def embed(config: ModelConfig, lookup: Lookup, tokens: Tensor, positions: Tensor) -> Tensor:
-    """tokens: [tokens]; returns hidden states [tokens, hidden]."""
+    """Embed tokens: [tokens]. Returns hidden states [tokens, hidden]."""
     x = lookup("embed_tokens.weight", tokens)
-    # Rounded to the dtype, as it was in training.
+    # The factor is rounded to the dtype, as it was in training.
     return x * torch.tensor(config.hidden_size**0.5, dtype=x.dtype)

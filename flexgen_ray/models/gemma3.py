@@ -1,5 +1,7 @@
-"""Gemma 3 (Gemma Team 2025), text only: Gemma's, with norms before and after attention and MLP, and
-of queries and keys; most layers attend within a window, and rotate faster than the others.
+"""Gemma 3 (Gemma Team 2025), text only: Gemma, with more norms and sliding windows.
+
+Norms come before and after attention and MLP, and queries and keys are normed head by head. Most
+layers attend within a sliding window, and have a rotary embedding of their own.
 """
 
 from __future__ import annotations
@@ -21,7 +23,10 @@ embed, head = gemma.embed, gemma.head
 def project(
     config: ModelConfig, weights: Weights, x: Tensor, positions: Tensor, layer: int
 ) -> tuple[Tensor, ...]:
-    """x: [tokens, hidden]; returns q, k, v, each [tokens, heads or kv_heads, head_dim]."""
+    """Norm and project hidden states, norm queries and keys, and rotate them by the layer's kind.
+
+    x: [tokens, hidden]. Returns q, k, v, each [tokens, heads or kv_heads, head_dim].
+    """
     rope = config.rope if config.window(layer) is None else config.window_rope
     assert rope is not None
     q, k, v = project_heads(config, weights, rms_norm(config, weights, "attention_norm", x))
@@ -31,7 +36,10 @@ def project(
 
 
 def finish(config: ModelConfig, weights: Weights, residual: Tensor, attention: Tensor) -> Tensor:
-    """residual: [tokens, hidden]; attention: [tokens, q_size]; returns [tokens, hidden]."""
+    """Complete a decoder layer after attention; outputs of attention and MLP are normed.
+
+    residual: [tokens, hidden]; attention: [tokens, q_size]. Returns [tokens, hidden].
+    """
     added = linear(weights, "o_proj", attention)
     x = residual + rms_norm(config, weights, "attention_post_norm", added)
     added = gated_mlp(config, weights, rms_norm(config, weights, "mlp_norm", x))

@@ -1,4 +1,7 @@
-"""The maths that families share, as functions over a dict of weights. No tiers, no cache."""
+"""The maths that families share, as functions over a dict of weights.
+
+Knows tensors and ModelConfig; nothing of tiers, caches or the schedule.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,12 @@ from torch import Tensor
 
 from flexgen_ray.models.config import ModelConfig, Rope
 
-Weights = Mapping[str, Tensor]
+Weights = Mapping[str, Tensor]  # one layer's weights by this project's names
+# lookup(name, rows) returns these rows of a table, or all of it for None, from where it is stored.
 Lookup = Callable[[str, Tensor | None], Tensor]
 
 _gelu = torch.ops.aten.gelu_
-# Each overwrites what it is given: a layer's largest temporary needn't be there twice.
+# Every activation works in place, so that a layer's largest temporary isn't there twice.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu_,
     "silu": partial(F.silu, inplace=True),
@@ -24,19 +28,23 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_new": partial(_gelu, approximate="tanh"),
     "gelu_pytorch_tanh": partial(_gelu, approximate="tanh"),
 }
-_LARGE_MATRIX = 5 * 10**5  # elements; with fewer, oneDNN's set-up costs what it gains
+_LARGE_MATRIX = 5 * 10**5  # elements; for smaller ones oneDNN's set-up takes what it saves
 _onednn = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
 def linear(weights: Weights, name: str, x: Tensor) -> Tensor:
-    """x: [tokens, in]; returns [tokens, out], with the bias if there is one."""
+    """Apply a linear layer to x, [tokens, in], with its bias if it has one.
+
+    Returns [tokens, out].
+    """
     return product(x, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x: [tokens, in]; weight: [out, in]; returns [tokens, out].
+    """Multiply x, [tokens, in], by the transposed weight, [out, in]. Returns [tokens, out].
 
-    In float32 on a CPU torch takes MKL, which oneDNN beats where it isn't Intel's.
+    In float32 on a CPU torch uses MKL; oneDNN is used here, which is faster on CPUs not made by
+    Intel.
     """
     is_large = weight.numel() >= _LARGE_MATRIX
     if is_large and _onednn is not None and x.dtype == torch.float32 and not x.is_cuda:
@@ -45,13 +53,13 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def layer_norm(config: ModelConfig, weights: Weights, name: str, x: Tensor) -> Tensor:
-    """x: [tokens, hidden]."""
+    """Apply LayerNorm to x, [tokens, hidden]."""
     weight, bias = weights.get(f"{name}.weight"), weights.get(f"{name}.bias")
     return F.layer_norm(x, (config.hidden_size,), weight, bias, config.norm_eps)
 
 
 def rms_norm(config: ModelConfig, weights: Weights, name: str, x: Tensor) -> Tensor:
-    """x: [..., size of the weight]; the mean square is taken in float32, as transformers does."""
+    """Apply RMSNorm to x, [..., size of the weight], in float32, as transformers does."""
     wide, weight = x.float(), weights[f"{name}.weight"]
     wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + config.norm_eps)
     if config.norm_offset is None:
@@ -60,7 +68,7 @@ def rms_norm(config: ModelConfig, weights: Weights, name: str, x: Tensor) -> Ten
 
 
 def project_heads(config: ModelConfig, weights: Weights, x: Tensor) -> tuple[Tensor, ...]:
-    """x: [tokens, hidden]; returns q, k, v, each [tokens, heads or kv_heads, head_dim]."""
+    """Project x, [tokens, hidden], to q, k, v, each [tokens, heads or kv_heads, head_dim]."""
     heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
     return tuple(
         linear(weights, name, x).view(len(x), count, config.head_dim)
@@ -69,20 +77,20 @@ def project_heads(config: ModelConfig, weights: Weights, x: Tensor) -> tuple[Ten
 
 
 def gated_mlp(config: ModelConfig, weights: Weights, x: Tensor) -> Tensor:
-    """x, result: [tokens, hidden]."""
+    """Apply the gated MLP to x, [tokens, hidden]. Returns [tokens, hidden]."""
     gate = ACTIVATIONS[config.activation](linear(weights, "gate_proj", x))
     gate *= linear(weights, "up_proj", x)
     return linear(weights, "down_proj", gate)
 
 
 def token_logits(config: ModelConfig, weights: Weights, x: Tensor) -> Tensor:
-    """x: [rows, hidden]; returns float32 [rows, vocabulary]."""
+    """Apply the head to x, [rows, hidden]. Returns float32 logits [rows, vocabulary]."""
     name = "embed_tokens" if config.tie_word_embeddings else "lm_head"
     return linear(weights, name, x).float()
 
 
 def rotate(rope: Rope, positions: Tensor, *heads: Tensor) -> list[Tensor]:
-    """Rotary position embedding (Su et al. 2021), halves convention of Hugging Face.
+    """Apply rotary position embedding (Su et al. 2021), with Hugging Face's order of halves.
 
     positions: [tokens]; each of heads: [tokens, heads, head_dim].
     """
@@ -98,7 +106,10 @@ def rotate(rope: Rope, positions: Tensor, *heads: Tensor) -> list[Tensor]:
 
 @lru_cache(maxsize=32)
 def _frequencies(rope: Rope, head_dim: int, device: torch.device) -> Tensor:
-    """[head_dim / 2] radians a position; llama3 stretches the long wavelengths only."""
+    """Return the rotation per position in radians, [head_dim / 2].
+
+    Type "linear" divides all frequencies by the factor; "llama3" only those of long wavelengths.
+    """
     powers = torch.arange(0, head_dim, 2, dtype=torch.float) / head_dim
     frequencies = 1.0 / rope.theta**powers
     if rope.type == "linear":

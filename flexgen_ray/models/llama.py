@@ -1,5 +1,12 @@
-"""Llama 2 and 3, Mistral, Qwen 2 and 3, and their like: rotary positions, RMSNorm, gated MLP,
-grouped queries. What tells them apart is in their config.json, and read here.
+"""Llama 2 and 3 (Touvron et al. 2023, Grattafiori et al. 2024), Mistral, Qwen 2 and 3.
+
+Rotary positions, RMSNorm before attention and MLP, a gated MLP, grouped-query attention. These
+models differ only in options of ModelConfig (biases, norms of queries and keys, sliding windows).
+
+Every other family but OPT is written as its differences from this one. To add a family, start from
+its nearest sibling: import that module, reuse the functions that are the same, extend WEIGHT_NAMES
+where the checkpoint has other names, and write the functions that differ; phi3.py needs only names,
+gemma.py one function, olmo2.py two. Then follow config_parsers.py.
 """
 
 from __future__ import annotations
@@ -37,14 +44,17 @@ WEIGHT_NAMES = {
 
 
 def embed(config: ModelConfig, lookup: Lookup, tokens: Tensor, positions: Tensor) -> Tensor:
-    """tokens: [tokens]; returns hidden states [tokens, hidden]."""
+    """Embed tokens: [tokens]. Returns hidden states [tokens, hidden]."""
     return lookup("embed_tokens.weight", tokens)
 
 
 def project(
     config: ModelConfig, weights: Weights, x: Tensor, positions: Tensor, layer: int
 ) -> tuple[Tensor, ...]:
-    """x: [tokens, hidden]; returns q, k, v, each [tokens, heads or kv_heads, head_dim]."""
+    """Norm hidden states, project them to queries, keys and values, and rotate by position.
+
+    x: [tokens, hidden]. Returns q, k, v, each [tokens, heads or kv_heads, head_dim].
+    """
     assert config.rope is not None
     q, k, v = project_heads(config, weights, rms_norm(config, weights, "attention_norm", x))
     if config.qk_norm:
@@ -54,12 +64,15 @@ def project(
 
 
 def finish(config: ModelConfig, weights: Weights, residual: Tensor, attention: Tensor) -> Tensor:
-    """residual: [tokens, hidden]; attention: [tokens, q_size]; returns [tokens, hidden]."""
+    """Complete a decoder layer after attention: output projection, then norm and MLP.
+
+    residual: [tokens, hidden]; attention: [tokens, q_size]. Returns [tokens, hidden].
+    """
     x = residual + linear(weights, "o_proj", attention)
     x += gated_mlp(config, weights, rms_norm(config, weights, "mlp_norm", x))
     return x
 
 
 def head(config: ModelConfig, weights: Weights, x: Tensor) -> Tensor:
-    """x: [rows, hidden]; returns float32 logits [rows, vocabulary]."""
+    """Norm final hidden states x, [rows, hidden]. Returns float32 logits [rows, vocabulary]."""
     return token_logits(config, weights, rms_norm(config, weights, "final_norm", x))

@@ -1,5 +1,6 @@
-"""OLMo 2 (OLMo et al. 2024): Llama's, but what attention and MLP add is normed, not what they take;
-and queries and keys are, all heads' together.
+"""OLMo 2 (OLMo et al. 2024): Llama, with the norms after attention and MLP instead of before.
+
+Queries and keys are normed too, all heads of a token together.
 """
 
 from __future__ import annotations
@@ -20,7 +21,10 @@ embed, head = llama.embed, llama.head
 def project(
     config: ModelConfig, weights: Weights, x: Tensor, positions: Tensor, layer: int
 ) -> tuple[Tensor, ...]:
-    """x: [tokens, hidden]; returns q, k, v, each [tokens, heads or kv_heads, head_dim]."""
+    """Project hidden states to queries, keys and values, norm queries and keys, and rotate them.
+
+    x: [tokens, hidden]. Returns q, k, v, each [tokens, heads or kv_heads, head_dim].
+    """
     assert config.rope is not None
     q, k, v = project_heads(config, weights, x)
     q, k = (
@@ -32,7 +36,10 @@ def project(
 
 
 def finish(config: ModelConfig, weights: Weights, residual: Tensor, attention: Tensor) -> Tensor:
-    """residual: [tokens, hidden]; attention: [tokens, q_size]; returns [tokens, hidden]."""
+    """Complete a decoder layer after attention; outputs of attention and MLP are normed.
+
+    residual: [tokens, hidden]; attention: [tokens, q_size]. Returns [tokens, hidden].
+    """
     added = linear(weights, "o_proj", attention)
     x = residual + rms_norm(config, weights, "attention_norm", added)
     return x + rms_norm(config, weights, "mlp_norm", gated_mlp(config, weights, x))

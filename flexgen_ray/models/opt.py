@@ -1,4 +1,9 @@
-"""OPT (Zhang et al. 2022), every size: learned positions, LayerNorm (350M: after), ReLU."""
+"""OPT (Zhang et al. 2022), every size: learned positions, LayerNorm with bias, a plain ReLU MLP.
+
+OPT-350M is the exception: its norms come after attention and MLP (ModelConfig.pre_norm), it has no
+final norm, and its embedding is narrower than its hidden states. The one family that is not written
+as its differences from Llama.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +39,7 @@ WEIGHT_NAMES = {
 
 
 def embed(config: ModelConfig, lookup: Lookup, tokens: Tensor, positions: Tensor) -> Tensor:
-    """tokens, positions: [tokens]; returns hidden states [tokens, hidden]."""
+    """Embed tokens and their positions, both [tokens]. Returns hidden states [tokens, hidden]."""
     x = lookup("embed_tokens.weight", tokens)
     if config.embedding_size != config.hidden_size:
         x = x @ lookup("project_in.weight", None).T
@@ -44,14 +49,20 @@ def embed(config: ModelConfig, lookup: Lookup, tokens: Tensor, positions: Tensor
 def project(
     config: ModelConfig, weights: Weights, x: Tensor, positions: Tensor, layer: int
 ) -> tuple[Tensor, ...]:
-    """x: [tokens, hidden]; returns q, k, v, each [tokens, heads, head_dim]."""
+    """Norm hidden states and project them to queries, keys and values.
+
+    x: [tokens, hidden]. Returns q, k, v, each [tokens, heads, head_dim].
+    """
     if config.pre_norm:
         x = layer_norm(config, weights, "attention_norm", x)
     return project_heads(config, weights, x)
 
 
 def finish(config: ModelConfig, weights: Weights, residual: Tensor, attention: Tensor) -> Tensor:
-    """residual, attention: [tokens, hidden]; returns the layer's output [tokens, hidden]."""
+    """Complete a decoder layer after attention: output projection, then the MLP.
+
+    residual, attention: [tokens, hidden]. Returns [tokens, hidden].
+    """
     x = residual + linear(weights, "o_proj", attention)
     if not config.pre_norm:
         x = layer_norm(config, weights, "attention_norm", x)
@@ -62,7 +73,7 @@ def finish(config: ModelConfig, weights: Weights, residual: Tensor, attention: T
 
 
 def head(config: ModelConfig, weights: Weights, x: Tensor) -> Tensor:
-    """x: [rows, hidden]; returns float32 logits [rows, vocabulary]."""
+    """Norm final hidden states x, [rows, hidden]. Returns float32 logits [rows, vocabulary]."""
     if config.final_norm:
         x = layer_norm(config, weights, "final_norm", x)
     if config.embedding_size != config.hidden_size:

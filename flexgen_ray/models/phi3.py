@@ -1,5 +1,7 @@
-"""Phi-3 and 4 (Abdin et al. 2024): Llama's, but queries, keys and values are one matrix, and gate
-and up are another.
+"""Phi-3 and Phi-4 (Abdin et al. 2024): Llama, with fused matrices in the checkpoint.
+
+Queries, keys and values are one tensor there, and the MLP's gate and up projections another; equal
+names in WEIGHT_NAMES say so (checkpoint.py). The maths is Llama's.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""Writes a checkpoint whose matrices are packed already: `flexgen-ray quantize`.
+"""Writes a checkpoint whose matrices are quantized already: `flexgen-ray quantize`.
 
-A Hugging Face folder like another, with safetensors under the same names; a packed matrix [out, in]
-is uint8 [out, packed_bytes(in, bits)] (quant/packing.py), everything else as it was, and
-config.json says so in `quantization_config`. One file a layer, so memory peaks at a layer.
+The result is a Hugging Face folder with the same tensor names. A quantized matrix [out, in] is
+uint8 [out, packed_bytes(in, bits)] (quant/packing.py); all other tensors and files are copied, and
+`quantization_config` in config.json names the bits. Each layer is a file, so memory peaks at one
+layer.
 """
 
 from __future__ import annotations
@@ -34,13 +35,16 @@ def write_quantized(
     output: Path,
     announce: Callable[[str], None],
 ) -> tuple[int, int]:
-    """Bytes of the tensors before and after. bits: as config.json is to say; announce is called
-    with each layer as it begins.
+    """Write a quantized copy of a checkpoint; return the bytes of its tensors before and after.
 
-    Raises FileExistsError if the output folder is there, ValueError for what can't be packed.
+    source, config: the model folder and its config. weight_format: the bits of each weight.
+    bits: weight_bits and embedding_bits for config.json.
+    announce: called with a sentence such as "layer 3 of 34" as each layer begins.
+    Raises FileExistsError if the output folder exists, ValueError if the source is quantized
+    already. After an error no output folder is left.
     """
     if config.weight_bits or config.embedding_bits:
-        raise ValueError(f"{source} is packed already; take the original checkpoint")
+        raise ValueError(f"{source} is quantized already; take the original checkpoint")
     checkpoint = Checkpoint(source, config)
     output.mkdir(parents=True)
     try:
@@ -71,9 +75,14 @@ def _packed(
     weight_format: WeightFormat,
     sizes: list[int],
 ) -> dict[str, Tensor]:
-    """A layer's tensors by their names in the checkpoint; their bytes are added to the sizes."""
-    found: dict[str, list[Tensor]] = {}
+    """Return a layer's tensors, quantized, by their names in the checkpoint.
+
+    Weights that share a tensor in the checkpoint are joined again. sizes: bytes before and after,
+    to which this layer's are added.
+    """
+    parts_of: dict[str, list[Tensor]] = {}
     for name, shape in config.tensors(layer).items():
+        # A tied head's matrix is the embedding's, which layer 0 wrote.
         if layer == config.head_layer and config.tie_word_embeddings and name in config.tensors(0):
             continue
         values = torch.empty(shape, dtype=getattr(torch, config.dtype))
@@ -82,16 +91,18 @@ def _packed(
         written = values if bits is None else pack(values, bits, least_squares=True)
         sizes[0] += values.numel() * DTYPE_BYTES[config.dtype]
         sizes[1] += written.nbytes
-        found.setdefault(checkpoint.key(layer, name), []).append(written)
-    return {key: torch.cat(parts) if parts[1:] else parts[0] for key, parts in found.items()}
+        parts_of.setdefault(checkpoint.key(layer, name), []).append(written)
+    return {key: torch.cat(parts) if parts[1:] else parts[0] for key, parts in parts_of.items()}
 
 
 def _write_beside(
     source: Path, output: Path, changes: dict, files: dict[str, str], nbytes: int
 ) -> None:
-    """Write a model folder's other files than tensors; the index last, so it is whole or none.
+    """Write the files of a model folder other than tensors.
 
-    changes: keys of config.json that differ from the source's.
+    The index comes last: without it, the folder isn't accepted as a model.
+    changes: keys of config.json that differ from the source's. files: file of each tensor.
+    nbytes: bytes of all tensors.
     """
     for pattern in _BESIDE:
         for path in source.glob(pattern):

@@ -1,6 +1,6 @@
-"""The shapes of published models, by name, for runs that need no checkpoint: weights are made up.
+"""Built-in configs of published models, by name, for planning and measuring without a checkpoint.
 
-The numbers are those of the config.json that each model was published with.
+The numbers are those of the config.json with which each model was published.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from flexgen_ray.models.config_parsers import (
     parse_phi3,
 )
 
-# Layers, hidden size, heads; the rest follows.
+# (layers, hidden size, heads); `_opt_keys` derives the rest.
 _OPT = {
     "opt-125m": (12, 768, 12),
     "opt-350m": (24, 1024, 16),
@@ -26,17 +26,17 @@ _OPT = {
     "opt-66b": (64, 9216, 72),
     "opt-175b": (96, 12288, 96),
 }
-# Layers, hidden size, heads, intermediate size; with the context of 3.1.
+# (layers, hidden size, heads, intermediate size), with the context length of Llama 3.1.
 _LLAMA = {
     "llama-3-8b": (32, 4096, 32, 14336),
     "llama-3-70b": (80, 8192, 64, 28672),
 }
-# Layers, hidden size, heads, intermediate size; heads of 128, normed.
+# (layers, hidden size, heads, intermediate size); heads have 128 elements.
 _QWEN3 = {
     "qwen3-8b": (36, 4096, 32, 12288),
     "qwen3-32b": (64, 5120, 64, 25600),
 }
-# One of each kind, with all that differs.
+# One model of each other family: (parser, the keys of its config.json).
 _OTHERS = {
     "phi-3-mini": (
         parse_phi3,
@@ -89,7 +89,10 @@ SHAPES = (*_OPT, *_LLAMA, *_QWEN3, *_OTHERS)
 
 
 def shape_config(name: str) -> ModelConfig:
-    """ValueError names the known shapes."""
+    """Return the config of a built-in model, such as "opt-30b".
+
+    Raises ValueError for other names.
+    """
     if name in _OPT:
         return parse_opt(_opt_keys(name))
     if name in _LLAMA:

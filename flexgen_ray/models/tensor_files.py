@@ -1,6 +1,7 @@
-"""The file of each tensor in a model folder: of those that transformers would load.
+"""Finds the file of each tensor in a model folder, by the rules of transformers.
 
-Reads file names, indexes and safetensors headers; never a tensor's values.
+Reads file names, indexes and safetensors headers; never a tensor's values. Also opens and saves
+safetensors files.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ _MAX_INDEX_BYTES = 256 * 2**20
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a checkpoint. dtype: its name in safetensors, such as BF16 or U8."""
+    """A tensor in a checkpoint. dtype: safetensors' name of it, such as BF16 or U8."""
 
     path: Path
     shape: tuple[int, ...]
@@ -31,12 +32,12 @@ class StoredTensor:
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """Every tensor of a model folder, by its name in the checkpoint.
+    """Return every tensor of a model folder, by its name in the checkpoint.
 
-    As transformers does, takes model.safetensors where there is one and ignores other files; else
-    the shards that model.safetensors.index.json lists. Shards without an index are taken if they
-    are complete. Raises FileNotFoundError or ValueError, naming the file, for a folder without
-    weights, a damaged file or index, and a tensor that two shards hold.
+    As in transformers, model.safetensors is used alone if it exists, otherwise the shards that
+    model.safetensors.index.json lists. Shards without an index are accepted if they are complete.
+    Raises FileNotFoundError or ValueError, naming the file, for a folder without weights, a damaged
+    file or index, and a tensor that two shards hold.
     """
     if (folder / WEIGHTS).is_file():
         return _merged([folder / WEIGHTS])
@@ -55,7 +56,7 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
 
 
 def open_tensors(path: Path):
-    """An open safetensors file, to be used as a context manager; ValueError if it is damaged."""
+    """Open a safetensors file as a context manager. Raises ValueError if it is damaged."""
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
@@ -65,9 +66,9 @@ def open_tensors(path: Path):
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Writes a safetensors file with the mode that the umask gives to new files.
+    """Write a safetensors file with the permissions that the umask gives to new files.
 
-    safetensors itself leaves it readable by its owner alone.
+    safetensors itself makes it readable by its owner alone.
     """
     save_file(tensors, path, {"format": "pt"})
     umask = os.umask(0o077)
@@ -76,6 +77,7 @@ def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
 
 
 def _merged(paths: Iterable[Path]) -> dict[str, StoredTensor]:
+    """Return the tensors of several files. Raises ValueError for a tensor in two of them."""
     tensors: dict[str, StoredTensor] = {}
     for path in paths:
         if not path.is_file():
@@ -85,7 +87,7 @@ def _merged(paths: Iterable[Path]) -> dict[str, StoredTensor]:
                 if key in tensors:
                     raise ValueError(
                         f"{path} and {tensors[key].path.name} both hold the tensor {key}; only one "
-                        "can be right: take the other file away"
+                        "can be right: remove the other file"
                     )
                 header = file.get_slice(key)
                 tensors[key] = StoredTensor(path, tuple(header.get_shape()), header.get_dtype())
@@ -93,7 +95,10 @@ def _merged(paths: Iterable[Path]) -> dict[str, StoredTensor]:
 
 
 def _listed(index: Path) -> dict[str, str]:
-    """The file of every tensor that an index lists; its shards lie in the index's own folder."""
+    """Return the file name of every tensor that an index lists.
+
+    Raises ValueError for a damaged index, and for files outside the index's own folder.
+    """
     try:
         if index.stat().st_size > _MAX_INDEX_BYTES:
             raise ValueError(f"it is larger than {_MAX_INDEX_BYTES // 2**20} MiB")
@@ -117,7 +122,10 @@ def _weight_map(index: Path) -> dict:
 
 
 def _shards_without_index(folder: Path) -> list[Path]:
-    """Complete shards under their usual names; FileNotFoundError says what is there instead."""
+    """Return the shards of a folder without an index, if they are complete by their names.
+
+    Raises FileNotFoundError, naming the files that are there, if they aren't.
+    """
     names = sorted(path.name for path in folder.glob("*.safetensors"))
     if not names:
         raise FileNotFoundError(

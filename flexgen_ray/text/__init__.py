@@ -1,1 +1,1 @@
-"""How does text become tokens, and how do tokens become text?"""
+"""Text to tokens and tokens to text: tokenizer, chat template, detokenizer, stop strings."""

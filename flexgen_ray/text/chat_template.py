@@ -1,6 +1,7 @@
-"""Chats as the text that a model's chat template makes of them, under limits of time and memory.
+"""Formats chats with a model's chat template, in a process with limits of time and memory.
 
-Knows templates and messages; no tokens. `template_process.py` does the rendering.
+Knows templates and messages; nothing of tokens. `template_process.py` is the program of that
+process.
 """
 
 from __future__ import annotations
@@ -18,20 +19,25 @@ from typing import Any
 from flexgen_ray.text.messages import ChatOptions, Messages
 
 _PROGRAM = "flexgen_ray.text.template_process"
-_CUT = "CUT THE FINAL MESSAGE HERE "  # ends with a space, which shows whether the template trims
+# A mark after the final message, to find its end in the text. It ends with a space, which shows
+# whether the template trims messages.
+_CUT = "CUT THE FINAL MESSAGE HERE "
 
 
 class ChatTemplate:
-    """The template of one model, with its special tokens as variables. May be used by any thread.
+    """A model's chat template. Safe to use from any thread.
 
-    The process that renders starts with the first chat, and ends with `close`, with this object or
+    The process that renders starts with the first chat, and ends with `close`, with this object, or
     with the interpreter.
     """
 
     def __init__(
         self, source: str, special_tokens: dict[str, Any], max_seconds: float = 5.0
     ) -> None:
-        """max_seconds: of CPU time, for one chat."""
+        """source: the jinja2 template. special_tokens: variables that every template gets.
+
+        max_seconds: limit of CPU time for one chat.
+        """
         self.source = source
         self.max_seconds = max_seconds
         self._special_tokens = special_tokens
@@ -40,15 +46,17 @@ class ChatTemplate:
         self._end = lambda: None
 
     def render(self, messages: Messages, options: ChatOptions, now: datetime) -> str:
-        """The chat's text, up to where the answer begins. now: the time, if the template asks.
+        """Return the text of a chat up to where the answer begins.
 
-        Raises ValueError for whatever the template says against the chat, and if it takes too long.
+        now: the time that the template sees.
+        Raises ValueError if the template refuses the chat, or exceeds its limits.
         """
         if options.tools and "tools" not in self.source:
             raise ValueError(
                 "the model's chat template describes no tools; leave tools out, or describe them "
                 "in a message"
             )
+        # OpenAI's newer name of the role "system".
         if "developer" not in self.source:
             as_system = {"role": "system"}
             messages = [it | as_system if it["role"] == "developer" else it for it in messages]
@@ -66,11 +74,12 @@ class ChatTemplate:
         return _cut(text, final) if options.continue_final_message else text
 
     def close(self) -> None:
-        """Ends the process that renders; the next chat starts another."""
+        """End the process that renders; the next chat starts another."""
         with self._lock:
             self._stop()
 
     def _ask(self, asked: dict) -> str:
+        """Send one chat to the process, and return its text. Raises ValueError for an error."""
         line = json.dumps(asked, default=str).encode() + b"\n"
         with self._lock:
             process = self._running()
@@ -82,7 +91,8 @@ class ChatTemplate:
             except BrokenPipeError:
                 reply = b""
             except BaseException:
-                self._stop()  # what it answers would be the next chat's
+                # Interrupted, as by Ctrl-C: the reply would be read as the next chat's.
+                self._stop()
                 raise
             if not reply.endswith(b"\n"):
                 status = process.wait()
@@ -90,11 +100,12 @@ class ChatTemplate:
                 raise ValueError(f"the model's chat template {self._reason(status)}")
         answer = json.loads(reply)
         if "error" in answer:
-            # A template is a program: what it raises of messages it doesn't expect is anything.
+            # A template is a program: for messages that it doesn't expect it may raise anything.
             raise ValueError(f"the model's chat template refuses the messages: {answer['error']}")
         return answer["text"]
 
     def _running(self) -> subprocess.Popen:
+        """Return the process that renders, started if need be."""
         if self._process is None:
             paths = os.pathsep.join(filter(None, sys.path))
             self._process = subprocess.Popen(
@@ -108,6 +119,7 @@ class ChatTemplate:
         return self._process
 
     def _reason(self, status: int) -> str:
+        """Return why the process ended, from its exit status, as the end of a sentence."""
         if status == -signal.SIGPROF:
             return f"takes more than {self.max_seconds:g} s of CPU time for one chat, its limit"
         name = signal.Signals(-status).name if status < 0 else f"status {status}"
@@ -126,11 +138,15 @@ def _end(process: subprocess.Popen) -> None:
             try:
                 pipe.close()
             except BrokenPipeError:
-                pass  # what it never read
+                pass  # the process ended before it read everything
 
 
 def _cut(text: str, final: str) -> str:
-    """Up to the end of the final message, without spaces there if the template trims them."""
+    """Return the text up to the mark at the end of the final message.
+
+    Spaces before the mark go too if the template trims messages, which shows in the mark's own
+    trailing space. Raises ValueError if the template changes the message.
+    """
     at = text.rfind(_CUT.strip())
     if at < 0 or final.strip() not in text:
         raise ValueError(

@@ -1,4 +1,7 @@
-"""A chat's messages, as OpenAI's API has them. Knows their form, not how a model words them."""
+"""Checks the messages and tools of a chat, in the form of OpenAI's API.
+
+Knows the form of messages; nothing of chat templates.
+"""
 
 from __future__ import annotations
 
@@ -8,22 +11,24 @@ from typing import Any
 
 Messages = list[dict[str, Any]]
 _TEXTS = {"role", "content", "name", "tool_call_id"}
-# Names under which an assistant's thinking is kept; templates read the first or the second.
+# Keys that servers use for an assistant's thinking; chat templates read the first or the second.
 _THINKING = ("reasoning_content", "thinking", "reasoning")
 _KEYS = _TEXTS | {"tool_calls", *_THINKING}
-_IGNORED = {"annotations", "refusal"}  # what OpenAI's answers have besides
-_OWN = {"messages", "tools", "add_generation_prompt", "continue_final_message", "strftime_now"}
+_IGNORED = {"annotations", "refusal"}  # keys of OpenAI's answers that say nothing for the next turn
+# Variables of chat templates that chat_template_kwargs must not replace.
+_RESERVED = {"messages", "tools", "add_generation_prompt", "continue_final_message", "strftime_now"}
 
 
 @dataclass(frozen=True)
 class ChatOptions:
-    """How a chat is formatted, in vLLM's names.
+    """Options for formatting a chat, by vLLM's names.
 
-    tools: functions that the model may call, as OpenAI describes them. add_generation_prompt: end
-    with what begins an answer; by default if the final message isn't continued.
-    continue_final_message: end within the final message, so that the answer goes on with it.
+    tools: functions that the model may call, in OpenAI's form.
+    add_generation_prompt: end the text with the start of an answer; by default true unless the
+    final message is continued.
+    continue_final_message: end the text within the final message, so that the answer continues it.
     chat_template_kwargs: variables for the chat template, such as {"enable_thinking": False}.
-    Raises ValueError, by name, for values of other kinds.
+    Raises ValueError, naming the option, for an invalid value.
     """
 
     tools: list[dict[str, Any]] | None = None
@@ -53,14 +58,16 @@ class ChatOptions:
                 f"chat_template_kwargs is {kwargs!r}; it must be an object, such as "
                 '{"enable_thinking": false}'
             )
-        elif taken := sorted(kwargs.keys() & _OWN):
-            raise ValueError(f"chat_template_kwargs has {taken[0]!r}, which is not for it to set")
+        elif reserved := sorted(kwargs.keys() & _RESERVED):
+            raise ValueError(f"chat_template_kwargs has {reserved[0]!r}, which it can't set")
 
 
 def parse_messages(value: object) -> Messages:
-    """Messages with text alone; a content of several parts becomes one, a line or more a part.
+    """Return a chat's messages in the form that chat templates expect.
 
-    Raises ValueError, naming the place, for what isn't text or isn't known.
+    A content of several text parts becomes one text, each part on lines of its own; arguments of
+    tool calls become objects. Raises ValueError, naming the place, for content other than text and
+    for unknown keys.
     """
     if not isinstance(value, list) or not value:
         raise ValueError('messages must be a list of {"role": ..., "content": ...}, one at least')
@@ -68,6 +75,7 @@ def parse_messages(value: object) -> Messages:
 
 
 def _parse_message(place: str, message: object) -> dict[str, Any]:
+    """Check one message. place: its name in errors, such as "messages[2]"."""
     if not isinstance(message, dict):
         raise ValueError(f"{place} is {message!r}; it must be an object with role and content")
     fields = {
@@ -98,6 +106,7 @@ def _parse_message(place: str, message: object) -> dict[str, Any]:
 
 
 def _part(place: str, part: object) -> str:
+    """Return the text of one part of a message's content."""
     text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
     if not isinstance(text, str):
         raise ValueError(f"{place} has the part {part!r}; only parts of type text are supported")
@@ -105,13 +114,14 @@ def _part(place: str, part: object) -> str:
 
 
 def _parse_calls(place: str, calls: object) -> list[dict[str, Any]]:
-    """Tool calls whose arguments are objects, as templates expect them, not JSON in a string."""
+    """Return tool calls whose arguments are objects, as templates expect, not JSON in a string."""
     if not isinstance(calls, list):
         raise ValueError(f"{place} has the tool_calls {calls!r}; they must be a list")
     return [_parse_call(place, call) for call in calls]
 
 
 def _parse_call(place: str, call: object) -> dict[str, Any]:
+    """Check one tool call, and parse its arguments."""
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(call, dict) or not isinstance(function, dict) or "name" not in function:
         raise ValueError(
@@ -123,13 +133,16 @@ def _parse_call(place: str, call: object) -> dict[str, Any]:
         try:
             arguments = json.loads(arguments or "{}")
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{place}: arguments of a tool call are no JSON ({error})") from error
+            raise ValueError(
+                f"{place}: arguments of a tool call are not valid JSON ({error})"
+            ) from error
     if not isinstance(arguments, dict | None):
         raise ValueError(f"{place}: arguments of a tool call are {arguments!r}, not an object")
     return call | {"function": function | {"arguments": arguments or {}}}
 
 
 def _check_tools(tools: object) -> None:
+    """Raise ValueError, naming the place, unless every tool is a function in OpenAI's form."""
     if not isinstance(tools, list):
         raise ValueError(f"tools is {tools!r}; it must be a list")
     for place, tool in enumerate(tools):

@@ -1,9 +1,13 @@
 """The process that renders chat templates: `python -m flexgen_ray.text.template_process SECONDS`.
 
-A template is a program from whoever made the model, so it runs in a sandbox, in a process of its
-own, whose time and memory the kernel limits. Reads one JSON object a line, {"template": source,
-"variables": {...}, "now": ISO time}, and writes {"text": ...} or {"error": ...}. Imports nothing
-but jinja2, for it starts with the first chat.
+A chat template is a program that comes with the model, so it is not trusted. Three walls stand
+around it: jinja2's sandbox, which gives it no attributes of Python objects; a process of its own,
+so that nothing of the run can be reached; and limits of CPU time and memory for this process, set
+by the kernel, so that an endless or exploding template ends this process alone.
+
+Reads one JSON object a line from standard input, {"template": source, "variables": {...}, "now":
+ISO time}, and writes {"text": ...} or {"error": ...} to standard output. Imports nothing heavier
+than jinja2, since the first chat waits for this process to start.
 """
 
 from __future__ import annotations
@@ -24,16 +28,17 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 MAX_MEMORY = 2**30
-# A chat's text may be longer than what it is made of by this.
+# A chat's text may have this many times the characters of its input line, and so many more.
 MAX_GROWTH, MAX_MORE_CHARACTERS = 4, 2**20
 
 
 class _Generation(Extension):
-    """`{% generation %}` marks answers in transformers' templates, for training; only a mark."""
+    """The block `{% generation %}`, which marks answers for training: its content is kept as is."""
 
     tags = {"generation"}
 
     def parse(self, parser: Parser) -> Node:
+        """Parse the block up to `{% endgeneration %}`."""
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return CallBlock(self.call_method("_as_it_is"), [], [], body).set_lineno(line)
@@ -43,9 +48,9 @@ class _Generation(Extension):
 
 
 class _PlainNamespace(Namespace):
-    """Refuses names that begin with an underscore, which lead to Python's internals."""
+    """jinja2's namespace(), which refuses names with a leading underscore, Python's internals."""
 
-    def __init__(*args: Any, **values: Any) -> None:  # a value may be called self
+    def __init__(*args: Any, **values: Any) -> None:  # no parameter `self`: a value may be so named
         self, *more = args
         values = dict(*more, **values)
         for name in values:
@@ -67,13 +72,13 @@ def _raise_exception(message: str) -> None:
 
 
 def _to_json(value: object, ensure_ascii: bool = False, **options: Any) -> str:
-    """Without the escapes that HTML needs."""
+    """Return a value as JSON without the HTML escapes of jinja2's own filter tojson."""
     return json.dumps(value, ensure_ascii=ensure_ascii, **options)
 
 
 @lru_cache(maxsize=8)
 def _compile(source: str) -> jinja2.Template:
-    """A template with what transformers gives to templates."""
+    """Compile a template in the sandbox, with the functions that transformers provides."""
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
     )
@@ -84,11 +89,12 @@ def _compile(source: str) -> jinja2.Template:
 
 
 def render(source: str, variables: dict[str, Any], now: datetime) -> str:
-    """The text that a template makes of its variables at a time of day."""
+    """Return the text that a template renders from its variables; `now` is the time it sees."""
     return _compile(source).render({"strftime_now": now.strftime} | variables)
 
 
 def _reply(line: bytes) -> dict[str, str]:
+    """Render one input line. Whatever the template raises becomes the reply's error."""
     asked = json.loads(line)
     most = MAX_GROWTH * len(line) + MAX_MORE_CHARACTERS
     try:
@@ -100,22 +106,26 @@ def _reply(line: bytes) -> dict[str, str]:
     except Exception as error:
         return {"error": str(error) or type(error).__name__}
     if len(text) > most:
-        return {"error": f"it makes {len(text)} characters of {len(line)}; {most} are the most"}
+        return {
+            "error": f"it makes {len(text)} characters of {len(line)}; {most} at most are allowed"
+        }
     return {"text": text}
 
 
 def main(max_seconds: float) -> None:
-    """Renders until its standard input ends; the kernel ends it if a chat takes too long.
-
-    max_seconds: of CPU time, for one chat.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that asks
+    """Render chats until standard input ends. max_seconds: limit of CPU time for one chat."""
+    # Ctrl-C reaches all processes of a terminal; the one that asks for chats decides.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # The default action of SIGPROF ends the process. It can't be caught by the template, nor wait
+    # for Python, as a handler would while a long call in C runs.
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
+    # Memory: allocations beyond the limit fail with MemoryError, which `_reply` answers.
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     most = MAX_MEMORY if hard == resource.RLIM_INFINITY else min(hard, MAX_MEMORY)
     resource.setrlimit(resource.RLIMIT_AS, (most, most))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     for line in sys.stdin.buffer:
+        # ITIMER_PROF counts CPU time of this process, so a busy machine fails no chat.
         signal.setitimer(signal.ITIMER_PROF, max_seconds)
         reply = json.dumps(_reply(line)).encode() + b"\n"
         signal.setitimer(signal.ITIMER_PROF, 0)
