@@ -212,7 +212,7 @@ def test_of_several_templates_the_one_for_tools_is_taken_with_tools(chat_model, 
         ({"add_generation_prompt": 1}, "add_generation_prompt is 1; it must be true or false"),
         ({"add_generation_prompt": True, "continue_final_message": True}, "give one of them"),
         ({"chat_template_kwargs": ["x"]}, "it must be an object"),
-        ({"chat_template_kwargs": {"messages": []}}, "has 'messages', which is not for it"),
+        ({"chat_template_kwargs": {"messages": []}}, "has 'messages', which it can't set"),
     ],
 )
 def test_options_of_other_kinds_are_refused_by_name(options, said):

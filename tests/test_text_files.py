@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from test_cli import arguments, files, rows  # noqa: F401 - a fixture
 
 from flexgen_ray.config import Policy
-from flexgen_ray.evaluation.cloze import _text
+from flexgen_ray.evaluation.cloze import parse_text
 from flexgen_ray.files.input_lines import open_input
 from flexgen_ray.files.text_files import MAX_YAML_BYTES, read_lines, read_text, read_yaml
 from flexgen_ray.hardware.spec import Hardware
@@ -92,7 +92,7 @@ def test_an_unnamed_gzip_is_named(tmp_path):
 def test_cloze_texts_may_hold_any_character(run_here, tmp_path, text_model):
     """Some of these characters end a line for str.splitlines, but not in JSON."""
     text = json.dumps({"text": "one\u2028two three"}, ensure_ascii=False)
-    assert _text(text) == "one\u2028two three"
+    assert parse_text(text) == "one\u2028two three"
     (tmp_path / "data.jsonl").write_text(f"{text}\n{text}\n", encoding="utf-8")
     done = run_here(
         "eval", "cloze", "--model", text_model, "--data", tmp_path / "data.jsonl", "--no-use-ray",

@@ -1,1 +1,1 @@
-"""How good are the answers? Perplexity and cloze accuracy of an offloaded model."""
+"""The quality of a model's answers: perplexity and cloze accuracy."""

@@ -1,6 +1,7 @@
-"""Whether a model's greedy choice is a text's last word, as LAMBADA asks (Paperno et al. 2016).
+"""Cloze accuracy: how often a model's greedy choice is a text's last word (LAMBADA).
 
-Knows lines of JSON, words and tokens; not how tokens are scored.
+The task is that of Paperno et al. 2016. Knows lines of JSON, words and tokens; tokens are scored
+elsewhere.
 """
 
 from __future__ import annotations
@@ -13,16 +14,19 @@ from flexgen_ray.request import Request
 
 
 def measure(llm: LLM, text: str, scored_in: str, max_texts: int | None) -> dict[str, float]:
-    """{"accuracy": the share of texts whose last word's tokens are all the likeliest ones, "texts",
-    "tokens": of last words}.
+    """Measure cloze accuracy.
 
-    text: lines of {"text": ...}. ValueError names the line that has no text of two words.
+    text: lines of {"text": ...}. scored_in: "prefill" or "decode", the kind of pass that scores.
+    max_texts: number of texts to use; None for all.
+    Returns {"accuracy": share of texts whose last word's tokens are all the likeliest ones,
+    "texts": number of texts, "tokens": number of tokens of their last words}.
+    Raises ValueError, naming the line, for a line without a text of two words.
     """
     lines = [pair for pair in enumerate(text.split("\n"), start=1) if pair[1].strip()]
     requests: list[Request] = []
     for number, line in lines[:max_texts]:
         try:
-            requests.append(_request(llm, len(requests), _text(line), scored_in == "decode"))
+            requests.append(_request(llm, len(requests), parse_text(line), scored_in == "decode"))
         except ValueError as error:
             raise ValueError(f"line {number}: {error}") from error
     if not requests:
@@ -33,7 +37,8 @@ def measure(llm: LLM, text: str, scored_in: str, max_texts: int | None) -> dict[
     return {"accuracy": right / len(outputs), "texts": len(outputs), "tokens": tokens}
 
 
-def _text(line: str) -> str:
+def parse_text(line: str) -> str:
+    """Return the text of a line {"text": ...}. Raises ValueError if it has none."""
     try:
         value = json.loads(line)
     except json.JSONDecodeError as error:
@@ -45,7 +50,10 @@ def _text(line: str) -> str:
 
 
 def _request(llm: LLM, index: int, text: str, in_decode: bool) -> Request:
-    """The space before the last word is the word's; of a long text the end is kept."""
+    """Return a request that scores a text's last word, with the space before it.
+
+    A text longer than the model's context loses its beginning.
+    """
     context, _, word = text.rpartition(" ")
     if not context or not word:
         raise ValueError(f"the text is {text!r}; a last word needs another one before it")

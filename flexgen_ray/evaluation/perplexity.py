@@ -1,7 +1,7 @@
 """Perplexity of a long text under a model with a bounded context, by sliding windows.
 
-The token-level definition of transformers' guide: each window scores the tokens that the one before
-it didn't, after all others of its own. Knows tokens; not how they are scored.
+The token-level definition of transformers' guide: each window scores the tokens that no window
+before it scored, and its other tokens are their context. Knows tokens; they are scored elsewhere.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from flexgen_ray.llm import LLM
 
 @dataclass(frozen=True)
 class Window:
-    """Tokens start to stop of a text, of which those from `first` on are scored."""
+    """A window of a text: tokens start to stop, of which those from `first` on are scored."""
 
     start: int
     first: int
@@ -24,15 +24,18 @@ class Window:
 
 
 def windows(num_tokens: int, context: int, stride: int) -> Iterator[Window]:
-    """Every token but the text's first is scored once, with `context - stride` tokens before it at
-    least; with a stride as long as the context each window's first isn't scored.
+    """Yield windows that together score every token once, except the text's first.
 
-    ValueError for a context or stride that can't be, or a text of one token.
+    Every scored token has at least `context - stride` tokens before it, or all that the text has.
+    Example: 5 tokens, context 4, stride 2: tokens 0 to 4 score 1, 2, 3; tokens 2 to 5 score 4.
+    With a stride as long as the context, windows don't overlap and the first token of each isn't
+    scored, since nothing precedes it.
+    Raises ValueError for an impossible context or stride, or a text of one token.
     """
     if context < 2 or not 1 <= stride <= context:
         raise ValueError(
-            f"context is {context} and stride {stride}; a window has 2 tokens or more, and the "
-            "stride is 1 to the context"
+            f"context is {context} and stride {stride}; context must be at least 2, and stride 1 "
+            "to context"
         )
     if num_tokens < 2:
         raise ValueError(f"the text has {num_tokens} tokens; a token is scored after another one")
@@ -48,14 +51,20 @@ def windows(num_tokens: int, context: int, stride: int) -> Iterator[Window]:
 def measure(
     llm: LLM, text: str, context: int, stride: int, max_tokens: int | None, scored_in: str
 ) -> dict[str, float]:
-    """{"perplexity", "nll": nats a token, "tokens": as were scored}."""
+    """Measure the perplexity of a text.
+
+    context, stride: tokens of a window, and by which it moves. max_tokens: tokens of the text to
+    use; None for all. scored_in: "prefill" or "decode", the kind of pass that scores.
+    Returns {"perplexity": ..., "nll": mean negative log-likelihood in nats a token, "tokens":
+    number of scored tokens}.
+    """
     token_ids = llm.tokenizer.encode(text)[:max_tokens]
     in_decode = scored_in == "decode"
-    requests = [
-        llm.score_request(i, token_ids[it.start : it.stop], it.first - it.start, in_decode)
-        for i, it in enumerate(windows(len(token_ids), context, stride))
-    ]
+    requests = []
+    for index, window in enumerate(windows(len(token_ids), context, stride)):
+        tokens, first = token_ids[window.start : window.stop], window.first - window.start
+        requests.append(llm.score_request(index, tokens, first, in_decode))
     logprobs = [it.logprob for output in run_requests(llm, requests) for it in output.scores]
     nll = -math.fsum(logprobs) / len(logprobs)
-    perplexity = math.exp(nll) if nll < 700 else math.inf  # a float ends there
+    perplexity = math.exp(nll) if nll < 700 else math.inf  # exp(710) overflows a float
     return {"perplexity": perplexity, "nll": nll, "tokens": len(logprobs)}

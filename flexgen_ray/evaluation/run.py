@@ -1,4 +1,4 @@
-"""How every evaluation runs: an LLM, a file, a progress bar, and one JSON line at the end."""
+"""Runs an evaluation: opens an LLM, measures a file, prints the report and one JSON result."""
 
 from __future__ import annotations
 
@@ -23,9 +23,12 @@ def evaluate(
     settings: dict[str, Any],
     json_file: Path | None,
 ) -> None:
-    """measure(llm, the file's text, **settings) finds the figures; what was set is told with them.
+    """Run one evaluation, and print its result with the settings that led to it.
 
-    OSError or ValueError if the file can't be read as text, or the result not be written.
+    measure: called as measure(llm, text, **settings); returns the figures, by name.
+    engine: arguments of LLM. data: the file whose text is measured. json_file: file that gets the
+    result too, if not None.
+    Raises OSError or ValueError if the data can't be read as text or the result can't be written.
     """
     text = read_text(data)
     with LLM(**engine) as llm:
@@ -35,12 +38,12 @@ def evaluate(
         seconds = {"seconds": round(llm.report.seconds, 3)}
         stages = [stage.as_dict() for stage in llm.report.stages]
         device = llm.report.device
-    told = {"model": engine["model"], "data": data.name, "dtype": llm.dtype}
-    finish(figures | seconds | told | settings | {"stages": stages}, device, json_file)
+    job = {"model": engine["model"], "data": data.name, "dtype": llm.dtype}
+    finish(figures | seconds | job | settings | {"stages": stages}, device, json_file)
 
 
 def run_requests(llm: LLM, requests: list[Request]) -> list[RequestOutput]:
-    """Each request's output, in their order; ValueError if one failed."""
+    """Run requests and return their outputs in order. Raises ValueError if one fails."""
     outputs: dict[int, RequestOutput] = {}
     with show_progress() as llm.on_progress:
         llm.prepare(requests)

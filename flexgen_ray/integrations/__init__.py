@@ -1,1 +1,1 @@
-"""How do other tools use this project?"""
+"""Adapters through which other tools use this project."""

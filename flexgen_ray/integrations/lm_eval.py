@@ -1,7 +1,7 @@
-"""lm-evaluation-harness's model `flexgen_ray`: its tasks, answered by an offloaded model.
+"""The model `flexgen_ray` for lm-evaluation-harness: its tasks, answered by an offloaded model.
 
-Importing this registers it. Knows what the harness asks for, and an LLM; all requests of a kind are
-one job.
+Importing this module registers the model. All requests of one kind run together, so that large
+blocks share each trip of the weights.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-# First: a registry with a model in it would be taken to have its own already.
+# Before this module's own registration: lm_eval registers its models only in an empty registry.
 import lm_eval.models  # noqa: F401
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
@@ -30,10 +30,12 @@ from flexgen_ray.llm import LLM
 from flexgen_ray.request import SamplingParams
 from flexgen_ray.text.messages import ChatOptions
 
-MAX_NEW_TOKENS = 256  # where a task doesn't say
-Pair = tuple[Any, list[int], list[int]]  # its texts, and the tokens of context and continuation
+MAX_NEW_TOKENS = 256  # for tasks that set no limit
+# (texts of context and continuation, tokens of the context, tokens of the continuation)
+Pair = tuple[Any, list[int], list[int]]
 
-# Of a task's generation_kwargs: what SamplingParams has too, and what changes no answer.
+# Fields of a task's generation_kwargs: those that SamplingParams has too, those that are accepted
+# with a neutral value only, and those that are handled by themselves.
 _SAMPLING = (
     "top_p", "top_k", "min_p", "seed", "repetition_penalty", "presence_penalty",
     "frequency_penalty", "min_tokens", "stop_token_ids", "ignore_eos",
@@ -44,14 +46,16 @@ _SETTLED = {"until", "do_sample", "max_gen_toks", "temperature", "pad_token_id"}
 
 @register_model("flexgen_ray")
 class FlexGenRay(TemplateLM):
-    """An LLM as lm-evaluation-harness asks it.
+    """An LLM behind the interface of lm-evaluation-harness.
 
-    pretrained: a model folder, or a name on the hub. options: the other arguments of LLM, such as
-    policy, dtype and gpu_memory. batch_size, max_batch_size: ignored, for the policy decides.
-    max_length: tokens of a request at most, LLM's max_model_len. add_bos_token: begin texts with
-    the BOS token, or don't; None does as the tokenizer. enable_thinking: passed to the chat
-    template, if not None. think_end_token: an answer is what follows this text.
-    Raises ValueError or TypeError, by name, for options that can't be.
+    pretrained: model folder, or name on the Hugging Face hub.
+    batch_size, max_batch_size: ignored; the policy decides.
+    max_length: most tokens of a request, LLM's max_model_len.
+    add_bos_token: begin texts with the BOS token or not; None follows the tokenizer.
+    enable_thinking: variable for the chat template, if not None.
+    think_end_token: text that ends the thoughts; the answer is what follows it.
+    options: other arguments of LLM, such as policy, dtype and gpu_memory.
+    Raises ValueError or TypeError, naming the option, for invalid options.
     """
 
     def __init__(
@@ -82,7 +86,7 @@ class FlexGenRay(TemplateLM):
         if max_length is not None:
             options["max_model_len"] = max_length
         self.llm = LLM(pretrained, device=device or "auto", **options)
-        # The harness doesn't say when it is done.
+        # The harness doesn't close its models.
         atexit.register(self.llm.close)
         self.tokenizer = self.llm.tokenizer.hf
 
@@ -92,7 +96,7 @@ class FlexGenRay(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What an empty context is."""
+        """Token that stands for an empty context: BOS, or the end token if there is no BOS."""
         beginning = self.tokenizer.bos_token_id
         return self.eot_token_id if beginning is None else beginning
 
@@ -107,9 +111,10 @@ class FlexGenRay(TemplateLM):
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """The text of a chat. ValueError if the model's template refuses it.
+        """Return a chat as text. Raises ValueError if the model's chat template refuses it.
 
-        A template that refuses system messages gets the others, as in the harness's own models.
+        If it is refused with system messages, they are left out with a warning, as in the harness's
+        own models.
         """
         options = ChatOptions(
             None, add_generation_prompt, not add_generation_prompt, self._template
@@ -126,7 +131,7 @@ class FlexGenRay(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: Any
     ) -> list[int]:
-        """Token ids of a text, which gets no second BOS token if it begins with one."""
+        """Return a text's token ids; a text that begins with the BOS token gets no second one."""
         if add_special_tokens is not None:
             return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
         has_bos = has_bos_prefix(string, self.tokenizer.bos_token)
@@ -140,9 +145,9 @@ class FlexGenRay(TemplateLM):
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
-        """Log-probabilities of whole texts, in windows as long as the context.
+        """Return the log-probability of each whole text, scored in windows as long as the context.
 
-        A text follows the prefix token; the BOS that the tokenizer adds is not scored after it.
+        Each text follows the prefix token. A BOS token that the tokenizer adds isn't scored.
         """
         pairs: list[Pair] = []
         owners: list[int] = []
@@ -167,23 +172,27 @@ class FlexGenRay(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: list[Pair], disable_tqdm: bool = False, **others: Any
     ) -> list[tuple[float, bool]]:
-        """Of each continuation, and whether it is the greedy one; of what is too long, the end."""
+        """Return (log-probability, is it the greedy choice) of each pair's continuation.
+
+        A pair that is longer than the context loses its beginning.
+        """
         made = []
         for index, (_, context, continuation) in enumerate(requests):
             # The last token is only scored: it needs no place in the context.
             token_ids = (context + continuation)[-self.max_length - 1 :]
             first = max(len(token_ids) - len(continuation), 1)
             made.append(self.llm.score_request(index, token_ids, first))
-        found = []
+        results = []
         for (texts, _, _), output in zip(requests, run_requests(self.llm, made), strict=True):
             is_greedy = all(it.rank == 1 for it in output.scores)
             result = math.fsum(it.logprob for it in output.scores), is_greedy
-            found.append(result)
+            results.append(result)
             if texts is not None:
                 self.cache_hook.add_partial("loglikelihood", texts, result)
-        return found
+        return results
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Return a generated text for each request, cut at its stop strings."""
         made, stops = [], []
         for index, request in enumerate(requests):
             text, asked = request.args
@@ -205,7 +214,10 @@ class FlexGenRay(TemplateLM):
 
 
 def _params(wanted: Mapping[str, Any], max_tokens: int, stop: list[str]) -> SamplingParams:
-    """A task's generation_kwargs, normalized, as SamplingParams; ValueError for what can't be."""
+    """Return a task's normalized generation_kwargs as SamplingParams.
+
+    Raises ValueError, naming the field, for one that isn't supported.
+    """
     for name, value in wanted.items():
         is_neutral = name in _NEUTRAL and value in (_NEUTRAL[name], None)
         if name not in _SETTLED and name not in _SAMPLING and not is_neutral:

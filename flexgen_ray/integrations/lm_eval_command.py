@@ -1,4 +1,4 @@
-"""`flexgen-ray-lm-eval`: lm-eval's own command line, which also knows the model `flexgen_ray`."""
+"""`flexgen-ray-lm-eval`: lm-evaluation-harness's command line with the model `flexgen_ray`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 
 
 def main() -> None:
-    """Exit status and options are lm-eval's."""
+    """Run lm-eval's command line; options and exit status are its own."""
     try:
         from lm_eval.__main__ import cli_evaluate
     except ImportError as error:
