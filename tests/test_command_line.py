@@ -12,6 +12,9 @@ from test_bad_input import commands
 from flexgen_ray import LLM, Policy, SamplingParams
 from flexgen_ray.cli.app import FORMER_NAMES
 from flexgen_ray.cli.main import app
+from flexgen_ray.cost.resources import Resource
+from flexgen_ray.reporting.wording import resource_name
+from flexgen_ray.schedule.ops import Lane
 
 COMMANDS = {
     name: command
@@ -68,6 +71,15 @@ def test_an_option_that_configures_a_run_has_the_name_of_its_python_argument():
 def test_former_names_still_work_and_values_are_no_names(command, old, new):
     values = parsed(f"flexgen-ray {command}", *old)
     assert {name: values[name] for name in new} == new
+
+
+def test_each_lane_and_resource_has_a_name_for_people():
+    lanes = {lane.worker.value for lane in Lane}
+    for name in lanes | {resource.value for resource in Resource} | {"cores"}:
+        assert resource_name(name) != name and "_" not in resource_name(name)
+        assert "GPU" not in resource_name(name, on_gpu=False)
+    assert resource_name("device") == "GPU compute"
+    assert resource_name("load_weights") == "weights to GPU"
 
 
 @pytest.mark.parametrize("name", [name for name in COMMANDS if " bench " not in name])

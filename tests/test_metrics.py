@@ -134,4 +134,4 @@ def test_lost_stages_are_counted_noted_and_reported(run):
     assert recovery["stages"] == [1] and recovery["prefill_seconds"] > 0
     assert "prefill" in text[-1] and text[-1].startswith("stage 1 replaced")
     assert all(0 <= stage["bubbles"] <= 1 for stage in report["stages"])
-    assert sum("the device idled" in line for line in text) == 2
+    assert sum("CPU idle" in line for line in text) == 2

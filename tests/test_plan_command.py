@@ -24,6 +24,7 @@ from flexgen_ray.planner.pipeline_plan import PlannedJob
 from flexgen_ray.planner.search import Planner, find_best_plan
 from flexgen_ray.planner.stage_policies import StagePolicies
 from flexgen_ray.reporting.plan_report import PlanReport
+from flexgen_ray.reporting.wording import resource_name
 
 FEW = SearchSpace(batch_sizes=(16,), batches=(4,), tiles=(512,), extra_blocks=(0,))
 
@@ -49,7 +50,7 @@ def test_a_plan_for_a_machine_one_does_not_own(tmp_path):
     assert "fits, about" in first and "20 requests in" in first and "(predicted)" in first
     assert "e+" not in done.stdout and "$ per million tokens" in done.stdout
     assert "everything fits the GPUs: a resident engine (such as vLLM)" in done.stdout
-    assert any(line.startswith("weights ") and "a token" in line for line in rest)
+    assert any(line.startswith("sizes: weights ") and "per token" in line for line in rest)
     assert "HiGHS" not in done.stdout
     found = json.loads(result.read_text())
     assert found["fits"] and found["predicted"]
@@ -63,7 +64,7 @@ def test_a_plan_for_a_machine_one_does_not_own(tmp_path):
     assert (given.weight_bits, given.cache_bits, given.attention_sparsity) == (4, 8, 0.5)
     names = {it["name"] for it in found["alternatives"]}
     assert names == {"everything on the GPUs", "the CPU alone"}
-    assert found["tokens_per_s"] > 0 and found["binding_lane"] in done.stdout
+    assert found["tokens_per_s"] > 0 and resource_name(found["binding_lane"]) in done.stdout
 
 
 @pytest.mark.parametrize(

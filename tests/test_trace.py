@@ -68,7 +68,7 @@ def test_the_file_has_one_row_a_lane_and_every_op(tiny_models, policy_of_all, tm
     for lane, seconds in measured.items():
         assert busy[lane] == pytest.approx(seconds, rel=0.01, abs=1e-4)
     assert llm.report.stages[0].measured.binding_lane == max(measured, key=measured.__getitem__)
-    assert any("binds" in line for line in llm.report.lines())
+    assert any(line.startswith("bottleneck: ") for line in llm.report.lines())
 
 
 def test_a_trace_that_was_not_asked_for_is_an_error(tiny_models, tmp_path):

@@ -19,7 +19,7 @@ from flexgen_ray.layout.plan import StagePlan
 from flexgen_ray.layout.sizes import stage_bytes, tier_totals
 from flexgen_ray.llm import LLM
 from flexgen_ray.reporting.progress import show_progress, track
-from flexgen_ray.reporting.report import block_line
+from flexgen_ray.reporting.wording import block_line
 from flexgen_ray.request import Request, SamplingParams
 from flexgen_ray.runtime.events import Progress
 from flexgen_ray.units import format_bytes

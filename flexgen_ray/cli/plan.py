@@ -215,7 +215,8 @@ def plan(
         sys.stdout.flush()
 
     comparison = compare(config, machines, job, dtype, search, announce, estimate)
-    report = PlanReport(model, names, comparison, price_per_hour)
+    on_gpu = not machines[0].hardware.device.is_cpu
+    report = PlanReport(model, names, comparison, price_per_hour, on_gpu)
     result = report.as_dict()
     for line in report.lines()[1:]:
         display(line)

@@ -1,4 +1,7 @@
-"""A plan for people, in a few lines, and for programs. Knows a comparison; measures nothing."""
+"""The report of a plan: a few lines for people, a dict for programs, a policy file for runs.
+
+Knows a comparison of plans; measures nothing.
+"""
 
 from __future__ import annotations
 
@@ -6,24 +9,30 @@ from dataclasses import asdict, dataclass
 
 import yaml
 
-from flexgen_ray.config import TIERS
+from flexgen_ray.config import TIERS, Placement
 from flexgen_ray.layout.plan import StagePlan
 from flexgen_ray.layout.sizes import stage_bytes, tier_totals, weight_bytes
 from flexgen_ray.planner.comparison import RESIDENT, Alternative, Comparison
 from flexgen_ray.planner.pipeline_plan import PipelinePlan
+from flexgen_ray.reporting.wording import block_line, resource_name
 from flexgen_ray.units import format_bytes, format_seconds
 
-WORTH_SAYING = 1.05  # gains below are no advice
+MIN_GAIN = 1.05  # ratio of speeds from which a change is recommended
 
 
 @dataclass(frozen=True)
 class PlanReport:
-    """hardware: names of the machines; price_per_hour: of all of them together."""
+    """A plan beside its alternatives; every figure is predicted.
+
+    hardware: names of the machines. price_per_hour: dollars for all of them together.
+    on_gpu: False if layers are computed on CPUs.
+    """
 
     model: str
     hardware: list[str]
     comparison: Comparison
     price_per_hour: float | None = None
+    on_gpu: bool = True
 
     @property
     def hours(self) -> float:
@@ -31,29 +40,28 @@ class PlanReport:
 
     @property
     def price_per_million_tokens(self) -> float | None:
+        """Dollars per million generated tokens; None without a price per hour."""
         if self.price_per_hour is None:
             return None
         job = self.comparison.plan.job
         return self.price_per_hour * self.hours / (job.num_requests * job.mean_tokens) * 1e6
 
     def lines(self) -> list[str]:
-        """Plain text; all of it predicted."""
+        """The whole report in plain text, the headline first."""
         plan = self.comparison.plan
-        blocks = f"{plan.num_blocks} blocks" if plan.num_blocks > 1 else "a block"
-        policy = plan.stages[0].policy
-        stage, lane = plan.bottleneck
         prefill, decode = map(format_seconds, (plan.prefill_seconds, plan.decode_seconds))
+        rounds = "1 round" if plan.num_rounds == 1 else f"{plan.num_rounds:,} rounds"
         lines = [
             headline(self.model, self.hardware, plan),
-            f"weights {format_bytes(self._weight_bytes)}, cache "
-            f"{format_bytes(self._cache_bytes_per_token)} a token",
-            f"{blocks} of {policy.num_gpu_batches} x {policy.gpu_batch_size} sequences",
-            *(self._stage(number, it) for number, it in enumerate(plan.stages)),
-            f"{_rate(plan.tokens_per_s)} generated tokens/s: prefill {prefill} and decode {decode} "
-            f"for all in flight ({_rate(plan.decode_tokens_per_s)} tokens/s)",
-            f"{plan.job.num_requests:,} requests take {plan.num_rounds:,} such rounds, "
-            f"{format_seconds(plan.job_seconds)}{self._price()}",
-            f"stage {stage}'s {lane} binds" if len(plan.stages) > 1 else f"{lane} binds",
+            f"sizes: weights {format_bytes(self._weight_bytes)}, KV cache "
+            f"{format_bytes(self._cache_bytes_per_token)} per token",
+            f"batches: {block_line(plan.stages[0])}",
+            *(self._stage(number, stage) for number, stage in enumerate(plan.stages)),
+            f"time: {rounds} of {plan.num_blocks * plan.block_size:,} requests, each prefill "
+            f"{prefill} and decode {decode} (decode alone {_rate(plan.decode_tokens_per_s)} "
+            f"tokens/s); {format_seconds(plan.job_seconds)} for {plan.job.num_requests:,} requests",
+            *self._price(),
+            f"bottleneck: {self._bottleneck()}",
         ]
         return [*lines, *self._advice(), *self._verdicts()]
 
@@ -80,18 +88,18 @@ class PlanReport:
             "bytes": {tier: sum(getattr(need, tier) for need in needs) for tier in TIERS},
             "stages": [
                 {
-                    "layers": it.num_decoder_layers,
+                    "layers": stage_plan.num_decoder_layers,
                     "bytes": asdict(need),
-                    "policy": asdict(it.policy),
+                    "policy": asdict(stage_plan.policy),
                 }
-                for it, need in zip(plan.stages, needs, strict=True)
+                for stage_plan, need in zip(plan.stages, needs, strict=True)
             ],
             "alternatives": [asdict(it) for it in self.comparison.alternatives],
             "upgrades": [asdict(it) for it in self.comparison.upgrades],
         }
 
     def policy_yaml(self) -> str:
-        """For --policy."""
+        """The planned policy as YAML, as --policy takes it."""
         stages = self.comparison.plan.stages
         shape = asdict(stages[0].policy)
         own = ("weights", "cache", "activations", "cpu_attention")
@@ -100,8 +108,9 @@ class PlanReport:
             return yaml.safe_dump(shape, sort_keys=False)
         shared = {name: value for name, value in shape.items() if name not in own}
         each = [
-            {"layers": it.num_decoder_layers} | {name: asdict(it.policy)[name] for name in own}
-            for it in stages
+            {"layers": stage.num_decoder_layers}
+            | {name: asdict(stage.policy)[name] for name in own}
+            for stage in stages
         ]
         return yaml.safe_dump(shared | {"stages": each}, sort_keys=False)
 
@@ -114,39 +123,50 @@ class PlanReport:
         return sum(it.kv_bytes * it.num_decoder_layers for it in self.comparison.plan.stages)
 
     def _stage(self, number: int, stage: StagePlan) -> str:
+        """One line on a stage's layers, on its data by tier, and on its host attention."""
         policy, need = stage.policy, tier_totals(stage_bytes(stage))
-        name = (
-            f"stage {number}, {stage.num_decoder_layers} layers: "
-            if not stage.stage.is_whole
+        layers = f" ({stage.num_decoder_layers} layers)"
+        name = "layout" if stage.stage.is_whole else f"stage {number}{layers}"
+        placements = {
+            "weights": policy.weights,
+            "KV cache": policy.cache,
+            "hidden states": policy.activations,
+        }
+        shares = ", ".join(f"{what} {_fractions(each)}" for what, each in placements.items())
+        sizes = " / ".join(format_bytes(getattr(need, tier)) for tier in TIERS)
+        attended = (
+            f"; {policy.cpu_attention:.0%} of the host's KV cache attended by the CPU"
+            if policy.cache.cpu
             else ""
         )
-        parts = [
-            f"{what} {_fractions(getattr(policy, what).fractions)}"
-            for what in ("weights", "cache", "activations")
-        ]
-        if policy.cache.cpu:
-            parts.append(f"{policy.cpu_attention:.0%} of the host's cache attended there")
-        sizes = (format_bytes(getattr(need, tier)) for tier in TIERS)
-        return f"{name}{', '.join(parts)} (GPU, host, disk: {', '.join(sizes)})"
+        return f"{name} on GPU/host/disk: {shares}; {sizes} in all{attended}"
 
-    def _price(self) -> str:
+    def _bottleneck(self) -> str:
+        stage, lane = self.comparison.plan.bottleneck
+        name = resource_name(lane, self.on_gpu)
+        return f"{name} of stage {stage}" if len(self.comparison.plan.stages) > 1 else name
+
+    def _price(self) -> list[str]:
         price = self.price_per_million_tokens
-        return "" if price is None else f", {price:,.4g} $ per million tokens"
+        return [] if price is None else [f"price: {price:,.4g} $ per million generated tokens"]
 
     def _advice(self) -> list[str]:
+        """Upgrades that would make the job faster, the best first."""
         ours = self.comparison.plan.tokens_per_s
         gains = {
-            it.name: it.tokens_per_s / ours
-            for it in self.comparison.upgrades
-            if it.tokens_per_s and it.tokens_per_s > WORTH_SAYING * ours
+            upgrade.name: upgrade.tokens_per_s / ours
+            for upgrade in self.comparison.upgrades
+            if upgrade.tokens_per_s and upgrade.tokens_per_s > MIN_GAIN * ours
         }
         best_first = sorted(gains, key=lambda name: -gains[name])
-        text = ", ".join(f"{name} {gains[name]:.2f} x" for name in best_first)
+        text = ", ".join(f"{name} ({gains[name]:.2f} times as fast)" for name in best_first)
         return [f"faster with: {text}"] if text else []
 
     def _verdicts(self) -> list[str]:
-        lines = [self._verdict(it) for it in self.comparison.alternatives]
-        if any(it.name == RESIDENT and it.tokens_per_s for it in self.comparison.alternatives):
+        """A line on each other way to do the job."""
+        others = self.comparison.alternatives
+        lines = [self._verdict(other) for other in others]
+        if any(other.name == RESIDENT and other.tokens_per_s for other in others):
             lines.append(
                 "everything fits the GPUs: a resident engine (such as vLLM) would be faster"
             )
@@ -156,8 +176,8 @@ class PlanReport:
         if other.tokens_per_s is None:
             return f"{other.name}: not possible, {other.why_not}"
         ratio = other.tokens_per_s / self.comparison.plan.tokens_per_s
-        start = f"{other.name}: {_rate(other.tokens_per_s)} tokens/s, {ratio:.2f} x"
-        return f"{start}: do that instead" if ratio >= WORTH_SAYING else f"{start} of the plan"
+        start = f"{other.name}: {_rate(other.tokens_per_s)} tokens/s, {ratio:.2f} times the plan's"
+        return f"{start}: do that instead" if ratio >= MIN_GAIN else start
 
 
 def _rate(tokens_per_s: float) -> str:
@@ -165,7 +185,7 @@ def _rate(tokens_per_s: float) -> str:
 
 
 def headline(model: str, hardware: list[str], plan: PipelinePlan) -> str:
-    """One line on a plan that fits: its predicted throughput, and how long the job takes."""
+    """One line on a plan that fits: its predicted throughput, and the duration of the job."""
     return (
         f"{model} in {plan.stages[0].dtype} on {', '.join(hardware)}: fits, about "
         f"{_rate(plan.tokens_per_s)} generated tokens/s, {plan.job.num_requests:,} requests in "
@@ -174,9 +194,10 @@ def headline(model: str, hardware: list[str], plan: PipelinePlan) -> str:
 
 
 def estimate_line(tokens_per_s: float) -> str:
-    """A line to be shown while the plan is made."""
+    """One line to show while the plan is made."""
     return f"fits, about {_rate(tokens_per_s)} generated tokens/s by a first estimate; planning"
 
 
-def _fractions(fractions: tuple[float, ...]) -> str:
-    return "/".join(f"{fraction:.0%}".rstrip("%") for fraction in fractions) + " %"
+def _fractions(placement: Placement) -> str:
+    """The shares of GPU, host and disk, such as "36/64/0%"."""
+    return "/".join(f"{abs(100 * share):.0f}" for share in placement.fractions) + "%"

@@ -1,4 +1,7 @@
-"""What a run took and what lay where, for people at its end. Adds up; measures nothing itself."""
+"""The report of a run: its tokens, seconds and bytes, for people and programs at its end.
+
+Adds up what others measured; measures nothing itself.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +19,16 @@ from flexgen_ray.hardware.known import CALIBRATED
 from flexgen_ray.layout.plan import StagePlan
 from flexgen_ray.layout.sizes import weight_bytes
 from flexgen_ray.planner.pipeline_plan import PipelinePlan
+from flexgen_ray.reporting.wording import block_line, resource_name
 from flexgen_ray.request import DEFAULT_MAX_TOKENS, MAX_TOKENS_UNSET
 from flexgen_ray.runtime.events import Progress, Recovery
 from flexgen_ray.runtime.meter import StageMeasurements
 from flexgen_ray.runtime.worker import Machine
 from flexgen_ray.units import format_bytes
 
-TELLING_SHARE = 0.2  # of a run, from which a lane's rate is judged
-RIGHT_WITHIN = 1.15
+SIGNIFICANT_SHARE = 0.2  # of a run, from which a lane's rate is judged
+TOLERANCE = 1.15  # ratio of measured to predicted seconds, or its inverse, that counts as right
+_MIN_SHOWN = 0.005  # of a run; lanes that were busy for less are left out
 # Kinds of limits at which an answer ends, and their names for people.
 _LIMITS = {
     "max_tokens": "max_tokens",
@@ -32,11 +37,12 @@ _LIMITS = {
     "default": f"the default length ({DEFAULT_MAX_TOKENS} tokens, or {MAX_TOKENS_UNSET} for chats)",
     "context": "the end of the context",
 }
+_TIER_NAMES = {"gpu": "GPU memory", "cpu": "host memory", "disk": "disk"}
 
 
 @dataclass(frozen=True)
 class StageReport:
-    """What one stage held at the end, and how busy each of its lanes was."""
+    """What one stage held at the end of a run, and how busy each of its lanes was."""
 
     plan: StagePlan
     budget: Budget
@@ -46,20 +52,21 @@ class StageReport:
 
     @property
     def weights(self) -> dict[str, int]:
-        """Bytes on each tier."""
+        """Bytes of weights on each tier."""
         return weight_bytes(self.plan)
 
     @property
     def device(self) -> str:
+        """Name of the device, with the dtype and the host threads."""
         machine = self.machine
         return f"{machine.device_name} ({self.plan.dtype}, {machine.num_threads} threads)"
 
     def lines(self) -> list[str]:
-        """A few lines of plain text."""
+        """Memory and lanes in a few lines of plain text."""
         return [*(self._tier(tier) for tier in TIERS), *self._lanes()]
 
     def as_dict(self) -> dict:
-        """The same for programs."""
+        """All figures of the stage, for programs."""
         return {
             "host": self.machine.host,
             "threads": self.machine.num_threads,
@@ -74,7 +81,7 @@ class StageReport:
         }
 
     def peak_bytes(self) -> dict[str, int]:
-        """Most bytes of each tier: as booked, and on a GPU as torch took them, if that is more."""
+        """Peak bytes of each tier as booked; on a GPU torch's own peak, if that is more."""
         peaks = {tier: sum(parts.values()) for tier, parts in self.used.items()}
         return peaks | {"gpu": max(peaks["gpu"], self.measured.peak_gpu_bytes)}
 
@@ -95,56 +102,70 @@ class StageReport:
         }
 
     def wrong_rates(self) -> list[str]:
-        """Of lanes that were busy for long, those whose seconds were foretold badly."""
-        lanes, foretold = self.lanes(), self.measured.modelled_lanes
-        rates = self.machine.rates_source
+        """A line for each lane that was busy for long and whose seconds were predicted badly."""
+        predicted, rates = self.measured.modelled_lanes, self.machine.rates_source
         again = " again" if rates == CALIBRATED else ""
         return [
-            f"{lane} took {it['busy_s']:.1f} s, by the {rates} rates {foretold[lane]:.1f} s: run "
-            f"`flexgen-ray calibrate`{again}, with nothing else running"
-            for lane, it in lanes.items()
-            if it["fraction"] > TELLING_SHARE
-            and foretold.get(lane)
-            and not 1 / RIGHT_WITHIN < it["busy_s"] / foretold[lane] < RIGHT_WITHIN
+            f"{self._name(lane)} took {busy['busy_s']:.1f} s, but {predicted[lane]:.1f} s by the "
+            f"{rates} rates: run `flexgen-ray calibrate`{again}, with nothing else running"
+            for lane, busy in self.lanes().items()
+            if busy["fraction"] > SIGNIFICANT_SHARE
+            and predicted.get(lane)
+            and not 1 / TOLERANCE < busy["busy_s"] / predicted[lane] < TOLERANCE
         ]
 
     def _lanes(self) -> list[str]:
+        """The bottleneck, how busy each lane was, and whether sampling took long."""
         lanes = self.lanes()
         if not lanes:
             return []
+        bottleneck = self.measured.binding_lane
         parts = ", ".join(
-            f"{lane} {it['busy_s']:.1f} s ({it['fraction']:.0%})"
-            for lane, it in lanes.items()
-            if it["fraction"] >= 0.005
+            f"{self._name(lane)} {busy['busy_s']:.1f} s ({busy['fraction']:.0%})"
+            for lane, busy in lanes.items()
+            if busy["fraction"] >= _MIN_SHOWN
         )
-        ratio = 1 / lanes[self.measured.binding_lane]["fraction"]
-        emulated = "emulated time; " if self.measured.is_emulated else ""
+        emulated = " (emulated time)" if self.measured.is_emulated else ""
         lines = [
-            f"{emulated}lanes busy: {parts}",
-            f"{self.measured.binding_lane} binds: the run took {ratio:.2f} x its busy time; "
-            f"the device idled {self.bubbles:.0%}",
+            f"bottleneck: {self._name(bottleneck)}, {lanes[bottleneck]['fraction']:.0%} busy; "
+            f"{self._compute} idle {self.bubbles:.0%}",
+            f"busy{emulated}: {parts}",
         ]
         sampling, device = self.measured.sampling, self.measured.busy.get("device", 0.0)
-        if device and sampling > TELLING_SHARE * device:
-            share = f"{sampling:.1f} s of the device's {device:.1f} s"
-            lines.append(f"choosing tokens took {share}; with top_k it takes less, greedy least")
+        if device and sampling > SIGNIFICANT_SHARE * device:
+            share = f"{sampling:.1f} s of the {self._compute}'s {device:.1f} s"
+            lines.append(f"sampling took {share}; top_k shortens that, and greedy decoding more")
         return lines
 
+    def _name(self, lane: str) -> str:
+        return resource_name(lane, self.machine.on_cuda)
+
+    @property
+    def _compute(self) -> str:
+        return "GPU" if self.machine.on_cuda else "CPU"
+
     def _tier(self, tier: str) -> str:
+        """One line on a tier: bytes used, the budget, and their parts."""
         used = self.used[tier]
         cache = used.get("cache", 0)
         hidden = used.get("hidden states", 0)
         rest = sum(used.values()) - self.weights[tier] - cache - hidden
-        parts = {"weights": self.weights[tier], "cache": cache, "hidden": hidden, "work": rest}
+        parts = {"weights": self.weights[tier], "KV cache": cache, "hidden states": hidden}
+        parts["workspace"] = rest
         detail = ", ".join(f"{name} {format_bytes(size)}" for name, size in parts.items() if size)
         total, budget = format_bytes(sum(used.values())), format_bytes(getattr(self.budget, tier))
-        return f"{tier:>4}: {total} of {budget}" + (f" ({detail})" if detail else "")
+        on_cpu = tier == "gpu" and not self.machine.on_cuda
+        name = "device memory" if on_cpu else _TIER_NAMES[tier]
+        return f"{name}: {total} of {budget} used" + (f" ({detail})" if detail else "")
 
 
 @dataclass
 class Report:
-    """Tokens, seconds, bytes. A pass that brings prompt tokens counts as prefill. planned: what was
-    predicted, if the policy was planned. cut: answers that ended at a limit, by its kind."""
+    """Tokens, seconds and bytes of one run. A pass that brings prompt tokens counts as prefill.
+
+    planned: the prediction, if the policy was planned. cut: number of answers that ended at a
+    limit, by the limit's kind.
+    """
 
     load_seconds: float = 0.0
     planned: PipelinePlan | None = None
@@ -160,12 +181,12 @@ class Report:
 
     @property
     def device(self) -> str:
-        """Of every stage, each kind once."""
+        """Names of all stages' devices, each once."""
         return ", ".join(dict.fromkeys(stage.device for stage in self.stages))
 
     @property
     def seconds(self) -> float:
-        """Prefill and decode, without loading (FlexGen's throughput)."""
+        """Seconds of prefill and decode, without loading (as in FlexGen's throughput)."""
         return self.prefill_seconds + self.decode_seconds
 
     @property
@@ -173,7 +194,7 @@ class Report:
         return self.new_tokens / self.seconds if self.seconds else 0.0
 
     def add(self, progress: Progress) -> None:
-        """Counts one pass."""
+        """Count one pass."""
         self.prompt_tokens += progress.prefill_tokens
         self.new_tokens += progress.new_tokens
         if progress.is_prefill:
@@ -183,18 +204,19 @@ class Report:
             self.decode_tokens += progress.new_tokens
 
     def lines(self) -> list[str]:
-        """A few lines of plain text."""
+        """The whole report in a few lines of plain text."""
+        requests = "1 request" if self.num_requests == 1 else f"{self.num_requests:,} requests"
         lines = [
-            f"{self.num_requests} requests: {self.prompt_tokens} prompt tokens, "
-            f"{self.new_tokens} generated on {self.device or 'no device'}",
-            f"load {self.load_seconds:.1f} s, prefill {self.prefill_seconds:.1f} s, "
-            f"decode {self.decode_seconds:.1f} s: {self.tokens_per_s:.1f} generated tokens/s",
+            f"{requests} answered: {self.prompt_tokens:,} prompt tokens, {self.new_tokens:,} "
+            f"generated tokens, on {self.device or 'no device'}",
+            f"{self.tokens_per_s:.1f} generated tokens/s: prefill {self.prefill_seconds:.1f} s, "
+            f"decode {self.decode_seconds:.1f} s; loading before that {self.load_seconds:.1f} s",
         ]
         if self.cut:
-            each = ", ".join(
-                f"{self.cut[it]} at {name}" for it, name in _LIMITS.items() if self.cut[it]
+            parts = ", ".join(
+                f"{self.cut[kind]:,} at {name}" for kind, name in _LIMITS.items() if self.cut[kind]
             )
-            lines.append(f"answers cut: {each}")
+            lines.append(f"answers cut: {parts}")
         if self.stages:
             lines.append(block_line(self.stages[0].plan))
         for number, stage in enumerate(self.stages):
@@ -202,21 +224,21 @@ class Report:
                 first, last = stage.plan.stage.first, stage.plan.stage.last
                 lines.append(f"stage {number}: layers {first} to {last} on {stage.machine.host}")
             lines += stage.lines()
-        return lines + self._foretold() + [recovery.line() for recovery in self.recoveries]
+        return lines + self._prediction() + [recovery.line() for recovery in self.recoveries]
 
-    def _foretold(self) -> list[str]:
-        """How right the plan was, and which of the machine's rates was most wrong."""
+    def _prediction(self) -> list[str]:
+        """The prediction beside the measurement, and the rates that were wrong, if any."""
         if self.planned is None or not self.tokens_per_s:
             return []
-        foretold = self.planned.tokens_per_s
-        ratio = self.tokens_per_s / foretold
-        lines = [f"predicted {foretold:.4g} generated tokens/s; measured is {ratio:.2f} x that"]
-        if 1 / RIGHT_WITHIN < ratio < RIGHT_WITHIN:
+        predicted = self.planned.tokens_per_s
+        ratio = self.tokens_per_s / predicted
+        lines = [f"predicted {predicted:.4g} generated tokens/s; measured {ratio:.2f} times that"]
+        if 1 / TOLERANCE < ratio < TOLERANCE:
             return lines
         return lines + [line for stage in self.stages for line in stage.wrong_rates()]
 
     def as_dict(self) -> dict:
-        """The same for programs, with the hardware, versions, command and date that made it."""
+        """All figures for programs, with the hardware, versions, command and date of the run."""
         result = environment(self.device) | {
             "requests": self.num_requests,
             "prompt_tokens": self.prompt_tokens,
@@ -237,18 +259,8 @@ class Report:
         return result | {"stages": [stage.as_dict() for stage in self.stages]}
 
 
-def block_line(plan: StagePlan) -> str:
-    """The shape of a run's blocks."""
-    policy = plan.policy
-    blocks = f"{plan.num_blocks} blocks" if plan.num_blocks > 1 else "block"
-    return (
-        f"{blocks} of {policy.num_gpu_batches} x {policy.gpu_batch_size} sequences, "
-        f"up to {plan.max_seq_len} tokens each"
-    )
-
-
 def environment(device: str) -> dict:
-    """Hardware, versions, command and date: what a result is worth nothing without."""
+    """Hardware, versions, command and date, without which a result is worth nothing."""
     packages = ("flexgen-ray", "torch", "ray", "transformers")
     program = Path(sys.argv[0]).name.replace("__main__.py", "flexgen-ray")
     return {

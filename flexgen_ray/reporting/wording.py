@@ -1,0 +1,60 @@
+"""Words that several reports share: names of lanes and resources, and the shape of blocks.
+
+Knows names and plans; imports no torch, since `flexgen-ray plan` uses it.
+"""
+
+from __future__ import annotations
+
+from flexgen_ray.layout.plan import StagePlan
+
+_NAMES = {
+    # Lanes of the schedule.
+    "device": "{compute} compute",
+    "host": "host attention",
+    "gather_values": "gathering values for sparse attention",
+    "load_weights": "weights to {device}",
+    "load_cache": "KV cache to {device}",
+    "load_small": "hidden states to {device}",
+    "store": "copies from {device} to host",
+    "disk_read": "disk reads",
+    "disk_write": "disk writes",
+    "recv": "receiving from another stage",
+    "send": "sending to another stage",
+    # Resources, by the names of their rates in HardwareSpec.
+    "h2d_bytes_per_s": "link to {device}",
+    "d2h_bytes_per_s": "link from {device}",
+    "disk_read_bytes_per_s": "disk reads",
+    "disk_write_bytes_per_s": "disk writes",
+    "host_bytes_per_s": "host memory bandwidth",
+    "host_attention_bytes_per_s": "host attention",
+    "device_flops_per_s": "{compute} matrix products",
+    "device_decode_flops_per_s": "{compute} matrix products of small batches",
+    "device_attention_bytes_per_s": "{compute} attention",
+    "device_bytes_per_s": "{compute} memory bandwidth",
+    "dequantize_bytes_per_s": "dequantization",
+    "device_ops_per_s": "launches of small {compute} ops",
+    "elementwise_bytes_per_s": "elementwise {compute} ops",
+    "sampled_values_per_s": "sampling",
+    "network_bytes_per_s": "network",
+    "cores": "CPU cores",
+}
+
+
+def resource_name(name: str, on_gpu: bool = True) -> str:
+    """The name for people of a lane or resource, such as "weights to GPU" for "load_weights".
+
+    on_gpu: False if layers are computed on the CPU; copies then go to "device", its share of host
+    memory.
+    """
+    compute, device = ("GPU", "GPU") if on_gpu else ("CPU", "device")
+    return _NAMES.get(name, name).format(compute=compute, device=device)
+
+
+def block_line(plan: StagePlan) -> str:
+    """One line on the shape of a run's blocks, such as "block of 4 x 8 sequences, ..."."""
+    policy = plan.policy
+    blocks = f"{plan.num_blocks} blocks" if plan.num_blocks > 1 else "block"
+    return (
+        f"{blocks} of {policy.num_gpu_batches} x {policy.gpu_batch_size} sequences "
+        f"(num_gpu_batches x gpu_batch_size), up to {plan.max_seq_len} tokens each"
+    )
