@@ -48,7 +48,7 @@ def test_a_plan_for_a_machine_one_does_not_own(tmp_path):
     estimate, first, *rest = done.stdout.splitlines()
     assert estimate.startswith("fits, about ") and "first estimate" in estimate
     assert "fits, about" in first and "20 requests in" in first and "(predicted)" in first
-    assert "e+" not in done.stdout and "$ per million tokens" in done.stdout
+    assert "e+" not in done.stdout and "$ per million generated tokens" in done.stdout
     assert "everything fits the GPUs: a resident engine (such as vLLM)" in done.stdout
     assert any(line.startswith("sizes: weights ") and "per token" in line for line in rest)
     assert "HiGHS" not in done.stdout
