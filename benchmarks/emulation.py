@@ -71,7 +71,7 @@ class EmulatedRun(Modelled):
         # The ops that the large model would dispatch take their turn, and time, here too ...
         super().__init__(handlers, stands_for or plan, hardware)
         # ... though some have nothing to do for the small one.
-        self._has_work = ActiveOps(plan, in_ring=handlers.passes.link is not None)
+        self._has_work = ActiveOps(plan, in_ring=handlers.passes.channel is not None)
         self._pacer = Pacer(hardware, time_scale)
 
     def run(self, op: Op, ready_at: float) -> Timing:
@@ -98,7 +98,7 @@ class EmulatedRun(Modelled):
 
     def _act(self, op: Op, ready_at: float) -> None:
         if self._has_work(op):
-            self._cells.run(op, ready_at)
+            self.handlers.run(op, ready_at)
 
 
 _ARRIVALS = frozenset({OpKind.RECV_TOKENS, OpKind.RECV_ROWS, OpKind.RECV})

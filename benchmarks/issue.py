@@ -55,8 +55,8 @@ def _issue(layers: int, batches: int) -> float:
             count += 1
             yield op
 
-    crews = make_lane_workers(torch.device("cpu"), divide_cores(1, False, False))
-    executor = AsyncExecutor(lambda op, ready_at: None, lambda op: True, crews)
+    workers = make_lane_workers(torch.device("cpu"), divide_cores(1, False, False))
+    executor = AsyncExecutor(lambda op, ready_at: None, lambda op: True, workers)
     started = time.thread_time()
     for _ in executor.run(counted()):
         pass

@@ -17,8 +17,7 @@ from functools import partial
 import torch
 
 from flexgen_ray import LLM
-from flexgen_ray.runtime import lanes as crews
-from flexgen_ray.runtime import stage
+from flexgen_ray.runtime import lanes, stage
 from flexgen_ray.runtime.handlers import HANDLERS, OpHandlers
 from flexgen_ray.schedule.ops import Lane
 
@@ -52,12 +51,12 @@ class LateCuda:
         cuda = self
         default = _Stream(cuda, is_default=True)
 
-        def run(cells: OpHandlers, op, ready_at: float = 0.0) -> None:
+        def run(handlers: OpHandlers, op, ready_at: float = 0.0) -> None:
             # What there is to do is known at the launch; how it is done, when it runs.
-            if cells.is_idle(op):
+            if handlers.is_idle(op):
                 return
-            act = partial(HANDLERS[op.kind], cells, op)
-            if op.lane.worker in crews.ON_STREAMS:
+            act = partial(HANDLERS[op.kind], handlers, op)
+            if op.lane.worker in lanes.ON_STREAMS:
                 stream = getattr(cuda._of_thread, "stream", default)
                 stream.worker = op.lane.worker
                 stream.push(act)
@@ -72,8 +71,8 @@ class LateCuda:
         patch(torch.cuda, "Event", lambda **options: _Event(cuda))
         patch(torch.cuda, "set_stream", lambda it: setattr(cuda._of_thread, "stream", it))
         patch(torch.cuda, "synchronize", lambda device=None: cuda.synchronize())
-        patch(stage, "make_crews", lambda device, *of: crews.make_lane_workers(CUDA, *of))
-        patch(stage, "device_wait", lambda device: crews.device_wait(CUDA))
+        patch(stage, "make_lane_workers", lambda device, *of: lanes.make_lane_workers(CUDA, *of))
+        patch(stage, "device_wait", lambda device: lanes.device_wait(CUDA))
         patch(LLM, "_stages_disk", True)
 
     def synchronize(self) -> None:

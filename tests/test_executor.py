@@ -170,8 +170,8 @@ def test_torchs_own_host_attention_has_the_hosts_cores():
     """Another has threads of its own, and torch's would only be in their way."""
     threads = {}
     for by_torch in (False, True):
-        crews = make_lane_workers(torch.device("cpu"), Cores(8, 6, 2), by_torch)
-        threads[by_torch] = {lane: crew.num_threads for crew in crews for lane in crew.lanes}
+        workers = make_lane_workers(torch.device("cpu"), Cores(8, 6, 2), by_torch)
+        threads[by_torch] = {lane: it.num_threads for it in workers for lane in it.lanes}
     assert threads[True] == threads[False] | {Lane.HOST: 2}
     assert {lane for lane, count in threads[False].items() if count > 1} == {
         lane for lane in Lane if lane.worker is Lane.DEVICE

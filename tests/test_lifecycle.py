@@ -135,7 +135,7 @@ def test_a_replaced_stage_is_freed_at_once(model):
         with engine(folder, use_ray=False) as llm:
             llm.generate([references[0].prompt], GREEDY)
             old = weakref.ref(llm.backend.workers[0].stage.tiers)
-            cells = weakref.ref(llm.backend.workers[0].stage._cells)
+            cells = weakref.ref(llm.backend.workers[0].stage.handlers)
             longer = SamplingParams(max_tokens=3 * MAX_TOKENS, temperature=0.0)
             llm.generate([[5] * 90], longer)
             assert old() is None and cells() is None

@@ -182,15 +182,15 @@ def test_a_stage_that_raises_is_replaced_and_its_reason_told(tiny_models, local_
 
     def break_in_the_middle(worker) -> None:
         """The sixtieth op fails, as a full disk would make it."""
-        cells, count = worker.stage._cells, itertools.count()
-        run = cells.run
+        handlers, count = worker.stage.handlers, itertools.count()
+        run = handlers.run
 
         def broken(op, ready_at=0.0):
             if next(count) == 60:
                 raise OSError("No space left on device")
             run(op, ready_at)
 
-        cells.run = broken
+        handlers.run = broken
 
     with LLM(folder, policy=POLICY, dtype="float32", pipeline_parallel_size=2) as llm:
         prompts = [reference.prompt for reference in references]

@@ -220,14 +220,14 @@ def test_waiting_for_a_neighbour_is_no_work(tiny_models, executor):
 def break_stage(llm, number: int, kind: OpKind, visit: int, error: BaseException) -> None:
     """The stage's next run raises the error at the first op of a kind in a visit."""
     stage = llm.backend.workers[number].stage
-    run = stage._cells.run
+    run = stage.handlers.run
 
     def broken(op: Op, ready_at: float = 0.0) -> None:
         if op.kind is kind and op.visit >= visit:
             raise error
         run(op, ready_at)
 
-    stage._cells.run = broken
+    stage.handlers.run = broken
 
 
 def threads_of_stages() -> list[str]:

@@ -1,6 +1,7 @@
-"""Runs a stream of ops: serially, as the oracle, or every lane at once, as people use it.
+"""Execution of a stream of ops: serially, as the reference, or on all lanes at once, as in use.
 
-Both honour the same rule and give the same bits. Knows when an op may start; not what it does.
+Both obey the same dependencies and give the same bits. Knows when an op may start; not what it
+does.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from flexgen_ray.schedule.ops import Op
 
 
 class SerialExecutor:
-    """One op after the other, in program order.
+    """Runs one op after the other, in program order.
 
-    wait: returns when the device has done what an op has only launched.
+    run: runs an op; is_active: False for ops that have no work in this stage, and are skipped.
+    wait: returns when the device has run all ops launched; None if it needs no waiting.
     """
 
     def __init__(
@@ -33,7 +35,7 @@ class SerialExecutor:
         self._wait = wait
 
     def run(self, ops: Iterable[Op]) -> Generator[Op]:
-        """Yields each op that ends a visit when it is done; ops without work are skipped."""
+        """Run the ops, and yield each op that ends a visit when it is done."""
         ended = 0.0
         for op in ops:
             if self._is_active(op):
@@ -51,47 +53,49 @@ class SerialExecutor:
 
 
 class AsyncExecutor:
-    """Every lane at once; what an op waits for, `Dependencies` says.
+    """Runs ops on all lanes at once; `Dependencies` says which ops an op waits for.
 
-    cancel: called when the run stops early, to end what ops under way may wait for. window: ops
-    issued and not over; issued little by little, they disturb the lanes less.
+    cancel: called when the run stops early, to end what ops under way may wait for.
+    max_in_flight: most ops that are issued and not done; issuing a few at a time disturbs the
+    lanes less. Other arguments as for SerialExecutor.
     """
 
     def __init__(
         self,
         run: Run,
         is_active: Callable[[Op], bool],
-        crews: Iterable[LaneWorker],
+        workers: Iterable[LaneWorker],
         meter: Meter | None = None,
         cancel: Callable[[], None] | None = None,
-        window: int = 256,
+        max_in_flight: int = 256,
     ) -> None:
         self._run = run
         self._is_active = is_active
-        self._crews = crews
+        self._workers = workers
         self._meter = meter or Meter()
         self._cancel = cancel
-        self._window = window
+        self._max_in_flight = max_in_flight
 
     def run(self, ops: Iterable[Op]) -> Generator[Op]:
-        """As SerialExecutor.run; the first exception in any lane ends the run, all threads joined.
+        """Run the ops, and yield each op that ends a visit when it is done.
 
-        A visit is issued while the one before runs, and runs as far as what it waits for allows.
+        Ops of a visit are issued while those of the visit before run, and start as soon as their
+        dependencies allow. The first exception in any lane ends the run, with all threads joined.
         """
         dependencies: Dependencies[IssuedOp] = Dependencies()
         ends: deque[IssuedOp] = deque()
-        with Lanes(self._run, self._crews, self._meter, self._cancel) as lanes:
+        with Lanes(self._run, self._workers, self._meter, self._cancel) as lanes:
             for index, op in enumerate(filter(self._is_active, ops)):
-                ticket = IssuedOp(index, op)
-                lanes.issue(ticket, dependencies.add(ticket, op))
-                lanes.wait_for_room(self._window)
+                issued = IssuedOp(index, op)
+                lanes.issue(issued, dependencies.add(issued, op))
+                lanes.wait_for_room(self._max_in_flight)
                 if op.ends_visit:
-                    ends.append(ticket)
-                # Told as soon as it is over, though the next visit isn't issued wholly yet.
+                    ends.append(issued)
+                # Yield a visit's end early, even if the next visit is not yet issued completely.
                 while len(ends) > VISITS_AHEAD or (ends and ends[0].is_done):
                     lanes.wait(ends[0])
                     yield ends.popleft().op
-            for ticket in ends:
-                lanes.wait(ticket)
-                yield ticket.op
+            for issued in ends:
+                lanes.wait(issued)
+                yield issued.op
         self._meter.settle()

@@ -36,7 +36,7 @@ class OpHandlers:
         self,
         plan: StagePlan,
         weights: WeightStore,
-        batcher: Scheduler,
+        scheduler: Scheduler,
         tiers: Tiers,
         attend_on_host: HostKernel,
     ) -> None:
@@ -50,7 +50,7 @@ class OpHandlers:
         self.hidden = HiddenStore(plan, tiers)
         self._attention = DeviceAttention(plan, self.cache, tiers.device)
         self.on_logits: LogitsHook | None = None
-        self.passes = Passes(plan, batcher, tiers.device)
+        self.passes = Passes(plan, scheduler, tiers.device)
         self._logits: dict[int, Tensor] = {}
         self._prompt_scores: dict[int, list[Scores]] = {}
         self._scores: dict[int, list[Scores]] = {}
@@ -94,10 +94,10 @@ class OpHandlers:
         return found if found.rows.rows else None
 
     def _pass(self, op: Op) -> Pass:
-        return self.passes.of(op)
+        return self.passes.pass_of(op)
 
     def _recv(self, op: Op) -> None:
-        self.passes.joined.recv(self.hidden.arrived[op.cell_slot, : self.rows(op).num_tokens])
+        self.passes.ring_channel.recv(self.hidden.arrived[op.cell_slot, : self.rows(op).num_tokens])
 
     def _store_sent(self, op: Op) -> None:
         count = self.rows(op).num_tokens
@@ -105,7 +105,7 @@ class OpHandlers:
         sent.copy_(self._work(op).hidden[:count], non_blocking=True)
 
     def _send(self, op: Op) -> None:
-        self.passes.joined.send(self.hidden.sent[op.hidden_slot, : self.rows(op).num_tokens])
+        self.passes.ring_channel.send(self.hidden.sent[op.hidden_slot, : self.rows(op).num_tokens])
 
     def _gather(self, op: Op) -> None:
         rows = self.rows(op)

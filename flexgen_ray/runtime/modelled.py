@@ -32,11 +32,11 @@ class Modelled:
 
     is_emulated = False
 
-    def __init__(self, cells: OpHandlers, plan: StagePlan, hardware: HardwareSpec) -> None:
-        self._cells = cells
+    def __init__(self, handlers: OpHandlers, plan: StagePlan, hardware: HardwareSpec) -> None:
+        self.handlers = handlers
         self._hardware = hardware
         self._cost = CostModel(plan)
-        self.is_active = ActiveOps(plan, in_ring=cells.passes.link is not None)
+        self.is_active = ActiveOps(plan, in_ring=handlers.passes.channel is not None)
         self._of_visit: dict[int, Seconds] = {}
         self.seconds = _no_seconds()
 
@@ -46,13 +46,13 @@ class Modelled:
         Returns when the op ran, where that isn't the time that the call took.
         """
         self._add(op)
-        self._cells.run(op, ready_at)
+        self.handlers.run(op, ready_at)
         return None
 
     def _add(self, op: Op) -> Amounts:
         """Add the op's modelled seconds to its visit; returns the amounts they come from."""
-        cells = self._cells
-        amounts = {} if cells.is_idle(op) else self._cost.amounts(op, cells.composition(op))
+        handlers = self.handlers
+        amounts = {} if handlers.is_idle(op) else self._cost.amounts(op, handlers.composition(op))
         if amounts:
             taken = seconds_by_resource(amounts, self._hardware)
             # Each lane is one thread, and writes nothing but its own sums.

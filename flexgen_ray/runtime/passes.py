@@ -129,15 +129,15 @@ class Passes:
     """The passes under way, and what is known of visits: composed here, or, after the first stage,
     as the stage before tells.
 
-    link: to the neighbours; None for a stage that is the whole model. Its lanes' ops call these
+    channel: to the neighbours; None for a stage that is the whole model. Its lanes' ops call these
     methods in the order that the schedule's hazards on rows and tokens allow.
     """
 
-    def __init__(self, plan: StagePlan, batcher: Scheduler, device: torch.device) -> None:
-        self.link: Channel | None = None
+    def __init__(self, plan: StagePlan, scheduler: Scheduler, device: torch.device) -> None:
+        self.channel: Channel | None = None
         self.ended: int | None = None  # the visit that no other follows, once it is known
         self._plan = plan
-        self._batcher = batcher
+        self._scheduler = scheduler
         self._device = device
         self._under_way: dict[tuple[int, int], Pass] = {}
         self._expected: dict[int, Rows] = {}
@@ -147,10 +147,10 @@ class Passes:
         self._last_visit = 0
 
     @property
-    def joined(self) -> Channel:
-        """The link that a stage of several has."""
-        assert self.link is not None, "connect comes first"
-        return self.link
+    def ring_channel(self) -> Channel:
+        """The channel that a stage of several has."""
+        assert self.channel is not None, "connect comes first"
+        return self.channel
 
     def begin(self) -> None:
         """A new run, whose visits are counted from 0."""
@@ -159,7 +159,7 @@ class Passes:
         for kept in (self._expected, self._counts, self._num_empty):
             kept.clear()
 
-    def of(self, op: Op) -> Pass:
+    def pass_of(self, op: Op) -> Pass:
         """The pass of the op's visit and batch."""
         return self._under_way[op.turn, op.batch]
 
@@ -169,8 +169,8 @@ class Passes:
 
     def is_over(self, visit: int) -> bool:
         """Whether the run ends with this visit; asked when that is over."""
-        if self.link is None:
-            return self._batcher.is_done and visit >= self._last_visit
+        if self.channel is None:
+            return self._scheduler.is_done and visit >= self._last_visit
         return self._has_ended(visit + 1)
 
     def progress(self, visit: int) -> tuple[int, int]:
@@ -181,31 +181,31 @@ class Passes:
 
     def compose(self, op: Op) -> None:
         """The first stage decides, and tells the others unless they know that all is over."""
-        batcher, link = self._batcher, self.link
-        if link is not None and self.ended is None and batcher.is_done:
+        scheduler, channel = self._scheduler, self.channel
+        if channel is not None and self.ended is None and scheduler.is_done:
             self.ended = op.visit
-        rows = batcher.compose(op.batch)
+        rows = scheduler.compose(op.batch)
         slots = [row.slot for row in rows.sampled]
         draws, indices = (
-            batcher.sampling_rows(op.batch, slots),
-            batcher.request_indices(op.batch, slots),
+            scheduler.sampling_rows(op.batch, slots),
+            scheduler.request_indices(op.batch, slots),
         )
         header = Header(op.visit, op.batch, rows, draws, indices, op.visit == self.ended)
-        if link is not None and not self._has_ended(op.visit):
+        if channel is not None and not self._has_ended(op.visit):
             self._expected[op.batch] = rows
-            link.post_message(header.encode())
+            channel.post_message(header.encode())
         self._begin_pass(op, header)
 
     def recv_rows(self, op: Op) -> None:
         """A later stage is told, and passes it on."""
         if self._has_ended(op.visit):
             return self._begin_pass(op, Header(op.visit, op.batch, NO_ROWS, [], []))
-        message = self.joined.next_message()
+        message = self.ring_channel.next_message()
         header = Header.decode(message)
         if (header.visit, header.batch) != (op.visit, op.batch):
             raise RuntimeError(f"rows of {header.visit, header.batch} came for {op}")
         if not self._plan.stage.is_last:
-            self.joined.post_message(message)
+            self.ring_channel.post_message(message)
         if header.is_last:
             self.ended = header.visit
         self._begin_pass(op, header)
@@ -214,7 +214,7 @@ class Passes:
         """The first stage takes note of what its batch's last visit brought, if it had any rows."""
         rows = self._expected.pop(op.batch, NO_ROWS)
         if rows.num_logits:
-            chosen = SampledTokens.decode(self.joined.next_message())
+            chosen = SampledTokens.decode(self.ring_channel.next_message())
             if chosen.batch != op.batch:
                 raise RuntimeError(f"tokens of batch {chosen.batch} came for {op}")
             self._accept(op, rows, chosen)
@@ -223,19 +223,19 @@ class Passes:
         """What was chosen for the pass's sampled rows, and all scores: noted, or told to the first
         stage."""
         self._last_visit = op.visit
-        its = self.of(op)
+        its = self.pass_of(op)
         found = its.slot_scores(scores)
         faults = its.faults(token_ids, found)
         found = [it for it in found if it[0] not in faults]
         chosen = SampledTokens(op.visit, op.batch, token_ids, found, faults)
-        if self.link is not None:
-            self.link.post_message(chosen.encode())
+        if self.channel is not None:
+            self.channel.post_message(chosen.encode())
         else:
             self._accept(op, its.rows, chosen)
 
     def _accept(self, op: Op, rows: Rows, chosen: SampledTokens) -> None:
         slots = [row.slot for row in rows.sampled]
-        self._batcher.accept(op.batch, slots, chosen.token_ids, chosen.scores, chosen.faults)
+        self._scheduler.accept(op.batch, slots, chosen.token_ids, chosen.scores, chosen.faults)
 
     def _has_ended(self, visit: int) -> bool:
         """Whether the run ended before this visit."""

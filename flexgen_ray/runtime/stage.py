@@ -113,7 +113,7 @@ class Stage:
             tune_malloc_for_loading()
             weights = WeightStore(plan, _weight_source(spec), self.tiers, tell)
             tune_malloc_for_ops()
-            self.batcher = Scheduler(
+            self.scheduler = Scheduler(
                 plan.policy.gpu_batch_size,
                 plan.num_batches,
                 plan.cell_tokens,
@@ -122,11 +122,11 @@ class Stage:
                 spec.seed,
                 partial(not_finite_message, dtype=plan.dtype, cache_bits=plan.policy.cache_bits),
             )
-            self._cells = OpHandlers(plan, weights, self.batcher, self.tiers, attend)
-            self._crews: list[LaneWorker] | None = None
+            self.handlers = OpHandlers(plan, weights, self.scheduler, self.tiers, attend)
+            self._workers: list[LaneWorker] | None = None
             self._modelled: Modelled | None = None
             self._meter = Meter()
-            self._watch = OpWatch(self._cells.run)
+            self._watch = OpWatch(self.handlers.run)
             self._wall = 0.0
             self._visits: list[VisitTiming] = []
         except BaseException:
@@ -141,11 +141,11 @@ class Stage:
 
         on_logits(request indices, [rows, vocabulary]) sees what each sampled token is chosen from.
         """
-        plan, cells = self.spec.plan, self._cells
-        cells.begin(on_logits)
-        self.batcher.clear()
-        self.batcher.add(requests)
-        if plan.stage.is_whole and self.batcher.is_done:
+        plan, handlers = self.spec.plan, self.handlers
+        handlers.begin(on_logits)
+        self.scheduler.clear()
+        self.scheduler.add(requests)
+        if plan.stage.is_whole and self.scheduler.is_done:
             return
         ops = zigzag(plan.stage, plan.policy.num_gpu_batches, count(), plan.num_blocks)
         running = self._start().run(ops)
@@ -155,9 +155,9 @@ class Stage:
                 now = time.perf_counter()
                 self._wall = now - began
                 # Asked before what finished is taken, for the lanes may be a visit ahead.
-                is_done = cells.passes.is_over(op.visit)
+                is_done = handlers.passes.is_over(op.visit)
                 # Ray sends into its generators; one that is yielded from would refuse.
-                for finished in self.batcher.take_finished():  # noqa: UP028
+                for finished in self.scheduler.take_finished():  # noqa: UP028
                     yield finished
                 yield self._progress(op.visit, now - started)
                 started = time.perf_counter()
@@ -202,22 +202,22 @@ class Stage:
 
     def _progress(self, visit: int, seconds: float) -> Progress:
         modelled = self._modelled.end_visit(visit) if self._modelled else {}
-        new, prefill = self._cells.passes.progress(visit)
+        new, prefill = self.handlers.passes.progress(visit)
         self._visits.append(VisitTiming(time.perf_counter(), new, prefill, modelled))
-        scores = tuple(self.batcher.take_scored())
-        tokens = tuple(self.batcher.take_accepted())
+        scores = tuple(self.scheduler.take_scored())
+        tokens = tuple(self.scheduler.take_accepted())
         return Progress(new, prefill, seconds, prefill > 0, tokens, scores=scores)
 
     def _start(self) -> SerialExecutor | AsyncExecutor:
         """A fresh executor with its meter."""
-        spec, cells = self.spec, self._cells
+        spec, handlers = self.spec, self.handlers
         self._meter = Meter(spec.keeps_spans)
         self._visits = []
-        run: Run = cells.run
-        is_active = ActiveOps(spec.plan, in_ring=cells.passes.link is not None)
+        run: Run = handlers.run
+        is_active = ActiveOps(spec.plan, in_ring=handlers.passes.channel is not None)
         if spec.hardware is not None:
             options = {} if spec.run_wrapper is None else spec.run_wrapper.options
-            self._modelled = self._model(cells, spec.plan, spec.hardware, **options)
+            self._modelled = self._model(handlers, spec.plan, spec.hardware, **options)
             run, is_active = self._modelled.run, self._modelled.is_active
         self._watch = run = OpWatch(run)
         wait = device_wait(self.tiers.device)
@@ -226,10 +226,11 @@ class Stage:
             wait()
         if spec.executor == "serial":
             return SerialExecutor(run, is_active, self._meter, wait)
-        if self._crews is None:
-            self._crews = make_lane_workers(self.tiers.device, self._cores, self._attends_by_torch)
+        if self._workers is None:
+            attends_by_torch = self._attends_by_torch
+            self._workers = make_lane_workers(self.tiers.device, self._cores, attends_by_torch)
         window = window_ops(spec.plan.policy.num_gpu_batches)
-        return AsyncExecutor(run, is_active, self._crews, self._meter, self._cancel, window)
+        return AsyncExecutor(run, is_active, self._workers, self._meter, self._cancel, window)
 
     def heartbeat(self) -> Heartbeat:
         """How far the run is; from any thread."""
@@ -237,15 +238,15 @@ class Stage:
 
     def connect(self, link: Channel | None) -> None:
         """The stage's place in a ring; a stage of a model's all layers needs none."""
-        self._cells.passes.link = link
+        self.handlers.passes.channel = link
 
     def _cancel(self) -> None:
         """Nothing under way waits any longer; nor, in a run cut short, do the neighbours."""
         if self._modelled is not None:
             self._modelled.cancel()
-        passes = self._cells.passes
-        if passes.link is not None and passes.ended is None:
-            passes.link.close()
+        passes = self.handlers.passes
+        if passes.channel is not None and passes.ended is None:
+            passes.channel.close()
 
     def used(self) -> dict[str, dict[str, int]]:
         """{tier: {what: bytes}} that the stage holds."""
