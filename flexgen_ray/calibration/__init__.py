@@ -1,1 +1,1 @@
-"""How are the rates of this machine measured for the planner?"""
+"""The measurement of this machine's rates, for the planner: `flexgen-ray calibrate`."""

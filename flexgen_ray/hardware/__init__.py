@@ -1,1 +1,1 @@
-"""What is a machine, and what does it give? Memory, rates, presets and short measurements."""
+"""The machine: its memory, cores and rates, known from presets, files or short measurements."""

@@ -1,1 +1,1 @@
-"""Which policy suits a job? Given, planned by linear programming, or filled."""
+"""The planner: finds the policy that suits a job, or takes the given one, and predicts its time."""

@@ -1,7 +1,7 @@
-"""What a planner is asked: machines, a job's lengths, and what else one might do instead.
+"""Plans a job for machines of hardware files, and compares the plan with alternatives.
 
-Turns hardware files and length tables into devices and jobs, plans, and compares the plan with
-other ways to run the same job, and with better machines. Knows no tensors; runs nothing.
+Turns hardware files and tables of lengths into devices and jobs. Compares the plan with other ways
+to run the same job, and with better machines. The module knows no tensors; it runs nothing.
 """
 
 from __future__ import annotations
@@ -37,25 +37,87 @@ NODE_KEYS = ("hardware", "count", "gpus")
 
 
 @dataclass(frozen=True)
+class Alternative:
+    """Another way to run the job, or the same way on better machines.
+
+    tokens_per_s: throughput, None if it is impossible; why_not then gives the reason.
+    """
+
+    name: str
+    tokens_per_s: float | None
+    why_not: str = ""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A plan, alternatives on the same machines, and upgrades of the machines."""
+
+    plan: PipelinePlan
+    alternatives: list[Alternative]
+    upgrades: list[Alternative]
+
+
+def compare(
+    config: ModelConfig,
+    nodes: Sequence[HardwareNode],
+    job: PlannedJob,
+    dtype: str,
+    search: SearchSpace,
+    on_plan: Callable[[PipelinePlan], None] = lambda plan: None,
+    on_estimate: Callable[[float], None] = lambda tokens_per_s: None,
+) -> Comparison:
+    """Plan the job, and compare the plan.
+
+    on_estimate: called early with about the plan's tokens/s. on_plan: called with the plan before
+    the comparison, which takes longer.
+    Raises Infeasible if no plan fits these machines.
+    """
+    devices = devices_of(nodes, config, dtype, search.base.cache_bits)
+    plan = find_best_plan(
+        Planner(config, devices, job, dtype, search),
+        lambda candidate: on_estimate(job.mean_tokens / candidate.seconds_per_sequence),
+    )
+    on_plan(plan)
+    on_device = replace(search, shares=ON_DEVICE)
+    alternatives = [_plan_alternative(RESIDENT, config, devices, job, dtype, on_device)]
+    if all(node.hardware.host.flops_per_s for node in nodes):
+        cpus = tuple(_cpu_device(node.hardware, number) for number, node in enumerate(nodes))
+        name = "the CPU alone" if len(nodes) == 1 else "the CPUs alone"
+        alternatives.append(_plan_alternative(name, config, cpus, job, dtype, on_device))
+    if len(devices) > 1:
+        alternatives.append(_plan_replicas(config, devices, job, dtype, search))
+    near = replace(search, layers=None).near(plan.stages[0].policy)
+    upgrades = _plan_upgrades(config, devices, job, dtype, near)
+    if search.base == Policy():
+        in_four_bits = replace(near, base=Policy(weight_bits=4, cache_bits=4))
+        packed = devices_of(nodes, config, dtype, cache_bits=4)
+        name = "weights and cache in 4 bits"
+        upgrades.append(_plan_alternative(name, config, packed, job, dtype, in_four_bits))
+    return Comparison(plan, alternatives, upgrades)
+
+
+@dataclass(frozen=True)
 class HardwareNode:
-    """A machine of a cluster, with so many of its hardware's GPUs."""
+    """A machine of a cluster, and how many GPUs of its hardware it has."""
 
     hardware: Hardware
     gpus: int = 1
 
     def with_memory(self, gpu: str | None, cpu: str | None, disk: str | None) -> HardwareNode:
-        """With these sizes, such as `16GiB`, to use of each tier; the hardware's own, where None.
-        ValueError names one that is no size."""
+        """The machine with these sizes, such as `16GiB`, to use of its tiers.
+
+        None keeps the hardware's own size. Raises ValueError for text that is no size.
+        """
         sizes = self.hardware.memory
         own = {
-            tier: ceil(_size(tier, text) / sizes.share)
+            tier: ceil(_parse_size(tier, text) / sizes.share)
             for tier, text in {"gpu": gpu, "cpu": cpu, "disk": disk}.items()
             if text is not None
         }
         return replace(self, hardware=replace(self.hardware, memory=replace(sizes, **own)))
 
 
-def _size(tier: str, text: str) -> int:
+def _parse_size(tier: str, text: str) -> int:
     try:
         nbytes = parse_bytes(text)
     except ValueError as error:
@@ -66,7 +128,7 @@ def _size(tier: str, text: str) -> int:
 
 
 def read_nodes(path: str | Path) -> list[HardwareNode]:
-    """A YAML list of {hardware: preset or file, count: machines alike, gpus: of each}.
+    """Read a YAML list of {hardware: preset or file, count: equal machines, gpus: of each}.
 
     ValueError (bad content) and OSError name the path.
     """
@@ -74,27 +136,27 @@ def read_nodes(path: str | Path) -> list[HardwareNode]:
     try:
         if not isinstance(entries, list) or not all(isinstance(it, dict) for it in entries):
             raise ValueError("must hold a list, such as `- {hardware: t4, count: 2, gpus: 1}`")
-        return [node for entry in entries for node in _nodes(entry)]
+        return [node for entry in entries for node in _parse_nodes(entry)]
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _nodes(entry: dict) -> list[HardwareNode]:
+def _parse_nodes(entry: dict) -> list[HardwareNode]:
     unknown = [key for key in entry if key not in NODE_KEYS]
     if unknown or "hardware" not in entry:
         raise ValueError(f"{entry} needs hardware, and takes {', '.join(NODE_KEYS)}")
     for key in ("count", "gpus"):
         if not isinstance(entry.get(key, 1), int) or not 1 <= entry.get(key, 1) <= MAX_MACHINES:
             raise ValueError(f"{key} is {entry[key]!r}; it must be an integer, 1 to {MAX_MACHINES}")
-    return [HardwareNode(Hardware.load(entry["hardware"]), entry.get("gpus", 1))] * entry.get(
-        "count", 1
-    )
+    node = HardwareNode(Hardware.load(entry["hardware"]), entry.get("gpus", 1))
+    return [node] * entry.get("count", 1)
 
 
 def read_job(path: str | Path, num_requests: int | None = None) -> PlannedJob:
-    """A CSV whose last two columns are prompt and output tokens, one request a line.
+    """Read a CSV whose last two columns are prompt and output tokens, one request a line.
 
-    num_requests: as many of that kind; those of the file, if None. ValueError names the line.
+    num_requests: size of the job, with lengths as in the file; None takes one request a line.
+    Raises ValueError, which names the line.
     """
     prompts, outputs = [], []
     for number, row in enumerate(csv.reader(read_lines(path)), 1):
@@ -126,7 +188,7 @@ def _is_length(cell: str) -> bool:
 def devices_of(
     nodes: Sequence[HardwareNode], config: ModelConfig, dtype: str, cache_bits: int | None = None
 ) -> tuple[StageDevice, ...]:
-    """One for each GPU of each machine."""
+    """A device for each GPU of each machine."""
     rates = [ModelRates.of(node.hardware, config, dtype, cache_bits) for node in nodes]
     return tuple(
         StageDevice(
@@ -137,64 +199,11 @@ def devices_of(
     )
 
 
-@dataclass(frozen=True)
-class Alternative:
-    """Another way to run the job, or the same way with more: its tokens/s, or why it can't be."""
-
-    name: str
-    tokens_per_s: float | None
-    why_not: str = ""
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """A plan, what else could be done with the same machines, and what better ones would bring."""
-
-    plan: PipelinePlan
-    alternatives: list[Alternative]
-    upgrades: list[Alternative]
-
-
-def compare(
-    config: ModelConfig,
-    nodes: Sequence[HardwareNode],
-    job: PlannedJob,
-    dtype: str,
-    search: SearchSpace,
-    announce: Callable[[PipelinePlan], None] = lambda plan: None,
-    estimate: Callable[[float], None] = lambda tokens_per_s: None,
-) -> Comparison:
-    """announce: called with the plan before it is compared, which takes longer; estimate: called
-    before it is made, with about its tokens/s. Raises Infeasible if the job can't be done on these
-    machines at all."""
-    devices = devices_of(nodes, config, dtype, search.base.cache_bits)
-    plan = find_best_plan(
-        Planner(config, devices, job, dtype, search),
-        lambda sketch: estimate(job.mean_tokens / sketch.seconds_per_sequence),
-    )
-    announce(plan)
-    on_device = replace(search, shares=ON_DEVICE)
-    alternatives = [_try(RESIDENT, config, devices, job, dtype, on_device)]
-    if all(node.hardware.host.flops_per_s for node in nodes):
-        cores = tuple(_cores_of(node.hardware, number) for number, node in enumerate(nodes))
-        name = "the CPU alone" if len(nodes) == 1 else "the CPUs alone"
-        alternatives.append(_try(name, config, cores, job, dtype, on_device))
-    if len(devices) > 1:
-        alternatives.append(_replicas(config, devices, job, dtype, search))
-    near = replace(search, layers=None).near(plan.stages[0].policy)
-    upgrades = _upgrades(config, devices, job, dtype, near)
-    if search.base == Policy():
-        in_four = replace(near, base=Policy(weight_bits=4, cache_bits=4))
-        packed = devices_of(nodes, config, dtype, cache_bits=4)
-        upgrades.append(_try("weights and cache in 4 bits", config, packed, job, dtype, in_four))
-    return Comparison(plan, alternatives, upgrades)
-
-
-def _cores_of(hardware: Hardware, number: int) -> StageDevice:
-    """A machine's cores as the device, with the host's memory for all that there is."""
+def _cpu_device(hardware: Hardware, number: int) -> StageDevice:
+    """A machine's cores as the device, whose memory is the host's."""
     host = hardware.host
     assert host.flops_per_s is not None
-    link = disk = host.read_bytes_per_s  # nothing leaves that memory
+    link = disk = host.read_bytes_per_s  # All data stay in host memory, so neither is slower.
     rates = HardwareSpec(
         h2d_bytes_per_s=link,
         d2h_bytes_per_s=link,
@@ -205,13 +214,13 @@ def _cores_of(hardware: Hardware, number: int) -> StageDevice:
         device_flops_per_s=host.flops_per_s,
         device_bytes_per_s=host.read_bytes_per_s,
     )
-    # The host tier holds little beside, such as what stages send each other.
+    # The host tier holds little here, such as messages between stages.
     memory = hardware.budget.cpu
     budget = Budget(gpu=memory * 15 // 16, cpu=memory // 16, disk=0)
     return StageDevice(lambda *rows: rates, budget, f"node {number}")
 
 
-def _try(
+def _plan_alternative(
     name: str,
     config: ModelConfig,
     devices: tuple[StageDevice, ...],
@@ -226,7 +235,7 @@ def _try(
     return Alternative(name, plan.tokens_per_s)
 
 
-def _replicas(
+def _plan_replicas(
     config: ModelConfig,
     devices: tuple[StageDevice, ...],
     job: PlannedJob,
@@ -238,54 +247,58 @@ def _replicas(
     share = replace(job, num_requests=-(-job.num_requests // len(devices)))
     alone = replace(search, layers=None)
     for device, count in Counter(_alone(device, devices) for device in devices).items():
-        found = _try(name, config, (device,), share, dtype, alone)
-        if found.tokens_per_s is None:
-            return found
-        rates.append(count * found.tokens_per_s)
+        replica = _plan_alternative(name, config, (device,), share, dtype, alone)
+        if replica.tokens_per_s is None:
+            return replica
+        rates.append(count * replica.tokens_per_s)
     return Alternative(name, sum(rates))
 
 
 def _alone(device: StageDevice, devices: tuple[StageDevice, ...]) -> StageDevice:
-    """With its share of its node's memory and disk."""
-    mates, its = sum(other.node == device.node for other in devices), device.budget
-    part = Budget(its.gpu, its.cpu // mates, its.disk // mates)
-    return replace(device, budget=part, node="")
+    """The device with an equal share of its node's memory and disk, as a node of its own."""
+    on_node, budget = sum(other.node == device.node for other in devices), device.budget
+    share = Budget(budget.gpu, budget.cpu // on_node, budget.disk // on_node)
+    return replace(device, budget=share, node="")
 
 
-def _upgrades(
+def _with_twice_the(tier: str, device: StageDevice) -> StageDevice:
+    nbytes = getattr(device.budget, tier)
+    return replace(device, budget=replace(device.budget, **{tier: 2 * nbytes}))
+
+
+def _plan_upgrades(
     config: ModelConfig,
     devices: tuple[StageDevice, ...],
     job: PlannedJob,
     dtype: str,
     search: SearchSpace,
 ) -> list[Alternative]:
-    """Every machine with twice as much of one thing, or one more machine like the last.
+    """Plans with twice one resource in every machine, or with one more machine like the last.
 
-    search: of blocks like the plan's, for there are several to plan.
+    search: a small search space around the plan, since every upgrade is planned anew.
     """
 
-    def richer(tier: str) -> tuple[StageDevice, ...]:
-        return tuple(
-            replace(it, budget=replace(it.budget, **{tier: 2 * getattr(it.budget, tier)}))
-            for it in devices
-        )
+    def with_twice_the(tier: str) -> tuple[StageDevice, ...]:
+        return tuple(_with_twice_the(tier, device) for device in devices)
 
-    def faster(*rates: str) -> tuple[StageDevice, ...]:
-        return tuple(replace(it, rates=_Faster(it.rates, rates)) for it in devices)
+    def with_faster(*rates: str) -> tuple[StageDevice, ...]:
+        return tuple(replace(it, rates=_FasterRates(it.rates, rates)) for it in devices)
 
-    one_more = (*devices, replace(devices[-1], node="one more"))
-    tries = {
-        "twice the host memory": richer("cpu"),
-        "twice the GPU memory": richer("gpu"),
-        "a link twice as fast": faster("h2d_bytes_per_s", "d2h_bytes_per_s"),
-        "a disk twice as fast": faster("disk_read_bytes_per_s", "disk_write_bytes_per_s"),
-        "one more such machine": one_more,
+    upgrades = {
+        "twice the host memory": with_twice_the("cpu"),
+        "twice the GPU memory": with_twice_the("gpu"),
+        "a link twice as fast": with_faster("h2d_bytes_per_s", "d2h_bytes_per_s"),
+        "a disk twice as fast": with_faster("disk_read_bytes_per_s", "disk_write_bytes_per_s"),
+        "one more such machine": (*devices, replace(devices[-1], node="one more")),
     }
-    return [_try(name, config, it, job, dtype, search) for name, it in tries.items()]
+    return [
+        _plan_alternative(name, config, upgraded, job, dtype, search)
+        for name, upgraded in upgrades.items()
+    ]
 
 
 @dataclass(frozen=True)
-class _Faster:
+class _FasterRates:
     """Rates, some of them doubled."""
 
     rates: Rates

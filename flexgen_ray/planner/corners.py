@@ -194,7 +194,7 @@ def _is_base(share: Share) -> bool:
 def _small_stage(plan: StagePlan, layers: int, policy: Policy) -> StagePlan:
     """A stage of the plan's kind with one layer or two.
 
-    Where only some of the model's layers attend within a window, none does here, so no layer is
+    If only some of the model's layers attend within a window, none does here, so no layer is
     counted too low.
     """
     before, after = not plan.stage.is_first, not plan.stage.is_last

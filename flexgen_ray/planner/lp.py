@@ -386,7 +386,7 @@ def _solver() -> highspy.Highs:
     return solver
 
 
-# The same limits for a plan that is rounded already: its seconds and bytes are numbers.
+# Below, the program's limits for a plan that is rounded already: seconds and bytes are numbers.
 
 
 def add_shared_seconds(

@@ -346,8 +346,8 @@ class Planner:
     def _corners(self, number: int, shape: Policy) -> Corners:
         """The corners of a stage's kind, computed once.
 
-        Of the layers that a stage has, only its ends matter: does it embed, has it the head? So
-        all stages in the middle are of one kind.
+        A kind only says whether the stage has the model's first layers and its last, so all stages
+        in the middle are of one kind.
         """
         count, last = self.config.num_layers, len(self.devices) - 1
         ends = 0 if number == 0 else 2, count + 1 if number == last else count - 1
