@@ -1,4 +1,4 @@
-"""The rates that are known of this node before a run: calibrated, or assumed by its GPU's name."""
+"""The rates of this node that are known before a run: calibrated, or assumed by its GPU's name."""
 
 from __future__ import annotations
 
@@ -10,20 +10,24 @@ from flexgen_ray.hardware.spec import Hardware, adapt_preset, find_preset
 from flexgen_ray.store.disk import DiskTier
 from flexgen_ray.store.memory import allocate_pages
 
+# Sources of a machine's rates: `flexgen-ray calibrate`, a preset for its GPU, a hardware file.
 CALIBRATED, ASSUMED, GIVEN = "calibrated", "assumed", "given"
-_DISK_BYTES = 64 * 2**20  # written and read to see how fast a disk is
+_DISK_BYTES = 64 * 2**20  # bytes written and read to measure a disk
 
 
 def load_calibrated(uses_cuda: bool) -> Hardware | None:
-    """Rates that `flexgen-ray calibrate` measured of this node, for the device that is used."""
-    found = Hardware.local()
-    return found if found is not None and found.device.is_cpu != uses_cuda else None
+    """Rates of this node as `flexgen-ray calibrate` measured them.
+
+    None if it hasn't been run here, or for another kind of device than uses_cuda says.
+    """
+    hardware = Hardware.local()
+    return hardware if hardware is not None and hardware.device.is_cpu != uses_cuda else None
 
 
 def assume_from_preset(
     device_name: str, memory: MemorySizes, cores: int, offload_dir: Path
 ) -> Hardware | None:
-    """The preset for this GPU with the node's own memory, cores and disk; None if there is none."""
+    """The preset for this GPU, with the node's own memory, cores and disk; None without a preset."""
     preset = find_preset(device_name)
     if preset is None:
         return None
@@ -31,8 +35,11 @@ def assume_from_preset(
 
 
 def measure_disk(folder: Path, free: int) -> DiskRates | None:
-    """Measured within a second or so; None where the page cache can't be left out, or there is no
-    room."""
+    """Rates of a folder's disk, measured in about a second.
+
+    free: bytes free there. None if that is too little, if the disk fails, or if the file system
+    can't bypass the page cache, whose rates would be memory's.
+    """
     if free < 8 * _DISK_BYTES:
         return None
     buffer, tier = allocate_pages(_DISK_BYTES).fill_(1), DiskTier(_DISK_BYTES, folder)

@@ -1,6 +1,6 @@
-"""A machine's rates, per second, as hardware files have them: by kernel, dtype and rows.
+"""A machine's sizes and rates, as hardware files list them: by kernel, dtype and number of rows.
 
-Knows what was measured; which rate a model gets is hardware.py's.
+Rates are per second. The module knows the figures; spec.py decides which rate a model gets.
 """
 
 from __future__ import annotations
@@ -18,8 +18,11 @@ CACHE_DTYPES = (*DTYPE_BYTES, *(f"int{bits}" for bits in BITS))
 
 @dataclass(frozen=True)
 class MemorySizes:
-    """Bytes of each tier. share: of them that a plan may use, the rest is for all others; with a
-    CPU as the device gpu and cpu are parts of the same memory."""
+    """Bytes of each tier.
+
+    share: fraction of them that a plan may use; the rest is for other programs. With a CPU as the
+    device, `gpu` and `cpu` are parts of the same memory.
+    """
 
     gpu: int
     cpu: int
@@ -34,8 +37,10 @@ class MemorySizes:
 
 @dataclass(frozen=True)
 class LinkRates:
-    """Of copies between registered host memory and the device: each direction alone, and each
-    while the other is busy too."""
+    """Rates of copies between registered host memory and the device (h2d: to the device).
+
+    Each direction has a rate alone, and one while the other direction is busy.
+    """
 
     h2d_bytes_per_s: float
     d2h_bytes_per_s: float
@@ -48,7 +53,7 @@ class LinkRates:
 
 @dataclass(frozen=True)
 class DiskRates:
-    """Of the offload folder, past the page cache where that can be had."""
+    """Rates of the offload folder's disk, without the page cache if the file system allows."""
 
     read_bytes_per_s: float
     write_bytes_per_s: float
@@ -59,8 +64,10 @@ class DiskRates:
 
 @dataclass(frozen=True)
 class AttentionRates:
-    """Bytes of K and V, as the cache keeps them, that a kernel of the host attends: alone, and
-    while the link is busy. dtype: int4 and int8 are packed caches (quant/packing.py)."""
+    """Bytes of keys and values that a host kernel attends, alone and while the link is busy.
+
+    Bytes are those in which the cache is kept. dtype: int4 and int8 are quantized caches.
+    """
 
     kernel: str
     dtype: str
@@ -75,8 +82,12 @@ class AttentionRates:
 
 @dataclass(frozen=True)
 class HostRates:
-    """read: of host memory by the cores alone; joint: that the link and host attention move of it
-    together. flops: of the cores' matrix products of many rows in float32, None if unknown."""
+    """Rates of host memory and the host's cores.
+
+    read_bytes_per_s: read by the cores alone. joint_bytes_per_s: moved by the link and by host
+    attention together. flops_per_s: matrix products of many rows in float32 by all cores, None if
+    unknown.
+    """
 
     read_bytes_per_s: float
     joint_bytes_per_s: float
@@ -86,7 +97,7 @@ class HostRates:
     def __post_init__(self) -> None:
         check_rates(self)
         if not self.attention:
-            raise ValueError("attention is empty; it needs an entry at least")
+            raise ValueError("attention is empty; it needs at least one entry")
         shapes = [(it.kernel, it.dtype, it.queries_per_kv_head) for it in self.attention]
         if twice := [shape for shape in shapes if shapes.count(shape) > 1]:
             raise ValueError(f"attention has {twice[0]} twice; keep one of them")
@@ -94,7 +105,10 @@ class HostRates:
 
 @dataclass(frozen=True)
 class GemmRates:
-    """Flops of matrix products by their rows, the weights read from device memory each time."""
+    """Rates of matrix products whose weights are read from device memory each time.
+
+    flops_per_s: pairs of a number of rows and a rate.
+    """
 
     dtype: str
     flops_per_s: Table
@@ -106,8 +120,11 @@ class GemmRates:
 
 @dataclass(frozen=True)
 class CoreShares:
-    """Where the device is the host's cores: of its work, what goes undone while the link copies,
-    the disk reads or the host attends, each at its own rate; for they share cores and memory."""
+    """Fractions of the cores that other work occupies where the device is the host's cores.
+
+    Each is the fraction of the device's own work that is left undone while copies, disk reads or
+    host attention run at their full rate, since all share cores and memory.
+    """
 
     copies: float
     disk: float
@@ -119,10 +136,14 @@ class CoreShares:
 
 @dataclass(frozen=True)
 class DeviceRates:
-    """launch_seconds: to issue one op; of a CPU, to do a small one between products. attention:
-    bytes of K and V in decoding. dequantize: bytes of 16-bit values that come of packed ones, None
-    where nothing dequantizes. elementwise: bytes that norms, sums and copies between products read
-    and write; sampled: logits of which tokens are drawn; core_shares: of a CPU; None if unknown.
+    """Rates of the device.
+
+    attention_bytes_per_s: bytes of keys and values that are attended in decoding.
+    launch_seconds: time to issue one op; on a CPU, time of a small op between matrix products.
+    dequantize_bytes_per_s: output in bytes, as 16-bit values; None if quantization was not measured.
+    core_shares: only of a CPU. elementwise_bytes_per_s: bytes that norms, sums and copies between
+    matrix products read and write. sampled_values_per_s: logits of which tokens are drawn. The last
+    two are None if unknown.
     """
 
     is_cpu: bool
@@ -138,12 +159,12 @@ class DeviceRates:
     def __post_init__(self) -> None:
         check_rates(self)
         if not self.gemm:
-            raise ValueError("gemm is empty; it needs an entry at least")
+            raise ValueError("gemm is empty; it needs at least one entry")
 
 
 @dataclass(frozen=True)
 class NetworkRates:
-    """Between two stages' actors. hop_seconds: of a small tensor and the word that it came."""
+    """Rates between two stages' actors. hop_seconds: time to send a small tensor and a reply."""
 
     hop_seconds: float
     bytes_per_s: float
@@ -153,10 +174,10 @@ class NetworkRates:
 
 
 def interpolate(table: Iterable[tuple[int, float]], number: float) -> float:
-    """A rate between measured ones: straight between logarithms, as a power law is; beyond the ends
-    the end's.
+    """Interpolate a rate along a power law, that is, linearly between logarithms.
 
-    table: (number, rate), numbers rising.
+    Numbers beyond the table's ends get the rate of that end.
+    table: pairs of a number and its rate, sorted by number.
     """
     points = list(table)
     above = bisect_left(points, number, key=lambda point: point[0])

@@ -1,11 +1,11 @@
-"""What a machine is and gives: memory, and rates by kernel, dtype and number of rows.
+"""A machine's description: memory, and rates by kernel, dtype and number of rows.
 
-A YAML file says all of it: a preset of this package, one that `flexgen-ray calibrate` measured, or
-one that a person wrote. Rates are per second. Knows machines; no model and no policy.
+A YAML file holds all of it: a preset of this package, a file that `flexgen-ray calibrate` measured,
+or one that a person wrote. `Hardware.rates` reduces it to the HardwareSpec that cost models need,
+for one model and one shape of batches. A machine with a known GPU that was never calibrated takes
+the rates of that GPU's preset (`find_preset`, `adapt_preset`).
 
-Rates of a machine that was never calibrated: those of the preset for its GPU, by the GPU's name.
-
-Knows names and cores; measures nothing.
+The module knows machines; it knows no model and no policy, and measures nothing.
 """
 
 from __future__ import annotations
@@ -31,56 +31,21 @@ from flexgen_ray.hardware.rates import (
 from flexgen_ray.paths import hardware_file
 from flexgen_ray.quant.packing import GROUP, packed_bytes
 
-# Names by which torch knows a preset's GPU, such as "NVIDIA A100-SXM4-80GB". The H200 has the
-# H100's cores and more memory bandwidth. Laptops, slices of a GPU and Grace hosts differ.
-_GPUS = {
-    r"(NVIDIA )?Tesla T4|NVIDIA T4": "t4",
-    r"NVIDIA GeForce RTX 4090( D)?": "rtx4090",
-    r"NVIDIA A100[- ][-\w ]*": "a100-80",
-    r"NVIDIA H[12]00([- ][-\w ]*)?": "h100",
-}
-_CORES = 8  # that draw all of what a preset's host memory gives
-
-
-def find_preset(device_name: str) -> Hardware | None:
-    """The preset whose GPU torch calls by this name; None if there is none."""
-    if " MIG " in device_name:
-        return None
-    names = [name for gpu, name in _GPUS.items() if re.fullmatch(gpu, device_name)]
-    return Hardware.preset(names[0]) if names else None
-
-
-def adapt_preset(
-    preset: Hardware, memory: MemorySizes, cores: int, disk: DiskRates | None
-) -> Hardware:
-    """The preset with a machine's own memory, cores and, if it was measured, disk."""
-    share = min(cores / _CORES, 1)
-
-    def slower(rates: AttentionRates) -> AttentionRates:
-        alone, busy = rates.bytes_per_s * share, rates.busy_bytes_per_s * share
-        return replace(rates, bytes_per_s=alone, busy_bytes_per_s=busy)
-
-    flops = preset.host.flops_per_s
-    host = HostRates(
-        preset.host.read_bytes_per_s * share,
-        max(preset.host.joint_bytes_per_s * share, preset.link.h2d_bytes_per_s),
-        tuple(map(slower, preset.host.attention)),
-        None if flops is None else flops * share,
-    )
-    return replace(preset, memory=memory, host=host, disk=disk or preset.disk)
-
-
 LOCAL = "local"
 _PRESETS = Path(__file__).parent / "presets"
+# Defaults for rates that were not measured.
 _NETWORK_BYTES_PER_S = HardwareSpec.network_bytes_per_s
-_UNMEASURED = HardwareSpec.elementwise_bytes_per_s
-_SAMPLED_BY_A_CORE = 2e7  # values a second; where nobody measured
+_UNLIMITED = HardwareSpec.elementwise_bytes_per_s
+_SAMPLED_BY_A_CPU = 2e7  # values per second
 
 
 @dataclass(frozen=True, kw_only=True)
 class Hardware:
-    """A machine with one device. source: where the figures are from; versions: of the software
-    that measured them; network: None if hops are unknown."""
+    """A machine with one device.
+
+    date, source: day and origin of the figures. versions: {package: version} of the software that
+    measured them. network: None if hops between actors were not measured.
+    """
 
     name: str
     date: str
@@ -108,10 +73,14 @@ class Hardware:
         prefill_rows: int,
         cache_bits: int | None = None,
     ) -> HardwareSpec:
-        """For cost models: the best host kernel for this shape, and matrix products of so many
-        rows. What the host's memory gives is what it gives to all who draw on it together. Where
-        nobody measured how packed caches are attended, their values take as long as others.
+        """The rates that cost models need, for one model and one shape of batches.
 
+        Host attention has the rate of its fastest kernel, and host memory the rate that it gives
+        to the link and to host attention together. If attention on quantized caches was not
+        measured, a value is taken to need as long as an unquantized one.
+
+        queries_per_kv_head: query heads for each KV head. decode_rows, prefill_rows: rows of
+        matrix products in both phases.
         Raises ValueError for a dtype without figures.
         """
         network = self.network.bytes_per_s if self.network else _NETWORK_BYTES_PER_S
@@ -121,22 +90,26 @@ class Hardware:
             disk_read_bytes_per_s=self.disk.read_bytes_per_s,
             disk_write_bytes_per_s=self.disk.write_bytes_per_s,
             host_bytes_per_s=self.host.joint_bytes_per_s,
-            host_attention_bytes_per_s=self._attended(dtype, queries_per_kv_head, cache_bits),
+            host_attention_bytes_per_s=self._host_attention_bytes_per_s(
+                dtype, queries_per_kv_head, cache_bits
+            ),
             device_flops_per_s=self.gemm_flops_per_s(dtype, prefill_rows),
             device_bytes_per_s=self.device.memory_bytes_per_s,
             device_decode_flops_per_s=self.gemm_flops_per_s(dtype, decode_rows),
             device_attention_bytes_per_s=self.device.attention_bytes_per_s,
             dequantize_bytes_per_s=self.device.dequantize_bytes_per_s or 0.0,
             device_ops_per_s=self._device_ops_per_s,
-            elementwise_bytes_per_s=self.device.elementwise_bytes_per_s or _UNMEASURED,
+            elementwise_bytes_per_s=self.device.elementwise_bytes_per_s or _UNLIMITED,
             sampled_values_per_s=self._sampled_values_per_s,
             network_bytes_per_s=network,
         )
 
     @property
     def core_shares(self) -> tuple[tuple[str, float], ...]:
-        """(lane or resource, share of the cores that it takes), where these are the device too;
-        none where they are not, or nobody measured."""
+        """Pairs of a lane or resource and the fraction of the cores that it occupies.
+
+        Empty where the cores are not the device, or the fractions are unknown.
+        """
         shares = self.device.core_shares
         if shares is None:
             return ()
@@ -151,23 +124,25 @@ class Hardware:
 
     @property
     def _device_ops_per_s(self) -> float:
-        """A GPU does small ops while the next are launched."""
+        """Small ops per second; a GPU runs them while the next ones are launched."""
         if not self.device.is_cpu:
             return HardwareSpec.device_ops_per_s
         return 1 / self.device.launch_seconds
 
     @property
     def _sampled_values_per_s(self) -> float:
-        usual = _SAMPLED_BY_A_CORE if self.device.is_cpu else _UNMEASURED
-        return self.device.sampled_values_per_s or usual
+        default = _SAMPLED_BY_A_CPU if self.device.is_cpu else _UNLIMITED
+        return self.device.sampled_values_per_s or default
 
     def has_rates_for(self, dtype: str) -> bool:
-        """Whether there are figures for a dtype."""
+        """True if a model can be planned in this dtype: both of its kinds of rates are known."""
         attention = {it.dtype for it in self.host.attention}
         return dtype in attention & {it.dtype for it in self.device.gemm}
 
-    def _attended(self, dtype: str, queries_per_kv_head: int, cache_bits: int | None) -> float:
-        """Bytes a second, of a cache as it is kept."""
+    def _host_attention_bytes_per_s(
+        self, dtype: str, queries_per_kv_head: int, cache_bits: int | None
+    ) -> float:
+        """Bytes of the cache per second, as it is kept: quantized, if cache_bits is not None."""
         packed = f"int{cache_bits}"
         if any(it.dtype == packed for it in self.host.attention):
             return self.attention(packed, queries_per_kv_head).bytes_per_s
@@ -177,33 +152,33 @@ class Hardware:
         return rate * packed_bytes(GROUP, cache_bits) / (GROUP * DTYPE_BYTES[dtype])
 
     def attention(self, dtype: str, queries_per_kv_head: int) -> AttentionRates:
-        """Of the kernel that is fastest alone, between the measured shapes if need be.
+        """Rates of the host kernel that is fastest alone, interpolated between measured shapes.
 
         Raises ValueError for a dtype without figures.
         """
         entries = [it for it in self.host.attention if it.dtype == dtype]
         if not entries:
-            raise self._lacks("host attention", dtype, (it.dtype for it in self.host.attention))
-        found = []
+            known = (it.dtype for it in self.host.attention)
+            raise self._no_figures_error("host attention", dtype, known)
+        kernels = []
         for kernel in dict.fromkeys(it.kernel for it in entries):
             own = {it.queries_per_kv_head: it for it in entries if it.kernel == kernel}
-            alone = interpolate(
-                [(at, own[at].bytes_per_s) for at in sorted(own)], queries_per_kv_head
-            )
-            busy = interpolate(
-                [(at, own[at].busy_bytes_per_s) for at in sorted(own)], queries_per_kv_head
-            )
-            found.append(AttentionRates(kernel, dtype, queries_per_kv_head, alone, busy))
-        return max(found, key=lambda it: it.bytes_per_s)
+            measured = [own[heads] for heads in sorted(own)]
+            alone = [(it.queries_per_kv_head, it.bytes_per_s) for it in measured]
+            busy = [(it.queries_per_kv_head, it.busy_bytes_per_s) for it in measured]
+            rates = (interpolate(table, queries_per_kv_head) for table in (alone, busy))
+            kernels.append(AttentionRates(kernel, dtype, queries_per_kv_head, *rates))
+        return max(kernels, key=lambda it: it.bytes_per_s)
 
     def gemm_flops_per_s(self, dtype: str, rows: int) -> float:
-        """Of a product with so many rows; ValueError for a dtype without figures."""
+        """Rate of a matrix product with so many rows; ValueError for a dtype without figures."""
         for gemm in self.device.gemm:
             if gemm.dtype == dtype:
                 return interpolate(gemm.flops_per_s, rows)
-        raise self._lacks("matrix products", dtype, (gemm.dtype for gemm in self.device.gemm))
+        known = (gemm.dtype for gemm in self.device.gemm)
+        raise self._no_figures_error("matrix products", dtype, known)
 
-    def _lacks(self, what: str, dtype: str, known: Iterable[str]) -> ValueError:
+    def _no_figures_error(self, what: str, dtype: str, known: Iterable[str]) -> ValueError:
         dtypes = ", ".join(dict.fromkeys(known))
         return ValueError(
             f"hardware {self.name} has no figures for {what} in {dtype}, only for {dtypes}; "
@@ -216,7 +191,7 @@ class Hardware:
 
     @staticmethod
     def preset(name: str) -> Hardware:
-        """A machine that ships with this package; ValueError lists the names."""
+        """A machine that ships with this package; for an unknown name, ValueError lists all."""
         if name not in Hardware.preset_names():
             known = ", ".join(Hardware.preset_names())
             raise ValueError(f"there is no hardware preset {name!r}; there are {known}")
@@ -224,7 +199,7 @@ class Hardware:
 
     @staticmethod
     def load(name: str | Path) -> Hardware:
-        """A preset by its name, a file by its path, or `local`: what was measured of this node.
+        """A preset by its name, a file by its path, or `local`: this node as it was measured.
 
         Raises FileNotFoundError, with the names there are, and ValueError for bad content.
         """
@@ -245,20 +220,63 @@ class Hardware:
 
     @staticmethod
     def local() -> Hardware | None:
-        """What `flexgen-ray calibrate` measured of this node; None if it hasn't been run."""
+        """This node as `flexgen-ray calibrate` measured it; None if it hasn't been run here."""
         return Hardware.load(LOCAL) if hardware_file().is_file() else None
 
     @staticmethod
     def from_yaml(path: str | Path) -> Hardware:
-        """ValueError (bad content) and OSError (no such file) name the path."""
+        """Read a hardware file; ValueError (bad content) and OSError (no such file) name it."""
         try:
             return read_yaml(Hardware, Path(path))
         except ValueError as error:
             raise ValueError(
-                f"{error}. If another version wrote it, measure that machine anew: `flexgen-ray "
+                f"{error}. If another version wrote it, measure that machine again: `flexgen-ray "
                 "calibrate`"
             ) from error
 
     def to_yaml(self) -> str:
         """Text that `from_yaml` reads as an equal machine."""
         return to_yaml(self)
+
+
+# {regular expression of torch's name for a GPU, such as "NVIDIA A100-SXM4-80GB": preset}. The H200
+# has the H100's cores and more memory bandwidth. Laptops, slices of a GPU and Grace hosts differ
+# too much.
+_GPUS = {
+    r"(NVIDIA )?Tesla T4|NVIDIA T4": "t4",
+    r"NVIDIA GeForce RTX 4090( D)?": "rtx4090",
+    r"NVIDIA A100[- ][-\w ]*": "a100-80",
+    r"NVIDIA H[12]00([- ][-\w ]*)?": "h100",
+}
+_CORES = 8  # cores that reach the full rate of a preset's host memory
+
+
+def find_preset(device_name: str) -> Hardware | None:
+    """The preset whose GPU torch calls by this name; None if there is none."""
+    if " MIG " in device_name:
+        return None
+    names = [name for gpu, name in _GPUS.items() if re.fullmatch(gpu, device_name)]
+    return Hardware.preset(names[0]) if names else None
+
+
+def adapt_preset(
+    preset: Hardware, memory: MemorySizes, cores: int, disk: DiskRates | None
+) -> Hardware:
+    """The preset with a machine's own memory, number of cores and, if measured, disk.
+
+    With few cores, host memory and host attention are slower in proportion.
+    """
+    share = min(cores / _CORES, 1)
+
+    def slower(rates: AttentionRates) -> AttentionRates:
+        alone, busy = rates.bytes_per_s * share, rates.busy_bytes_per_s * share
+        return replace(rates, bytes_per_s=alone, busy_bytes_per_s=busy)
+
+    flops = preset.host.flops_per_s
+    host = HostRates(
+        preset.host.read_bytes_per_s * share,
+        max(preset.host.joint_bytes_per_s * share, preset.link.h2d_bytes_per_s),
+        tuple(map(slower, preset.host.attention)),
+        None if flops is None else flops * share,
+    )
+    return replace(preset, memory=memory, host=host, disk=disk or preset.disk)
