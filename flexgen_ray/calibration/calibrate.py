@@ -1,6 +1,6 @@
-"""Measures this machine and keeps the result for the planner: `flexgen-ray calibrate`.
+"""Measures this machine and saves the result for the planner: `flexgen-ray calibrate`.
 
-Knows where the result goes and what a person wants to see of it; not how anything is measured.
+The module knows the file and the summary for people; rates.py knows what to measure.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 _MIB = 2**20
 _SMALL_HOP, _LARGE_HOP = 64 * 2**10, 32 * 2**20
 _TRIPS = {_SMALL_HOP: 50, _LARGE_HOP: 5}
-MOST_REPEATS = 5  # measurements of one thing
+MOST_REPEATS = 5  # of one measurement
 _NO_HOPS = "Hops between actors were not measured (--no-use-ray)."
-_HEADER = "# Measured by `flexgen-ray calibrate`; figures may be corrected by hand.\n"
+_HEADER = "# Measured by `flexgen-ray calibrate`; you may correct the figures by hand.\n"
 
 
 def calibrate(
@@ -37,14 +37,14 @@ def calibrate(
     uses_ray: bool = True,
     scope: Scope | None = None,
 ) -> Hardware:
-    """This machine, measured: some minutes, or seconds if quick, with a progress bar.
+    """Measure this machine in some minutes, or in seconds if is_quick, with a progress bar.
 
-    Each figure is measured until two in a row differ by a tenth at most; if quick, once.
+    Each figure is measured until two in a row differ by a tenth at most; if is_quick, once.
 
-    device: auto, cuda or cpu. gpu_memory: bytes that plans may count on; what is free if None.
-    scope: what is measured of dtypes and heads, all if None.
-    Raises ValueError for what isn't there, OSError if the offload folder's disk doesn't do, and
-    RuntimeError, with the figures, if others use the cores or a part exceeds its whole.
+    device: auto, cuda or cpu. gpu_memory: bytes that plans may use, None for all that is free.
+    scope: the dtypes and heads to measure, None for all.
+    Raises ValueError for a device or memory that the machine lacks, OSError if the offload folder's
+    disk fails, and RuntimeError, with the figures, if other processes disturb the measurements.
     """
     import torch
 
@@ -67,7 +67,7 @@ def calibrate(
     scope, effort = scope or Scope(), QUICK if is_quick else THOROUGH
     with show_steps("calibrating", count_measurements(on, scope) + uses_ray) as announce:
         take = Measurer(announce, 1 if is_quick else MOST_REPEATS)
-        found = measure_machine(on, cores, offload_dir, effort, take, scope)
+        measured = measure_machine(on, cores, offload_dir, effort, take, scope)
         network = _network(announce) if uses_ray else None
     return Hardware(
         name=machine.host,
@@ -76,24 +76,25 @@ def calibrate(
         notes=" ".join(([] if uses_ray else [_NO_HOPS]) + take.notes),
         versions=_versions(),
         memory=memory,
-        link=found.link,
-        disk=found.disk,
-        host=found.host,
-        device=found.device,
+        link=measured.link,
+        disk=measured.disk,
+        host=measured.host,
+        device=measured.device,
         network=network,
     )
 
 
 def save(hardware: Hardware, path: Path) -> None:
-    """Writes a file that Hardware.load reads; its folder is made if need be."""
+    """Write a file that Hardware.load reads, and its folder if it doesn't exist."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, _HEADER + hardware.to_yaml())
 
 
 def memory_sizes(machine: Machine, gpu_memory: int | None) -> MemorySizes:
-    """What is free, in whole MiB; without a GPU half of the host's memory is its tier, unless told.
+    """Free bytes of each tier, in whole MiB.
 
-    Raises ValueError if that is more than there is.
+    Without a GPU, its tier is gpu_memory or half of the host's memory.
+    Raises ValueError if gpu_memory is more than what is free.
     """
     on_cuda = machine.on_cuda
     free = machine.gpu_bytes if on_cuda else machine.cpu_bytes // 2
@@ -108,7 +109,7 @@ def memory_sizes(machine: Machine, gpu_memory: int | None) -> MemorySizes:
 
 
 def summary(hardware: Hardware) -> Iterator[tuple[str, str]]:
-    """(what, figures), a table for people; GB are 1e9 bytes."""
+    """Lines of a table for people: a name and its figures; a GB is 1e9 bytes."""
     sizes, link, disk, host = hardware.memory, hardware.link, hardware.disk, hardware.host
     gpu, cpu, space = map(format_bytes, (sizes.gpu, sizes.cpu, sizes.disk))
     yield "memory", f"gpu {gpu}, cpu {cpu}, disk {space}"
@@ -118,7 +119,7 @@ def summary(hardware: Hardware) -> Iterator[tuple[str, str]]:
     yield "disk", f"{_gb(disk.read_bytes_per_s, disk.write_bytes_per_s)} GB/s read, written"
     joint = f"{_gb(host.joint_bytes_per_s)} by link and attention together"
     yield "host memory", f"{_gb(host.read_bytes_per_s)} GB/s read, {joint}"
-    yield "host attention", "GB/s alone / with the link busy, by query heads a KV head"
+    yield "host attention", "GB/s alone / with the link busy, by query heads for each KV head"
     for dtype in dict.fromkeys(it.dtype for it in host.attention):
         yield f"  {dtype}", ", ".join(_best_kernels(hardware, dtype))
     yield from _device_summary(hardware.device)
@@ -143,9 +144,12 @@ def _device_summary(device: DeviceRates) -> Iterator[tuple[str, str]]:
         parts = (
             f"copies {shares.copies:.2g}, disk {shares.disk:.2g}, attention {shares.attention:.2g}"
         )
-        yield "cores", f"taken from products by {parts}"
+        yield "cores", f"fraction that other work takes from matrix products: {parts}"
     if device.dequantize_bytes_per_s is not None:
-        yield "unpacking", f"{_gb(device.dequantize_bytes_per_s)} GB/s of 4-bit values, as 16 bits"
+        yield (
+            "dequantizing",
+            f"{_gb(device.dequantize_bytes_per_s)} GB/s of 16-bit values, from 4 bits",
+        )
     yield "matrix products", "TFLOP/s by rows"
     for gemm in device.gemm:
         by_rows = (f"{rows}: {rate / 1e12:.3g}" for rows, rate in gemm.flops_per_s)
@@ -157,7 +161,7 @@ def _gb(*rates: float) -> str:
 
 
 def _network(announce: Callable[[str], None]) -> NetworkRates:
-    """Of two actors on this node: what a hop costs at least, wherever the other stage is."""
+    """Rates between two actors on this node; between two nodes, hops take longer."""
     from flexgen_ray.distributed.hop_benchmark import measure_hops
 
     announce("hops between two actors")

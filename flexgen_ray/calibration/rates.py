@@ -1,7 +1,7 @@
-"""Everything that a planner needs to know of this machine's device, links, disk and host, measured.
+"""Measures all rates of this machine's device, link, disk and host that the planner needs.
 
-Each rate is the median of what a resource alone gave, for predictions are of what happens; shapes
-are those of common models, not of one. Knows what to measure; how is measure.py's.
+Each rate is the median of several runs, since a prediction is of typical times; shapes are those of
+common models. The module decides what to measure; hardware/measure.py measures.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from flexgen_ray.store.tiers import TORCH_DTYPE
 
 GEMM_ROWS = (1, 4, 16, 64, 256, 1024)
 _HOST_WIDTH = 1024
-_SLOW_PRODUCT_SECONDS = 0.25
+_SLOW_GEMM_SECONDS = 0.25  # matrix products that take longer need no more rows
 _DECODING_ROWS, _PREFILL_ROWS = 8, 512
 _LEAST_SHARE = 0.01
 _HOST = torch.device("cpu")
@@ -41,8 +41,11 @@ _HOST = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Effort:
-    """Seconds for each measurement, bytes of each of two buffers, and the shapes that are used;
-    width: a model's hidden size on a CPU, half of that on a GPU."""
+    """Time, memory and shapes of the measurements.
+
+    seconds: for each measurement. nbytes: of each of two buffers. width: a model's hidden size on a
+    CPU, and half of that on a GPU.
+    """
 
     seconds: float
     nbytes: int
@@ -56,7 +59,7 @@ QUICK = Effort(0.005, 8 * 2**20, 256, CacheShape(4, 8, 8, 64, 128))
 
 @dataclass(frozen=True)
 class MeasuredRates:
-    """Of a machine, without what lies beyond it."""
+    """The rates of a machine, without those of the network."""
 
     link: LinkRates
     disk: DiskRates
@@ -66,30 +69,30 @@ class MeasuredRates:
 
 @dataclass(frozen=True)
 class Scope:
-    """Of which dtypes and head groups the rates are measured, if not of all."""
+    """The dtypes and the numbers of query heads for each KV head to measure."""
 
     dtypes: tuple[str, ...] = CACHE_DTYPES
     queries_per_kv_head: tuple[int, ...] = (1, 4, 8)
 
     def gemm_dtypes(self, device: torch.device) -> list[str]:
-        """Before Ampere a GPU has no fast products in bfloat16."""
+        """Dtypes of matrix products; GPUs older than Ampere have none in bfloat16."""
         has_all = device.type == "cpu" or torch.cuda.get_device_capability(device) >= (8, 0)
-        known = [dtype for dtype in TORCH_DTYPE if has_all or dtype != "bfloat16"]
-        return [dtype for dtype in known if dtype in self.dtypes]
+        supported = [dtype for dtype in TORCH_DTYPE if has_all or dtype != "bfloat16"]
+        return [dtype for dtype in supported if dtype in self.dtypes]
 
 
 EVERYTHING = Scope()
 
 
 def count_measurements(device: torch.device, scope: Scope = EVERYTHING) -> int:
-    """How often `measure_machine` announces one."""
+    """Number of measurements that `measure_machine` announces."""
     gemms = len(scope.gemm_dtypes(device)) * len(GEMM_ROWS)
     shares = 3 if device.type == "cpu" else 0
-    return 11 + shares + len(list(_attended(scope))) + gemms
+    return 11 + shares + len(list(_attention_cases(scope))) + gemms
 
 
-def _attended(scope: Scope) -> Iterator[tuple[str, str, int]]:
-    """(kernel, dtype, queries a KV head) of host attention."""
+def _attention_cases(scope: Scope) -> Iterator[tuple[str, str, int]]:
+    """Cases of host attention: kernel, dtype, query heads for each KV head."""
     return product(KERNELS, scope.dtypes, scope.queries_per_kv_head)
 
 
@@ -101,16 +104,17 @@ def measure_machine(
     take: Measurer,
     scope: Scope = EVERYTHING,
 ) -> MeasuredRates:
-    """Takes twice effort.nbytes of memory, and as much of the folder's disk; gives all back.
+    """Measure this machine.
 
-    Raises OSError, naming the folder, if its disk doesn't do, and Unsteady, with the figures, if
-    others use the machine.
+    Uses twice effort.nbytes of memory and effort.nbytes of the folder's disk, and frees all.
+    Raises OSError, which names the folder, if its disk fails, and Unsteady, with the figures, if
+    other processes use the machine.
     """
     num_threads = torch.get_num_threads()
     try:
         with torch.inference_mode(), Bench(device, effort.nbytes, effort.seconds, median) as bench:
             disk = DiskRates(*map(_rounded, take("disk", lambda: bench.disk_rates(folder))))
-            torch.set_num_threads(1)  # copies have a core each
+            torch.set_num_threads(1)  # As in a run, each direction of copies has one core.
             link = _link(bench, take)
             host = _host(bench, effort.cache, cores, take, scope)
             torch.set_num_threads(cores.device)
@@ -128,35 +132,38 @@ def _link(bench: Bench, take: Measurer) -> LinkRates:
     (h2d,) = take("link, host to device", lambda: [bench.rate(*to_device)])
     (d2h,) = take("link, device to host", lambda: [bench.rate(*to_host)])
     both = take("link, both directions", lambda: bench.measure_together(to_device, to_host))
-    what = "the link gave {} GB/s to a direction while it was busy, and {} alone"
-    busy = (take.check_part(*pair, what) for pair in zip(both, (h2d, d2h), strict=True))
+    message = "one direction of the link reached {} GB/s while both were busy, and {} alone"
+    busy = (take.check_part(*pair, message) for pair in zip(both, (h2d, d2h), strict=True))
     return LinkRates(*map(_rounded, (h2d, d2h, *busy)))
 
 
 def _host(bench: Bench, cache: CacheShape, cores: Cores, take: Measurer, scope: Scope) -> HostRates:
-    """Attention by kernel, dtype and shape. What the best case moves together with the link is
-    what host memory gives to both."""
+    """Rates of host memory and of host attention by kernel, dtype and shape.
+
+    The joint rate is that of the attention case that moves most together with the link.
+    """
     torch.set_num_threads(cores.total)
     (read,) = take("host memory", lambda: [bench.read_rate(_HOST)])
     torch.set_num_threads(cores.host)
     kernels = {name: load_kernel(name, cores.host) for name in KERNELS}
     copying = bench.copier(to_device=True)
     entries, joint = [], 0.0
-    for name, dtype, group in _attended(scope):
+    for name, dtype, group in _attention_cases(scope):
         bits = None if dtype in TORCH_DTYPE else int(dtype.removeprefix("int"))
         shape = replace(cache, num_heads=group * cache.num_kv_heads, bits=bits)
-        # Whatever dtype queries have, packed values become float32.
+        # Quantized values become float32, so the dtype of the queries doesn't matter.
         of_queries = TORCH_DTYPE.get(dtype, torch.float16)
         attending = bench.attender(kernels[name], of_queries, shape)
-        what = f"host attention, {name}, {dtype}, {group} queries a KV head"
-        alone, busy, link = take(what, partial(_alone_and_beside, bench, attending, copying))
-        busy = take.check_part(busy, alone, f"{what}: {{}} GB/s beside the link, and {{}} alone")
+        case = f"host attention, {name}, {dtype}, {group} query heads for each KV head"
+        alone, busy, link = take(case, partial(_alone_and_beside, bench, attending, copying))
+        message = f"{case}: {{}} GB/s while the link was busy, and {{}} alone"
+        busy = take.check_part(busy, alone, message)
         entries.append(AttentionRates(name, dtype, group, _rounded(alone), _rounded(busy)))
         joint = max(joint, busy + link)
-    told = "host memory gave {} GB/s to link and attention together, and {} to a plain read"
-    if take.most == 1:
+    if take.max_repeats == 1:
         read = max(read, joint)
-    joint = take.check_part(joint, read, told)
+    message = "host memory gave {} GB/s to link and attention together, and {} to a plain read"
+    joint = take.check_part(joint, read, message)
     torch.set_num_threads(cores.total)
     product = partial(bench.gemm_rate, torch.float32, GEMM_ROWS[-1], (_HOST_WIDTH,) * 2, True)
     (flops,) = take("matrix products of the host", lambda: [product()])
@@ -166,11 +173,12 @@ def _host(bench: Bench, cache: CacheShape, cores: Cores, take: Measurer, scope: 
 def _alone_and_beside(
     bench: Bench, work: tuple[float, Action], other: tuple[float, Action]
 ) -> list[float]:
-    """Rates of the first alone, and of both together."""
+    """Rates of the first work alone, of the first beside the other, and of the other."""
     return [bench.rate(*work), *bench.measure_together(work, other)]
 
 
 def _device(bench: Bench, effort: Effort, take: Measurer, scope: Scope) -> DeviceRates:
+    """Rates of the device: memory, attention, dequantization, small ops, sampling, products."""
     device, is_cpu = bench.device, bench.device.type == "cpu"
     (memory,) = take("device memory", lambda: [bench.read_rate(device)])
     rows = effort.cache.rows * (1 if is_cpu else 4)
@@ -178,9 +186,9 @@ def _device(bench: Bench, effort: Effort, take: Measurer, scope: Scope) -> Devic
     shape = replace(effort.cache, rows=rows)
     (attention,) = take("device attention", lambda: [bench.device_attention_rate(dtype, shape)])
     matrix = effort.width, 4 * effort.width
-    (unpacked,) = take("unpacking", lambda: [bench.dequantize_rate(dtype, 4, matrix)])
+    (dequantized,) = take("dequantizing", lambda: [bench.dequantize_rate(dtype, 4, matrix)])
     few_and_many = _DECODING_ROWS, _PREFILL_ROWS
-    launch, elementwise = take("launches", lambda: bench.small_ops(few_and_many, effort.width))
+    launch, elementwise = take("small ops", lambda: bench.small_ops(few_and_many, effort.width))
     if not is_cpu:
         launch = bench.launch_seconds()
     (sampled,) = take("sampling", lambda: [bench.sampling_rate()])
@@ -194,7 +202,7 @@ def _device(bench: Bench, effort: Effort, take: Measurer, scope: Scope) -> Devic
         _rounded(attention),
         _rounded(launch),
         gemm,
-        _rounded(unpacked),
+        _rounded(dequantized),
         elementwise_bytes_per_s=_rounded(elementwise),
         sampled_values_per_s=_rounded(sampled),
     )
@@ -203,9 +211,12 @@ def _device(bench: Bench, effort: Effort, take: Measurer, scope: Scope) -> Devic
 def _core_shares(
     bench: Bench, effort: Effort, cores: Cores, folder: Path, take: Measurer
 ) -> CoreShares:
-    """Of a product of a decoding batch. More than all would mean that taking turns were faster; it
-    is seen where copies never pause, and not in runs."""
-    multiply = bench.product(torch.float32, _DECODING_ROWS, (4 * effort.width, effort.width))
+    """Fractions of a decoding batch's matrix product that other work costs, on a CPU.
+
+    A fraction above one would mean that taking turns is faster. It occurs with copies that never
+    pause, which runs don't have, so it is reduced to one.
+    """
+    multiply = bench.gemm(torch.float32, _DECODING_ROWS, (4 * effort.width, effort.width))
 
     def share(name: str, other: tuple[float, Action]) -> float:
         (taken,) = take(name, lambda: [bench.share_taken(multiply, other)], TENTH)
@@ -219,15 +230,17 @@ def _core_shares(
 
 
 def _gemm(bench: Bench, effort: Effort, dtype: str, take: Measurer) -> Iterator[tuple[int, float]]:
-    """(rows, flops a second) of an MLP's products, of which models mostly consist; no more rows
-    once one is slow, for its rate has settled."""
+    """Pairs of rows and flops per second of an MLP's products, which dominate most models.
+
+    Stops once a product is slow, since its rate grows no more.
+    """
     width = effort.width * (1 if bench.device.type == "cpu" else 2)
     up, down = (4 * width, width), (width, 4 * width)
     seconds = 0.0
     for rows in GEMM_ROWS:
         name = f"matrix products, {dtype}, {rows} rows"
-        if seconds >= _SLOW_PRODUCT_SECONDS:
-            take.announce(name)
+        if seconds >= _SLOW_GEMM_SECONDS:
+            take.announce(name)  # Progress counts the measurements that are skipped, too.
         else:
             measure = partial(bench.gemm_rate, TORCH_DTYPE[dtype], rows)
             rates = take(name, partial(_each, measure, (up, down)))
@@ -241,5 +254,5 @@ def _each(measure: Callable[[tuple[int, int]], float], shapes: Iterable) -> list
 
 
 def _rounded(rate: float) -> float:
-    """To four digits: measurements aren't better, and files are read by people."""
+    """The rate in four digits: measurements aren't more accurate, and people read the files."""
     return float(f"{rate:.4g}")

@@ -1,8 +1,7 @@
 """Repeats measurements until they agree, and refuses those that can't be right.
 
-Knows figures and who else uses the cores; not what is measured.
-
-What other processes, and other machines on the same host, take of the cores meanwhile.
+Measurements are wrong while other processes, or other machines on the same host, use the cores; so
+their load is watched. The module knows figures; not what is measured.
 """
 
 from __future__ import annotations
@@ -16,28 +15,8 @@ from typing import Protocol
 
 import psutil
 
-
-class OtherLoad:
-    """Counts from when it is made. `cores`: that others have kept busy since, on average; from a
-    few tenths up, figures taken meanwhile mean little."""
-
-    def __init__(self) -> None:
-        self._busy, self._began = _busy_elsewhere(), time.perf_counter()
-
-    @property
-    def cores(self) -> float:
-        seconds = time.perf_counter() - self._began
-        return max((_busy_elsewhere() - self._busy) / seconds, 0.0)
-
-
-def _busy_elsewhere() -> float:
-    """Processor seconds since boot that this process didn't use and that weren't idle."""
-    cpu = psutil.cpu_times()
-    return sum(cpu) - cpu.idle - cpu.iowait - cpu.guest - cpu.guest_nice - time.process_time()
-
-
-TENTH = 0.1  # by which two measurements, or a part and its whole, may differ
-_REMEDY = "end what else runs on this machine and calibrate again"
+TENTH = 0.1  # relative difference allowed between two measurements, or a part and its whole
+_REMEDY = "end other programs on this machine and calibrate again"
 
 
 class LoadWatch(Protocol):
@@ -47,19 +26,42 @@ class LoadWatch(Protocol):
 
 
 class Unsteady(RuntimeError):
-    """Measurements that can't be relied on; the message has the figures and the remedy."""
+    """Unreliable measurements; the message has the figures and the remedy."""
+
+
+class OtherLoad:
+    """The load of other processes since this was made.
+
+    With a few tenths of a core or more, measurements of that time mean little.
+    """
+
+    def __init__(self) -> None:
+        self._busy, self._began = _busy_elsewhere(), time.perf_counter()
+
+    @property
+    def cores(self) -> float:
+        """Mean number of cores that other processes have kept busy since."""
+        seconds = time.perf_counter() - self._began
+        return max((_busy_elsewhere() - self._busy) / seconds, 0.0)
+
+
+def _busy_elsewhere() -> float:
+    """Processor seconds since boot that were busy, but not with this process."""
+    cpu = psutil.cpu_times()
+    return sum(cpu) - cpu.idle - cpu.iowait - cpu.guest - cpu.guest_nice - time.process_time()
 
 
 @dataclass
 class Measurer:
-    """Takes measurements by name.
+    """Repeats measurements until they agree.
 
-    announce: called once with each name. most: measurements of one thing; 1 takes the first as it
-    is. watch: makes what counts the cores that others use. notes: what still differed in the end.
+    announce: called once with each measurement's name. max_repeats: of one measurement; 1 takes the
+    first as it is. watch: makes a watch of other processes' load. notes: sentences about
+    measurements that never agreed.
     """
 
     announce: Callable[[str], None]
-    most: int = 5
+    max_repeats: int = 5
     watch: Callable[[], LoadWatch] = OtherLoad
     num_cores: int = os.cpu_count() or 1
     notes: list[str] = field(default_factory=list)
@@ -67,49 +69,51 @@ class Measurer:
     def __call__(
         self, name: str, measure: Callable[[], Sequence[float]], slack: float = 0.0
     ) -> tuple[float, ...]:
-        """Figures of two measurements in a row that differ by a tenth, or by slack, at most; the
-        median of all, and a note, if none do.
+        """The mean figures of the first two measurements in a row that agree.
 
-        Raises Unsteady if others used the cores during every one of them.
+        Two figures agree if they differ by a tenth of the larger or by slack, at most. If none
+        agree, returns the median of all and adds a note.
+        Raises Unsteady if other processes used the cores during nearly all of them.
         """
         self.announce(name)
-        if self.most == 1:
+        if self.max_repeats == 1:
             return tuple(measure())
-        found: list[tuple[float, ...]] = []
-        elsewhere: list[float] = []
-        for _ in range(2 * self.most):
+        accepted: list[tuple[float, ...]] = []
+        loads: list[float] = []  # cores that others used during each measurement
+        for _ in range(2 * self.max_repeats):
             watch = self.watch()
             figures = tuple(measure())
-            elsewhere.append(watch.cores)
-            if elsewhere[-1] > max(0.5, TENTH * self.num_cores):
-                if len(elsewhere) - len(found) >= self.most:
+            loads.append(watch.cores)
+            if loads[-1] > max(0.5, TENTH * self.num_cores):
+                if len(loads) - len(accepted) >= self.max_repeats:
                     break
                 continue
-            found.append(figures)
-            if len(found) > 1 and _are_close(found[-2], found[-1], slack):
-                return tuple(sum(pair) / 2 for pair in zip(*found[-2:], strict=True))
-            if len(found) == self.most:
+            accepted.append(figures)
+            if len(accepted) > 1 and _agree(accepted[-2], accepted[-1], slack):
+                return tuple(sum(pair) / 2 for pair in zip(*accepted[-2:], strict=True))
+            if len(accepted) == self.max_repeats:
                 break
-        if len(found) < 2:
+        if len(accepted) < 2:
             raise Unsteady(
-                f"other processes kept {median(elsewhere):.1f} of {self.num_cores} cores busy in "
-                f"{len(elsewhere)} measurements of {name}; {_REMEDY}"
+                f"other processes kept {median(loads):.1f} of {self.num_cores} cores busy in "
+                f"{len(loads)} measurements of {name}; {_REMEDY}"
             )
-        self.notes.append(f"{name}: {len(found)} measurements differed by more than a tenth.")
-        return tuple(median(each) for each in zip(*found, strict=True))
+        self.notes.append(f"{name}: {len(accepted)} measurements differed by more than a tenth.")
+        return tuple(median(each) for each in zip(*accepted, strict=True))
 
-    def check_part(self, part: float, whole: float, what: str, unit: float = 1e9) -> float:
-        """The part, cut to its whole where it is a tenth more at most, or if most is 1.
+    def check_part(self, part: float, whole: float, message: str, unit: float = 1e9) -> float:
+        """The part, reduced to the whole if it is slightly larger.
 
-        what: words with a place for the part and one for the whole, which are divided by unit.
-        Raises Unsteady with the figures if the part is larger.
+        Up to a tenth more is taken for an error of measurement, and anything if max_repeats is 1.
+        message: a sentence with a place for the part and one for the whole, in units of `unit`.
+        Raises Unsteady with that sentence if the part is larger.
         """
-        if self.most > 1 and part > whole * (1 + TENTH):
-            figures = what.format(f"{part / unit:.3g}", f"{whole / unit:.3g}")
-            raise Unsteady(f"{figures}, but a part can't exceed its whole; {_REMEDY}")
+        if self.max_repeats > 1 and part > whole * (1 + TENTH):
+            figures = message.format(f"{part / unit:.3g}", f"{whole / unit:.3g}")
+            raise Unsteady(f"{figures}, but a part can't exceed the whole; {_REMEDY}")
         return min(part, whole)
 
 
-def _are_close(a: tuple[float, ...], b: tuple[float, ...], slack: float) -> bool:
+def _agree(a: tuple[float, ...], b: tuple[float, ...], slack: float) -> bool:
     pairs = zip(a, b, strict=True)
     return all(abs(x - y) <= max(TENTH * max(abs(x), abs(y)), slack) for x, y in pairs)

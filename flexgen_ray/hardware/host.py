@@ -84,7 +84,7 @@ def release_openmp_team() -> None:
 def tune_malloc_for_loading() -> None:
     """Give large temporaries back to the system when they are freed.
 
-    While weights load, each temporary has the size of another tensor, so keeping them wastes memory.
+    While weights load, each temporary has the size of another tensor, so keeping one is waste.
     """
     _set_malloc(_M_ARENA_MAX, 1)
     _set_malloc(_M_MMAP_THRESHOLD, 4 * _MIB)

@@ -27,7 +27,7 @@ def load_calibrated(uses_cuda: bool) -> Hardware | None:
 def assume_from_preset(
     device_name: str, memory: MemorySizes, cores: int, offload_dir: Path
 ) -> Hardware | None:
-    """The preset for this GPU, with the node's own memory, cores and disk; None without a preset."""
+    """The preset for this GPU, with the node's own memory, cores and disk, if there is one."""
     preset = find_preset(device_name)
     if preset is None:
         return None

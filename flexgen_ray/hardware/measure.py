@@ -1,13 +1,10 @@
 """Short measurements of a machine, one resource or several at a time.
 
-`Bench` has the memory that they use and the time that each may take. A rate is that of the fastest
-run, or of a usual one; where several actions share something, it is each one's mean. Knows kernels,
-copies and disks; not what their rates are for.
-
-What this machine gives a plan, resource by resource: short measurements, the best of several.
-
-Each resource is measured alone, so a bound made of these rates is one that nothing can beat.
-Knows plans; how to measure is measure.py's.
+`Bench` has the buffers that measurements use, and the time that each may take. A rate is that of
+the fastest run, or of the median run; of actions at the same time, it is each one's mean.
+`measure_rates` gives the rates of a plan: each resource is measured alone, so nothing can beat a
+bound made of them. The module knows kernels, copies and disks; calibration/ decides what to measure
+for the planner.
 """
 
 from __future__ import annotations
@@ -38,17 +35,24 @@ from flexgen_ray.store.disk import DiskTier
 from flexgen_ray.store.memory import MemoryTier
 from flexgen_ray.store.tiers import TORCH_DTYPE
 
-FREE = 1e18  # of a resource that the run doesn't use
-SECONDS = 0.3  # for each measurement
-BUFFER = 256 * 2**20  # bytes; larger than any cache
+FREE = 1e18  # rate of a resource that the run doesn't use
+SECONDS = 0.3  # time for each measurement
+BUFFER = 256 * 2**20  # bytes of each buffer, more than any processor cache has
+Action = Callable[[], object]
+
+PIECE = 32 * 2**20  # bytes of one copy, as in a run; larger copies are hardly faster
+_HOST = torch.device("cpu")
+_LEAST_SECONDS = 2e-3  # least time of a run; shorter actions are repeated
+_MOST_REPEATS = 1000
+_LEAST_OPS = 3
 
 
 def measure_rates(
     plan: StagePlan, budget: Budget, device: torch.device, offload_dir: Path, attend: HostKernel
 ) -> HardwareSpec:
-    """Rates of this process's device, links, disk and host, for the plan's shapes and dtype.
+    """Rates of this process's device, link, disk and host, for the plan's shapes and dtype.
 
-    Takes no more memory than the budget, and gives it back.
+    Uses no more memory than the budget, and frees it. attend: the host's attention kernel.
     """
     nbytes = aligned(min(BUFFER, (budget.cpu + budget.gpu) // 6), PAGE)
     config, dtype = plan.config, TORCH_DTYPE[plan.dtype]
@@ -78,19 +82,12 @@ def measure_rates(
         )
 
 
-Action = Callable[[], object]
-
-PIECE = 32 * 2**20  # bytes of one copy, as in a run; larger ones are hardly faster
-_HOST = torch.device("cpu")
-_LEAST_SECONDS = 2e-3  # of a run that is timed; shorter actions are repeated
-_MOST_REPEATS = 1000
-_LEAST_OPS = 3
-
-
 @dataclass(frozen=True)
 class CacheShape:
-    """Keys and values of some rows in one layer, and the query heads that attend them; bits: of a
-    packed cache."""
+    """The cache of one layer for some rows, and the query heads that attend it.
+
+    context: tokens of each row. bits: of a quantized cache, else None.
+    """
 
     rows: int
     num_heads: int
@@ -101,19 +98,21 @@ class CacheShape:
 
     @property
     def width(self) -> int:
-        """Of a token's keys or values of one KV head: elements, or bytes where they are packed."""
+        """Elements of a token's keys in one KV head, or their bytes in a quantized cache."""
         return packed_bytes(self.head_dim, self.bits) if self.bits else self.head_dim
 
     @property
     def numel(self) -> int:
+        """Elements, or bytes if quantized, of all keys and values."""
         return 2 * self.rows * self.num_kv_heads * self.context * self.width
 
 
 class Bench(AbstractContextManager):
-    """Two buffers of nbytes, one on the host (registered, with CUDA), one on the device.
+    """Measurements with two buffers of nbytes, one on the host, one on the device.
 
-    seconds: for each measurement. of_runs: which of its runs' times counts, min for a bound that
-    nothing beats, median for what may be expected.
+    With CUDA the host's buffer is registered.
+    seconds: time for each measurement. statistic: of the times of its runs, min for a bound that
+    nothing beats, median for a typical time.
     """
 
     def __init__(
@@ -121,16 +120,16 @@ class Bench(AbstractContextManager):
         device: torch.device,
         nbytes: int,
         seconds: float,
-        of_runs: Callable[[list[float]], float] = min,
+        statistic: Callable[[list[float]], float] = min,
     ) -> None:
         self.device = device
         self.seconds = seconds
-        self._of_runs = of_runs
+        self._statistic = statistic
         self.nbytes = nbytes
         self._tier = MemoryTier("cpu", nbytes, _HOST, pinned=device.type == "cuda")
         self.host = self._tier.allocate("measurements", nbytes).fill_(1)
         self.on_device = torch.ones(nbytes, dtype=torch.uint8, device=device)
-        _wait(device)  # copies have streams of their own
+        _wait(device)  # Copies run on streams of their own, which don't wait for this one.
 
     def __exit__(self, *_: object) -> None:
         self._tier.close()
@@ -139,9 +138,9 @@ class Bench(AbstractContextManager):
             torch.cuda.empty_cache()
 
     def rate(self, amount: float, action: Action, device: torch.device = _HOST) -> float:
-        """Amount a second; a first run, which may compile, is left out.
+        """Amount per second of an action; a first run, which may compile, is left out.
 
-        device: that the action is issued to, and may go on after the call.
+        device: the one that runs the action, perhaps still when the call returns.
         """
         action()
         _wait(device)
@@ -156,11 +155,14 @@ class Bench(AbstractContextManager):
             taken = max(now - started, 1e-9)
             runs.append(taken / count)
             count = min(max(count, ceil(count * _LEAST_SECONDS / taken)), _MOST_REPEATS)
-        return amount / self._of_runs(runs)
+        return amount / self._statistic(runs)
 
     def measure_together(self, *works: tuple[float, Action]) -> list[float]:
-        """Amounts a second of actions that run at the same time: the first in this thread, the
-        others on a core each. An action returns when its work is done."""
+        """Amounts per second of actions that run at the same time.
+
+        works: pairs of an amount and an action that returns when its work is done. The first runs
+        in this thread, each other in a thread with one core.
+        """
         for _, action in works:
             action()
         num_threads = torch.get_num_threads()
@@ -174,7 +176,7 @@ class Bench(AbstractContextManager):
             torch.set_num_threads(num_threads)
 
     def copier(self, to_device: bool) -> tuple[int, Action]:
-        """Bytes of a piece, and what copies the next one over the link and waits for it."""
+        """Bytes of a piece, and an action that copies the next piece and waits for it."""
         ends = (self.host, self.on_device) if to_device else (self.on_device, self.host)
         size = min(PIECE, self.nbytes)
         sources, targets = (end[: self.nbytes // size * size].split(size) for end in ends)
@@ -193,14 +195,16 @@ class Bench(AbstractContextManager):
         return size, copy
 
     def read_rate(self, device: torch.device) -> float:
-        """Bytes a second of a plain read of the host's or the device's memory."""
+        """Bytes per second of a plain read of the host's or the device's memory."""
         memory = self.host if device.type == "cpu" else self.on_device
         return self.rate(memory.nbytes, memory.view(torch.float32).sum, device)
 
     @contextmanager
     def disk(self, folder: Path) -> Iterator[tuple[tuple[int, Action], tuple[int, Action]]]:
-        """Bytes, and what reads them from disk, and the same of writing: all of the buffer. OSError
-        names the folder. The file has no name: it goes however this ends."""
+        """Bytes and an action that reads the whole buffer from disk, then the same for a write.
+
+        The file has no name, so the system deletes it however this ends. OSError names the folder.
+        """
         tier, size = DiskTier(self.nbytes, folder), self.nbytes
         try:
             region = tier.allocate("measurements", size)
@@ -211,19 +215,19 @@ class Bench(AbstractContextManager):
             tier.close()
 
     def disk_rates(self, folder: Path) -> tuple[float, float]:
-        """Bytes a second read and written."""
+        """Bytes per second of disk reads and writes."""
         with self.disk(folder) as (reading, writing):
             return self.rate(*reading), self.rate(*writing)
 
     def gemm_rate(
         self, dtype: torch.dtype, rows: int, shape: tuple[int, int], on_host: bool = False
     ) -> float:
-        """Flops a second of a `product`."""
+        """Flops per second of a `gemm`."""
         flops, device = 2.0 * rows * shape[0] * shape[1], _HOST if on_host else self.device
-        return self.rate(flops, self.product(dtype, rows, shape, on_host), device)
+        return self.rate(flops, self.gemm(dtype, rows, shape, on_host), device)
 
     def dequantize_rate(self, dtype: torch.dtype, bits: int, shape: tuple[int, int]) -> float:
-        """Values a second, as 16 bits each, that the device unpacks of one matrix after another."""
+        """Bytes per second of 16-bit values that the device dequantizes, matrix after matrix."""
         packed_shape = shape[0], packed_bytes(shape[1], bits)
         size = packed_shape[0] * packed_shape[1]
         memory = self.on_device[: len(self.on_device) // size * size]
@@ -234,40 +238,49 @@ class Bench(AbstractContextManager):
     def attender(
         self, kernel: HostKernel, dtype: torch.dtype, shape: CacheShape
     ) -> tuple[int, Action]:
-        """Bytes of K and V of some rows, and what attends the next ones on the host; dtype: of the
-        queries, and of a cache that isn't packed."""
-        memory = _room(self.host, torch.uint8 if shape.bits else dtype, shape.numel)
+        """Bytes of keys and values, and an action in which the host attends the next ones.
+
+        dtype: of the queries, and of a cache that isn't quantized.
+        """
+        memory = _filled(self.host, torch.uint8 if shape.bits else dtype, shape.numel)
         return _attender(kernel, memory, shape, dtype)
 
     def device_attention_rate(self, dtype: torch.dtype, shape: CacheShape) -> float:
-        """Bytes of K and V a second that the device attends in decoding."""
-        memory = _room(self.on_device, dtype, shape.numel)
+        """Bytes of keys and values per second that the device attends in decoding."""
+        memory = _filled(self.on_device, dtype, shape.numel)
         return self.rate(*_attender(load_kernel("sdpa", 1), memory, shape, dtype), self.device)
 
     def sampling_rate(self) -> float:
-        """Logits a second of which tokens are drawn."""
+        """Logits per second of which tokens are drawn."""
         logits = torch.randn(12, 2**17, device=self.device)
         draws = [SamplingRow(1.0, 1.0, 0.5)] * len(logits)
         return self.rate(logits.numel(), lambda: sample(logits, draws), self.device)
 
     def launch_seconds(self) -> float:
-        """To issue an op that does next to nothing."""
+        """Seconds to issue an op that does next to nothing."""
         x = torch.zeros(16, device=self.device)
         return 1 / self.rate(1, lambda: x.add_(1), self.device)
 
     def small_ops(self, rows: tuple[int, int], width: int) -> tuple[float, float]:
-        """Of ops between products: the seconds that each takes however small it is, and the bytes a
-        second that it reads and writes; from how long they take on few rows, and on many."""
-        (few, short), (many, long) = ((count, self._between(count, width)) for count in rows)
-        of_row = max(long - short, 1e-12) / (many - few)
-        # A norm and a copy read and write each value, a sum reads two.
-        passed = width * 4 * (2 + 3 + 2) / 3
-        return max(short - few * of_row, 1e-9), passed / of_row
+        """Seconds of an op between matrix products, and the bytes per second that it moves.
 
-    def _between(self, rows: int, width: int) -> float:
-        """Mean seconds of an op that comes after a product, which left nothing of it in the caches:
-        a norm, a sum or a copy, in turn."""
-        multiply = self.product(torch.float32, rows, (width, width))
+        The time of an op is a constant and a part for each row; times with few rows and with many
+        give both. The constant counts however small the op is.
+        """
+        (few, short), (many, long) = (
+            (count, self._seconds_after_gemm(count, width)) for count in rows
+        )
+        seconds_per_row = max(long - short, 1e-12) / (many - few)
+        # Mean of a norm and a copy, which read and write each value, and a sum, which reads two.
+        bytes_per_row = width * 4 * (2 + 3 + 2) / 3
+        return max(short - few * seconds_per_row, 1e-9), bytes_per_row / seconds_per_row
+
+    def _seconds_after_gemm(self, rows: int, width: int) -> float:
+        """Mean seconds of a norm, a sum or a copy, in turn, each after a matrix product.
+
+        As in a model, the product has evicted the op's operands from the processor's caches.
+        """
+        multiply = self.gemm(torch.float32, rows, (width, width))
         x, y = torch.full((2, rows, width), 0.5, device=self.device)
         ops = cycle((lambda: F.layer_norm(x, (width,)), lambda: x + y, lambda: x.copy_(y)))
         taken: list[float] = []
@@ -279,20 +292,24 @@ class Bench(AbstractContextManager):
             next(ops)()
             _wait(self.device)
             taken.append(time.perf_counter() - started)
+        # The slowest tenth is left out: other processes interrupted these.
         return fmean(sorted(taken)[: ceil(0.9 * len(taken))])
 
-    def product(
+    def gemm(
         self, dtype: torch.dtype, rows: int, shape: tuple[int, int], on_host: bool = False
     ) -> Action:
-        """A product of so many rows; shape: of its weight, [out, in], of which there are as many
-        as the buffer holds, so that it is read from memory each time."""
+        """An action that multiplies `rows` rows by a weight.
+
+        shape: of the weight, [out, in]. The buffer holds many weights that take turns, so that each
+        is read from memory.
+        """
         memory, size = self.host if on_host else self.on_device, shape[0] * shape[1]
-        weights = cycle(_room(memory, dtype, size).view(-1, *shape))
+        weights = cycle(_filled(memory, dtype, size).view(-1, *shape))
         x = torch.full((rows, shape[1]), 0.5, dtype=dtype, device=memory.device)
         return lambda: product(x, next(weights))
 
     def share_taken(self, own: Action, other: tuple[float, Action]) -> float:
-        """Of `own`'s work, what goes undone while `other` is at work at its own rate."""
+        """Fraction of `own`'s work that is left undone while `other` runs at its full rate."""
         own_alone, other_alone = self.rate(1, own), self.rate(*other)
         own_beside, other_beside = self.measure_together((1, own), other)
         return (1 - own_beside / own_alone) * other_alone / other_beside
@@ -301,6 +318,7 @@ class Bench(AbstractContextManager):
 def _attender(
     kernel: HostKernel, memory: Tensor, shape: CacheShape, dtype: torch.dtype
 ) -> tuple[int, Action]:
+    """Bytes of one cache, and an action that attends the next of the caches in memory."""
     caches = memory.view(-1, 2, shape.rows, shape.num_kv_heads, shape.context, shape.width)
     size = shape.rows, shape.num_heads, shape.head_dim
     q = torch.full(size, 0.5, dtype=dtype, device=memory.device)
@@ -314,23 +332,27 @@ def _attender(
     return caches[0].nbytes, attend
 
 
-def _room(memory: Tensor, dtype: torch.dtype, size: int) -> Tensor:
-    """As many times `size` elements as fit the memory, or else other memory for one; filled with
-    numbers from -1 to 1, bytes so that they are small numbers as minimums and scales too."""
+def _filled(memory: Tensor, dtype: torch.dtype, size: int) -> Tensor:
+    """The memory as whole multiples of `size` elements, filled with numbers from -1 to 1.
+
+    Takes new memory if not even one multiple fits. Bytes of quantized values get a pattern that is
+    a small number as a group's minimum and scale, too.
+    """
     typed = memory.view(dtype)
     count = len(typed) // size * size
-    room = typed[:count] if count else torch.empty(size, dtype=dtype, device=memory.device)
+    filled = typed[:count] if count else torch.empty(size, dtype=dtype, device=memory.device)
     if dtype == torch.uint8:
-        return room.fill_(0x38)
+        return filled.fill_(0x38)
     pattern = torch.linspace(-1, 1, PAGE, device=memory.device)
-    whole = len(room) // PAGE * PAGE
-    room[:whole].view(-1, PAGE).copy_(pattern)
-    room[whole:].fill_(0.5)
-    return room
+    whole = len(filled) // PAGE * PAGE
+    filled[:whole].view(-1, PAGE).copy_(pattern)
+    filled[whole:].fill_(0.5)
+    return filled
 
 
 @torch.inference_mode()
 def _mean_rate(amount: float, action: Action, deadline: float) -> float:
+    """Mean amount per second of an action that is repeated until the deadline."""
     begin, count = time.perf_counter(), 0
     while not count or time.perf_counter() < deadline:
         action()
@@ -339,7 +361,7 @@ def _mean_rate(amount: float, action: Action, deadline: float) -> float:
 
 
 def _take_one_core() -> None:
-    # A thread's own number holds only after torch has given it the process's, on first use.
+    # On first use in a thread, torch sets its number of threads to the process's; set it after.
     torch.get_num_threads()
     torch.set_num_threads(1)
 

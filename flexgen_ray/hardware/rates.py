@@ -140,7 +140,7 @@ class DeviceRates:
 
     attention_bytes_per_s: bytes of keys and values that are attended in decoding.
     launch_seconds: time to issue one op; on a CPU, time of a small op between matrix products.
-    dequantize_bytes_per_s: output in bytes, as 16-bit values; None if quantization was not measured.
+    dequantize_bytes_per_s: bytes of output in 16-bit values; None if it was not measured.
     core_shares: only of a CPU. elementwise_bytes_per_s: bytes that norms, sums and copies between
     matrix products read and write. sampled_values_per_s: logits of which tokens are drawn. The last
     two are None if unknown.
