@@ -1,6 +1,21 @@
-"""Turns fractions into whole tensors and whole rows, so that running totals follow the fractions.
+"""Placement: turns a policy's fractions into whole tensors and whole rows on each tier.
 
-The one place where a fraction is rounded: stores, sizes and planner all read its answer.
+A fraction of 0.3 of ten tensors is no whole number of tensors in every layer, so pieces are handed
+out one by one and the *running totals* follow the fraction, as error diffusion does in images: a
+tier takes a piece if its total lags behind its due by half of the piece or more. With a fraction of
+0.3 and pieces of sizes 4, 4, 2, 4 for the device:
+
+    piece   due after it   assigned before   lag      half of it   device takes it
+    4       1.2            0                 1.2      2            no
+    4       2.4            0                 2.4      2            yes
+    2       3.0            4                 -1.0     1            no
+    4       4.2            4                 0.2      2            no
+
+So 4 of 14 bytes (0.286) are on the device, and the next piece corrects what is missing. Large
+pieces come first, since small ones can settle the rounding; this is the largest-remainder method
+applied along the way.
+
+This is the only place where a fraction is rounded: stores, sizes and planner read its answer.
 """
 
 from __future__ import annotations
@@ -20,7 +35,10 @@ Tensors = dict[str, Shape]
 
 
 class FractionSplitter:
-    """Hands indivisible pieces to one of two sides so that the running total follows a fraction."""
+    """Divides pieces between two sides, so that the first side's running total follows a fraction.
+
+    fraction: the first side's share of all pieces.
+    """
 
     def __init__(self, fraction: float) -> None:
         self._fraction = fraction
@@ -28,9 +46,11 @@ class FractionSplitter:
         self._total = 0.0
 
     def assign(self, size: float, whole: float = 0.0) -> bool:
-        """True if the first side takes a piece of this size: if it lags by half of it or more.
+        """Assign one piece; True if the first side takes it.
 
-        whole: what all pieces will sum to; a piece that comes early is judged by its share of that.
+        The first side takes a piece if its total lags behind its due by half of the piece or more.
+        whole: size of all pieces together, if known; the due is then the first side's share of the
+        whole, so that pieces that come early may fill it.
         """
         self._total += size
         takes = self._fraction * max(self._total, whole) - self._assigned >= size / 2
@@ -38,7 +58,7 @@ class FractionSplitter:
         return takes
 
     def split(self, count: int) -> int:
-        """How many of `count` unit pieces the first side takes."""
+        """Divide `count` pieces of size 1; returns how many the first side takes."""
         self._total += count
         due = floor(self._fraction * self._total + 0.5 - self._assigned)
         taken = min(max(due, 0), count)
@@ -47,8 +67,11 @@ class FractionSplitter:
 
 
 class TierSplitter:
-    """Hands pieces to the three tiers: device or not first, so that how the rest is divided between
-    host memory and disk never changes what lies on the device."""
+    """Divides pieces between the three tiers, so that running totals follow a placement.
+
+    The device's pieces are chosen first and the others are then divided between host memory and
+    disk, so the ratio of these two never changes what lies on the device.
+    """
 
     def __init__(self, placement: Placement) -> None:
         off_device = placement.cpu + placement.disk
@@ -57,31 +80,34 @@ class TierSplitter:
         self._host = FractionSplitter(placement.cpu / off_device if off_device else 0.0)
 
     def assign(self, size: float, whole: float = 0.0) -> str:
-        """The tier that takes a piece of this size out of a whole, if that is known."""
+        """Assign one piece; returns its tier. whole: size of all pieces together, if known."""
         if self._device.assign(size, whole):
             return "gpu"
         off_device = (1 - self._fraction) * whole
         return "cpu" if self._host.assign(size, off_device) else "disk"
 
     def split(self, count: int) -> tuple[int, int, int]:
-        """How many of `count` unit pieces each tier takes."""
+        """Divide `count` pieces of size 1; returns how many the GPU, the CPU and the disk take."""
         gpu = self._device.split(count)
         cpu = self._host.split(count - gpu)
         return gpu, cpu, count - gpu - cpu
 
 
 def aligned(nbytes: int, alignment: int = ALIGNMENT) -> int:
-    """The next multiple of the alignment."""
+    """Bytes rounded up to a multiple of the alignment."""
     return -(-nbytes // alignment) * alignment
 
 
-def tensor_bytes(name: str, shape: Shape, kept: WeightFormat) -> int:
-    """Bytes of one weight in a flat buffer, its padding included."""
-    return aligned(kept.stored_bytes(name, shape))
+def tensor_bytes(name: str, shape: Shape, weight_format: WeightFormat) -> int:
+    """Bytes of one weight in a flat buffer, with padding."""
+    return aligned(weight_format.stored_bytes(name, shape))
 
 
 def stored_tensors(config: ModelConfig, stage: StageLayers, layer: int) -> Tensors:
-    """The weights a layer stores itself: a tied head beside its embedding has no second copy."""
+    """{name: shape} of the weights that a layer stores.
+
+    A tied head in the same stage as its embedding has no copy of the embedding's table.
+    """
     tensors = config.tensors(layer)
     if layer == config.head_layer and config.tie_word_embeddings and stage.first == 0:
         tensors = {name: shape for name, shape in tensors.items() if name != "embed_tokens.weight"}
@@ -90,42 +116,43 @@ def stored_tensors(config: ModelConfig, stage: StageLayers, layer: int) -> Tenso
 
 @lru_cache(maxsize=256)
 def place_weights(
-    config: ModelConfig, stage: StageLayers, placement: Placement, kept: WeightFormat
+    config: ModelConfig, stage: StageLayers, placement: Placement, weight_format: WeightFormat
 ) -> dict[int, dict[str, str]]:
-    """The tier of every weight a stage stores: {layer: {name: tier}}.
+    """{layer: {name: tier}} of every weight that a stage stores.
 
-    Largest tensors of a layer first, and the two ends of the model before its middle, so that small
-    tensors settle the rounding. The ends are judged by the whole model's share: what stays on the
-    device of them saves most, for a table needs a slot as large as itself to stream through. The
-    embedding's tables are one piece: they are looked up together.
+    The order of the pieces is: the embedding, the head, then the decoder layers; within a layer the
+    largest tensor first, so that small tensors settle the rounding. The two ends come first and are
+    compared with the device's share of the whole stage, because keeping them there saves most: a
+    streamed table needs a device slot as large as itself. The embedding's tables are one piece,
+    since they are looked up together.
     """
     pieces = TierSplitter(placement)
-    whole = _stage_bytes(config, stage, kept)
+    whole = _stage_bytes(config, stage, weight_format)
     tiers: dict[int, dict[str, str]] = {}
     ends = [layer for layer in stage.layers if layer in (config.embedding_layer, config.head_layer)]
     for layer in ends + [layer for layer in stage.layers if layer not in ends]:
         tensors = stored_tensors(config, stage, layer)
-        sizes = {name: tensor_bytes(name, shape, kept) for name, shape in tensors.items()}
+        sizes = {name: tensor_bytes(name, shape, weight_format) for name, shape in tensors.items()}
         if layer == config.embedding_layer:
             tiers[layer] = dict.fromkeys(sizes, pieces.assign(sum(sizes.values()), whole))
         else:
             largest_first = sorted(sizes, key=lambda name: -sizes[name])
-            of = whole if layer in ends else 0.0
-            tiers[layer] = {name: pieces.assign(sizes[name], of) for name in largest_first}
+            known = whole if layer in ends else 0.0
+            tiers[layer] = {name: pieces.assign(sizes[name], known) for name in largest_first}
     return tiers
 
 
-def _stage_bytes(config: ModelConfig, stage: StageLayers, kept: WeightFormat) -> int:
+def _stage_bytes(config: ModelConfig, stage: StageLayers, weight_format: WeightFormat) -> int:
     layers = (stored_tensors(config, stage, layer) for layer in stage.layers)
-    return sum(tensor_bytes(*each, kept) for layer in layers for each in layer.items())
+    return sum(tensor_bytes(*each, weight_format) for layer in layers for each in layer.items())
 
 
 @dataclass(frozen=True)
 class RowSplit:
-    """How the slots of one (layer, batch) are divided; slots lie in this order.
+    """Number of slots of one (layer, batch) in each division; slots lie in this order.
 
-    gpu: cache on the device; attended: in host memory and attended there; streamed: in host memory
-    and streamed to the device; disk: on disk, and streamed.
+    gpu: cache on the device; attended: in host memory, and attended by the host; streamed: in host
+    memory, and streamed to the device; disk: on disk, and streamed to the device.
     """
 
     gpu: int
@@ -150,26 +177,26 @@ class RowSplit:
 def split_rows(
     policy: Policy, stage: StageLayers, num_blocks: int = 1
 ) -> dict[tuple[int, int], RowSplit]:
-    """The division of every (decoder layer, batch) of a stage, for the batches of all blocks.
+    """{(decoder layer, batch): division of its slots} of a stage, for the batches of all blocks.
 
-    The rounding is carried from cell to cell, so a fraction holds over the stage however few slots
-    a batch has.
+    The rounding carries over from cell to cell, so the fractions hold over the stage even if a
+    batch has few slots: with one slot a batch and cache.gpu = 0.25, one cell in four is on the GPU.
     """
-    rows = TierSplitter(policy.cache)
-    share = FractionSplitter(policy.cpu_attention)
-    split = {}
+    tiers = TierSplitter(policy.cache)
+    attention = FractionSplitter(policy.cpu_attention)
+    splits = {}
     for layer in stage.layers:
         if stage.kind(layer) != "decoder":
             continue
         for batch in range(num_blocks * policy.num_gpu_batches):
-            gpu, cpu, disk = rows.split(policy.gpu_batch_size)
-            attended = share.split(cpu)
-            split[layer, batch] = RowSplit(gpu, attended, cpu - attended, disk)
-    return split
+            gpu, cpu, disk = tiers.split(policy.gpu_batch_size)
+            attended = attention.split(cpu)
+            splits[layer, batch] = RowSplit(gpu, attended, cpu - attended, disk)
+    return splits
 
 
 def split_tokens(placement: Placement, num_tokens: int) -> tuple[int, int, int]:
-    """Tokens of hidden states on each tier: the first on the device, the last on disk."""
+    """Tokens of hidden states on GPU, CPU and disk, in this order among the packed tokens."""
     gpu = round(placement.gpu * num_tokens)
     cpu = round((placement.gpu + placement.cpu) * num_tokens) - gpu
     return gpu, cpu, num_tokens - gpu - cpu

@@ -1,6 +1,6 @@
-"""Bytes that a stage takes on each tier, buffer by buffer, before any is allocated.
+"""Sizes: the bytes that a stage takes on each tier, buffer by buffer, before any is allocated.
 
-The stores allocate exactly these; a test holds them to it. Knows no torch.
+The stores allocate exactly these sizes, which a test checks. Knows plans; no torch.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from flexgen_ray.quant.formats import PARTS
 from flexgen_ray.schedule.ops import CELL_SLOTS, LAYER_SLOTS, staging_slots
 from flexgen_ray.units import format_bytes
 
-FRAGMENTATION = 1.5  # what an allocator holds over what is live; measured in test_memory.py
-CHOICE_BYTES = 4  # in which the host is told of a chosen token
-QUERY_TILE = 512  # queries whose mask over a cached prefix is made at a time
+FRAGMENTATION = 1.5  # memory that the allocator holds, over live memory; see test_memory.py
+CHOICE_BYTES = 4  # of the index of a token that sparse attention chose
+QUERY_TILE = 512  # queries whose mask over a cached prefix is built at a time
 
 
 def weight_bytes(plan: StagePlan) -> dict[str, int]:
@@ -32,7 +32,10 @@ def streamed_bytes(plan: StagePlan, layer: int) -> dict[str, int]:
 
 
 def weights_slot_bytes(plan: StagePlan) -> list[int]:
-    """Bytes of each device slot: those of the layers hold any of them, the last one the head."""
+    """Bytes of each device slot for streamed weights.
+
+    LAYER_SLOTS slots have room for any decoder layer, and the last slot has room for the head.
+    """
     head = plan.config.head_layer
     streamed = {x: sum(streamed_bytes(plan, x).values()) for x in plan.stage.with_weights}
     largest = max((nbytes for layer, nbytes in streamed.items() if layer != head), default=0)
@@ -40,36 +43,36 @@ def weights_slot_bytes(plan: StagePlan) -> list[int]:
 
 
 def staging_slot_bytes(plan: StagePlan) -> int:
-    """Bytes of a host slot, which holds a part of any layer's disk weights on its way."""
+    """Bytes of a staging slot, which has room for a part of any layer's disk weights."""
     if not plan.stages_disk:
         return 0
     return plan.weights.largest("disk", plan.policy.num_gpu_batches)
 
 
 def staged_bytes(plan: StagePlan) -> int:
-    """Bytes of all those slots."""
+    """Bytes of all staging slots."""
     return staging_slots(plan.policy.num_gpu_batches) * staging_slot_bytes(plan)
 
 
 def packed_values(plan: StagePlan, layer: int, part: str) -> int:
-    """How many values of a layer's weights are unpacked for a part."""
+    """Number of a layer's values that are dequantized for a part (quant/formats.PARTS)."""
     shapes = plan.weight_format.unpacked(plan.config.tensors(layer), part)
     return sum(map(prod, shapes.values()))
 
 
 def unpacked_bytes(plan: StagePlan) -> dict[str, int]:
-    """{part: bytes} of the device memory in which a layer's packed weights are unpacked."""
-    kept, found = plan.weight_format, dict.fromkeys(PARTS, 0)
-    for layer in plan.stage.with_weights if kept.is_quantized else ():
+    """{part: bytes} of the device memory into which a layer's weights are dequantized."""
+    weight_format, most = plan.weight_format, dict.fromkeys(PARTS, 0)
+    for layer in plan.stage.with_weights if weight_format.is_quantized else ():
         for part in PARTS:
-            shapes = kept.unpacked(plan.config.tensors(layer), part).values()
+            shapes = weight_format.unpacked(plan.config.tensors(layer), part).values()
             nbytes = sum(aligned(prod(shape) * plan.element_bytes) for shape in shapes)
-            found[part] = max(found[part], nbytes)
-    return found
+            most[part] = max(most[part], nbytes)
+    return most
 
 
 def stage_bytes(plan: StagePlan) -> dict[str, dict[str, int]]:
-    """{tier: {what: bytes}} of everything the stage will allocate."""
+    """{tier: {buffer: bytes}} of everything that the stage will allocate."""
     weights = weight_bytes(plan)
     cache = _cache_bytes(plan)
     hidden = _hidden_bytes(plan)
@@ -99,8 +102,8 @@ def _cache_bytes(plan: StagePlan) -> dict[str, dict[str, int]]:
     disk_rows = sum(split.disk for split in splits)
     new_kv = plan.stored_tokens * plan.kv_bytes
     vectors = plan.attended_rows * plan.config.q_size * plan.element_bytes
-    kept = plan.choosing_rows * plan.max_kept_tokens * plan.config.num_kv_heads
-    chosen = kept * (plan.vector_bytes + CHOICE_BYTES)
+    chosen_vectors = plan.choosing_rows * plan.max_kept_tokens * plan.config.num_kv_heads
+    chosen = chosen_vectors * (plan.vector_bytes + CHOICE_BYTES)
     return {
         "gpu": {
             "cache": sum(split.gpu for split in splits) * row,
@@ -118,13 +121,16 @@ def _cache_bytes(plan: StagePlan) -> dict[str, dict[str, int]]:
 
 
 def host_workspace_bytes(plan: StagePlan) -> int:
-    """Most bytes of temporaries on the host: a batch's mask and scores, a row, gathered tokens; and
-    where the values lie that are gathered beside that."""
+    """Most bytes of temporaries on the host.
+
+    The largest of: mask and scores of a batch's host attention, one moved row, one tile's gathered
+    embeddings; and beside these the indices of the values that sparse attention gathers.
+    """
     attention = plan.attended_rows * plan.max_seq_len * 4 * (1 + plan.config.num_heads)
     moved = plan.row_bytes if any(split.off_device for split in plan.splits.values()) else 0
-    kept = plan.choosing_rows * plan.max_kept_tokens * plan.config.num_kv_heads
+    chosen_vectors = plan.choosing_rows * plan.max_kept_tokens * plan.config.num_kv_heads
     gathered = 3 * plan.tile_tokens * plan.config.hidden_size * plan.element_bytes
-    return max(attention, moved, gathered if _gathers(plan) else 0) + 2 * 8 * kept
+    return max(attention, moved, gathered if _gathers(plan) else 0) + 2 * 8 * chosen_vectors
 
 
 def _hidden_bytes(plan: StagePlan) -> dict[str, dict[str, int]]:
@@ -136,7 +142,7 @@ def _hidden_bytes(plan: StagePlan) -> dict[str, dict[str, int]]:
     work = plan.cell_tokens * (config.hidden_size + config.q_size + 2 * config.kv_size)
     packed = plan.cell_tokens * plan.kv_bytes if plan.policy.cache_bits else 0
     hops: dict[str, dict[str, int]] = {"gpu": {}, "cpu": {}}
-    arrived = CELL_SLOTS * plan.cell_tokens * token * _arrives(plan)
+    arrived = CELL_SLOTS * plan.cell_tokens * token * _has_arrivals(plan)
     hops[plan.arrival_tier]["hidden states arrived"] = arrived
     hops[plan.hop_tier]["hidden states sent"] = sent
     return {
@@ -154,38 +160,41 @@ def _hidden_bytes(plan: StagePlan) -> dict[str, dict[str, int]]:
     }
 
 
-def _arrives(plan: StagePlan) -> bool:
-    """Whether hidden states come by way of the host: embeddings, or from the stage before."""
+def _has_arrivals(plan: StagePlan) -> bool:
+    """True if hidden states arrive in a buffer: embeddings, or those of the stage before."""
     return _gathers(plan) or not plan.stage.is_first
 
 
 def _gathers(plan: StagePlan) -> bool:
-    """Whether embeddings are looked up on the host."""
+    """True if embeddings are looked up on the host."""
     return plan.stage.is_first and plan.weights.places[0]["embed_tokens.weight"].tier != "gpu"
 
 
 def workspace_bytes(plan: StagePlan) -> int:
     """Most bytes of temporaries on the device: a tile's MLP or projection, attention, logits."""
-    # Masks are made once a pass, for each way in which a layer splits its slots and attends.
+    # Masks are built once a pass, for each distinct division of slots and attention window.
     config, splits = plan.config, plan.splits.items()
-    ways = {(split, config.window(layer)) for (layer, _), split in splits}
-    passes = 2 * plan.num_batches * len(ways)
+    distinct = {(split, config.window(layer)) for (layer, _), split in splits}
+    passes = 2 * plan.num_batches * len(distinct)
     masks = passes * plan.policy.gpu_batch_size * plan.max_seq_len
-    # A row from disk comes as it lies there; meanwhile another stream's op runs.
+    # A row from disk arrives in its layout on disk, while an op of another stream runs.
     arriving = plan.cache_blocks * plan.cache_block_bytes * plan.stages_disk * (plan.disk_rows > 0)
     return int(FRAGMENTATION * (_op_bytes(plan) + masks + arriving))
 
 
 def scored_tokens_at_a_time(plan: StagePlan, top: int) -> int:
-    """Tokens whose logits, in two precisions, fit the workspace beside the scores of a whole pass,
-    each with `top` likeliest tokens."""
+    """Tokens that are scored at a time: as many as the workspace has room for.
+
+    Each takes logits in two precisions; beside them lie the scores of a whole pass, each with the
+    `top` likeliest tokens.
+    """
     scores = plan.cell_tokens * (16 + 12 * top)
     room = _op_bytes(plan) - 48 * plan.config.vocab_size - scores
     return max(1, room // (8 * plan.config.vocab_size))
 
 
 def _op_bytes(plan: StagePlan) -> int:
-    """Most bytes that one op needs beside the stores."""
+    """Most bytes of temporaries that one op needs on the device."""
     config, element = plan.config, plan.element_bytes
     wide = max(config.intermediate_size * (3 if config.gated_mlp else 2), 3 * config.q_size)
     tile = plan.tile_tokens * (wide * element + config.hidden_size * (2 * element + 3 * 4))
@@ -197,21 +206,21 @@ def _op_bytes(plan: StagePlan) -> int:
     attention += min(QUERY_TILE, chunk) * plan.max_seq_len * (1 + 4)
     attention += rows * plan.max_seq_len * 4 * (1 + config.num_heads)
     attention += plan.rows_at_a_time * plan.attended_row_bytes
-    # The weights of what is chosen stay until its values have come.
-    kept = CELL_SLOTS * plan.choosing_rows * plan.max_kept_tokens
-    attention += kept * 4 * config.num_heads
-    # All rows' logits in two precisions, one row's distribution sorted and summed in float64.
+    # The weights of the chosen tokens stay until their values have arrived.
+    chosen_tokens = CELL_SLOTS * plan.choosing_rows * plan.max_kept_tokens
+    attention += chosen_tokens * 4 * config.num_heads
+    # Logits of all rows in two precisions; one row's distribution, sorted and summed in float64.
     logits = config.vocab_size * (8 * rows + 48)
     return max(tile, attention, logits)
 
 
 def tier_totals(sizes: dict[str, dict[str, int]]) -> Budget:
-    """Sum of the buffers of each tier."""
+    """Bytes of all buffers together, by tier."""
     return Budget(**{tier: sum(sizes[tier].values()) for tier in TIERS})
 
 
 def check_budgets(plans: list[StagePlan], budgets: list[Budget]) -> None:
-    """The same of every stage; the error names which."""
+    """Check every stage; raises ValueError that also names the stage."""
     for number, (plan, budget) in enumerate(zip(plans, budgets, strict=True)):
         try:
             check_budget(plan, budget)
@@ -229,7 +238,7 @@ _LEVERS = {
 
 
 def check_budget(plan: StagePlan, budget: Budget) -> None:
-    """ValueError that names tier, need, budget and remedy if the plan doesn't fit."""
+    """Raise ValueError with tier, need, budget and remedy if the plan doesn't fit its budget."""
     sizes = stage_bytes(plan)
     need = tier_totals(sizes)
     for tier in TIERS:
@@ -244,7 +253,7 @@ def check_budget(plan: StagePlan, budget: Budget) -> None:
 
 
 def _remedy(policy: Policy, tier: str) -> str:
-    """What can still be lowered, with its value, and what can be raised."""
+    """Fields of the policy that can still be lowered, with their values, and options to raise."""
     levers = []
     for lever in _LEVERS[tier]:
         value: float = reduce(getattr, lever.split("."), policy)  # type: ignore[assignment,arg-type]

@@ -1,7 +1,7 @@
-"""Where each weight lies on its tier, and how a layer's weights off the device cross the link.
+"""Layout of weights: the place of each weight on its tier, and the stream of each layer.
 
-Off the device a weight takes whole pages and a layer's weights lie side by side, so that parts of
-them move in few copies and as direct disk requests. Knows bytes; no tensors.
+Off the device a weight takes whole pages, and a layer's weights lie side by side, so that a part of
+them moves in few copies and in direct disk requests. Knows bytes; no tensors.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from flexgen_ray.schedule.zigzag import StageLayers
 
 @dataclass(frozen=True)
 class Place:
-    """Bytes start..start + nbytes of all weights on a tier: one weight, or several side by side."""
+    """Bytes start..start + nbytes of the weights on a tier: one weight, or several side by side."""
 
     tier: str
     start: int
@@ -28,7 +28,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Piece:
-    """Bytes `start`.. of the weights on a tier, which belong at `target` of the device's slot."""
+    """One copy of a stream: nbytes from `start` of a tier to `target` of the device slot."""
 
     start: int
     target: int
@@ -37,9 +37,9 @@ class Piece:
 
 @dataclass(frozen=True)
 class StreamedWeights:
-    """What of a layer crosses the link, as it lies in a device slot: host memory first, then disk.
+    """Weights of one layer that cross the link, in the order of their bytes in a device slot.
 
-    extents: in that order, whole pages each.
+    extents: places in host memory first, then on disk, of whole pages each.
     """
 
     extents: tuple[Place, ...]
@@ -48,14 +48,14 @@ class StreamedWeights:
         return sum(extent.nbytes for extent in self.extents if extent.tier == tier)
 
     def span(self, tier: str, part: int, num_parts: int) -> tuple[int, int]:
-        """The range of the device slot that a part of this tier's bytes fills; whole pages."""
+        """Range of the device slot, in whole pages, that a part of this tier's bytes fills."""
         first = self.nbytes("cpu") if tier == "disk" else 0
         pages = self.nbytes(tier) // PAGE
         low, high = (pages * number // num_parts * PAGE for number in (part, part + 1))
         return first + low, first + high
 
     def pieces(self, tier: str, part: int, num_parts: int) -> Iterator[Piece]:
-        """Where a part of this tier's bytes lies: one piece for each extent it touches."""
+        """Yield the copies of a part of this tier's bytes, one for each extent that it touches."""
         low, high = self.span(tier, part, num_parts)
         position = 0
         for extent in self.extents:
@@ -65,7 +65,7 @@ class StreamedWeights:
             position += extent.nbytes
 
     def target(self, place: Place) -> int:
-        """Where in the device slot a streamed weight lies."""
+        """Offset of a streamed weight in the device slot."""
         position = 0
         for extent in self.extents:
             inside = place.start - extent.start
@@ -77,8 +77,11 @@ class StreamedWeights:
 
 @dataclass(frozen=True)
 class WeightLayout:
-    """A stage's weights: their bytes by tier, {layer: {name: place}} of all that each layer uses,
-    and the streams of the layers whose weights may cross the link."""
+    """Layout of a stage's weights.
+
+    nbytes: bytes on each tier; places: {layer: {name: place}} of all weights that a layer uses;
+    streams: {layer: weights that cross the link}, of the layers whose weights may.
+    """
 
     nbytes: dict[str, int]
     places: dict[int, dict[str, Place]]
@@ -86,47 +89,49 @@ class WeightLayout:
 
     @property
     def embeds_on_device(self) -> bool:
-        """Whether embeddings are looked up there; of a model's first stage."""
+        """True if a model's first stage looks embeddings up on the device."""
         return all(place.tier == "gpu" for place in self.places[0].values())
 
     def largest(self, tier: str, num_parts: int) -> int:
-        """Bytes of the largest part of any layer's bytes on this tier."""
+        """Bytes of the largest of num_parts equal parts of any layer's bytes on this tier."""
         pages = max(stream.nbytes(tier) for stream in self.streams.values()) // PAGE
         return -(-pages // num_parts) * PAGE
 
 
 @lru_cache(maxsize=256)
 def lay_out_weights(
-    config: ModelConfig, stage: StageLayers, placement: Placement, kept: WeightFormat
+    config: ModelConfig, stage: StageLayers, placement: Placement, weight_format: WeightFormat
 ) -> WeightLayout:
-    """The place of every weight of a stage, layer after layer on each tier."""
-    used = dict.fromkeys(TIERS, 0)
+    """Lay out every weight of a stage, layer after layer on each tier."""
+    nbytes = dict.fromkeys(TIERS, 0)
     places: dict[int, dict[str, Place]] = {}
-    for layer, tiers in place_weights(config, stage, placement, kept).items():
+    for layer, tiers in place_weights(config, stage, placement, weight_format).items():
         shapes = stored_tensors(config, stage, layer)
         places[layer] = {}
         for name, tier in tiers.items():
-            nbytes = tensor_bytes(name, shapes[name], kept)
-            place = Place(tier, used[tier], nbytes if tier == "gpu" else aligned(nbytes, PAGE))
+            size = tensor_bytes(name, shapes[name], weight_format)
+            place = Place(tier, nbytes[tier], size if tier == "gpu" else aligned(size, PAGE))
             places[layer][name] = place
-            used[tier] += place.nbytes
-    everywhere = {layer: _used(config, places, layer) for layer in places}
-    streams = {layer: _stream(everywhere[layer]) for layer in stage.with_weights}
-    return WeightLayout(used, everywhere, streams)
+            nbytes[tier] += place.nbytes
+    used = {layer: _used_places(config, places, layer) for layer in places}
+    streams = {layer: _stream(used[layer]) for layer in stage.with_weights}
+    return WeightLayout(nbytes, used, streams)
 
 
-def _used(config: ModelConfig, places: dict[int, dict[str, Place]], layer: int) -> dict[str, Place]:
-    """Of all weights a layer uses; a tied head's table lies with the embedding."""
+def _used_places(
+    config: ModelConfig, places: dict[int, dict[str, Place]], layer: int
+) -> dict[str, Place]:
+    """Places of all weights that a layer uses; a tied head's table lies with the embedding."""
     own = places[layer]
     return {name: own.get(name) or places[0][name] for name in config.tensors(layer)}
 
 
 def _stream(places: dict[str, Place]) -> StreamedWeights:
-    """Joins what lies side by side."""
+    """Stream of a layer's weights off the device; places that lie side by side are joined."""
     extents: list[Place] = []
     for tier in ("cpu", "disk"):
-        found = (place for place in places.values() if place.tier == tier)
-        for place in sorted(found, key=lambda place: place.start):
+        on_tier = (place for place in places.values() if place.tier == tier)
+        for place in sorted(on_tier, key=lambda place: place.start):
             last = extents[-1] if extents else None
             if last and last.tier == tier and last.start + last.nbytes == place.start:
                 extents[-1] = Place(tier, last.start, last.nbytes + place.nbytes)
