@@ -13,7 +13,7 @@ import typer
 from typer.testing import CliRunner
 
 from flexgen_ray.cli.bench import contest, page_cache
-from flexgen_ray.cli.bench.contest import MemoryCgroup
+from flexgen_ray.cli.bench.memory_cgroup import MemoryCgroup
 from flexgen_ray.cli.bench.peer_task import PeerRun
 from flexgen_ray.cli.bench.peers import peers
 from flexgen_ray.cli.bench.random_checkpoints import SHAPES, make_checkpoint

@@ -9,7 +9,7 @@ import sys
 import psutil
 import pytest
 
-from flexgen_ray.cli.bench.contest import MemoryCgroup
+from flexgen_ray.cli.bench.memory_cgroup import MemoryCgroup
 from flexgen_ray.hardware.host import free_memory, usable_cores
 
 MIB = 2**20

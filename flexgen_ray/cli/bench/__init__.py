@@ -1,1 +1,1 @@
-"""How fast is it on my machine? The benchmarks that users run."""
+"""Is it fast on my machine? The benchmarks that users run: `flexgen-ray bench`."""

@@ -1,6 +1,6 @@
-"""Peers that run a transformers model: resident, under accelerate's hooks, or under ZeRO stage 3.
+"""Peers that run a transformers model: in memory, with accelerate's hooks, or with ZeRO stage 3.
 
-Knows how each is set up at its best; whether its package is there is for others to find out.
+Knows how to set each one up at its best; expects that its package is installed.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from flexgen_ray.cli.bench.peer_task import PeerTask
 
 
 class HuggingFace:
-    """`generate` of a transformers model, batch by batch, padded on the left.
+    """Runs `generate` of a transformers model, batch by batch, with padding on the left.
 
-    Batches are in order of length, which pads least. on_pass is called before each token but the
-    first.
+    Prompts are batched in order of length, which needs the least padding. on_pass: called before
+    each token but the first. details: facts about the set-up, for the result.
     """
 
     def __init__(
@@ -29,7 +29,7 @@ class HuggingFace:
         self.batch_size = batch_size
         self.device = device
         self.details = details
-        # What the checkpoint says of end tokens and sampling would be merged into each call's.
+        # The checkpoint's own end tokens and sampling would otherwise be merged into each call.
         self.model.generation_config = GenerationConfig(eos_token_id=None, pad_token_id=0)
 
     def generate(
@@ -70,14 +70,14 @@ class HuggingFace:
 
 
 def resident(work: PeerTask, batch_size: int, device: torch.device) -> HuggingFace:
-    """All weights on the device."""
+    """Peer with all weights on the device."""
     model = _load(work)
     model.to(device)  # type: ignore[arg-type]  # a decorator hides the method's self
     return HuggingFace(model, batch_size, device, {})
 
 
 def accelerate_cpu(work: PeerTask, batch_size: int, device: torch.device) -> HuggingFace:
-    """Weights in host memory; accelerate's hooks bring each module's to the device."""
+    """Peer with weights in host memory, which accelerate's hooks copy to the device by module."""
     from accelerate import cpu_offload
 
     model = cpu_offload(_load(work), execution_device=device)
@@ -85,7 +85,7 @@ def accelerate_cpu(work: PeerTask, batch_size: int, device: torch.device) -> Hug
 
 
 def accelerate_disk(work: PeerTask, batch_size: int, device: torch.device) -> HuggingFace:
-    """Weights on disk; accelerate's hooks read each module's when it runs.
+    """Peer with weights on disk, which accelerate's hooks read by module when it runs.
 
     They are read from the checkpoint itself if it has the dtype, else from a converted copy.
     """
@@ -103,13 +103,13 @@ def accelerate_disk(work: PeerTask, batch_size: int, device: torch.device) -> Hu
 
 
 def deepspeed_cpu(work: PeerTask, batch_size: int, device: torch.device) -> HuggingFace:
-    """ZeRO-Inference: stage 3 with its parameters in host memory."""
+    """DeepSpeed's ZeRO-Inference: stage 3 with its parameters in host memory."""
     offload = {"device": "cpu", "pin_memory": device.type == "cuda"}
     return _deepspeed(work, batch_size, device, offload)
 
 
 def deepspeed_nvme(work: PeerTask, batch_size: int, device: torch.device) -> HuggingFace:
-    """ZeRO-Inference: stage 3 with its parameters in files; wants libaio."""
+    """DeepSpeed's ZeRO-Inference: stage 3 with its parameters in files; needs libaio."""
     config = AutoConfig.from_pretrained(work.model)
     offload = {
         "device": "nvme",
@@ -141,7 +141,7 @@ def _load(work: PeerTask) -> PreTrainedModel:
 
 
 def _offload_index(model: PreTrainedModel, work: PeerTask) -> str:
-    """Writes accelerate's index of the model's tensors; returns where they lie, in words."""
+    """Write accelerate's index of the model's tensors; returns a phrase for where they lie."""
     from accelerate.utils import offload_weight, save_offload_index
     from safetensors import safe_open
 
@@ -170,6 +170,7 @@ def _offload_index(model: PreTrainedModel, work: PeerTask) -> str:
 
 
 def _deepspeed(work: PeerTask, batch_size: int, device: torch.device, offload: dict) -> HuggingFace:
+    """Peer under ZeRO stage 3, in its own process group; offload: DeepSpeed's offload_param."""
     import deepspeed
     from transformers.integrations import HfDeepSpeedConfig
 
@@ -188,7 +189,7 @@ def _deepspeed(work: PeerTask, batch_size: int, device: torch.device, offload: d
             "stage3_param_persistence_threshold": 0,
         },
     }
-    # transformers partitions while it loads for as long as this object lives.
+    # transformers partitions weights while it loads them as long as this object lives.
     alive = HfDeepSpeedConfig(config)
     engine = deepspeed.initialize(model=_load(work), config=config)[0]
     engine.module._deepspeed = (alive, engine)

@@ -1,4 +1,4 @@
-"""Reads files into the kernel's page cache, or asks it to forget them. Linux."""
+"""Puts files into the kernel's page cache, or takes them out of it. Linux."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _PIECE = 16 * 2**20
 
 
 def read_once(files: Iterable[Path]) -> None:
-    """Leaves the files in the page cache, as far as memory allows."""
+    """Read the files, which leaves them in the page cache as far as memory allows."""
     for path in files:
         with path.open("rb", buffering=0) as file:
             while file.read(_PIECE):
@@ -19,24 +19,24 @@ def read_once(files: Iterable[Path]) -> None:
 
 
 def drop(files: Iterable[Path]) -> None:
-    """Takes the files out of the page cache; pages that a process has mapped stay."""
+    """Take the files out of the page cache; pages that a process has mapped stay."""
     for path in files:
         descriptor = os.open(path, os.O_RDONLY)
         try:
-            os.fdatasync(descriptor)  # Dirty pages would stay.
+            os.fdatasync(descriptor)  # dirty pages would stay in the cache
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         finally:
             os.close(descriptor)
 
 
 def files_in(folder: str) -> list[Path]:
-    """A folder's files, and those without a name in it that this process has open."""
-    found = [path for path in Path(folder).rglob("*") if path.is_file()]
+    """A folder's files, with deleted ones that this process has open."""
+    paths = [path for path in Path(folder).rglob("*") if path.is_file()]
     for link in Path("/proc/self/fd").iterdir():
         try:
             is_file = stat.S_ISREG(link.stat().st_mode)
             if is_file and os.readlink(link).startswith(f"{folder}/") and not link.samefile(folder):
-                found.append(link)
-        except FileNotFoundError:  # closed since, as is the listing's own descriptor
+                paths.append(link)
+        except FileNotFoundError:  # closed meanwhile, such as the listing's own descriptor
             continue
-    return found
+    return paths

@@ -1,4 +1,4 @@
-"""One contestant's run in this process: load, warm up, generate against the clock, tell.
+"""One contestant's run in this process: load, warm up, generate against the clock, report.
 
     python -m flexgen_ray.cli.bench.peer_runs WORK.json RUN.json
 
@@ -29,6 +29,8 @@ WARM_UP_PROMPTS, WARM_UP_TOKENS = 2, 2
 
 
 class Contestant(Protocol):
+    """A loaded model that generates; `details` are facts for the result."""
+
     @property
     def details(self) -> dict[str, Any]: ...
 
@@ -38,7 +40,7 @@ class Contestant(Protocol):
 
 
 class Ours:
-    """The LLM of this project, loaded for the whole work as `LLM.generate` would do it."""
+    """This project's LLM as a contestant, loaded for all prompts as `LLM.generate` does it."""
 
     def __init__(self, work: PeerTask) -> None:
         self._llm = LLM(
@@ -53,7 +55,7 @@ class Ours:
 
     @property
     def details(self) -> dict[str, Any]:
-        """The report of the last generation, but for what is the same for everyone."""
+        """Report of the last generation, without the facts about the machine."""
         report = self._llm.report.as_dict()
         return {key: value for key, value in report.items() if key not in environment("")}
 
@@ -72,7 +74,7 @@ class Ours:
 
 
 def run(work: PeerTask, peer: str, batch_size: int | None) -> PeerRun:
-    """One timed run; raises whatever the contestant raises."""
+    """Load a contestant and time one run of it; raises the contestant's errors."""
     torch.set_num_threads(work.threads)
     device = find_device(work.device)
     uses_cuda = device.type == "cuda"
@@ -110,7 +112,7 @@ def run(work: PeerTask, peer: str, batch_size: int | None) -> PeerRun:
 
 
 def main() -> None:
-    """Reads the work, writes the run; the exit status is 1 if there are no figures."""
+    """Read the task's file and write the run's; the exit status is 1 if there are no figures."""
     source, target = map(Path, sys.argv[1:])
     task = json.loads(source.read_text(encoding="utf-8"))
     peer, batch_size = task["peer"], task["batch_size"]
@@ -133,7 +135,11 @@ def _load(work: PeerTask, peer: str, batch_size: int | None, device: torch.devic
 
 
 def _prepare_page_cache(work: PeerTask) -> None:
-    """Within a limit the files are dropped first, for what others have read is not charged."""
+    """Put the page cache into the state that the task asks for.
+
+    With a memory limit the files are dropped first, since a cgroup isn't charged for pages that
+    other processes read.
+    """
     if work.page_cache == "cold" or work.memory_limit is not None:
         page_cache.drop(work.model_files())
     if work.page_cache == "warm":
@@ -141,14 +147,17 @@ def _prepare_page_cache(work: PeerTask) -> None:
 
 
 def _dropper(work: PeerTask) -> Callable[[], None] | None:
-    """Without a limit nothing else keeps the files out of memory from one pass to the next."""
+    """Function that drops all files from the page cache after each pass, for a cold cache.
+
+    None with a memory limit, which keeps the files out of memory by itself.
+    """
     if work.page_cache != "cold" or work.memory_limit is not None:
         return None
     return lambda: page_cache.drop([*work.model_files(), *page_cache.files_in(work.scratch)])
 
 
 def _peak_rss() -> int:
-    """Bytes, VmHWM of this process."""
+    """Peak resident bytes of this process (VmHWM)."""
     for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024

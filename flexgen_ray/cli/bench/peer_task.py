@@ -1,6 +1,6 @@
-"""What every contestant is given and what it gives back, as JSON between two processes.
+"""The task that every contestant of `bench peers` does, and the run that it returns.
 
-Knows no contestant and no library of theirs.
+Both travel as JSON between two processes. Knows no contestant and none of their libraries.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ OURS = "flexgen-ray"
 
 @dataclass(frozen=True)
 class PeerTask:
-    """Prompts in, exactly `max_tokens` greedy tokens a prompt out; the same for everyone.
+    """Task of a contest: generate exactly `max_tokens` greedy tokens for each prompt.
 
     model: a Hugging Face folder with safetensors. prompts: token ids. device: auto, cuda or cpu.
     page_cache: warm (files are read once before the timed run) or cold (dropped before it).
-    memory_limit: bytes of the memory cgroup that everyone runs in; None without one.
-    gpu_memory: bytes that torch may take of the GPU; None for all of it.
-    scratch: folder for offload files. ours: further arguments of our `LLM`.
+    memory_limit: bytes of each contestant's memory cgroup; None without one. gpu_memory: bytes that
+    torch may take of the GPU; None for all of it. scratch: folder for offload files. ours: further
+    arguments of our `LLM`.
     """
 
     model: str
@@ -35,17 +35,18 @@ class PeerTask:
     ours: dict[str, str | None] = field(default_factory=dict)
 
     def model_files(self) -> list[Path]:
+        """The model's safetensors files, in the order of their names."""
         return sorted(Path(self.model).glob("*.safetensors"))
 
 
 @dataclass(frozen=True)
 class PeerRun:
-    """One timed run of a contestant. `error` says why there are no figures.
+    """One timed run of a contestant; `error` says why there are no figures.
 
-    seconds: generation of all prompts, without loading and warm-up. peak_rss_bytes: VmHWM, with
-    loading; mapped files count. peak_cgroup_bytes: with the page cache. cores_elsewhere: that other
-    processes kept busy meanwhile; from a few tenths up the figures mean little. details: what a
-    contestant tells of itself, such as its policy.
+    seconds: time of generating for all prompts, without loading and warm-up. peak_rss_bytes: VmHWM,
+    loading included; mapped files count. peak_cgroup_bytes: page cache included. cores_elsewhere:
+    cores that other processes kept busy during the run; from a few tenths up the figures mean
+    little. details: facts that the contestant reports, such as our policy.
     """
 
     peer: str

@@ -1,7 +1,7 @@
-"""`flexgen-ray bench peers`: the same work, in the same run, by peers and by us, with the ratio.
+"""`flexgen-ray bench peers`: the same work done by other systems and by this one, with the ratio.
 
-Settles what the work is and shows who did it how fast. The questions that ship with it are every
-41st of GSM8K's test set (Cobbe et al., 2021; github.com/openai/grade-school-math, MIT licence).
+Makes the task and shows the result; contest.py runs it. The built-in questions are every 41st of
+GSM8K's test set (Cobbe et al., 2021; github.com/openai/grade-school-math, MIT licence).
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from rich.console import Console
 from flexgen_ray.cli.bench.contest import PACKAGES, Rules, compete
 from flexgen_ray.cli.bench.peer_task import OURS, PeerRun, PeerTask
 from flexgen_ray.cli.bench.random_checkpoints import SHAPES, make_checkpoint
+from flexgen_ray.cli.bench.runs import WORKLOAD
 from flexgen_ray.cli.bench.standings import reference, standings, table
-from flexgen_ray.cli.options import DeviceOption, JsonOption
+from flexgen_ray.cli.options import MEMORY, MODEL, DeviceOption, JsonOption
 from flexgen_ray.config import DTYPE_BYTES
 from flexgen_ray.files.text_files import read_lines
 from flexgen_ray.reporting.result import emit
@@ -30,6 +31,7 @@ from flexgen_ray.reporting.terminal import say
 from flexgen_ray.text.tokenizer import Tokenizer
 from flexgen_ray.units import format_bytes, parse_bytes
 
+CONTEST, OURS_ONLY = "Contest", "This project's own run"  # headings of the help
 _DEFAULT = "transformers,accelerate-cpu,accelerate-disk,deepspeed-cpu," + OURS
 _BUSY_CORES = 0.2
 _PAGE_CACHE = {
@@ -42,45 +44,172 @@ _PAGE_CACHE = {
 
 
 def peers(
-    model: Annotated[Path, typer.Option(help="Hugging Face model folder (safetensors).")],
+    model: Annotated[
+        Path,
+        typer.Option(
+            metavar="DIR",
+            rich_help_panel=MODEL,
+            help="Model folder in Hugging Face's format (safetensors).",
+        ),
+    ],
     shape: Annotated[
         str | None,
-        typer.Option(help=f"If there is no such folder, make it, random: {', '.join(SHAPES)}."),
+        typer.Option(
+            metavar="NAME",
+            rich_help_panel=MODEL,
+            help=f"Shape to write with random weights if --model isn't there: {', '.join(SHAPES)}. "
+            "[default: --model must be there]",
+        ),
     ] = None,
     prompts: Annotated[
-        Path | None, typer.Option(help='JSONL of {"prompt": ...}; 32 GSM8K questions.')
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            rich_help_panel=WORKLOAD,
+            help='JSONL file of {"prompt": ...} lines. [default: 32 questions of GSM8K]',
+        ),
     ] = None,
     prompt_len: Annotated[
-        int | None, typer.Option(min=1, help="Random prompts of so many tokens instead.")
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            rich_help_panel=WORKLOAD,
+            help="Tokens of each prompt, to use random prompts. [default: real prompts]",
+        ),
     ] = None,
-    num_prompts: Annotated[int, typer.Option(min=1, help="At most so many prompts.")] = 32,
+    num_prompts: Annotated[
+        int,
+        typer.Option(
+            metavar="N", min=1, rich_help_panel=WORKLOAD, help="Number of prompts, at most."
+        ),
+    ] = 32,
     max_tokens: Annotated[
-        int, typer.Option(min=1, help="Exact number of new tokens a prompt.")
+        int,
+        typer.Option(
+            metavar="N", min=1, rich_help_panel=WORKLOAD, help="Exact number of tokens per answer."
+        ),
     ] = 64,
-    dtype: Annotated[str, typer.Option(help=f"Everyone's: {', '.join(DTYPE_BYTES)}.")] = "float32",
+    dtype: Annotated[
+        str,
+        typer.Option(
+            metavar="DTYPE",
+            rich_help_panel=MODEL,
+            help=f"Number format that every contestant uses: {', '.join(DTYPE_BYTES)}.",
+        ),
+    ] = "float32",
     device: DeviceOption = "auto",
-    threads: Annotated[int | None, typer.Option(min=1, help="Everyone's; all cores.")] = None,
-    peers: Annotated[str, typer.Option(help=f"Any of {', '.join(PACKAGES)}.")] = _DEFAULT,
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            rich_help_panel=CONTEST,
+            help="Threads of each contestant. [default: all cores]",
+        ),
+    ] = None,
+    peers: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME,...",
+            rich_help_panel=CONTEST,
+            help=f"Contestants, any of {', '.join(PACKAGES)}. Those whose package isn't installed "
+            "are reported as failed.",
+        ),
+    ] = _DEFAULT,
     batch_sizes: Annotated[
-        str, typer.Option(help="Of the peers; the best one counts.")
+        str,
+        typer.Option(
+            metavar="N,...",
+            rich_help_panel=CONTEST,
+            help="Batch sizes that each peer tries; its best one counts. This project's policy "
+            "sets its own.",
+        ),
     ] = "8,16,32",
-    repeats: Annotated[int, typer.Option(min=1, help="Rounds, in turns; the median counts.")] = 1,
-    timeout: Annotated[float, typer.Option(help="Seconds that one run may take.")] = 3600.0,
+    repeats: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            min=1,
+            rich_help_panel=CONTEST,
+            help="Rounds, in which contestants take turns; the median counts.",
+        ),
+    ] = 1,
+    timeout: Annotated[
+        float,
+        typer.Option(metavar="SECONDS", rich_help_panel=CONTEST, help="Time limit of one run."),
+    ] = 3600.0,
     memory_limit: Annotated[
-        str | None, typer.Option(help="Everyone's cgroup, page cache included, such as 4GiB; root.")
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            rich_help_panel=CONTEST,
+            help="Memory limit of each contestant's cgroup, page cache included, such as 4GiB; "
+            "needs root. [default: no limit]",
+        ),
     ] = None,
-    page_cache: Annotated[str, typer.Option(help="warm or cold.")] = "warm",
-    policy: Annotated[Path | None, typer.Option(help="Ours: a YAML policy.")] = None,
-    executor: Annotated[str, typer.Option(help="Ours: async or serial.")] = "async",
+    page_cache: Annotated[
+        str,
+        typer.Option(
+            metavar="[warm|cold]",
+            rich_help_panel=CONTEST,
+            help="State of the page cache. warm: model files are read once before each run. cold: "
+            "they are dropped before each run.",
+        ),
+    ] = "warm",
+    policy: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            rich_help_panel=OURS_ONLY,
+            help="YAML policy of this project's run. [default: planned, as in generate]",
+        ),
+    ] = None,
+    executor: Annotated[
+        str,
+        typer.Option(
+            metavar="[async|serial]",
+            rich_help_panel=OURS_ONLY,
+            help="Order of this project's ops. async: they overlap. serial: one after the other.",
+        ),
+    ] = "async",
     gpu_memory: Annotated[
-        str | None, typer.Option(help="GPU memory of everyone; without CUDA our gpu tier's.")
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            rich_help_panel=MEMORY,
+            help="GPU memory that each contestant may use; without CUDA the budget of this "
+            "project's gpu tier. [default: no limit]",
+        ),
     ] = None,
-    cpu_memory: Annotated[str | None, typer.Option(help="Ours: host memory.")] = None,
-    disk_memory: Annotated[str | None, typer.Option(help="Ours: disk space.")] = None,
-    offload_dir: Annotated[Path | None, typer.Option(help="Everyone's offload files.")] = None,
+    cpu_memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            rich_help_panel=OURS_ONLY,
+            help="Host memory budget of this project's run. [default: 80% of what is free]",
+        ),
+    ] = None,
+    disk_memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            rich_help_panel=OURS_ONLY,
+            help="Disk space budget of this project's run. [default: 90% of what is free]",
+        ),
+    ] = None,
+    offload_dir: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            rich_help_panel=MEMORY,
+            help="Folder for the contestants' offload files. [default: flexgen_ray/offload in "
+            "$XDG_CACHE_HOME, else in ~/.cache]",
+        ),
+    ] = None,
     json_file: JsonOption = None,
 ) -> None:
-    """Do the same work with peers and with this project, and compare.
+    """Do the same work with other systems and with this project, in turns, and compare throughput.
 
     Example: flexgen-ray bench peers --model ./smollm2 --peers transformers,flexgen-ray --repeats 3
     """
@@ -91,7 +220,7 @@ def peers(
     rules = Rules(peers.split(","), _sizes(batch_sizes), repeats, timeout)
     _check(rules, dtype, page_cache, memory_limit, ours)
     if shape is not None and not model.exists():
-        _say(f"writing {model}, a random {shape}")
+        say(f"writing {model}, a random {shape}")
         make_checkpoint(shape, model, dtype)
     root = (offload_dir or default_offload_dir()).resolve()
     root.mkdir(parents=True, exist_ok=True)
@@ -110,14 +239,14 @@ def peers(
             scratch=scratch,
             ours=ours,
         )
-        runs = compete(work, rules, _tell)
+        runs = compete(work, rules, _say_run)
     result = _result(work, rules, runs)
     Console(stderr=True).print(table(result["contestants"]))
     emit(result, json_file)
 
 
 def _check(rules: Rules, dtype: str, page_cache: str, memory_limit: str | None, ours: dict) -> None:
-    """ValueError for what can't work, before any work."""
+    """Raise ValueError for options that can't work, before any work."""
     if dtype not in DTYPE_BYTES:
         raise ValueError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPE_BYTES)}")
     if page_cache not in ("warm", "cold"):
@@ -130,6 +259,7 @@ def _check(rules: Rules, dtype: str, page_cache: str, memory_limit: str | None, 
 
 
 def _sizes(text: str) -> list[int]:
+    """Batch sizes from `8,16,32`; ValueError for anything else."""
     sizes = [int(part) for part in text.split(",") if part.strip().isdigit()]
     if len(sizes) != len(text.split(",")) or min(sizes) < 1:
         raise ValueError(f"batch sizes are {text!r}; write numbers from 1 up such as 8,16,32")
@@ -139,7 +269,7 @@ def _sizes(text: str) -> list[int]:
 def _prompts(
     model: Path, file: Path | None, prompt_len: int | None, count: int, max_tokens: int
 ) -> list[list[int]]:
-    """Token ids; ValueError if there are none or the model's context is too short for them."""
+    """Token ids of the prompts; ValueError if there are none or the context is too short."""
     if file is not None and prompt_len is not None:
         raise ValueError("--prompts and --prompt-len exclude each other; give one")
     from flexgen_ray.models.config_files import load_config
@@ -147,7 +277,7 @@ def _prompts(
     config = load_config(model)
     if prompt_len is not None:
         rng = random.Random(0)
-        found = [
+        token_ids = [
             [rng.randrange(config.vocab_size) for _ in range(prompt_len)] for _ in range(count)
         ]
     else:
@@ -158,29 +288,30 @@ def _prompts(
         with resources.as_file(shipped) as path:
             texts = read_lines(file or path)
         lines = [json.loads(line) for line in texts if line.strip()]
-        found = [tokenizer.encode(line["prompt"]) for line in lines[:count]]
-    longest = max(map(len, found), default=0)
+        token_ids = [tokenizer.encode(line["prompt"]) for line in lines[:count]]
+    longest = max(map(len, token_ids), default=0)
     if not longest or longest + max_tokens > config.max_seq_len:
         raise ValueError(
-            f"{len(found)} prompts of up to {longest} tokens and {max_tokens} new ones don't fit "
-            f"the model's context of {config.max_seq_len}; change the prompts or --max-tokens"
+            f"{len(token_ids)} prompts of up to {longest} tokens and {max_tokens} new ones don't "
+            f"fit the model's context of {config.max_seq_len}; change the prompts or --max-tokens"
         )
-    return found
+    return token_ids
 
 
-def _tell(run: PeerRun) -> None:
+def _say_run(run: PeerRun) -> None:
+    """Print a line on a run that has ended."""
     batch = "" if run.batch_size is None else f", batch {run.batch_size}"
     said = run.error or (
         f"{run.tokens_per_s:.2f} tokens/s, {run.seconds:.1f} s, "
         f"peak RSS {format_bytes(run.peak_rss_bytes)}"
     )
     if run.cores_elsewhere > _BUSY_CORES:
-        said += f"; others kept {run.cores_elsewhere:.1f} cores busy, so don't trust it"
-    _say(f"{run.peer}{batch}: {said}")
+        said += f"; other processes kept {run.cores_elsewhere:.1f} cores busy, so run it again"
+    say(f"{run.peer}{batch}: {said}")
 
 
 def _result(work: PeerTask, rules: Rules, runs: list[PeerRun]) -> dict:
-    """What --json holds: all that is needed to believe the figures, or to do the same again."""
+    """Result for --json, with all that is needed to check the figures or to repeat them."""
     from flexgen_ray.reporting.report import environment
 
     result = environment(next((run.device for run in runs if run.device), ""))
@@ -212,7 +343,3 @@ def _result(work: PeerTask, rules: Rules, runs: list[PeerRun]) -> dict:
     }
     result["contestants"] = standings(runs)
     return result
-
-
-def _say(text: str) -> None:
-    say(text)

@@ -1,11 +1,11 @@
-"""Checkpoints with random weights, for speed where the answers don't matter."""
+"""Checkpoints with random weights, for benchmarks of speed, where the answers don't matter."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-# Sizes in bytes are those in float32.
+# Names give the checkpoint's size in float32.
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-1.2gb": {
         "model_type": "llama",
@@ -18,7 +18,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 2048,
         "tie_word_embeddings": True,
     },
-    # Every head has keys and values of its own: 384 KiB of cache a token.
+    # Each head has its own keys and values, which makes 384 KiB of cache for a token.
     "llama-2.6gb-mha": {
         "model_type": "llama",
         "vocab_size": 32000,
@@ -45,10 +45,10 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def make_checkpoint(shape: str, folder: Path, dtype: str = "float32", seed: int = 0) -> Path:
-    """Writes a new Hugging Face folder of a named shape and returns it; no tokenizer.
+    """Write a new Hugging Face folder of a named shape, without a tokenizer; returns the folder.
 
-    Holds all weights in memory once. They are large enough that greedy tokens differ from each
-    other. Raises ValueError for an unknown shape, FileExistsError if the folder is there.
+    All weights are in memory together. Their scale makes greedy tokens differ from each other.
+    Raises ValueError for an unknown shape, FileExistsError if the folder is there.
     """
     import torch
     from safetensors.torch import save_file

@@ -1,4 +1,4 @@
-"""What the benchmarks of one model share: synthetic requests, and a run's figures with its bound.
+"""Shared by the benchmarks of one model: synthetic requests, and a run's figures with its bound.
 
 The bound is the cost of the run's own ops at rates measured just before: the busiest lane or
 resource, or, where the device is the CPU, the cores that all lanes share. Knows an LLM and its

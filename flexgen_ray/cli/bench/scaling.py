@@ -204,9 +204,9 @@ def compare_with_copies(runs: dict[str, dict]) -> dict:
         if not rates.get("1"):
             continue
         of_one = {count: rate / rates["1"] for count, rate in rates.items() if rate is not None}
-        ratios[f"{phase}_of_one"] = {count: round(it, 3) for count, it in of_one.items()}
+        ratios[f"{phase}_of_one"] = {count: round(ratio, 3) for count, ratio in of_one.items()}
         ratios[f"{phase}_of_copies"] = {
-            count: round(it / int(count), 3) for count, it in of_one.items()
+            count: round(ratio / int(count), 3) for count, ratio in of_one.items()
         }
     return ratios
 

@@ -1,4 +1,4 @@
-"""From runs to standings: each contestant's best, our ratio to it, and whose tokens agree."""
+"""Standings of a contest: each contestant's best throughput, our ratio to it, equal tokens."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from flexgen_ray.units import format_bytes
 
 
 def reference(runs: list[PeerRun]) -> PeerRun | None:
-    """Whose tokens the others are held to: transformers', or where it didn't run the first's."""
+    """Run whose tokens are the reference: transformers', else the first run that finished."""
     finished = [run for run in runs if run.error is None]
     return next((run for run in finished if run.peer == "transformers"), next(iter(finished), None))
 
 
 def mismatches(run: PeerRun, right: PeerRun) -> list[tuple[int, int]]:
-    """(prompt, position) of the first differing token of each sequence that differs."""
-    found = []
+    """Position (prompt, token) of the first different token of each sequence that differs."""
+    differences = []
     for index, (ours, theirs) in enumerate(zip(run.tokens, right.tokens, strict=True)):
         differs = [a != b for a, b in zip(ours, theirs, strict=True)]
         if any(differs):
-            found.append((index, differs.index(True)))
-    return found
+            differences.append((index, differs.index(True)))
+    return differences
 
 
 def standings(runs: list[PeerRun]) -> list[dict]:
-    """One entry a contestant: its runs, its best batch size by median, our ratio to that.
+    """One entry for each contestant: its runs, its best batch size by median, our ratio to that.
 
-    Throughput is generated tokens per second of prefill and decode. `ratio` is ours over theirs,
-    None where either has no figure; `error` the first that happened.
+    Throughput is generated tokens per second of prefill and decode. `ratio` is our throughput over
+    the contestant's, None if either has none; `error` is its first error.
     """
     right = reference(runs)
     entries = [_entry(peer, runs, right) for peer in dict.fromkeys(run.peer for run in runs)]
@@ -42,9 +42,9 @@ def standings(runs: list[PeerRun]) -> list[dict]:
 
 
 def table(entries: list[dict]) -> Table:
-    """The same for people, a row a contestant and batch size, the best of each first in full."""
+    """Table of the standings for people: a row for each contestant and batch size."""
     shown = Table(title="generated tokens/s, prefill and decode; median of the runs")
-    for heading in ("contestant", "batch", "tokens/s", "ours / it", "peak RSS", "same tokens"):
+    for heading in ("contestant", "batch", "tokens/s", "ours / theirs", "peak RSS", "same tokens"):
         shown.add_column(heading, justify="left" if heading == "contestant" else "right")
     for entry in entries:
         for size, rate in entry["tokens_per_s"].items():

@@ -118,18 +118,18 @@ def read_lengths(path: Path | None, llm: LLM, max_tokens: int) -> Lengths:
         shipped = resources.files("flexgen_ray.cli.bench").joinpath(BUILT_IN)
         with resources.as_file(shipped) as built_in:
             return read_lengths(built_in, llm, max_tokens)
-    found: Lengths = []
+    mixture: Lengths = []
     with open_input(path) as lines:
         for number, raw in enumerate(lines, start=1):
             if not raw.strip():
                 continue
             try:
-                found += _lengths_of_line(raw, llm, max_tokens)
+                mixture += _lengths_of_line(raw, llm, max_tokens)
             except ValueError as error:
                 raise ValueError(f"{path}, line {number}: {error}") from error
-    if not found:
+    if not mixture:
         raise ValueError(f"{path} has no requests")
-    return found
+    return mixture
 
 
 def _lengths_of_line(raw: bytes, llm: LLM, max_tokens: int) -> Lengths:
