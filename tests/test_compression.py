@@ -12,10 +12,10 @@ import pytest
 import tiny
 import torch
 from copies import Copies
+from engine_runs import generate, greedy
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_exactness import greedy, policies
-from test_executor import generate
+from strategies import policies
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from benchmarks.rounding import RoundingCache, round_weights

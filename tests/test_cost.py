@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_exactness import policies
+from strategies import UNIT, policies
 
-from flexgen_ray import LLM, HardwareSpec, SamplingParams
+from flexgen_ray import LLM, SamplingParams
 from flexgen_ray.config import Placement, Policy, Workload
 from flexgen_ray.cost.ops import CostModel
 from flexgen_ray.cost.resources import Resource
@@ -17,8 +17,6 @@ from flexgen_ray.models.config_files import load_config
 from flexgen_ray.schedule.ops import Op, OpKind
 from flexgen_ray.schedule.zigzag import StageLayers
 from flexgen_ray.store.disk import Region
-
-UNIT = HardwareSpec(*[1.0] * 8)  # so that seconds are bytes
 
 
 @pytest.mark.parametrize("name", ["opt", "llama"])

@@ -6,10 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from engine_runs import MAX_TOKENS, assert_same, generate, greedy
 from hypothesis import given, settings
-from test_exactness import MAX_TOKENS, assert_same, greedy, policies
-from test_executor import generate
-from test_sparse_engine import sparse
+from strategies import policies, sparse
 
 from flexgen_ray import LLM, Policy, SamplingParams
 from flexgen_ray.calibration.calibrate import calibrate

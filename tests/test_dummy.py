@@ -6,7 +6,7 @@ from math import prod
 
 import pytest
 import torch
-from test_store import MIB, tiers
+from strategies import MIB, tiers
 
 from flexgen_ray.config import Placement, Policy, Workload
 from flexgen_ray.layout.placement import stored_tensors

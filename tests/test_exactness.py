@@ -5,46 +5,12 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
+from engine_runs import MAX_TOKENS, assert_same, greedy
 from hypothesis import given, settings
-from hypothesis import strategies as st
+from strategies import policies
 
 from flexgen_ray import LLM, Placement, Policy, SamplingParams
 from flexgen_ray.runtime.worker import Worker
-
-MAX_TOKENS = 12
-
-
-@st.composite
-def placements(draw) -> Placement:
-    gpu = draw(st.integers(0, 10))
-    cpu = draw(st.integers(0, 10 - gpu))
-    return Placement(gpu / 10, cpu / 10, (10 - gpu - cpu) / 10)
-
-
-policies = st.builds(
-    Policy,
-    gpu_batch_size=st.integers(1, 5),
-    num_gpu_batches=st.integers(1, 4),
-    max_batch_tokens=st.sampled_from([1, 2, 3, 7, 64]),
-    weights=placements(),
-    cache=placements(),
-    activations=placements(),
-    cpu_attention=st.sampled_from([0.0, 0.3, 0.5, 1.0]),
-)
-
-
-def greedy(folder, prompts, policy, device="cpu", **options):
-    with LLM(folder, policy=policy, dtype="float32", device=device, **options) as llm:
-        params = SamplingParams(max_tokens=MAX_TOKENS, temperature=0.0)
-        return [output.outputs[0] for output in llm.generate(prompts, params)]
-
-
-def assert_same(outputs, references) -> None:
-    for output, reference in zip(outputs, references, strict=True):
-        certain = reference.certain_len()
-        assert output.token_ids[:certain] == reference.tokens[:certain]
-        assert len(output.token_ids) == MAX_TOKENS
-        assert output.finish_reason == "length"
 
 
 def test_the_models_say_diverse_things(tiny_models):

@@ -9,37 +9,16 @@ import time
 
 import pytest
 import torch
+from engine_runs import generate
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_exactness import policies
+from strategies import policies
 
 from flexgen_ray import LLM, Policy, SamplingParams
 from flexgen_ray.runtime.executor import AsyncExecutor, SerialExecutor
 from flexgen_ray.runtime.lanes import Cores, LaneWorker, make_lane_workers
-from flexgen_ray.runtime.worker import Worker
 from flexgen_ray.schedule.ops import OPS, Lane, OpKind
 from flexgen_ray.schedule.zigzag import StageLayers, zigzag
-
-
-def generate(
-    folder, prompts, policy, executor, monkeypatch, **options
-) -> tuple[list, list[torch.Tensor]]:
-    """Tokens and every logit on the way, by sequence."""
-    options = {"policy": policy, "executor": executor, "use_ray": False} | options
-    seen: dict[int, list[torch.Tensor]] = {}
-
-    def collect(indices, logits):
-        for index, row in zip(indices, logits, strict=True):
-            seen.setdefault(index, []).append(row.clone())
-
-    run = Worker.run
-    params = [SamplingParams(max_tokens=6 + i, temperature=i % 2) for i in range(len(prompts))]
-    with monkeypatch.context() as patch:
-        patch.setattr(Worker, "run", lambda self: run(self, collect))
-        with LLM(folder, dtype="float32", **options) as llm:
-            outputs = llm.generate(prompts, params)
-    tokens = [output.outputs[0].token_ids for output in outputs]
-    return tokens, [torch.stack(seen[index]) for index in sorted(seen)]
 
 
 @pytest.mark.parametrize("name", ["opt", "llama", "opt-350m-like"])

@@ -12,7 +12,7 @@ import weakref
 import pytest
 import tiny
 import torch
-from test_exactness import MAX_TOKENS, assert_same
+from engine_runs import MAX_TOKENS, assert_same
 
 from flexgen_ray import LLM, Placement, Policy, SamplingParams
 from flexgen_ray.store.disk import DiskTier

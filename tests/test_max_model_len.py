@@ -6,9 +6,9 @@ import json
 
 import pytest
 import tiny
+from engine_runs import assert_same
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_exactness import assert_same
 
 from flexgen_ray import LLM, Policy, SamplingParams
 

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_exactness import assert_same
+from engine_runs import assert_same
 
 from flexgen_ray.request import CompletionOutput
 

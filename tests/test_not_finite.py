@@ -12,11 +12,11 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
+from engine_runs import MAX_TOKENS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from test_exactness import MAX_TOKENS, policies
-from test_stages import pipelines
+from strategies import pipelines, policies
 from transformers import AutoModelForCausalLM
 
 from flexgen_ray import LLM, Placement, Policy, SamplingParams

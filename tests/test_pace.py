@@ -7,9 +7,10 @@ import time
 from dataclasses import fields
 
 import pytest
+from engine_runs import assert_same
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_exactness import assert_same, policies
+from strategies import policies
 
 from benchmarks.emulation import Pacer, emulated
 from flexgen_ray import LLM, HardwareSpec, Placement, Policy, SamplingParams

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from test_exactness import assert_same
+from engine_runs import assert_same
 
 from flexgen_ray import LLM, Hardware, SamplingParams
 from flexgen_ray.cli.plan import plan as command

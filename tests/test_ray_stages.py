@@ -8,17 +8,16 @@ import logging
 import os
 import random
 import signal
-import threading
 import time
 from socket import gethostname
 
 import pytest
 import ray
-from test_exactness import assert_same
+from engine_runs import assert_same
+from stage_killer import SLOW, Killer
 
-from benchmarks.emulation import emulated
 from flexgen_ray import LLM, Placement, Policy, SamplingParams
-from flexgen_ray.config import Faults, HardwareSpec
+from flexgen_ray.config import Faults
 from flexgen_ray.distributed.attempt import get_results
 from flexgen_ray.runtime.events import Progress
 
@@ -78,35 +77,6 @@ def test_stages_as_actors_raise_their_errors_and_generate_the_same_tokens(
         assert len(set(pids)) == 3
         assert llm.report.new_tokens == 12 * len(prompts)
         assert len(llm.report.stages) == 3
-
-
-class Killer(threading.Thread):
-    """Sends a signal to a stage's process, and to the next when its moment has come.
-
-    moments: (seconds since the run began or the last signal, stage).
-    """
-
-    def __init__(self, llm: LLM, moments: list[tuple[float, int]], how: signal.Signals) -> None:
-        super().__init__()
-        self.llm, self.moments, self.how = llm, moments, how
-        self.killed_at: list[float] = []
-        self.is_over = threading.Event()
-
-    def run(self) -> None:
-        for seconds, stage in self.moments:
-            if self.is_over.wait(seconds):
-                return
-            actor = self.llm.backend.actors[stage]
-            try:
-                pid = ray.get(actor.pid.remote())
-            except (ray.exceptions.RayActorError, AttributeError):
-                continue  # it is dead already
-            os.kill(pid, self.how)
-            self.killed_at.append(time.time())
-
-
-# A visit of the tiny models takes some hundredths of a second at this pace.
-SLOW = emulated(HardwareSpec(*[1e12] * 6, device_flops_per_s=5e6, device_bytes_per_s=1e12))
 
 
 def disturbed(folder, references, moments, num_stages=3, how=signal.SIGKILL, **faults):

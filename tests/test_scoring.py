@@ -8,11 +8,11 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
+from engine_runs import assert_same, greedy
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_exactness import assert_same, greedy, policies
-from test_ray_stages import SLOW, Killer
-from test_stages import pipelines
+from stage_killer import SLOW, Killer
+from strategies import pipelines, policies
 from transformers import AutoModelForCausalLM
 
 from flexgen_ray import LLM, Policy, SamplingParams

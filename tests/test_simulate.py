@@ -10,8 +10,7 @@ from dataclasses import fields, replace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_exactness import policies
-from test_sizes import REAL, llama, opt
+from strategies import REAL, llama, opt, policies
 
 from benchmarks.paper_machines import MACHINE
 from flexgen_ray.config import HardwareSpec, Placement, Policy, Workload

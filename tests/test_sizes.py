@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_exactness import placements, policies
+from strategies import REAL, placements, policies
 
 from flexgen_ray import LLM, Placement, Policy, SamplingParams
 from flexgen_ray.config import TIERS, Budget, Workload
@@ -20,7 +20,6 @@ from flexgen_ray.layout.placement import (
 )
 from flexgen_ray.layout.plan import StagePlan
 from flexgen_ray.layout.sizes import check_budget, stage_bytes, tier_totals, weight_bytes
-from flexgen_ray.models.config import ModelConfig
 from flexgen_ray.planner.budgets import (
     CUDA_RESERVE,
     GPU_SHARE,
@@ -34,23 +33,6 @@ from flexgen_ray.runtime.worker import Machine
 from flexgen_ray.schedule.zigzag import StageLayers
 from flexgen_ray.units import format_bytes, parse_bytes
 
-
-def opt(layers: int, hidden: int, heads: int) -> ModelConfig:
-    return ModelConfig(
-        "opt", layers, hidden, heads, heads, hidden // heads, 4 * hidden, 50272, 2048, hidden,
-        "float16", True, "relu", 1e-5, norm_bias=True, attention_bias=True,
-        output_bias=True, mlp_bias=True,
-        position_table=2050,
-    )  # fmt: skip
-
-
-def llama(layers, hidden, heads, kv_heads, intermediate, vocab, tied=False) -> ModelConfig:
-    return ModelConfig(
-        "llama", layers, hidden, heads, kv_heads, hidden // heads, intermediate, vocab, 8192,
-        hidden, "bfloat16", tied, "silu", 1e-5, gated_mlp=True,
-    )  # fmt: skip
-
-
 BITS = st.sampled_from([None, 4, 8])
 compressed = st.builds(
     replace,
@@ -60,13 +42,6 @@ compressed = st.builds(
     cache_bits=BITS,
     attention_sparsity=st.sampled_from([0.1, 1.0]),
 )
-REAL = {
-    "smollm2-135m": llama(30, 576, 9, 3, 1536, 49152, tied=True),
-    "llama-3-8b": llama(32, 4096, 32, 8, 14336, 128256),
-    "opt-6.7b": opt(32, 4096, 32),
-    "opt-30b": opt(48, 7168, 56),
-    "opt-175b": opt(96, 12288, 96),
-}
 
 
 def test_parameter_counts_are_those_of_the_real_models():

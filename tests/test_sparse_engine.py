@@ -9,11 +9,10 @@ import pytest
 import tiny
 import torch
 from copies import Copies
+from engine_runs import generate, greedy
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_cost import UNIT
-from test_exactness import greedy, placements, policies
-from test_executor import generate
+from strategies import UNIT, placements, sparse
 
 from flexgen_ray import LLM, Placement, Policy, SamplingParams
 from flexgen_ray.schedule.ops import OPS, Lane, OpKind
@@ -58,14 +57,6 @@ def test_sparse_attention_does_not_depend_on_how_prompts_are_cut(tiny_models, po
     found = greedy(folder, prompts, cut, use_ray=False)
     same = [a.token_ids == b.token_ids for a, b in zip(found, wanted, strict=True)]
     assert sum(same) >= len(prompts) - 1
-
-
-sparse = st.builds(
-    replace,
-    policies,
-    cache_bits=st.sampled_from([None, 4]),
-    attention_sparsity=st.sampled_from([0.1, 0.5]),
-)
 
 
 @settings(max_examples=4)

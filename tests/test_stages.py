@@ -9,9 +9,10 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
+from engine_runs import assert_same, greedy
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_exactness import assert_same, greedy, policies
+from strategies import pipelines
 
 from flexgen_ray import LLM, Placement, Policy, SamplingParams
 from flexgen_ray.config import Budget, Workload
@@ -23,27 +24,6 @@ from flexgen_ray.runtime.lanes import timed
 from flexgen_ray.runtime.ring import ChannelClosed, LocalChannel
 from flexgen_ray.runtime.worker import Machine
 from flexgen_ray.schedule.ops import OPS, Op, OpKind
-
-
-@st.composite
-def pipelines(draw, num_layers: int) -> StagePolicies:
-    """A split of the layers, a placement for each stage, a shape and blocks in flight for all."""
-    ends = draw(st.sets(st.integers(1, num_layers - 1), max_size=num_layers - 1))
-    cuts = [0, *sorted(ends), num_layers]
-    layers = tuple(b - a for a, b in zip(cuts, cuts[1:], strict=False))
-    shape = draw(policies)
-    blocks = draw(st.integers(len(layers), len(layers) + 2))
-    each = [draw(policies) for _ in layers]
-    return StagePolicies(
-        tuple(
-            type(shape)(
-                shape.gpu_batch_size, shape.num_gpu_batches, shape.max_batch_tokens,
-                it.weights, it.cache, it.activations, it.cpu_attention, blocks,
-            )
-            for it in each
-        ),
-        layers,
-    )  # fmt: skip
 
 
 @pytest.mark.parametrize("executor", ["serial", "async"])

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_exactness import placements
+from strategies import CPU, MIB, placements, tiers
 
 from flexgen_ray.config import Placement, Policy, Workload
 from flexgen_ray.layout.placement import PAGE, stored_tensors
@@ -23,11 +23,8 @@ from flexgen_ray.store import disk
 from flexgen_ray.store.activations import HiddenStore
 from flexgen_ray.store.disk import DiskTier
 from flexgen_ray.store.memory import BudgetError, MemoryTier
-from flexgen_ray.store.tiers import Tiers
 from flexgen_ray.store.weights import WeightStore
 
-MIB = 2**20
-CPU = torch.device("cpu")
 FOLDERS = st.sampled_from([tempfile.gettempdir(), "/dev/shm"])
 
 
@@ -62,11 +59,6 @@ def requests(request, monkeypatch):
     """With direct requests where the file system takes them, and without."""
     if request.param == "buffered":
         monkeypatch.setattr(disk, "enable_direct_io", lambda fd: False)
-
-
-def tiers(folder: str | Path, budget: int = 64 * MIB) -> Tiers:
-    gpu, cpu = (MemoryTier(name, budget, CPU) for name in ("gpu", "cpu"))
-    return Tiers(gpu, cpu, DiskTier(budget, Path(folder)))
 
 
 @given(

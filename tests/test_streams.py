@@ -4,12 +4,11 @@ as long as events permit it."""
 from __future__ import annotations
 
 import pytest
+from engine_runs import assert_same, greedy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from late_streams import LateCuda
-from test_exactness import assert_same, greedy, policies
-from test_sparse_engine import sparse
-from test_stages import pipelines
+from strategies import pipelines, policies, sparse
 
 from flexgen_ray.runtime.lanes import ON_STREAMS
 from flexgen_ray.schedule.ops import Lane

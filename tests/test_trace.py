@@ -7,7 +7,7 @@ from collections import defaultdict
 
 import pytest
 from hypothesis import given, settings
-from test_exactness import policies
+from strategies import policies
 
 from flexgen_ray import LLM, SamplingParams
 from flexgen_ray.engine.backend import spans as all_spans
