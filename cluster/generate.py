@@ -1,4 +1,4 @@
-"""`flexgen-ray generate` on the cluster of the node it runs on.
+"""Run `flexgen-ray generate` on the Ray cluster that this machine belongs to.
 
 ray submit cluster/aws.yaml cluster/generate.py -- --model FOLDER --input IN --output OUT ...
 """

@@ -1,4 +1,4 @@
-"""Offline generation in Python, as vLLM's users know it.
+"""Offline generation in Python, with the names that vLLM's users know.
 
     python examples/offline_generate.py [MODEL_FOLDER]
 
@@ -15,7 +15,7 @@ PROMPTS = ["The capital of France is", "Once upon a time", "2, 4, 6, 8,", "Hello
 
 def main() -> None:
     model = sys.argv[1] if len(sys.argv) > 1 else prepare_model()
-    # Leave the policy out and the tiers are filled, fastest first; this one uses all three.
+    # Without a policy the placement is planned, or memory is filled; this one uses all three tiers.
     policy = Policy(
         gpu_batch_size=2,
         num_gpu_batches=2,

@@ -40,6 +40,7 @@ NOT_RUN = {
     "flexgen-ray demo": "fetches a model; tests/test_demo.py runs it without",
     "flexgen-ray-lm-eval": "needs lm-eval; tests/test_lm_eval.py",
     "--policy stages.yaml": "is for a model of 48 layers; the policy itself is read here",
+    "--nodes nodes.yaml": "takes seconds to plan; the file itself is read here",
     "bash examples/submit_job.sh": "needs a cluster; tests/test_job_submit.py",
     "export RAY_AUTH_MODE": "sets a variable",
     "ray ": "needs a cluster or a cloud",
@@ -175,7 +176,15 @@ def python_here(text: str) -> str:
     return text.replace('LLM("./opt-30b"', 'LLM("./opt-30b", use_ray=False, dtype="float32"')
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=names)
+# It compiles kernels for seconds, as tests/test_quantize.py does in every run.
+SLOW = ROOT / "docs/compression.md"
+
+
+@pytest.mark.parametrize(
+    "document",
+    [pytest.param(it, marks=pytest.mark.slow if it == SLOW else []) for it in DOCUMENTS],
+    ids=names,
+)
 def test_examples_run(document, folder, run_here, monkeypatch):
     """In the document's order: what one writes, the next may read."""
     variables: dict[str, Any] = {"__name__": str(document)}
