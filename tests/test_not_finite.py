@@ -349,7 +349,10 @@ def test_a_packed_group_tells_that_a_value_was_not_finite(bits, value):
 
 
 def test_what_the_last_stage_tells_survives_the_way():
-    for chosen in (SampledTokens(3, 1, [5, NOT_FINITE], faults={4: 17}), SampledTokens(0, 0, [1])):
+    for chosen in (
+        SampledTokens(3, 1, [5, NOT_FINITE], not_finite={4: 17}),
+        SampledTokens(0, 0, [1]),
+    ):
         assert SampledTokens.decode(chosen.encode()) == chosen
 
 

@@ -260,6 +260,11 @@ def test_stages_end_when_their_stream_is_left(tiny_models, executor):
 def test_a_closed_link_is_never_waited_for():
     first, second = LocalChannel.ring(2)
     second.close()
-    for wait in (first.next, first.next, lambda: first.send(torch.zeros(1)), second.next):
+    for wait in (
+        first.next_message,
+        first.next_message,
+        lambda: first.send(torch.zeros(1)),
+        second.next_message,
+    ):
         with pytest.raises(ChannelClosed):
             wait()

@@ -1,1 +1,1 @@
-"""How is a schedule executed? Stages, lanes, op handlers and the scheduler of requests."""
+"""Execution of a schedule: stages, lanes, op handlers and the scheduler of requests."""

@@ -1,7 +1,21 @@
-"""CHOOSE and ATTEND_DEVICE: rows whose cache lies on the device, or was streamed to it.
+"""Attention on the device (CHOOSE, ATTEND_DEVICE): rows cached there, or streamed to it.
 
-Attention sees keys and values as the cache keeps them, a prompt's own too, so that tokens don't
-depend on how prompts are cut nor on where caches lie. Knows runs of rows; no tiers.
+Attention sees keys and values as the cache keeps them, also those of a prompt's own chunk, so that
+tokens depend neither on how prompts are cut nor on where caches lie. Knows runs of rows; no tiers.
+
+ATTEND_DEVICE of a cell with 3 decoding rows and a prompt's chunk of 5 tokens, for 32 query heads,
+8 KV heads and head_dim 128 (the queries q are [8, 4096], one row a token):
+
+    decoding rows    rows side by side in the cache form a run, say all 3 (passes.find_decode_runs);
+                     the cache's view is [2, 3, 8, longest row, 128], keys and values
+                     dense    attention.decode over the run, [3, 32, 128]
+                     sparse   attention.select_tokens on the keys, weighted_sum on their values
+    prompt's chunk   attention.prefill over [5, 32, 128], row by row: cached keys and values, then
+                     causally its own
+
+Results replace the queries in q, which FINISH then projects. Streamed rows under sparse attention
+take three ops: CHOOSE selects tokens by the keys that came, GATHER_VALUES and LOAD_VALUES bring the
+values of these tokens only, and ATTEND_DEVICE weighs them.
 """
 
 from __future__ import annotations
@@ -16,7 +30,7 @@ from flexgen_ray.kernels.pack import pack, unpack
 from flexgen_ray.layout.plan import StagePlan
 from flexgen_ray.layout.rows import PlacedRows, Row
 from flexgen_ray.layout.sizes import QUERY_TILE
-from flexgen_ray.runtime.passes import DecodeRows, decode_runs
+from flexgen_ray.runtime.passes import DecodeRows, find_decode_runs
 from flexgen_ray.schedule.ops import Op
 from flexgen_ray.store.activations import CellBuffers
 from flexgen_ray.store.kv_cache import KVCache
@@ -24,7 +38,7 @@ from flexgen_ray.store.tiers import TORCH_DTYPE
 
 
 class DeviceAttention:
-    """Of one stage."""
+    """Attention of one stage's layers on the device."""
 
     def __init__(self, plan: StagePlan, cache: KVCache, device: torch.device) -> None:
         self._plan = plan
@@ -34,12 +48,12 @@ class DeviceAttention:
         self._bits = plan.policy.cache_bits
         self._sparsity = plan.policy.attention_sparsity
         self._dtype = TORCH_DTYPE[plan.dtype]
-        self._weights: dict[int, list[Tensor]] = {}  # of tokens chosen, by cell slot
+        self._weights: dict[int, list[Tensor]] = {}  # of selected tokens, by cell slot and run
 
     def pack(self, work: CellBuffers, num_tokens: int) -> None:
-        """New keys and values as a quantized cache keeps them; nothing for another cache.
+        """Quantize a cell's new keys and values, if the cache is quantized.
 
-        Those that can't be packed become NaN, and so do the logits of their row alone.
+        Values beyond the range become NaN, and so do the logits of their row alone.
         """
         if self._bits is None or work.packed is None:
             return
@@ -49,19 +63,19 @@ class DeviceAttention:
             pack(values[:num_tokens].unflatten(-1, heads), self._bits, into, raises=False)
 
     def choose(self, op: Op, placed: PlacedRows, work: CellBuffers) -> None:
-        """CHOOSE: the tokens that streamed rows attend, whose keys have come."""
+        """CHOOSE: select the tokens that streamed rows attend, by their loaded keys."""
         cache = self._cache
         cache.append_streamed(op, placed, work, prefills=False)
         self._weights[op.cell_slot] = []
         window = self._config.window(op.layer)
         for run in self._runs(placed, "streamed", placed.streamed, window):
             keys = cache.streamed_view(op, run.first, run.first + run.count)[0]
-            chosen = self._chosen(work, run, keys[:, :, run.seen], window)
-            cache.store_choice(op, run.first, chosen.tokens + run.seen.start)
-            self._weights[op.cell_slot].append(chosen.weights)
+            selected = self._select(work, run, keys[:, :, run.seen], window)
+            cache.store_choice(op, run.first, selected.tokens + run.seen.start)
+            self._weights[op.cell_slot].append(selected.weights)
 
     def attend(self, op: Op, placed: PlacedRows, work: CellBuffers) -> None:
-        """ATTEND_DEVICE: replaces the rows' queries by their attention."""
+        """ATTEND_DEVICE: replace the queries of resident and streamed rows by their attention."""
         cache, window = self._cache, self._config.window(op.layer)
         cache.append_streamed(op, placed, work, prefills=True)
         if not self._plan.is_sparse:
@@ -73,10 +87,10 @@ class DeviceAttention:
         ):
             for number, run in enumerate(self._runs(placed, name, rows, window)):
                 if name == "streamed" and self._plan.is_sparse:
-                    out = self._weighed(op, run, self._weights[op.cell_slot][number])
+                    out = self._weigh_loaded(op, run, self._weights[op.cell_slot][number])
                 else:
                     cached = view(op, run.first, run.first + run.count)
-                    out = self._decoded(work, run, cached[:, :, :, run.seen], window)
+                    out = self._decode(work, run, cached[:, :, :, run.seen], window)
                 self._query(work, run).copy_(out)
             for row, index in rows:
                 if row.is_prefill:
@@ -86,49 +100,52 @@ class DeviceAttention:
     def _runs(
         self, placed: PlacedRows, name: str, rows: list[tuple[Row, int]], window: int | None
     ) -> list[DecodeRows]:
-        make = partial(decode_runs, rows, self._plan.rows_at_a_time, self._device, window)
+        """Runs of decoding rows, computed once for a pass and window."""
+        make = partial(find_decode_runs, rows, self._plan.rows_at_a_time, self._device, window)
         return placed.memoized(f"{name} runs {window}", make)
 
     def _query(self, work: CellBuffers, run: DecodeRows) -> Tensor:
+        """Queries of a run's rows, [rows, heads, head_dim], a view."""
         return work.q[run.tokens].view(run.count, self._config.num_heads, self._config.head_dim)
 
-    def _decoded(
+    def _decode(
         self, work: CellBuffers, run: DecodeRows, cached: Tensor, window: int | None
     ) -> Tensor:
-        """cached: [2, rows, kv_heads, tokens seen, width]."""
+        """Attend a run's rows; cached: [2, rows, kv_heads, tokens seen, width]."""
         if self._plan.is_sparse:
-            chosen = self._chosen(work, run, cached[0], window)
-            return attention.weighted_sum(chosen.weights, self._values(chosen.gather(cached[1])))
-        k, v = self._values(cached)
+            selected = self._select(work, run, cached[0], window)
+            values = self._dequantized(selected.gather(cached[1]))
+            return attention.weighted_sum(selected.weights, values)
+        k, v = self._dequantized(cached)
         return attention.decode(self._query(work, run), k, v, run.lens, run.mask, window)
 
-    def _chosen(
+    def _select(
         self, work: CellBuffers, run: DecodeRows, keys: Tensor, window: int | None
     ) -> attention.SelectedTokens:
-        """keys: [rows, kv_heads, tokens seen, width]."""
-        k, q = self._values(keys), self._query(work, run)
+        """Tokens that a run's rows attend; keys: [rows, kv_heads, tokens seen, width]."""
+        k, q = self._dequantized(keys), self._query(work, run)
         return attention.select_tokens(q, k, run.lens, self._sparsity, run.mask, window)
 
-    def _weighed(self, op: Op, run: DecodeRows, weights: Tensor) -> Tensor:
-        """By the values that LOAD_VALUES brought."""
+    def _weigh_loaded(self, op: Op, run: DecodeRows, weights: Tensor) -> Tensor:
+        """Weighted sum of the values that LOAD_VALUES brought, for a run's rows."""
         values = self._cache.chosen_values(op, run.first, run.count, weights.shape[-1])
-        return attention.weighted_sum(weights, self._values(values))
+        return attention.weighted_sum(weights, self._dequantized(values))
 
     def _prefill(self, work: CellBuffers, row: Row, cached: Tensor, window: int | None) -> None:
-        """A prompt's first chunk needs no cache: all its keys are new."""
+        """Attend a prompt's chunk; the first chunk needs no cache, because all its keys are new."""
         config, tokens = self._config, row.tokens
         if row.position:
-            k, v = self._values(cached[:, 0, :, : row.seq_len])
+            k, v = self._dequantized(cached[:, 0, :, : row.seq_len])
         else:
             heads = config.num_kv_heads, -1
             own = (each[tokens].unflatten(-1, heads).transpose(0, 1) for each in work.cached)
-            k, v = map(self._values, own)
+            k, v = map(self._dequantized, own)
         query = work.q[tokens].view(row.num_new_tokens, config.num_heads, config.head_dim)
-        found = attention.prefill(query, k, v, row.position, QUERY_TILE, window)
-        work.q[tokens].copy_(found.flatten(1))
+        out = attention.prefill(query, k, v, row.position, QUERY_TILE, window)
+        work.q[tokens].copy_(out.flatten(1))
 
-    def _values(self, cached: Tensor) -> Tensor:
-        """[..., width] as the cache keeps them, as [..., head_dim]."""
+    def _dequantized(self, cached: Tensor) -> Tensor:
+        """Keys or values [..., head_dim] of [..., width] as the cache keeps them."""
         if self._bits is None:
             return cached
         shape = (*cached.shape[:-1], self._config.head_dim)

@@ -1,4 +1,4 @@
-"""News of a run while it goes on: passes, phases, notes, and stages that were replaced."""
+"""Events of a run while it goes on: passes, phases, notes, and replaced stages."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ from flexgen_ray.request import Score
 
 @dataclass(frozen=True)
 class RunCounts:
-    """How far a run is. most_tokens: of prompts and answers, if no answer ended early from here on.
-    seconds_left: an estimate; None while nothing is known."""
+    """Progress of a run in numbers.
+
+    most_tokens: tokens of all prompts and answers if no further answer ends early.
+    seconds_left: an estimate; None while nothing is known.
+    """
 
     requests_done: int
     num_requests: int
@@ -24,19 +27,19 @@ class RunCounts:
 
     @property
     def tokens(self) -> int:
-        """Prompt tokens and new ones that are done."""
+        """Prompt tokens and new tokens that are done."""
         return self.prompt_tokens + self.new_tokens
 
 
 @dataclass(frozen=True)
 class Progress:
-    """A pass of a stage, with its duration; or something else that takes time or is worth a line.
+    """One event: a pass of a stage, a phase of other work, or a note.
 
-    tokens: (request, token) of each new one; scores: (request, scores), of tokens in `tokens` or
-    before. standing: how far the run is with this pass.
-    phase: no pass, but work of this name, such as "loading weights": `done` of `total` `unit` (0 of
-    0 where that is unknown); detail: the part that is under way.
-    note: neither, but a line for people.
+    Fields of a pass: new_tokens, prefill_tokens, seconds, is_prefill; tokens: (request, token) of each new
+    token; scores: (request, scores) of these tokens or earlier ones; standing: progress of the run.
+    Fields of a phase: phase: its name, such as "loading weights"; done, total, unit: amount of work, 0 of
+    0 if unknown; detail: the part under way.
+    note: one line for people.
     """
 
     new_tokens: int = 0
@@ -55,15 +58,16 @@ class Progress:
 
     @property
     def current_phase(self) -> str:
-        """Name of the work; a pass is prefill or decode."""
+        """Name of the phase; a pass is in the phase prefill or decode."""
         return self.phase or ("prefill" if self.is_prefill else "decode")
 
 
 @dataclass
 class Recovery:
-    """Stages that were lost and replaced, and how many seconds each part of that took.
+    """Replacement of lost stages, with the seconds that each part of it took.
 
-    detected_at: time.time() when it was known. prefill: until the first new token.
+    detected_at: time.time() when the loss was detected; restart_seconds: until the processes ran;
+    weights_seconds: until weights were loaded; prefill_seconds: until the first new token.
     """
 
     reason: str
@@ -74,23 +78,23 @@ class Recovery:
     prefill_seconds: float = 0.0
 
     def note_restart(self) -> None:
-        """The processes are there."""
+        """Note that the new processes run."""
         self.restart_seconds = time.time() - self.detected_at
 
     def note_weights(self) -> None:
-        """Their weights are loaded."""
+        """Note that their weights are loaded."""
         self.weights_seconds = time.time() - self.detected_at - self.restart_seconds
 
     def note_tokens(self) -> None:
-        """A token came; the first counts."""
+        """Note that a token was generated; only the first one counts."""
         before = self.restart_seconds + self.weights_seconds
         self.prefill_seconds = self.prefill_seconds or time.time() - self.detected_at - before
 
     def line(self) -> str:
-        """For people; the first tokens are told when they are there."""
+        """One line for people; the prefill is left out while it goes on."""
         parts = {"restart": self.restart_seconds, "weights": self.weights_seconds}
         parts |= {"prefill": self.prefill_seconds} if self.prefill_seconds else {}
-        seconds = ", ".join(f"{part} {it:.1f} s" for part, it in parts.items())
+        seconds = ", ".join(f"{part} {seconds:.1f} s" for part, seconds in parts.items())
         which = ", ".join(map(str, self.stages))
         return f"stage {which} replaced ({self.reason}): {seconds}"
 
@@ -99,4 +103,4 @@ OnProgress = Callable[[Progress], None]
 
 
 def ignore_progress(event: Progress) -> None:
-    """Shows nothing."""
+    """Callback that ignores an event."""

@@ -1,6 +1,6 @@
 """Lanes at work: threads that run each lane's ops in order, as soon as their dependencies are done.
 
-Also divides the machine's cores among the threads, and reports how far a run is. Knows nothing of
+This file also divides the machine's cores among the threads, and reports a run's progress. Knows nothing of
 what an op does, nor why one op waits for another (schedule/dependencies.py says that).
 
 The life of an op, say op 17 on lane `store`, which waits for ops 3 and 12 of other lanes:
@@ -212,7 +212,7 @@ class Lanes:
                 heads = [q[0] for q in thread.queues if q and not q[0].num_pending]
                 if heads:
                     return min(heads, key=_issue_order) if len(heads) > 1 else heads[0]
-                # Set with the lock held: whoever makes an op ready afterwards will wake the thread.
+                # Set with the lock held, so that a thread that makes an op ready next will wake this one.
                 thread.is_idle = True
             thread.sleep()
 

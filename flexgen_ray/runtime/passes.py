@@ -1,6 +1,22 @@
-"""Passes: which rows each brings, decided or told, and what its ops derive from them, once.
+"""Passes: the rows of each batch in each visit, and the index tensors that its ops share.
 
-Tensors here are made by the lane that uses them, and not before.
+The first stage composes a pass; later stages receive its header. A tensor is made when an op first
+uses it, in the thread of that op's lane. Knows rows and messages; no layers and no tiers.
+
+A batch of two rows, in a stage that is the whole model. Slot 0 has a prompt of 5 tokens, slot 1 one
+of 3, and a pass takes at most 8 tokens of a batch:
+
+    visit 0   rows       (slot 0, position 0, 5 new tokens), (slot 1, position 0, 3 new tokens)
+              tokens     packed side by side: 0 1 2 3 4 | 0 1 2          hidden states [8, hidden]
+              last_tokens [4, 7]: the head computes logits [2, vocabulary] for these alone
+              sampled    one token for each slot, appended to its sequence
+    visit 1   rows       (slot 0, position 5, 1 new token), (slot 1, position 3, 1 new token)
+              tokens     5 | 3                                           hidden states [2, hidden]
+              last_tokens [0, 1]; attention sees 6 and 4 cached tokens, the new ones included
+
+If a prompt doesn't fit, a pass takes a chunk of it, and only the chunk with its last token is
+sampled. Decoding rows that lie side by side both in the cache and among the packed tokens form a
+run (find_decode_runs), so that one call attends them all.
 """
 
 from __future__ import annotations
@@ -27,7 +43,10 @@ from flexgen_ray.schedule.ops import Op
 
 
 class Pass(Composition):
-    """Rows of a pass, how their next tokens are chosen, and the index tensors its ops use."""
+    """Rows of one pass with their sampling settings, and the index tensors that its ops use.
+
+    spare: see layout.rows.Composition.
+    """
 
     def __init__(self, header: Header, spare: int, device: torch.device) -> None:
         super().__init__(header.rows, spare)
@@ -36,16 +55,17 @@ class Pass(Composition):
 
     @cached_property
     def token_ids(self) -> Tensor:
-        """[tokens] on the device; the following likewise."""
+        """Token ids [tokens] on the device, as are all tensors here."""
         return self._indices(list(self.rows.token_ids))
 
     @cached_property
     def positions(self) -> Tensor:
+        """Position in its sequence of each token, [tokens]."""
         return self._indices(self.rows.positions)
 
     @cached_property
     def last_tokens(self) -> Tensor:
-        """[sampled rows] the packed token that each is to be followed after."""
+        """Index of the last packed token of each sampled row, [sampled rows]."""
         return self._indices([row.tokens.stop - 1 for row in self.rows.sampled])
 
     @cached_property
@@ -55,7 +75,7 @@ class Pass(Composition):
 
     @cached_property
     def slots(self) -> Tensor:
-        """[tokens] the slot of each packed token's row."""
+        """Slot of each packed token's row, [tokens]."""
         return self._indices(
             [row.slot for row in self.rows.rows for _ in range(row.num_new_tokens)]
         )
@@ -67,75 +87,81 @@ class Pass(Composition):
 
     @cached_property
     def sampled_slots(self) -> Tensor:
-        """[sampled rows]"""
+        """Slots of the sampled rows, [sampled rows]."""
         return self._indices([row.slot for row in self.rows.sampled])
 
     @cached_property
     def scored_tokens(self) -> Tensor:
-        """[scored tokens] the packed token that each follows."""
+        """Index of the packed token before each scored token, [scored tokens]."""
         scored = self.rows.scored
         return self._indices([row.first + i for row in scored for i in range(len(row.token_ids))])
 
     @cached_property
     def scored_ids(self) -> Tensor:
-        """[scored tokens] which each is."""
+        """Token ids of the scored tokens, [scored tokens]."""
         return self._indices([token for row in self.rows.scored for token in row.token_ids])
 
     @cached_property
     def scores_sampled(self) -> bool:
-        """Whether any sampled row's token is to be scored."""
+        """True if any sampled row's token is to be scored."""
         return any(draw.top is not None for draw in self.header.sampling_rows)
 
     @cached_property
     def top(self) -> int:
-        """Most likeliest tokens that any score is to be told with."""
+        """Largest number of likeliest tokens that any score is reported with."""
         tops = [row.top for row in self.rows.scored]
         return max(tops + [draw.top or 0 for draw in self.header.sampling_rows], default=0)
 
     @cached_property
     def drawn(self) -> float:
+        """Sampling work, in rows drawn from the whole vocabulary (cost/ops.py)."""
         return sum(
             sampling_share(draw.temperature, draw.top_k) for draw in self.header.sampling_rows
         )
 
     def slot_scores(self, scores: Iterable[Score]) -> SlotScores:
-        """Whose they are: those of scored tokens come first, then one of each sampled row, if any
-        of these is to be scored."""
+        """Scores by slot.
+
+        scores: of the scored tokens, row after row; then, if any sampled row is to be scored, one
+        of every sampled row.
+        """
         rest = iter(scores)
-        told = [(row.slot, list(islice(rest, len(row.token_ids)))) for row in self.rows.scored]
+        known = [(row.slot, list(islice(rest, len(row.token_ids)))) for row in self.rows.scored]
         sampled = zip(self.rows.sampled, self.header.sampling_rows, rest, strict=False)
-        return told + [(row.slot, [it]) for row, draw, it in sampled if draw.top is not None]
+        new = [(row.slot, [score]) for row, draw, score in sampled if draw.top is not None]
+        return known + new
 
-    def faults(self, token_ids: list[int], scores: SlotScores) -> dict[int, int]:
-        """By slot, the place in its sequence of the first token whose logits aren't finite.
+    def find_not_finite(self, token_ids: list[int], scores: SlotScores) -> dict[int, int]:
+        """Position of the first token whose logits aren't finite, for each slot that has one.
 
-        token_ids: chosen for the sampled rows; scores: as slot_scores has them.
+        token_ids: chosen for the sampled rows; scores: from slot_scores.
         """
         sampled = zip(self.rows.sampled, token_ids, strict=True)
-        found = {row.slot: row.seq_len for row, token in sampled if token == NOT_FINITE}
+        places = {row.slot: row.seq_len for row, token in sampled if token == NOT_FINITE}
         rows = {row.slot: row for row in self.rows.rows} if self.rows.scored else {}
-        for scored, (slot, its) in zip(self.rows.scored, scores, strict=False):
-            bad = next((i for i, score in enumerate(its) if isnan(score.logprob)), None)
+        for scored, (slot, own) in zip(self.rows.scored, scores, strict=False):
+            bad = next((i for i, score in enumerate(own) if isnan(score.logprob)), None)
             if bad is not None:
                 row = rows[slot]
-                found[slot] = row.position + scored.first - row.offset + 1 + bad
-        return found
+                places[slot] = row.position + scored.first - row.offset + 1 + bad
+        return places
 
     def _indices(self, values: list[int]) -> Tensor:
         return place_indices(values, self._device)
 
 
 class Passes:
-    """The passes under way, and what is known of visits: composed here, or, after the first stage,
-    as the stage before tells.
+    """Passes under way in a stage, and counts of its visits.
 
-    channel: to the neighbours; None for a stage that is the whole model. Its lanes' ops call these
-    methods in the order that the schedule's hazards on rows and tokens allow.
+    Ops of several lanes call these methods; the schedule's dependencies on rows and tokens order
+    the calls.
+    channel: to the neighbours; None for a stage that is the whole model.
+    ended: number of the last visit, once it is known.
     """
 
     def __init__(self, plan: StagePlan, scheduler: Scheduler, device: torch.device) -> None:
         self.channel: Channel | None = None
-        self.ended: int | None = None  # the visit that no other follows, once it is known
+        self.ended: int | None = None
         self._plan = plan
         self._scheduler = scheduler
         self._device = device
@@ -143,67 +169,68 @@ class Passes:
         self._expected: dict[int, Rows] = {}
         self._counts: dict[int, list[int]] = {}
         self._num_empty: dict[int, int] = {}
-        self._filled: dict[int, dict[int, int]] = {}  # tokens that each batch's slots hold
+        self._filled: dict[int, dict[int, int]] = {}  # {batch: {slot: tokens it holds}}
         self._last_visit = 0
 
     @property
     def ring_channel(self) -> Channel:
-        """The channel that a stage of several has."""
+        """Channel of a stage that has neighbours."""
         assert self.channel is not None, "connect comes first"
         return self.channel
 
     def begin(self) -> None:
-        """A new run, whose visits are counted from 0."""
+        """Start a run, whose visits are counted from 0."""
         self.ended = None
         self._last_visit = 0
-        for kept in (self._expected, self._counts, self._num_empty):
-            kept.clear()
+        for counts in (self._expected, self._counts, self._num_empty):
+            counts.clear()
 
     def pass_of(self, op: Op) -> Pass:
-        """The pass of the op's visit and batch."""
+        """Pass of the op's visit and batch."""
         return self._under_way[op.turn, op.batch]
 
     def is_empty(self, visit: int) -> bool:
-        """True if it is known that no batch of the visit has rows."""
+        """True if no batch of the visit has rows, as far as is known."""
         return self._num_empty.get(visit, 0) == self._plan.policy.num_gpu_batches
 
     def is_over(self, visit: int) -> bool:
-        """Whether the run ends with this visit; asked when that is over."""
+        """True if the run ends with this visit, which has ended."""
         if self.channel is None:
             return self._scheduler.is_done and visit >= self._last_visit
         return self._has_ended(visit + 1)
 
-    def progress(self, visit: int) -> tuple[int, int]:
-        """(new tokens, prompt tokens) of a visit that is over; it is then forgotten."""
+    def take_counts(self, visit: int) -> tuple[int, int]:
+        """Numbers of new tokens and of prompt tokens of a visit that has ended; clears them."""
         new, prefill = self._counts.pop(visit, None) or (0, 0)
         self._num_empty.pop(visit, None)
         return new, prefill
 
     def compose(self, op: Op) -> None:
-        """The first stage decides, and tells the others unless they know that all is over."""
+        """COMPOSE: decide the rows of a pass, and send its header on, in the first stage.
+
+        After the run's last visit nothing is sent, for the other stages have stopped receiving.
+        """
         scheduler, channel = self._scheduler, self.channel
         if channel is not None and self.ended is None and scheduler.is_done:
             self.ended = op.visit
         rows = scheduler.compose(op.batch)
         slots = [row.slot for row in rows.sampled]
-        draws, indices = (
-            scheduler.sampling_rows(op.batch, slots),
-            scheduler.request_indices(op.batch, slots),
-        )
-        header = Header(op.visit, op.batch, rows, draws, indices, op.visit == self.ended)
+        sampling = scheduler.sampling_rows(op.batch, slots)
+        requests = scheduler.request_indices(op.batch, slots)
+        header = Header(op.visit, op.batch, rows, sampling, requests, op.visit == self.ended)
         if channel is not None and not self._has_ended(op.visit):
             self._expected[op.batch] = rows
             channel.post_message(header.encode())
         self._begin_pass(op, header)
 
     def recv_rows(self, op: Op) -> None:
-        """A later stage is told, and passes it on."""
+        """RECV_ROWS: receive a pass's header and send it on, in a later stage."""
         if self._has_ended(op.visit):
             return self._begin_pass(op, Header(op.visit, op.batch, NO_ROWS, [], []))
         message = self.ring_channel.next_message()
         header = Header.decode(message)
         if (header.visit, header.batch) != (op.visit, op.batch):
-            raise RuntimeError(f"rows of {header.visit, header.batch} came for {op}")
+            raise RuntimeError(f"rows of {header.visit, header.batch} arrived for {op}")
         if not self._plan.stage.is_last:
             self.ring_channel.post_message(message)
         if header.is_last:
@@ -211,34 +238,36 @@ class Passes:
         self._begin_pass(op, header)
 
     def recv_tokens(self, op: Op) -> None:
-        """The first stage takes note of what its batch's last visit brought, if it had any rows."""
+        """RECV_TOKENS: accept the tokens of a batch's last pass, in the first stage."""
         rows = self._expected.pop(op.batch, NO_ROWS)
         if rows.num_logits:
             chosen = SampledTokens.decode(self.ring_channel.next_message())
             if chosen.batch != op.batch:
-                raise RuntimeError(f"tokens of batch {chosen.batch} came for {op}")
+                raise RuntimeError(f"tokens of batch {chosen.batch} arrived for {op}")
             self._accept(op, rows, chosen)
 
     def accept(self, op: Op, token_ids: list[int], scores: Iterable[Score]) -> None:
-        """What was chosen for the pass's sampled rows, and all scores: noted, or told to the first
-        stage."""
+        """ACCEPT: hand a pass's tokens and scores to the scheduler, or send them to stage 0.
+
+        token_ids: of the sampled rows; scores: see Pass.slot_scores.
+        """
         self._last_visit = op.visit
-        its = self.pass_of(op)
-        found = its.slot_scores(scores)
-        faults = its.faults(token_ids, found)
-        found = [it for it in found if it[0] not in faults]
-        chosen = SampledTokens(op.visit, op.batch, token_ids, found, faults)
+        own = self.pass_of(op)
+        slot_scores = own.slot_scores(scores)
+        not_finite = own.find_not_finite(token_ids, slot_scores)
+        slot_scores = [pair for pair in slot_scores if pair[0] not in not_finite]
+        chosen = SampledTokens(op.visit, op.batch, token_ids, slot_scores, not_finite)
         if self.channel is not None:
             self.channel.post_message(chosen.encode())
         else:
-            self._accept(op, its.rows, chosen)
+            self._accept(op, own.rows, chosen)
 
     def _accept(self, op: Op, rows: Rows, chosen: SampledTokens) -> None:
         slots = [row.slot for row in rows.sampled]
-        self._scheduler.accept(op.batch, slots, chosen.token_ids, chosen.scores, chosen.faults)
+        self._scheduler.accept(op.batch, slots, chosen.token_ids, chosen.scores, chosen.not_finite)
 
     def _has_ended(self, visit: int) -> bool:
-        """Whether the run ended before this visit."""
+        """True if the run ended before this visit."""
         return self.ended is not None and visit > self.ended
 
     def _begin_pass(self, op: Op, header: Header) -> None:
@@ -252,9 +281,9 @@ class Passes:
             self._num_empty[op.visit] = self._num_empty.get(op.visit, 0) + 1
 
     def _with_stale(self, batch: int, rows: Rows) -> Rows:
-        """The rows, those that are new to their slots with what an earlier request left there.
+        """The rows, with `stale` set where an earlier request left more tokens in the slot.
 
-        Kept by each stage for itself, over all its runs: a replaced stage's slots are empty.
+        Each stage counts for itself, over all its runs, because a replaced stage's slots are empty.
         """
         filled = self._filled.setdefault(batch, {})
         first = [row for row in rows.rows if not row.position]
@@ -269,9 +298,11 @@ class Passes:
 
 @dataclass(frozen=True)
 class DecodeRows:
-    """Decoding rows side by side, both in a cache from place `first` on and among packed tokens.
+    """Run of decoding rows that lie side by side, both in a cache and among the packed tokens.
 
-    seen: the cached tokens that any row attends; lens: of each row, from the first of these on.
+    first, count: the rows' places in the cache; tokens: their packed tokens.
+    seen: cached tokens that any of the rows attends; lens: tokens of each row, counted from the
+    start of seen; mask: see attention.length_mask.
     """
 
     first: int
@@ -282,16 +313,19 @@ class DecodeRows:
     mask: Tensor | None
 
 
-def decode_runs(
+def find_decode_runs(
     placed: list[tuple[Row, int]], most: int, device: torch.device, window: int | None
 ) -> list[DecodeRows]:
-    """Of rows and their places in a cache, `most` rows at a time, in a layer with this window."""
+    """Runs of the decoding rows among placed (row, place in the cache), at most `most` rows each.
+
+    window: of the layer, see attention.decode.
+    """
     place = {row.slot: index for row, index in placed}
-    found = []
+    decode_rows = []
     for run in decoding_runs((row for row, _ in placed if not row.is_prefill), most):
         tokens = slice(run[0].offset, run[0].offset + len(run))
         lens = [row.seq_len for row in run]
         seen, mask = span(lens, window), length_mask(lens, device, window)
         lens = [end - seen.start for end in lens]
-        found.append(DecodeRows(place[run[0].slot], len(run), tokens, seen, lens, mask))
-    return found
+        decode_rows.append(DecodeRows(place[run[0].slot], len(run), tokens, seen, lens, mask))
+    return decode_rows

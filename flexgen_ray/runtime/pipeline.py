@@ -1,5 +1,7 @@
-"""All stages in this process, each in a thread, joined by local links; the first runs in the
-caller's. One stage is the simplest pipeline. For debugging and tests; Ray has processes.
+"""Pipeline in this process: each stage in a thread, connected by local channels.
+
+The first stage runs in the caller's thread, and one stage alone is the simplest pipeline. For runs
+without Ray; distributed/ has stages in processes. Knows workers; nothing of layers.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from flexgen_ray.schedule.ops import Span
 
 
 class LocalPipeline:
-    """A worker a stage."""
+    """Pipeline with one worker a stage, all in this process."""
 
     def __init__(self, num_stages: int = 1, threads: int | None = None) -> None:
         self.recoveries: list[Recovery] = []
@@ -31,23 +33,23 @@ class LocalPipeline:
 
     @property
     def resumes(self) -> bool:
-        """Whether it goes on after a stage is lost; a process is lost whole."""
+        """True if a run goes on after a stage is lost; never, since a process is lost whole."""
         return False
 
     @property
     def uses_nccl(self) -> bool:
-        """Whether hidden states go from GPU to GPU."""
+        """True if hidden states go from GPU to GPU; never within a process."""
         return False
 
     def probe(self, device: str, offload_dir: str) -> list[Machine]:
-        """The same machine for every stage."""
+        """Find out what each stage's machine has free; it is this one for all."""
         return [worker.probe(device, offload_dir) for worker in self.workers]
 
     def rates(self, spec: StageSpec) -> HardwareSpec:
         return self.workers[0].rates(spec)
 
     def load(self, specs: list[StageSpec], on_progress: OnProgress = ignore_progress) -> None:
-        """One stage after the other."""
+        """Load the stages, one after the other."""
         for worker, spec in zip(self.workers, specs, strict=True):
             worker.load(spec, on_progress)
 
@@ -55,27 +57,27 @@ class LocalPipeline:
         self.workers[0].add(requests)
 
     def run(self) -> Generator[Finished | Progress]:
-        """What the first stage yields; the first error of any stage ends all."""
+        """Run what was added, and yield the first stage's events; any stage's error ends all."""
         first, *others = self.workers
         if not others:
             yield from first.run()
             return
-        links = LocalChannel.ring(self.num_stages)
-        for worker, link in zip(self.workers, links, strict=True):
-            worker.connect(link)
+        channels = LocalChannel.ring(self.num_stages)
+        for worker, channel in zip(self.workers, channels, strict=True):
+            worker.connect(channel)
         errors: list[BaseException] = []
         threads = [
-            Thread(target=_follow, args=(worker, link, errors), name="stage")
-            for worker, link in zip(others, links[1:], strict=True)
+            Thread(target=_follow, args=(worker, channel, errors), name="stage")
+            for worker, channel in zip(others, channels[1:], strict=True)
         ]
         try:
             for thread in threads:
                 thread.start()
-            # A generator that is left early must end its run before the others are waited for.
+            # If the caller leaves early, the first stage must end before the others are joined.
             with closing(first.run()) as events:
                 yield from events
         except BaseException as error:
-            links[0].close()  # or the others would wait for it without end
+            channels[0].close()  # otherwise the other stages would wait for it forever
             if not isinstance(error, ChannelClosed):
                 raise
             errors.append(error)
@@ -83,9 +85,9 @@ class LocalPipeline:
             for thread in threads:
                 if thread.ident is not None:
                     thread.join()
-        # Whose link was closed suffers from another's fault.
+        # A closed channel is the consequence of another stage's error, so others go first.
         if errors:
-            raise min(errors, key=lambda it: isinstance(it, ChannelClosed))
+            raise min(errors, key=lambda error: isinstance(error, ChannelClosed))
 
     def used(self) -> list[dict[str, dict[str, int]]]:
         return [worker.used() for worker in self.workers]
@@ -104,11 +106,11 @@ class LocalPipeline:
             worker.close()
 
 
-def _follow(worker: Worker, link: LocalChannel, errors: list[BaseException]) -> None:
-    """A later stage's run; its error is kept, and ends the neighbours' waiting."""
+def _follow(worker: Worker, channel: LocalChannel, errors: list[BaseException]) -> None:
+    """Run a later stage; its error is appended to errors, and ends the neighbours' waiting."""
     try:
         for _ in worker.run():
             pass
     except BaseException as error:
         errors.append(error)
-        link.close()
+        channel.close()

@@ -1,9 +1,10 @@
-"""A stage's ends of the ring: what it hears from the stage before, and tells the one after.
+"""Messages between a pipeline's stages, and the channels that carry them within a process.
 
-Two kinds of things travel. Small messages go round the whole ring and never wait for room: the rows
-of each pass, ahead of its hidden states, and from the last stage to the first the tokens it chose.
-Hidden states go from stage to stage and wait until they are taken; since they never close the ring,
-waiting can't become a deadlock. Knows messages; not how they are carried.
+Stages form a ring, in which two kinds of data travel. Small messages go all the way round, and
+sending one never waits: each pass's header (its rows), ahead of its hidden states, and from the
+last stage to the first the sampled tokens. Hidden states go from a stage to the next, and sending
+them waits until they are taken; since they never go from the last stage to the first, waiting
+can't become a deadlock. distributed/transport.py carries the same between processes.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ from flexgen_ray.request import Score, SlotScores
 
 
 class ChannelClosed(ConnectionError):
-    """A neighbour has gone, or this stage's own run was stopped."""
+    """Raised by a channel whose neighbour is gone, or whose run was stopped."""
 
 
 @dataclass(frozen=True)
 class Header:
-    """One pass of one batch, as the first stage composed it.
+    """Rows of one pass of one batch, composed by the first stage.
 
     sampling_rows: for each sampled row, settings that choose its next token.
     request_indices: for each sampled row, the index of its request.
@@ -42,88 +43,95 @@ class Header:
     is_last: bool = False
 
     def encode(self) -> bytes:
-        rows = [_told(row) for row in self.rows.rows]
-        draws = [draw.encode() for draw in self.sampling_rows]
-        told = [rows, self.rows.prefill_tokens, draws, self.request_indices, self.is_last]
+        """Message with the header, JSON lists by position, without what the receiver derives."""
+        rows = [_encode_row(row) for row in self.rows.rows]
+        sampling = [row.encode() for row in self.sampling_rows]
+        fields = [rows, self.rows.prefill_tokens, sampling, self.request_indices, self.is_last]
         if self.rows.scored:
             scored = [(r.slot, r.first, r.token_ids, r.top) for r in self.rows.scored]
-            told.append(scored)
-        return json.dumps([self.visit, self.batch, *told]).encode()
+            fields.append(scored)
+        return json.dumps([self.visit, self.batch, *fields]).encode()
 
     @staticmethod
     def decode(message: bytes) -> Header:
-        visit, batch, numbers, prefill, draws, indices, is_last, *more = json.loads(message)
+        """Inverse of encode, except that the rows' token ids stay with the first stage."""
+        visit, batch, numbers, prefill, sampling, indices, is_last, *more = json.loads(message)
         rows, offset = [], 0
         for slot, position, count, is_sampled, is_prefill in numbers:
             rows.append(Row(slot, position, count, offset, is_sampled, is_prefill))
             offset += count
-        found = [SamplingRow.decode(draw) for draw in draws]
+        sampling_rows = [SamplingRow.decode(values) for values in sampling]
         scored = tuple(
             ScoredRow(slot, first, tuple(token_ids), top)
-            for told in more
-            for slot, first, token_ids, top in told
+            for entries in more
+            for slot, first, token_ids, top in entries
         )
         packed = Rows(tuple(rows), (), prefill, scored)
-        return Header(visit, batch, packed, found, indices, is_last)
+        return Header(visit, batch, packed, sampling_rows, indices, is_last)
 
 
-def _told(row: Row) -> tuple:
-    """Without what follows from the rows before it."""
+def _encode_row(row: Row) -> tuple:
+    """Fields of a row without its offset, which the rows before it determine."""
     return row.slot, row.position, row.num_new_tokens, row.is_sampled, row.is_prefill
 
 
 @dataclass(frozen=True)
 class SampledTokens:
-    """The tokens that the last stage chose in a pass, in the order of its sampled rows, and the
-    scores that were asked for.
+    """Tokens that the last stage sampled in a pass, and the scores that were asked for.
 
-    faults: by slot, the place in its sequence of the first token whose logits aren't finite; what
-    was chosen for it is void, and its scores are left out.
+    token_ids: in the order of the pass's sampled rows.
+    not_finite: {slot: position of the first token whose logits aren't finite}; the token sampled
+    for such a slot is void, and its scores are left out.
     """
 
     visit: int
     batch: int
     token_ids: list[int]
     scores: SlotScores = field(default_factory=list)
-    faults: dict[int, int] = field(default_factory=dict)
+    not_finite: dict[int, int] = field(default_factory=dict)
 
     def encode(self) -> bytes:
-        told: list = [self.visit, self.batch, self.token_ids]
-        if self.scores or self.faults:
-            told.append(self.scores)
-        if self.faults:
-            told.append([*self.faults.items()])
-        return json.dumps(told).encode()
+        """Message with the tokens, JSON lists by position, without trailing empty ones."""
+        fields: list = [self.visit, self.batch, self.token_ids]
+        if self.scores or self.not_finite:
+            fields.append(self.scores)
+        if self.not_finite:
+            fields.append([*self.not_finite.items()])
+        return json.dumps(fields).encode()
 
     @staticmethod
     def decode(message: bytes) -> SampledTokens:
+        """Inverse of encode."""
         visit, batch, token_ids, *more = json.loads(message)
-        told, faults = (*more, [], [])[:2]
-        scores = [(slot, list(map(Score.of, found))) for slot, found in told]
-        return SampledTokens(visit, batch, token_ids, scores, dict(faults))
+        entries, not_finite = (*more, [], [])[:2]
+        scores = [(slot, list(map(Score.of, values))) for slot, values in entries]
+        return SampledTokens(visit, batch, token_ids, scores, dict(not_finite))
 
 
 class Channel(Protocol):
-    """Every call that waits raises LinkClosed when there is nothing more to wait for."""
+    """A stage's connection to the stages before and after it in the ring.
+
+    Calls that wait raise ChannelClosed when nothing more will arrive.
+    """
 
     def post_message(self, message: bytes) -> None:
-        """A small message to the next stage, from the last one to the first; doesn't wait."""
+        """Send a small message to the next stage (after the last, the first); never waits."""
 
     def next_message(self) -> bytes:
-        """Waits for the next small message."""
+        """Wait for the next small message from the stage before."""
 
     def send(self, hidden: Tensor) -> None:
-        """Returns when the next stage has taken these hidden states."""
+        """Send hidden states; returns when the next stage has taken them."""
 
     def recv(self, out: Tensor) -> None:
-        """Fills `out` with what the stage before sends."""
+        """Fill `out` with the hidden states that the stage before sends."""
 
     def close(self) -> None:
-        """Ends this stage's waiting, and its neighbours', from any thread; may be called twice."""
+        """End this stage's waiting, and its neighbours'; from any thread, and more than once."""
 
 
 class LocalChannel:
-    """Of stages in one process."""
+    """Channel between stages in one process."""
 
     def __init__(self) -> None:
         self._messages: SimpleQueue[bytes | None] = SimpleQueue()
@@ -135,11 +143,11 @@ class LocalChannel:
 
     @staticmethod
     def ring(num_stages: int) -> list[LocalChannel]:
-        """One for each stage, joined up."""
-        links = [LocalChannel() for _ in range(num_stages)]
-        for link, following in zip(links, links[1:] + links[:1], strict=True):
-            link._following, following._preceding = following, link
-        return links
+        """Connected channels, one for each stage."""
+        channels = [LocalChannel() for _ in range(num_stages)]
+        for channel, following in zip(channels, channels[1:] + channels[:1], strict=True):
+            channel._following, following._preceding = following, channel
+        return channels
 
     def post_message(self, message: bytes) -> None:
         self._following._messages.put(message)
@@ -149,7 +157,7 @@ class LocalChannel:
 
     def send(self, hidden: Tensor) -> None:
         self._taken.clear()
-        if self._is_closed:  # before it could be waited for
+        if self._is_closed:  # close came before there was anything to wait for
             raise ChannelClosed("the run was stopped")
         self._following._offers.put((hidden, self._taken))
         self._taken.wait()
@@ -171,8 +179,8 @@ class LocalChannel:
             self._preceding.close()
 
     def _get(self, queue: SimpleQueue):
-        found = queue.get()
-        if found is None or self._is_closed:
-            queue.put(None)  # for whoever asks again
+        item = queue.get()
+        if item is None or self._is_closed:
+            queue.put(None)  # so that the next call ends too
             raise ChannelClosed("the run was stopped")
-        return found
+        return item

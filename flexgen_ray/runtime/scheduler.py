@@ -1,10 +1,15 @@
-"""Which request sits in which slot, what each pass brings, and when a request is done.
+"""Scheduler of requests: assigns them to slots, composes each pass, and ends finished requests.
 
-The batches of all blocks in flight have up to gpu_batch_size slots each. Requests are sorted by
-prompt length so that a batch's rows are alike. A finished row leaves its slot, and a waiting
-request takes it at the batch's next pass. Knows tokens; no tensors, no tiers.
+The batches of all blocks in flight have up to gpu_batch_size slots each, numbered from 0 in every
+batch. Requests are sorted by prompt length, so that a batch's rows are alike. For each batch, one
+pass after the other:
 
-Names the numbers that leave a dtype: why, and what to do. Knows names; no tensors.
+    compose           waiting requests take free slots; each decoding slot brings its newest token,
+                      and prompts fill the rest of cell_tokens, the last one perhaps in chunks
+    sampling_rows     settings for the slots whose last token the pass brings
+    accept            appends the sampled tokens; a request with its last token leaves its slot
+
+Knows tokens; no tensors, no tiers.
 """
 
 from __future__ import annotations
@@ -19,75 +24,19 @@ from flexgen_ray.kernels.sampling import Penalties, SamplingRow, uniform_number
 from flexgen_ray.layout.rows import Row, Rows, ScoredRow
 from flexgen_ray.request import Finished, Request, SamplingParams, Score, SlotScores
 
-_WIDER = {
-    "float16": "use --dtype bfloat16 or float32",
-    "bfloat16": "use --dtype float32",
-    "float32": "its weights may be damaged, or the prompt be one that they can't take",
-}
-
-
-def not_finite_message(place: int, dtype: str = "float32", cache_bits: int | None = None) -> str:
-    """The sentence for a request of which hidden states or logits are NaN or infinite.
-
-    place: of the token that was to be chosen or scored, in the prompt and the answer together.
-    """
-    remedy = _WIDER[dtype]
-    if cache_bits is not None:
-        remedy += ", or leave out --cache-bits"
-    return (
-        f"activations are not finite (NaN or infinite) in {dtype} at token {place}, the prompt's "
-        f"counted; {remedy}"
-    )
-
-
 FindStop = Callable[[list[int], int, SamplingParams], str | None]
 
 
 @dataclass
-class _Sequence:
-    """A request in a slot: its tokens, how many of them were known when it came, and how many the
-    cache holds. counts: how often its answer has each token."""
-
-    request: Request
-    token_ids: list[int]
-    scores: list[Score]
-    num_known: int
-    cached: int = 0
-    counts: Counter[int] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.counts = Counter(self.generated)
-
-    def append(self, token: int) -> None:
-        self.token_ids.append(token)
-        self.counts[token] += 1
-
-    @cached_property
-    def prompt_tokens(self) -> tuple[int, ...]:
-        """The distinct ones."""
-        return tuple(sorted(set(self.request.prompt_token_ids)))
-
-    @property
-    def generated(self) -> list[int]:
-        return self.token_ids[len(self.request.prompt_token_ids) :]
-
-    def scored(self, row: Row) -> ScoredRow | None:
-        """What is known to follow the row's tokens and has no score yet."""
-        request = self.request
-        if request.scored_from is None:
-            return None
-        position = max(row.position + 1, request.scored_from + len(request.scores))
-        token_ids = self.token_ids[position : row.seq_len + 1]
-        first = row.offset + position - row.position - 1
-        return ScoredRow(row.slot, first, tuple(token_ids), request.top) if token_ids else None
-
-
-@dataclass
 class Scheduler:
-    """Feeds one stage with passes.
+    """Composes the passes of a run, and follows every request from its queue to its end.
 
-    cell_tokens: most tokens of one batch in one pass; find_stop(token ids, first of the answer,
-    params): the stop string that the last token completes; seed: of requests without one.
+    gpu_batch_size: slots of a batch; num_batches: batches of all blocks in flight.
+    cell_tokens: most tokens of one batch in one pass.
+    find_stop(token ids, index of the answer's first token, params): returns the stop string that
+    the newest token completes, or None.
+    seed: for requests without a seed of their own.
+    explain(position): error message for a request whose logits aren't finite at a token.
     """
 
     gpu_batch_size: int
@@ -96,7 +45,7 @@ class Scheduler:
     eos_token_ids: frozenset[int]
     find_stop: FindStop | None = None
     seed: int = 0
-    explain: Callable[[int], str] = not_finite_message
+    explain: Callable[[int], str] = field(default_factory=lambda: not_finite_message)
     _waiting: deque[Request] = field(default_factory=deque)
     _finished: deque[Finished] = field(default_factory=deque)
     _accepted: deque[tuple[int, int]] = field(default_factory=deque)
@@ -106,27 +55,27 @@ class Scheduler:
         self._slots: list[dict[int, _Sequence]] = [{} for _ in range(self.num_batches)]
 
     def clear(self) -> None:
-        """Forgets what a run that was cut short left behind."""
+        """Drop the requests and results that an interrupted run left behind."""
         for queue in (self._waiting, self._finished, self._accepted, self._scored):
             queue.clear()
         for slots in self._slots:
             slots.clear()
 
     def add(self, requests: Iterable[Request]) -> None:
-        """Queues requests, longest prompts first, so what takes most memory is met at once."""
+        """Queue requests, longest prompts first, so that a lack of memory shows up early."""
         merged = [*self._waiting, *requests]
         merged.sort(key=lambda it: (-len(it.prompt_token_ids + it.generated), -it.max_seq_len))
         self._waiting = deque(merged)
 
     @property
     def is_done(self) -> bool:
-        """True if no pass will have rows any more; from another thread too."""
+        """True if no further pass has rows; may be asked from any thread."""
         return not self._waiting and not any(self._slots)
 
     def compose(self, batch: int) -> Rows:
-        """The next pass of a batch: each decoding row's token, then prompts as far as they fit.
+        """Rows of a batch's next pass: each decoding row's token, then prompts as far as they fit.
 
-        Prompts are served first come, first served, so that at most one is ever half done.
+        Prompts are taken in the order in which they got their slots, so at most one is in chunks.
         """
         slots = self._slots[batch]
         self._fill(slots)
@@ -142,10 +91,11 @@ class Scheduler:
         return self._pack(slots, counts)
 
     def sampling_rows(self, batch: int, slots: list[int]) -> list[SamplingRow]:
-        """How to choose the next token of each slot."""
+        """Settings that choose the next token of each slot."""
         return [self._sampling_row(self._slots[batch][slot]) for slot in slots]
 
     def request_indices(self, batch: int, slots: list[int]) -> list[int]:
+        """Index of the request in each slot."""
         return [self._slots[batch][slot].request.index for slot in slots]
 
     def accept(
@@ -154,22 +104,23 @@ class Scheduler:
         slots: list[int],
         token_ids: list[int],
         scores: SlotScores | None = None,
-        faults: dict[int, int] | None = None,
+        not_finite: dict[int, int] | None = None,
     ) -> None:
-        """Appends the chosen tokens, and scores; finished requests leave their slots.
+        """Append sampled tokens and scores; requests that end leave their slots.
 
-        faults: as of runtime.link.Chosen; those requests fail.
+        slots, token_ids: of the sampled rows, in order.
+        not_finite: {slot: position}, see ring.SampledTokens; these requests fail.
         """
-        faults = faults or {}
-        for slot, place in faults.items():
+        not_finite = not_finite or {}
+        for slot, place in not_finite.items():
             index = self._slots[batch][slot].request.index
             self._finished.append(Finished(index, [], "error", error=self.explain(place)))
             del self._slots[batch][slot]
-        told = [(self._slots[batch][slot], found) for slot, found in scores or ()]
-        for sequence, found in told:
-            sequence.scores += found
+        scored = [(self._slots[batch][slot], values) for slot, values in scores or ()]
+        for sequence, values in scored:
+            sequence.scores += values
         for slot, token in zip(slots, token_ids, strict=True):
-            if slot in faults:
+            if slot in not_finite:
                 continue
             sequence = self._slots[batch][slot]
             sequence.append(token)
@@ -178,26 +129,28 @@ class Scheduler:
             if done is not None:
                 self._finished.append(done)
                 del self._slots[batch][slot]
-        self._scored.extend((sequence.request.index, found) for sequence, found in told)
+        self._scored.extend((sequence.request.index, values) for sequence, values in scored)
 
     def take_finished(self) -> Iterator[Finished]:
-        """What finished since the last call; from another thread than `accept`'s, if one likes."""
+        """Requests that finished since the last call; may be called from another thread."""
         while self._finished:
             yield self._finished.popleft()
 
     def take_accepted(self) -> Iterator[tuple[int, int]]:
-        """(request, token) of each token since the last call; likewise."""
+        """(request, token) for each token since the last call; from any thread."""
         while self._accepted:
             yield self._accepted.popleft()
 
     def take_scored(self) -> Iterator[tuple[int, list[Score]]]:
-        """(request, its next scores) since the last call; called before `take_accepted`, it tells
-        of none that isn't told there."""
+        """(request, its new scores) since the last call.
+
+        Called before take_accepted, it yields no score of a token that is not yielded there.
+        """
         while self._scored:
             yield self._scored.popleft()
 
     def _fill(self, slots: dict[int, _Sequence]) -> None:
-        """Waiting requests into free slots; when few are left, each batch gets its share."""
+        """Move waiting requests into free slots; when few are left, each batch gets its share."""
         left = len(self._waiting) + sum(map(len, self._slots))
         room = min(self.gpu_batch_size, -(-left // self.num_batches)) - len(slots)
         free = (slot for slot in range(self.gpu_batch_size) if slot not in slots)
@@ -205,10 +158,11 @@ class Scheduler:
             request = self._waiting[0]
             tokens = request.prompt_token_ids + request.generated
             slots[slot] = _Sequence(request, tokens, [*request.scores], len(tokens))
-            # Only now, or `is_done` would be true in between.
+            # Removed last, so that `is_done` is not True in between.
             self._waiting.popleft()
 
     def _pack(self, slots: dict[int, _Sequence], counts: dict[int, int]) -> Rows:
+        """Rows with their tokens side by side; counts: number of tokens that each slot brings."""
         rows: list[Row] = []
         token_ids: list[int] = []
         scored: list[ScoredRow] = []
@@ -227,6 +181,7 @@ class Scheduler:
         return Rows(tuple(rows), tuple(token_ids), prefill_tokens, tuple(scored))
 
     def _sampling_row(self, sequence: _Sequence) -> SamplingRow:
+        """Settings that choose a sequence's next token."""
         request, params = sequence.request, sequence.request.params
         position = len(sequence.generated)
         if params.temperature == 0:
@@ -255,7 +210,7 @@ class Scheduler:
         )
 
     def _banned(self, sequence: _Sequence) -> tuple[int, ...]:
-        """Ends before min_tokens, and the last tokens of bad words whose others precede it."""
+        """Tokens that may not follow: ends before min_tokens, and those that complete bad words."""
         params, position = sequence.request.params, len(sequence.generated)
         banned = {*self._ends(params)} if position < params.min_tokens else set()
         for *before, last in sequence.request.bad_words:
@@ -273,7 +228,7 @@ class Scheduler:
         return ends if params.ignore_eos else ends | self.eos_token_ids
 
     def _finished_by(self, sequence: _Sequence, token: int) -> Finished | None:
-        """The request's end, if the newest token is its last."""
+        """Result of the request if its newest token is its last, else None."""
         request, params, count = sequence.request, sequence.request.params, len(sequence.generated)
         reason = "length" if count >= request.max_tokens else None
         stop: int | str | None = None
@@ -289,7 +244,7 @@ class Scheduler:
         return Finished(request.index, sequence.generated, reason, sequence.scores, stop)
 
     def _newest_stop(self, sequence: _Sequence, count: int) -> str | None:
-        """The stop string that the newest token completes."""
+        """Stop string that the newest token completes, if any."""
         request, params = sequence.request, sequence.request.params
         if not params.stop or count <= params.min_tokens:
             return None
@@ -298,7 +253,53 @@ class Scheduler:
         return self.find_stop(sequence.token_ids, begin, params)
 
 
+@dataclass
+class _Sequence:
+    """A request in a slot.
+
+    token_ids: of prompt and answer; num_known: number of tokens when it took the slot.
+    cached: number of tokens in the cache, or on their way there.
+    counts: occurrences of each token in its answer.
+    """
+
+    request: Request
+    token_ids: list[int]
+    scores: list[Score]
+    num_known: int
+    cached: int = 0
+    counts: Counter[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.counts = Counter(self.generated)
+
+    def append(self, token: int) -> None:
+        """Add a token to the answer."""
+        self.token_ids.append(token)
+        self.counts[token] += 1
+
+    @cached_property
+    def prompt_tokens(self) -> tuple[int, ...]:
+        """Distinct tokens of the prompt."""
+        return tuple(sorted(set(self.request.prompt_token_ids)))
+
+    @property
+    def generated(self) -> list[int]:
+        """Tokens of the answer so far."""
+        return self.token_ids[len(self.request.prompt_token_ids) :]
+
+    def scored(self, row: Row) -> ScoredRow | None:
+        """Known tokens that follow the row's tokens and have no score yet, if any."""
+        request = self.request
+        if request.scored_from is None:
+            return None
+        position = max(row.position + 1, request.scored_from + len(request.scores))
+        token_ids = self.token_ids[position : row.seq_len + 1]
+        first = row.offset + position - row.position - 1
+        return ScoredRow(row.slot, first, tuple(token_ids), request.top) if token_ids else None
+
+
 def _penalties(sequence: _Sequence) -> Penalties:
+    """Penalties on the tokens that a sequence has so far."""
     params = sequence.request.params
     return Penalties(
         params.presence_penalty,
@@ -306,4 +307,25 @@ def _penalties(sequence: _Sequence) -> Penalties:
         params.repetition_penalty,
         sequence.prompt_tokens if params.repetition_penalty != 1 else (),
         tuple(sequence.counts.items()),
+    )
+
+
+_REMEDIES = {
+    "float16": "use --dtype bfloat16 or float32",
+    "bfloat16": "use --dtype float32",
+    "float32": "its weights may be damaged, or the prompt may be one that they can't take",
+}
+
+
+def not_finite_message(place: int, dtype: str = "float32", cache_bits: int | None = None) -> str:
+    """Error message for a request whose hidden states or logits are NaN or infinite.
+
+    place: index of the token to sample or score, in prompt and answer together.
+    """
+    remedy = _REMEDIES[dtype]
+    if cache_bits is not None:
+        remedy += ", or leave out --cache-bits"
+    return (
+        f"activations are not finite (NaN or infinite) in {dtype} at token {place}, the prompt's "
+        f"counted; {remedy}"
     )

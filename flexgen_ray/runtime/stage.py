@@ -202,7 +202,7 @@ class Stage:
 
     def _progress(self, visit: int, seconds: float) -> Progress:
         modelled = self._modelled.end_visit(visit) if self._modelled else {}
-        new, prefill = self.handlers.passes.progress(visit)
+        new, prefill = self.handlers.passes.take_counts(visit)
         self._visits.append(VisitTiming(time.perf_counter(), new, prefill, modelled))
         scores = tuple(self.scheduler.take_scored())
         tokens = tuple(self.scheduler.take_accepted())
@@ -236,9 +236,9 @@ class Stage:
         """How far the run is; from any thread."""
         return self._watch.heartbeat()
 
-    def connect(self, link: Channel | None) -> None:
+    def connect(self, channel: Channel | None) -> None:
         """The stage's place in a ring; a stage of a model's all layers needs none."""
-        self.handlers.passes.channel = link
+        self.handlers.passes.channel = channel
 
     def _cancel(self) -> None:
         """Nothing under way waits any longer; nor, in a run cut short, do the neighbours."""

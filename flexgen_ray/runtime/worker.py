@@ -1,6 +1,6 @@
-"""A stage and the machine it runs on, behind four calls: probe, load, add, run.
+"""Worker: one stage and the machine that it runs on, behind four calls: probe, load, add, run.
 
-In-process it is used as it is; `distributed.actor` makes it a Ray actor. Knows no Ray.
+A pipeline in one process uses it as it is; distributed/ makes it a Ray actor. Knows no Ray.
 """
 
 from __future__ import annotations
@@ -35,9 +35,11 @@ from flexgen_ray.text.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Machine:
-    """What a worker finds where it runs; bytes are those free now. hardware: its rates, if they
-    are known; gpu_id: of no other GPU anywhere; rates_source: calibrated, given, or assumed by the
-    GPU's name."""
+    """A machine with its device, as a worker found it; sizes are free bytes.
+
+    num_threads: cores for this worker; hardware: rates, if they are known.
+    gpu_id: unique among all GPUs; rates_source: calibrated, given, or assumed by the GPU's name.
+    """
 
     host: str
     device: str
@@ -58,7 +60,7 @@ class Machine:
 
 
 class Worker:
-    """One stage in this process. threads: default_threads(), if None."""
+    """One stage in this process; threads: number of cores it uses, None for default_threads()."""
 
     def __init__(self, threads: int | None = None) -> None:
         self.stage: Stage | None = None
@@ -71,7 +73,7 @@ class Worker:
         """Find out what this machine has free; ValueError if it lacks the device.
 
         device: auto, cpu, cuda or cuda:N, which becomes the process's current CUDA device.
-        with_rates: with what is known of this node's rates.
+        with_rates: also look up the node's calibrated rates, or its GPU's preset.
         """
         chosen = find_device(device)
         uses_cuda = chosen.type == "cuda"
@@ -92,88 +94,88 @@ class Worker:
         return with_known_rates(machine, Path(offload_dir)) if with_rates else machine
 
     def rates(self, spec: StageSpec) -> HardwareSpec:
-        """What this machine gives for the stage's shapes, measured now; takes a few seconds."""
+        """Measure this machine's rates for the stage's shapes; takes a few seconds."""
         self.close()
         plan, device = spec.plan, torch.device(spec.device)
         attend = choose_host_kernel(plan, cores_for(plan, device).host, spec.budget.cpu // 2)
         return measure_rates(plan, spec.budget, device, Path(spec.offload_dir), attend)
 
     def load(self, spec: StageSpec, on_progress: OnProgress = ignore_progress) -> None:
-        """Takes the memory, reads the weights; replaces the stage of an earlier load."""
+        """Allocate memory and load weights; replaces the stage of an earlier load."""
 
-        def tell(event: Progress) -> None:
+        def report(event: Progress) -> None:
             self._loading = event
             on_progress(event)
 
         self.close()
-        tell(Progress(phase=LOADING))
+        report(Progress(phase=LOADING))
         if spec.model:
             spec = replace(spec, model=str(find_model(spec.model)))
         self._tokenizer = Tokenizer(spec.model) if spec.model else None
         find_stop = StopStrings(self._tokenizer).newest if self._tokenizer else None
-        self.stage = Stage(spec, find_stop, tell)
+        self.stage = Stage(spec, find_stop, report)
         release_openmp_team()
 
     def loading(self) -> Progress:
-        """How much of its weights the stage has loaded; from any thread."""
+        """Progress of loading weights; may be called from any thread."""
         return self._loading
 
-    def connect(self, link: Channel | None) -> None:
-        """The stage's place in a ring of several."""
+    def connect(self, channel: Channel | None) -> None:
+        """Connect the stage to its neighbours; None if it is the whole model."""
         assert self.stage is not None, "load comes first"
-        self.stage.connect(link)
+        self.stage.connect(channel)
 
     def add(self, requests: list[Request]) -> None:
-        """Queues requests for the next run."""
+        """Queue requests for the next run."""
         assert self.stage is not None, "load comes first"
         if self._tokenizer and any(request.params.stop for request in requests):
             self._tokenizer.load()
         self._added += requests
 
     def run(self, on_logits: LogitsHook | None = None) -> Generator[Finished | Progress]:
-        """Runs what was added; see Stage.run."""
+        """Run what was added; see Stage.run."""
         assert self.stage is not None, "load comes first"
         requests, self._added = self._added, []
         yield from self.stage.run(requests, on_logits)
 
     def heartbeat(self) -> Heartbeat:
-        """How far the run is; from any thread."""
+        """Progress of the run; may be called from any thread."""
         return self.stage.heartbeat() if self.stage else Heartbeat()
 
     def busy(self) -> dict[str, float]:
-        """Seconds that each lane has been at work in the run so far; from any thread."""
+        """Seconds that each lane has been busy in the run so far; from any thread."""
         return self.stage.busy() if self.stage else {}
 
     def used(self) -> dict[str, dict[str, int]]:
-        """{tier: {what: bytes}} that the stage holds."""
+        """Bytes that the stage holds, {tier: {kind of data: bytes}}."""
         return self.stage.used() if self.stage else {}
 
     def measured(self) -> StageMeasurements:
-        """How busy each lane was in the last run."""
+        """Measurements of the last run."""
         return self.stage.measured() if self.stage else StageMeasurements()
 
     def spans(self, first: int, count: int) -> list[Span]:
-        """Some of the last run's ops with their times, if they were kept."""
+        """Some of the last run's ops with their times, if the stage keeps these."""
         return self.stage.spans[first : first + count] if self.stage else []
 
     def abort(self) -> None:
-        """After a run that didn't end: what it left undone is forgotten, with its stage."""
+        """Drop the stage after a run that didn't end, with the requests that it left."""
         self.close()
 
     def close(self) -> None:
-        """Gives memory and offload files back."""
+        """Free memory and offload files."""
         self._added = []
         if self.stage is not None:
             self.stage.close()
             self.stage = None
             if torch.cuda.is_initialized():
-                # Each stream that has multiplied has one, which the next stage's won't use.
+                # Streams that have multiplied have workspaces, useless to the next stage's.
                 torch._C._cuda_clearCublasWorkspaces()  # type: ignore[attr-defined]
                 torch.cuda.empty_cache()
 
 
 def find_device(name: str) -> torch.device:
-    """torch's device for auto, cpu, cuda or cuda:N; auto is the current GPU if there is one.
+    """Device of torch for auto, cpu, cuda or cuda:N; auto is the current GPU if there is one.
 
     Raises ValueError for other names, and for a GPU that isn't there.
     """
@@ -197,7 +199,7 @@ def find_device(name: str) -> torch.device:
 
 
 def with_known_rates(machine: Machine, offload_dir: Path) -> Machine:
-    """With the node's calibrated rates, or those of the preset for its GPU, if there are any."""
+    """The machine with the node's calibrated rates, or its GPU's preset, if there are any."""
     uses_cuda = machine.on_cuda
     if hardware := load_calibrated(uses_cuda):
         return replace(machine, hardware=hardware)
@@ -209,18 +211,19 @@ def with_known_rates(machine: Machine, offload_dir: Path) -> Machine:
 
 
 def _free_disk(folder: Path) -> int:
-    """Of the file system that the folder is, or will be, on; none if it can't be written."""
+    """Free bytes on the file system that holds, or will hold, the folder; 0 if not writable."""
     while not folder.exists():
         folder = folder.parent
     return shutil.disk_usage(folder).free if os.access(folder, os.W_OK) else 0
 
 
 def _gpu_has_bfloat16() -> bool:
-    """Before Ampere torch has no attention kernel for it that avoids s x s tensors."""
+    """True from Ampere on: before, torch's bfloat16 attention needs tokens x tokens tensors."""
     return torch.cuda.get_device_capability() >= (8, 0)
 
 
 def _cpu_has_bfloat16() -> bool:
+    """True if the CPU multiplies bfloat16 by instructions of its own."""
     cpu = torch.backends.cpu.get_cpu_capability()
     if not cpu.startswith("AVX512"):
         return False
