@@ -35,11 +35,12 @@ class RunCounts:
 class Progress:
     """One event: a pass of a stage, a phase of other work, or a note.
 
-    Fields of a pass: new_tokens, prefill_tokens, seconds, is_prefill; tokens: (request, token) of each new
-    token; scores: (request, scores) of these tokens or earlier ones; standing: progress of the run.
-    Fields of a phase: phase: its name, such as "loading weights"; done, total, unit: amount of work, 0 of
-    0 if unknown; detail: the part under way.
-    note: one line for people.
+    Fields of a pass: new_tokens, prefill_tokens, seconds, is_prefill; tokens: (request, token) of
+    each new token; scores: (request, scores) of these tokens or earlier ones; standing: progress
+    of the run.
+    Fields of a phase: phase: its name, such as "loading weights"; done, total, unit: amount of
+    work, 0 of 0 if unknown; detail: the part under way.
+    Field of a note: note: one line for people.
     """
 
     new_tokens: int = 0

@@ -1,7 +1,7 @@
 """Lanes at work: threads that run each lane's ops in order, as soon as their dependencies are done.
 
-This file also divides the machine's cores among the threads, and reports a run's progress. Knows nothing of
-what an op does, nor why one op waits for another (schedule/dependencies.py says that).
+This file also divides the machine's cores among the threads, and reports a run's progress. It knows
+nothing of what an op does, nor why one op waits for another (schedule/dependencies.py does).
 
 The life of an op, say op 17 on lane `store`, which waits for ops 3 and 12 of other lanes:
 
@@ -212,7 +212,7 @@ class Lanes:
                 heads = [q[0] for q in thread.queues if q and not q[0].num_pending]
                 if heads:
                     return min(heads, key=_issue_order) if len(heads) > 1 else heads[0]
-                # Set with the lock held, so that a thread that makes an op ready next will wake this one.
+                # Set with the lock held, so that the next op that becomes ready wakes this thread.
                 thread.is_idle = True
             thread.sleep()
 
