@@ -88,6 +88,7 @@ def choice(
 
 
 def planner_of(prompt_len: int, max_tokens: int) -> Planner:
+    """Planner for the emulated machine and a job of equal requests; lengths in tokens."""
     config = replace(shape_config(SHAPE), num_layers=LAYERS)
     device = StageDevice(lambda *rows: RATES, BUDGET)
     return Planner(
@@ -96,6 +97,7 @@ def planner_of(prompt_len: int, max_tokens: int) -> Planner:
 
 
 def grid() -> Iterator[Policy]:
+    """Policies of every combination of block shape, weights' placement and cache's placement."""
     for (size, number), weights, (cache, attention) in product(SHAPES, WEIGHTS, CACHES):
         yield Policy(size, number, 512, weights, cache, Placement(1, 0, 0), attention)
 

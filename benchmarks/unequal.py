@@ -67,6 +67,7 @@ def unequal(
 
 
 def _cluster(names: list[str], model: str, requests: int, step: int) -> dict:
+    """Chosen, best and equal split of a model over machines; names: presets, one a machine."""
     config = shape_config(model)
     devices = []
     for number, name in enumerate(names):
@@ -91,10 +92,10 @@ def _cluster(names: list[str], model: str, requests: int, step: int) -> dict:
         )
     )
     return {
-        "chosen": _told(chosen) | _run(planner, chosen),
-        "best_of_enumeration": _told(best) | {"splits": len(tried)},
+        "chosen": _describe(chosen) | _run(planner, chosen),
+        "best_of_enumeration": _describe(best) | {"splits": len(tried)},
         "chosen_to_best": round(chosen.tokens_per_s / best.tokens_per_s, 4),
-        "equal": _told(equal) | _run(planner, equal),
+        "equal": _describe(equal) | _run(planner, equal),
         "gain_over_equal": round(chosen.tokens_per_s / equal.tokens_per_s, 3),
     }
 
@@ -114,7 +115,8 @@ def _of_split(
     return may_shrink.plan(chosen.stages[0].policy)
 
 
-def _told(plan: PipelinePlan) -> dict:
+def _describe(plan: PipelinePlan) -> dict:
+    """Layers of each stage, block shape, and predicted throughput of a plan."""
     policy = plan.stages[0].policy
     return {
         "layers": [stage.num_decoder_layers for stage in plan.stages],
