@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -16,8 +17,14 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 
 import pytest  # noqa: E402
+
+# Failures in what tests share are explained as well as those in tests.
+pytest.register_assert_rewrite("bench_results", "engine_runs", "job_files", "schedule_laws")
+
 import tiny  # noqa: E402
+import yaml  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
+from job_files import POLICY  # noqa: E402
 
 # A busy machine is slow, not wrong; and fixtures here are never changed by a test.
 settings.register_profile(
@@ -79,6 +86,31 @@ def chat_model(text_model, tmp_path_factory):
     template = f"{{% for message in messages %}}{turn}{{% endfor %}}<assistant>"
     (folder / "chat_template.jinja").write_text(template)
     return folder
+
+
+@pytest.fixture
+def files(tmp_path, text_model):
+    """A model, an input of good and bad lines, a policy, and where the output goes."""
+    lines = [
+        json.dumps(
+            {
+                "custom_id": "batch",
+                "method": "POST",
+                "url": "/v1/completions",
+                "body": {"model": "m", "prompt": "Hello there", "max_tokens": 5, "temperature": 0},
+            }
+        ),
+        '{"prompt": "And you?", "max_tokens": 4, "temperature": 0.8, "seed": 3}',
+        "no json",
+        json.dumps({"custom_id": "long", "prompt": "x" * 500}),
+        json.dumps({"custom_id": "full", "prompt": "y" * 150, "max_tokens": 100}),
+        json.dumps({"custom_id": "ids", "prompt": [5, 6, 7]}),
+        json.dumps({"custom_id": "bad ids", "prompt": [5, 10_000]}),
+        json.dumps({"custom_id": "empty", "prompt": ""}),
+    ]
+    (tmp_path / "in.jsonl").write_text("\n".join(lines))
+    (tmp_path / "policy.yaml").write_text(yaml.safe_dump(POLICY))
+    return tmp_path
 
 
 @pytest.fixture(scope="session")

@@ -16,8 +16,8 @@ import tiny
 import torch
 import typer
 import yaml
+from job_files import arguments, commands, rows_by_id
 from safetensors.torch import load_file, save_file
-from test_cli import arguments, files, rows  # noqa: F401 - a fixture
 from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
@@ -57,7 +57,7 @@ def answered(run_here, files, model):  # noqa: F811
     def call(*options: object) -> tuple[dict[str, dict], str]:
         done = run_here(*arguments(files, model, "--no-use-ray", *options))
         assert done.returncode in (0, 2), done.stderr
-        return rows(files / "out.jsonl"), done.stderr
+        return rows_by_id(files / "out.jsonl"), done.stderr
 
     return call
 
@@ -67,7 +67,7 @@ def answered(run_here, files, model):  # noqa: F811
     [
         ([float("nan")] * 2, [], "2 NaN and 0 infinite values of 1536"),
         ([float("-inf"), float("nan")], [], "1 NaN and 1 infinite values of 1536"),
-        ([7e4], ["--dtype", "float16"], "1 values of 1536 beyond 65504, .* take --dtype bfloat16"),
+        ([7e4], ["--dtype", "float16"], "1 values of 1536 beyond 65504, .* use --dtype bfloat16"),
     ],
 )
 def test_weights_that_are_no_numbers_are_named(refused, model, values, options, words):
@@ -270,7 +270,7 @@ def test_the_model_s_own_sampling_counts_where_nobody_says(run_here, files, mode
         job.remove("--max-tokens")
         job.remove(3)
         assert run_here(*job).returncode == 0
-        found = rows(files / "out.jsonl").values()
+        found = rows_by_id(files / "out.jsonl").values()
         return [row["response"]["body"]["choices"][0]["text"] for row in found]
 
     plain = texts({"max_tokens": 9, "temperature": 0})
@@ -290,17 +290,6 @@ def test_a_generation_config_that_can_t_be_is_named(refused, model):
     generation(model, temperature="hot")
     said = refused()
     assert "generation_config.json: temperature is 'hot'; it must be 0 (greedy) to 2" in said
-
-
-def commands(group: typer.core.TyperGroup, path: str):
-    """(name, command) of all that can be run."""
-    context = typer.Context(group)
-    for name in group.list_commands(context):
-        command = group.get_command(context, name)
-        if isinstance(command, typer.core.TyperGroup):
-            yield from commands(command, f"{path} {name}")
-        else:
-            yield f"{path} {name}", command
 
 
 def test_each_command_s_help_has_an_example_of_it():

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-from importlib import import_module
 
 import pytest
+from bench_results import bench, benchmark
 from typer.testing import CliRunner
 
 from benchmarks import attention as bench_attention
 from benchmarks import choice
 from benchmarks import paper_machines as t4
-from benchmarks.command import as_app
-from flexgen_ray.cli.app import App
 from flexgen_ray.cli.main import app
 from flexgen_ray.config import Policy
 
@@ -28,23 +26,6 @@ weights: {gpu: 0.4, cpu: 0.3, disk: 0.3}
 cache: {gpu: 0.4, cpu: 0.3, disk: 0.3}
 cpu_attention: 0.5
 """
-
-
-def bench(*arguments: object) -> dict:
-    """The result of `flexgen-ray bench ARGUMENTS`."""
-    return _result(app, ["bench", *map(str, arguments)])
-
-
-def benchmark(name: str, *arguments: object) -> dict:
-    """The result of `python -m benchmarks.NAME ARGUMENTS`."""
-    function = getattr(import_module(f"benchmarks.{name}"), name)
-    return _result(as_app(function), [*map(str, arguments)])
-
-
-def _result(app: App, arguments: list[str]) -> dict:
-    done = CliRunner().invoke(app, arguments)
-    assert done.exit_code == 0, (done.output, done.exception)
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.fixture

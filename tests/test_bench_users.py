@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from test_bench import bench
+from bench_results import bench
 from typer.testing import CliRunner
 
 from flexgen_ray.cli.bench.scaling import compare_with_copies, decode_rate

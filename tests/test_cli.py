@@ -17,73 +17,13 @@ import pytest
 import tiny
 import torch
 import yaml
+from job_files import POLICY, arguments, command, rows_by_id, run
 
 from flexgen_ray.units import parse_bytes
 
-POLICY = {
-    "gpu_batch_size": 2,
-    "num_gpu_batches": 2,
-    "max_batch_tokens": 16,
-    "weights": {"gpu": 0.3, "cpu": 0.3, "disk": 0.4},
-    "cache": {"gpu": 0.3, "cpu": 0.3, "disk": 0.4},
-    "activations": {"gpu": 0.5, "disk": 0.5},
-    "cpu_attention": 0.5,
-}
-
-
-def command(*arguments: object) -> list[str]:
-    return [sys.executable, "-m", "flexgen_ray", *map(str, arguments)]
-
-
-def run(*arguments: object, **options) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        command(*arguments), capture_output=True, text=True, timeout=120, check=False, **options
-    )
-
-
-def rows(path: Path) -> dict[str, dict]:
-    found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    by_id = {row["custom_id"]: row for row in found}
-    assert len(by_id) == len(found), "an id was answered twice"
-    return by_id
-
-
-@pytest.fixture
-def files(tmp_path, text_model):
-    """A model, an input of good and bad lines, a policy, and where the output goes."""
-    lines = [
-        json.dumps(
-            {
-                "custom_id": "batch",
-                "method": "POST",
-                "url": "/v1/completions",
-                "body": {"model": "m", "prompt": "Hello there", "max_tokens": 5, "temperature": 0},
-            }
-        ),
-        '{"prompt": "And you?", "max_tokens": 4, "temperature": 0.8, "seed": 3}',
-        "no json",
-        json.dumps({"custom_id": "long", "prompt": "x" * 500}),
-        json.dumps({"custom_id": "full", "prompt": "y" * 150, "max_tokens": 100}),
-        json.dumps({"custom_id": "ids", "prompt": [5, 6, 7]}),
-        json.dumps({"custom_id": "bad ids", "prompt": [5, 10_000]}),
-        json.dumps({"custom_id": "empty", "prompt": ""}),
-    ]
-    (tmp_path / "in.jsonl").write_text("\n".join(lines))
-    (tmp_path / "policy.yaml").write_text(yaml.safe_dump(POLICY))
-    return tmp_path
-
-
-def arguments(files: Path, model: Path, *more: object) -> list[object]:
-    return [
-        "generate", "--model", model, "--input", files / "in.jsonl",
-        "--output", files / "out.jsonl", "--policy", files / "policy.yaml",
-        "--offload-dir", files / "offload", "--device", "cpu", "--dtype", "float32",
-        "--max-tokens", 3, "--temperature", 0, *more,
-    ]  # fmt: skip
-
 
 def assert_answers(files: Path) -> None:
-    answers = rows(files / "out.jsonl")
+    answers = rows_by_id(files / "out.jsonl")
     assert set(answers) == {"batch", "line-2", "line-3", "long", "full", "ids", "bad ids", "empty"}
     status = {key: row["response"]["status_code"] for key, row in answers.items()}
     assert {key for key, code in status.items() if code == 200} == {
@@ -246,7 +186,7 @@ def test_stop_strings_end_an_answer_and_are_cut_off(run_here, files, text_model)
         assert (
             run_here(*arguments(files, text_model, "--no-use-ray", "--overwrite")).returncode == 0
         )
-        return rows(files / "out.jsonl")["line-1"]["response"]["body"]
+        return rows_by_id(files / "out.jsonl")["line-1"]["response"]["body"]
 
     whole = answer()["choices"][0]["text"]
     assert len(whole) == 30
@@ -295,7 +235,7 @@ def test_a_killed_run_leaves_whole_lines_and_no_offload_files(files, text_model,
     job.send_signal(how)
     _, stderr = job.communicate(timeout=60)
     assert job.returncode in (-9, 130) and "Traceback" not in stderr
-    assert 4 < len(rows(output)) < 400
+    assert 4 < len(rows_by_id(output)) < 400
     assert not offloaded(offload)
     assert [path.name for path in offload.iterdir()] == ["someone-elses"]
     (files / "in.jsonl").write_text(lines[0])

@@ -7,7 +7,7 @@ from inspect import signature
 
 import pytest
 import typer
-from test_bad_input import commands
+from job_files import commands
 
 from flexgen_ray import LLM, Policy, SamplingParams
 from flexgen_ray.cli.app import FORMER_NAMES

@@ -10,8 +10,7 @@ from typing import get_args
 
 import pytest
 import typer
-from test_bad_input import commands
-from test_cli import arguments, files  # noqa: F401 - a fixture
+from job_files import arguments, commands
 
 from flexgen_ray.cli.app import writes_file
 from flexgen_ray.cli.main import app

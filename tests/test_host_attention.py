@@ -5,68 +5,17 @@ from __future__ import annotations
 import importlib
 import subprocess
 import sys
-from dataclasses import dataclass
 
 import pytest
 import torch
+from attention_cases import ATTEND, TOLERANCE, Case, make_case, reference, windows
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from flexgen_ray.kernels import host_attention, host_kernel, pack_host, vectors
 from flexgen_ray.kernels.host_attention import HostAttention
 from flexgen_ray.kernels.vectors import LANES, hash_sources
 
-TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
-ATTEND = HostAttention(threads=1)
-
-
-@dataclass(frozen=True)
-class Case:
-    """Views into a larger cache that holds NaN wherever no row attends it."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    lens: list[int]
-    window: int | None = None
-
-    def run(self, attend=ATTEND, sparsity=1.0) -> Tensor:
-        out = torch.empty_like(self.q)
-        attend(self.q, self.k, self.v, self.lens, out, sparsity, self.window)
-        return out
-
-    def tokens(self, row: int) -> slice:
-        """Those that a row attends."""
-        end = self.lens[row]
-        return slice(max(0, end - (self.window or end)), end)
-
-
-def make_case(dtype, kv_heads, group, head_dim, lens, spread=1.0, seed=0, window=None) -> Case:
-    random = torch.Generator().manual_seed(seed)
-    rows, seq, spare = len(lens), max(lens), 3
-    shape = (2, rows + spare, kv_heads, seq + spare, head_dim + spare)
-    cache = torch.full(shape, float("nan"), dtype=dtype)
-    for row, end in enumerate(lens):
-        values = torch.randn(2, kv_heads, end, head_dim, generator=random) * spread
-        start = max(0, end - (window or end))
-        cache[:, row + 1, :, start:end, :head_dim] = values[:, :, start:].to(dtype)
-    k, v = cache[:, 1 : rows + 1, :, :seq, :head_dim]
-    q = torch.randn(rows, kv_heads * group, head_dim, generator=random) * spread
-    return Case(q.to(dtype), k, v, list(lens), window)
-
-
-def reference(case: Case) -> Tensor:
-    rows = []
-    for row, (q, k, v) in enumerate(zip(case.q, case.k, case.v, strict=True)):
-        group = q.shape[0] // k.shape[0]
-        k, v = (x[:, case.tokens(row)].double().repeat_interleave(group, dim=0) for x in (k, v))
-        scores = torch.einsum("hd,hsd->hs", q.double(), k) / q.shape[1] ** 0.5
-        rows.append(torch.einsum("hs,hsd->hd", scores.softmax(-1), v))
-    return torch.stack(rows)
-
-
-windows = st.sampled_from([None, 1, 2, 7, 64, 100])
 cases = st.builds(
     make_case,
     dtype=st.sampled_from(list(TOLERANCE)),

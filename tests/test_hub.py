@@ -12,7 +12,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-from test_cli import rows
+from job_files import rows_by_id
 
 from flexgen_ray import LLM, SamplingParams
 from flexgen_ray.paths import find_model
@@ -44,7 +44,7 @@ def generate(run_here, folder: Path, model: object, *more: object):
 def test_a_cached_model_runs_by_its_name_offline(run_here, hub_cache, tmp_path):
     done = generate(run_here, tmp_path, NAME)
     assert done.returncode == 0, done.stderr
-    (row,) = rows(tmp_path / "out.jsonl").values()
+    (row,) = rows_by_id(tmp_path / "out.jsonl").values()
     assert row["response"]["body"]["usage"]["completion_tokens"] == 2
 
 
@@ -125,4 +125,4 @@ def test_a_shape_runs_with_made_up_weights_and_only_with_them(run_here, tmp_path
     assert done.returncode == 1 and "opt-125m" in done.stderr
     done = generate(run_here, tmp_path, "opt-125m", "--load-format", "dummy")
     assert done.returncode == 0, done.stderr
-    assert len(rows(tmp_path / "out.jsonl")) == 1
+    assert len(rows_by_id(tmp_path / "out.jsonl")) == 1

@@ -118,3 +118,9 @@ def test_what_a_planner_computes_with_loads_neither_torch_nor_ray():
 def test_every_folder_says_which_question_it_answers():
     for path in ROOT.rglob("__init__.py"):
         assert ast.get_docstring(ast.parse(path.read_text())), path
+
+
+@pytest.mark.parametrize("path", sorted(Path(__file__).parent.glob("*.py")), ids=lambda it: it.name)
+def test_no_test_module_is_imported_by_another(path):
+    """What tests share lies in conftest.py, strategies.py and modules that hold no tests."""
+    assert not [name for name in imports(path) if name.split(".")[0].startswith("test_")]

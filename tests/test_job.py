@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, reject, settings
 from hypothesis import strategies as st
+from job_files import comparable_rows
 from openai.types import Completion
 from openai.types.chat import ChatCompletion
 
@@ -68,20 +69,8 @@ def work(llm: LLM, input: Path, output: Path, keep_order=False, stop_after=None)
     return [line.custom_id for line in lines]
 
 
-def rows(path: Path) -> list[dict]:
-    """Without what no two runs have alike."""
-    content = path.read_bytes()
-    text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8")
-    found = [json.loads(line) for line in text.split("\n")[:-1]]
-    for row in found:
-        del row["id"], row["response"]["request_id"]
-        row["response"]["body"].pop("id", None)
-        row["response"]["body"].pop("created", None)
-    return found
-
-
 def by_id(path: Path) -> dict[str, dict]:
-    found = rows(path)
+    found = comparable_rows(path)
     assert len({row["custom_id"] for row in found}) == len(found)
     return {row["custom_id"]: row for row in found}
 
@@ -91,7 +80,7 @@ def undisturbed(llm, tmp_path_factory):
     folder = tmp_path_factory.mktemp("undisturbed")
     (folder / "in.jsonl").write_text("\n".join(LINES))
     work(llm, folder / "in.jsonl", folder / "out.jsonl", keep_order=True)
-    return rows(folder / "out.jsonl")
+    return comparable_rows(folder / "out.jsonl")
 
 
 def test_each_line_has_its_row_and_openai_s_types_read_it(undisturbed):
@@ -127,7 +116,7 @@ def test_stopped_and_resumed_the_answers_are_those_of_one_run(
         assert len(asked) <= left
         left = len(asked)
     work(llm, folder / "in.jsonl.gz", folder / name, keep_order)
-    found = rows(folder / name)
+    found = comparable_rows(folder / name)
     in_order = sorted(found, key=lambda row: IDS.index(row["custom_id"]))
     assert in_order == undisturbed and (found == undisturbed or not keep_order)
     assert work(llm, folder / "in.jsonl.gz", folder / name, keep_order) == []
@@ -142,7 +131,9 @@ def test_several_prompts_of_a_line_are_answered_in_one(llm, undisturbed, tmp_pat
     lines += [drawn | {"prompt": prompts}, {"prompt": ["Hello"]}, {"prompt": ["a", "b" * 500]}]
     (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, lines)))
     work(llm, tmp_path / "in.jsonl", tmp_path / "out.jsonl", keep_order=True)
-    *alone, several, one, failed = (it["response"]["body"] for it in rows(tmp_path / "out.jsonl"))
+    *alone, several, one, failed = (
+        it["response"]["body"] for it in comparable_rows(tmp_path / "out.jsonl")
+    )
     choices = [choice for body in alone for choice in body["choices"]]
     assert several["choices"] == [it | {"index": place} for place, it in enumerate(choices)]
     for name, value in several["usage"].items():

@@ -18,19 +18,10 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from job_files import FACTS, IDS, file_names, fresh_folder, journal_row, read_rows
 
 from flexgen_ray.batch.journal import Journal
 from flexgen_ray.batch.response_lines import error_row
-
-FACTS = {"model": "m", "seed": 0}
-IDS = [f"id-{number}" for number in range(6)]
-
-
-def row(custom_id: str) -> dict:
-    """Of another length for each."""
-    text = "ü\n" * (1 + 5 * int(custom_id[-1]) % 11)
-    response = {"status_code": 200, "body": {"text": text}}
-    return {"custom_id": custom_id, "response": response, "error": None}
 
 
 def write(
@@ -42,25 +33,8 @@ def write(
         journal.begin()
         missing = [it for it in ids if it not in journal.answered]
         for custom_id in missing:
-            journal.append(row(custom_id))
+            journal.append(journal_row(custom_id))
     return missing
-
-
-def read(path: Path) -> list[dict]:
-    content = path.read_bytes()
-    text = gzip.decompress(content) if path.suffix == ".gz" else content
-    return [json.loads(line) for line in text.decode("utf-8").split("\n")[:-1]]
-
-
-def names(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()}
-
-
-def fresh(tmp_path: Path) -> Path:
-    folder = tmp_path / "job"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    return folder
 
 
 class Killed(BaseException):
@@ -88,7 +62,7 @@ def write_until_killed(path: Path, order: list[str], keep_order: bool, num_bytes
         journal.begin()
         for custom_id in order:
             if custom_id not in journal.answered:
-                journal.append(row(custom_id))
+                journal.append(journal_row(custom_id))
                 taken += 1
     journal._open_files.close()  # As a kill would: nothing is tidied.
     return taken
@@ -104,30 +78,32 @@ def write_until_killed(path: Path, order: list[str], keep_order: bool, num_bytes
 def test_a_run_that_is_killed_anywhere_is_completed_by_the_next(
     tmp_path, name, order, keep_order, kills
 ):
-    path = fresh(tmp_path) / name
+    path = fresh_folder(tmp_path) / name
     taken = sum(write_until_killed(path, order, keep_order, num_bytes) for num_bytes in kills)
     added = write(path, order, keep_order)
-    rows = read(path)
+    rows = read_rows(path)
     if keep_order:
-        assert rows == [row(it) for it in IDS]
+        assert rows == [journal_row(it) for it in IDS]
     else:
-        assert sorted(rows, key=lambda it: it["custom_id"]) == [row(it) for it in IDS]
+        assert sorted(rows, key=lambda it: it["custom_id"]) == [journal_row(it) for it in IDS]
     # What was taken stays; a row that was being written may be there too.
     assert len(IDS) - taken - len(kills) <= len(added) <= len(IDS) - taken
-    assert names(path.parent) == {name, f"{name}.job.json"}
-    assert write(path, order, keep_order) == [] and read(path) == rows
+    assert file_names(path.parent) == {name, f"{name}.job.json"}
+    assert write(path, order, keep_order) == [] and read_rows(path) == rows
 
 
 @given(order=st.permutations(IDS))
 def test_rows_come_in_order_as_soon_as_they_can(tmp_path, order):
-    path = fresh(tmp_path) / "out.jsonl"
+    path = fresh_folder(tmp_path) / "out.jsonl"
     with Journal(path, keep_order=True) as journal:
         journal.check(FACTS, IDS)
         journal.begin()
         for count, custom_id in enumerate(order, start=1):
-            journal.append(row(custom_id))
+            journal.append(journal_row(custom_id))
             there = set(order[:count])
-            assert read(path) == [row(it) for it in itertools.takewhile(there.__contains__, IDS)]
+            assert read_rows(path) == [
+                journal_row(it) for it in itertools.takewhile(there.__contains__, IDS)
+            ]
 
 
 def test_each_row_can_be_read_at_once_and_by_any_gunzip(tmp_path):
@@ -136,8 +112,8 @@ def test_each_row_can_be_read_at_once_and_by_any_gunzip(tmp_path):
         journal.check(FACTS, IDS)
         journal.begin()
         for count, custom_id in enumerate(IDS, start=1):
-            journal.append(row(custom_id))
-            assert read(path) == [row(it) for it in IDS[:count]]
+            journal.append(journal_row(custom_id))
+            assert read_rows(path) == [journal_row(it) for it in IDS[:count]]
     shown = subprocess.run(["gzip", "-dc", path], capture_output=True, check=True).stdout
     assert shown.decode().count('"custom_id"') == len(IDS)
 
@@ -146,7 +122,7 @@ def test_a_file_that_was_packed_anew_is_resumed(tmp_path):
     path = tmp_path / "out.jsonl.gz"
     write(path, IDS[:4])
     path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes())))
-    assert write(path, IDS) == IDS[4:] and len(read(path)) == len(IDS)
+    assert write(path, IDS) == IDS[4:] and len(read_rows(path)) == len(IDS)
 
 
 @pytest.mark.parametrize("facts", [FACTS | {"seed": 1}, FACTS | {"dtype": "x"}, {"model": "m"}])
@@ -167,7 +143,7 @@ def test_content_of_others_is_spared(tmp_path, content):
     path.write_text(content)
     with pytest.raises(FileExistsError, match="--overwrite"):
         Journal(path)
-    assert path.read_text() == content and names(tmp_path) == {"out.jsonl"}
+    assert path.read_text() == content and file_names(tmp_path) == {"out.jsonl"}
 
 
 @pytest.mark.parametrize("damage", ["precious\n", "[]\n", "{}\n", "\x00\x00\n"])
@@ -194,7 +170,7 @@ def test_overwriting_changes_nothing_before_it_begins(tmp_path):
     journal.check(FACTS, IDS)
     journal.begin()
     for custom_id in ("id-0", "id-3"):
-        journal.append(row(custom_id))
+        journal.append(journal_row(custom_id))
     journal.close()
     before = {it: it.read_bytes() for it in tmp_path.iterdir()}
     assert set(before) == {path, tmp_path / "out.jsonl.waiting", tmp_path / "out.jsonl.job.json"}
@@ -215,7 +191,7 @@ def test_overwriting_leaves_nothing_of_the_job_before(tmp_path, keep_order):
         journal.begin()
         assert sum(it.stat().st_size for it in (path, *tmp_path.glob("*.waiting"))) == 0
     assert write(path, IDS, keep_order, facts=facts) == IDS
-    assert names(tmp_path) == {"out.jsonl", "out.jsonl.job.json"}
+    assert file_names(tmp_path) == {"out.jsonl", "out.jsonl.job.json"}
 
 
 def test_two_runs_on_one_file_are_refused_until_the_first_is_gone(tmp_path):
@@ -241,13 +217,13 @@ def test_a_failed_run_leaves_no_empty_file(tmp_path):
     path = tmp_path / "out.jsonl"
     with pytest.raises(RuntimeError, match="no model"), Journal(path, keep_order=True):
         raise RuntimeError("no model")
-    assert names(tmp_path) == set()
+    assert file_names(tmp_path) == set()
 
 
 def test_a_full_disk_leaves_whole_rows_and_is_named(tmp_path):
     """The largest file that this process may write stands in for the disk."""
     path = tmp_path / "out.jsonl"
-    size = len(json.dumps(row(IDS[0]), ensure_ascii=False).encode())
+    size = len(json.dumps(journal_row(IDS[0]), ensure_ascii=False).encode())
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (5 * size // 2, hard))
     try:
@@ -255,9 +231,9 @@ def test_a_full_disk_leaves_whole_rows_and_is_named(tmp_path):
             write(path, IDS)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert 0 < len(read(path)) < len(IDS) and path.read_bytes().endswith(b"}\n")
+    assert 0 < len(read_rows(path)) < len(IDS) and path.read_bytes().endswith(b"}\n")
     write(path, IDS)
-    assert [it["custom_id"] for it in read(path)] == IDS
+    assert [it["custom_id"] for it in read_rows(path)] == IDS
 
 
 def test_a_disk_without_room_for_the_rows_is_named_before_the_work(tmp_path, monkeypatch):
@@ -265,7 +241,7 @@ def test_a_disk_without_room_for_the_rows_is_named_before_the_work(tmp_path, mon
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     with pytest.raises(ValueError, match="6 rows need at least 2.3 KiB.* has 1000 B free"):
         write(tmp_path / "out.jsonl", IDS)
-    assert names(tmp_path) == set()
+    assert file_names(tmp_path) == set()
 
 
 def test_refusals_are_counted_over_all_runs(tmp_path):
@@ -295,10 +271,10 @@ def test_a_signal_waits_until_the_row_is_written(tmp_path, monkeypatch, number):
             journal.check(FACTS, IDS)
             journal.begin()
             monkeypatch.setattr(os, "write", slow_write)
-            journal.append(row(IDS[0]))
+            journal.append(journal_row(IDS[0]))
     finally:
         signal.signal(number, before)
-    assert read(tmp_path / "out.jsonl") == [row(IDS[0])]
+    assert read_rows(tmp_path / "out.jsonl") == [journal_row(IDS[0])]
 
 
 @pytest.mark.parametrize("keep_order", [False, True])
@@ -319,4 +295,4 @@ assert not journal.can_resume
     )
     found = [json.loads(line)["custom_id"] for line in done.stdout.splitlines()]
     assert found == (["a", "b"] if keep_order else ["b", "a"])
-    assert "noise" in done.stderr and names(tmp_path) == set()
+    assert "noise" in done.stderr and file_names(tmp_path) == set()

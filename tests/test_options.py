@@ -13,7 +13,7 @@ import torch
 import typer
 from hypothesis import given
 from hypothesis import strategies as st
-from test_bad_input import commands
+from job_files import commands
 
 from flexgen_ray import LLM, Placement, Policy, SamplingParams
 from flexgen_ray.cli.main import app

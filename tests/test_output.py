@@ -14,10 +14,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from job_files import (
+    FACTS,
+    IDS,
+    arguments,
+    file_names,
+    fresh_folder,
+    journal_row,
+    read_rows,
+    rows_by_id,
+)
 from safetensors.torch import load_file, save_file
-from test_cli import arguments, files  # noqa: F401 - a fixture
-from test_cli import rows as rows_by_id
-from test_journal import FACTS, IDS, fresh, names, read, row
 
 from flexgen_ray.batch.job import fingerprint
 from flexgen_ray.batch.journal import MODEL_FILES, Journal
@@ -41,12 +48,12 @@ def test_an_output_that_others_touch_is_noticed(tmp_path, words, name, at_the_en
     with pytest.raises(OutputLost, match=f"{name}.* {words}"), Journal(path) as journal:
         journal.check(FACTS, IDS)
         journal.begin()
-        journal.append(row(IDS[0]))
+        journal.append(journal_row(IDS[0]))
         DAMAGES[words](path)
         if at_the_end:
             journal.confirm()
         else:
-            journal.append(row(IDS[1]))
+            journal.append(journal_row(IDS[1]))
 
 
 @pytest.mark.parametrize("words", DAMAGES)
@@ -64,9 +71,9 @@ def test_rows_that_wait_are_guarded_too(tmp_path):
     with pytest.raises(OutputLost, match="waiting"), Journal(path, keep_order=True) as journal:
         journal.check(FACTS, IDS)
         journal.begin()
-        journal.append(row(IDS[3]))
+        journal.append(journal_row(IDS[3]))
         (tmp_path / "out.jsonl.waiting").unlink()
-        journal.append(row(IDS[2]))
+        journal.append(journal_row(IDS[2]))
 
 
 def test_the_command_ends_with_an_error_and_no_false_promise(
@@ -113,7 +120,7 @@ def test_a_file_system_without_locks_is_named_and_nothing_is_left(
     monkeypatch.setattr(fcntl, "flock", no_locks)
     with pytest.raises(OSError, match=r"out.jsonl can't be locked .* local disk"):
         Journal(tmp_path / "out.jsonl", keep_order=keep_order)
-    assert names(tmp_path) == set()
+    assert file_names(tmp_path) == set()
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"begun_at": 5}', '{"begun_at": "noon"}'])
@@ -143,7 +150,7 @@ def run(path, is_bad, keep_order=False, retry=False) -> list[str]:
         journal.begin()
         for custom_id in missing[::-1]:
             bad = error_row(custom_id, "no luck")
-            journal.append(bad if custom_id in is_bad else row(custom_id))
+            journal.append(bad if custom_id in is_bad else journal_row(custom_id))
     return missing
 
 
@@ -185,9 +192,9 @@ def killed_at(step: int, *arguments) -> None:
 def test_error_rows_are_replaced_however_often_that_is_killed(
     tmp_path, name, bad, still_bad, keep_order, kills
 ):
-    path = fresh(tmp_path) / name
+    path = fresh_folder(tmp_path) / name
     run(path, bad, keep_order)
-    good = {it["custom_id"]: it for it in read(path) if error_message(it) is None}
+    good = {it["custom_id"]: it for it in read_rows(path) if error_message(it) is None}
     for step, retry in kills:
         killed_at(step, path, still_bad, keep_order, retry)
         left = {it["custom_id"]: it for it in read_whole(path)}
@@ -197,7 +204,7 @@ def test_error_rows_are_replaced_however_often_that_is_killed(
             left |= {it["custom_id"]: it for it in map(json.loads, text)}
         assert good.items() <= left.items(), "an answer was lost"
     run(path, still_bad, keep_order, retry=True)
-    found = read(path)
+    found = read_rows(path)
     in_order = sorted(found, key=lambda it: it["custom_id"])
     assert [it["custom_id"] for it in in_order] == IDS
     assert in_order == found or not keep_order
@@ -205,10 +212,10 @@ def test_error_rows_are_replaced_however_often_that_is_killed(
         custom_id = it["custom_id"]
         is_bad = error_message(it) is not None
         assert is_bad == (custom_id in still_bad and custom_id in bad)
-        assert is_bad or it == row(custom_id)
-    assert names(path.parent) == {name, f"{name}.job.json"}
+        assert is_bad or it == journal_row(custom_id)
+    assert file_names(path.parent) == {name, f"{name}.job.json"}
     again = run(path, still_bad, keep_order)
-    assert again == [] and read(path) == found
+    assert again == [] and read_rows(path) == found
 
 
 def read_whole(path) -> list[dict]:
@@ -228,7 +235,7 @@ def job(folder, facts: dict, retry: bool = False) -> Journal:
     with Journal(folder / "out.jsonl", retry_errors=retry) as journal:
         journal.check(facts, IDS, {"top_k": -1})
         journal.begin()
-        journal.append(row(next(it for it in IDS if it not in journal.answered)))
+        journal.append(journal_row(next(it for it in IDS if it not in journal.answered)))
     return journal
 
 

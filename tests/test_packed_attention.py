@@ -8,32 +8,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from attention_cases import ATTEND, TOLERANCE, Case, make_case, packed, reference, windows
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_host_attention import ATTEND, TOLERANCE, Case, make_case, reference, windows
 from torch import Tensor
 
 from flexgen_ray.kernels import host_kernel
 from flexgen_ray.kernels.host_attention import HostAttention
-from flexgen_ray.kernels.pack import pack, unpack
 from flexgen_ray.kernels.vectors import LANES
-from flexgen_ray.quant.packing import packed_bytes
-
-
-def packed(case: Case, bits: int) -> tuple[Case, Case]:
-    """The case with its cache packed, among bytes of which no number is made; and unpacked."""
-    rows, kv_heads, seq, head_dim = case.k.shape
-    size, spare = packed_bytes(head_dim, bits), 2
-    cache = torch.full((2, rows + spare, kv_heads, seq + spare, size + spare), 255).byte()
-    unpacked = torch.zeros(2, rows, kv_heads, seq, head_dim)
-    for kept, values, floats in zip(cache, (case.k, case.v), unpacked, strict=True):
-        for row in range(rows):
-            tokens = case.tokens(row)
-            valid = kept[row + 1, :, tokens, :size]
-            valid.copy_(pack(values[row, :, tokens], bits))
-            unpack(valid, bits, floats[row, :, tokens])
-    k, v = cache[:, 1 : rows + 1, :, :seq, :size]
-    return replace(case, k=k, v=v), replace(case, k=unpacked[0], v=unpacked[1])
 
 
 def error(case: Case, bits: int, attend=ATTEND) -> Tensor:

@@ -14,8 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from test_cli import POLICY, command, run
-from test_job import rows
+from job_files import POLICY, command, comparable_rows, run
 
 from flexgen_ray.cli.main import main
 
@@ -57,7 +56,7 @@ def undisturbed(job, tmp_path_factory):
     signal.signal(signal.SIGINT, before[0])
     signal.signal(signal.SIGTERM, before[1])
     assert ended.value.code == 2
-    found = rows(output)
+    found = comparable_rows(output)
     assert [row["custom_id"] for row in found] == [f"{number:02}" for number in range(NUM_LINES)]
     return found
 
@@ -105,7 +104,7 @@ def test_killed_and_resumed_the_output_is_that_of_one_run(
         assert output.exists()
     done = run_here(*arguments, "--output", output)
     assert done.returncode == 2, done.stderr
-    found = rows(output)
+    found = comparable_rows(output)
     if "--keep-order" not in options:
         found.sort(key=lambda row: row["custom_id"])
     assert found == undisturbed
@@ -135,13 +134,13 @@ def test_a_job_in_work_is_guarded_and_says_how_to_go_on_when_it_is_stopped(
         process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in said
-    count = len(rows(output))
+    count = len(comparable_rows(output))
     assert f"{count} lines are answered in {output}; the same command" in said
     done = run_here(*job, "--output", output, "--temperature", 0.8)
     assert done.returncode == 1 and "was begun with temperature 0.9" in done.stderr
-    assert len(rows(output)) == count
+    assert len(comparable_rows(output)) == count
     assert run_here(*job, "--output", output, "--resume").returncode == 2
-    assert len(rows(output)) == NUM_LINES
+    assert len(comparable_rows(output)) == NUM_LINES
 
 
 def test_from_standard_input_to_standard_output(job, undisturbed):

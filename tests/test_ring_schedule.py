@@ -7,7 +7,7 @@ from graphlib import CycleError, TopologicalSorter
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_schedule import assert_reads_what_arrived, streams
+from schedule_laws import assert_reads_what_arrived, streams
 
 from flexgen_ray.schedule.dependencies import Buffer, Dependencies, reads
 from flexgen_ray.schedule.ops import Op, OpKind

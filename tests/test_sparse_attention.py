@@ -9,10 +9,9 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+from attention_cases import Case, make_case, packed, windows
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from test_host_attention import Case, make_case, windows
-from test_packed_attention import packed
 
 from flexgen_ray.config import kept_tokens
 from flexgen_ray.kernels import host_kernel

@@ -9,7 +9,7 @@ from itertools import pairwise
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_cli import arguments, files, rows  # noqa: F401 - a fixture
+from job_files import arguments, rows_by_id
 
 from flexgen_ray.config import Policy
 from flexgen_ray.evaluation.cloze import parse_text
@@ -71,7 +71,7 @@ def test_a_mark_at_the_start_costs_no_line(run_here, files, text_model):  # noqa
     lines = '{"custom_id": "first", "prompt": "Hello"}\n{"custom_id": "second", "prompt": "Hi"}\n'
     (files / "in.jsonl").write_text(lines, encoding="utf-8-sig")
     assert run_here(*arguments(files, text_model, "--no-use-ray")).returncode == 0
-    assert rows(files / "out.jsonl").keys() == {"first", "second"}
+    assert rows_by_id(files / "out.jsonl").keys() == {"first", "second"}
     (files / "lengths.csv").write_text("512,32\n100,10\n", encoding="utf-8-sig")
     assert read_job(files / "lengths.csv").num_requests == 2
 
