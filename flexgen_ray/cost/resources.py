@@ -62,8 +62,8 @@ def seconds_by_resource(amounts: Amounts, hardware: HardwareSpec) -> dict[Resour
 def seconds_alone(taken: dict[Resource, float]) -> float:
     """Duration of an op that runs alone, from its `seconds_by_resource`.
 
-    Its resources are used in parallel, so the slowest counts; dequantization and launch-bound small
-    ops are serial and are added.
+    An op uses its resources in parallel, so the slowest counts; dequantization and launch-bound
+    small ops are serial and are added.
     """
     serial = sum(taken.get(resource, 0.0) for resource in _SERIAL)
     return serial + max(

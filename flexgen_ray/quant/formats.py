@@ -1,7 +1,7 @@
-"""How weights are kept: as the dtype has them, or packed; and what unpacking them takes.
+"""Weight formats: which weights of a model are quantized, and in how many bits.
 
-Matrices of decoder layers and the tables of both ends may be packed (quant/packing.py); what is
-added, or multiplied element by element, is small and stays as it is. Knows names and shapes; no
+Matrices of decoder layers, the embedding's table and the head may be quantized (packing.py has the
+layout). Biases and norms are small and stay in the model's dtype. Knows names and shapes; no
 tensors.
 """
 
@@ -19,12 +19,15 @@ Shape = tuple[int, ...]
 TABLES = ("embed_tokens.weight", "lm_head.weight")
 _PLAIN = ("embed_positions.weight", "project_in.weight", "project_out.weight")
 _PROJECTED = ("q_proj.weight", "k_proj.weight", "v_proj.weight")
-PARTS = ("project", "finish", "head")  # whose weights are unpacked together
+PARTS = ("project", "finish", "head")  # ops whose weights are dequantized together
 
 
 @dataclass(frozen=True)
 class WeightFormat:
-    """bits: of packed matrices; table_bits: of embedding and head; None: as the dtype has them."""
+    """Format in which a model's weights are stored.
+
+    bits: of decoder matrices; table_bits: of embedding and head; None: not quantized, as `dtype`.
+    """
 
     dtype: str
     bits: int | None = None
@@ -32,26 +35,30 @@ class WeightFormat:
 
     @property
     def is_quantized(self) -> bool:
-        """True if any weight is packed."""
+        """True if any weight is quantized."""
         return bool(self.bits or self.table_bits)
 
     def bits_of(self, name: str, shape: Shape) -> int | None:
-        """Of a packed weight; None for one that isn't packed."""
+        """Bits of a weight; None if it is not quantized."""
         if len(shape) < 2 or name in _PLAIN:
             return None
         return self.table_bits if name in TABLES else self.bits
 
     def stored_shape(self, name: str, shape: Shape) -> Shape:
-        """In bytes where it is packed, else in elements."""
+        """Shape of a stored weight; its last dimension counts bytes if the weight is quantized."""
         bits = self.bits_of(name, shape)
         return (*shape[:-1], packed_bytes(shape[-1], bits)) if bits else shape
 
     def stored_bytes(self, name: str, shape: Shape) -> int:
+        """Bytes of a stored weight."""
         each = 1 if self.bits_of(name, shape) else DTYPE_BYTES[self.dtype]
         return prod(self.stored_shape(name, shape)) * each
 
     def unpacked(self, shapes: dict[str, Shape], part: str) -> dict[str, Shape]:
-        """The packed ones of a layer's weights that a part takes."""
+        """{name: shape} of the quantized weights that one of PARTS uses.
+
+        shapes: those of all weights of a layer.
+        """
         return {
             name: shape
             for name, shape in shapes.items()
@@ -60,14 +67,14 @@ class WeightFormat:
 
 
 def part_of_op(kind: OpKind, is_head: bool) -> str:
-    """The one of PARTS whose weights an op takes: PROJECT, or FINISH of a decoder layer or head."""
+    """The one of PARTS whose weights a PROJECT or FINISH op uses."""
     if is_head:
         return "head"
     return "project" if kind is OpKind.PROJECT else "finish"
 
 
 def part_of_weight(name: str) -> str:
-    """The one of PARTS that a weight belongs to."""
+    """The one of PARTS that uses a weight."""
     if name in TABLES:
         return "head"
     return "project" if name in _PROJECTED else "finish"

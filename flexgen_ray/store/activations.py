@@ -1,7 +1,7 @@
-"""Hidden states: their homes between layers on three tiers, and each cell's working copies.
+"""Hidden states of a stage's batches on three tiers, and the working tensors of each cell.
 
-A cell works on whole tensors of its packed tokens on the device; between layers the first tokens
-stay there, the next go to host memory, the last to disk.
+A cell works on tensors of all its packed tokens on the device. Between layers the first tokens stay
+on the device, the next ones go to host memory, and the last ones to disk.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from flexgen_ray.store.tiers import TORCH_DTYPE, Tiers
 
 @dataclass(frozen=True)
 class CellBuffers:
-    """One cell's tensors on the device, [cell_tokens, …]; attention replaces q in its place.
+    """Working tensors of one cell on the device, [cell_tokens, …]; attention's output replaces q.
 
-    packed: [2, cell_tokens, bytes], keys and values as a quantized cache keeps them; None if the
-    cache keeps them as they are.
+    packed: [2, cell_tokens, bytes], keys and values as a quantized cache stores them; None if the
+    cache is not quantized.
     """
 
     hidden: Tensor
@@ -35,12 +35,12 @@ class CellBuffers:
 
     @property
     def cached(self) -> tuple[Tensor, Tensor]:
-        """Keys and values as the cache keeps them."""
+        """(keys, values) as the cache stores them."""
         return (self.k, self.v) if self.packed is None else (self.packed[0], self.packed[1])
 
 
 class HiddenStore:
-    """The hidden states of a stage's batches."""
+    """Hidden states of a stage's batches; methods are named after the ops they run."""
 
     def __init__(self, plan: StagePlan, tiers: Tiers) -> None:
         self.plan = plan
@@ -65,13 +65,13 @@ class HiddenStore:
         self.sent = self._allocate(hop, "hidden states sent", shape)
 
     def read(self, op: Op, num_tokens: int) -> None:
-        """READ_HIDDEN: the tokens on disk, into the cell's host slot."""
+        """READ_HIDDEN: read the tokens on disk into the cell's host slot."""
         count = self._split(num_tokens)[2]
         if count:
             self._disk[op.hidden_slot].read_into(self._in_pages(self._in[op.cell_slot], count))
 
     def load(self, op: Op, num_tokens: int) -> None:
-        """LOAD_HIDDEN: the tokens off the device, into the cell's working copy."""
+        """LOAD_HIDDEN: copy the tokens off the device to the cell's working tensor."""
         gpu, cpu, disk = self._split(num_tokens)
         hidden = self.work[op.cell_slot].hidden
         hidden[gpu : gpu + cpu].copy_(self._cpu[op.hidden_slot, :cpu], non_blocking=True)
@@ -80,17 +80,17 @@ class HiddenStore:
         )
 
     def fetch_resident(self, op: Op, num_tokens: int) -> None:
-        """The tokens on the device, into the cell's working copy."""
+        """Copy the tokens that lie on the device to the cell's working tensor."""
         gpu = self._split(num_tokens)[0]
         self.work[op.cell_slot].hidden[:gpu].copy_(self._gpu[op.hidden_slot, :gpu])
 
     def keep_resident(self, op: Op, num_tokens: int) -> None:
-        """The first tokens of the cell's result stay on the device."""
+        """Keep the first tokens of the cell's result on the device."""
         gpu = self._split(num_tokens)[0]
         self._gpu[op.hidden_slot, :gpu].copy_(self.work[op.cell_slot].hidden[:gpu])
 
     def store(self, op: Op, num_tokens: int) -> None:
-        """STORE_HIDDEN: the others leave the device, those for disk into the cell's host slot."""
+        """STORE_HIDDEN: copy the other tokens to host memory, those for disk to a host slot."""
         gpu, cpu, disk = self._split(num_tokens)
         hidden = self.work[op.cell_slot].hidden
         self._cpu[op.hidden_slot, :cpu].copy_(hidden[gpu : gpu + cpu], non_blocking=True)
@@ -99,42 +99,44 @@ class HiddenStore:
         )
 
     def write(self, op: Op, num_tokens: int) -> None:
-        """WRITE_HIDDEN: the cell's host slot, to disk."""
+        """WRITE_HIDDEN: write the tokens in the cell's host slot to disk."""
         count = self._split(num_tokens)[2]
         if count:
             self._disk[op.hidden_slot].write(self._in_pages(self._out[op.cell_slot], count))
 
     def _split(self, num_tokens: int) -> tuple[int, int, int]:
+        """Tokens on GPU, CPU and disk."""
         return split_tokens(self.plan.policy.activations, num_tokens)
 
     def _pages(self, num_tokens: int) -> int:
-        """Bytes of the whole pages that hold so many tokens."""
+        """Bytes of the whole pages that num_tokens take."""
         return aligned(num_tokens * self.plan.config.hidden_size * self.plan.element_bytes, PAGE)
 
     def _in_pages(self, slot: Tensor, num_tokens: int) -> Tensor:
-        """The whole pages of a cell's host slot that hold so many tokens."""
+        """The whole pages of a cell's host slot that num_tokens take."""
         return slot[: self._pages(num_tokens) // self.plan.element_bytes]
 
     def _tokens(self, slot: Tensor, num_tokens: int) -> Tensor:
-        """[tokens, hidden] of a cell's host slot."""
+        """View the first tokens of a cell's host slot as [num_tokens, hidden]."""
         hidden = self.plan.config.hidden_size
         return slot[: num_tokens * hidden].view(num_tokens, hidden)
 
     def _allocate_work(self, tiers: Tiers) -> list[CellBuffers]:
+        """Working tensors of each cell slot."""
         config, tokens = self.plan.config, self.plan.cell_tokens
         widths = (config.hidden_size, config.q_size, config.kv_size, config.kv_size)
         memory = self._allocate(tiers.gpu, "cell", (CELL_SLOTS, tokens * sum(widths)))
         packed = self._allocate_packed(tiers)
         slots = []
-        for flat, beside in zip(memory, packed, strict=True):
+        for flat, packed_kv in zip(memory, packed, strict=True):
             parts = flat.split([tokens * width for width in widths])
             pairs = zip(parts, widths, strict=True)
             hidden, q, k, v = (part.view(tokens, width) for part, width in pairs)
-            slots.append(CellBuffers(hidden, q, k, v, beside))
+            slots.append(CellBuffers(hidden, q, k, v, packed_kv))
         return slots
 
     def _allocate_packed(self, tiers: Tiers) -> list[Tensor | None]:
-        """Of each cell; None if nothing is packed."""
+        """Packed keys and values of each cell slot; None if the cache is not quantized."""
         if not self.plan.policy.cache_bits:
             return [None] * CELL_SLOTS
         shape = CELL_SLOTS, 2, self.plan.cell_tokens, self.plan.kv_bytes // 2

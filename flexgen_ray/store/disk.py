@@ -1,4 +1,4 @@
-"""Offload files: space on disk, and requests that bypass the page cache where they can.
+"""Disk tier of a stage: offload files, read and written past the page cache where possible.
 
 Knows bytes and where they lie; not what they mean.
 """
@@ -22,17 +22,18 @@ from flexgen_ray.layout.placement import PAGE, aligned
 from flexgen_ray.store.memory import Ledger, allocate_pages
 from flexgen_ray.units import format_bytes
 
-# Bytes of one request; measured: larger ones, or several at once, are hardly faster.
+# Size of one request; measured: larger ones, or several at a time, are hardly faster.
 REQUEST_BYTES = 8 * 2**20
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Region:
-    """Whole pages from byte `start` of an offload file; ValueError once the file is closed.
+    """Whole pages of an offload file, from byte `start` on.
 
-    is_direct: requests bypass the page cache. All of a file's do or none, so that there is never
-    a second, older copy of its bytes.
+    is_direct: True if requests bypass the page cache (O_DIRECT). Either all requests of a file do,
+    or none, so that the page cache never has an older copy of its bytes. Methods raise ValueError
+    after the file has been closed.
     """
 
     file: FileIO | None
@@ -42,13 +43,14 @@ class Region:
     is_direct: bool = False
 
     def read_into(self, buffer: Tensor, offset: int = 0) -> None:
-        """Fills a contiguous host tensor from `offset` of the region; OSError names the folder.
+        """Fill a contiguous host tensor from `offset` of the region.
 
-        Whole pages into page-aligned memory are read in place, others through a few pages more.
+        Whole pages are read directly into page-aligned memory; other requests go through a buffer
+        of whole pages around them. Raises OSError with the folder's name.
         """
         view = _bytes_of(buffer)
         self._check(offset, len(view))
-        if not self.is_direct or _in_pages(buffer.data_ptr(), offset, len(view)):
+        if not self.is_direct or _are_page_multiples(buffer.data_ptr(), offset, len(view)):
             self._transfer(os.preadv, view, offset)
             return
         end = offset + len(view)
@@ -59,14 +61,15 @@ class Region:
             view[low - offset : high - offset] = pages[low - at : high - at]
 
     def write(self, buffer: Tensor, offset: int = 0) -> None:
-        """Writes a contiguous host tensor of whole pages at `offset`, a page's start.
+        """Write a contiguous host tensor of whole pages at `offset`, the start of a page.
 
-        OSError names the folder. What isn't page-aligned in memory is copied first.
+        A tensor that is not page-aligned in memory is copied first. Raises OSError with the
+        folder's name.
         """
         view = _bytes_of(buffer)
         self._check(offset, len(view))
-        assert _in_pages(offset, len(view)), "a write of less than whole pages"
-        if not self.is_direct or _in_pages(buffer.data_ptr()):
+        assert _are_page_multiples(offset, len(view)), "a write of less than whole pages"
+        if not self.is_direct or _are_page_multiples(buffer.data_ptr()):
             self._transfer(os.pwritev, view, offset)
             return
         for at in range(0, len(view), REQUEST_BYTES):
@@ -75,31 +78,32 @@ class Region:
             self._transfer(os.pwritev, pages, offset + at)
 
     def part(self, start: int, nbytes: int) -> Region:
-        """A region inside this one."""
+        """A region inside this one, of whole pages."""
         self._check(start, nbytes)
-        assert _in_pages(start, nbytes), "a region of less than whole pages"
+        assert _are_page_multiples(start, nbytes), "a region of less than whole pages"
         return Region(self.file, self.path, self.start + start, nbytes, self.is_direct)
 
     def _transfer(self, request: Callable, view: memoryview, offset: int) -> None:
+        """Read or write all of `view` in requests of at most REQUEST_BYTES."""
         assert self.file is not None, "an empty region has no bytes"
-        done, doing = 0, "read" if request is os.preadv else "write"
+        done, verb = 0, "read" if request is os.preadv else "write"
         while done < len(view):
             at = self.start + offset + done
             piece = view[done : done + REQUEST_BYTES]
             try:
                 count = request(self.file.fileno(), [piece], at)
             except OSError as error:
-                raise self._failure(doing, len(piece), at, error.errno) from error
+                raise self._failure(verb, len(piece), at, error.errno) from error
             if count == 0:
-                raise self._failure(doing, len(piece), at, None)
+                raise self._failure(verb, len(piece), at, None)
             done += count
 
-    def _failure(self, doing: str, nbytes: int, at: int, number: int | None) -> OSError:
+    def _failure(self, verb: str, nbytes: int, at: int, number: int | None) -> OSError:
         reason = os.strerror(number) if number else "the file ends before"
         remedy = "free space there" if number == errno.ENOSPC else "check that disk"
         return OSError(
             number or errno.EIO,
-            f"cannot {doing} {nbytes} bytes at byte {at} of an offload file ({reason}); "
+            f"cannot {verb} {nbytes} bytes at byte {at} of an offload file ({reason}); "
             f"{remedy}, or choose another --offload-dir",
             self.path,
         )
@@ -111,7 +115,7 @@ class Region:
 
 
 class DiskTier(Ledger):
-    """Offload files in a folder, without names: the kernel frees them however the run ends."""
+    """Allocates nameless offload files in a folder; Linux frees them however the run ends."""
 
     def __init__(self, budget: int, folder: Path) -> None:
         super().__init__("disk", budget)
@@ -119,8 +123,11 @@ class DiskTier(Ledger):
         self._files: list[FileIO] = []
 
     def allocate(self, what: str, nbytes: int) -> Region:
-        """Whole pages that are really there: OSError if the file system can't hold them."""
-        assert _in_pages(nbytes), "space of less than whole pages"
+        """Allocate whole pages, and reserve their blocks on disk.
+
+        Raises BudgetError beyond the budget, and OSError if the file system has no room.
+        """
+        assert _are_page_multiples(nbytes), "space of less than whole pages"
         self.book(what, nbytes)
         if not nbytes:
             return Region(None, str(self.folder), 0, 0)
@@ -149,11 +156,12 @@ class DiskTier(Ledger):
         return Region(file, str(self.folder), 0, nbytes, is_direct)
 
     def close(self) -> None:
-        """Gives the space back."""
+        """Close all files, which frees their space."""
         while self._files:
             self._files.pop().close()
 
     def _nameless_file(self) -> int:
+        """Open a file without a name in the folder, or unlink one where O_TMPFILE is missing."""
         try:
             return os.open(self.folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
         except OSError as error:
@@ -165,9 +173,9 @@ class DiskTier(Ledger):
 
 
 def enable_direct_io(fd: int) -> bool:
-    """Asks for direct requests (O_DIRECT); False where the file system or its disk refuses them.
+    """Turn on direct requests (O_DIRECT); returns False if the file system or disk refuses them.
 
-    Some refuse when asked, others a request of one page; the file must have that page.
+    Some refuse the flag, others a request of one page; the file must have that page.
     """
     flags = fcntl.fcntl(fd, fcntl.F_GETFL)
     try:
@@ -182,10 +190,10 @@ def enable_direct_io(fd: int) -> bool:
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous host tensor."""
+    """View of a contiguous host tensor's bytes."""
     assert tensor.is_contiguous()
     return memoryview(tensor.view(uint8).reshape(-1).numpy().data)
 
 
-def _in_pages(*numbers: int) -> bool:
+def _are_page_multiples(*numbers: int) -> bool:
     return all(number % PAGE == 0 for number in numbers)

@@ -1,11 +1,34 @@
-"""Keys and values of a block on three tiers, and what moves them.
+"""The KV cache of a stage's batches on three tiers, and the moves between them.
 
-Of each (layer, batch) the first slots live on the device, the next in host memory, the last on disk
-(cost/placement.RowSplit). Memory holds [key or value, slot, kv_head, seq, width]. On disk a row is
-a sequence of blocks [key or value, kv_head, token, width]; its newest tokens wait in a tail in host
-memory until they fill a block. A vector of width elements is a head's key or value of one token, as
-it is computed or packed (quant/packing.py). Layers that attend within a window keep all tokens, as
-others do. Knows rows and bytes; not how attention is computed.
+The slots of each (layer, batch) are divided (layout/placement.RowSplit): the first lie on the
+device, the next in host memory, the last on disk. In memory the slots are one tensor [key or value,
+slot, kv_head, seq, width]; a vector of `width` elements is one token's key, or value, in one head,
+as it is computed or as it is quantized (quant/packing.py). On disk a row is a sequence of blocks of
+CACHE_BLOCK_TOKENS (16) tokens, [key or value, kv_head, token, width]; its newest tokens wait in a
+tail in host memory until they fill a block. Layers with an attention window keep all tokens, as
+others do.
+
+One decoding step of a row at position 37, by the division that the row's slot belongs to:
+
+    division   before the step          the step
+    gpu        37 tokens on the device  PROJECT appends token 37 there (append_resident);
+                                        ATTEND_DEVICE attends it in place
+    attended   37 tokens in memory      STORE_CACHE copies token 37 and the query to the host,
+                                        APPEND_CACHE appends it; ATTEND_HOST attends it in place
+    streamed   37 tokens in memory      LOAD_CACHE copies tokens 0..36 to the streaming slot,
+                                        ATTEND_DEVICE appends token 37 to the slot
+                                        (append_streamed) and attends it; STORE_CACHE and
+                                        APPEND_CACHE bring token 37 to its place in memory
+    disk       32 tokens in two blocks  READ_CACHE reads both blocks into a host slot, LOAD_CACHE
+               on disk, 5 in the tail   puts them and the tail in order in the streaming slot; then
+                                        as streamed, but APPEND_CACHE appends to the tail. The step
+                                        at position 47 fills it: WRITE_CACHE writes a third block
+
+With sparse attention LOAD_CACHE brings only keys of decoding rows. CHOOSE then appends the new key
+and selects tokens, GATHER_VALUES puts their values side by side on the host, and LOAD_VALUES copies
+them to the streaming slot.
+
+Knows rows and bytes; not how attention is computed.
 """
 
 from __future__ import annotations
@@ -29,27 +52,31 @@ from flexgen_ray.store.tiers import TORCH_DTYPE, Tiers
 
 
 class KVCache:
-    """The cache of a stage's layers and batches."""
+    """The KV cache of a stage's layers and batches; methods are named after the ops they run."""
 
     def __init__(self, plan: StagePlan, tiers: Tiers) -> None:
         self.plan = plan
         self._dtype = torch.uint8 if plan.policy.cache_bits else TORCH_DTYPE[plan.dtype]
         self._width = plan.vector_bytes // self._dtype.itemsize
         self._splits = plan.splits
-        self._gpu = self._homes(tiers.gpu, "gpu")
-        self._cpu = self._homes(tiers.cpu, "cpu")
-        self._streamed = self._memory(tiers.gpu, "cache in flight", CELL_SLOTS, plan.streamed_rows)
-        self._tails, self._disk = self._disk_homes(tiers)
+        self._gpu = self._allocate_homes(tiers.gpu, "gpu")
+        self._cpu = self._allocate_homes(tiers.cpu, "cpu")
+        self._streamed = self._allocate_slots(
+            tiers.gpu, "cache in flight", CELL_SLOTS, plan.streamed_rows
+        )
+        self._tails, self._disk = self._allocate_disk_homes(tiers)
         flight = (2, CELL_SLOTS, plan.disk_rows, plan.cache_blocks, plan.cache_block_bytes)
         nbytes = torch.Size(flight).numel()
         self._in, self._out = tiers.cpu.allocate("cache in flight", nbytes).view(flight)
         new = (CELL_SLOTS, 2, plan.stored_tokens, plan.config.num_kv_heads * self._width)
-        self._new = self._typed(tiers.cpu, "cache in flight", new)
-        kept = plan.max_kept_tokens
-        choices = (CELL_SLOTS, plan.choosing_rows, plan.config.num_kv_heads, kept)
-        self._kept = self._typed(tiers.cpu, "cache in flight", (*choices, self._width))
+        self._new = self._allocate(tiers.cpu, "cache in flight", new)
+        choices = (
+            CELL_SLOTS, plan.choosing_rows, plan.config.num_kv_heads, plan.max_kept_tokens,
+        )  # fmt: skip
+        self._chosen_values = self._allocate(tiers.cpu, "cache in flight", (*choices, self._width))
         nbytes = torch.Size(choices).numel() * CHOICE_BYTES
-        self._chosen = tiers.cpu.allocate("cache in flight", nbytes).view(torch.int32).view(choices)
+        memory = tiers.cpu.allocate("cache in flight", nbytes)
+        self._chosen = memory.view(torch.int32).view(choices)
         vectors = (CELL_SLOTS, plan.attended_rows, plan.config.num_heads, plan.config.head_dim)
         nbytes = torch.Size(vectors).numel() * plan.element_bytes
         self.host_query, self.host_attention = (
@@ -58,23 +85,24 @@ class KVCache:
         )
 
     def split(self, op: Op) -> RowSplit:
+        """Division of the slots of the op's layer and batch."""
         return self._splits[op.layer, op.batch]
 
     def device_view(self, op: Op, first: int, last: int) -> Tensor:
-        """[2, rows, kv_heads, seq, width] of slots first..last, resident on the device."""
+        """[2, rows, kv_heads, seq, width]: cache of slots first..last, on the device."""
         return self._gpu[op.layer, op.batch][:, first:last]
 
     def host_view(self, op: Op, first: int, last: int) -> Tensor:
-        """The same of slots in host memory."""
+        """[2, rows, kv_heads, seq, width]: cache of slots first..last, in host memory."""
         gpu = self.split(op).gpu
         return self._cpu[op.layer, op.batch][:, first - gpu : last - gpu]
 
     def streamed_view(self, op: Op, first: int, last: int) -> Tensor:
-        """The same of places in the streaming slot."""
+        """[2, rows, kv_heads, seq, width]: places first..last of the streaming slot."""
         return self._streamed[op.cell_slot][:, first:last]
 
     def append_resident(self, op: Op, placed: PlacedRows, work: CellBuffers) -> None:
-        """New keys and values of the rows that live on the device."""
+        """Append new keys and values of the rows whose cache lies on the device."""
         home = self._gpu[op.layer, op.batch]
         rows = [(row, row.slot) for row in placed.resident]
         append_tokens(
@@ -84,8 +112,10 @@ class KVCache:
     def append_streamed(
         self, op: Op, placed: PlacedRows, work: CellBuffers, prefills: bool
     ) -> None:
-        """New keys and values of the streamed rows that prefill, or of those that decode, next to
-        what LOAD_CACHE brought."""
+        """Append new keys and values of streamed rows to what LOAD_CACHE brought.
+
+        prefills: append those of the rows that prefill, or else of the rows that decode.
+        """
         home = self._streamed[op.cell_slot]
         rows = [
             (row, place)
@@ -96,80 +126,86 @@ class KVCache:
         append_tokens(home, placed.memoized(f"streamed {prefills}", make), work.cached)
 
     def read(self, op: Op, placed: PlacedRows) -> None:
-        """READ_CACHE: whole blocks of the rows on disk, into the cell's host slot."""
+        """READ_CACHE: read the whole blocks of rows on disk into the cell's host slot."""
         for row, index in placed.on_disk:
             blocks = row.position // CACHE_BLOCK_TOKENS
             if blocks:
                 self._region(op, index).read_into(self._in[op.cell_slot, index, :blocks])
 
     def load(self, op: Op, placed: PlacedRows) -> None:
-        """LOAD_CACHE: the tokens so far of every streamed row, into the cell's device slot; their
-        keys, if values are to be chosen.
+        """LOAD_CACHE: copy the past tokens of every streamed row into the cell's device slot.
 
-        Decoding rows are attended together, as far as the longest: beyond a row's own tokens the
-        slot has zeros, its home's or new ones, in place of what another row left there.
+        Only the keys, for rows whose values are chosen later. Decoding rows are attended together,
+        up to the length of the longest, so beyond a row's own tokens the slot is filled with zeros,
+        in place of what another row left there.
         """
         split, target = self.split(op), self._streamed[op.cell_slot]
         home = self._cpu[op.layer, op.batch]
         for index, place, count, past, prefills in placed.streamed_copies:
-            parts, end = self._parts(prefills), past if prefills else placed.streamed_end
+            parts, end = self._loaded_parts(prefills), past if prefills else placed.streamed_end
             source = home[parts, index : index + count]
             _copy_rows(target[parts, place : place + count], source, past, end)
         for row, place in placed.streamed:
-            index, parts = row.slot - split.gpu - split.cpu, self._parts(row.is_prefill)
+            index, parts = row.slot - split.gpu - split.cpu, self._loaded_parts(row.is_prefill)
             if index >= 0 and row.position:
                 self._load_from_disk(op, index, row.position, parts, target[parts, place])
                 if not row.is_prefill and row.seq_len < placed.streamed_end:
                     target[parts, place, :, row.seq_len : placed.streamed_end].zero_()
 
-    def _parts(self, prefills: bool) -> slice:
-        """Keys and values, or keys only, of which LOAD_CACHE brings the past."""
+    def _loaded_parts(self, prefills: bool) -> slice:
+        """Slice of [keys, values] that LOAD_CACHE copies: both, or only the keys."""
         return slice(2 if prefills or not self.plan.is_sparse else 1)
 
     def store_choice(self, op: Op, first: int, tokens: Tensor) -> None:
-        """CHOOSE: tells the host the tokens chosen of rows from a place on, [rows, heads, kept]."""
-        told = _prefix_view(self._chosen[op.cell_slot], first, tokens.shape)
-        told.copy_(tokens.int(), non_blocking=True)
+        """CHOOSE: copy the indices of chosen tokens to the host.
+
+        first: place of the first row in the streaming slot; tokens: [rows, kv_heads, chosen].
+        """
+        target = _prefix_view(self._chosen[op.cell_slot], first, tokens.shape)
+        target.copy_(tokens.int(), non_blocking=True)
 
     def gather_values(self, op: Op, placed: PlacedRows) -> None:
-        """GATHER_VALUES: of the tokens chosen, side by side, into the cell's host slot."""
+        """GATHER_VALUES: gather the chosen tokens' values side by side in the cell's host slot."""
         split, home = self.split(op), self._cpu[op.layer, op.batch][1]
         for first, rows in placed.choosing_runs(self.plan.rows_at_a_time):
-            shape = self._kept_shape(op, rows)
+            shape = self._chosen_shape(op, rows)
             tokens = _prefix_view(self._chosen[op.cell_slot], first, shape[:-1])
-            values = _prefix_view(self._kept[op.cell_slot], first, shape)
+            values = _prefix_view(self._chosen_values[op.cell_slot], first, shape)
             start = rows[0].slot - split.gpu
             # Rows in memory come before those on disk.
             count = max(0, min(len(rows), split.cpu - start))
             if count:
                 vectors = home[start : start + count].flatten(0, 2)
-                of_heads = torch.arange(0, len(vectors), home.shape[2]).view(count, -1, 1)
-                lines = tokens[:count] + of_heads
+                # The first vector of each (row, head), to which the tokens are indices.
+                starts = torch.arange(0, len(vectors), home.shape[2]).view(count, -1, 1)
+                lines = tokens[:count] + starts
                 into = values[:count].view(-1, self._width)
                 torch.index_select(vectors, 0, lines.flatten(), out=into)
             for row, chosen, into in zip(rows[count:], tokens[count:], values[count:], strict=True):
                 self._gather_from_disk(op, row, chosen, into)
 
     def load_values(self, op: Op, placed: PlacedRows) -> None:
-        """LOAD_VALUES: those, in the place of values of the rows' first tokens."""
+        """LOAD_VALUES: copy the gathered values over the values of the rows' first tokens."""
         for first, rows in placed.choosing_runs(self.plan.rows_at_a_time):
-            shape = self._kept_shape(op, rows)
-            values = _prefix_view(self._kept[op.cell_slot], first, shape)
+            shape = self._chosen_shape(op, rows)
+            values = _prefix_view(self._chosen_values[op.cell_slot], first, shape)
             _prefix_view(self._streamed[op.cell_slot][1], first, shape).copy_(
                 values, non_blocking=True
             )
 
-    def chosen_values(self, op: Op, first: int, count: int, kept: int) -> Tensor:
-        """Those of so many rows from a place on: [rows, kv_heads, kept, width]."""
-        shape = (count, self.plan.config.num_kv_heads, kept, self._width)
+    def chosen_values(self, op: Op, first: int, count: int, num_tokens: int) -> Tensor:
+        """[count, kv_heads, num_tokens, width]: loaded values of rows from place `first` on."""
+        shape = (count, self.plan.config.num_kv_heads, num_tokens, self._width)
         return _prefix_view(self._streamed[op.cell_slot][1], first, shape)
 
-    def _kept_shape(self, op: Op, rows: list[Row]) -> tuple[int, ...]:
-        kept = self.plan.kept_tokens(op.layer, max(row.seq_len for row in rows))
-        return len(rows), self.plan.config.num_kv_heads, kept, self._width
+    def _chosen_shape(self, op: Op, rows: list[Row]) -> tuple[int, ...]:
+        """Shape of the chosen values of a run, in which each row has as many as the longest."""
+        num_tokens = self.plan.kept_tokens(op.layer, max(row.seq_len for row in rows))
+        return len(rows), self.plan.config.num_kv_heads, num_tokens, self._width
 
     def store(self, op: Op, placed: PlacedRows, work: CellBuffers) -> None:
-        """STORE_CACHE: new keys and values of rows off the device, queries of attended rows."""
+        """STORE_CACHE: copy new keys and values of rows off the device, and queries of rows that
+        the host attends, to the cell's host slots."""
         first, last = placed.first_off_device, placed.rows.num_tokens
         if first == last:
             return
@@ -181,7 +217,7 @@ class KVCache:
             self.host_query[op.cell_slot, places].copy_(query, non_blocking=True)
 
     def append(self, op: Op, placed: PlacedRows) -> None:
-        """APPEND_CACHE: what STORE_CACHE brought, to its homes in host memory, tails included."""
+        """APPEND_CACHE: append what STORE_CACHE brought to rows in host memory, and to tails."""
         k, v = self._new[op.cell_slot]
         first = placed.first_off_device
         home = self._cpu[op.layer, op.batch]
@@ -193,12 +229,12 @@ class KVCache:
             self._append_blocks(op, row, index, torch.stack(heads))
 
     def vector_places(self, op: Op, run: list[Row]) -> tuple[slice, slice]:
-        """Of a run of host-attended rows: places in the host's vectors, and packed tokens."""
+        """(places in host_query and host_attention, packed tokens) of a run of attended rows."""
         first = run[0].slot - self.split(op).gpu
         return slice(first, first + len(run)), slice(run[0].offset, run[0].offset + len(run))
 
     def write(self, op: Op, placed: PlacedRows) -> None:
-        """WRITE_CACHE: the blocks that this pass filled, to disk."""
+        """WRITE_CACHE: write the blocks that this pass filled to disk."""
         for row, index in placed.on_disk:
             first, last = row.position // CACHE_BLOCK_TOKENS, row.seq_len // CACHE_BLOCK_TOKENS
             if first < last:
@@ -206,7 +242,7 @@ class KVCache:
                 self._region(op, index).write(self._out[op.cell_slot, index, first:last], offset)
 
     def _append_blocks(self, op: Op, row: Row, index: int, new: Tensor) -> None:
-        """Through the tail into whole blocks of the cell's outgoing slot."""
+        """Append new tokens to a row's tail; copy the tail to the outgoing slot when it is full."""
         tail = self._tails[op.layer, op.batch][index]
         done = 0
         while done < row.num_new_tokens:
@@ -218,8 +254,10 @@ class KVCache:
                 self._out[op.cell_slot, index, block] = tail
 
     def _load_from_disk(self, op: Op, index: int, past: int, parts: slice, target: Tensor) -> None:
-        """Whole blocks from the cell's host slot, the rest from the tail; target: one row's keys,
-        values, or both."""
+        """Copy a row's whole blocks from the cell's host slot, and the rest from its tail.
+
+        target: [parts, kv_heads, seq, width], one row of the streaming slot.
+        """
         blocks, rest = divmod(past, CACHE_BLOCK_TOKENS)
         whole = blocks * CACHE_BLOCK_TOKENS
         arrived, tail = (
@@ -227,7 +265,7 @@ class KVCache:
             self._tails[op.layer, op.batch][index],
         )
         if not self.plan.is_sparse:
-            # One piece crosses without being waited for, and is put in order over there.
+            # One contiguous copy crosses asynchronously, and is put in order on the device.
             arrived, tail = (x.to(target.device, non_blocking=True) for x in (arrived, tail))
         if blocks:
             tokens = self._tokens_of(arrived).permute(1, 2, 0, 3, 4)
@@ -235,8 +273,11 @@ class KVCache:
             of_blocks.copy_(tokens[parts])
         target[:, :, whole:past].copy_(self._tokens_of(tail)[parts, :, :rest])
 
-    def _gather_from_disk(self, op: Op, row: Row, chosen: Tensor, into: Tensor) -> None:
-        """The same for the values of chosen tokens, [kv_heads, kept]; new ones lie in the tail."""
+    def _gather_from_disk(self, op: Op, row: Row, chosen: Tensor, target: Tensor) -> None:
+        """Gather the values of a row's chosen tokens from the cell's host slot and the tail.
+
+        chosen: [kv_heads, tokens]; target: [kv_heads, tokens, width].
+        """
         split = self.split(op)
         index = row.slot - split.gpu - split.cpu
         blocks = row.position // CACHE_BLOCK_TOKENS
@@ -244,21 +285,23 @@ class KVCache:
         tail = self._tokens_of(self._tails[op.layer, op.batch][index])[1]
         heads = torch.arange(len(chosen))[:, None].expand(chosen.shape)
         block, place = chosen.long() // CACHE_BLOCK_TOKENS, chosen.long() % CACHE_BLOCK_TOKENS
-        into.copy_(tail[heads, place])
+        target.copy_(tail[heads, place])
         past = block < blocks
-        into[past] = arrived[block[past], heads[past], place[past]]
+        target[past] = arrived[block[past], heads[past], place[past]]
 
     def _tokens_of(self, blocks: Tensor) -> Tensor:
-        """uint8 blocks [..., block_bytes] as [..., 2, kv_heads, tokens, width]."""
+        """View uint8 blocks [..., block_bytes] as [..., 2, kv_heads, tokens, width]."""
         shape = (2, self.plan.config.num_kv_heads, CACHE_BLOCK_TOKENS, self._width)
         used = torch.Size(shape).numel()
         return blocks.view(self._dtype)[..., :used].unflatten(-1, shape)
 
     def _region(self, op: Op, index: int) -> Region:
+        """Region of one row on disk."""
         nbytes = self.plan.cache_blocks * self.plan.cache_block_bytes
         return self._disk[op.layer, op.batch].part(index * nbytes, nbytes)
 
-    def _homes(self, tier, name: str) -> dict[tuple[int, int], Tensor]:
+    def _allocate_homes(self, tier, name: str) -> dict[tuple[int, int], Tensor]:
+        """{(layer, batch): [2, slots, kv_heads, seq, width]} of the slots on a memory tier."""
         counts = {cell: getattr(split, name) for cell, split in self._splits.items()}
         nbytes = sum(counts.values()) * self.plan.row_bytes
         flat = tier.allocate("cache", nbytes).view(self._dtype)
@@ -268,7 +311,8 @@ class KVCache:
             for (cell, count), part in zip(counts.items(), each, strict=True)
         }
 
-    def _disk_homes(self, tiers: Tiers) -> tuple[dict, dict]:
+    def _allocate_disk_homes(self, tiers: Tiers) -> tuple[dict, dict]:
+        """{(layer, batch): tails} in host memory and {(layer, batch): region} on disk."""
         plan = self.plan
         block, row = plan.cache_block_bytes, plan.cache_blocks * plan.cache_block_bytes
         total = sum(split.disk for split in self._splits.values())
@@ -281,28 +325,31 @@ class KVCache:
             used += split.disk
         return tail_of, region_of
 
-    def _memory(self, tier, what: str, slots: int, rows: int) -> Tensor:
-        return self._typed(tier, what, (slots, *self._shape(rows)))
+    def _allocate_slots(self, tier, what: str, slots: int, rows: int) -> Tensor:
+        return self._allocate(tier, what, (slots, *self._shape(rows)))
 
     def _shape(self, rows: int) -> tuple[int, ...]:
         return 2, rows, self.plan.config.num_kv_heads, self.plan.max_seq_len, self._width
 
-    def _typed(self, tier, what: str, shape: tuple[int, ...]) -> Tensor:
+    def _allocate(self, tier, what: str, shape: tuple[int, ...]) -> Tensor:
         nbytes = torch.Size(shape).numel() * self._dtype.itemsize
         return tier.allocate(what, nbytes).view(self._dtype).view(shape)
 
 
 def _prefix_view(slot: Tensor, first: int, shape: Sequence[int]) -> Tensor:
-    """The memory of a slot's rows from `first` on in a smaller shape: one piece, which crosses in
-    one copy."""
+    """View of a slot's memory from row `first` on in a smaller shape.
+
+    The view is contiguous, so that it crosses the link in one copy.
+    """
     return slot[first : first + shape[0]].view(-1)[: prod(shape)].view(*shape)
 
 
 def _copy_rows(target: Tensor, source: Tensor, past: int, end: int) -> None:
-    """[1 or 2, rows, kv_heads, seq, width], of which the first `past` tokens count; zeros to `end`.
+    """Copy the first `past` tokens of each row, and zero the target from there to `end`.
 
-    Between host and device whole rows go, in contiguous copies: in pieces they would be staged.
-    Beyond its tokens the source has zeros.
+    target, source: [1 or 2, rows, kv_heads, seq, width]. Between host and device whole rows are
+    copied, since only contiguous copies cross without being staged; the source has zeros beyond its
+    tokens.
     """
     if target.device == source.device:
         target[:, :, :, :past].copy_(source[:, :, :, :past])

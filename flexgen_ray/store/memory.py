@@ -1,8 +1,6 @@
-"""Memory of the device and of the host, handed out under a budget.
+"""Memory tiers of a stage: device and host memory, allocated under budgets never exceeded.
 
 Knows bytes and where they lie; not what they mean.
-
-A budget that is never exceeded: what was given out, and for what. Knows bytes only.
 """
 
 from __future__ import annotations
@@ -20,11 +18,11 @@ from flexgen_ray.units import format_bytes
 
 
 class BudgetError(ValueError):
-    """A tier was asked for more than its budget."""
+    """Raised when an allocation would exceed a tier's budget."""
 
 
 class Ledger:
-    """What a tier has given out, by purpose, against its budget."""
+    """Bytes allocated from one tier, by purpose, against its budget."""
 
     def __init__(self, name: str, budget: int) -> None:
         self.name = name
@@ -33,10 +31,11 @@ class Ledger:
 
     @property
     def total(self) -> int:
+        """Bytes allocated so far."""
         return sum(self.used.values())
 
     def book(self, what: str, nbytes: int) -> None:
-        """BudgetError if the tier can't take it."""
+        """Record an allocation; raises BudgetError if it would exceed the budget."""
         if self.total + nbytes > self.budget:
             raise BudgetError(
                 f"{what} needs {format_bytes(nbytes)} on the {self.name} tier, where "
@@ -51,22 +50,25 @@ _log = logging.getLogger(__name__)
 
 
 def allocate_pages(nbytes: int) -> Tensor:
-    """A zeroed uint8 host tensor that starts at a page: a mapping of its own, which costs nothing
-    until touched and is returned whole."""
+    """Allocate a zeroed uint8 host tensor that starts at a page.
+
+    It is a memory mapping of its own, which costs nothing until it is touched, and which goes back
+    to the system as a whole.
+    """
     if not nbytes:
         return torch.zeros(0, dtype=torch.uint8)
     mapping = mmap.mmap(-1, nbytes, _PRIVATE)
-    # Huge pages are touched and registered several times as fast; not every kernel has them.
+    # Huge pages are touched and pinned several times faster; not every Linux kernel has them.
     with suppress(OSError):
         mapping.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(mapping, dtype=torch.uint8)
 
 
 class MemoryTier(Ledger):
-    """Zeroed memory of a torch device; without CUDA the gpu tier is plain memory too.
+    """Allocates zeroed memory of a torch device; without CUDA the GPU tier is host memory too.
 
-    pinned: host memory is registered with CUDA, so that copies from and to it run on their own.
-    Where CUDA refuses, a warning says so, and those copies are slower.
+    pinned: pin host memory (register it with CUDA), so that copies from and to it are asynchronous.
+    If CUDA refuses, a warning is logged, and those copies are slower.
     """
 
     def __init__(self, name: str, budget: int, device: torch.device, pinned: bool = False) -> None:
@@ -74,33 +76,38 @@ class MemoryTier(Ledger):
         self.device = device
         self.pinned = pinned
         self._registered: list[Tensor] = []
-        # Memory that is unmapped while registered stays with the driver until the process ends.
+        # The driver would keep memory that is unmapped while pinned until the process ends.
         self._unregister = weakref.finalize(self, _unregister, self._registered)
 
     def allocate(self, what: str, nbytes: int) -> Tensor:
-        """A zeroed uint8 tensor of exactly nbytes, page-aligned on the host."""
+        """Allocate a zeroed uint8 tensor of nbytes, page-aligned on the host.
+
+        what: purpose, by which the bytes are recorded. Raises BudgetError beyond the budget.
+        """
         self.book(what, nbytes)
         if self.device.type != "cpu":
             memory = torch.zeros(nbytes, dtype=torch.uint8, device=self.device)
-            # Whoever fills it does so on a stream of its own.
+            # Other streams will fill it.
             torch.cuda.synchronize(self.device)
             return memory
         memory = allocate_pages(nbytes)
-        # Now, on all cores, and not in the midst of a run; what there isn't is missed now, too.
+        # Touch all pages now, on all cores: not during a run, and so that missing memory shows now.
         memory[::PAGE].zero_()
         if self.pinned and nbytes and _register(memory):
             self._registered.append(memory)
         return memory
 
     def close(self) -> None:
-        """Waits for the device's copies and takes the registration back; the memory stays usable
-        until the last tensor of it goes. Nothing may be allocated afterwards."""
+        """Wait for the device's copies and unpin the memory; allocate nothing afterwards.
+
+        The memory stays usable until its last tensor is freed.
+        """
         self.pinned = False
         self._unregister()
 
 
 def _register(memory: Tensor) -> bool:
-    """Pins host memory for CUDA; False, and a warning, if CUDA refuses."""
+    """Pin host memory for CUDA; returns False, and logs a warning, if CUDA refuses."""
     error = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)
     if int(error) == 0:
         return True
@@ -115,9 +122,10 @@ def _register(memory: Tensor) -> bool:
 
 
 def _unregister(registered: list[Tensor]) -> None:
+    """Unpin all of this memory, and empty the list."""
     if not registered:
         return
-    # A device that has failed copies nothing any more.
+    # A device that has failed makes no more copies to wait for.
     with suppress(RuntimeError):
         torch.cuda.synchronize()
     while registered:
@@ -130,6 +138,6 @@ def _unregister(registered: list[Tensor]) -> None:
 
 
 def _forget_last_error() -> None:
-    """The next kernel launch reports any error since the last one, though it was handled."""
+    """Clear CUDA's last error, which the next kernel launch would report again."""
     with suppress(RuntimeError):
         torch.ones(1, device="cuda")

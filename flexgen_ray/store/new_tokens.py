@@ -1,4 +1,4 @@
-"""New keys and values of a pass, on their way from packed tokens to where caches keep them.
+"""Appends a pass's new keys and values, which lie as packed tokens, to the rows of a cache.
 
 Knows rows and places; no tiers.
 """
@@ -12,12 +12,15 @@ from flexgen_ray.layout.rows import Row
 
 
 class NewTokens:
-    """Where the new tokens of (row, index into a home) lie and belong, for every layer alike.
+    """Source and target places of the new tokens of rows, computed once for all layers of a pass.
 
-    home: [2, rows, kv_heads, seq, width]; first: the packed token that keys and values begin
-    with. Rows of one new token that are neighbours among the packed ones go together, by index.
-    Beyond a row's own tokens a cache is finite, zeros or unused, for attention multiplies what it
-    masks by zero, and zero times NaN is NaN: so what an earlier request left there is cleared.
+    placed: (row, its index in the cache); home: the cache, [2, rows, kv_heads, seq, width]; first:
+    index of the packed token that the keys and values begin with.
+
+    runs: rows with one new token each that are neighbours among the packed tokens, copied together
+    by index; chunks: rows with several new tokens, one copy each; cleared: what an earlier request
+    left beyond a row's own tokens, which becomes zeros, because attention multiplies masked values
+    by zero, and zero times NaN is NaN.
     """
 
     def __init__(self, placed: list[tuple[Row, int]], home: Tensor, first: int = 0) -> None:
@@ -45,7 +48,7 @@ class NewTokens:
 
 
 def append_tokens(home: Tensor, new: NewTokens, kv: tuple[Tensor, Tensor]) -> None:
-    """Keys and values, [tokens, kv_heads * width] each, into their home."""
+    """Append keys and values, [tokens, kv_heads * width] each, to the rows of a cache."""
     width = home.shape[-1]
     for part, values in zip(home, kv, strict=True):
         for tokens, places in new.runs:
@@ -57,5 +60,5 @@ def append_tokens(home: Tensor, new: NewTokens, kv: tuple[Tensor, Tensor]) -> No
 
 
 def split_heads(values: Tensor, width: int) -> Tensor:
-    """[tokens, kv_heads * width] as [kv_heads, tokens, width]."""
+    """View [tokens, kv_heads * width] as [kv_heads, tokens, width]."""
     return values.unflatten(-1, (-1, width)).transpose(0, 1)

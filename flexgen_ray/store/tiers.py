@@ -1,4 +1,4 @@
-"""The three tiers of a stage: memory and disk handed out under budgets that are never exceeded."""
+"""The three tiers of a stage: memory and disk space, allocated under budgets."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TORCH_DTYPE = {"float32": torch.float32, "float16": torch.float16, "bfloat16": t
 
 @dataclass
 class Tiers:
-    """Where a stage's stores take what they need."""
+    """Tiers from which a stage's stores allocate their memory and disk space."""
 
     gpu: MemoryTier
     cpu: MemoryTier
@@ -25,5 +25,5 @@ class Tiers:
         return self.gpu.device
 
     def used(self) -> dict[str, dict[str, int]]:
-        """{tier: {what: bytes}}, as booked."""
+        """{tier: {buffer: bytes}} allocated so far."""
         return {tier.name: dict(tier.used) for tier in (self.gpu, self.cpu, self.disk)}

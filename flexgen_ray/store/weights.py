@@ -1,11 +1,12 @@
-"""Weights on three tiers, and the slots through which the streamed ones reach the device.
+"""Weights of a stage on three tiers, and the slots through which streamed ones reach the device.
 
-Follows cost/weight_layout.py. Knows names and bytes; not what a layer computes.
+The layout (layout/weights.py) says where each weight lies. A layer's weights off the device cross
+the link in parts: READ_WEIGHTS reads a part's bytes on disk into a staging slot in host memory, and
+LOAD_WEIGHTS copies the part, from host memory and from the staging slot, to a device slot.
+Quantized weights cross as they are, and are dequantized on the device once per layer and visit, for
+all batches of the block.
 
-Where packed weights are unpacked on the device: once a layer and pass, for all batches.
-
-What PROJECT takes, what FINISH takes and the head have a workspace each, for the device projects
-the next layer's first batch before it finishes this layer's last. Knows bytes; no maths.
+Knows names and bytes; not what a layer computes.
 """
 
 from __future__ import annotations
@@ -31,73 +32,31 @@ from flexgen_ray.schedule.ops import LAYER_SLOTS, Op, staging_slots
 from flexgen_ray.store.memory import MemoryTier, allocate_pages
 from flexgen_ray.store.tiers import TORCH_DTYPE, Tiers
 
-
-class Workspace:
-    """Of one stage."""
-
-    def __init__(self, plan: StagePlan, tier: MemoryTier) -> None:
-        self._plan = plan
-        self._dtype = TORCH_DTYPE[plan.dtype]
-        sizes = unpacked_bytes(plan)
-        memory = tier.allocate("weights unpacked", sum(sizes.values()))
-        self._memory = dict(zip(PARTS, memory.split(list(sizes.values())), strict=True))
-        self._layer: dict[str, int] = {}
-        self._packed = {
-            (layer, part): plan.weight_format.unpacked(plan.config.tensors(layer), part)
-            for layer in plan.stage.with_weights
-            for part in PARTS
-        }
-
-    def tensors(self, op: Op, stored: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The weights that an op takes, by name; stored: all of its layer on the device."""
-        part = part_of_op(op.kind, op.layer == self._plan.config.head_layer)
-        shapes = self._packed[op.layer, part]
-        if not shapes:
-            return stored
-        views = self._views(part, shapes)
-        if self._layer.get(part) != op.layer:
-            for name, view in views.items():
-                bits = self._plan.weight_format.bits_of(name, shapes[name])
-                assert bits is not None
-                unpack(stored[name], bits, view)
-            self._layer[part] = op.layer
-        return stored | views
-
-    def _views(self, part: str, shapes: dict[str, Shape]) -> dict[str, Tensor]:
-        views, memory, start = {}, self._memory[part], 0
-        for name, shape in shapes.items():
-            nbytes = prod(shape) * self._plan.element_bytes
-            views[name] = memory[start : start + nbytes].view(self._dtype).view(shape)
-            start += aligned(nbytes)
-        return views
-
-
 OnProgress = Callable[[int, int], None]
 
 
 class WeightSource(Protocol):
-    """Where weights come from.
-
-    num_readers: how many tensors may be read at a time.
-    """
+    """A source of a model's weights, such as a checkpoint."""
 
     @property
-    def num_readers(self) -> int: ...
+    def num_readers(self) -> int:
+        """Tensors that may be read at a time."""
 
-    def check(self, layer: int, tensors: dict[str, tuple[int, ...]], kept: WeightFormat) -> None:
-        """ValueError if a tensor of the layer is missing, has another shape, or is packed already
-        and not as it is to be kept."""
+    def check(
+        self, layer: int, tensors: dict[str, tuple[int, ...]], weight_format: WeightFormat
+    ) -> None:
+        """Raise ValueError if a tensor is missing, has another shape, or is quantized otherwise."""
 
     def is_packed(self, layer: int, name: str) -> bool:
-        """Whether a tensor is packed already."""
+        """True if a tensor is quantized in the source."""
 
     def read_into(self, layer: int, name: str, destination: Tensor) -> None:
-        """Copies one tensor, converting it to the destination's dtype unless it is packed."""
+        """Copy one tensor, converted to the destination's dtype unless it is quantized."""
 
 
 @dataclass(frozen=True)
 class _Weight:
-    """One that the stage stores."""
+    """A weight that the stage stores."""
 
     layer: int
     name: str
@@ -106,7 +65,7 @@ class _Weight:
 
 
 class WeightStore:
-    """The weights of a stage."""
+    """Weights of a stage, stored by its plan."""
 
     def __init__(
         self,
@@ -115,11 +74,14 @@ class WeightStore:
         tiers: Tiers,
         on_progress: OnProgress | None = None,
     ) -> None:
-        """Takes the memory and fills it; on_progress(bytes done, bytes in all) as it does."""
+        """Allocate memory and load all weights into it.
+
+        on_progress: called with (bytes loaded, bytes in all) after each weight.
+        """
         self.plan = plan
         self.dtype = TORCH_DTYPE[plan.dtype]
         self._layout = plan.weights
-        self._kept = plan.weight_format
+        self._format = plan.weight_format
         for layer in plan.stage.layers:
             tensors = stored_tensors(plan.config, plan.stage, layer)
             source.check(layer, tensors, plan.weight_format)
@@ -139,47 +101,52 @@ class WeightStore:
             for layer in plan.stage.with_weights
             for slot in {plan.stage.weights_slot(visit, layer) for visit in range(LAYER_SLOTS)}
         }
-        self._workspace = Workspace(plan, tiers.gpu)
+        self._workspace = DequantizeWorkspace(plan, tiers.gpu)
         self._fill(source, on_progress)
 
     def tensors(self, op: Op) -> dict[str, Tensor]:
-        """The weights that the op takes, resident, streamed and unpacked, by name; maybe more."""
+        """{name: weights} for an op on the device, dequantized; possibly with more of its layer."""
         return self._workspace.tensors(op, self._views[op.layer, op.weights_slot])
 
     def lookup(self, name: str, ids: Tensor | None) -> Tensor:
-        """Rows of an embedding table (all if ids is None), in the memory where the table lies.
+        """Look up rows of an embedding table, in the memory where the table lies.
 
-        From disk each distinct row is read once; ids must be a host tensor unless on the device.
+        ids: None for the whole table; a host tensor, unless the table lies on the device. From disk
+        each distinct row is read once.
         """
         place, shape = self._layout.places[0][name], self.plan.config.tensors(0)[name]
         if place.tier != "disk":
-            table = self._typed(self._memory[place.tier], place.start, name, shape)
-            return self._plain(name, table if ids is None else embedding(ids, table))
+            table = self._stored_view(self._memory[place.tier], place.start, name, shape)
+            return self._dequantized(name, table if ids is None else embedding(ids, table))
         region = self._disk.part(place.start, place.nbytes)
         if ids is None:
-            table = self._made(name, shape)
+            table = self._allocate_rows(name, shape)
             region.read_into(table)
-            return self._plain(name, table)
+            return self._dequantized(name, table)
         distinct, places = ids.unique(return_inverse=True)
-        rows = self._made(name, (len(distinct), shape[1]))
+        rows = self._allocate_rows(name, (len(distinct), shape[1]))
         for row, index in zip(rows, distinct.tolist(), strict=True):
             region.read_into(row, index * row.nbytes)
-        return self._plain(name, rows)[places]
+        return self._dequantized(name, rows)[places]
 
     @property
     def embeds_on_device(self) -> bool:
+        """True if embeddings are looked up on the device."""
         return self._layout.embeds_on_device
 
     def read_part(self, op: Op) -> None:
-        """READ_WEIGHTS: part `op.part` of the layer's bytes on disk, to its staging slot."""
+        """READ_WEIGHTS: read part `op.part` of the layer's bytes on disk into a staging slot."""
         slot, filled = self._staging[op.staging_slot], 0
         for piece in self._layout.streams[op.layer].pieces("disk", op.part, self._parts):
             self._disk.read_into(slot[filled : filled + piece.nbytes], piece.start)
             filled += piece.nbytes
 
     def load_part(self, op: Op) -> None:
-        """LOAD_WEIGHTS: part `op.part` of the layer's bytes in host memory, and what READ_WEIGHTS
-        read of the same part, to its device slot; from disk itself if nothing is staged."""
+        """LOAD_WEIGHTS: copy part `op.part` of the layer's streamed bytes to its device slot.
+
+        Bytes on disk come from the staging slot into which READ_WEIGHTS read them, or from disk
+        directly if the plan stages nothing.
+        """
         target, stream = self._device_slots[op.weights_slot], self._layout.streams[op.layer]
         for piece in stream.pieces("cpu", op.part, self._parts):
             source = self._memory["cpu"][piece.start : piece.start + piece.nbytes]
@@ -193,19 +160,24 @@ class WeightStore:
         target[low:high].copy_(self._staging[op.staging_slot, : high - low], non_blocking=True)
 
     def _view(self, layer: int, slot: int) -> dict[str, Tensor]:
-        """A layer's weights by name, the streamed ones in a device slot."""
+        """{name: weight} of a layer on the device, the streamed ones in a device slot."""
         views, shapes = {}, self.plan.config.tensors(layer)
         for name, place in self._layout.places[layer].items():
             if place.tier == "gpu":
-                views[name] = self._typed(self._memory["gpu"], place.start, name, shapes[name])
+                views[name] = self._stored_view(
+                    self._memory["gpu"], place.start, name, shapes[name]
+                )
             else:
                 start = self._layout.streams[layer].target(place)
-                views[name] = self._typed(self._device_slots[slot], start, name, shapes[name])
+                views[name] = self._stored_view(self._device_slots[slot], start, name, shapes[name])
         return views
 
     def _fill(self, source: WeightSource, on_progress: OnProgress | None) -> None:
-        """What goes to disk, or is packed, takes host memory for the largest such weight of each
-        reader."""
+        """Load all weights, several at a time.
+
+        Each reader has a buffer in host memory for the largest weight that goes to disk, or is
+        quantized on the way.
+        """
         plan, places = self.plan, self._layout.places
         weights = [
             _Weight(layer, name, shape, places[layer][name])
@@ -222,28 +194,31 @@ class WeightStore:
                     if on_progress:
                         on_progress(done, total)
             except BaseException:
-                # Whoever stops it waits for one tensor, not for the rest of them.
+                # An interrupt waits for the tensors being read, not for all others.
                 readers.shutdown(wait=False, cancel_futures=True)
                 raise
         if self._memory["gpu"].is_cuda:
-            # Whoever reads them does so on a stream of its own.
+            # Other streams will read the weights.
             torch.cuda.synchronize(self._memory["gpu"].device)
 
     def _fill_one(self, source: WeightSource, buffers: list[Tensor], weight: _Weight) -> int:
-        """Its bytes; buffers: free host memory for weights that aren't read to where they lie."""
+        """Load one weight, quantized if it is to be; returns its bytes.
+
+        buffers: free host memory for weights that are not read directly into their place.
+        """
         name, shape, place = weight.name, weight.shape, weight.place
         buffer = buffers.pop()
         try:
-            on_disk, bits = place.tier == "disk", self._kept.bits_of(name, shape)
+            on_disk, bits = place.tier == "disk", self._format.bits_of(name, shape)
             home = buffer if on_disk else self._memory[place.tier][place.start :]
-            target = self._typed(home, 0, name, shape)
+            target = self._stored_view(home, 0, name, shape)
             if bits is None or source.is_packed(weight.layer, name):
                 source.read_into(weight.layer, name, target)
             else:
                 values = buffer[place.nbytes :][: prod(shape) * self.dtype.itemsize]
                 values = values.view(self.dtype).view(shape)
                 source.read_into(weight.layer, name, values)
-                packed = self._typed(buffer, 0, name, shape)
+                packed = self._stored_view(buffer, 0, name, shape)
                 pack(values, bits, packed, least_squares=True)
                 if not on_disk:
                     target.copy_(packed)
@@ -254,28 +229,78 @@ class WeightStore:
         return place.nbytes
 
     def _fill_bytes(self, weight: _Weight) -> int:
-        """Of the memory that it takes on its way."""
-        is_packed = self._kept.bits_of(weight.name, weight.shape) is not None
+        """Bytes of buffer that loading a weight takes."""
+        is_packed = self._format.bits_of(weight.name, weight.shape) is not None
         own = weight.place.nbytes if is_packed or weight.place.tier == "disk" else 0
         return own + is_packed * prod(weight.shape) * self.dtype.itemsize
 
-    def _plain(self, name: str, rows: Tensor) -> Tensor:
-        """Rows of a table, unpacked if they are packed."""
+    def _dequantized(self, name: str, rows: Tensor) -> Tensor:
+        """Rows of a table, dequantized if they are quantized."""
         shape = self.plan.config.tensors(0)[name]
-        bits = self._kept.bits_of(name, shape)
+        bits = self._format.bits_of(name, shape)
         if bits is None:
             return rows
         values = torch.empty(*rows.shape[:-1], shape[-1], dtype=self.dtype, device=rows.device)
         unpack(rows, bits, values)
         return values
 
-    def _made(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """New host memory for so many rows of a weight, as it is stored."""
-        return self._typed(allocate_pages(self._kept.stored_bytes(name, shape)), 0, name, shape)
+    def _allocate_rows(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """Allocate host memory for rows of a weight, in the format in which it is stored."""
+        return self._stored_view(
+            allocate_pages(self._format.stored_bytes(name, shape)), 0, name, shape
+        )
 
-    def _typed(self, memory: Tensor, start: int, name: str, shape: tuple[int, ...]) -> Tensor:
-        """A weight as it is stored: uint8 where it is packed."""
-        nbytes = self._kept.stored_bytes(name, shape)
-        dtype = self.dtype if self._kept.bits_of(name, shape) is None else torch.uint8
+    def _stored_view(self, memory: Tensor, start: int, name: str, shape: tuple[int, ...]) -> Tensor:
+        """View of a weight in the format in which it is stored: uint8 if it is quantized."""
+        nbytes = self._format.stored_bytes(name, shape)
+        dtype = self.dtype if self._format.bits_of(name, shape) is None else torch.uint8
         stored = memory[start : start + nbytes].view(dtype)
-        return stored.view(self._kept.stored_shape(name, shape))
+        return stored.view(self._format.stored_shape(name, shape))
+
+
+class DequantizeWorkspace:
+    """Device memory into which a stage's quantized weights are dequantized.
+
+    PROJECT, FINISH and the head have a workspace each, because the device projects the next layer's
+    first batch before it finishes this layer's last one.
+    """
+
+    def __init__(self, plan: StagePlan, tier: MemoryTier) -> None:
+        self._plan = plan
+        self._dtype = TORCH_DTYPE[plan.dtype]
+        sizes = unpacked_bytes(plan)
+        memory = tier.allocate("weights unpacked", sum(sizes.values()))
+        self._memory = dict(zip(PARTS, memory.split(list(sizes.values())), strict=True))
+        self._layer: dict[str, int] = {}  # {part: layer whose weights lie in its workspace}
+        self._packed = {
+            (layer, part): plan.weight_format.unpacked(plan.config.tensors(layer), part)
+            for layer in plan.stage.with_weights
+            for part in PARTS
+        }
+
+    def tensors(self, op: Op, stored: dict[str, Tensor]) -> dict[str, Tensor]:
+        """{name: weights} for an op, dequantized unless an earlier batch's op has done it.
+
+        stored: all weights of the op's layer, as they lie on the device.
+        """
+        part = part_of_op(op.kind, op.layer == self._plan.config.head_layer)
+        shapes = self._packed[op.layer, part]
+        if not shapes:
+            return stored
+        views = self._views(part, shapes)
+        if self._layer.get(part) != op.layer:
+            for name, view in views.items():
+                bits = self._plan.weight_format.bits_of(name, shapes[name])
+                assert bits is not None
+                unpack(stored[name], bits, view)
+            self._layer[part] = op.layer
+        return stored | views
+
+    def _views(self, part: str, shapes: dict[str, Shape]) -> dict[str, Tensor]:
+        """{name: dequantized weight} in a part's workspace, one after the other."""
+        views, memory, start = {}, self._memory[part], 0
+        for name, shape in shapes.items():
+            nbytes = prod(shape) * self._plan.element_bytes
+            views[name] = memory[start : start + nbytes].view(self._dtype).view(shape)
+            start += aligned(nbytes)
+        return views
