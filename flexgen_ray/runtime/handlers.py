@@ -1,6 +1,7 @@
-"""What each op does: the one place where stores and the model's maths meet.
+"""Handlers of ops: the one place where a stage's stores and the model's maths meet.
 
-Knows one op at a time; not their order (schedule) nor when they run (executor).
+HANDLERS names the function that runs each kind of op; schedule/ops.py says what the kinds are for.
+Knows one op at a time; not their order (schedule/) nor when they run (executor.py).
 """
 
 from __future__ import annotations
@@ -30,7 +31,10 @@ LogitsHook = Callable[[list[int], Tensor], None]
 
 
 class OpHandlers:
-    """Runs ops on a stage's stores."""
+    """Runs the ops of one stage on its stores.
+
+    attend_on_host: kernel for rows that are attended in host memory.
+    """
 
     def __init__(
         self,
@@ -59,39 +63,39 @@ class OpHandlers:
         self._chosen = torch.empty(shape, dtype=torch.int64, pin_memory=pinned)
         # NaN for a slot whose prompt has hidden states that aren't finite, else 0.
         slots = plan.num_batches, plan.policy.gpu_batch_size
-        self._faults = torch.zeros(slots, device=self.device)
+        self._not_finite = torch.zeros(slots, device=self.device)
 
     def begin(self, on_logits: LogitsHook | None) -> None:
-        """A new run, whose visits are counted from 0."""
+        """Start a run, whose visits are counted from 0; on_logits: see Stage.run."""
         self.on_logits = on_logits
         self.passes.begin()
 
     def run(self, op: Op, ready_at: float = 0.0) -> None:
-        """Does what the op says, whenever it was ready; nothing if its pass has no rows."""
+        """Run an op, unless it is idle; ready_at is of no use here, but part of lanes.Run."""
         if not self.is_idle(op):
             HANDLERS[op.kind](self, op)
 
     def is_idle(self, op: Op) -> bool:
-        """Whether there is nothing to do: no rows, or weights of a visit that has none."""
+        """True if the op has nothing to do: no rows, or weights for a visit that has none."""
         spec = OPS[op.kind]
         if spec.moves_weights:
             return self.passes.is_empty(op.visit)
         return spec.needs_rows and not self.rows(op).rows
 
     def rows(self, op: Op) -> Rows:
-        """The composition of the op's pass; looked up when the op starts, not when it is issued."""
+        """Rows of the op's pass; known when the op starts, and not when it is issued."""
         return self._pass(op).rows
 
     def placed(self, op: Op) -> PlacedRows:
-        """The same rows as the op's layer treats them."""
+        """Rows of the op's pass, divided by where the op's layer has their cache."""
         return self._pass(op).placed(self.cache.split(op))
 
     def composition(self, op: Op) -> Composition | None:
-        """Of the op's pass; None for what needs none, or has no rows."""
+        """Composition of the op's pass; None for ops without rows."""
         if not OPS[op.kind].needs_rows:
             return None
-        found = self._pass(op)
-        return found if found.rows.rows else None
+        current = self._pass(op)
+        return current if current.rows.rows else None
 
     def _pass(self, op: Op) -> Pass:
         return self.passes.pass_of(op)
@@ -111,8 +115,8 @@ class OpHandlers:
         rows = self.rows(op)
         ids, positions = torch.tensor(rows.token_ids), torch.tensor(rows.positions)
         for tile in self.plan.tiles(rows.num_tokens):
-            found = self.family.embed(self.config, self.weights.lookup, ids[tile], positions[tile])
-            self.hidden.arrived[op.cell_slot, tile].copy_(found)
+            hidden = self.family.embed(self.config, self.weights.lookup, ids[tile], positions[tile])
+            self.hidden.arrived[op.cell_slot, tile].copy_(hidden)
 
     def _load_embedding(self, op: Op) -> None:
         count = self.rows(op).num_tokens
@@ -133,10 +137,10 @@ class OpHandlers:
         if self.plan.stage.is_first and self.weights.embeds_on_device:
             ids, positions = self._pass(op).token_ids, self._pass(op).positions
             for tile in self.plan.tiles(rows.num_tokens):
-                found = self.family.embed(
+                hidden = self.family.embed(
                     self.config, self.weights.lookup, ids[tile], positions[tile]
                 )
-                work.hidden[tile].copy_(found)
+                work.hidden[tile].copy_(hidden)
         self.hidden.keep_resident(op, rows.num_tokens)
 
     def _load_cache(self, op: Op) -> None:
@@ -148,8 +152,8 @@ class OpHandlers:
         positions = self._pass(op).positions
         tensors = self.weights.tensors(op)
         for tile in self.plan.tiles(rows.num_tokens):
-            hidden, its = work.hidden[tile], positions[tile]
-            parts = self.family.project(self.config, tensors, hidden, its, op.layer)
+            hidden, places = work.hidden[tile], positions[tile]
+            parts = self.family.project(self.config, tensors, hidden, places, op.layer)
             for target, part in zip((work.q, work.k, work.v), parts, strict=True):
                 target[tile].copy_(part.flatten(1))
         self._attention.pack(work, rows.num_tokens)
@@ -205,8 +209,11 @@ class OpHandlers:
         self.hidden.keep_resident(op, rows.num_tokens)
 
     def _head(self, op: Op) -> None:
-        """Logits of the last token of each row that is to be followed by another; of those before
-        tokens that are only scored, their scores."""
+        """FINISH of the head: logits of the sampled rows, and scores of tokens that are known.
+
+        Logits are computed for the last token of each sampled row, and, a few at a time, for tokens
+        before known tokens that are to be scored.
+        """
         rows = self.rows(op)
         self.hidden.fetch_resident(op, rows.num_tokens)
         if self._pass(op).prefills:
@@ -218,20 +225,22 @@ class OpHandlers:
             self._logits[op.cell_slot] = self.family.head(self.config, self.weights.tensors(op), x)
 
     def _look_at_prompts(self, op: Op) -> None:
-        """Notes hidden states that aren't finite: the logits of a prompt's last token need not tell
-        of those before it, if layers have windows. Waits for nothing."""
-        its, faults = self._pass(op), self._faults[op.batch]
-        low, high = self._work(op).hidden[: its.rows.num_tokens].aminmax(dim=-1)
-        faults.index_fill_(0, its.new_slots, 0)
-        faults.index_add_(0, its.slots, (low * 0 + high * 0).float())
+        """Mark slots whose prompts have hidden states that aren't finite; waits for nothing.
+
+        If layers have windows, the logits of a prompt's last token don't depend on all tokens.
+        """
+        current, not_finite = self._pass(op), self._not_finite[op.batch]
+        low, high = self._work(op).hidden[: current.rows.num_tokens].aminmax(dim=-1)
+        not_finite.index_fill_(0, current.new_slots, 0)
+        not_finite.index_add_(0, current.slots, (low * 0 + high * 0).float())
 
     def _score_prompts(self, op: Op) -> list[Scores]:
-        """As many tokens at a time as there is room for logits of."""
-        its, tensors, hidden = self._pass(op), self.weights.tensors(op), self._work(op).hidden
-        step = scored_tokens_at_a_time(self.plan, its.top)
-        tiles = zip(its.scored_tokens.split(step), its.scored_ids.split(step), strict=True)
+        """Scores of known tokens, computed for as many at a time as there is room for logits."""
+        current, tensors, hidden = self._pass(op), self.weights.tensors(op), self._work(op).hidden
+        step = scored_tokens_at_a_time(self.plan, current.top)
+        tiles = zip(current.scored_tokens.split(step), current.scored_ids.split(step), strict=True)
         return [
-            score(self.family.head(self.config, tensors, hidden[tokens]), ids, its.top)
+            score(self.family.head(self.config, tensors, hidden[tokens]), ids, current.top)
             for tokens, ids in tiles
         ]
 
@@ -242,20 +251,20 @@ class OpHandlers:
         self.hidden.write(op, self.rows(op).num_tokens)
 
     def _sample(self, op: Op) -> None:
-        its, slot = self._pass(op), op.cell_slot
-        self._scores[slot] = self._prompt_scores.pop(slot) if its.rows.scored else []
-        if not its.rows.sampled:
+        current, slot = self._pass(op), op.cell_slot
+        self._scores[slot] = self._prompt_scores.pop(slot) if current.rows.scored else []
+        if not current.rows.sampled:
             return
         logits = self._logits.pop(slot)
         if self.on_logits is not None:
-            self.on_logits(its.header.request_indices, logits)
-        tokens = sample(logits, its.header.sampling_rows)
-        if its.prefills:
-            fails = self._faults[op.batch][its.sampled_slots].isnan()
+            self.on_logits(current.header.request_indices, logits)
+        tokens = sample(logits, current.header.sampling_rows)
+        if current.prefills:
+            fails = self._not_finite[op.batch][current.sampled_slots].isnan()
             tokens.masked_fill_(fails, NOT_FINITE)
         self._chosen[slot, : len(tokens)].copy_(tokens, non_blocking=True)
-        if its.scores_sampled:
-            self._scores[slot].append(score(logits, tokens.clamp(min=0), its.top))
+        if current.scores_sampled:
+            self._scores[slot].append(score(logits, tokens.clamp(min=0), current.top))
 
     def _accept(self, op: Op) -> None:
         rows, slot = self.rows(op), op.cell_slot

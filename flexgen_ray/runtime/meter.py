@@ -1,6 +1,6 @@
-"""How long each lane was busy, and, if asked, every op's start and end.
+"""Measurements of a run: how long each lane was busy and, if asked for, when each op ran.
 
-Busy is time at work, never time spent waiting. Knows ops and clocks; not what an op does.
+A lane is busy while it runs an op, not while it waits. Knows ops and clocks; not what an op does.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import torch
 from flexgen_ray.config import HardwareSpec
 from flexgen_ray.schedule.ops import Lane, Op, OpKind, Span
 
-MAX_SPANS = 1_000_000  # of a trace; about 150 MB as JSON
+MAX_SPANS = 1_000_000  # most ops of a trace, which take about 150 MB as JSON
 
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """When an op ran (perf_counter), and for how many seconds its lane counts as busy."""
+    """Time at which an op ran (perf_counter), and seconds for which its lane counts as busy."""
 
     started: float
     ended: float
@@ -28,8 +28,11 @@ class Timing:
 
 @dataclass(frozen=True, slots=True)
 class VisitTiming:
-    """One that is over: when it ended (perf_counter), the tokens it brought, and the modelled
-    seconds of each lane and resource, if the run had a cost model."""
+    """Measurements of one visit.
+
+    ended: perf_counter; new_tokens: sampled; prefill_tokens: of prompts.
+    modelled: seconds of each lane and resource, if the run had a cost model.
+    """
 
     ended: float
     new_tokens: int
@@ -39,10 +42,14 @@ class VisitTiming:
 
 @dataclass(frozen=True)
 class StageMeasurements:
-    """Seconds of a run, {lane: seconds}. modelled_*: by a cost model at the rates of `hardware`, if
-    the run had one; cores: all lanes' core seconds over the cores, where the device is a CPU.
-    is_emulated: whether times are those of emulated hardware. peak_gpu_bytes: what
-    torch took of a GPU. sampling: of the device's busy seconds, those in which tokens were chosen.
+    """Measurements of a stage's run, in seconds unless the name says otherwise.
+
+    wall: of the whole run; busy: of each lane.
+    modelled_lanes, modelled_resources: by the cost model at the rates of `hardware`, if the run had
+    one; cores: core seconds of all lanes, divided by the number of cores, if the device is a CPU.
+    is_emulated: True if times are those of emulated hardware.
+    peak_gpu_bytes: most GPU memory that torch reserved; sampling: busy seconds of the device in
+    which tokens were sampled.
     """
 
     wall: float = 0.0
@@ -58,22 +65,22 @@ class StageMeasurements:
 
     @property
     def binding_lane(self) -> str:
-        """The busiest."""
+        """Busiest lane."""
         return max(self.busy, key=lambda lane: self.busy[lane], default="none")
 
     @property
     def bound(self) -> dict[str, float]:
-        """What no run can be shorter than: the modelled seconds of each lane and resource."""
+        """Lower bounds of the run: modelled seconds of each lane and resource."""
         bound = self.modelled_lanes | self.modelled_resources
         return bound | {"cores": self.cores} if self.cores else bound
 
 
 @dataclass
 class Meter:
-    """Of one run; every lane is written by one thread.
+    """Meter of one run; each lane's numbers are written by one thread.
 
-    keeps_spans: remember the first MAX_SPANS ops. busy: {lane: seconds}, modelled seconds where
-    the run is emulated; sampling: those of ops that choose tokens.
+    keeps_spans: record when the first MAX_SPANS ops ran.
+    busy: seconds of each lane, emulated seconds in an emulated run; sampling: of ops that sample.
     """
 
     keeps_spans: bool = False
@@ -87,7 +94,7 @@ class Meter:
         self._origin: tuple[torch.cuda.Event, float] | None = None
 
     def note(self, op: Op, timing: Timing) -> None:
-        """An op that has run."""
+        """Count an op that has run."""
         self.busy[op.lane.worker] += timing.busy
         if op.kind is OpKind.SAMPLE:
             self.sampling += timing.busy
@@ -96,25 +103,25 @@ class Meter:
             self.spans.append(Span(op, started, ended))
 
     def mark(self, stream: torch.cuda.Stream) -> torch.cuda.Event:
-        """An event on the stream, now."""
+        """Record an event on the stream, to measure from or to."""
         if self._origin is None:
             origin = torch.cuda.Event(enable_timing=True)
             origin.record(stream)
             origin.synchronize()
             self._origin = origin, time.perf_counter()
-        # A lane that waits for it sleeps, for others need the core.
+        # blocking: a thread that waits for the event sleeps, because others need the core.
         event = torch.cuda.Event(enable_timing=True, blocking=True)
         event.record(stream)
         return event
 
     def note_events(self, op: Op, started: torch.cuda.Event, ended: torch.cuda.Event) -> None:
-        """An op between two events; its time is taken when the device has passed them."""
+        """Count an op between two events, as soon as the device has passed them."""
         self._launched.append((op, started, ended))
         while self._launched and self._launched[0][2].query():
             self._take()
 
     def settle(self) -> None:
-        """Takes the time of what is still under way."""
+        """Wait for the ops that are still under way, and count them."""
         while self._launched:
             self._launched[0][2].synchronize()
             self._take()
@@ -123,7 +130,7 @@ class Meter:
         op, started, ended = self._launched.popleft()
         assert self._origin is not None
         origin, origin_time = self._origin
-        # CUDA tells times as float32: after an hour not finer than a quarter of a millisecond.
+        # CUDA reports float32: after an hour its steps are a quarter of a millisecond.
         first = origin_time + origin.elapsed_time(started) / 1e3
         seconds = started.elapsed_time(ended) / 1e3
         self.note(op, Timing(first, first + seconds, seconds))

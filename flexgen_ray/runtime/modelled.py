@@ -1,4 +1,4 @@
-"""Runs ops and sums the seconds that the cost model gives them on given hardware.
+"""Sums of modelled seconds: runs ops, and adds the seconds that the cost model expects of them.
 
 Knows the cost model; not when ops run. A wrapper named by import path may stand in its place, as
 the emulation of benchmarks/emulation.py does.
@@ -21,7 +21,7 @@ from flexgen_ray.runtime.handlers import OpHandlers
 from flexgen_ray.runtime.meter import Timing
 from flexgen_ray.schedule.ops import Lane, Op
 
-Seconds = dict[Lane, dict[Resource | None, float]]  # None: of the op as a whole
+Seconds = dict[Lane, dict[Resource | None, float]]  # None: seconds of ops that run alone
 
 
 class Modelled:
@@ -55,7 +55,7 @@ class Modelled:
         amounts = {} if handlers.is_idle(op) else self._cost.amounts(op, handlers.composition(op))
         if amounts:
             taken = seconds_by_resource(amounts, self._hardware)
-            # Each lane is one thread, and writes nothing but its own sums.
+            # Each lane's sums are written by one thread.
             of_visit = self._of_visit.get(op.visit)
             if of_visit is None:
                 of_visit = self._of_visit.setdefault(op.visit, _no_seconds())
@@ -68,7 +68,7 @@ class Modelled:
     def end_visit(self, visit: int) -> dict[str, float]:
         """Modelled seconds of each lane and resource in a visit.
 
-        What was fetched for one that never came doesn't count.
+        Prefetches for a visit that never comes are not counted.
         """
         lanes: dict[str, float] = {}
         resources: dict[str, float] = defaultdict(float)
@@ -79,11 +79,11 @@ class Modelled:
                     lanes[lane.value] = seconds
                 else:
                     resources[resource.name.lower()] += seconds
-        # The disk is a resource and a lane of the same name.
+        # A resource and a lane may have the same name (the disk's); then the lane counts.
         return resources | lanes
 
     def cancel(self) -> None:
-        """End at once what an op under way waits for here; called when a run stops early."""
+        """End immediately any waiting of ops under way; called when a run stops early."""
 
     def lanes(self) -> dict[str, float]:
         """Modelled seconds of each lane."""
@@ -101,7 +101,7 @@ class Modelled:
 
 @dataclass(frozen=True)
 class RunWrapper:
-    """What a stage runs its ops through, named by import path so that Ray actors find it.
+    """Replacement for Modelled, named by its import path so that Ray actors find it.
 
     path: `module:name` of a subclass of Modelled, or of a function that returns one, called at the
     start of each run as (handlers, plan, hardware, **options). options: serializable values.

@@ -139,8 +139,8 @@ class Pass(Composition):
         sampled = zip(self.rows.sampled, token_ids, strict=True)
         places = {row.slot: row.seq_len for row, token in sampled if token == NOT_FINITE}
         rows = {row.slot: row for row in self.rows.rows} if self.rows.scored else {}
-        for scored, (slot, own) in zip(self.rows.scored, scores, strict=False):
-            bad = next((i for i, score in enumerate(own) if isnan(score.logprob)), None)
+        for scored, (slot, values) in zip(self.rows.scored, scores, strict=False):
+            bad = next((i for i, score in enumerate(values) if isnan(score.logprob)), None)
             if bad is not None:
                 row = rows[slot]
                 places[slot] = row.position + scored.first - row.offset + 1 + bad
@@ -252,15 +252,15 @@ class Passes:
         token_ids: of the sampled rows; scores: see Pass.slot_scores.
         """
         self._last_visit = op.visit
-        own = self.pass_of(op)
-        slot_scores = own.slot_scores(scores)
-        not_finite = own.find_not_finite(token_ids, slot_scores)
+        current = self.pass_of(op)
+        slot_scores = current.slot_scores(scores)
+        not_finite = current.find_not_finite(token_ids, slot_scores)
         slot_scores = [pair for pair in slot_scores if pair[0] not in not_finite]
         chosen = SampledTokens(op.visit, op.batch, token_ids, slot_scores, not_finite)
         if self.channel is not None:
             self.channel.post_message(chosen.encode())
         else:
-            self._accept(op, own.rows, chosen)
+            self._accept(op, current.rows, chosen)
 
     def _accept(self, op: Op, rows: Rows, chosen: SampledTokens) -> None:
         slots = [row.slot for row in rows.sampled]

@@ -1,4 +1,7 @@
-"""A stage: a range of layers, its stores and its executor. Knows no Ray and no text."""
+"""Stage: a contiguous range of layers with its stores, lanes and executor.
+
+Knows one stage and its channel to the neighbours; no Ray and no text.
+"""
 
 from __future__ import annotations
 
@@ -59,11 +62,14 @@ PACKING = "loading and packing weights"
 
 @dataclass(frozen=True)
 class StageSpec:
-    """All that a stage needs to come up anywhere the files are; plain values, sent to actors.
+    """Specification of a stage, from which any process that sees the files can load it.
 
-    model: a folder; None makes weights up.
-    hardware: whose cost model is summed beside the run, by run_wrapper if one is named.
-    keeps_spans: when every op ran.
+    model: folder of the checkpoint; None for random weights.
+    device: torch's name; offload_dir: folder for what is kept on disk.
+    seed: for requests without one; executor: one of EXECUTORS.
+    hardware: rates for which the run's modelled seconds are summed, None for none.
+    run_wrapper: runs the ops in place of Modelled; needs hardware.
+    keeps_spans: record when each op ran.
     """
 
     model: str | None
@@ -79,7 +85,10 @@ class StageSpec:
 
 
 class Stage:
-    """Weights loaded, memory taken; `run` generates, `close` gives the offload files back."""
+    """A loaded stage: memory is allocated, weights are loaded.
+
+    run generates, and close frees the offload files.
+    """
 
     def __init__(
         self,
@@ -87,7 +96,7 @@ class Stage:
         find_stop: FindStop | None = None,
         on_progress: OnProgress = ignore_progress,
     ) -> None:
-        def tell(done: int, total: int) -> None:
+        def report(done: int, total: int) -> None:
             on_progress(Progress(phase=phase, done=done, total=total, unit="bytes"))
 
         is_quantized = spec.plan.policy.weight_bits and not spec.plan.config.weight_bits
@@ -99,7 +108,7 @@ class Stage:
         plan, device = spec.plan, torch.device(spec.device)
         self.spec = spec
         self._cores = cores_for(plan, device)
-        # Measured, if it has to be, before the budget's memory is taken.
+        # Before the budget's memory is allocated, because the kernels may have to be measured.
         attend = choose_host_kernel(plan, self._cores.host, spec.budget.cpu // 2)
         self._attends_by_torch = plan.attended_rows > 0 and takes_torch_threads(attend)
         self.tiers = Tiers(
@@ -111,7 +120,7 @@ class Stage:
             self.tiers.gpu.book("workspace", workspace_bytes(plan))
             self.tiers.cpu.book("workspace", host_workspace_bytes(plan))
             tune_malloc_for_loading()
-            weights = WeightStore(plan, _weight_source(spec), self.tiers, tell)
+            weights = WeightStore(plan, _weight_source(spec), self.tiers, report)
             tune_malloc_for_ops()
             self.scheduler = Scheduler(
                 plan.policy.gpu_batch_size,
@@ -137,9 +146,9 @@ class Stage:
     def run(
         self, requests: Iterable[Request], on_logits: LogitsHook | None = None
     ) -> Iterator[Finished | Progress]:
-        """Yields every request's tokens as it finishes, and a Progress after each pass.
+        """Generate; yields each request's answer as it finishes, and a Progress after each visit.
 
-        on_logits(request indices, [rows, vocabulary]) sees what each sampled token is chosen from.
+        on_logits(request indices, logits [rows, vocabulary]) is called before tokens are sampled.
         """
         plan, handlers = self.spec.plan, self.handlers
         handlers.begin(on_logits)
@@ -154,9 +163,9 @@ class Stage:
             for op in running:
                 now = time.perf_counter()
                 self._wall = now - began
-                # Asked before what finished is taken, for the lanes may be a visit ahead.
+                # Asked before the finished requests are taken, because lanes may be a visit ahead.
                 is_done = handlers.passes.is_over(op.visit)
-                # Ray sends into its generators; one that is yielded from would refuse.
+                # No `yield from`: Ray sends into its generators, and an iterator can't receive.
                 for finished in self.scheduler.take_finished():  # noqa: UP028
                     yield finished
                 yield self._progress(op.visit, now - started)
@@ -165,7 +174,7 @@ class Stage:
                     return
 
     def measured(self) -> StageMeasurements:
-        """How busy each lane was in the last run."""
+        """Measurements of the last run: how busy lanes were, and modelled seconds if asked for."""
         busy = self.busy()
         on_cuda = self.tiers.device.type == "cuda"
         peak = torch.cuda.max_memory_reserved(self.tiers.device) if on_cuda else 0
@@ -192,15 +201,16 @@ class Stage:
         )
 
     def busy(self) -> dict[str, float]:
-        """Seconds that each lane has been at work in the run so far; from any thread."""
+        """Seconds that each lane has been busy in the run so far; from any thread."""
         return {lane.value: seconds for lane, seconds in self._meter.busy.items() if seconds}
 
     @property
     def spans(self) -> list[Span]:
-        """When each op of the last run ran, if they are kept."""
+        """Times at which the ops of the last run ran, if the stage keeps these."""
         return self._meter.spans
 
     def _progress(self, visit: int, seconds: float) -> Progress:
+        """Event of a visit that has ended."""
         modelled = self._modelled.end_visit(visit) if self._modelled else {}
         new, prefill = self.handlers.passes.take_counts(visit)
         self._visits.append(VisitTiming(time.perf_counter(), new, prefill, modelled))
@@ -209,7 +219,7 @@ class Stage:
         return Progress(new, prefill, seconds, prefill > 0, tokens, scores=scores)
 
     def _start(self) -> SerialExecutor | AsyncExecutor:
-        """A fresh executor with its meter."""
+        """Executor of a new run, with a new meter."""
         spec, handlers = self.spec, self.handlers
         self._meter = Meter(spec.keeps_spans)
         self._visits = []
@@ -222,7 +232,7 @@ class Stage:
         self._watch = run = OpWatch(run)
         wait = device_wait(self.tiers.device)
         if wait is not None:
-            # What was written on another stream, weights above all, must be there.
+            # Writes on other streams, of weights above all, must be complete.
             wait()
         if spec.executor == "serial":
             return SerialExecutor(run, is_active, self._meter, wait)
@@ -233,15 +243,15 @@ class Stage:
         return AsyncExecutor(run, is_active, self._workers, self._meter, self._cancel, window)
 
     def heartbeat(self) -> Heartbeat:
-        """How far the run is; from any thread."""
+        """Progress of the run; from any thread."""
         return self._watch.heartbeat()
 
     def connect(self, channel: Channel | None) -> None:
-        """The stage's place in a ring; a stage of a model's all layers needs none."""
+        """Connect the stage to its neighbours; None if it is the whole model."""
         self.handlers.passes.channel = channel
 
     def _cancel(self) -> None:
-        """Nothing under way waits any longer; nor, in a run cut short, do the neighbours."""
+        """End all waiting of ops under way; if the run is cut short, that of the neighbours too."""
         if self._modelled is not None:
             self._modelled.cancel()
         passes = self.handlers.passes
@@ -249,24 +259,26 @@ class Stage:
             passes.channel.close()
 
     def used(self) -> dict[str, dict[str, int]]:
-        """{tier: {what: bytes}} that the stage holds."""
+        """Bytes that the stage holds, {tier: {kind of data: bytes}}."""
         return self.tiers.used()
 
     def close(self) -> None:
-        """Gives the offload files back."""
+        """Free the offload files."""
         self.tiers.disk.close()
         self.tiers.cpu.close()
 
 
 def cores_for(plan: StagePlan, device: torch.device) -> Cores:
-    """This process's cores, as a stage of this plan divides them."""
+    """Cores of this process, divided for a stage with this plan."""
     on_cuda = device.type == "cuda"
     return divide_cores(torch.get_num_threads(), on_cuda, plan.attended_rows > 0)
 
 
 def choose_host_kernel(plan: StagePlan, threads: int, nbytes: int) -> HostKernel:
-    """The faster host attention for a plan's shapes, compiled; measuring it may take nbytes of
-    memory."""
+    """Fastest kernel for a plan's attention on the host, compiled.
+
+    nbytes: most memory to measure with, if the choice isn't known yet.
+    """
     if not plan.attended_rows:
         return load_kernel("sdpa", threads)
     config = plan.config
@@ -288,7 +300,7 @@ def _weight_source(spec: StageSpec) -> WeightSource:
 
 @contextmanager
 def _torch_threads(count: int) -> Iterator[None]:
-    """What runs in this thread gets as many cores as the lanes' threads do."""
+    """Let torch use a number of cores in this thread, as it does in the lanes' threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
