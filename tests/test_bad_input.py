@@ -36,7 +36,7 @@ def model(text_model, tmp_path):
 
 
 @pytest.fixture
-def refused(run_here, files, model):  # noqa: F811
+def refused(run_here, files, model):
     """Runs the job, which can't, and returns what is said."""
 
     def call(*options: object) -> str:
@@ -51,7 +51,7 @@ def refused(run_here, files, model):  # noqa: F811
 
 
 @pytest.fixture
-def answered(run_here, files, model):  # noqa: F811
+def answered(run_here, files, model):
     """Runs the job and returns its rows and what is said."""
 
     def call(*options: object) -> tuple[dict[str, dict], str]:
@@ -134,7 +134,7 @@ def test_a_panic_of_the_tokenizers_library_is_a_named_error(refused, model, part
     assert str(model) in said and "download" in said
 
 
-def test_an_added_token_that_the_model_lacks_costs_its_line_only(answered, files, model):  # noqa: F811
+def test_an_added_token_that_the_model_lacks_costs_its_line_only(answered, files, model):
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokenizer.add_tokens([AddedToken("<pad>", special=True)])
     tokenizer.save_pretrained(model)
@@ -152,7 +152,7 @@ def test_without_a_tokenizer_token_ids_are_answered_and_texts_are_told(answered,
     assert "has no tokenizer" in found["batch"]["response"]["body"]["error"]["message"]
 
 
-def test_a_full_offload_disk_is_named_before_any_work(refused, files, monkeypatch):  # noqa: F811
+def test_a_full_offload_disk_is_named_before_any_work(refused, files, monkeypatch):
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -164,7 +164,7 @@ def test_a_full_offload_disk_is_named_before_any_work(refused, files, monkeypatc
 
 def test_a_file_system_without_direct_requests_works_and_is_warned_of(
     answered,
-    files,  # noqa: F811
+    files,
     monkeypatch,
     caplog,
 ):
@@ -197,7 +197,7 @@ def test_a_file_system_without_direct_requests_works_and_is_warned_of(
 @pytest.mark.parametrize("where", [(Checkpoint, "read_into"), (engine, "choose_policy")])
 def test_stopped_while_it_loads_or_plans_nothing_is_left(
     run_here,
-    files,  # noqa: F811
+    files,
     model,
     monkeypatch,
     number,
@@ -218,7 +218,7 @@ def test_stopped_while_it_loads_or_plans_nothing_is_left(
     assert not [*files.glob("offload/*")]
 
 
-def test_an_empty_input_is_told_and_a_folder_is_refused(run_here, refused, files, model):  # noqa: F811
+def test_an_empty_input_is_told_and_a_folder_is_refused(run_here, refused, files, model):
     assert f"{model} is a folder; --input takes" in refused("--input", model)
     (files / "in.jsonl").write_text("\n \n")
     done = run_here(*arguments(files, model, "--no-use-ray"))
@@ -242,7 +242,7 @@ def generation(model, **values) -> None:
     (model / "generation_config.json").write_text(json.dumps(values))
 
 
-def test_each_of_a_list_of_end_tokens_ends_an_answer(answered, files, model):  # noqa: F811
+def test_each_of_a_list_of_end_tokens_ends_an_answer(answered, files, model):
     (files / "in.jsonl").write_text('{"prompt": "Hello there", "max_tokens": 30}')
 
     def answer() -> dict:
@@ -258,7 +258,7 @@ def test_each_of_a_list_of_end_tokens_ends_an_answer(answered, files, model):  #
     assert body["usage"]["completion_tokens"] == first + 1
 
 
-def test_the_model_s_own_sampling_counts_where_nobody_says(run_here, files, model):  # noqa: F811
+def test_the_model_s_own_sampling_counts_where_nobody_says(run_here, files, model):
     own = {"temperature": 0.7, "top_p": 0.9, "top_k": 5, "min_p": 0.01, "repetition_penalty": 1.3}
     prompt = {"prompt": "Hello there"}
 

@@ -1,4 +1,4 @@
-"""OpenAI Batch lines: what is understood, and how a bad line costs only itself."""
+"""OpenAI Batch lines and plain ones are understood, and a bad line costs only itself."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def parse(*lines: bytes):
     return list(read_lines(lines, DEFAULTS))
 
 
-def test_a_batch_line_with_every_parameter():
+def test_a_batch_line_s_parameters_are_all_read():
     (line,) = parse(
         batch(
             model="m", prompt="Hi", max_tokens=3, temperature=0.5, top_p=0.9, seed=1,
@@ -53,7 +53,7 @@ def test_a_batch_line_with_every_parameter():
     )
 
 
-def test_plain_lines_and_defaults():
+def test_plain_lines_have_the_job_s_defaults():
     first, second, third = parse(
         b'{"prompt": "Hi"}\n', b"\n", b"  \r\n",
         b'{"prompt": [1, 2], "stop": "x"}', batch(prompt="Yo", max_tokens=None)
@@ -176,7 +176,7 @@ _FAULTS = [
 
 @pytest.mark.parametrize("fault", _FAULTS)
 @pytest.mark.parametrize("name", ["my id", 'a"\\b]}', "ü", 7])
-def test_a_bad_line_is_called_by_its_custom_id_whatever_is_wrong_with_it(name, fault):
+def test_a_bad_line_keeps_its_custom_id_whatever_is_wrong_with_it(name, fault):
     first = b'{"custom_id": %s, %s}' % (json.dumps(name).encode(), fault)
     second = b'{%s, "custom_id" : %s}' % (fault, json.dumps(name, ensure_ascii=False).encode())
     (line,) = parse(first)
@@ -186,7 +186,7 @@ def test_a_bad_line_is_called_by_its_custom_id_whatever_is_wrong_with_it(name, f
         assert line.error is not None and line.custom_id == str(name)
 
 
-def test_no_custom_id_an_integer_or_one_that_another_line_has():
+def test_a_missing_integer_or_duplicate_custom_id_becomes_a_unique_string():
     lines = [b'{"custom_id": null, "prompt": "x"}', batch(7, prompt="x"), batch("7", prompt="x")]
     none, number, again = parse(*lines)
     assert (none.custom_id, none.error) == ("line-1", None)
@@ -202,7 +202,7 @@ def test_every_row_has_an_id_of_its_own_whatever_lines_are_called(ids):
         assert line.error is not None or name in (None, line.custom_id)
 
 
-def test_chats_by_url_or_as_they_are():
+def test_chats_are_read_from_batch_lines_and_plain_ones():
     messages = [{"role": "user", "content": "Hi"}]
     url = {"url": "/v1/chat/completions", "body": {"messages": messages, "max_tokens": 4}}
     parts = [{"type": "text", "text": "Hi"}, {"type": "text", "text": "you"}]
@@ -238,7 +238,7 @@ def test_tool_calls_and_their_results_are_passed_on_with_arguments_as_objects():
         assert line.error is not None and "arguments of a tool call are" in line.error
 
 
-def test_tools_are_not_described_where_none_may_be_called():
+def test_tool_choice_none_leaves_tools_out():
     tools = [{"type": "function", "function": {"name": "f"}}]
     lines = [json.dumps(CHAT | {"tools": tools, "tool_choice": it}) for it in ("auto", "none")]
     auto, none = parse(*(line.encode() for line in lines))
@@ -253,7 +253,7 @@ def test_a_prompt_is_a_text_or_tokens_or_a_list_of_those():
     assert mixed.prompts == ("a", [1])
 
 
-def test_fields_that_ask_for_nothing_and_bodies_in_strings():
+def test_null_fields_count_for_nothing_and_a_body_may_be_a_string():
     body = {"prompt": "Hi", "n": 1, "stream": False, "presence_penalty": 0.0, "stop": None,
             "tools": None, "response_format": {"type": "text"}}  # fmt: skip
     as_object, as_string = parse(
@@ -312,13 +312,13 @@ def test_fields_and_values_that_change_nothing_are_accepted(asked):
         ({"temprature": 1}, "(is temperature meant?)"),
     ],
 )
-def test_what_changes_the_answer_and_is_missing_is_refused_with_the_reason(field, said):
+def test_a_field_that_is_not_implemented_is_refused_with_the_reason(field, said):
     (line,) = parse(json.dumps({"body": CHAT | field}).encode())
     assert line.error is not None and said in line.error
 
 
 @given(st.dictionaries(st.sampled_from(["id", "label", "url", "response", "metadata"]), _JSON))
-def test_own_columns_come_back_beside_the_answer(columns):
+def test_the_user_s_columns_come_back_beside_the_answer(columns):
     plain, beside, bad = parse(
         json.dumps(PROMPT | columns).encode(),
         json.dumps({"body": PROMPT} | {k: it for k, it in columns.items() if k != "url"}).encode(),
@@ -335,7 +335,7 @@ def test_own_columns_come_back_beside_the_answer(columns):
 
 @pytest.mark.parametrize("start", ["/v1", "", "/openai/v1", "/openai/deployments/my-model"])
 @pytest.mark.parametrize("query", ["", "?api-version=2024-10-21"])
-def test_azure_s_urls_are_those_of_openai(start, query):
+def test_azure_s_urls_mean_the_same_as_openai_s(start, query):
     chat = {"url": f"{start}/chat/completions{query}", "body": CHAT}
     text = {"url": f"{start}/completions{query}", "body": PROMPT}
     first, second = parse(json.dumps(chat).encode(), json.dumps(text).encode())
@@ -370,7 +370,7 @@ def test_a_long_line_costs_only_itself():
     assert (after.custom_id, after.prompt, after.number) == ("after", "y", 2)
 
 
-def test_what_is_said_of_a_line_does_not_quote_a_book():
+def test_the_error_of_a_line_is_short_however_long_its_prompt():
     (line,) = parse(json.dumps({"prompt": "x", "temperature": "y" * 10**6}).encode())
     assert line.error is not None and len(line.error) < 2000
 
@@ -439,14 +439,14 @@ def test_openai_s_own_types_read_every_answer(text, reason, custom_id):
 
 
 @given(st.text())
-def test_openai_s_own_types_read_every_refusal(message):
+def test_openai_s_own_types_read_every_error(message):
     row = error_row("b", message)
     error = ErrorObject.model_validate(row["response"]["body"]["error"], strict=True)
     assert row["response"]["status_code"] == 400
     assert error.message == message == error_message(row) and error.type == "invalid_request_error"
 
 
-def test_refusals_of_other_servers_are_understood():
+def test_error_rows_of_other_servers_are_understood():
     body = {"error": {"message": "too long"}}
     assert error_message({"response": {"status_code": 400, "body": json.dumps(body)}}) == "too long"
     assert (

@@ -1,4 +1,4 @@
-"""Chats: worded by the model's own template, or refused with the reason."""
+"""Chats are formatted by the model's own template, or refused with the reason."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_parts_of_text_are_joined():
 
 
 @pytest.mark.parametrize("messages", [[], [[]], [5], [{"role": "user"}], [[{"content": "x"}]]])
-def test_what_is_no_chat_is_refused_or_nothing(chat_model, messages):
+def test_messages_that_are_no_chat_are_refused_and_an_empty_list_is_nothing(chat_model, messages):
     with engine(chat_model) as llm:
         if not messages:
             assert llm.chat(messages) == []
@@ -179,7 +179,7 @@ def test_an_answer_continues_the_final_message(chat_model):
     assert told.prompt_token_ids == text.prompt_token_ids and told.outputs == text.outputs
 
 
-def test_developers_are_systems_for_templates_that_know_none(chat_model, tmp_path):
+def test_the_role_developer_becomes_system_for_templates_without_it(chat_model, tmp_path):
     chat = parse_messages([{"role": "developer", "content": "Be brief."}, *ASK])
     with engine(chat_model) as llm:
         assert llm.tokenizer.format_chat(chat).startswith("<system>Be brief.\n<user>")
@@ -187,7 +187,7 @@ def test_developers_are_systems_for_templates_that_know_none(chat_model, tmp_pat
     assert knows.format_chat(chat).startswith("<developer>Be brief.\n")
 
 
-def test_of_several_templates_the_one_for_tools_is_taken_with_tools(chat_model, tmp_path):
+def test_a_chat_with_tools_takes_the_template_for_tools(chat_model, tmp_path):
     folder = shutil.copytree(chat_model, tmp_path / "model")
     (folder / "chat_template.jinja").unlink()
     named = [
@@ -215,7 +215,7 @@ def test_of_several_templates_the_one_for_tools_is_taken_with_tools(chat_model, 
         ({"chat_template_kwargs": {"messages": []}}, "has 'messages', which it can't set"),
     ],
 )
-def test_options_of_other_kinds_are_refused_by_name(options, said):
+def test_an_option_of_the_wrong_type_is_refused_by_name(options, said):
     with pytest.raises(ValueError, match=said):
         ChatOptions(**options)
 
@@ -247,7 +247,7 @@ NOW = datetime(2026, 1, 2, 3, 4, 5, 678)
         "{% for %}",
     ],
 )  # fmt: skip
-def test_no_template_stalls_or_crashes_or_gets_out(tokenizers, template):
+def test_no_template_stalls_or_crashes_the_run_or_leaves_its_sandbox(tokenizers, template):
     """In any thread; and the next chat, of another template, is formatted as ever."""
     errors: list[str] = []
     damaged = ChatTemplate(template, {}, max_seconds=0.5)
@@ -266,7 +266,7 @@ def test_no_template_stalls_or_crashes_or_gets_out(tokenizers, template):
     damaged.close()
 
 
-def test_all_chats_have_one_time_of_day(chat_model, tmp_path):
+def test_all_chats_of_a_run_see_the_same_time(chat_model, tmp_path):
     template = "{{ strftime_now('%Y-%m-%d %H:%M:%S.%f') }}"
     tokenizer = with_template(tmp_path / "model", template, chat_model)
     first, again = tokenizer.format_chat(ASK), tokenizer.format_chat(ASK)

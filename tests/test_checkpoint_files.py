@@ -80,14 +80,14 @@ def test_a_head_in_the_file_counts_as_in_transformers(folder, head):
     assert_as_transformers(folder)
 
 
-def test_a_head_of_its_own_is_there_after_packing(folder, tmp_path):
+def test_a_head_of_its_own_is_still_there_in_a_quantized_checkpoint(folder, tmp_path):
     change(folder, {"lm_head.weight": torch.randn(tiny.VOCABULARY, 32)})
     write_quantized_copy(folder, tmp_path / "packed", {"weight_bits": 8, "embedding_bits": 8})
     assert not checkpoint_config(tmp_path / "packed").tie_word_embeddings
     assert not load_config(tmp_path / "packed").tie_word_embeddings
 
 
-def test_packed_folders_are_readable_by_whoever_may_read_new_files(folder, tmp_path):
+def test_quantized_checkpoints_have_the_permissions_of_new_files(folder, tmp_path):
     for path in folder.iterdir():
         path.chmod(0o600)
     before = os.umask(0o022)
@@ -185,7 +185,7 @@ def test_linear_rope_stretches_the_context(tiny_models):
     assert certain and tokens(folder, [reference.prompt])[0][:certain] == reference.tokens[:certain]
 
 
-def test_a_stretched_gemma_says_its_context_itself(tiny_models):
+def test_gemma_s_context_is_not_stretched_again(tiny_models):
     assert load_config(tiny_models["gemma3"][0]).max_seq_len == tiny.CONTEXT
 
 
@@ -199,7 +199,7 @@ JSON = st.recursive(
 
 @settings(max_examples=60)
 @given(name=st.sampled_from(sorted(tiny.CONFIGS)), data=st.data())
-def test_any_config_is_read_or_refused_at_once(tiny_models, tmp_path_factory, name, data):
+def test_any_config_is_read_or_refused_immediately(tiny_models, tmp_path_factory, name, data):
     keys = json.loads((tiny_models[name][0] / "config.json").read_text())
     key = data.draw(st.sampled_from(sorted(keys)))
     path = tmp_path_factory.mktemp("config") / "config.json"

@@ -1,4 +1,4 @@
-"""Completion, as shells ask for it."""
+"""Completion of commands and options in shells."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_another_shell_is_refused_by_name(run_here):
 @pytest.mark.parametrize(
     ("typed", "found"), [("gen", "generate"), ("generate --keep", "--keep-order")]
 )
-def test_what_the_script_asks_is_answered(typed, found):
+def test_a_shell_gets_the_commands_and_options_that_fit(typed, found):
     words = f"flexgen-ray {typed}"
     asked = {"COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
     asked["_FLEXGEN_RAY_COMPLETE"] = "complete_bash"

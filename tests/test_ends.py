@@ -129,7 +129,7 @@ def test_chats_and_null_may_fill_the_context_and_prompts_end_after_16_tokens(llm
         assert line.limit == ("line" if name in own else "job" if job else "default")
 
 
-def test_an_answer_that_nobody_limits_has_what_the_context_leaves_up_to_2048_tokens(llm):
+def test_an_answer_without_a_limit_has_what_the_context_leaves_up_to_2048_tokens(llm):
     whole = SamplingParams(max_tokens=None, min_tokens=3)
     for context, limit, most in ((160, "context", 150), (2058, "default", 2048),
                                  (9000, "default", 2048)):  # fmt: skip
@@ -180,7 +180,7 @@ def test_the_report_counts_answers_cut_by_whose_limit(job):
     assert json.loads(report.read_text())["answers_cut"] == {"job": 2, "line": 2, "context": 1}
 
 
-def test_stop_strings_of_a_job_are_for_lines_without_and_part_of_the_job(job):
+def test_stop_strings_of_a_job_apply_to_lines_without_and_are_facts_of_the_job(job):
     lines = [{"custom_id": str(seed), "prompt": "Hello", "seed": seed} for seed in range(8)]
     lines += [{"custom_id": "own", "prompt": "Hello", "seed": 0, "stop": ["zzzz"]}]
     options = ("--temperature", 2, "--max-tokens", LONG)

@@ -97,7 +97,7 @@ def test_perplexity_is_that_of_transformers(
     assert result["context"] == context and result["stages"][0]["policy"]
 
 
-def test_the_first_tokens_only(run_eval, text_model, text_file):
+def test_max_tokens_measures_the_first_tokens_only(run_eval, text_model, text_file):
     result = run_eval("perplexity", "--data", text_file, "--context", 32, "--max-tokens", 50)
     assert "stride 512" in result
     options = ["--context", 32, "--stride", 16, "--max-tokens", 50]
@@ -167,7 +167,7 @@ def test_a_last_word_counts_if_all_its_tokens_are_the_greedy_ones(
         ('{"text": "one"}', "line 2: the text is 'one'; a last word needs another"),
     ],
 )
-def test_a_bad_line_is_named(run_eval, tmp_path, line, complaint):
+def test_a_cloze_line_without_a_text_is_named(run_eval, tmp_path, line, complaint):
     path = tmp_path / "cloze.jsonl"
     path.write_text('{"text": "two words"}\n' + line)
     assert complaint in run_eval("cloze", "--data", path)

@@ -1,4 +1,4 @@
-"""What a config.json of each family means, and what is refused by its name."""
+"""The config.json of each family means what it means in transformers, or is refused by name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files that commands write: never one that is read, or written already; whole or as they were."""
+"""A command never writes a file that it reads or writes already, and replaces files as a whole."""
 
 from __future__ import annotations
 
@@ -54,9 +54,9 @@ HOW = ("itself", "relative", "symlink", "hard link")
         ("--report", f"out.jsonl.{kind}", "relative") for kind in ("job.json", "job.tmp", "waiting")
     ],
 )
-def test_what_is_written_never_replaces_what_the_job_has(
+def test_no_output_may_be_another_file_of_the_job(
     run_here,
-    files,  # noqa: F811
+    files,
     text_model,
     option,
     victim,
@@ -74,7 +74,7 @@ def test_what_is_written_never_replaces_what_the_job_has(
 
 
 @pytest.mark.parametrize("how", HOW[:3])
-def test_files_that_are_yet_to_be_made_are_told_apart_too(tmp_path, how):
+def test_files_that_do_not_exist_yet_are_distinguished_too(tmp_path, how):
     target = tmp_path / "new"
     other = leads_to(target, how, tmp_path / "link")
     with pytest.raises(ValueError, match="--report and --trace both write"):
@@ -83,7 +83,7 @@ def test_files_that_are_yet_to_be_made_are_told_apart_too(tmp_path, how):
     check_distinct({"--report": Path("/dev/null"), "--trace": Path("/dev/null")}, {})
 
 
-def test_a_model_s_own_files_are_spared(text_model, tmp_path):
+def test_no_output_may_replace_a_file_of_the_model(text_model, tmp_path):
     with pytest.raises(ValueError, match="would overwrite what --model reads"):
         check_distinct({"--json": text_model / "config.json"}, {"--model": text_model})
 
@@ -102,7 +102,9 @@ def test_a_model_s_own_files_are_spared(text_model, tmp_path):
         (["calibrate", "--output", "."], "Is a directory"),
     ],
 )
-def test_every_command_refuses_before_it_works(run_here, tmp_path, monkeypatch, options, complaint):
+def test_every_command_refuses_bad_outputs_before_any_work(
+    run_here, tmp_path, monkeypatch, options, complaint
+):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "w").write_text("precious")
     done = run_here(*options)
@@ -111,7 +113,9 @@ def test_every_command_refuses_before_it_works(run_here, tmp_path, monkeypatch, 
     assert (tmp_path / "w").read_text() == "precious"
 
 
-def test_standard_streams_are_files_too(run_here, files, text_model, monkeypatch):  # noqa: F811
+def test_a_standard_stream_is_compared_as_the_file_behind_it(
+    run_here, files, text_model, monkeypatch
+):
     """As where a shell sent standard output into the report's file."""
     (files / "both").write_text("")
     kept = os.dup(1)

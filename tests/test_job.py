@@ -144,7 +144,7 @@ def test_several_prompts_of_a_line_are_answered_in_one(llm, undisturbed, tmp_pat
     assert len(texts) == 6 and len({*texts[:2], *texts[4:]}) == 4
 
 
-def test_a_resumed_job_tells_templates_the_time_at_which_it_began(llm, tmp_path):
+def test_templates_of_a_resumed_job_see_the_time_at_which_it_began(llm, tmp_path):
     (tmp_path / "in.jsonl").write_text("\n".join(LINES))
     with pytest.raises(Stopped):
         work(llm, tmp_path / "in.jsonl", tmp_path / "out.jsonl", stop_after=6)
@@ -216,7 +216,7 @@ def test_no_line_costs_another_its_answer(llm, tmp_path_factory, before, after, 
     assert found["the probe"]["response"]["body"]["choices"][0]["text"] == alone.outputs[0].text
 
 
-def test_an_input_that_is_the_output_is_spared(tmp_path):
+def test_an_input_that_is_also_the_output_is_refused_and_left_as_it_is(tmp_path):
     path = tmp_path / "in.jsonl"
     path.write_text(LINES[0])
     with (

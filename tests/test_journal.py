@@ -1,4 +1,4 @@
-"""The output file: rows whole or not at all, and what a run that was cut anywhere leaves behind."""
+"""The output file holds whole rows, wherever a run was killed, and the next run completes them."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_a_run_that_is_killed_anywhere_is_completed_by_the_next(
 
 
 @given(order=st.permutations(IDS))
-def test_rows_come_in_order_as_soon_as_they_can(tmp_path, order):
+def test_keep_order_writes_each_row_as_soon_as_its_turn_has_come(tmp_path, order):
     path = fresh_folder(tmp_path) / "out.jsonl"
     with Journal(path, keep_order=True) as journal:
         journal.check(FACTS, IDS)
@@ -106,7 +106,7 @@ def test_rows_come_in_order_as_soon_as_they_can(tmp_path, order):
             ]
 
 
-def test_each_row_can_be_read_at_once_and_by_any_gunzip(tmp_path):
+def test_each_row_can_be_read_immediately_and_by_any_gunzip(tmp_path):
     path = tmp_path / "out.jsonl.gz"
     with Journal(path) as journal:
         journal.check(FACTS, IDS)
@@ -118,7 +118,7 @@ def test_each_row_can_be_read_at_once_and_by_any_gunzip(tmp_path):
     assert shown.decode().count('"custom_id"') == len(IDS)
 
 
-def test_a_file_that_was_packed_anew_is_resumed(tmp_path):
+def test_a_file_that_was_compressed_anew_is_resumed(tmp_path):
     path = tmp_path / "out.jsonl.gz"
     write(path, IDS[:4])
     path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes())))
@@ -126,7 +126,7 @@ def test_a_file_that_was_packed_anew_is_resumed(tmp_path):
 
 
 @pytest.mark.parametrize("facts", [FACTS | {"seed": 1}, FACTS | {"dtype": "x"}, {"model": "m"}])
-def test_another_job_is_refused_and_spared(tmp_path, facts):
+def test_the_output_of_another_job_is_refused_and_left_as_it_is(tmp_path, facts):
     path = tmp_path / "out.jsonl"
     write(path, IDS[:3])
     before = {it: it.read_bytes() for it in tmp_path.iterdir()}
@@ -138,7 +138,7 @@ def test_another_job_is_refused_and_spared(tmp_path, facts):
 
 
 @pytest.mark.parametrize("content", ["precious\n", '{"custom_id": "a"}\n', "[]\n"])
-def test_content_of_others_is_spared(tmp_path, content):
+def test_a_file_that_no_job_wrote_is_refused_and_left_as_it_is(tmp_path, content):
     path = tmp_path / "out.jsonl"
     path.write_text(content)
     with pytest.raises(FileExistsError, match="--overwrite"):
@@ -155,7 +155,7 @@ def test_damage_before_the_end_is_named(tmp_path, damage):
         Journal(path)
 
 
-def test_damage_in_a_packed_file_is_named(tmp_path):
+def test_damage_in_a_compressed_file_is_named(tmp_path):
     path = tmp_path / "out.jsonl.gz"
     write(path, IDS[:2])
     size = path.stat().st_size
@@ -181,7 +181,7 @@ def test_overwriting_changes_nothing_before_it_begins(tmp_path):
 
 
 @pytest.mark.parametrize("keep_order", [False, True])
-def test_overwriting_leaves_nothing_of_the_job_before(tmp_path, keep_order):
+def test_overwriting_leaves_nothing_of_the_earlier_job(tmp_path, keep_order):
     path = tmp_path / "out.jsonl"
     write_until_killed(path, IDS[::-1], True, 1000)
     assert (tmp_path / "out.jsonl.waiting").stat().st_size
@@ -244,7 +244,7 @@ def test_a_disk_without_room_for_the_rows_is_named_before_the_work(tmp_path, mon
     assert file_names(tmp_path) == set()
 
 
-def test_refusals_are_counted_over_all_runs(tmp_path):
+def test_error_rows_are_counted_over_all_runs(tmp_path):
     path = tmp_path / "out.jsonl"
     for custom_id, count in (("id-0", 1), ("id-1", 2)):
         with Journal(path) as journal:

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness gets of `flexgen_ray` what it gets of transformers, task by task."""
+"""lm-evaluation-harness gets from `flexgen_ray` what it gets from transformers, task by task."""
 
 from __future__ import annotations
 
@@ -230,7 +230,7 @@ def test_add_bos_token_adds_one_where_the_tokenizer_adds_none(model, bos_model, 
     ) == [0, 90]
 
 
-def test_thinking_is_the_template_s_and_ends_before_the_answer(bos_model):
+def test_thinking_is_left_to_the_template_and_cut_from_the_answer(bos_model):
     chat = [{"role": "user", "content": "Hi"}]
     assert ours(bos_model).apply_chat_template(chat) == "<user>Hi"
     quiet = ours(bos_model, enable_thinking=False)

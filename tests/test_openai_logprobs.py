@@ -1,4 +1,4 @@
-"""What `logprobs` and `echo` of a completion give, from the line that asks to the answer's row."""
+"""`logprobs` and `echo` of a completion, from the input line to the output row."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_log_probabilities_come_only_where_they_were_asked_for(choices):
 
 
 @pytest.mark.parametrize("name, first, top", [("scored", 10, 2), ("both", 0, 0), ("prompt", 0, 3)])
-def test_they_are_those_of_transformers(choices, text_model, name, first, top):
+def test_log_probabilities_are_those_of_transformers(choices, text_model, name, first, top):
     """The tokenizer here makes one token of a character: its code less 30."""
     found = choices[name]["logprobs"]
     text = (PROMPT if not first else "") + "".join(found["tokens"])[0 if first else len(PROMPT) :]
@@ -94,7 +94,7 @@ def test_token_ids_echo_as_their_text(choices):
     assert found["text"][:3] == "FGH" and found["logprobs"]["tokens"][:3] == ["F", "G", "H"]
 
 
-def test_what_has_nothing_to_tell_is_an_error(choices):
+def test_logprobs_of_nothing_are_an_error(choices):
     assert "max_tokens is 0" in choices["nothing"]["error"]["message"]
     assert "of 1" in choices["alone"]["error"]["message"]
     (line,) = read_lines([b'{"prompt": "x", "echo": "yes"}'], SamplingParams())

@@ -57,7 +57,7 @@ def test_an_output_that_others_touch_is_noticed(tmp_path, words, name, at_the_en
 
 
 @pytest.mark.parametrize("words", DAMAGES)
-def test_so_is_one_touched_while_the_model_loads(tmp_path, words):
+def test_an_output_that_others_touch_while_the_model_loads_is_noticed(tmp_path, words):
     path = tmp_path / "out.jsonl"
     with pytest.raises(OutputLost), Journal(path) as journal:
         journal.check(FACTS, IDS)
@@ -66,7 +66,7 @@ def test_so_is_one_touched_while_the_model_loads(tmp_path, words):
     assert path.exists()  # another's file is left alone
 
 
-def test_rows_that_wait_are_guarded_too(tmp_path):
+def test_a_file_of_waiting_rows_that_others_touch_is_noticed(tmp_path):
     path = tmp_path / "out.jsonl"
     with pytest.raises(OutputLost, match="waiting"), Journal(path, keep_order=True) as journal:
         journal.check(FACTS, IDS)
@@ -76,9 +76,9 @@ def test_rows_that_wait_are_guarded_too(tmp_path):
         journal.append(journal_row(IDS[2]))
 
 
-def test_the_command_ends_with_an_error_and_no_false_promise(
+def test_a_command_whose_output_others_touch_ends_with_an_error_and_no_false_promise(
     run_here,
-    files,  # noqa: F811
+    files,
     text_model,
     monkeypatch,
 ):
@@ -96,7 +96,7 @@ def test_the_command_ends_with_an_error_and_no_false_promise(
 
 @pytest.mark.parametrize("kind", ["symlink", "fifo", "folder"])
 @pytest.mark.parametrize("beside", ["job.json", "job.tmp", "waiting"])
-def test_what_others_put_in_the_place_of_a_job_s_file_is_refused(tmp_path, beside, kind):
+def test_a_special_file_in_the_place_of_a_job_s_file_is_refused(tmp_path, beside, kind):
     place, victim = tmp_path / f"out.jsonl.{beside}", tmp_path / "victim"
     victim.write_text("precious")
     if kind == "symlink":
@@ -189,7 +189,7 @@ def killed_at(step: int, *arguments) -> None:
     keep_order=st.booleans(),
     kills=st.lists(st.tuples(st.integers(0, 14), st.booleans()), max_size=3),
 )
-def test_error_rows_are_replaced_however_often_that_is_killed(
+def test_error_rows_are_replaced_however_often_the_retry_is_killed(
     tmp_path, name, bad, still_bad, keep_order, kills
 ):
     path = fresh_folder(tmp_path) / name
@@ -224,7 +224,7 @@ def read_whole(path) -> list[dict]:
         return [it for _, _, it in journal._file.rows()]
 
 
-def test_without_a_word_error_rows_stay(tmp_path):
+def test_error_rows_stay_without_retry_errors(tmp_path):
     path = tmp_path / "out.jsonl"
     run(path, {"id-2"})
     assert run(path, set()) == []
@@ -239,14 +239,14 @@ def job(folder, facts: dict, retry: bool = False) -> Journal:
     return journal
 
 
-def test_facts_that_an_earlier_version_did_not_note_have_their_usual_value(tmp_path):
+def test_facts_that_an_earlier_version_did_not_write_have_their_default(tmp_path):
     job(tmp_path, FACTS)
     assert job(tmp_path, FACTS | {"top_k": -1}).notes == []
     with pytest.raises(ValueError, match="begun with top_k"):
         job(tmp_path, FACTS | {"top_k": 5})
 
 
-def test_a_job_of_an_earlier_version_goes_on_with_a_word_and_then_knows_its_model(tmp_path):
+def test_a_job_of_an_earlier_version_is_resumed_with_a_note_and_then_knows_its_model(tmp_path):
     job(tmp_path, FACTS)
     (note,) = job(tmp_path, FACTS | {MODEL_FILES: {"config.json": "1"}}).notes
     assert "begun by an earlier version" in note
@@ -254,7 +254,7 @@ def test_a_job_of_an_earlier_version_goes_on_with_a_word_and_then_knows_its_mode
         job(tmp_path, FACTS | {MODEL_FILES: {"config.json": "2"}})
 
 
-def test_a_retry_may_bring_files_that_the_model_lacked(tmp_path):
+def test_a_retry_may_add_files_that_the_model_lacked(tmp_path):
     one, both = {"a": "1"}, {"a": "1", "b": "1"}
     job(tmp_path, FACTS | {MODEL_FILES: one})
     with pytest.raises(ValueError, match="model's b was added"):
@@ -288,7 +288,7 @@ def test_any_change_of_a_model_changes_its_fingerprint(text_model, tmp_path):
     assert "chat_template.jinja" in fingerprint(folder)
 
 
-def test_a_job_goes_on_with_its_own_model_only(run_here, files, text_model):  # noqa: F811
+def test_a_job_is_resumed_with_its_own_model_only(run_here, files, text_model):
     model = shutil.copytree(text_model, files / "model")
     job = arguments(files, model, "--no-use-ray")
     assert run_here(*job).returncode == 2
@@ -311,7 +311,7 @@ def test_a_job_goes_on_with_its_own_model_only(run_here, files, text_model):  # 
 )
 def test_a_fault_of_the_whole_job_leaves_the_output_alone(
     run_here,
-    files,  # noqa: F811
+    files,
     text_model,
     content,
     complaint,
@@ -325,9 +325,9 @@ def test_a_fault_of_the_whole_job_leaves_the_output_alone(
     assert (files / "out.jsonl").read_text() == "precious"
 
 
-def test_texts_without_a_tokenizer_are_the_job_s_fault_and_retried_once_it_is_there(
+def test_lines_of_text_that_failed_without_a_tokenizer_are_retried_with_one(
     run_here,
-    files,  # noqa: F811
+    files,
     text_model,
 ):
     """Token ids are answered without one."""
@@ -356,6 +356,6 @@ def test_texts_without_a_tokenizer_are_the_job_s_fault_and_retried_once_it_is_th
 
 
 @pytest.mark.parametrize("options", [["--overwrite"], ["--output", "-"]])
-def test_a_retry_needs_rows(run_here, files, text_model, options):  # noqa: F811
+def test_retry_errors_needs_an_output_with_rows(run_here, files, text_model, options):
     done = run_here(*arguments(files, text_model, "--no-use-ray", "--retry-errors", *options))
     assert done.returncode == 64 and "--retry-errors" in done.stderr

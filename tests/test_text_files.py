@@ -1,4 +1,4 @@
-"""Files that people give: read alike by every command, whatever wrote them, and bounded."""
+"""Text files of users are read alike by every command, whatever editor wrote them, and bounded."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ READERS = {
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
 @pytest.mark.parametrize("reader", READERS)
-def test_another_encoding_is_named_once_with_the_remedy(tmp_path, reader, encoding):
+def test_another_encoding_is_named_with_the_remedy(tmp_path, reader, encoding):
     path = tmp_path / "file"
     path.write_text("a: 1\nb: 2\n", encoding=encoding)
     name = "UTF-32" if encoding == "utf-32" else "UTF-16"
@@ -67,7 +67,7 @@ def test_another_encoding_is_named_once_with_the_remedy(tmp_path, reader, encodi
     assert str(raised.value).count(str(path)) == 1
 
 
-def test_a_mark_at_the_start_costs_no_line(run_here, files, text_model):  # noqa: F811
+def test_a_byte_order_mark_costs_no_line(run_here, files, text_model):
     lines = '{"custom_id": "first", "prompt": "Hello"}\n{"custom_id": "second", "prompt": "Hi"}\n'
     (files / "in.jsonl").write_text(lines, encoding="utf-8-sig")
     assert run_here(*arguments(files, text_model, "--no-use-ray")).returncode == 0
@@ -76,7 +76,7 @@ def test_a_mark_at_the_start_costs_no_line(run_here, files, text_model):  # noqa
     assert read_job(files / "lengths.csv").num_requests == 2
 
 
-def test_an_input_in_utf_16_is_refused_as_a_whole(run_here, files, text_model):  # noqa: F811
+def test_an_input_in_utf_16_is_refused_as_a_whole(run_here, files, text_model):
     (files / "in.jsonl").write_text('{"prompt": "Hello"}\n' * 9, encoding="utf-16")
     done = run_here(*arguments(files, text_model, "--no-use-ray"))
     assert done.returncode == 1 and "in.jsonl is in UTF-16" in done.stderr
@@ -116,7 +116,7 @@ BOMBS = {
 
 @pytest.mark.parametrize("reader", ["policy", "policies", "nodes", "hardware"])
 @pytest.mark.parametrize("bomb", BOMBS)
-def test_yaml_that_is_made_to_exhaust_its_reader_is_refused_at_once(tmp_path, bomb, reader):
+def test_yaml_that_would_exhaust_its_reader_is_refused_immediately(tmp_path, bomb, reader):
     path = tmp_path / "bomb.yaml"
     path.write_text(BOMBS[bomb])
     started = time.process_time()
@@ -125,21 +125,21 @@ def test_yaml_that_is_made_to_exhaust_its_reader_is_refused_at_once(tmp_path, bo
     assert len(str(raised.value)) < 1000 and time.process_time() - started < 5
 
 
-def test_anchors_and_merges_work(tmp_path):
+def test_anchors_and_merges_in_yaml_are_followed(tmp_path):
     path = tmp_path / "ok.yaml"
     path.write_text("a: &a {x: 1}\nb: {<<: *a, y: [*a, *a]}\n")
     assert read_yaml(path)["b"] == {"x": 1, "y": [{"x": 1}, {"x": 1}]}
 
 
 @pytest.mark.parametrize("name", ["num_gpu_batches", "blocks_in_flight", "gpu_batch_size"])
-def test_a_policy_s_numbers_are_bounded(tmp_path, name):
+def test_numbers_of_a_policy_are_bounded(tmp_path, name):
     (tmp_path / "p.yaml").write_text(f"{name}: {10**18}\n")
     with pytest.raises(ValueError, match=rf"p.yaml: policy: {name} is 1e\+18; it may be \d+ at"):
         StagePolicies.from_yaml(tmp_path / "p.yaml")
 
 
 @pytest.mark.parametrize("key", ["count", "gpus"])
-def test_so_are_machines_and_lengths(tmp_path, key):
+def test_numbers_of_machines_and_lengths_are_bounded(tmp_path, key):
     (tmp_path / "nodes.yaml").write_text(f"- {{hardware: t4, {key}: {10**18}}}\n")
     with pytest.raises(ValueError, match=f"{key} is {10**18}; it must be an integer, 1 to 1024"):
         read_nodes(tmp_path / "nodes.yaml")

@@ -1,4 +1,4 @@
-"""A tokenizer that can't be loaded is refused with a remedy that users have, not a library's."""
+"""A tokenizer that can't be loaded is refused with a remedy that a user can apply."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_a_configuration_without_a_vocabulary_is_no_tokenizer(tmp_path):
         tokenizer.encode("Hello")
 
 
-def test_a_tokenizer_of_remote_code_asks_for_no_option_that_there_is_not(tmp_path):
+def test_a_tokenizer_of_remote_code_is_refused_with_a_remedy_that_exists(tmp_path):
     own = {"tokenizer_class": "OwnTok", "auto_map": {"AutoTokenizer": ["own.OwnTok", None]}}
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     tokenizer = folder(tmp_path, own, vocab_json="{}")
