@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 from flexgen_ray.config import Budget, HardwareSpec, Policy
 from flexgen_ray.files.text_files import read_lines, read_yaml
@@ -73,26 +74,30 @@ def compare(
     Raises Infeasible if no plan fits these machines.
     """
     devices = devices_of(nodes, config, dtype, search.base.cache_bits)
+    planner = Planner(config, devices, job, dtype, search)
     plan = find_best_plan(
-        Planner(config, devices, job, dtype, search),
-        lambda candidate: on_estimate(job.mean_tokens / candidate.seconds_per_sequence),
+        planner, lambda candidate: on_estimate(job.mean_tokens / candidate.seconds_per_sequence)
     )
     on_plan(plan)
     on_device = replace(search, shares=ON_DEVICE)
-    alternatives = [_plan_alternative(RESIDENT, config, devices, job, dtype, on_device)]
+    alternatives = [_plan_alternative(RESIDENT, planner, search=on_device)]
     if all(node.hardware.host.flops_per_s for node in nodes):
         cpus = tuple(_cpu_device(node.hardware, number) for number, node in enumerate(nodes))
         name = "the CPU alone" if len(nodes) == 1 else "the CPUs alone"
-        alternatives.append(_plan_alternative(name, config, cpus, job, dtype, on_device))
+        alternatives.append(_plan_alternative(name, planner, devices=cpus, search=on_device))
     if len(devices) > 1:
-        alternatives.append(_plan_replicas(config, devices, job, dtype, search))
+        alternatives.append(_plan_replicas(planner))
+    # Every upgrade is planned anew, so search only around the plan.
     near = replace(search, layers=None).near(plan.stages[0].policy)
-    upgrades = _plan_upgrades(config, devices, job, dtype, near)
+    upgrades = [
+        _plan_alternative(name, planner, devices=upgraded, search=near)
+        for name, upgraded in _upgrades(devices).items()
+    ]
     if search.base == Policy():
         in_four_bits = replace(near, base=Policy(weight_bits=4, cache_bits=4))
         packed = devices_of(nodes, config, dtype, cache_bits=4)
         name = "weights and cache in 4 bits"
-        upgrades.append(_plan_alternative(name, config, packed, job, dtype, in_four_bits))
+        upgrades.append(_plan_alternative(name, planner, devices=packed, search=in_four_bits))
     return Comparison(plan, alternatives, upgrades)
 
 
@@ -220,34 +225,23 @@ def _cpu_device(hardware: Hardware, number: int) -> StageDevice:
     return StageDevice(lambda *rows: rates, budget, f"node {number}")
 
 
-def _plan_alternative(
-    name: str,
-    config: ModelConfig,
-    devices: tuple[StageDevice, ...],
-    job: PlannedJob,
-    dtype: str,
-    search: SearchSpace,
-) -> Alternative:
+def _plan_alternative(name: str, planner: Planner, **changes: Any) -> Alternative:
+    """The best plan of a planner with these fields changed."""
     try:
-        plan = find_best_plan(Planner(config, devices, job, dtype, search))
+        plan = find_best_plan(replace(planner, **changes))
     except Infeasible as error:
         return Alternative(name, None, str(error))
     return Alternative(name, plan.tokens_per_s)
 
 
-def _plan_replicas(
-    config: ModelConfig,
-    devices: tuple[StageDevice, ...],
-    job: PlannedJob,
-    dtype: str,
-    search: SearchSpace,
-) -> Alternative:
+def _plan_replicas(planner: Planner) -> Alternative:
     """A copy of the model on each GPU, each with its share of the requests and of its node."""
+    devices, job = planner.devices, planner.job
     name, rates = f"{len(devices)} independent replicas", []
     share = replace(job, num_requests=-(-job.num_requests // len(devices)))
-    alone = replace(search, layers=None)
+    search = replace(planner.search, layers=None)
     for device, count in Counter(_alone(device, devices) for device in devices).items():
-        replica = _plan_alternative(name, config, (device,), share, dtype, alone)
+        replica = _plan_alternative(name, planner, devices=(device,), job=share, search=search)
         if replica.tokens_per_s is None:
             return replica
         rates.append(count * replica.tokens_per_s)
@@ -261,22 +255,8 @@ def _alone(device: StageDevice, devices: tuple[StageDevice, ...]) -> StageDevice
     return replace(device, budget=share, node="")
 
 
-def _with_twice_the(tier: str, device: StageDevice) -> StageDevice:
-    nbytes = getattr(device.budget, tier)
-    return replace(device, budget=replace(device.budget, **{tier: 2 * nbytes}))
-
-
-def _plan_upgrades(
-    config: ModelConfig,
-    devices: tuple[StageDevice, ...],
-    job: PlannedJob,
-    dtype: str,
-    search: SearchSpace,
-) -> list[Alternative]:
-    """Plans with twice one resource in every machine, or with one more machine like the last.
-
-    search: a small search space around the plan, since every upgrade is planned anew.
-    """
+def _upgrades(devices: tuple[StageDevice, ...]) -> dict[str, tuple[StageDevice, ...]]:
+    """{upgrade: devices} with twice one resource in every machine, or one more machine."""
 
     def with_twice_the(tier: str) -> tuple[StageDevice, ...]:
         return tuple(_with_twice_the(tier, device) for device in devices)
@@ -284,17 +264,18 @@ def _plan_upgrades(
     def with_faster(*rates: str) -> tuple[StageDevice, ...]:
         return tuple(replace(it, rates=_FasterRates(it.rates, rates)) for it in devices)
 
-    upgrades = {
+    return {
         "twice the host memory": with_twice_the("cpu"),
         "twice the GPU memory": with_twice_the("gpu"),
         "a link twice as fast": with_faster("h2d_bytes_per_s", "d2h_bytes_per_s"),
         "a disk twice as fast": with_faster("disk_read_bytes_per_s", "disk_write_bytes_per_s"),
         "one more such machine": (*devices, replace(devices[-1], node="one more")),
     }
-    return [
-        _plan_alternative(name, config, upgraded, job, dtype, search)
-        for name, upgraded in upgrades.items()
-    ]
+
+
+def _with_twice_the(tier: str, device: StageDevice) -> StageDevice:
+    nbytes = getattr(device.budget, tier)
+    return replace(device, budget=replace(device.budget, **{tier: 2 * nbytes}))
 
 
 @dataclass(frozen=True)
