@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
+import runpy
+from importlib import import_module
+from pathlib import Path
 
 import pytest
 from bench_results import bench, benchmark
@@ -14,6 +18,7 @@ from benchmarks import paper_machines as t4
 from flexgen_ray.cli.main import app
 from flexgen_ray.config import Policy
 
+ROOT = Path(__file__).parents[1]
 FIELDS = {
     "prefill_s", "decode_s", "total_s", "generated_tokens_per_s", "decode_tokens_per_s",
     "bound_tokens_per_s", "fraction_of_bound", "binding_lane", "lanes", "peak_bytes", "hardware",
@@ -26,6 +31,17 @@ weights: {gpu: 0.4, cpu: 0.3, disk: 0.3}
 cache: {gpu: 0.4, cpu: 0.3, disk: 0.3}
 cpu_attention: 0.5
 """
+
+
+def test_every_benchmark_says_what_it_claims_what_is_good_and_which_command_made_its_file(capsys):
+    runpy.run_module("benchmarks", run_name="__main__")
+    listed = re.findall(r"^python -m benchmarks\.(\w+) ", capsys.readouterr().out, re.MULTILINE)
+    assert len(listed) == 12 and "__main__" not in listed
+    for name in listed:
+        about = " ".join((import_module(f"benchmarks.{name}").__doc__ or "").split())
+        assert re.search(r"Claims?\b", about) and "Good: " in about, name
+        files = re.findall(r"(docs/results/\S+\.json): python -m benchmarks\.(\w+)", about)
+        assert files and all((ROOT / file).is_file() and made == name for file, made in files), name
 
 
 @pytest.fixture
