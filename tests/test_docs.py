@@ -349,6 +349,36 @@ def test_every_result_is_shown_and_every_shown_one_is_there():
     assert mentioned == results
 
 
+def result(name: str) -> Any:
+    return json.loads((ROOT / f"docs/results/{name}.json").read_text())
+
+
+def test_what_the_readme_makes_one_expect_is_in_result_files():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(
+        r"^\|.*?\| ([\d.]+) tokens/s \| (measured|predicted|emulated)", readme, re.MULTILINE
+    )
+    plans = {case["command"]: case["tokens_per_s"] for case in result("plans-predicted")["cases"]}
+    (ours,) = (
+        it for it in result("peers-disk-warm-cpu")["contestants"] if it["peer"] == "flexgen-ray"
+    )
+    emulated = result("scaling-emulated")["models"]
+    on_4090 = "flexgen-ray plan --model llama-3-70b --hardware rtx4090"
+    expected = [
+        ("measured", result("demo-cpu")["generated_tokens_per_s"]),
+        ("measured", ours["best"]["tokens_per_s"]),
+        ("predicted", plans["flexgen-ray plan --model opt-30b --hardware t4"]),
+        ("predicted", plans[on_4090]),
+        ("predicted", plans[f"{on_4090} --weight-bits 4 --cache-bits 4"]),
+        ("predicted", plans["flexgen-ray plan --model llama-3-70b --hardware h100"]),
+        ("emulated", emulated["opt-30b"]["stages"]["4"]["generation_tokens_per_s"]),
+        ("emulated", emulated["opt-175b"]["stages"]["4"]["generation_tokens_per_s"]),
+    ]
+    assert [how for _, how in rows] == [how for how, _ in expected]
+    for (shown, _), (_, exact) in zip(rows, expected, strict=True):
+        assert float(shown) == pytest.approx(exact, rel=0.03)
+
+
 def test_the_tree_names_every_folder_of_the_package():
     (tree,) = (
         block
