@@ -37,7 +37,11 @@ def run_eval(monkeypatch, capsys, text_model):
                 return capsys.readouterr().err
         finally:
             signal.signal(signal.SIGTERM, terminate)
-        return json.loads(capsys.readouterr().out.splitlines()[-1])
+        shown = capsys.readouterr()
+        result = json.loads(shown.out.splitlines()[-1])
+        answer = f"perplexity {result['perplexity']:.4f} over" if "nll" in result else "accuracy "
+        assert any(line.startswith(answer) for line in shown.err.splitlines())
+        return result
 
     return call
 

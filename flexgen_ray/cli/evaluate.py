@@ -77,14 +77,14 @@ def perplexity(
     \b
     Example: flexgen-ray eval perplexity --model ./opt-30b --data wiki.txt --gpu-memory 16GiB
     """
-    from flexgen_ray.evaluation.perplexity import measure
+    from flexgen_ray.evaluation.perplexity import describe, measure
     from flexgen_ray.evaluation.run import evaluate
 
     settings = {
         "context": context, "stride": stride, "max_tokens": max_tokens,
         "scored_in": scored_in.value,
     }  # fmt: skip
-    evaluate(measure, engine, data, settings, json_file)
+    evaluate(measure, describe, engine, data, settings, json_file)
 
 
 @app.command(short_help="Accuracy of predicted last words.")
@@ -118,8 +118,8 @@ def cloze(
     \b
     Example: flexgen-ray eval cloze --model ./opt-30b --data lambada.jsonl --gpu-memory 16GiB
     """
-    from flexgen_ray.evaluation.cloze import measure
+    from flexgen_ray.evaluation.cloze import describe, measure
     from flexgen_ray.evaluation.run import evaluate
 
     settings = {"max_texts": max_texts, "scored_in": scored_in.value}
-    evaluate(measure, engine, data, settings, json_file)
+    evaluate(measure, describe, engine, data, settings, json_file)

@@ -13,6 +13,14 @@ from flexgen_ray.llm import LLM
 from flexgen_ray.request import Request
 
 
+def describe(figures: dict[str, float]) -> str:
+    """One line on what `measure` returned."""
+    return (
+        f"accuracy {figures['accuracy']:.2%}: share of {figures['texts']:,} texts whose last word "
+        "greedy decoding gives"
+    )
+
+
 def measure(llm: LLM, text: str, scored_in: str, max_texts: int | None) -> dict[str, float]:
     """Measure cloze accuracy.
 

@@ -48,6 +48,14 @@ def windows(num_tokens: int, context: int, stride: int) -> Iterator[Window]:
             return
 
 
+def describe(figures: dict[str, float]) -> str:
+    """One line on what `measure` returned."""
+    return (
+        f"perplexity {figures['perplexity']:.4f} over {figures['tokens']:,} tokens "
+        f"({figures['nll']:.4f} nats per token)"
+    )
+
+
 def measure(
     llm: LLM, text: str, context: int, stride: int, max_tokens: int | None, scored_in: str
 ) -> dict[str, float]:

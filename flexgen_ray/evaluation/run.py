@@ -14,18 +14,21 @@ from flexgen_ray.reporting.terminal import say
 from flexgen_ray.request import Request, RequestOutput
 
 Measure = Callable[..., dict[str, Any]]
+Describe = Callable[[dict[str, Any]], str]
 
 
 def evaluate(
     measure: Measure,
+    describe: Describe,
     engine: dict[str, Any],
     data: Path,
     settings: dict[str, Any],
     json_file: Path | None,
 ) -> None:
-    """Run one evaluation, and print its result with the settings that led to it.
+    """Run one evaluation, print its answer in one line, and its result with its settings as JSON.
 
     measure: called as measure(llm, text, **settings); returns the figures, by name.
+    describe: called with the figures; returns the line for people.
     engine: arguments of LLM. data: the file whose text is measured. json_file: file that gets the
     result too, if not None.
     Raises OSError or ValueError if the data can't be read as text or the result can't be written.
@@ -35,6 +38,7 @@ def evaluate(
         figures = measure(llm, text, **settings)
         for line in llm.report.lines():
             say(line)
+        say(f"{describe(figures)}; {data.name}, {engine['model']} in {llm.dtype}")
         seconds = {"seconds": round(llm.report.seconds, 3)}
         stages = [stage.as_dict() for stage in llm.report.stages]
         device = llm.report.device
