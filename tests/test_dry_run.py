@@ -61,7 +61,7 @@ def test_stages_are_a_machine_each(run_here, tmp_path, input):
         "--plan-for", "t4", "--pipeline-parallel-size", 2,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert len(re.findall(r"stage [01], layers \d+ to \d+: on gpu/cpu/disk", done.stdout)) == 2
+    assert len(re.findall(r"stage [01] \(layers \d+ to \d+\) on GPU/host/disk: ", done.stdout)) == 2
 
 
 def test_here_the_output_counts_and_is_left_as_it_is(run_here, tmp_path, input, chat_model):

@@ -1,1 +1,1 @@
-"""What can be typed? The `flexgen-ray` command, its options, and how it ends."""
+"""The `flexgen-ray` command: its options, and its exit statuses."""

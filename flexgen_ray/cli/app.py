@@ -1,8 +1,8 @@
-"""How every command is declared, parsed and begun.
+"""Base of all commands: their names of options, the layout of their help, and checks of files.
 
-Options keep their former names, help is grouped by subject, and files that a command is to write
-are checked before anything else happens: that no two options write the same file or one that is
-read, and that Ray won't delete them (it deletes the folder that a submitted job runs in).
+Options keep their former names, and help is grouped by subject. Before a command runs, the files
+that it will write are checked: no two options may write the same file or one that is read, and Ray
+must not delete the files (it deletes the folder that a submitted job runs in).
 
 Knows paths and environment variables; not Ray.
 """
@@ -41,7 +41,7 @@ _MAYBE_PATHS = ("model", "hardware", "plan_for")
 
 
 class Writes(Enum):
-    """Annotation of an option that writes something other than one file into an old folder."""
+    """Annotation of an option that writes something other than one file in an existing folder."""
 
     JOB = "a job's output, which has files beside it"
     FOLDER = "a new folder"
@@ -50,10 +50,10 @@ class Writes(Enum):
 
 
 class App(typer.Typer):
-    """Commands by name. An option that writes a file is declared `writable=True`."""
+    """A Typer app whose commands check their files. Options that write one have `writable=True`."""
 
     def command(self, name: str | None = None, **options: Any) -> Callable:
-        """Registers a function, which runs once its files are checked."""
+        """Register a function as a command that checks its files before it runs."""
         settings = {"max_content_width": _HELP_WIDTH}
         register = super().command(name, cls=Command, context_settings=settings, **options)
         return lambda function: register(_checked(function))
@@ -78,7 +78,7 @@ class Command(TyperCommand):
                 formatter.write_dl(records)
 
     def _renamed(self, arguments: list[str]) -> list[str]:
-        """The arguments with today's names of options in place of former ones."""
+        """The arguments, with former names of options replaced by their present ones."""
         names = {name for each in self.params for name in (*each.opts, *each.secondary_opts)}
         flags = {name for each in self.params if getattr(each, "is_flag", False)
                  for name in (*each.opts, *each.secondary_opts)}  # fmt: skip
@@ -94,30 +94,31 @@ class Command(TyperCommand):
 
 
 def refuse_deleted_folders(written: Mapping[str, Path], environment: Mapping[str, str]) -> None:
-    """Refuses files, by the option that gives them, that a Ray job would lose.
+    """Refuse output files in folders that Ray deletes.
 
-    Those are relative paths in a submitted job, and all paths in Ray's folders for packages. Raises
-    ValueError with the whole path, the node and the remedy.
+    These are relative paths in a submitted job, and all paths in Ray's folders for packages.
+    written: paths by the option that gives them. environment: environment variables.
+    Raises ValueError with the whole path, the node and the remedy.
     """
     for option, path in written.items():
         place = os.path.realpath(path)
         is_package = _PACKAGES.search(place) is not None
         is_relative = _IN_JOB in environment and not path.is_absolute()
         if path != STANDARD_STREAM and (is_package or is_relative):
-            fate = "Ray deletes after the job" if is_package else "the job was started in by Ray"
+            folder = "Ray deletes after the job" if is_package else "Ray started the job in"
             raise ValueError(
                 f"{option} {path} would be {place} on node {socket.gethostname()}, in a folder "
-                f"that {fate}; give an absolute path on a disk that stays, best a shared one"
+                f"that {folder}; give an absolute path, best on a disk that all nodes share"
             )
 
 
 def writes_file(parameter: Parameter) -> bool:
-    """True if a command's parameter gives a file to write."""
+    """True if the value of a command's parameter is a file to write."""
     return any(getattr(each, "writable", False) for each in _declared(parameter))
 
 
 def _checked(function: Callable[..., None]) -> Callable[..., None]:
-    """The command, run once the files that it reads and writes are checked."""
+    """The command with checks of the files that it reads and writes before it runs."""
     parameters = signature(function, eval_str=True).parameters
 
     @wraps(function)
@@ -148,21 +149,23 @@ def _checked(function: Callable[..., None]) -> Callable[..., None]:
 
 
 def _declared(parameter: Parameter) -> tuple:
+    """Metadata in the parameter's Annotated type, such as its typer.Option."""
     return getattr(parameter.annotation, "__metadata__", ())
 
 
 def _kind(parameter: Parameter) -> Writes | None:
+    """The parameter's `Writes` annotation, if it has one."""
     return next((each for each in _declared(parameter) if isinstance(each, Writes)), None)
 
 
 def _option(parameter: Parameter) -> str:
-    """The option's name as users type it."""
+    """The option's name on the command line, such as --offload-dir."""
     names = (name for each in _declared(parameter) for name in getattr(each, "param_decls", ()))
     return next(names, f"--{parameter.name.replace('_', '-')}")
 
 
 def _paths(name: str, value: object) -> Iterator[Path]:
-    """The paths that a parameter's value gives."""
+    """The paths in a parameter's value; a text counts if it may be a path and exists."""
     for part in value if isinstance(value, list | tuple) else [value]:
         if isinstance(part, Path):
             yield part

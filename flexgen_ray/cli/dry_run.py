@@ -1,6 +1,6 @@
-"""`generate --dry-run`: every check of a job and its plan, said and not done.
+"""`generate --dry-run`: checks a job and prints its plan, without running it.
 
-Writes nothing, loads no weights. Knows a job's lines and an LLM that only plans.
+Writes nothing and loads no weights. Knows a job's lines and an LLM that only plans.
 """
 
 from __future__ import annotations
@@ -15,21 +15,24 @@ from flexgen_ray.batch.job import check_any_answerable, job_requests, length_not
 from flexgen_ray.batch.request_lines import BatchLine, read_lines
 from flexgen_ray.config import TIERS
 from flexgen_ray.files.input_lines import STANDARD_STREAM, open_input
-from flexgen_ray.layout.plan import StagePlan
 from flexgen_ray.layout.sizes import stage_bytes, tier_totals
 from flexgen_ray.llm import LLM
 from flexgen_ray.reporting.progress import show_progress, track
-from flexgen_ray.reporting.wording import block_line
+from flexgen_ray.reporting.wording import block_line, layout_line
 from flexgen_ray.request import Request, SamplingParams
 from flexgen_ray.runtime.events import Progress
 from flexgen_ray.units import format_bytes
+
+_TIER_NAMES = {"gpu": "GPU", "cpu": "host", "disk": "disk"}
 
 
 def plan_job(
     engine: dict[str, Any], input: Path, output: Path | None, defaults: SamplingParams
 ) -> Iterator[str]:
-    """Lines for people. engine: the LLM's arguments; output: its answers aren't asked for again.
+    """Check and plan a job; yields lines for people.
 
+    engine: LLM's arguments. input: the job's file. output: file whose answers are not planned
+    again, or None. defaults: sampling parameters of lines that set none.
     Raises ValueError or OSError for what would stop the job before it begins.
     """
     notes: list[str] = []
@@ -61,20 +64,21 @@ def plan_job(
 
 
 def _answered(output: Path | None) -> set[str]:
-    """custom_ids of the output's whole rows; the output stays as it is."""
+    """custom_ids of the output's complete rows; the output is only read."""
     if output is None or output == STANDARD_STREAM or not output.is_file():
         return set()
-    found = set()
+    custom_ids = set()
     with gzip.open(output) if output.suffix == ".gz" else output.open("rb") as file:
         try:
             for line in file:
-                found.add(json.loads(line)["custom_id"])
+                custom_ids.add(json.loads(line)["custom_id"])
         except (EOFError, ValueError, KeyError, TypeError, gzip.BadGzipFile):
-            pass  # a torn end; the job itself refuses what isn't its own
-    return found
+            pass  # an incomplete last row; the job itself refuses another job's output
+    return custom_ids
 
 
 def _input_line(lines: list[BatchLine], num_answered: int, errors: dict[str, str]) -> str:
+    """One line on how many lines will be answered, are answered, or get an error row."""
     text = f"input: {len(lines):,} lines to answer"
     if num_answered:
         text += f", {num_answered:,} answered already"
@@ -88,7 +92,7 @@ def _tokens_line(requests: list[Request], is_guess: bool) -> str:
     prompts = [len(request.prompt_token_ids) for request in requests]
     answers = [request.max_tokens for request in requests]
     about = "about " if is_guess else ""
-    guess = " (guessed, 4 bytes a token: there is no tokenizer)" if is_guess else ""
+    guess = " (estimated as 4 bytes per token, without a tokenizer)" if is_guess else ""
     return (
         f"prompts: {about}{sum(prompts):,} tokens, the longest {max(prompts):,}{guess}; answers: "
         f"at most {sum(answers):,} tokens, the longest {max(answers):,}"
@@ -98,22 +102,16 @@ def _tokens_line(requests: list[Request], is_guess: bool) -> str:
 def _plan_lines(llm: LLM) -> Iterator[str]:
     plans = llm.plans
     names = dict.fromkeys(machine.device_name for machine in llm.machines)
-    yield f"model: {llm.model} in {llm.dtype} on {', '.join(names)}; {block_line(plans[0])}"
+    yield f"model: {llm.model} in {llm.dtype} on {', '.join(names)}"
+    yield f"batches: {block_line(plans[0])}"
     for number, (plan, budget) in enumerate(zip(plans, llm.budgets, strict=True)):
         need = tier_totals(stage_bytes(plan))
-        name = f"stage {number}, layers {plan.stage.first} to {plan.stage.last}: "
+        layers = f"layers {plan.stage.first} to {plan.stage.last}"
+        name = f"stage {number} ({layers})" if len(plans) > 1 else "layout"
         sizes = ", ".join(
-            f"{tier} {format_bytes(getattr(need, tier))} of {format_bytes(getattr(budget, tier))}"
+            f"{_TIER_NAMES[tier]} {format_bytes(getattr(need, tier))} of "
+            f"{format_bytes(getattr(budget, tier))}"
             for tier in TIERS
         )
-        yield f"{name if len(plans) > 1 else ''}{_placement(plan)}; {sizes}"
-
-
-def _placement(plan: StagePlan) -> str:
-    """Shares on GPU, host and disk."""
-    policy = plan.policy
-    parts = {"weights": policy.weights, "cache": policy.cache, "hidden states": policy.activations}
-    shares = (
-        f"{what} {'/'.join(f'{share:.0%}' for share in it.fractions)}" for what, it in parts.items()
-    )
-    return f"on gpu/cpu/disk: {', '.join(shares)}"
+        yield f"{name} {layout_line(plan)}"
+        yield f"memory needed, of its budget: {sizes}"

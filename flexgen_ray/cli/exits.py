@@ -1,7 +1,7 @@
-"""How a command ends: its exit status, and one sentence about what went wrong.
+"""The end of a command: its exit status, and one sentence about what went wrong.
 
-Exit status: 0 if every line was answered (or as many as --max-errors asks for), 1 if the command
-could not run, 2 if more lines got an error row, 64 if it was called wrongly, 130 if it was stopped.
+Exit status: 0 if every line was answered (or all but --max-errors), 1 if the command could not run,
+2 if more lines got an error row, 64 for wrong usage, 130 if it was stopped.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ EXIT_REFUSALS = 2
 EXIT_USAGE = 64
 _PACKAGE = Path(__file__).parent.parent
 _MAX_SENTENCE = 2000
-# The base of all that typer raises of a wrong option; typer itself doesn't export it.
+# Base class of typer's errors about wrong options; typer doesn't export it.
 _UsageError: Any = typer.BadParameter.__bases__[0]
 
 
 def run(command: Callable[..., Any]) -> NoReturn:
-    """Runs a Typer app and ends the process with its exit status; a fault is said in one line."""
+    """Run a Typer app and end the process with its exit status; an error is one line on stderr."""
     raise_on_stop()
     try:
         status = command(standalone_mode=False)
@@ -57,7 +57,7 @@ def run(command: Callable[..., Any]) -> NoReturn:
 
 
 def describe_error(error: BaseException) -> str:
-    """An error in one line; for one that nobody foresaw, with the name of its traceback's file."""
+    """Describe an error in one line; if it was not foreseen, with the file of its traceback."""
     text = re.sub(r"\s*\n\s*", " ", str(error).strip())[:_MAX_SENTENCE]
     if _explains_itself(error):
         return text
@@ -70,7 +70,7 @@ def describe_error(error: BaseException) -> str:
 
 
 def _explains_itself(error: BaseException) -> bool:
-    """True if an error was raised by this project, for users, or is the system's word on a file."""
+    """True if this project raised the error for users, or the system did about a file."""
     if not isinstance(error, ValueError | OSError | RuntimeError) or hasattr(error, "__notes__"):
         return False
     if isinstance(error, OSError) and error.filename is not None:
@@ -82,7 +82,7 @@ def _explains_itself(error: BaseException) -> bool:
 
 
 def _keep_traceback(error: BaseException) -> Path:
-    """Writes it where the user's files of this project are, or else to a temporary file."""
+    """Write the traceback to a file in the user's cache, or to a temporary file if that fails."""
     lines = [f"{time.strftime('%Y-%m-%d %H:%M:%S')} {sys.argv}\n"]
     text = printable("".join(lines + traceback.format_exception(error)))
     try:
@@ -99,7 +99,7 @@ def _keep_traceback(error: BaseException) -> Path:
 
 
 def _is_stop(error: BaseException | None) -> bool:
-    """True if an error is a stop, or came while one was obeyed, as where a terminal has gone."""
+    """True if the error is a stop, or came during one, as from a closed terminal."""
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__context__
     return error is not None or was_stopped()
@@ -107,7 +107,7 @@ def _is_stop(error: BaseException | None) -> bool:
 
 @contextmanager
 def explain_resuming(journal: Journal) -> Iterator[None]:
-    """For a job that is stopped, by a signal or an error, while answers are there."""
+    """Context in which a signal or an error that stops the job also prints how to resume it."""
     try:
         yield
     except (typer.Exit, OutputLost):
@@ -115,14 +115,14 @@ def explain_resuming(journal: Journal) -> Iterator[None]:
     except BaseException as error:
         if journal.is_partly_answered and (journal.has_begun or _is_stop(error)):
             say(
-                f"{len(journal.answered)} lines are answered in {journal.path}; the same command, "
-                "without --overwrite, goes on from there"
+                f"{len(journal.answered):,} lines are answered in {journal.path}; run the same "
+                "command again, without --overwrite, to answer the others"
             )
         raise
 
 
 def parse_max_errors(text: str) -> int | float:
-    """`5` is a number of lines, `0.001` a share of them; BadParameter for anything else."""
+    """Parse a number of lines, such as "5", or a share of them, such as "0.001"."""
     if text.isascii() and text.isdecimal():
         return int(text)
     try:
@@ -137,8 +137,11 @@ def parse_max_errors(text: str) -> int | float:
 
 
 def end_with_status(journal: Journal, max_errors: int | float = 0) -> None:
-    """Ends the command with status 2 if more lines than this, or this share of them, have an error
-    row, of this run or an earlier one; says how many in any case."""
+    """Print how many lines have an error row, and exit with status 2 if they are too many.
+
+    Rows of earlier runs count too. max_errors: a number of lines (int) or a share of them (float)
+    that is tolerated.
+    """
     if journal.first_error is None:
         return
     custom_id, message = journal.first_error

@@ -1,4 +1,4 @@
-"""What a run on this node would find and use, for people and for bug reports. Runs nothing."""
+"""`flexgen-ray info`: this machine, and the resources that a run on it would use. Runs nothing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from flexgen_ray.units import format_bytes
 
 
 def lines(device: str, offload_dir: Path) -> list[tuple[str, str]]:
-    """(what, figures) in the order to show them; ValueError if the device isn't there."""
+    """Lines to show, as (name, figures). Raises ValueError if the device doesn't exist."""
     machine = Worker().probe(device, str(offload_dir))
     (budget,) = settle_budgets([machine], {"gpu": None, "cpu": None, "disk": None}, 0)
     known = environment(machine.device_name)
@@ -27,19 +27,21 @@ def lines(device: str, offload_dir: Path) -> list[tuple[str, str]]:
         ("node", f"{machine.host}, {machine.num_threads} cores of {known['hardware']['cpu']}"),
         ("device", f"{machine.device_name} ({machine.device})"),
         *(
-            (kind, f"{format_bytes(has)} free, {format_bytes(takes)} used where nobody says")
-            for kind, has, takes in zip(kinds, free, used, strict=True)
+            (kind, f"{format_bytes(size)} free, {format_bytes(taken)} used by default")
+            for kind, size, taken in zip(kinds, free, used, strict=True)
         ),
         ("offload folder", str(offload_dir)),
-        ("fast in bfloat16", "yes" if machine.is_fast_in_bfloat16 else "no"),
+        ("fast bfloat16", "yes" if machine.is_fast_in_bfloat16 else "no"),
         (
             "calibrated",
             f"on {hardware.date}: {hardware_file()}"
             if hardware and machine.rates_source == CALIBRATED
-            else f"no, so runs are planned by the rates of preset {hardware.name}, not its own"
+            else f"no; runs are planned with the rates of preset {hardware.name} instead (measure "
+            "this machine with `flexgen-ray calibrate`)"
             if hardware
-            else "no, so runs without a policy aren't planned; `flexgen-ray calibrate` does it",
+            else "no; runs without a policy fill memory, fastest tier first, until you measure "
+            "this machine with `flexgen-ray calibrate`",
         ),
-        ("kept in", str(calibration_dir().parent)),
+        ("cache folder", str(calibration_dir().parent)),
         ("versions", ", ".join(f"{name} {it}" for name, it in known["versions"].items())),
     ]

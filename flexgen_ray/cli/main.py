@@ -194,7 +194,7 @@ def _answer(
     facts: dict,
     trace: Path | None,
 ) -> Report | None:
-    """Answers what the journal's output lacks; None if it lacks nothing."""
+    """Answer the requests that the journal's output lacks; None if it lacks none."""
     from flexgen_ray.batch.job import read_job, run_job
     from flexgen_ray.llm import LLM
     from flexgen_ray.reporting.progress import show_progress
@@ -205,7 +205,7 @@ def _answer(
             say(note)
         if not lines:
             journal.begin()
-            done = f"{journal.path} answers all of {input} already; --overwrite would do it anew"
+            done = f"{journal.path} answers all of {input} already; --overwrite starts over"
             say(done if journal.answered else f"{input} holds no requests")
             return None
         with LLM(**engine, on_progress=show) as llm:
@@ -321,7 +321,7 @@ def calibrate(
     machine.save(hardware, path)
     for what, figures in machine.summary(hardware):
         display(f"{what:16}{figures}")
-    say(f"written to {path}")
+    say(f"wrote {path}")
 
 
 @app.command(short_help="Show this machine, and what a run would use of it.")

@@ -1,4 +1,4 @@
-"""`flexgen-ray plan`: what a job would take on given machines, also on those one doesn't own."""
+"""`flexgen-ray plan`: predicts a job on given machines, which needn't be at hand."""
 
 from __future__ import annotations
 
@@ -203,7 +203,8 @@ def plan(
     )
     search = SearchSpace(base, max_seconds=max_latency)
     names = [
-        f"{it.hardware.name} x {it.gpus}" if it.gpus > 1 else it.hardware.name for it in machines
+        f"{each.hardware.name} x {each.gpus}" if each.gpus > 1 else each.hardware.name
+        for each in machines
     ]
 
     def announce(plan) -> None:
@@ -251,7 +252,7 @@ def _machines(names: list[str], stages: int | None) -> list:
 def _check(
     dtype: str, max_latency: float | None, price_per_hour: float | None, frontier: Path | None
 ) -> None:
-    """ValueError names an option that can't be; before any work."""
+    """Raise ValueError, naming the option, for a value that can't be used."""
     if dtype not in (*DTYPE_BYTES, "auto"):
         raise ValueError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPE_BYTES)}, auto")
     for name, value in (("--max-latency", max_latency), ("--price-per-hour", price_per_hour)):
@@ -283,6 +284,6 @@ def _draw(planner, title: str, path: Path) -> dict:
     from flexgen_ray.planner.search import find_frontiers
     from flexgen_ray.reporting.plot import draw_frontier
 
-    found = find_frontiers(planner)
-    draw_frontier(title, found, path)
-    return {name: [asdict(point) for point in points] for name, points in found.items()}
+    curves = find_frontiers(planner)
+    draw_frontier(title, curves, path)
+    return {name: [asdict(point) for point in points] for name, points in curves.items()}

@@ -60,7 +60,7 @@ def quantize(
     bits = {"weight_bits": weight_bits, "embedding_bits": embedding_bits}
     Policy(**bits)  # type: ignore[arg-type]
     if output.exists():
-        raise FileExistsError(f"{output} exists; give a folder that doesn't")
+        raise FileExistsError(f"{output} exists; give the name of a new folder")
     folder = find_model(model)
     config = checkpoint_config(folder)
     started = time.perf_counter()
@@ -68,8 +68,8 @@ def quantize(
         before, after = write_quantized_copy(folder, output, bits, announce)
     seconds = time.perf_counter() - started
     say(
-        f"{output}: {format_bytes(before)} of {config.dtype} became {format_bytes(after)}, "
-        f"{before / after:.2f} x smaller, in {seconds:.1f} s"
+        f"wrote {output}: {format_bytes(after)}, from {format_bytes(before)} of {config.dtype} "
+        f"({before / after:.2f} times smaller), in {seconds:.1f} s"
     )
     sizes = {"dtype": config.dtype, "bytes_before": before, "bytes_after": after}
     result = {"model": folder.name} | bits | sizes | {"seconds": round(seconds, 2)}
@@ -82,12 +82,14 @@ def write_quantized_copy(
     bits: dict[str, int | None],
     announce: Callable[[str], None] = lambda name: None,
 ) -> tuple[int, int]:
-    """Bytes of the tensors before and after; bits: weight_bits and embedding_bits, the rest as in
-    `write_packed`."""
+    """Write a quantized copy of a model folder; returns the bytes of its tensors before and after.
+
+    bits: values of weight_bits and embedding_bits, by name. announce: called with each step's name.
+    """
     from flexgen_ray.models.checkpoint import checkpoint_config
     from flexgen_ray.models.quantized_checkpoint import write_quantized
     from flexgen_ray.quant.formats import WeightFormat
 
     config = checkpoint_config(folder)
-    kept = WeightFormat(config.dtype, bits["weight_bits"], bits["embedding_bits"])
-    return write_quantized(folder, config, kept, bits, output, announce)
+    weight_format = WeightFormat(config.dtype, bits["weight_bits"], bits["embedding_bits"])
+    return write_quantized(folder, config, weight_format, bits, output, announce)

@@ -1,6 +1,6 @@
-"""Options of LLM: which values they take, and what vLLM's options are called here.
+"""Options of LLM: the values they take, and the names that options of other systems have here.
 
-Checked before anything is read or started. Knows no model and no machine.
+Values are checked before anything is read or started. Knows no model and no machine.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _FOLDER = "the tokenizer is read from the model's folder; put its files there"
 _NEVER_REMOTE = "code from a model's folder is never run; leave it out"
 _ALL_PAGED = "the KV cache has no pages here; leave it out"
 
-# Options of vLLM's LLM, and of Hugging Face's, that have another name here, or none.
+# Options of vLLM's LLM and of Hugging Face that have another name here, or none: the remedy.
 ELSEWHERE: Mapping[str, str] = {
     "tensor_parallel_size": "use pipeline_parallel_size; GPUs get different layers, matrices are "
     "never split",
@@ -86,7 +86,7 @@ ELSEWHERE: Mapping[str, str] = {
     "dummy_weights": 'use load_format="dummy"',
 }  # fmt: skip
 
-# Options of vLLM's generate and chat.
+# Options of vLLM's generate and chat that have another name here, or none: the remedy.
 ELSEWHERE_IN_CALLS: Mapping[str, str] = {
     "prompt_token_ids": "give token ids as prompts",
     "prompt": "use prompts",
@@ -106,7 +106,7 @@ Check = tuple[Callable[[Any], bool], str]
 
 
 def check_values(options: Mapping[str, object]) -> None:
-    """ValueError, naming the option and what it may be, for the first value that can't be."""
+    """Raise ValueError for the first wrong value, with its option and the values it may have."""
     for name, (is_good, wanted) in _CHECKS.items():
         if not is_good(options[name]):
             raise ValueError(f"{name} is {options[name]!r}; it must be {wanted}")

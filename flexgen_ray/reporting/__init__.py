@@ -1,1 +1,1 @@
-"""What does a run say of itself, while it goes on and at its end?"""
+"""Progress and reports: everything that a run, a plan or a benchmark prints or draws."""

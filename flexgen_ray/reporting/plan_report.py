@@ -9,12 +9,12 @@ from dataclasses import asdict, dataclass
 
 import yaml
 
-from flexgen_ray.config import TIERS, Placement
+from flexgen_ray.config import TIERS
 from flexgen_ray.layout.plan import StagePlan
 from flexgen_ray.layout.sizes import stage_bytes, tier_totals, weight_bytes
 from flexgen_ray.planner.comparison import RESIDENT, Alternative, Comparison
 from flexgen_ray.planner.pipeline_plan import PipelinePlan
-from flexgen_ray.reporting.wording import block_line, resource_name
+from flexgen_ray.reporting.wording import block_line, layout_line, resource_name
 from flexgen_ray.units import format_bytes, format_seconds
 
 MIN_GAIN = 1.05  # ratio of speeds from which a change is recommended
@@ -127,19 +127,13 @@ class PlanReport:
         policy, need = stage.policy, tier_totals(stage_bytes(stage))
         layers = f" ({stage.num_decoder_layers} layers)"
         name = "layout" if stage.stage.is_whole else f"stage {number}{layers}"
-        placements = {
-            "weights": policy.weights,
-            "KV cache": policy.cache,
-            "hidden states": policy.activations,
-        }
-        shares = ", ".join(f"{what} {_fractions(each)}" for what, each in placements.items())
         sizes = " / ".join(format_bytes(getattr(need, tier)) for tier in TIERS)
         attended = (
             f"; {policy.cpu_attention:.0%} of the host's KV cache attended by the CPU"
             if policy.cache.cpu
             else ""
         )
-        return f"{name} on GPU/host/disk: {shares}; {sizes} in all{attended}"
+        return f"{name} {layout_line(stage)}; {sizes} in all{attended}"
 
     def _bottleneck(self) -> str:
         stage, lane = self.comparison.plan.bottleneck
@@ -196,8 +190,3 @@ def headline(model: str, hardware: list[str], plan: PipelinePlan) -> str:
 def estimate_line(tokens_per_s: float) -> str:
     """One line to show while the plan is made."""
     return f"fits, about {_rate(tokens_per_s)} generated tokens/s by a first estimate; planning"
-
-
-def _fractions(placement: Placement) -> str:
-    """The shares of GPU, host and disk, such as "36/64/0%"."""
-    return "/".join(f"{abs(100 * share):.0f}" for share in placement.fractions) + "%"

@@ -1,4 +1,4 @@
-"""Draws results that people would rather look at than read. Needs matplotlib: `.[plot]`."""
+"""Plots of benchmark results and of plans. Needs matplotlib: `pip install flexgen-ray[plot]`."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from flexgen_ray.files.output_files import atomic_write
 
 
 def draw_scaling(result: dict, path: Path) -> None:
-    """Decode throughput over stages, against as many copies of one stage; result: of bench scaling.
+    """Plot decode throughput over the number of stages, beside that of independent copies.
 
-    One panel a model; the format follows the path's ending. Raises ImportError without matplotlib.
+    result: of benchmarks.scaling; one panel for each model. The path's suffix gives the format.
+    Raises ImportError without matplotlib.
     """
     import matplotlib as mpl
 
@@ -24,14 +25,16 @@ def draw_scaling(result: dict, path: Path) -> None:
     figure, axes = plt.subplots(
         1, len(models), figsize=(4 * len(models), 3.6), squeeze=False, layout="constrained"
     )
-    for panel, (name, found) in zip(axes[0], models.items(), strict=True):
-        counts = [int(count) for count in found["stages"]]
-        rates = [run["decode_tokens_per_s"] for run in found["stages"].values()]
+    for panel, (name, model) in zip(axes[0], models.items(), strict=True):
+        counts = [int(count) for count in model["stages"]]
+        rates = [run["decode_tokens_per_s"] for run in model["stages"].values()]
         alone = rates[counts.index(1)] if 1 in counts else rates[0] / counts[0]
         panel.plot(counts, rates, "o-", label="pipeline" + said)
-        panel.plot(counts, [alone * it for it in counts], ":", color="grey", label="copies of one")
-        if found.get("paper"):
-            panel.plot((1, 4), found["paper"]["decode"], "s--", color="tab:red", label="FlexGen")
+        panel.plot(
+            counts, [alone * n for n in counts], ":", color="grey", label="independent copies"
+        )
+        if model.get("paper"):
+            panel.plot((1, 4), model["paper"]["decode"], "s--", color="tab:red", label="FlexGen")
         panel.set(title=name, xlabel=machines, xticks=counts, xlim=(0.4, None), ylim=(0, None))
         for count, rate in zip(counts, rates, strict=True):
             label = f"{rate:.1f}" if rate < 100 else f"{rate:.0f}"
@@ -43,9 +46,10 @@ def draw_scaling(result: dict, path: Path) -> None:
 
 
 def draw_frontier(title: str, frontiers: dict[str, list], path: Path) -> None:
-    """Throughput over a block's latency, both logarithmic; frontiers: of cost/frontier.py.
+    """Plot throughput over the latency of a block, both logarithmic.
 
-    The format follows the path's ending. Raises ImportError without matplotlib.
+    frontiers: {name of a curve: points with `seconds` and `tokens_per_s`}. The path's suffix gives
+    the format. Raises ImportError without matplotlib.
     """
     import matplotlib as mpl
 
@@ -66,9 +70,10 @@ def draw_frontier(title: str, frontiers: dict[str, list], path: Path) -> None:
 
 
 def draw_accuracy(result: dict, path: Path) -> None:
-    """Perplexity against the checkpoint's, a bar a variant; result: of bench accuracy.
+    """Plot the perplexity of each variant against the checkpoint's, as bars.
 
-    The format follows the path's ending. Raises ImportError without matplotlib.
+    result: of benchmarks.accuracy. The path's suffix gives the format. Raises ImportError without
+    matplotlib.
     """
     import matplotlib as mpl
 

@@ -1,6 +1,6 @@
-"""Progress on standard error: a bar on a terminal, elsewhere plain lines now and then.
+"""Progress on standard error: a bar on a terminal, plain lines elsewhere.
 
-Knows events (events.Progress) and the time of day; not where the events come from.
+Knows progress events (runtime/events.py) and the time; not their sources.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from flexgen_ray.runtime.events import Progress as Event
 from flexgen_ray.units import format_bytes, format_seconds
 
 LINE_SECONDS = 30  # between plain lines
-PHASE_SECONDS = 1  # that a new phase lasts before it gets a line
+PHASE_SECONDS = 1  # a new phase gets a line once it has lasted this long
 TICK_SECONDS = 0.5
 
 Item = TypeVar("Item")
@@ -30,9 +30,9 @@ Item = TypeVar("Item")
 
 @contextmanager
 def show_progress(phase: str = "starting") -> Iterator[OnProgress]:
-    """Yields a function to call with every Progress; shows the last one until the block ends.
+    """Context that shows progress; yields the function to call with every progress event.
 
-    phase: shown from the start, until the first call.
+    phase: name shown before the first event.
     """
     console = Console(stderr=True)
     is_live = console.is_terminal and not console.is_dumb_terminal
@@ -42,7 +42,7 @@ def show_progress(phase: str = "starting") -> Iterator[OnProgress]:
 
 
 def with_progress(command: Callable[..., None], phase: str) -> Callable[..., None]:
-    """The command with a sign of life, for what can't say how far it is."""
+    """A command that shows its elapsed time, for work that reports no progress of its own."""
 
     @wraps(command)
     def run(*args: Any, **options: Any) -> None:
@@ -55,7 +55,7 @@ def with_progress(command: Callable[..., None], phase: str) -> Callable[..., Non
 def track(
     items: Iterable[Item], show: OnProgress, phase: str, unit: str, total: int = 0
 ) -> Iterator[Item]:
-    """The items, each counted as it is taken; total: 0 if it isn't known."""
+    """Yield the items and show how many were taken, as `unit`; total: 0 if it is unknown."""
     show(Event(phase=phase, total=total, unit=unit))
     for number, item in enumerate(items, start=1):
         yield item
@@ -64,7 +64,7 @@ def track(
 
 @contextmanager
 def show_steps(phase: str, num_steps: int) -> Iterator[Callable[[str], None]]:
-    """Yields a function to call with the name of each step as it begins."""
+    """Context of a task in steps; yields the function to call with the name of each new step."""
     begun = 0
     with show_progress(phase) as show:
 
@@ -77,8 +77,11 @@ def show_steps(phase: str, num_steps: int) -> Iterator[Callable[[str], None]]:
 
 
 class Lines:
-    """Plain lines: the first at once, then one every LINE_SECONDS, and one for each phase that is
-    new and lasts. `tick` is to be called every moment, from any thread."""
+    """Progress as plain lines, for logs and pipes.
+
+    Writes a line for the first event, one every LINE_SECONDS, and one for each new phase that
+    lasts. `tick` must be called regularly, from any thread.
+    """
 
     def __init__(
         self, write: Callable[[str], None], clock: Callable[[], float] = time.monotonic
@@ -87,7 +90,7 @@ class Lines:
         self._lock = threading.Lock()
         self._event: Event | None = None
         self._began = self._last = 0.0
-        self._told: set[str] = set()
+        self._shown: set[str] = set()
 
     def __call__(self, event: Event) -> None:
         with self._lock:
@@ -99,24 +102,24 @@ class Lines:
                 self._began = self._clock()
             self._event = event
             if is_first:
-                self._say_how_far()
+                self._write_progress()
 
     def tick(self) -> None:
-        """Writes a line if one is due."""
+        """Write a line if one is due."""
         with self._lock:
             if self._event is None:
                 return
             now = self._clock()
-            is_new = self._event.current_phase not in self._told
+            is_new = self._event.current_phase not in self._shown
             lasts = now - self._began >= PHASE_SECONDS
             if now - self._last >= LINE_SECONDS or (is_new and lasts):
-                self._say_how_far()
+                self._write_progress()
 
-    def _say_how_far(self) -> None:
+    def _write_progress(self) -> None:
         assert self._event is not None
         self._last = self._clock()
-        self._told.add(self._event.current_phase)
-        self._say(f"{self._event.current_phase}{_told(self._event, self._last - self._began)}")
+        self._shown.add(self._event.current_phase)
+        self._say(f"{self._event.current_phase}{_describe(self._event, self._last - self._began)}")
 
     def _say(self, text: str) -> None:
         self._write(f"{time.strftime('%H:%M:%S')} {text}\n")
@@ -140,7 +143,7 @@ def _lines() -> Iterator[OnProgress]:
 
 
 def _write(line: str) -> None:
-    """In one piece, at once, whatever else is written; a reader that has gone is no fault."""
+    """Write the line in one piece and flush it; a closed standard error is ignored."""
     try:
         sys.stderr.write(printable(line))
         sys.stderr.flush()
@@ -154,11 +157,11 @@ def _bar(console: Console) -> Iterator[OnProgress]:
         TextColumn("{task.description}"),
         BarColumn(20),
         TaskProgressColumn(),
-        TextColumn("{task.fields[told]}"),
+        TextColumn("{task.fields[detail]}"),
         TimeElapsedColumn(),
     )
     with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("", total=None, told="")
+        task = bar.add_task("", total=None, detail="")
         began, phase = 0.0, ""
 
         def show(event: Event) -> None:
@@ -173,16 +176,16 @@ def _bar(console: Console) -> Iterator[OnProgress]:
             standing = event.standing
             done = standing.tokens if standing else event.done
             total = standing.most_tokens if standing else event.total
-            told = _told(event, time.monotonic() - began)
-            bar.update(task, description=phase, completed=done, total=total or None, told=told)
+            detail = _describe(event, time.monotonic() - began)
+            bar.update(task, description=phase, completed=done, total=total or None, detail=detail)
 
         yield show
 
 
-def _told(event: Event, seconds: float) -> str:
-    """Text on an event, beyond its phase's name; seconds: since the phase began."""
+def _describe(event: Event, seconds: float) -> str:
+    """Text that follows the phase's name; seconds: time since the phase began."""
     if event.standing is not None:
-        return f": {_of_tokens(event.standing)}"
+        return f": {_describe_counts(event.standing)}"
     detail = f": {event.detail}" if event.detail else ""
     if event.unit == "bytes":
         amounts = format_bytes(event.done), format_bytes(event.total)
@@ -198,12 +201,12 @@ def _told(event: Event, seconds: float) -> str:
     return detail + (f" ({format_seconds(seconds)} so far)" if seconds > PHASE_SECONDS else "")
 
 
-def _of_tokens(standing: RunCounts) -> str:
+def _describe_counts(standing: RunCounts) -> str:
     parts = [
         f"{standing.requests_done:,} of {standing.num_requests:,} requests",
         f"{standing.prompt_tokens:,} prompt and {standing.new_tokens:,} new tokens "
         f"({standing.tokens / max(standing.most_tokens, 1):.0%} of at most "
-        f"{standing.most_tokens:,})",
+        f"{standing.most_tokens:,} in all)",
         f"{standing.tokens_per_s:.3g} new tokens/s",
     ]
     if standing.seconds_left is not None:

@@ -1,4 +1,4 @@
-"""The report of a run: its tokens, seconds and bytes, for people and programs at its end.
+"""The report of a run, for people and programs: its tokens, seconds, bytes and bottleneck.
 
 Adds up what others measured; measures nothing itself.
 """
@@ -42,7 +42,7 @@ _TIER_NAMES = {"gpu": "GPU memory", "cpu": "host memory", "disk": "disk"}
 
 @dataclass(frozen=True)
 class StageReport:
-    """What one stage held at the end of a run, and how busy each of its lanes was."""
+    """Memory that one stage used in a run, and the busy time of each of its lanes."""
 
     plan: StagePlan
     budget: Budget

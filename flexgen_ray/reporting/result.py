@@ -1,4 +1,4 @@
-"""How every benchmark ends: one JSON line, with what made it."""
+"""The end of every benchmark and evaluation: one JSON line, with the environment of the run."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from flexgen_ray.files.output_files import write_text
 from flexgen_ray.reporting.report import environment
 from flexgen_ray.reporting.terminal import display
 
-NEAR = 0.15  # how far a prediction may be off
+NEAR = 0.15  # relative error up to which a prediction counts as near
 
 
 def prediction_errors(runs: list[dict]) -> dict:
-    """How far predictions were off; each run has its measured_to_predicted."""
+    """Summarize the errors of predictions; each run has "measured_to_predicted", a ratio."""
     off = [abs(run["measured_to_predicted"] - 1) for run in runs]
     return {
         "policies": len(off),
@@ -23,12 +23,12 @@ def prediction_errors(runs: list[dict]) -> dict:
 
 
 def finish(result: dict, device: str, path: Path | None) -> None:
-    """Emits the result with hardware, versions, command and date."""
+    """Print the result as `emit` does, with hardware, versions, command and date added."""
     emit(environment(device) | result, path)
 
 
 def emit(result: dict, path: Path | None) -> None:
-    """Prints a whole result as one line, and writes it if asked."""
+    """Print the result as one JSON line, and write it to a file if `path` is given."""
     display(to_json(result))
     if path is not None:
         write_text(path, to_json(result, indent=2) + "\n")

@@ -1,8 +1,6 @@
-"""How much of a run is done, and how long the rest may take: tokens and seconds, pass by pass.
+"""Progress of a run, counted pass by pass: requests, tokens, time left, and each request's times.
 
-Knows requests, and what a plan predicted if there is one; no clock.
-
-When each request of a run arrived, had its first token and was finished.
+Knows requests, and the prediction of a plan if there is one.
 """
 
 from __future__ import annotations
@@ -18,7 +16,7 @@ from flexgen_ray.runtime.events import OnProgress, Progress, RunCounts
 
 
 class RequestTimes:
-    """Times of one run's requests; several answers to a request are one request."""
+    """Arrival, first token and end of each request; several answers to one are one request."""
 
     def __init__(self, requests: Iterable[Request]) -> None:
         self._arrival = time.time()
@@ -26,26 +24,26 @@ class RequestTimes:
         self._owner = {it.index: it.index if it.first is None else it.first for it in requests}
 
     def note(self, progress: Progress) -> None:
-        """The first tokens of a pass are there now."""
+        """Note the time for requests whose first token came in this pass."""
         now = time.time()
         for index, _ in progress.tokens:
             self._first_token.setdefault(self._owner[index], now)
 
     def finish(self, output: RequestOutput) -> RequestOutput:
-        """The output of a request that is finished now, with its times."""
+        """The output of a request that finishes now, with its times added."""
         now = time.time()
-        # An answer of one token is there before the news of its pass.
+        # An answer of one token finishes before its pass is noted.
         made = now if any(answer.token_ids for answer in output.outputs) else None
         first = self._first_token.pop(output.index, made)
         return replace(output, metrics=RequestMetrics(self._arrival, first, now))
 
 
-TELLING_ANSWERS = 16  # answers whose mean length tells how long the others will be
-PRIOR = 0.02  # share of a run after which its own speed counts as much as the predicted one
+MIN_ANSWERS = 16  # finished answers from which their mean length predicts the others'
+PRIOR = 0.02  # share of a run at which its own speed weighs as much as the predicted one
 
 
 class ProgressTracker:
-    """Counts one run. Several answers to a request are one request."""
+    """Counts the tokens and requests of one run; several answers to a request are one request."""
 
     def __init__(self, requests: Iterable[Request], plan: PipelinePlan | None = None) -> None:
         self._pace = None if plan is None else _pace(plan)
@@ -68,7 +66,7 @@ class ProgressTracker:
     def follow(
         self, run: Iterable[Finished | Progress], *listeners: OnProgress
     ) -> Iterator[Finished]:
-        """Finished answers; listeners get the rest, each pass with where the run then stands."""
+        """Yield finished answers; pass all other events, with counts added, to the listeners."""
         for listener in listeners:
             listener(Progress(is_prefill=True, standing=self.standing()))
         for event in run:
@@ -83,7 +81,7 @@ class ProgressTracker:
                 listener(event)
 
     def standing(self) -> RunCounts:
-        """Where the run stands now."""
+        """Counts of the run so far."""
         seconds = self._prefill_seconds + self._decode_seconds
         return RunCounts(
             self._num_requests - len(self._unanswered),
@@ -96,7 +94,7 @@ class ProgressTracker:
         )
 
     def _finish(self, finished: Finished) -> None:
-        """Count a finished answer; what it leaves of its max_tokens won't come."""
+        """Count a finished answer; the rest of its max_tokens is no longer expected."""
         most, length = self._most[finished.index], len(finished.token_ids)
         owner = self._owner[finished.index]
         self._unanswered[owner] -= 1
@@ -119,7 +117,7 @@ class ProgressTracker:
             self._decoded += event.new_tokens
 
     def _seconds_left(self) -> float | None:
-        """None until something is known."""
+        """Estimated seconds until the run ends; None until there is something to estimate from."""
         prompt_left, new_left = self._prompt_left, self._new_left * self._used_share
         seconds = self._prefill_seconds + self._decode_seconds
         if self._pace is not None:
@@ -137,8 +135,8 @@ class ProgressTracker:
 
     @property
     def _used_share(self) -> float:
-        """Mean share of their max_tokens that answers take."""
-        if self._answers < TELLING_ANSWERS or not self._allowed:
+        """Mean share of max_tokens that finished answers took; 1 until enough have finished."""
+        if self._answers < MIN_ANSWERS or not self._allowed:
             return 1.0
         return self._answered / self._allowed
 

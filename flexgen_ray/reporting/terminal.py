@@ -1,4 +1,4 @@
-"""Text on its way to a terminal: none of its characters can steer that."""
+"""Text for a terminal, with control characters escaped so that none takes effect there."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from contextlib import suppress
 
 import typer
 
-# Controls but for tab and newline, marks that turn the direction of text, halves of surrogates.
+# Control characters except tab and newline, marks of text direction, lone surrogates.
 _UNSAFE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
 )
 
 
 def printable(text: str) -> str:
-    """The text with control characters as escapes, such as `\\x1b`; what files hold may be any."""
+    """The text with control characters as escapes, such as `\\x1b`; files may contain any."""
     return _UNSAFE.sub(lambda it: it[0].encode("unicode_escape").decode(), text)
 
 
 def say(text: str) -> None:
-    """A line for people, on standard error, while there is one."""
+    """Print a line for people on standard error; a closed one is ignored."""
     with suppress(OSError):
         typer.echo(printable(text), err=True)
 
 
 def display(text: str = "") -> None:
-    """A line of a command's result, on standard output."""
+    """Print a line of a command's result on standard output."""
     typer.echo(printable(text))

@@ -1,7 +1,7 @@
-"""Writes a run's ops as a Chrome trace: a process a stage, a row a lane.
+"""Writes a run's ops as a Chrome trace: one process for each stage, one row for each lane.
 
-For ui.perfetto.dev or chrome://tracing. The format is Google's Trace Event Format, complete events
-("X"), times in microseconds.
+Open it in ui.perfetto.dev or chrome://tracing. The format is Google's Trace Event Format, complete
+events ("X"), times in microseconds.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _ROW = {lane: row for row, lane in enumerate(lane for lane in Lane if lane.worke
 
 
 def write_trace(path: Path, stages: Iterable[Iterable[Span]], is_emulated: bool = False) -> None:
-    """Spans of each stage, in any order; OSError if the file can't be written."""
+    """Write each stage's spans, which may be in any order. Raises OSError if the file can't be."""
     with atomic_write(path) as file:
         file.write('{"displayTimeUnit":"ms","traceEvents":[\n')
         file.write(",\n".join(_events(stages, " (emulated time)" if is_emulated else "")))

@@ -58,3 +58,18 @@ def block_line(plan: StagePlan) -> str:
         f"{blocks} of {policy.num_gpu_batches} x {policy.gpu_batch_size} sequences "
         f"(num_gpu_batches x gpu_batch_size), up to {plan.max_seq_len} tokens each"
     )
+
+
+def layout_line(plan: StagePlan) -> str:
+    """One line on a stage's data by tier, such as "on GPU/host/disk: weights 36/64/0%, ..."."""
+    policy = plan.policy
+    placements = {
+        "weights": policy.weights,
+        "KV cache": policy.cache,
+        "hidden states": policy.activations,
+    }
+    parts = (
+        f"{what} {'/'.join(f'{abs(100 * share):.0f}' for share in placement.fractions)}%"
+        for what, placement in placements.items()
+    )
+    return f"on GPU/host/disk: {', '.join(parts)}"
