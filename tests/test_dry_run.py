@@ -48,7 +48,7 @@ def test_a_shape_on_a_preset_needs_neither_gpu_nor_weights_nor_output(run_here, 
     assert "4 lines to answer; 1 would get an error row, the first line-4: " in done.stdout
     assert "the longest 16 (estimated as 4 bytes per token" in done.stdout
     assert "opt-6.7b in float16 on t4" in done.stdout
-    (gpu,) = re.findall(r"gpu ([\d.]+) GiB of 5.9 GiB", done.stdout)
+    (gpu,) = re.findall(r"GPU ([\d.]+) GiB of 5.9 GiB", done.stdout)
     assert 0 < float(gpu) <= 5.9
     assert re.search(
         r"predicted: 3 answers with .* take about .*; by the rates of t4\n", done.stdout

@@ -206,7 +206,7 @@ def _describe_counts(standing: RunCounts) -> str:
         f"{standing.requests_done:,} of {standing.num_requests:,} requests",
         f"{standing.prompt_tokens:,} prompt and {standing.new_tokens:,} new tokens "
         f"({standing.tokens / max(standing.most_tokens, 1):.0%} of at most "
-        f"{standing.most_tokens:,} in all)",
+        f"{standing.most_tokens:,})",
         f"{standing.tokens_per_s:.3g} new tokens/s",
     ]
     if standing.seconds_left is not None:
