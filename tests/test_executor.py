@@ -33,7 +33,7 @@ def test_async_equals_serial_bit_for_bit(tiny_models, name, policy, monkeypatch)
     assert all(torch.equal(a, b) for a, b in zip(async_logits, logits, strict=True))
 
 
-CREWS = [LaneWorker((lane,)) for lane in Lane]
+WORKERS = [LaneWorker((lane,)) for lane in Lane]
 
 
 class Recorder:
@@ -60,7 +60,7 @@ def test_lanes_run_at_once():
         counts[op.lane] += 1
     recorder = Recorder(sleep=0.002)
     started = time.perf_counter()
-    executor = AsyncExecutor(recorder, lambda op: True, CREWS)
+    executor = AsyncExecutor(recorder, lambda op: True, WORKERS)
     visits = list(executor.run(zigzag(stage, 4, range(2))))
     wall = time.perf_counter() - started
     assert len(visits) == 2 and len(recorder.times) == sum(counts.values())
@@ -73,7 +73,7 @@ def test_lanes_run_at_once():
 def test_an_exception_in_any_lane_ends_the_run_with_it(kind, num_batches):
     before = threading.active_count()
     recorder = Recorder(fails=kind)
-    executor = AsyncExecutor(recorder, lambda op: True, CREWS)
+    executor = AsyncExecutor(recorder, lambda op: True, WORKERS)
     with pytest.raises(OSError, match=f"{kind} broke"):
         for stage in StageLayers.split(3, [1, 1, 1]):
             list(executor.run(zigzag(stage, num_batches, range(50), 3)))
@@ -86,7 +86,7 @@ def test_an_abandoned_run_stops_and_joins_its_threads(executor):
     recorder = Recorder()
     made = {
         "serial": SerialExecutor(recorder, lambda op: True),
-        "async": AsyncExecutor(recorder, lambda op: True, CREWS),
+        "async": AsyncExecutor(recorder, lambda op: True, WORKERS),
     }[executor]
     running = made.run(zigzag(StageLayers.whole(3), 2, range(1000)))
     next(running)
