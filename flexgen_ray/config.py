@@ -1,6 +1,6 @@
 """What a policy, a workload and a budget are: frozen facts, with no torch behind them.
 
-Knows names, shapes and fractions. Does not know bytes per tier (cost/sizes.py) or any tensor.
+Knows names, shapes and fractions. Does not know bytes per tier (layout/sizes.py) or any tensor.
 """
 
 from __future__ import annotations
@@ -185,7 +185,7 @@ class Workload:
     """What a job asks of the stores: how many sequences, and how long the longest are.
 
     resumes: whether an answer that was interrupted may go on, its tokens so far as a prompt.
-    drawn: of a sequence's tokens, those that are drawn of all the vocabulary (cost/between.py).
+    drawn: mean work of sampling a token, as a share of sampling from all tokens (cost/ops.py).
     """
 
     num_requests: int

@@ -33,7 +33,7 @@ PHASES = ("prefill", "decode")
 # The ways of one batch through a stage: ops that wait for each other, with rows attended on the
 # device or on the host. Weights and caches are prefetched, and no op awaits writes to disk.
 PATHS = ("path by the device", "path by the host")
-# (phase, lane, resource or path), whose amounts are seconds; ("bytes", tier), whose are bytes.
+# Planners add up seconds of (phase, lane, resource or path), and bytes of ("bytes", tier).
 Quantity = tuple[str, str]
 
 

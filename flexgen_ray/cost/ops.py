@@ -18,7 +18,7 @@ from flexgen_ray.cost.resources import Amounts, Resource
 from flexgen_ray.layout.placement import PAGE, aligned, split_tokens
 from flexgen_ray.layout.plan import CACHE_BLOCK_TOKENS, StagePlan
 from flexgen_ray.layout.rows import NO_ROWS, Composition, PlacedRows, Row
-from flexgen_ray.layout.sizes import CHOICE_BYTES, packed_values, streamed_bytes
+from flexgen_ray.layout.sizes import CHOICE_BYTES, quantized_values, streamed_bytes
 from flexgen_ray.models.config import ModelConfig
 from flexgen_ray.quant.formats import part_of_op
 from flexgen_ray.schedule.ops import OPS, Op, OpKind
@@ -61,7 +61,7 @@ class CostModel:
         self._hidden_token = plan.config.hidden_size * plan.element_bytes
         self._num_parts = plan.policy.num_gpu_batches
         self._streamed = cache(lambda layer: streamed_bytes(plan, layer))
-        self._packed_values = cache(lambda *part: packed_values(plan, *part))
+        self._quantized_values = cache(lambda *part: quantized_values(plan, *part))
 
     def amounts(self, op: Op, composition: Composition | None) -> Amounts:
         """Bytes and flops of an op.
@@ -168,7 +168,7 @@ class CostModel:
         if op.batch % self._num_parts:
             return {}
         part = part_of_op(op.kind, op.layer == self.plan.config.head_layer)
-        values = self._packed_values(op.layer, part)
+        values = self._quantized_values(op.layer, part)
         return {_R.DEQUANTIZE: 2 * values} if values else {}
 
     def _small_ops(self, op: Op, tokens: int) -> Amounts:

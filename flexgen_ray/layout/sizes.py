@@ -54,18 +54,18 @@ def staged_bytes(plan: StagePlan) -> int:
     return staging_slots(plan.policy.num_gpu_batches) * staging_slot_bytes(plan)
 
 
-def packed_values(plan: StagePlan, layer: int, part: str) -> int:
+def quantized_values(plan: StagePlan, layer: int, part: str) -> int:
     """Number of a layer's values that are dequantized for a part (quant/formats.PARTS)."""
-    shapes = plan.weight_format.unpacked(plan.config.tensors(layer), part)
+    shapes = plan.weight_format.quantized_weights(plan.config.tensors(layer), part)
     return sum(map(prod, shapes.values()))
 
 
-def unpacked_bytes(plan: StagePlan) -> dict[str, int]:
+def dequantized_bytes(plan: StagePlan) -> dict[str, int]:
     """{part: bytes} of the device memory into which a layer's weights are dequantized."""
     weight_format, most = plan.weight_format, dict.fromkeys(PARTS, 0)
     for layer in plan.stage.with_weights if weight_format.is_quantized else ():
         for part in PARTS:
-            shapes = weight_format.unpacked(plan.config.tensors(layer), part).values()
+            shapes = weight_format.quantized_weights(plan.config.tensors(layer), part).values()
             nbytes = sum(aligned(prod(shape) * plan.element_bytes) for shape in shapes)
             most[part] = max(most[part], nbytes)
     return most
@@ -80,7 +80,7 @@ def stage_bytes(plan: StagePlan) -> dict[str, dict[str, int]]:
         "gpu": {
             "weights": weights["gpu"],
             "weights in flight": sum(weights_slot_bytes(plan)),
-            "weights unpacked": sum(unpacked_bytes(plan).values()),
+            "weights dequantized": sum(dequantized_bytes(plan).values()),
             **cache["gpu"],
             **hidden["gpu"],
             "workspace": workspace_bytes(plan),

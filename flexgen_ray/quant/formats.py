@@ -54,7 +54,7 @@ class WeightFormat:
         each = 1 if self.bits_of(name, shape) else DTYPE_BYTES[self.dtype]
         return prod(self.stored_shape(name, shape)) * each
 
-    def unpacked(self, shapes: dict[str, Shape], part: str) -> dict[str, Shape]:
+    def quantized_weights(self, shapes: dict[str, Shape], part: str) -> dict[str, Shape]:
         """{name: shape} of the quantized weights that one of PARTS uses.
 
         shapes: those of all weights of a layer.

@@ -25,7 +25,7 @@ from torch.nn.functional import embedding
 from flexgen_ray.kernels.pack import pack, unpack
 from flexgen_ray.layout.placement import aligned, stored_tensors
 from flexgen_ray.layout.plan import StagePlan
-from flexgen_ray.layout.sizes import staging_slot_bytes, unpacked_bytes, weights_slot_bytes
+from flexgen_ray.layout.sizes import dequantized_bytes, staging_slot_bytes, weights_slot_bytes
 from flexgen_ray.layout.weights import Place
 from flexgen_ray.quant.formats import PARTS, Shape, WeightFormat, part_of_op
 from flexgen_ray.schedule.ops import LAYER_SLOTS, Op, staging_slots
@@ -268,12 +268,12 @@ class DequantizeWorkspace:
     def __init__(self, plan: StagePlan, tier: MemoryTier) -> None:
         self._plan = plan
         self._dtype = TORCH_DTYPE[plan.dtype]
-        sizes = unpacked_bytes(plan)
-        memory = tier.allocate("weights unpacked", sum(sizes.values()))
+        sizes = dequantized_bytes(plan)
+        memory = tier.allocate("weights dequantized", sum(sizes.values()))
         self._memory = dict(zip(PARTS, memory.split(list(sizes.values())), strict=True))
         self._layer: dict[str, int] = {}  # {part: layer whose weights lie in its workspace}
         self._packed = {
-            (layer, part): plan.weight_format.unpacked(plan.config.tensors(layer), part)
+            (layer, part): plan.weight_format.quantized_weights(plan.config.tensors(layer), part)
             for layer in plan.stage.with_weights
             for part in PARTS
         }
