@@ -16,7 +16,7 @@ from flexgen_ray.cli.app import writes_file
 from flexgen_ray.cli.main import app
 from flexgen_ray.files.output_files import atomic_write, check_distinct, write_text
 
-READ = {"input", "policy", "data", "workload", "nodes", "prompts", "model"}
+READ = {"input", "policy", "data", "lengths", "workload", "nodes", "prompts", "model"}
 PLACES = {"offload_dir"}
 
 

@@ -33,7 +33,8 @@ from flexgen_ray.reporting.progress import track
 from flexgen_ray.request import DEFAULT_MAX_TOKENS, Request, RequestOutput, SamplingParams
 from flexgen_ray.runtime.events import OnProgress, Progress, ignore_progress
 
-Owned = tuple[Request, BatchLine, int]  # a request, its line, and the place of its prompt there
+# A request, its line, and the place of its prompt among the line's.
+LineRequest = tuple[Request, BatchLine, int]
 # Files of a model that are read whole for its fingerprint.
 _SMALL_FILES = (
     "config.json", "generation_config.json", "chat_template*", "tokenizer*", "*.model",
@@ -113,14 +114,14 @@ def _row(llm: LLM, line: BatchLine, place: int, answer: RequestOutput) -> dict:
     return response_row(line.custom_id, str(llm.model), answer, is_chat, echo, top)
 
 
-def job_requests(llm: LLM, lines: list[BatchLine]) -> tuple[list[Owned], dict[str, str]]:
+def job_requests(llm: LLM, lines: list[BatchLine]) -> tuple[list[LineRequest], dict[str, str]]:
     """Return the requests of all lines that can be answered, and the others' errors by custom_id.
 
     Index and random stream of a line's first request are the line's number, so that a resumed run
     samples the same tokens. Further prompts of a line have indexes above all line numbers, and
     negative random streams, which depend on line and place alone.
     """
-    requests: list[Owned] = []
+    requests: list[LineRequest] = []
     errors: dict[str, str] = {}
     llm.tokenizer.check()  # a broken tokenizer ends the run, and is no line's error
     unused = count(1 + max((line.number for line in lines), default=0))
@@ -162,7 +163,7 @@ def _line_requests(llm: LLM, line: BatchLine) -> list[Request]:
     return made
 
 
-def line_name(requests: list[Owned]) -> Callable[[int], str]:
+def line_name(requests: list[LineRequest]) -> Callable[[int], str]:
     """Return a function that names a request, by index, by its line.
 
     The custom_id is escaped, since a terminal would obey control characters in it.

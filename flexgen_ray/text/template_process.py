@@ -28,7 +28,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 MAX_MEMORY = 2**30
-# A chat's text may have this many times the characters of its input line, and so many more.
+# Limit of a text: this many characters for each of its input line, plus a constant.
 MAX_GROWTH, MAX_MORE_CHARACTERS = 4, 2**20
 
 
