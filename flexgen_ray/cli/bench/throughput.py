@@ -59,8 +59,8 @@ def throughput(
         typer.Option(
             rich_help_panel=WORKLOAD,
             metavar="[async|serial]",
-            help="async: loads, stores and compute overlap. serial: one op after the other, for "
-            "comparison; the tokens are the same.",
+            help="Order of ops. async: loads, stores and compute overlap. serial: one op after the "
+            "other, for comparison; the tokens are the same.",
         ),
     ] = "async",
     trace: TraceOption = None,
