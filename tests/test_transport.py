@@ -11,10 +11,10 @@ import torch
 from flexgen_ray.distributed.transport import (
     MAX_MESSAGE_BYTES,
     GlooChannel,
+    ProcessGroups,
     Rendezvous,
     RendezvousStore,
-    _Blocking,
-    _Groups,
+    TensorThread,
 )
 from flexgen_ray.runtime.ring import ChannelClosed
 
@@ -35,7 +35,7 @@ class Stuck:
 
 def test_closing_aborts_what_would_keep_the_device_for_ever():
     group = Stuck()
-    blocking = _Blocking(group, aborts=True)
+    blocking = TensorThread(group, aborts=True)
     closing = threading.Thread(target=lambda: (group.begun.wait(60), blocking.close()))
     closing.start()
     with pytest.raises(ChannelClosed):
@@ -55,7 +55,7 @@ def test_hidden_states_wait_for_nothing_but_their_sender():
         receiving = pool.submit(last.recv, out)
         first.post_message(b"rows")
         assert last.next_message() == b"rows"
-        assert last._receiver._pending is None
+        assert last.receiver.pending is None
         first.send(hidden)
         receiving.result(60)
         assert torch.equal(out, hidden)
@@ -73,7 +73,7 @@ def test_a_message_of_an_absurd_size_closes_the_link_and_takes_no_memory(announc
 
     def announce() -> object:
         """As stage 0, which makes the groups of edge 0, to stage 1, and then those of edge 1."""
-        groups = _Groups(meeting, place.host)
+        groups = ProcessGroups(meeting, place.host)
         small = groups.make("0/small", 0, is_hidden=False)
         others = groups.make("0/hidden", 0, is_hidden=True), groups.make("1/small", 1, False)
         small.send([torch.tensor([announced])], 1, 0).wait()
@@ -109,7 +109,7 @@ def test_nothing_joins_a_ring_without_its_secret(monkeypatch):
     stranger = Rendezvous(place.host, place.port, 1, 2, secret="")
     with ThreadPoolExecutor(2) as pool:
         both = [
-            pool.submit(_Groups(meeting, place.host).make, "0/small", side, False)
+            pool.submit(ProcessGroups(meeting, place.host).make, "0/small", side, False)
             for side, meeting in enumerate((ring, stranger))
         ]
         for joining in both:

@@ -1,4 +1,7 @@
-"""A stage as a Ray actor: a worker that joins a ring, and says how it is while it runs."""
+"""A stage as a Ray actor: a worker that joins the ring of stages and reports to the driver.
+
+Knows Ray and the ring; the worker that it extends knows neither.
+"""
 
 from __future__ import annotations
 
@@ -17,19 +20,22 @@ from flexgen_ray.runtime.events import Progress
 from flexgen_ray.runtime.ring import ChannelClosed
 from flexgen_ray.runtime.worker import Machine, Worker
 
-TELL_SECONDS = 0.05  # events within this time are told together
+REPORT_SECONDS = 0.05  # events within this time go to the driver in one report
 
 
 class StageWorker(Worker):
-    """What the driver asks of a stage beyond a Worker's own calls."""
+    """A worker with the calls that only the driver of a Ray cluster makes."""
 
     def __init__(self, threads: int) -> None:
         super().__init__(threads)
-        self._link: GlooChannel | None = None
+        self._channel: GlooChannel | None = None
         self._rank = 0
 
-    def probe(self, device: str, offload_dir: str, is_calibrated: bool = True) -> Machine:
-        """As Worker.probe; a GPU that Ray gave this stage and torch can't use is a ValueError."""
+    def probe(self, device: str, offload_dir: str, with_rates: bool = True) -> Machine:
+        """Describe this stage's machine, as Worker.probe does.
+
+        Raises ValueError if Ray gave this stage a GPU that torch can't use.
+        """
         if device != "cpu" and ray.get_gpu_ids() and not torch.cuda.is_available():
             where = f"{socket.gethostname()} ({ray.util.get_node_ip_address()})"
             raise ValueError(
@@ -37,56 +43,56 @@ class StageWorker(Worker):
                 "there; install a CUDA build of torch and NVIDIA's driver on that node, or use "
                 "--device cpu"
             )
-        return super().probe(device, offload_dir, is_calibrated)
+        return super().probe(device, offload_dir, with_rates)
 
-    def join(self, meeting: Rendezvous, rank: int) -> None:
-        """Joins the ring of this meeting's epoch; leaves that of an earlier one.
+    def join(self, rendezvous: Rendezvous, rank: int) -> None:
+        """Join the ring of this rendezvous's epoch, after leaving the ring of an earlier one.
 
-        LinkClosed if a neighbour doesn't come.
+        Raises ChannelClosed if a neighbouring stage doesn't come.
         """
         self.leave()
         self._rank = rank
         try:
-            self._link = GlooChannel(meeting, rank, ray.util.get_node_ip_address())
+            self._channel = GlooChannel(rendezvous, rank, ray.util.get_node_ip_address())
         except RuntimeError as error:
             raise ChannelClosed(f"a neighbouring stage did not come ({error})") from error
-        self.connect(self._link)
+        self.connect(self._channel)
 
     def leave(self) -> None:
-        """Frees the neighbours too."""
-        if self._link is not None:
-            self._link.close()
-            self._link = None
+        """Leave the ring, which also frees neighbours that wait for this stage."""
+        if self._channel is not None:
+            self._channel.close()
+            self._channel = None
 
-    def lead(self) -> Iterator[list[Finished | Progress]]:
-        """The first stage's run: its events, a few at a time."""
-        batch: list[Finished | Progress] = []
-        told = time.monotonic()
-        for event in self._measured_run():
-            batch.append(event)
-            if time.monotonic() - told > TELL_SECONDS:
-                yield batch
-                batch, told = [], time.monotonic()
-        yield batch
+    def run_first(self) -> Iterator[list[Finished | Progress]]:
+        """Run the first stage; yields reports, each a list of the events since the last one."""
+        report: list[Finished | Progress] = []
+        reported = time.monotonic()
+        for event in self._run_with_metrics():
+            report.append(event)
+            if time.monotonic() - reported > REPORT_SECONDS:
+                yield report
+                report, reported = [], time.monotonic()
+        yield report
+
+    def run_later(self) -> None:
+        """Run a stage other than the first, without reports: the first stage has every event."""
+        for _ in self._run_with_metrics():
+            pass
 
     def host(self) -> str:
-        """The name of its node."""
+        """Name of the node that the actor is on."""
         return socket.gethostname()
 
     def pid(self) -> int:
-        """Of its process."""
+        """Number of the actor's process on its node."""
         return os.getpid()
 
-    def follow(self) -> None:
-        """A later stage's run."""
-        for _ in self._measured_run():
-            pass
-
-    def _measured_run(self) -> Iterator[Finished | Progress]:
+    def _run_with_metrics(self) -> Iterator[Finished | Progress]:
         with StageMetrics(self._rank, self.busy) as metrics:
             for event in self.run():
                 if isinstance(event, Progress):
-                    metrics.note_tokens(event.new_tokens)
+                    metrics.count_tokens(event.new_tokens)
                 yield event
 
 

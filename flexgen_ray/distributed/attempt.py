@@ -1,9 +1,8 @@
-"""One run of all stages under one epoch, until its end or until a stage is lost.
+"""One run of all stages, until its end or until a stage is lost; and calls to stages' actors.
 
-Knows how a fault looks from outside: a dead process, an error, a run that stands still, and
-neighbours that only suffer from one. Doesn't mend anything.
-
-Every stage loads its weights at the same time, and their progress is shown as one.
+Knows the signs of a fault as the driver sees them: a process that died, an error that a stage
+raised, a run that stands still, and neighbours that only suffer from the fault of another stage.
+Names the stages at fault (StageLost); replaces none.
 """
 
 from __future__ import annotations
@@ -22,7 +21,138 @@ from flexgen_ray.runtime.lanes import Heartbeat
 from flexgen_ray.runtime.ring import ChannelClosed
 from flexgen_ray.runtime.stage import LOADING, StageSpec
 
-LOOK_SECONDS = 2  # between two looks at the stages
+POLL_SECONDS = 2  # between two questions about the progress of loading
+SETTLE_SECONDS = 5  # for stages to notice that another stage has gone
+HEARTBEAT_SECONDS = 5  # for a stage to answer with its heartbeat
+CHECKS_PER_STALL = 20  # times that heartbeats are compared before a stall ends a run
+
+
+class StageLost(RuntimeError):
+    """Stages that can't go on.
+
+    reasons: {stage: the error that ended it}. nodes: {stage: the name of its node}, where the text
+    should name nodes. Tracebacks of errors that stages raised are notes of this exception.
+    """
+
+    def __init__(
+        self, reasons: dict[int, Exception], nodes: Mapping[int, str] | None = None
+    ) -> None:
+        self.reasons = reasons
+        where = {stage: f" on {name}" for stage, name in (nodes or {}).items()}
+        parts = (
+            f"stage {stage}{where.get(stage, '')} {_describe(error)}"
+            for stage, error in reasons.items()
+        )
+        super().__init__("; ".join(parts))
+        for stage, error in reasons.items():
+            if isinstance(error, RayTaskError):
+                self.add_note(traceback_note(error, stage, where.get(stage, "")))
+
+
+class Stalled(RuntimeError):
+    """A stage that doesn't answer, or that makes no progress."""
+
+
+class Attempt:
+    """One run of every stage, as an iterator of the events that the first stage reports.
+
+    Constructing it starts the run on all actors; the first one has its requests already. Iterating
+    watches three things:
+
+    1. The first stage's reports, which are yielded.
+    2. The other stages' calls, which end with the run. One that raises is a fault (`_raise_lost`).
+    3. Heartbeats, when neither of these comes for a while. A stage's heartbeat counts the ops that
+       it has finished. If no stage has finished any for `stall_seconds`, the run stands still, and
+       the stages with an op under way are at fault; those without one only wait for them.
+
+    Raises StageLost with the stages at fault.
+    """
+
+    def __init__(self, actors: Sequence[Any], stall_seconds: float) -> None:
+        self._actors = actors
+        self._stall_seconds = stall_seconds
+        self._reports: Any = actors[0].run_first.options(num_returns="streaming").remote()
+        self._ends = [
+            self._reports.completed(),
+            *(actor.run_later.remote() for actor in actors[1:]),
+        ]
+        self._heartbeats: list[Heartbeat] = []
+        self._last_progress = time.monotonic()
+
+    def __iter__(self) -> Iterator[Finished | Progress]:
+        running = self._ends[1:]
+        seconds = self._stall_seconds / CHECKS_PER_STALL
+        while True:
+            ready: list[Any] = ray.wait([self._reports, *running], timeout=seconds)[0]
+            if not ready:
+                self._check_heartbeats()
+            elif ready[0] is self._reports:
+                try:
+                    events = ray.get(next(self._reports))
+                except StopIteration:
+                    break
+                except Exception:
+                    self._raise_lost()
+                self._last_progress = time.monotonic()
+                yield from events
+            else:
+                try:
+                    ray.get(ready[0])
+                except Exception:
+                    self._raise_lost()
+                running.remove(ready[0])
+        stages = [self._ends.index(end) for end in running]
+        await_stages(running, stages, SETTLE_SECONDS)
+
+    def _raise_lost(self) -> None:
+        """Raise StageLost after some stage failed, once the others had time to notice it."""
+        ray.wait(self._ends, num_returns=len(self._ends), timeout=SETTLE_SECONDS)
+        reasons: dict[int, Exception] = {}
+        for stage, end in enumerate(self._ends):
+            try:
+                ray.get(end, timeout=0)
+            except GetTimeoutError:
+                _discard(end)
+                reasons[stage] = Stalled(f"still ran {SETTLE_SECONDS} s after another had stopped")
+            except Exception as error:
+                reasons[stage] = error
+        self._drain()
+        raise StageLost(_root_causes(reasons))
+
+    def _drain(self) -> None:
+        """Take the first stage's last reports: Ray logs an error that is never taken."""
+        while ray.wait([self._reports], timeout=0)[0]:
+            try:
+                ray.get(next(self._reports))
+            except (StopIteration, Exception):
+                return
+
+    def _check_heartbeats(self) -> None:
+        """Raise StageLost if no stage has finished an op for `stall_seconds`."""
+        try:
+            heartbeats = self._ask_heartbeats()
+        except StageLost:
+            # A stage may only be too busy to answer: silence once proves nothing.
+            heartbeats = self._heartbeats
+        if [it.num_ops for it in heartbeats] != [it.num_ops for it in self._heartbeats]:
+            self._last_progress = time.monotonic()
+        self._heartbeats = heartbeats
+        idle = time.monotonic() - self._last_progress
+        if idle < self._stall_seconds:
+            return
+        heartbeats = self._ask_heartbeats()  # this time a stage that doesn't answer is lost
+        stuck: dict[int, Exception] = {
+            stage: Stalled(f"has stood still for {idle:.0f} s, in {heartbeat.op}")
+            for stage, heartbeat in enumerate(heartbeats)
+            if heartbeat.op
+        }
+        waiting: Exception = Stalled(f"has stood still for {idle:.0f} s, as have all")
+        raise StageLost(stuck or dict.fromkeys(range(len(heartbeats)), waiting))
+
+    def _ask_heartbeats(self) -> list[Heartbeat]:
+        """Every stage's heartbeat; StageLost for stages that don't answer in time."""
+        answers = [actor.heartbeat.remote() for actor in self._actors]
+        return await_stages(answers, range(len(answers)), HEARTBEAT_SECONDS)
 
 
 def load_stages(
@@ -31,60 +161,38 @@ def load_stages(
     nodes: Mapping[int, str],
     on_progress: OnProgress,
 ) -> None:
-    """Raises the error that a stage raised, or RuntimeError if its process died.
+    """Load every stage's weights at the same time, and show their progress as one.
 
-    nodes: see attempt.get.
+    nodes: {stage: the name of its node} (see get_results). Raises the error that a stage raised, or
+    RuntimeError if its process died.
     """
     on_progress(Progress(phase=LOADING))
     loading = [actor.load.remote(spec) for actor, spec in zip(actors, specs, strict=True)]
-    while ray.wait(loading, num_returns=len(loading), timeout=LOOK_SECONDS)[1]:
-        on_progress(_together([actor.loading.remote() for actor in actors]))
+    while ray.wait(loading, num_returns=len(loading), timeout=POLL_SECONDS)[1]:
+        on_progress(_total_progress([actor.loading.remote() for actor in actors]))
     get_results(loading, nodes)
 
 
-def _together(looks: list) -> Progress:
-    """The sum of the stages that answer in time."""
-    ready = ray.wait(looks, num_returns=len(looks), timeout=LOOK_SECONDS)[0]
+def _total_progress(answers: list) -> Progress:
+    """Sum of the progress of the stages that answer in time."""
+    ready = ray.wait(answers, num_returns=len(answers), timeout=POLL_SECONDS)[0]
     try:
         shares: list[Progress] = ray.get(ready)
-    except RayError:  # the load itself raises its cause
+    except RayError:  # the call that loads raises the cause
         shares = []
     phase = shares[0].phase if shares else LOADING
     done, total = sum(it.done for it in shares), sum(it.total for it in shares)
     return Progress(phase=phase, done=done, total=total, unit="bytes")
 
 
-SETTLE_SECONDS = 5  # that stages get to notice that another has gone
-PULSE_SECONDS = 5
-TICKS = 20  # looks at the stages within the time that a stall may last
-
-
-class StageLost(RuntimeError):
-    """Stages that can't go on: {stage: the reason}; nodes: {stage: the name of its node}.
-
-    What stages themselves raised, with their tracebacks, are notes of this exception.
-    """
-
-    def __init__(
-        self, reasons: dict[int, Exception], nodes: Mapping[int, str] | None = None
-    ) -> None:
-        self.reasons = reasons
-        where = {stage: f" on {name}" for stage, name in (nodes or {}).items()}
-        told = (f"stage {it}{where.get(it, '')} {_tell(why)}" for it, why in reasons.items())
-        super().__init__("; ".join(told))
-        for stage, why in reasons.items():
-            if isinstance(why, RayTaskError):
-                self.add_note(traceback_note(why, stage, where.get(stage, "")))
-
-
-class Stalled(RuntimeError):
-    """A stage that does nothing and waits for nobody."""
-
-
 def await_stages(
     references: Sequence[Any], stages: Sequence[int], timeout: float | None = None
 ) -> list:
-    """What these stages answer; StageLost blames those that don't."""
+    """Answers of these stages, one a reference.
+
+    timeout: seconds for all of them together; None waits without limit.
+    Raises StageLost with every stage that raised an error or didn't answer in time.
+    """
     answers: list = []
     reasons: dict[int, Exception] = {}
     deadline = None if timeout is None else time.monotonic() + timeout
@@ -93,21 +201,22 @@ def await_stages(
         try:
             answers.append(ray.get(reference, timeout=left))
         except GetTimeoutError:
-            _let_fail(reference)
+            _discard(reference)
             reasons[stage] = Stalled(f"did not answer within {timeout:g} s")
         except Exception as error:
             reasons[stage] = error
     if reasons:
-        raise StageLost(_culprits(reasons))
+        raise StageLost(_root_causes(reasons))
     return answers
 
 
 def get_results(
     references: Sequence[Any], nodes: Mapping[int, str] | None = None, first: int = 0
 ) -> list:
-    """The stages' values, or what a stage raised: of its type, with its place and traceback.
+    """Results of consecutive stages, of which `first` is the first.
 
-    nodes: {stage: the name of its node}, where the place is worth telling. first: the first stage.
+    nodes: {stage: the name of its node}, where an error should name it. Raises the first error that
+    a stage raised, of its own type, with the stage's traceback as a note.
     """
     values: list = []
     try:
@@ -116,7 +225,7 @@ def get_results(
         return values
     except RayTaskError as error:
         for reference in references:
-            _let_fail(reference)
+            _discard(reference)
         stage = first + len(values)
         raise original_error(error, stage, (nodes or {}).get(stage, "")) from None
     except RayActorError as error:
@@ -125,133 +234,51 @@ def get_results(
         ) from error
 
 
-class Attempt:
-    """The stages' runs; the first has its requests already."""
-
-    def __init__(self, actors: Sequence[Any], stall_seconds: float) -> None:
-        self._actors = actors
-        self._stall_seconds = stall_seconds
-        self._events: Any = actors[0].lead.options(num_returns="streaming").remote()
-        self._ends = [self._events.completed(), *(actor.follow.remote() for actor in actors[1:])]
-        self._pulses: list[Heartbeat] = []
-        self._moved_at = time.monotonic()
-
-    def __iter__(self) -> Iterator[Finished | Progress]:
-        """What the first stage tells."""
-        followers = self._ends[1:]
-        tick = self._stall_seconds / TICKS
-        while True:
-            ready: list[Any] = ray.wait([self._events, *followers], timeout=tick)[0]
-            if not ready:
-                self._watch()
-            elif ready[0] is self._events:
-                try:
-                    batch = ray.get(next(self._events))
-                except StopIteration:
-                    break
-                except Exception:
-                    self._blame()
-                self._moved_at = time.monotonic()
-                yield from batch
-            else:
-                self._blame_if_failed(ready[0])
-                followers.remove(ready[0])
-        await_stages(
-            followers, range(len(self._ends) - len(followers), len(self._ends)), SETTLE_SECONDS
-        )
-
-    def _blame_if_failed(self, end: Any) -> None:
-        try:
-            ray.get(end)
-        except Exception:
-            self._blame()
-
-    def _blame(self) -> None:
-        """Some stage failed; the others get time to notice."""
-        ray.wait(self._ends, num_returns=len(self._ends), timeout=SETTLE_SECONDS)
-        reasons: dict[int, Exception] = {}
-        for stage, end in enumerate(self._ends):
-            try:
-                ray.get(end, timeout=0)
-            except GetTimeoutError:
-                _let_fail(end)
-                reasons[stage] = Stalled(f"still ran {SETTLE_SECONDS} s after another had stopped")
-            except Exception as error:
-                reasons[stage] = error
-        self._drain()
-        raise StageLost(_culprits(reasons))
-
-    def _drain(self) -> None:
-        """Take what the first stage said last: an error that is never taken is logged by Ray."""
-        while ray.wait([self._events], timeout=0)[0]:
-            try:
-                ray.get(next(self._events))
-            except (StopIteration, Exception):
-                return
-
-    def _watch(self) -> None:
-        """Nothing was told for a while: have the stages done anything since the last look?"""
-        try:
-            waiting = [actor.heartbeat.remote() for actor in self._actors]
-            pulses = await_stages(waiting, range(len(waiting)), PULSE_SECONDS)
-        except StageLost:
-            # Busy or stopped: one look is no proof.
-            pulses = self._pulses
-        if [it.num_ops for it in pulses] != [it.num_ops for it in self._pulses]:
-            self._moved_at = time.monotonic()
-        self._pulses = pulses
-        still = time.monotonic() - self._moved_at
-        if still < self._stall_seconds:
-            return
-        waiting = [actor.heartbeat.remote() for actor in self._actors]
-        pulses = await_stages(waiting, range(len(waiting)), PULSE_SECONDS)
-        stuck: dict[int, Exception] = {
-            stage: Stalled(f"has stood still for {still:.0f} s, in {it.op}")
-            for stage, it in enumerate(pulses)
-            if it.op
-        }
-        idle: Exception = Stalled(f"has stood still for {still:.0f} s, as have all")
-        raise StageLost(stuck or dict.fromkeys(range(len(pulses)), idle))
-
-
 def original_error(error: RayTaskError, stage: int, node: str = "") -> Exception:
-    """The error that a stage raised, of its own type, with its traceback as a note.
+    """Error that a stage raised, of its own type, with its traceback as a note.
 
-    node: its name, which then is in the text.
+    node: name of the stage's node, to be named in the text; "" leaves the text unchanged.
     """
     cause: Exception = error.cause or error
     named, where = cause, f" on {node}" if node else ""
     if node:
         try:
             named = type(cause)(f"stage {stage}{where}: {cause}")  # type: ignore[call-arg]
-        except Exception:  # one that takes other arguments
+        except Exception:  # a type that takes other arguments
             named = RuntimeError(f"stage {stage}{where}: {type(cause).__name__}: {cause}")
     named.add_note(traceback_note(error, stage, where))
     return named
 
 
 def traceback_note(error: RayTaskError, stage: int, where: str) -> str:
-    """The traceback as it was in the stage's own process."""
-    text = re.sub(r"\x1b\[\d*m", "", str(error))  # Ray colours it
+    """Traceback of the stage's own process, as text. where: " on NODE" or ""."""
+    text = re.sub(r"\x1b\[\d*m", "", str(error))  # remove Ray's colours
     return f"raised by stage {stage}{where}:\n{text.strip()}"
 
 
-def _let_fail(reference: Any) -> None:
-    """Take the answer when it comes, for Ray logs errors that are never taken."""
+def _discard(reference: Any) -> None:
+    """Take the answer when it comes, and drop it: Ray logs errors that are never taken."""
     reference.future()
 
 
-def _culprits(reasons: dict[int, Exception]) -> dict[int, Exception]:
-    """Whoever only lost a neighbour is innocent, unless nobody else is to blame."""
-    guilty = {stage: why for stage, why in reasons.items() if not _has_cause(why, ChannelClosed)}
-    return guilty or reasons
+def _root_causes(reasons: dict[int, Exception]) -> dict[int, Exception]:
+    """Reasons without those of stages that only lost a neighbour, unless no other is left.
+
+    When a stage dies, its neighbours' channels close, so they fail too, with ChannelClosed. They
+    keep their weights, and only the stage that caused it is replaced.
+    """
+    causes = {
+        stage: error for stage, error in reasons.items() if not _has_cause(error, ChannelClosed)
+    }
+    return causes or reasons
 
 
 def _has_cause(error: Exception, kind: type[Exception]) -> bool:
     return isinstance(error, kind) or isinstance(getattr(error, "cause", None), kind)
 
 
-def _tell(error: Exception) -> str:
+def _describe(error: Exception) -> str:
+    """Predicate for "stage 1 ...": the way in which this error ended the stage."""
     if isinstance(error, RayActorError):
         return "lost its process"
     if isinstance(error, RayTaskError) and error.cause is not None:

@@ -1,4 +1,4 @@
-"""Two actors that pass tensors to and fro as stages do, to see what a hop costs."""
+"""Measures one hop between two stages: two actors that pass tensors to each other as stages do."""
 
 from __future__ import annotations
 
@@ -14,45 +14,49 @@ from flexgen_ray.distributed.driver import node_address
 from flexgen_ray.distributed.transport import GlooChannel, Rendezvous, RendezvousStore
 
 
-class _Player:
-    """One end of a ring of two, each the other's neighbour on both sides."""
-
-    def __init__(self, meeting: Rendezvous, rank: int) -> None:
-        self._link = GlooChannel(meeting, rank, node_address())
-        self._rank = rank
-
-    def play(self, nbytes: int, rounds: int) -> list[float]:
-        """Seconds of each trip: hidden states there, a small message back."""
-        tensor, seconds = torch.zeros(nbytes, dtype=torch.uint8), []
-        for _ in range(rounds):
-            started = time.perf_counter()
-            if self._rank == 0:
-                self._link.send(tensor)
-                self._link.next_message()
-            else:
-                self._link.recv(tensor)
-                self._link.post_message(b"taken")
-            seconds.append(time.perf_counter() - started)
-        return seconds
-
-
 def measure_hops(trips: dict[int, int]) -> dict[str, float]:
-    """{bytes: milliseconds a hop}, for {bytes: trips}, on a cluster there is or one of its own."""
+    """Milliseconds of a hop by size: {bytes of a tensor: median}.
+
+    trips: {bytes of a tensor: number of round trips to time}. Uses the Ray cluster that is
+    connected or at RAY_ADDRESS, or starts one.
+    """
     own_cluster = connect(None)
     try:
-        return {str(nbytes): _hop(nbytes, count) for nbytes, count in trips.items()}
+        return {str(nbytes): _measure_hop(nbytes, count) for nbytes, count in trips.items()}
     finally:
         if own_cluster is not None:
             own_cluster.close()
 
 
-def _hop(nbytes: int, rounds: int) -> float:
-    """Milliseconds from one stage to the next, the message that tells of it included."""
-    place = RendezvousStore(node_address())
-    meeting = Rendezvous(place.host, place.port, 1, 2, secret=place.secret)
-    actor: Any = ray.remote(_Player)
-    players = [actor.options(num_cpus=0.5).remote(meeting, rank) for rank in (0, 1)]
-    seconds, _ = ray.get([player.play.remote(nbytes, rounds) for player in players])
-    for player in players:
-        ray.kill(player)
+class _Stage:
+    """One end of a ring of two stages, each the other's neighbour on both sides."""
+
+    def __init__(self, rendezvous: Rendezvous, rank: int) -> None:
+        self._channel = GlooChannel(rendezvous, rank, node_address())
+        self._rank = rank
+
+    def exchange(self, nbytes: int, rounds: int) -> list[float]:
+        """Seconds of each round trip: hidden states one way, a small message back."""
+        tensor, seconds = torch.zeros(nbytes, dtype=torch.uint8), []
+        for _ in range(rounds):
+            started = time.perf_counter()
+            if self._rank == 0:
+                self._channel.send(tensor)
+                self._channel.next_message()
+            else:
+                self._channel.recv(tensor)
+                self._channel.post_message(b"taken")
+            seconds.append(time.perf_counter() - started)
+        return seconds
+
+
+def _measure_hop(nbytes: int, rounds: int) -> float:
+    """Median milliseconds of a round trip of one tensor and the message that answers it."""
+    store = RendezvousStore(node_address())
+    rendezvous = Rendezvous(store.host, store.port, 1, 2, secret=store.secret)
+    actor: Any = ray.remote(_Stage)
+    stages = [actor.options(num_cpus=0.5).remote(rendezvous, rank) for rank in (0, 1)]
+    seconds, _ = ray.get([stage.exchange.remote(nbytes, rounds) for stage in stages])
+    for stage in stages:
+        ray.kill(stage)
     return round(1e3 * median(seconds), 3)

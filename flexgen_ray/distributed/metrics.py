@@ -1,6 +1,7 @@
-"""How stages are doing, as metrics of Ray, which its nodes export to Prometheus (prefix `ray_`).
+"""Metrics of stages, which Ray's nodes export to Prometheus (prefix `ray_`).
 
-Knows lanes' busy seconds and tokens; told them by others, off the path of any token.
+Knows lanes' busy seconds and numbers of tokens, which a thread of its own publishes, so that no
+token waits for a metric.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ UPDATE_SECONDS = 2.0
 
 
 class StageMetrics:
-    """Of one stage during one run, as a context; busy: {lane: seconds at work so far}.
+    """Metrics of one stage during one run, as a context manager.
 
-    Utilisation and tokens/s are of the last few seconds, the bubbles of the whole run.
+    Utilization and tokens/s cover the last few seconds, bubbles the whole run.
+    stage: the stage's number. busy: returns {lane: seconds at work so far}.
     """
 
     def __init__(self, stage: int, busy: Callable[[], dict[str, float]]) -> None:
@@ -27,17 +29,17 @@ class StageMetrics:
         keys = ("stage",)
         self._tokens = Counter("flexgen_ray_tokens", "New tokens that passed the stage.", keys)
         self._rate = Gauge("flexgen_ray_tokens_per_s", "New tokens a second.", keys)
-        self._utilisation = Gauge(
+        self._utilization = Gauge(
             "flexgen_ray_lane_utilisation", "Share of time that a lane is at work.", (*keys, "lane")
         )
         self._bubbles = Gauge(
             "flexgen_ray_bubbles", "Share of the run in which the device's lane idled.", keys
         )
-        self._over = Event()
-        self._thread = Thread(target=self._update_often, daemon=True, name="metrics")
+        self._stopped = Event()
+        self._thread = Thread(target=self._update_until_stopped, daemon=True, name="metrics")
 
-    def note_tokens(self, count: int) -> None:
-        """New tokens of a pass."""
+    def count_tokens(self, count: int) -> None:
+        """Add the new tokens of a pass."""
         self._num_tokens += count
 
     def __enter__(self) -> StageMetrics:
@@ -47,11 +49,11 @@ class StageMetrics:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._over.set()
+        self._stopped.set()
         self._thread.join()
 
-    def _update_often(self) -> None:
-        while not self._over.wait(UPDATE_SECONDS):
+    def _update_until_stopped(self) -> None:
+        while not self._stopped.wait(UPDATE_SECONDS):
             self._update()
         self._update()
 
@@ -63,16 +65,16 @@ class StageMetrics:
             self._tokens.inc(new, self._tags)
         self._rate.set(new / seconds, self._tags)
         for lane, total in busy.items():
-            # An op counts when it ends, and may have begun before.
+            # An op counts when it ends, and may have begun before the last update.
             share = min((total - self._last_busy.get(lane, 0.0)) / seconds, 1.0)
-            self._utilisation.set(share, self._tags | {"lane": lane})
+            self._utilization.set(share, self._tags | {"lane": lane})
         idle = 1 - busy.get("device", 0.0) / max(now - self._began, 1e-9)
         self._bubbles.set(max(idle, 0.0), self._tags)
         self._last, self._last_tokens, self._last_busy = now, tokens, busy
 
 
 def count_restarts(stages: Iterable[int]) -> None:
-    """Stages that were lost and replaced, counted by the driver."""
+    """Count a restart of each of these stages."""
     restarts = Counter("flexgen_ray_restarts", "Times a lost stage was replaced.", ("stage",))
     for stage in stages:
         restarts.inc(1, {"stage": str(stage)})

@@ -1,6 +1,6 @@
-"""The actors of the stages, with the room that is reserved for them: started, stopped, given back.
+"""The actors of all stages, in bundles that are reserved for them: started, stopped, given back.
 
-Knows Ray's actors; not what is asked of them.
+Knows Ray's actors; not what they compute.
 """
 
 from __future__ import annotations
@@ -13,7 +13,12 @@ import ray
 
 from flexgen_ray.distributed.actor import StageActor
 from flexgen_ray.distributed.attempt import StageLost, Stalled, await_stages
-from flexgen_ray.distributed.capacity import OWN_SHARE, BundlePlacement, FreeResources, place_stages
+from flexgen_ray.distributed.capacity import (
+    OWN_SHARE,
+    BundlePlacement,
+    FreeResources,
+    place_stages,
+)
 from flexgen_ray.distributed.cluster import actor_options, is_placed
 from flexgen_ray.distributed.own_cluster import OwnCluster
 from flexgen_ray.distributed.reservation import (
@@ -27,17 +32,17 @@ from flexgen_ray.runtime.events import OnProgress
 
 START_SECONDS = 120.0
 RESTART_SECONDS = 120.0  # for lost stages to start elsewhere, on a cluster of fixed size
-SCALING_RESTART_SECONDS = 600.0  # where a machine may have to be started for them
+SCALING_RESTART_SECONDS = 600.0  # where an autoscaler may have to start a node
 
 
 class NotStarted(RuntimeError):
-    """Ray has nowhere to put a stage, or could not start it in time."""
+    """Ray has no room for a stage, or could not start it in time."""
 
 
 class StageActors:
-    """An actor for each stage, in a placement group, until `close`.
+    """One actor a stage, in a placement group, until `close`.
 
-    actors: None where one has been stopped. nodes: where each was last.
+    actors: handles in the order of the stages; None for a stage that has been stopped.
     """
 
     def __init__(self, own_cluster: OwnCluster | None, on_progress: OnProgress) -> None:
@@ -50,26 +55,30 @@ class StageActors:
 
     @property
     def nodes(self) -> dict[int, str]:
-        """{stage: the name of its node}; empty if there is one stage, on this machine."""
+        """{stage: the name of its last node}; empty if there is one stage, on this machine."""
         is_here = [*self._hosts.values()] == [socket.gethostname()]
         return {} if is_here else self._hosts
 
     def reserve(
         self, device: str, num_stages: int | None, threads: int | None, seconds: float | None
     ) -> None:
-        """Find room for the stages; see room.place and reservation.reserve."""
+        """Reserve a bundle for each stage; see capacity.place_stages and reservation.reserve."""
 
-        def find(room: FreeResources, may_shrink: bool) -> BundlePlacement:
+        def place(cluster: FreeResources, may_shrink: bool) -> BundlePlacement:
             if self._own_cluster is None:
-                return place_stages(room, device, num_stages, threads, may_shrink)
-            # Only LLMs of this process are there, and share its cores, as threads do.
-            placed = place_stages(room.with_idle_cores(), device, num_stages, threads, may_shrink)
+                return place_stages(cluster, device, num_stages, threads, may_shrink)
+            # On a cluster of this process's own there are only its LLMs, which share the cores.
+            cluster = cluster.with_idle_cores()
+            placed = place_stages(cluster, device, num_stages, threads, may_shrink)
             return placed.with_cores(OWN_SHARE)
 
-        self.placed, self._group = reserve(find, seconds, self._on_progress)
+        self.placed, self._group = reserve(place, seconds, self._on_progress)
 
     def start(self, waiting: ResourceWait | None = None) -> None:
-        """Start the actors that aren't there; NotStarted or StageLost if they don't come."""
+        """Start the actors that are missing, and wait until they answer.
+
+        Raises NotStarted if they don't start in time, StageLost if they end while they start.
+        """
         if not ray.is_initialized() or self._group is None:
             raise RuntimeError("this LLM is closed; make another one")
         bundles = self.placed.bundles
@@ -87,7 +96,7 @@ class StageActors:
             self._own_cluster.check_sockets()
 
     def restart_seconds(self, wanted: float | None) -> float:
-        """How long lost stages may take to start elsewhere, where no number is wanted."""
+        """Seconds for lost stages to start again: as wanted, else by the kind of cluster."""
         return wanted or (SCALING_RESTART_SECONDS if has_autoscaler() else RESTART_SECONDS)
 
     def stop(self, stages: Iterable[int]) -> None:
@@ -98,7 +107,7 @@ class StageActors:
             self.actors[stage] = None
 
     def close(self) -> None:
-        """Give all back: actors, their room, and Ray if nothing else in this process uses it."""
+        """Stop all actors and give back their bundles, and Ray if this process uses it no more."""
         self.stop(range(len(self.actors)))
         self.actors = []
         if self._group is not None and ray.is_initialized():
@@ -109,24 +118,25 @@ class StageActors:
             own_cluster.close()
 
     def _wait_for(self, new: list[int], waiting: ResourceWait) -> None:
-        """Until these stages answer, with a line a minute on what they wait for."""
-        starting = [self.actors[it].host.remote() for it in new]
+        """Wait until these stages answer; once a minute, a note says what is missing."""
+        starting = [self.actors[stage].host.remote() for stage in new]
         while True:
-            step = min(max(waiting.left, 1), NOTE_SECONDS)
-            late = ray.wait(starting, num_returns=len(starting), timeout=step)[1]
+            seconds = min(max(waiting.left, 1), NOTE_SECONDS)
+            late = ray.wait(starting, num_returns=len(starting), timeout=seconds)[1]
             if not late or not waiting.left:
                 break
-            waiting.note(self._what_lacks([new[starting.index(it)] for it in late]))
+            waiting.note(self._describe_missing([new[starting.index(it)] for it in late]))
         try:
             self._hosts |= dict(zip(new, await_stages(starting, new, 0), strict=True))
         except StageLost as error:
-            stalled = [it for it, why in error.reasons.items() if isinstance(why, Stalled)]
+            stalled = [stage for stage, why in error.reasons.items() if isinstance(why, Stalled)]
             if not stalled:
                 raise
-            what = self._what_lacks(stalled)
+            what = self._describe_missing(stalled)
             raise NotStarted(f"{what} after {waiting.waited:.0f} s") from error
 
-    def _what_lacks(self, stages: list[int]) -> str:
+    def _describe_missing(self, stages: list[int]) -> str:
+        """Clause for a note or an error: why these stages haven't started."""
         which = f"stage {', '.join(map(str, stages))}"
         if is_placed(self._group):
             return f"{which} did not start"
