@@ -1,1 +1,1 @@
-"""How do stages run on a cluster? The only package that imports Ray."""
+"""Stages on a Ray cluster: this is the only package that imports Ray."""

@@ -264,8 +264,8 @@ def _discard(reference: Any) -> None:
 def _root_causes(reasons: dict[int, Exception]) -> dict[int, Exception]:
     """Reasons without those of stages that only lost a neighbour, unless no other is left.
 
-    When a stage dies, its neighbours' channels close, so they fail too, with ChannelClosed. They
-    keep their weights, and only the stage that caused it is replaced.
+    The neighbours of a stage that dies fail too, with ChannelClosed, because their channels to it
+    close. They keep their weights, and only the stage that caused it is replaced.
     """
     causes = {
         stage: error for stage, error in reasons.items() if not _has_cause(error, ChannelClosed)

@@ -1,4 +1,4 @@
-"""Connects to a Ray cluster or starts one, and says how a stage's actor is made there."""
+"""Connects to a Ray cluster or starts one, and has the options of a stage's actor there."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ _NO_CLIENT = (
 
 
 def connect(address: str | None) -> OwnCluster | None:
-    """Connects this process to Ray, on the cluster there is or on one that is started for it.
+    """Connect this process to Ray: to the cluster at `address` or RAY_ADDRESS, else to its own.
 
-    Returns a cluster of this process's own, to be closed once for each time it is returned. Raises
-    ValueError for an address of Ray Client, ConnectionError if nothing answers.
+    A process that is connected already stays connected. Returns the process's own cluster, which
+    each caller has to close, or None if the cluster is not its own. Raises ValueError for an
+    address of Ray Client, ConnectionError if nothing answers at the address.
     """
     if ray.is_initialized():
         if ray.util.client.ray.is_connected():
@@ -40,12 +41,15 @@ def connect(address: str | None) -> OwnCluster | None:
 
 
 def is_placed(group: PlacementGroup) -> bool:
-    """Whether every bundle is somewhere; Ray looks for another place when a node has gone."""
+    """True if every bundle has a node; Ray moves bundles to another node when theirs is lost."""
     return placement_group_table(group)["state"] == "CREATED"
 
 
 def actor_options(bundle: Bundle, index: int, group: PlacementGroup) -> dict[str, Any]:
-    """Of the actor in a bundle. Its run must not keep it from answering how it is."""
+    """Ray's options for the actor of a stage in bundle number `index`.
+
+    Several calls run at a time, so that an actor answers with its heartbeat during a run.
+    """
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
     return {
@@ -58,7 +62,11 @@ def actor_options(bundle: Bundle, index: int, group: PlacementGroup) -> dict[str
 
 
 def _connect_to(address: str) -> None:
-    """ConnectionError, within seconds, if nobody answers there or the token is refused."""
+    """Connect to the cluster at an address.
+
+    Raises ConnectionError, within CONNECT_SECONDS if nothing answers there, or if the cluster
+    refuses the token.
+    """
     host, _, port = address.rpartition(":")
     if port.isdecimal() and "/" not in host:
         try:

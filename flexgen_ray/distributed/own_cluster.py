@@ -1,12 +1,10 @@
 """A Ray cluster of this run's own: on the loopback interface, behind a token made for this run.
 
-Knows how Ray is started, and which sockets it listens on; not what runs there. Ray's private names
-that are used here are those of the versions that pyproject.toml admits; `check_sockets` looks at
-the sockets themselves, so that a Ray which ignores them is stopped.
+Has `ray.init` without its log lines too, and chooses the GPUs that such a cluster sees. Knows how
+Ray is started and which sockets it listens on; not what runs there.
 
-ray.init without its log lines, and with the caller's answer to SIGTERM left in place.
-
-The GPUs that a run's own Ray cluster sees: all of this machine's, or the one of `cuda:N`.
+Ray's private names that are used here belong to the versions that pyproject.toml admits. Should a
+version ignore them, `check_sockets` notices, because it inspects the sockets themselves.
 """
 
 from __future__ import annotations
@@ -32,65 +30,9 @@ from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-d
 
 from flexgen_ray.signals import Stopped
 
-_VARIABLE = "CUDA_VISIBLE_DEVICES"
-
-
-@contextmanager
-def only_gpu(device: str, address: str | None) -> Iterator[str]:
-    """Yields the device to ask a Driver for; a Ray that is started meanwhile sees only that GPU.
-
-    Raises ValueError for cuda:N on a cluster that is there already, where Ray gives out the GPUs.
-    """
-    kind, _, number = device.partition(":")
-    if not number:
-        yield device
-        return
-    if ray.is_initialized() or address or os.environ.get("RAY_ADDRESS"):
-        raise ValueError(
-            f"device is {device!r}, but on a cluster that runs already Ray gives each stage a GPU; "
-            f"use device='cuda', or start that node's Ray with {_VARIABLE}={number}"
-        )
-    before = os.environ.get(_VARIABLE)
-    os.environ[_VARIABLE] = visible_gpu(before, int(number))
-    try:
-        yield kind
-    finally:
-        del os.environ[_VARIABLE]
-        if before is not None:
-            os.environ[_VARIABLE] = before
-
-
-def visible_gpu(before: str | None, number: int) -> str:
-    """The GPU of that number, from 0, that CUDA_VISIBLE_DEVICES leaves, or ValueError."""
-    if before is None:
-        return str(number)
-    visible = [name for name in before.split(",") if name]
-    if number >= len(visible):
-        raise ValueError(
-            f"device is 'cuda:{number}', but {_VARIABLE} is {before!r}: {len(visible)} GPUs, "
-            "counted from 0"
-        )
-    return visible[number]
-
-
-def initialize(**options: Any) -> str:
-    """Calls ray.init with these options; returns the cluster's address.
-
-    Raises Stopped if SIGTERM comes meanwhile.
-    """
-    answer = signal.getsignal(signal.SIGTERM)
-    try:
-        context: Any = ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
-    except SystemExit as error:  # Ray's own answer to SIGTERM, which its start puts in place
-        raise Stopped from error
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, answer)
-    return context.address_info["address"]
-
-
 OBJECT_STORE_BYTES = 80 * 2**20  # Ray's minimum is 75 MiB; prompts and tokens need little
 LOOPBACK_ONLY = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # "0": Ray's nodes are on 127.0.0.1
+_VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"
 _MODE, _TOKEN, _TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
 _MEMORY = "RAY_memory_usage_threshold"
 _REMEDY = "use --no-use-ray, give the --address of a cluster, or install another version of Ray"
@@ -101,22 +43,25 @@ class InsecureCluster(RuntimeError):
 
 
 class OwnCluster:
-    """A cluster that is there until its last user's `close`, which leaves no token behind.
+    """Ray cluster of this process, until the `close` of its last user, which removes its token.
 
-    The environment is changed only while Ray starts. Raises OpenToOthers, with the cluster stopped,
-    if it listens beyond the loopback interface.
+    Environment variables are changed only while Ray starts.
+    options: further arguments of `ray.init`.
+    Raises InsecureCluster, with the cluster stopped, if it listens beyond the loopback interface.
     """
 
-    _running: ClassVar[weakref.ref[OwnCluster] | None] = None  # a process has one Ray
+    _running: ClassVar[weakref.ref[OwnCluster] | None] = None  # a process has one Ray at most
 
     @classmethod
     def running(cls) -> OwnCluster | None:
-        """The one that this process has, for another user, who closes it too; or None."""
-        found = cls._running and cls._running()
-        if not found or not found._users or ray.get_runtime_context().gcs_address != found.address:
+        """This process's cluster for one more user, who also has to close it; None without one."""
+        cluster = cls._running and cls._running()
+        if not cluster or not cluster._users:
             return None
-        found._users += 1
-        return found
+        if ray.get_runtime_context().gcs_address != cluster.address:
+            return None
+        cluster._users += 1
+        return cluster
 
     def __init__(self, **options: Any) -> None:
         folder = Path(tempfile.mkdtemp(prefix="flexgen-ray-"))  # mode 0700
@@ -145,40 +90,91 @@ class OwnCluster:
         return set(own) - self._other_sockets
 
     def check_sockets(self) -> None:
-        """Raises OpenToOthers if Ray listens where other machines can reach it."""
-        wide = sorted(it for it in self.sockets() if not is_loopback(it[0]))
-        if wide:
-            where = ", ".join(f"{address}:{port} ({name})" for address, port, name in wide)
+        """Raise InsecureCluster if Ray listens where other machines can reach it."""
+        exposed = sorted(it for it in self.sockets() if not is_loopback(it[0]))
+        if exposed:
+            where = ", ".join(f"{address}:{port} ({name})" for address, port, name in exposed)
             raise InsecureCluster(
                 f"Ray {ray.__version__} listens on {where}, which other machines can reach; "
                 f"{_REMEDY}"
             )
 
     def close(self) -> None:
-        """Stops Ray with its last user, removes the token, and lets this process forget it."""
+        """Count one user less; the last one stops Ray and removes the token."""
         self._users -= 1
         if self._users:
             return
         if ray.is_initialized():
             ray.shutdown()
+        # Make this process forget the token, so that it can connect to other clusters.
         Config.initialize("")
         AuthenticationTokenLoader.instance().reset_cache()
         self._remove_token()
 
 
-def _start(**options: Any) -> str:
-    """Starts Ray and returns its address; RuntimeError if it can't be had in Ray's own time."""
+def initialize(**options: Any) -> str:
+    """Call ray.init without its log lines; returns the cluster's address.
+
+    The caller's handler of SIGTERM stays in place. options: arguments of `ray.init`.
+    Raises Stopped if SIGTERM comes meanwhile.
+    """
+    handler = signal.getsignal(signal.SIGTERM)
     try:
-        return initialize(address="local", include_dashboard=False, **options)
-    except Exception as error:
-        raise RuntimeError(
-            f"Ray did not start on this machine ({error}); try again when it is less busy, or use "
-            "--no-use-ray"
-        ) from error
+        context: Any = ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
+    except SystemExit as error:  # by Ray's own handler of SIGTERM, which ray.init installs
+        raise Stopped from error
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
+    return context.address_info["address"]
+
+
+@contextmanager
+def only_gpu(device: str, address: str | None) -> Iterator[str]:
+    """Context in which a Ray cluster that is started sees only the GPU of this device.
+
+    device: auto, cpu, cuda or cuda:N. address: the user's address of a cluster, or None.
+    Yields the device that stages should ask for, without its number.
+    Raises ValueError for cuda:N on a cluster that runs already, where Ray assigns the GPUs.
+    """
+    kind, _, number = device.partition(":")
+    if not number:
+        yield device
+        return
+    if ray.is_initialized() or address or os.environ.get("RAY_ADDRESS"):
+        raise ValueError(
+            f"device is {device!r}, but on a cluster that runs already Ray gives each stage a GPU; "
+            f"use device='cuda', or start that node's Ray with {_VISIBLE_GPUS}={number}"
+        )
+    before = os.environ.get(_VISIBLE_GPUS)
+    os.environ[_VISIBLE_GPUS] = visible_gpu(before, int(number))
+    try:
+        yield kind
+    finally:
+        del os.environ[_VISIBLE_GPUS]
+        if before is not None:
+            os.environ[_VISIBLE_GPUS] = before
+
+
+def visible_gpu(visible: str | None, number: int) -> str:
+    """Name of a GPU, for CUDA_VISIBLE_DEVICES, by its number from 0 among the visible ones.
+
+    visible: the variable's present value; None if it is unset and all GPUs are visible.
+    Raises ValueError if there are not that many.
+    """
+    if visible is None:
+        return str(number)
+    names = [name for name in visible.split(",") if name]
+    if number >= len(names):
+        raise ValueError(
+            f"device is 'cuda:{number}', but {_VISIBLE_GPUS} is {visible!r}: {len(names)} GPUs, "
+            "counted from 0"
+        )
+    return names[number]
 
 
 def is_loopback(address: str) -> bool:
-    """True if only this machine can reach what listens on this IP address."""
+    """True if only this machine can reach a socket that listens on this IP address."""
     ip = ipaddress.ip_address(address.partition("%")[0])
     mapped = ip.ipv4_mapped if isinstance(ip, ipaddress.IPv6Address) else None
     return (mapped or ip).is_loopback
@@ -195,19 +191,31 @@ def listening(processes: Iterable[psutil.Process]) -> Iterator[tuple[str, int, s
                     yield connection.laddr.ip, connection.laddr.port, name
 
 
+def _start(**options: Any) -> str:
+    """Start Ray; returns its address. Raises RuntimeError if Ray gives up within its own limit."""
+    try:
+        return initialize(address="local", include_dashboard=False, **options)
+    except Exception as error:
+        raise RuntimeError(
+            f"Ray did not start on this machine ({error}); try again when it is less busy, or use "
+            "--no-use-ray"
+        ) from error
+
+
 @contextmanager
 def _environment(token: Path) -> Iterator[None]:
-    """Set Ray's environment variables, and put the old ones back afterwards.
+    """Set Ray's environment variables, and restore the old ones afterwards.
 
-    Ray's processes inherit them; so does this process's Ray, which read some when imported.
+    Ray's processes inherit them. This process's Ray read some of them when it was imported, so its
+    constant and its cache are changed as well.
     """
     variables: dict[str, str | None] = {
-        _MODE: None,  # Ray then sets it to token, and refreshes what this process knows of it
+        _MODE: None,  # Ray then sets it to "token", and refreshes its cached value
         _TOKEN: None,
         _TOKEN_PATH: str(token),
         LOOPBACK_ONLY: "0",
         "RAY_USAGE_STATS_ENABLED": "0",
-        # A policy may fill the host's memory on purpose; Ray's own killer would end the run.
+        # A policy may fill the host's memory on purpose; Ray's memory monitor would end the run.
         _MEMORY: os.environ.get(_MEMORY, "0.99"),
     }
     before = {name: os.environ.get(name) for name in variables}
@@ -223,7 +231,7 @@ def _environment(token: Path) -> Iterator[None]:
 
 
 def _set(variables: dict[str, str | None]) -> None:
-    """Sets environment variables; None removes one."""
+    """Set environment variables; None removes one."""
     for name, value in variables.items():
         if value is None:
             os.environ.pop(name, None)
@@ -232,6 +240,6 @@ def _set(variables: dict[str, str | None]) -> None:
 
 
 def _write_token(path: Path) -> None:
-    """A new token, in a file that its owner alone can read."""
+    """Write a new token to a file that only its owner can read."""
     with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
         file.write(secrets.token_hex(32))

@@ -1,1 +1,1 @@
-"""How is a run planned, loaded and driven? The engine behind `LLM`, and the backends it runs in."""
+"""The engine behind `LLM`: plans, loads and runs a model's requests, and has the backends."""
