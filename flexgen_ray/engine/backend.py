@@ -1,4 +1,4 @@
-"""What runs an LLM's requests: stages in this process, or each in a Ray actor."""
+"""Backends that run an LLM's stages: in this process, or each stage in a Ray actor."""
 
 from __future__ import annotations
 
@@ -20,7 +20,14 @@ SPANS_PER_CALL = 50_000
 
 
 class Backend(Protocol):
-    """What a pipeline in this process and a Driver of Ray actors have in common."""
+    """Stages that run requests: a LocalPipeline in this process, or a Driver of Ray actors.
+
+    Calls come in this order: probe, load, then add and run, again and again. Lists have an item a
+    stage. probe: describes the machines. rates: measures the first stage's machine. load: loads
+    weights. add: queues requests. run: answers them; yields events. used: bytes in use, by tier and
+    purpose. measured: busy seconds of the last run. spans: a stage's timed ops, if they were kept.
+    abort: ends a run, and drops the weights. recoveries: stages that the last run replaced.
+    """
 
     @property
     def num_stages(self) -> int: ...
@@ -43,22 +50,28 @@ class Backend(Protocol):
     def close(self) -> None: ...
 
 
-def start_backend(wanted: Deployment, on_progress: OnProgress) -> tuple[Backend, int]:
-    """The stages, and the host memory that Ray takes beside them on its head's node."""
-    if not wanted.use_ray:
-        count = 1 if wanted.num_stages == "auto" else int(wanted.num_stages)
-        return LocalPipeline(count, wanted.threads), 0
+def start_backend(deployment: Deployment, on_progress: OnProgress) -> tuple[Backend, int]:
+    """Start the backend that a deployment asks for.
+
+    Returns it with the bytes of host memory that Ray itself may take on this machine.
+    """
+    if not deployment.use_ray:
+        count = 1 if deployment.num_stages == "auto" else int(deployment.num_stages)
+        return LocalPipeline(count, deployment.threads), 0
     on_progress(Progress(phase="starting Ray"))
     from flexgen_ray.distributed.driver import Driver
     from flexgen_ray.distributed.own_cluster import only_gpu
 
-    with only_gpu(wanted.device, wanted.address) as kind:
-        driver = Driver(replace(wanted, device=kind), on_progress)
+    with only_gpu(deployment.device, deployment.address) as kind:
+        driver = Driver(replace(deployment, device=kind), on_progress)
     return driver, driver.reserved_cpu_bytes
 
 
 def spans(backend: Backend, stage: int) -> Iterator[Span]:
-    """The last run's ops, if they were kept, in pieces that a small object store can hold."""
+    """Timed ops of a stage's last run, if they were kept.
+
+    They are fetched in pieces, each small enough for Ray's object store.
+    """
     first = 0
     while piece := backend.spans(stage, first, SPANS_PER_CALL):
         yield from piece
@@ -71,7 +84,12 @@ def execution(
     run_wrapper: RunWrapper | None,
     trace: bool,
 ) -> dict[str, Any]:
-    """Fields of a StageSpec that say how to run."""
+    """Fields of StageSpec that don't depend on a plan.
+
+    executor: "async" or "serial". hardware: rates of which ops' times are modelled; "measured" is
+    filled in later. run_wrapper: function, by import path, through which ops run. trace: keep each
+    op's times.
+    """
     return {
         "executor": executor,
         "hardware": None if isinstance(hardware, str) else hardware,

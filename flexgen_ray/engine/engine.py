@@ -1,6 +1,22 @@
 """Plans, loads and runs a model's requests in a backend: Ray actors, or this process.
 
-Knows requests and settings that were checked; not prompts, nor how they became requests.
+From `LLM(...)` to the first token:
+
+1. `LLM.__init__` (llm.py) checks its options, finds the model's folder, reads its config, and hands
+   both to `Engine.__init__` as Settings. No weights are read yet.
+2. `Engine.__init__` starts the backend: stages in this process, or Ray with one actor a stage. Each
+   stage is probed: its device, free memory, free disk and, where they are known, its rates. From
+   this follow each stage's budgets and the dtype.
+3. `LLM.generate` checks prompts and turns them into requests, then calls `prepare`.
+4. `prepare` sums the requests up as a Workload. If the loaded weights serve it, that is all. Else a
+   policy is chosen (planner/choose.py): the user's own, a planned one if the rates are known, or
+   one that fills the tiers from the fastest down. Each stage's plan is checked against its budget.
+5. `_load` sends every stage its StageSpec; the stage allocates its stores and loads its weights.
+6. `stream` gives the requests to the backend and runs it. The first stage's scheduler composes
+   passes, and every stage runs its ops (runtime/stage.py). The backend yields an event for each
+   pass and each finished request; `stream` turns these into the report, progress and outputs.
+
+Knows requests and settings that were checked; not prompts.
 """
 
 from __future__ import annotations
@@ -43,12 +59,20 @@ from flexgen_ray.text.tokenizer import Tokenizer
 class Settings:
     """Options of an LLM once they are checked.
 
-    weights: a folder or hub name, looked up on each stage's node; None makes weights up. base: what
-    a policy that is chosen takes over, its lossy options. limits: bytes of each tier, None for what
-    is free. execution: fields of StageSpec that say how to run. measures: measure this machine's
-    rates before the weights are loaded. max_model_len: plan for requests of so many tokens, however
-    short they are. hardware: has the rates to plan by, and in a dry run the memory too.
-    max_seconds: that a block may take. is_dry: plan, but load and run nothing.
+    weights: folder or hub name of the model, found on each stage's node; None for random weights.
+    base: policy with the lossy options that every chosen policy takes over.
+    policies: the user's policies; None lets the planner choose.
+    dtype: dtype of the computation, or "auto".
+    limits: {tier: bytes that may be used}; None for what is free.
+    offload_dir: folder for what lies on disk, on each stage's node.
+    deployment: number of stages, and where they run.
+    seed: seed of the run's random draws.
+    execution: fields of StageSpec that don't depend on the plan, such as the executor.
+    measures: measure this machine's rates before the weights are loaded.
+    max_model_len: tokens of the longest request to plan for; None plans for the requests' own.
+    hardware: hardware whose rates are planned with, and in a dry run its memory too.
+    max_seconds: longest time that a block may take.
+    is_dry: plan, but load and run nothing.
     """
 
     weights: str | None
@@ -68,7 +92,11 @@ class Settings:
 
 
 class Engine:
-    """A backend with its machines, budgets and dtype, which runs requests one stream at a time."""
+    """A model in a backend, which runs requests, one stream at a time.
+
+    machines, budgets: each stage's machine, and the bytes that it may use there. report: figures of
+    the last load and the last stream.
+    """
 
     def __init__(
         self,
@@ -101,10 +129,11 @@ class Engine:
             raise
 
     def prepare(self, requests: list[Request], name: RequestName = numbered_request) -> None:
-        """Settle the policy, check the budget, and load the weights unless what is loaded serves.
+        """Choose a policy for these requests, check the budgets, and load the weights.
 
-        name: a request's name for people, from its index, for what is said of single ones. Raises
-        ValueError, with the numbers, for what doesn't fit.
+        Does nothing if the weights that are loaded serve these requests too.
+        name: returns a request's name for notes and errors, from its index.
+        Raises ValueError, with the numbers, for what doesn't fit.
         """
         self.check_usable()
         if not requests:
@@ -144,11 +173,11 @@ class Engine:
         self.report = Report(time.perf_counter() - started, choice.planned)
 
     def _workload(self, requests: list[Request]) -> Workload:
-        """Demands of these requests on the stores; with max_model_len, of any request within it."""
+        """Sizes that the stores need for these requests; with max_model_len, for any within it."""
         longest = self.settings.max_model_len
         prompts = (len(request.prompt_token_ids) for request in requests)
         return Workload(
-            # How many there are matters to the default policy alone.
+            # Only a policy that is chosen depends on the number of requests.
             num_requests=1 if self.settings.policies else sum(it.params.n for it in requests),
             max_prompt_len=longest or max(prompts),
             # The last token of a text that is scored needs no place in the context.
@@ -158,18 +187,18 @@ class Engine:
 
     @property
     def plans(self) -> list[StagePlan]:
-        """Each stage's plan, as `prepare` settled it."""
+        """Each stage's plan, from the last `prepare`."""
         assert self._plans is not None, "prepare comes first"
         return self._plans
 
     @property
     def _stages_disk(self) -> bool:
-        """True if what is read from disk passes through host memory on its way to the device."""
+        """True if bytes from disk pass through host memory on their way to the device."""
         # A wrapped run is laid out as on a GPU, which the emulation stands for.
         return self.machines[0].on_cuda or self.settings.execution["run_wrapper"] is not None
 
     def _load(self, chosen: PolicyChoice) -> None:
-        """Bring every stage up with its plan, and with the rates that its ops are modelled by."""
+        """Load every stage, with its plan and the rates of which its ops' times are modelled."""
         settings = self.settings
         specs = [
             StageSpec(
@@ -197,10 +226,11 @@ class Engine:
     def stream(
         self, requests: list[Request], on_progress: OnProgress | None = None
     ) -> Iterator[RequestOutput]:
-        """Outputs as they finish; `report` then tells how it went.
+        """Run the requests; yields outputs as they finish, and then completes `report`.
 
-        One stream at a time. Left before its end it takes the loaded weights with it: the next
-        `prepare` loads them again.
+        on_progress: takes this run's progress in place of the LLM's own on_progress.
+        One stream at a time. A stream that isn't read to its end drops the loaded weights, and the
+        next `prepare` loads them again.
         """
         self.check_usable()
         self.report = Report(self.report.load_seconds, self.report.planned)
@@ -219,9 +249,9 @@ class Engine:
             for output in self._outputs(tally.follow(self._run, *listeners), samples):
                 yield times.finish(output)
             self.report.recoveries = self.backend.recoveries
-            found = self._plans, self.budgets, self.machines
+            stages = self._plans, self.budgets, self.machines
             used, measured = self.backend.used(), self.backend.measured()
-            self.report.stages = list(map(StageReport, *found, used, measured))
+            self.report.stages = list(map(StageReport, *stages, used, measured))
         except BaseException:
             if self._run is not None:
                 self._stop_run()
@@ -231,7 +261,10 @@ class Engine:
             self._run = None
 
     def write_trace(self, path: str | Path) -> None:
-        """The last run's ops as a Chrome trace, if the LLM was made with trace=True."""
+        """Write the last run's ops as a Chrome trace.
+
+        Raises ValueError if the LLM was made without trace=True.
+        """
         self.check_usable()
         if not self.settings.execution["keeps_spans"]:
             raise ValueError("no trace was kept; make the LLM with trace=True")
@@ -240,13 +273,14 @@ class Engine:
         write_trace(Path(path), stages, is_emulated)
 
     def close(self) -> None:
-        """Stops the worker, in the middle of a stream too; memory and files are given back."""
+        """Stop a stream that runs, and free the backend's memory, files and processes."""
         self._is_closed = True
         self._stop_run()
         self.tokenizer.close()
         self.backend.close()
 
     def _outputs(self, run: Iterator[Finished], samples: Samples) -> Iterator[RequestOutput]:
+        """Output of each request of which all samples have finished."""
         for finished in run:
             output = samples.take(finished, self.tokenizer)
             if output is not None:
@@ -259,14 +293,14 @@ class Engine:
             )
 
     def check_usable(self) -> None:
-        """RuntimeError if it is closed, or generates already."""
+        """Raise RuntimeError if this LLM is closed, or if a stream runs already."""
         if self._is_closed:
             raise RuntimeError("this LLM is closed; make another one")
         if self._run is not None:
             raise RuntimeError("this LLM is generating; finish or close its stream first")
 
     def _stop_run(self) -> None:
-        """Every lane of the stage has stopped when this returns."""
+        """End the stream that runs, if any; returns when every lane of the stages has stopped."""
         if self._run is not None:
             self._run.close()
             self._run = None
@@ -274,23 +308,30 @@ class Engine:
 
 
 def _shape(plan: StagePlan) -> StagePlan:
-    """The plan for any number of requests: a stage of this plan serves them all."""
+    """The plan without its number of requests, on which the loaded stage does not depend."""
     return replace(plan, workload=replace(plan.workload, num_requests=1))
 
 
 def _start_backend(settings: Settings, on_progress: OnProgress) -> tuple[Backend, int]:
-    """As start_backend; a dry run needs no actor but to see a cluster's machines."""
-    wanted = settings.deployment
+    """Start the backend as start_backend does; a dry run starts as little as it can.
+
+    It needs no backend to plan for a hardware file, and no Ray to plan for this machine alone.
+    """
+    deployment = settings.deployment
     if not settings.is_dry:
-        return start_backend(wanted, on_progress)
+        return start_backend(deployment, on_progress)
     if settings.hardware is not None:
-        return HardwareFileBackend(settings.hardware, wanted), 0
-    is_here = wanted.num_stages == 1 and not (wanted.address or os.environ.get("RAY_ADDRESS"))
-    return start_backend(replace(wanted, use_ray=wanted.use_ray and not is_here), on_progress)
+        return HardwareFileBackend(settings.hardware, deployment), 0
+    is_on_cluster = bool(deployment.address or os.environ.get("RAY_ADDRESS"))
+    use_ray = deployment.use_ray and (deployment.num_stages != 1 or is_on_cluster)
+    return start_backend(replace(deployment, use_ray=use_ray), on_progress)
 
 
 def _with_rates(machine: Machine, hardware: Hardware | None) -> Machine:
-    """With these rates instead of its own; ValueError if they are of another kind of device."""
+    """The machine with these rates instead of its own; unchanged if `hardware` is None.
+
+    Raises ValueError if one of them has a GPU and the other has none.
+    """
     if hardware is None:
         return machine
     if hardware.device.is_cpu == machine.on_cuda:

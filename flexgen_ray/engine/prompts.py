@@ -1,7 +1,8 @@
-"""Prompts, chats and sampling parameters as Python users pass them, sorted out by their types.
+"""Parsing of prompts, chats and sampling parameters in all forms that Python users pass.
 
-One rule for generate, chat and scoring: a str, a dict in vLLM's forms and a sequence of token ids
-are one prompt; any other iterable holds many, which are answered in its order. Knows no model.
+Every method of LLM follows one rule: a str, a dict in one of vLLM's forms, and a sequence of token
+ids are one prompt each; any other iterable holds many prompts, which are answered in its order.
+Knows no model.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ _MAX_SHOWN = 60  # characters of a wrong value that an error quotes
 
 @dataclass(frozen=True)
 class ParsedPrompt:
-    """One prompt: its token ids if they were passed, its text otherwise or beside them."""
+    """One prompt: its text, its token ids, or both; None for what was not passed."""
 
     text: str | None
     token_ids: list[int] | None = None
 
 
 def parse_prompt(prompt: object) -> ParsedPrompt:
-    """Sort out one prompt. ValueError says what is wrong with it."""
+    """Parse one prompt; raises ValueError for a value that is no prompt."""
     if isinstance(prompt, str):
         return ParsedPrompt(str(prompt))  # numpy's strings become Python's
     if isinstance(prompt, Mapping):
@@ -44,7 +45,7 @@ def parse_prompt(prompt: object) -> ParsedPrompt:
 
 
 def token_ids(values: Iterable) -> list[int]:
-    """Token ids as Python's integers; ValueError names the first that is none."""
+    """Token ids as Python integers; ValueError names the first value that is no token id."""
     return [
         value if type(value) is int and value >= 0 else _token_id(place, value)
         for place, value in enumerate(values)
@@ -62,14 +63,14 @@ def sequence_of(value: object) -> list | None:
 
 
 def several_prompts(prompts: object) -> list:
-    """Every prompt, unparsed, in order. ValueError if `prompts` is no prompt and no iterable."""
+    """List of the unparsed prompts; ValueError if `prompts` is no prompt and no iterable."""
     if isinstance(prompts, str | Mapping):
         return [prompts]
     return _one_or_many("prompts", prompts, Number)
 
 
 def several_chats(chats: object) -> list:
-    """Every chat, a list of messages, unparsed, in order. ValueError if `chats` holds no chats."""
+    """List of the unparsed chats, each a list of messages; ValueError if there are none."""
     if isinstance(chats, str | Mapping):
         raise ValueError(
             f'messages is {_shown(chats)}; it must be a list of {{"role": ..., "content": ...}}, '
@@ -79,9 +80,10 @@ def several_chats(chats: object) -> list:
 
 
 def several_params(params: object, num_prompts: int, what: str) -> list[SamplingParams]:
-    """One SamplingParams a prompt, from one for all or an iterable of them.
+    """List of one SamplingParams a prompt, from one for all prompts or an iterable.
 
-    ValueError, naming the place, for what is none, or if their number isn't the prompts'.
+    what: plural of the items for errors, "prompts" or "chats". Raises ValueError for a value that
+    is no SamplingParams, naming its place, and if there are fewer or more than prompts.
     """
     if isinstance(params, SamplingParams):
         return [params] * num_prompts
@@ -105,9 +107,10 @@ def make_requests(
     make: Make,
     errors: OnError,
 ) -> tuple[list[Request], list[RequestOutput]]:
-    """A request for every item that `make` accepts, and an output with `.error` for the others.
+    """Make requests of all items; returns them, and an output with `.error` for each bad item.
 
-    errors: with "raise" the first item that `make` refuses is a ValueError with its index.
+    make: returns a request from an item's index, the item and its parameters, or raises ValueError.
+    errors: "return" collects the errors; "raise" raises the first as a ValueError with its index.
     """
     if errors not in ("raise", "return"):
         raise ValueError(f'errors is {errors!r}; it must be "raise" or "return"')
@@ -126,7 +129,7 @@ def make_requests(
 
 
 def text_of(prompt: object) -> str | None:
-    """The text that a prompt was passed as, if it was."""
+    """Text of a prompt; None for a prompt of token ids alone."""
     text = prompt.get("prompt") if isinstance(prompt, Mapping) else prompt
     return str(text) if isinstance(text, str) else None
 
@@ -162,19 +165,20 @@ def _token_id(place: int, value: object) -> int:
 
 
 def _one_or_many(what: str, values: object, item_of_one: type) -> list:
-    """A sequence whose items are of this type is one prompt, or one chat; else its items are."""
+    """List of one item, if `values` is a sequence of `item_of_one` (one prompt, or one chat); else
+    the list of its items."""
     items = _list(what, values)
     is_sequence = isinstance(values, Sequence) or _is_array(values)
     return [items] if is_sequence and items and isinstance(items[0], item_of_one) else items
 
 
 def _list(what: str, values: object) -> list:
-    """Items of any iterable that has an order."""
+    """Items of any ordered iterable; ValueError for a table, a set, or no iterable."""
     if hasattr(values, "columns"):
         raise ValueError(f"{what} is a {type(values).__name__}, a table; give one of its columns")
     if isinstance(values, set | frozenset):
         raise ValueError(f"{what} is a set, which has no order; give a list")
-    if hasattr(values, "to_pylist"):  # pyarrow's columns hold scalars of their own
+    if hasattr(values, "to_pylist"):  # pyarrow's columns hold scalars of pyarrow's own
         return values.to_pylist()
     items = sequence_of(values)
     if items is not None:
@@ -192,8 +196,10 @@ def _list_of_messages(chat: object) -> object:
 
 
 def _is_array(value: object) -> bool:
-    """True for numpy arrays and tensors of any library; columns of tables have no `__dlpack__`, or
-    have `to_pylist`."""
+    """True for a numpy array, or a tensor of any library; False for a column of a table.
+
+    Columns have no `__dlpack__`, or they have `to_pylist`.
+    """
     are_there = (hasattr(value, name) for name in ("__dlpack__", "tolist"))
     return all(are_there) and not hasattr(value, "to_pylist")
 
