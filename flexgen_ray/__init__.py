@@ -1,7 +1,7 @@
 """Bulk text generation with models larger than the GPUs at hand.
 
-`LLM(model).generate(prompts, SamplingParams(...))` is the front door; names are resolved on first
-use so that importing the package costs nothing.
+Start with `LLM(model).generate(prompts, SamplingParams(...))`. Names are imported on first use, so
+importing the package alone is fast.
 """
 
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""The `flexgen-ray` command, as a script and as `python -m flexgen_ray`: how it begins and ends."""
+"""The `flexgen-ray` command, as a script and as `python -m flexgen_ray`: its start and its end."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from flexgen_ray.signals import EXIT_STOPPED, Stopped, raise_on_stop
 
 
 def main() -> None:
-    """A stop while the command is imported ends it as one later does."""
+    """Run the command; a signal to stop ends it cleanly, even while its modules are imported."""
     raise_on_stop()
     try:
         from flexgen_ray.cli.main import main as command
@@ -27,8 +27,11 @@ def main() -> None:
 
 
 def _leave(status: int) -> NoReturn:
-    """Without the C library's last steps: in these a thread that Ray left behind may find what it
-    uses gone, and a command that has done all its work would end by a segmentation fault."""
+    """End the process without the C library's exit handlers.
+
+    During these, a thread that Ray left behind may use memory that is gone, and a command that has
+    done all its work would end with a segmentation fault.
+    """
     atexit._run_exitfuncs()
     try:
         sys.stdout.flush()

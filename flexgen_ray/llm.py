@@ -1,4 +1,4 @@
-"""The front door: `LLM(model).generate(prompts, SamplingParams(...))`.
+"""`LLM`, the class that Python users start from: `LLM(model).generate(prompts, params)`.
 
 Checks options, turns prompts into requests, and gives them to the engine. Knows text; no tensors.
 """
@@ -13,7 +13,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flexgen_ray.config import Deployment, Faults, HardwareSpec, Policy
+from flexgen_ray.config import LOSSY, Deployment, Faults, HardwareSpec, Policy
 from flexgen_ray.engine.backend import execution
 from flexgen_ray.engine.engine import Engine, Settings
 from flexgen_ray.engine.options import ELSEWHERE, ELSEWHERE_IN_CALLS, check_values, failure_limits
@@ -53,37 +53,78 @@ if TYPE_CHECKING:
 
 @explains_unknown(ELSEWHERE)
 class LLM(Engine):
-    """A model ready to generate, larger than the GPU if need be.
+    """A model that generates text, which may be larger than the memory of the GPUs.
 
-    model: a Hugging Face folder, or a name on its hub; with load_format="dummy", which makes
-    weights up, also a built-in shape (models/shapes.py). policy: a Policy for every stage,
-    StagePolicies, a YAML file of either, or None: planned, or where rates aren't calibrated, the
-    tiers are filled from the fastest down. *_memory:
-    bytes or `16GiB`; what is free, less a margin, if None. pipeline_parallel_size: the number of
-    stages, or auto, one for every GPU. use_ray: run each in a Ray actor, on the cluster at
-    `address` (or RAY_ADDRESS), or on one started for this run. max_restarts: times that lost stages
-    are replaced there; stall_timeout: seconds without progress after which a stage counts as lost;
-    restart_timeout: seconds in which lost stages must start elsewhere, 120 if None, or 600 where
-    the cluster may start machines. faults: these three limits as one object, the older form.
-    threads: host threads of each stage; its share of the node's cores if None. wait:
-    seconds for room on the cluster; 10 if None, or 900 where it may start machines.
-    max_model_len: the longest prompt and answer together, in tokens. Weights are then loaded once
-    for calls of any length within it, which take as much memory as the longest; if None, a request
-    that is longer than those before loads them again. Without a policy, so may a call with more
-    prompts, for which a larger block is planned.
-    executor: async runs loads, stores, disk and host attention beside the device's work; serial,
-    its oracle, gives the same bits. hardware: sum beside the run what its ops should take there;
-    "measured" measures this machine's rates first. run_wrapper: run the ops through a function
-    named by import path, as benchmarks/emulation.py does to emulate `hardware`. trace: keep every
-    op's times, for `write_trace`. lossy: weight_bits, embedding_bits, cache_bits,
-    attention_sparsity as in Policy, over what it says.
-    on_progress: called with each phase and pass, such as what progress.show_progress yields.
-    plan_for: plan by the rates of this hardware preset or file; in a dry run for its memory too.
-    max_latency: seconds that a block may take, as a bound for the plan. dry_run: `prepare` plans
-    and checks, and loads nothing.
+    Use it as a context manager, or call `close`. Weights are loaded with the first prompts, which
+    decide the plan, and stay loaded for later calls. All arguments but `model` are passed by name.
 
-    Raises ValueError or OSError, with the numbers, for what can't work. Use it as a context manager
-    or call `close`.
+    Model
+
+    model: folder in Hugging Face's format (safetensors), or a name on its hub, such as
+        "Qwen/Qwen3-32B". With load_format="dummy" also a built-in shape, such as "opt-30b".
+    dtype: "float32", "float16" or "bfloat16". "auto" (the default) is the checkpoint's dtype on a
+        GPU (float16 in place of bfloat16 where the GPU has no fast bfloat16); on a CPU float32, or
+        bfloat16 if the checkpoint has it and the CPU is fast in it.
+    load_format: "auto" (the default) loads the model's files; "dummy" makes random weights, to
+        measure speed without a checkpoint.
+    max_model_len: limit on the tokens of a prompt and its answer together. Memory is then planned
+        for that length, and weights are loaded once for all calls. None (the default) is the
+        model's context, with memory for the longest request; a longer request, or without a policy
+        a larger number of requests, may load the weights again.
+    seed: seed of the random numbers, 0 by default; equal seeds give equal answers.
+
+    Placement and memory
+
+    policy: Policy for every stage, StagePolicies, or the path of a YAML file with either. None (the
+        default) plans one for the highest throughput if the hardware's rates are known (calibrated,
+        or a preset of its GPU); else memory is filled, fastest tier first.
+    device: "auto" (the default), "cpu", "cuda", or "cuda:1" for the second GPU.
+    gpu_memory: GPU memory budget of each stage, in bytes or as text such as "16GiB". None (the
+        default) is 90% of what is free.
+    cpu_memory: host memory budget of each machine, in the same forms; None is 80% of what is free.
+    disk_memory: disk space budget of each machine; None is 90% of what is free.
+    offload_dir: folder for data on disk. None is flexgen_ray/offload in the user's cache folder.
+    threads: host threads of each stage. None is OMP_NUM_THREADS, else the stage's share of the
+        node's cores.
+    plan_for: hardware preset or YAML file whose rates the plan uses; None is this machine's.
+    max_latency: limit on the planned seconds of a block of requests; None is no limit.
+
+    Quantization and sparsity: lossy, off by default, and in place of the policy's own values
+
+    weight_bits, embedding_bits, cache_bits: 4 or 8 bits for the layers' weights, for the embedding
+        and the head, and for the KV cache.
+    attention_sparsity: share of each sequence's tokens that decoding attends to, above 0 up to 1.
+
+    Pipeline and Ray cluster
+
+    pipeline_parallel_size: number of stages, each with its share of the layers; 1 by default.
+        "auto" is one stage for every GPU of the cluster.
+    use_ray: run each stage in a Ray actor (the default), or all stages in this process.
+    address: address of the Ray cluster, such as "10.0.0.5:6379". None is RAY_ADDRESS, else a
+        cluster on this machine that is started for this process.
+    wait: seconds to wait for free resources on the cluster. None is 10, or 900 where the cluster
+        may start machines.
+    transport: "nccl" or "gloo" sends hidden states between stages; "auto" (the default) is nccl if
+        every stage has a GPU.
+    max_restarts: number of times that lost stages are replaced before a run fails; 3 by default.
+    stall_timeout: seconds without progress after which stages count as lost; 300 by default.
+    restart_timeout: seconds for lost stages to start again. None is 120, or 600 where the cluster
+        may start machines.
+    faults: these three limits as Faults(...), an older form.
+
+    Running and measuring
+
+    executor: "async" (the default) overlaps transfers, host attention and the device's work;
+        "serial" runs one op after the other, with the same results bit for bit.
+    on_progress: function that is called with each Progress, such as a pass or a phase of loading.
+    dry_run: plan and check only; `prepare` loads nothing, and there are no answers.
+    trace: keep the times of every op for `write_trace`; False by default.
+    hardware: rates by which the report predicts each op's time. "measured" measures this machine
+        before weights are loaded; None (the default) takes the plan's, if it was planned by rates.
+    run_wrapper: function through which each stage runs its ops, named by import path; for
+        benchmarks that emulate hardware.
+
+    Raises ValueError or OSError, with the numbers, for what can't work, before weights are loaded.
     """
 
     def __init__(
@@ -123,36 +164,25 @@ class LLM(Engine):
         max_latency: float | None = None,
         dry_run: bool = False,
     ) -> None:
-        check_values(locals())
-        lossy: dict[str, int | float | None] = {
-            "weight_bits": weight_bits,
-            "embedding_bits": embedding_bits,
-            "cache_bits": cache_bits,
-            "attention_sparsity": attention_sparsity,
-        }
+        options = dict(locals())
+        check_values(options)
+        lossy = {name: options[name] for name in LOSSY}
         self._is_dummy = load_format == "dummy"
-        is_shape = self._is_dummy and not Path(model).exists()
-        find = find_description if dry_run else find_model
-        self.model = Path(model) if is_shape else find(model)
-        name = str(self.model if Path(model).is_dir() else model)
-        needs_weights = not (self._is_dummy or dry_run)
-        has_weights = needs_weights or any(self.model.glob("*.safetensors"))
-        read_config = checkpoint_config if has_weights and not self._is_dummy else load_config
-        config = shape_config(str(model)) if is_shape else read_config(self.model)
-        self.max_model_len = _limit(max_model_len, config)
-        packed = {it: getattr(config, it) for it in ("weight_bits", "embedding_bits")}
-        given = StagePolicies.parse(policy)
-        self.policies = given and given.compressed(**lossy).with_default_bits(**packed)
+        self.model, config = _find_model(model, self._is_dummy, dry_run)
+        self.max_model_len = _context_limit(max_model_len, config)
+        stored_bits = {name: getattr(config, name) for name in ("weight_bits", "embedding_bits")}
+        policies = StagePolicies.parse(policy)
+        self.policies = policies and policies.compressed(**lossy).with_default_bits(**stored_bits)
         memory = {"gpu": gpu_memory, "cpu": cpu_memory, "disk": disk_memory}
-        limits = {
-            tier: None if size is None else parse_bytes(size) for tier, size in memory.items()
-        }
+        name = str(self.model if Path(model).is_dir() else model)
         settings = Settings(
             weights=None if self._is_dummy else name,
-            base=Policy(**packed).compressed(**lossy),
+            base=Policy(**stored_bits).compressed(**lossy),
             policies=self.policies,
             dtype=dtype,
-            limits=limits,
+            limits={
+                tier: None if size is None else parse_bytes(size) for tier, size in memory.items()
+            },
             offload_dir=Path(offload_dir or default_offload_dir()).resolve(),
             deployment=Deployment(
                 num_stages=pipeline_parallel_size,
@@ -188,19 +218,22 @@ class LLM(Engine):
         errors: OnError = "raise",
         use_tqdm: bool = False,
     ) -> list[RequestOutput]:
-        """Answer every prompt; one output a prompt, in order.
+        """Answer every prompt; returns one output a prompt, in the order of the prompts.
 
-        prompts: one prompt or an iterable of them (list, generator, numpy array, a table's column).
-        A prompt is a text, a sequence of token ids, {"prompt": text} or {"prompt_token_ids": ids}.
-        sampling_params: for all prompts, or an iterable of one for each; the model's own if None.
-        errors: "raise" refuses all if a prompt can't be answered (ValueError, with its index);
-        "return" gives an output with `.error` for it, and answers the others. A request that fails
-        during the run, as its activations become NaN or infinite, has `.error` in any case, and a
-        warning says so.
-        use_tqdm: show the progress on standard error, as a bar on a terminal, else in plain lines.
+        prompts: one prompt, or an iterable of prompts (list, generator, numpy array, a table's
+            column). A prompt is a text, a sequence of token ids, {"prompt": text} or
+            {"prompt_token_ids": ids}.
+        sampling_params: SamplingParams for all prompts, or an iterable with one for each. None (the
+            default) is the model's generation_config.json.
+        errors: "raise" (the default) raises ValueError, with its index, for the first prompt that
+            can't be answered, before any is; "return" gives such a prompt an output with `.error`
+            and answers the others. A request that fails during the run, because its hidden states
+            become NaN or infinite, has an output with `.error` in both cases, and a warning is
+            shown.
+        use_tqdm: show progress on standard error, as a bar on a terminal, else as plain lines.
         """
         several = several_prompts(prompts)
-        with self._shown(use_tqdm):
+        with self._showing_progress(use_tqdm):
             return self._answer("prompts", several, sampling_params, self.request, errors)
 
     @explains_call("chat", ELSEWHERE_IN_CALLS)
@@ -216,14 +249,18 @@ class LLM(Engine):
         tools: list[dict[str, Any]] | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
     ) -> list[RequestOutput]:
-        """Answer every chat, formatted with the model's chat template; one output a chat, in order.
+        """Answer every chat; returns one output a chat, in the order of the chats.
 
-        messages: a list of {"role": ..., "content": ...}, or an iterable of such lists.
-        sampling_params, errors, use_tqdm: as for `generate`; but where neither sampling_params nor
-        the model sets max_tokens, it is None. add_generation_prompt: end with what
-        begins an answer; the default, unless the final message is continued.
-        continue_final_message: let the answer go on with the final message. tools: functions that
-        the model may call, as OpenAI describes them; calls are part of the answer's text.
+        Chats are formatted with the model's chat template.
+        messages: one chat, a list of {"role": ..., "content": ...}, or an iterable of chats.
+        sampling_params, errors, use_tqdm: see `generate`. If neither sampling_params nor the
+            model's generation_config.json sets max_tokens, it is None: the rest of the context, up
+            to 2,048 tokens.
+        add_generation_prompt: end the prompt with the header of an answer. None (the default) is
+            True, unless the final message is continued.
+        continue_final_message: let the answer continue the final message; False by default.
+        tools: functions that the model may call, as OpenAI describes them; calls are part of the
+            answer's text.
         chat_template_kwargs: variables for the template, such as {"enable_thinking": False}.
         """
         variables = chat_template_kwargs or {}
@@ -235,15 +272,15 @@ class LLM(Engine):
             )
 
         chats = several_chats(messages)
-        with self._shown(use_tqdm):
+        with self._showing_progress(use_tqdm):
             params = sampling_params
             if params is None:
                 params = self._default_params(max_tokens=None)
             return self._answer("chats", chats, params, request, errors)
 
     @contextmanager
-    def _shown(self, wanted: bool) -> Iterator[None]:
-        """Progress goes to standard error until the block ends, if wanted."""
+    def _showing_progress(self, wanted: bool) -> Iterator[None]:
+        """Context that shows progress on standard error, if wanted."""
         if not wanted:
             yield
             return
@@ -257,19 +294,23 @@ class LLM(Engine):
     def _answer(
         self, what: str, items: list, sampling_params: object, make: Make, errors: OnError
     ) -> list[RequestOutput]:
+        """Turn items into requests, run them, and sort their outputs by the place of their item.
+
+        what: plural of the items, for progress and errors. make: makes a request of an item.
+        """
         self.check_usable()
         own = self.get_default_sampling_params() if sampling_params is None else sampling_params
         params = several_params(own, len(items), what)
         self.tokenizer.check()
-        told = track(items, self.on_progress, "tokenizing", what, len(items))
-        requests, outputs = make_requests(what, told, params, make, errors)
+        tracked = track(items, self.on_progress, "tokenizing", what, len(items))
+        requests, outputs = make_requests(what, tracked, params, make, errors)
         self.prepare(requests)
         answered = list(self.stream(requests))
         _warn_of_failed(answered)
         outputs += answered
         texts = map(text_of, items)
         outputs.sort(key=lambda output: output.index)
-        return [replace(it, prompt=text) for it, text in zip(outputs, texts, strict=True)]
+        return [replace(output, prompt=text) for output, text in zip(outputs, texts, strict=True)]
 
     def _token_ids(self, prompt: Prompt) -> list[int]:
         parsed = parse_prompt(prompt)
@@ -278,23 +319,24 @@ class LLM(Engine):
         return parsed.token_ids
 
     def get_default_sampling_params(self) -> SamplingParams:
-        """What the model's generation_config.json says, and the usual for the rest."""
+        """Parameters from the model's generation_config.json, with SamplingParams' defaults."""
         return self._default_params()
 
     def _default_params(self, **unless: Any) -> SamplingParams:
-        """unless: values of parameters that the model doesn't set."""
+        """Default parameters of the model. unless: values of parameters that it doesn't set."""
         return SamplingParams(
             **unless | ({} if self._is_dummy else load_sampling_defaults(self.model))
         )
 
     def get_tokenizer(self) -> PreTrainedTokenizerBase:
-        """The model's tokenizer, transformers' own. ValueError if the folder has none."""
+        """The model's tokenizer, as transformers loads it; ValueError if the folder has none."""
         return self.tokenizer.hf
 
     def request(self, index: int, prompt: Prompt, params: SamplingParams) -> Request:
-        """A request that will fit the model; ValueError says why it can't.
+        """Make a request of a prompt; raises ValueError if the model can't answer it.
 
-        An answer that would outgrow the context ends there, with finish_reason "length".
+        index: the request's place in its call. An answer that would outgrow the context ends there,
+        with finish_reason "length".
         """
         token_ids = self._token_ids(prompt)
         self.check_stops(params.stop)
@@ -303,7 +345,7 @@ class LLM(Engine):
         return generation_request(index, token_ids, params, self.config, limit, bad_words)
 
     def check_stops(self, stops: Sequence[str]) -> None:
-        """ValueError for stop strings that no answer of the model can contain."""
+        """Raise ValueError for a stop string that no answer of the model can contain."""
         if stops and not self.tokenizer.exists:
             raise ValueError(f"stop strings need a tokenizer, which {self.model} lacks")
         self._stops.check(stops)
@@ -311,10 +353,11 @@ class LLM(Engine):
     def score_request(
         self, index: int, prompt: Prompt, first: int, in_decode: bool = False
     ) -> Request:
-        """A request that doesn't generate: its output has the `scores` of tokens from `first` on.
+        """Make a request that generates nothing: its output has `scores` of the prompt's tokens.
 
-        in_decode: these are fed one by one, and show what decoding does; else they are prefilled.
-        ValueError says why it doesn't fit the model.
+        first: place of the first token that is scored, from 1 up. in_decode: feed the scored tokens
+        one by one, as decoding does; False prefills them. Raises ValueError if it doesn't fit the
+        model.
         """
         token_ids = self._token_ids(prompt)
         return scoring_request(index, token_ids, first, in_decode, self.config, self.max_model_len)
@@ -326,8 +369,22 @@ class LLM(Engine):
         self.close()
 
 
-def _limit(max_model_len: int | None, config: ModelConfig) -> int:
-    """Tokens that a prompt and its answer may have together; ValueError above the context."""
+def _find_model(model: str | Path, is_dummy: bool, is_dry: bool) -> tuple[Path, ModelConfig]:
+    """Folder and config of a model, or the name and config of a built-in shape.
+
+    is_dummy: the weights are made up, so they needn't be there. is_dry: no weights are loaded; they
+    needn't be downloaded, but weights that are there are checked.
+    """
+    if is_dummy and not Path(model).exists():
+        return Path(model), shape_config(str(model))
+    folder = (find_description if is_dry else find_model)(model)
+    has_weights = not is_dry or any(folder.glob("*.safetensors"))
+    read_config = checkpoint_config if has_weights and not is_dummy else load_config
+    return folder, read_config(folder)
+
+
+def _context_limit(max_model_len: int | None, config: ModelConfig) -> int:
+    """Limit on the tokens of a prompt and its answer; ValueError if it is above the context."""
     if max_model_len is not None and max_model_len > config.max_seq_len:
         raise ValueError(
             f"max_model_len is {max_model_len}, but the model's context is {config.max_seq_len} "
@@ -337,9 +394,8 @@ def _limit(max_model_len: int | None, config: ModelConfig) -> int:
 
 
 def _warn_of_failed(outputs: list[RequestOutput]) -> None:
-    """One warning for all requests that failed during the run."""
-    failed = sorted((it for it in outputs if it.error), key=lambda it: it.index)
+    """Show one warning for all requests that failed during the run."""
+    failed = sorted((output for output in outputs if output.error), key=lambda it: it.index)
     if failed:
         first = f"request {failed[0].index}: {failed[0].error}"
-        told = f"{len(failed)} of {len(outputs)} requests failed; {first}"
-        warnings.warn(told, stacklevel=5)
+        warnings.warn(f"{len(failed)} of {len(outputs)} requests failed; {first}", stacklevel=5)

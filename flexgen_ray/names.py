@@ -1,4 +1,4 @@
-"""Unknown names, refused with the nearest known one, or with what to use in their place."""
+"""Errors for unknown names: they name the nearest known name, or the name that is used here."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ NO_HINTS: Mapping[str, str] = {}
 def unknown_name(
     owner: str, kind: str, names: Iterable[object], known: Iterable[str], hints: Mapping[str, str]
 ) -> str | None:
-    """A sentence on the first name that isn't known; None if all are.
+    """Sentence on the first name that isn't known; None if all are known.
 
-    hints: for names of other systems, what to use here. Else the nearest known name is said.
+    owner, kind: start of the sentence, such as "LLM" and "option". hints: {name of another system:
+    the advice on what to use here}; for other names the sentence has the nearest known name.
     """
     known = list(known)
     name = next((name for name in names if name not in known), None)
@@ -34,7 +35,7 @@ def unknown_name(
 
 
 def explains_unknown(hints: Mapping[str, str] = NO_HINTS) -> Callable[[type[T]], type[T]]:
-    """Class decorator: a constructor's TypeError for an unknown option says what to use instead."""
+    """Class decorator: the constructor's TypeError for an unknown option names the one to use."""
 
     def decorate(cls: type[T]) -> type[T]:
         own: Any = cls
@@ -45,9 +46,9 @@ def explains_unknown(hints: Mapping[str, str] = NO_HINTS) -> Callable[[type[T]],
 
 
 def explains_call(name: str, hints: Mapping[str, str] = NO_HINTS) -> Callable[[F], F]:
-    """Method decorator: a TypeError for an unknown option says what to use instead.
+    """Method decorator: a TypeError for an unknown option names the option to use instead.
 
-    name: what the error calls the method.
+    name: the method's name in the error.
     """
     return lambda method: _explained(method, name, hints)
 

@@ -1,4 +1,4 @@
-"""Where files lie: models, and what this project makes in a user's folders."""
+"""Folders of models, and of the files that this project makes in a user's folders."""
 
 from __future__ import annotations
 
@@ -7,20 +7,19 @@ import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-# What a model needs, and no pickles, programs or second copies of the weights.
+# Files that a model needs: no pickles, no programs, no second copies of the weights.
 _DESCRIPTION = ("*.json", "*.model", "*.txt", "*.jinja")
 _WANTED = ("*.safetensors", *_DESCRIPTION)
 _UNWANTED = ("consolidated*", "*/*")
 
 
 def find_config(name: str | Path) -> Path:
-    """The folder with a model's config.json, as `find_model`, but its weights needn't be there."""
+    """Folder with a model's config.json (see `find_model`); its weights needn't be there."""
     return find_model(name, wanted=("config.json", "generation_config.json"))
 
 
 def find_description(name: str | Path) -> Path:
-    """The folder with a model's config and tokenizer, as `find_model`; its weights needn't be
-    there."""
+    """Folder with a model's config and tokenizer (see `find_model`), with or without weights."""
     return find_model(name, wanted=_DESCRIPTION)
 
 
@@ -29,11 +28,13 @@ def find_model(
     announce: Callable[[str], None] | None = None,
     wanted: Sequence[str] = _WANTED,
 ) -> Path:
-    """A model's folder on this node: a path, or a name on the Hugging Face hub such as
-    `Qwen/Qwen3-32B`, whose files are taken from its cache, or else downloaded to it.
+    """Folder of a model on this node, downloaded if need be.
 
-    announce is called with a line before a download; wanted: patterns of the files. Raises
-    FileNotFoundError, naming the node, if neither is to be had; PermissionError for a gated model.
+    name: a folder's path, or a name on the Hugging Face hub such as "Qwen/Qwen3-32B"; its files are
+    taken from the hub's cache, or downloaded to it. announce: called with a line before a download.
+    wanted: patterns of the files to download.
+    Raises FileNotFoundError, naming the node, if there is neither a folder nor such a model, and
+    PermissionError for a gated model.
     """
     if Path(name).is_dir():
         return Path(name).resolve()
@@ -81,20 +82,20 @@ def find_model(
 
 
 def user_cache_dir() -> Path:
-    """`$XDG_CACHE_HOME` or `~/.cache`, and this project's folder in it."""
+    """This project's folder in the user's cache folder, $XDG_CACHE_HOME or ~/.cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "flexgen_ray"
 
 
 def default_offload_dir() -> Path:
-    """Not in /tmp, which is often memory."""
+    """Default folder for data on disk; not in /tmp, which is often in memory."""
     return user_cache_dir() / "offload"
 
 
 def calibration_dir() -> Path:
-    """What was measured of this machine, and need not be measured again."""
+    """Folder with measurements of this machine, so that none has to be made twice."""
     return user_cache_dir() / "calibration"
 
 
 def hardware_file() -> Path:
-    """Where `flexgen-ray calibrate` keeps what it measured of this node."""
+    """File in which `flexgen-ray calibrate` stores this node's rates."""
     return calibration_dir() / f"hardware-{socket.gethostname()}.yaml"

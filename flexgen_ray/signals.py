@@ -1,4 +1,4 @@
-"""What a signal does to a command. Imports next to nothing, so that it holds from the start."""
+"""Signals that stop a command. Imports almost nothing, so that it works from the very start."""
 
 from __future__ import annotations
 
@@ -9,14 +9,17 @@ STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal ends the job. Not KeyboardInterrupt itself: if that passes code run from a string,
-    as much of what is imported does, Python ends by the signal, whatever the exit status is."""
+    """A signal to stop, as an exception.
+
+    Not a KeyboardInterrupt itself: if that passes through code that runs from a string, as in many
+    imports, Python ends by the signal, whatever the exit status should be.
+    """
 
 
 def raise_on_stop() -> None:
-    """Makes the first signal an exception; the next ends the process at once.
+    """Raise Stopped in the main thread at the first signal; the second ends the process directly.
 
-    An ignored SIGHUP stays ignored: so nohup lets a command outlive its terminal.
+    An ignored SIGHUP stays ignored, so that nohup lets a command outlive its terminal.
     """
     for number in STOPS:
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
@@ -24,7 +27,7 @@ def raise_on_stop() -> None:
 
 
 def was_stopped() -> bool:
-    """True if a signal to stop came, though some library may have swallowed the exception."""
+    """True if a signal to stop has come, even if some library swallowed the exception."""
     return signal.getsignal(signal.SIGINT) == signal.SIG_DFL
 
 

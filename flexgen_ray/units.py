@@ -1,4 +1,4 @@
-"""Bytes and seconds as people write them: `16GiB` in, `15.2 GiB` and `3.2 h` out."""
+"""Parsing and formatting of bytes and seconds: "16GiB" to an int, floats to "15.2 GiB", "3.2 h"."""
 
 import re
 from operator import index
@@ -8,7 +8,10 @@ _UNITS |= {"kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 
 
 def parse_bytes(text: str | int) -> int:
-    """`16GiB`, `512 MiB`, `1.5GB` or a plain number, in bytes; ValueError otherwise."""
+    """Bytes from text such as "16GiB", "512 MiB", "1.5GB" or "1000"; ints are returned as they are.
+
+    Raises ValueError for other text.
+    """
     if not isinstance(text, str):
         return index(text)
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
@@ -18,7 +21,7 @@ def parse_bytes(text: str | int) -> int:
 
 
 def format_bytes(count: float) -> str:
-    """The largest binary unit in which the count is at least one."""
+    """Format bytes in the largest binary unit in which they are at least one, such as 15.2 GiB."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(count) < 1024:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
@@ -27,7 +30,7 @@ def format_bytes(count: float) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """Two or three digits, in seconds, minutes or hours."""
+    """Format seconds with two or three digits, in seconds, minutes or hours."""
     if seconds < 99.5:
         return f"{seconds:.0f} s" if seconds >= 9.95 else f"{seconds:.2g} s"
     if seconds < 99.5 * 60:
