@@ -1,6 +1,7 @@
-"""What a policy, a workload and a budget are: frozen facts, with no torch behind them.
+"""Settings of a run as frozen dataclasses: policy, workload, budget, rates, deployment.
 
-Knows names, shapes and fractions. Does not know bytes per tier (layout/sizes.py) or any tensor.
+Knows names, shapes and fractions, and checks them; knows neither bytes a tier (layout/sizes.py) nor
+tensors.
 """
 
 from __future__ import annotations
@@ -9,23 +10,31 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from math import ceil
-from numbers import Real
 from pathlib import Path
 
+from flexgen_ray.checks import (
+    Check,
+    check_values,
+    explains_unknown,
+    instance,
+    integer,
+    number,
+    one_of,
+    optional,
+    unknown_name,
+)
 from flexgen_ray.files.text_files import read_yaml
-from flexgen_ray.names import explains_unknown, unknown_name
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-TRANSPORTS = ("auto", "nccl", "gloo")  # of hidden states, from stage to stage
+TRANSPORTS = ("auto", "nccl", "gloo")  # libraries that send hidden states between stages
 TIERS = ("gpu", "cpu", "disk")
 BITS = (4, 8)
 _BITS = ("weight_bits", "embedding_bits", "cache_bits")
-# What no machine has room for; each batch and block is planned one by one.
-_MOST = {"gpu_batch_size": 2**40, "max_batch_tokens": 2**40}
-_MOST |= {"num_gpu_batches": 4096, "blocks_in_flight": 4096}
-LOSSY = (*_BITS, "attention_sparsity")  # what of a policy changes answers
+_MANY = 2**40  # slots and tokens, more than any machine has memory for
+_MAX_BATCHES = 4096  # each batch and each block is planned one by one
+LOSSY = (*_BITS, "attention_sparsity")  # fields of a policy that change answers
 DEVICES = '"auto", "cpu", "cuda", or "cuda:N" for the GPU of number N'
-# FlexGen's own names, whose shares were percents.
+# Names of the original FlexGen, whose shares were percents.
 _FLEXGEN_PLACEMENT = "use {}=Placement(gpu=..., cpu=..., disk=...), fractions that sum to 1"
 _FLEXGEN_POLICY = {
     **{f"{short}_{tier}_percent": _FLEXGEN_PLACEMENT.format(name)
@@ -44,14 +53,19 @@ _OTHER_TIERS = {"host": "use cpu", "ram": "use cpu", "cuda": "use gpu", "device"
 
 
 def is_device(name: object) -> bool:
-    """True for the name of a device that a run may be put on, whether or not it is there."""
+    """True for the name of a device that this project can use, even if this machine lacks it."""
     return isinstance(name, str) and re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", name) is not None
 
 
 @explains_unknown(_OTHER_TIERS)
 @dataclass(frozen=True)
 class Placement:
-    """Fractions of something that lie on each tier; they sum to one."""
+    """Shares of weights, KV cache or hidden states on each tier: fractions that sum to 1.
+
+    gpu: share on the device that computes, 1.0 by default; without a GPU that is host memory too.
+    cpu: share in host memory, 0.0 by default.
+    disk: share on disk, 0.0 by default.
+    """
 
     gpu: float = 1.0
     cpu: float = 0.0
@@ -59,29 +73,47 @@ class Placement:
 
     def __post_init__(self) -> None:
         parts = (self.gpu, self.cpu, self.disk)
-        if not all(_is_share(part) for part in parts):
+        if not all(map(_is_share, parts)):
             raise ValueError(f"{self} has a fraction outside 0 to 1; give fractions, not percents")
         if abs(sum(parts) - 1) > 1e-6:
             raise ValueError(f"{self} sums to {sum(parts):g}; the three fractions must sum to 1")
 
     @property
     def fractions(self) -> tuple[float, float, float]:
+        """Shares in the order of TIERS: gpu, cpu, disk."""
         return self.gpu, self.cpu, self.disk
 
 
 @explains_unknown(_FLEXGEN_POLICY)
 @dataclass(frozen=True)
 class Policy:
-    """How a stage lays out and walks its work (FlexGen's policy, with its fractions named).
+    """Layout and batch sizes of a stage: FlexGen's policy, with its fractions named.
 
-    A block is `num_gpu_batches` batches of `gpu_batch_size` slots; linear layers take at most
-    `max_batch_tokens` tokens at a time; `cpu_attention` is the share of the host-resident rows
-    that are attended on the host, the others stream to the device. `blocks_in_flight`: blocks that
-    circulate through a pipeline's stages, each with its own cache; as many as stages if None.
+    A *block* is the set of sequences that share one trip of the weights through a stage: so many
+    batches of so many slots, one sequence a slot. Larger blocks use each loaded weight for more
+    tokens, and need more memory for their KV cache.
 
-    Lossy, and off unless asked for: `weight_bits`, `embedding_bits` (of the table and the head) and
-    `cache_bits`, 4 or 8, keep matrices and cache quantized in groups of 64 (quant/packing.py);
-    `attention_sparsity` is the share of a row's tokens that decoding attends, those of most weight.
+    gpu_batch_size: sequences a batch, that is, computed together; 8 by default.
+    num_gpu_batches: batches a block; 1 by default. With two or more, one batch computes while the
+        next one's cache is loaded, or attended on the host.
+    max_batch_tokens: tokens that linear layers take at a time, 2048 by default; longer prompts are
+        cut into chunks.
+    weights, cache, activations: Placement of the layers' weights, of the KV cache, and of hidden
+        states between layers; all on the GPU by default.
+    cpu_attention: share of the cache rows in host memory that are attended there, by the CPU; the
+        others are streamed to the GPU. 1.0 by default.
+    blocks_in_flight: blocks that circulate through a pipeline's stages, each with its own cache.
+        None (the default) is one a stage.
+
+    Lossy options, off by default:
+
+    weight_bits, embedding_bits, cache_bits: 4 or 8 bits for the layers' matrices, for the embedding
+        and the head, and for the KV cache, in groups of 64 values with a scale each. None keeps
+        the dtype.
+    attention_sparsity: share of each sequence's tokens that decoding attends to, above 0 up to 1:
+        those with the largest attention weights. 1.0 (the default) attends to all.
+
+    Raises ValueError for a wrong value, TypeError for an unknown name.
     """
 
     gpu_batch_size: int = 8
@@ -98,49 +130,21 @@ class Policy:
     attention_sparsity: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in _BITS:
-            bits = getattr(self, name)
-            if bits not in (None, *BITS) or not isinstance(bits, int | None):
-                known = ", ".join(map(str, BITS))
-                raise ValueError(
-                    f"policy: {name} is {getattr(self, name)!r}; it must be one of {known}, or "
-                    "left out for values as the dtype has them"
-                )
-        for name in ("gpu_batch_size", "num_gpu_batches", "max_batch_tokens", "blocks_in_flight"):
-            value = getattr(self, name)
-            if name == "blocks_in_flight" and value is None:
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"policy: {name} is {value!r}; it must be an integer from 1 up")
-            if value > (most := _MOST[name]):
-                raise ValueError(f"policy: {name} is {value:.4g}; it may be {most} at most")
-        if not _is_share(self.attention_sparsity) or not self.attention_sparsity:
-            raise ValueError(
-                f"policy: attention_sparsity is {self.attention_sparsity!r}; it is the share of "
-                "tokens that are attended, above 0 and at most 1"
-            )
-        if not _is_share(self.cpu_attention):
-            raise ValueError(
-                f"policy: cpu_attention is {self.cpu_attention!r}; it is a share (0-1)"
-            )
-        for name in ("weights", "cache", "activations"):
-            if not isinstance(getattr(self, name), Placement):
-                raise ValueError(
-                    f"policy: {name} is {getattr(self, name)!r}; it must be "
-                    "Placement(gpu=..., cpu=..., disk=...)"
-                )
+        check_values(vars(self), _POLICY_CHECKS, "policy: ")
 
     @property
     def block_size(self) -> int:
+        """Sequences of a block."""
         return self.gpu_batch_size * self.num_gpu_batches
 
     def compressed(self, **lossy: int | float | None) -> Policy:
-        """With what is given of the lossy options, None for what isn't."""
-        return replace(self, **{name: it for name, it in lossy.items() if it is not None})  # type: ignore[arg-type]
+        """Copy with these lossy options; None leaves the policy's own value."""
+        changed = {name: value for name, value in lossy.items() if value is not None}
+        return replace(self, **changed)  # type: ignore[arg-type]
 
     @staticmethod
     def from_dict(values: dict) -> Policy:
-        """Every key optional, unknown keys refused; ValueError names the key."""
+        """Policy from a YAML file's keys, all optional; ValueError for an unknown key or value."""
         _refuse_unknown("policy", values, Policy, _FLEXGEN_POLICY)
         fields = dict(values)
         for name in ("weights", "cache", "activations"):
@@ -150,7 +154,10 @@ class Policy:
 
     @staticmethod
     def from_yaml(path: str | Path) -> Policy:
-        """ValueError (bad content) and OSError (no such file) name the path."""
+        """Policy from a YAML file.
+
+        Raises ValueError for bad content and OSError for a file that can't be read, with its path.
+        """
         values = read_yaml(path)
         try:
             if not isinstance(values or {}, dict):
@@ -176,16 +183,36 @@ def _refuse_unknown(where: str, values: dict, cls: type, hints: Mapping[str, str
         raise ValueError(sentence)
 
 
-def _is_share(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and 0 <= float(value) <= 1
+_is_share = number(0, 1)
+_batches = integer(1, _MAX_BATCHES)
+_bits: Check = (
+    lambda value: value is None or (type(value) is int and value in BITS),
+    f"one of {', '.join(map(str, BITS))}, or left out for values as the dtype has them",
+)
+_placement_check: Check = instance(Placement), "Placement(gpu=..., cpu=..., disk=...)"
+_POLICY_CHECKS: dict[str, Check] = {
+    "gpu_batch_size": (integer(1, _MANY), f"an integer, 1 to {_MANY}"),
+    "num_gpu_batches": (_batches, f"an integer, 1 to {_MAX_BATCHES}"),
+    "max_batch_tokens": (integer(1, _MANY), f"an integer, 1 to {_MANY}"),
+    "blocks_in_flight": (optional(_batches), f"None or an integer, 1 to {_MAX_BATCHES}"),
+    "weights": _placement_check,
+    "cache": _placement_check,
+    "activations": _placement_check,
+    "cpu_attention": (_is_share, "a share, 0 to 1"),
+    "attention_sparsity": (number(0, 1, above=True),
+                           "the share of tokens that are attended, above 0 and at most 1"),
+    **dict.fromkeys(_BITS, _bits),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What a job asks of the stores: how many sequences, and how long the longest are.
+    """Sizes of a set of requests, for which stores are made.
 
-    resumes: whether an answer that was interrupted may go on, its tokens so far as a prompt.
-    drawn: mean work of sampling a token, as a share of sampling from all tokens (cost/ops.py).
+    num_requests: sequences. max_prompt_len, max_seq_len: tokens of the longest prompt, and of the
+    longest prompt with its answer. resumes: True if an interrupted answer may go on, its tokens so
+    far as part of the prompt. drawn: mean work of sampling a token, as a share of sampling from all
+    tokens (cost/ops.py).
     """
 
     num_requests: int
@@ -196,11 +223,11 @@ class Workload:
 
     @property
     def max_prefill_len(self) -> int:
-        """Tokens that a request brings when it comes."""
+        """Tokens of the longest prefill; a resumed answer is prefilled with its prompt."""
         return self.max_seq_len if self.resumes else self.max_prompt_len
 
     def covers(self, other: Workload) -> bool:
-        """True if stores made for this workload can also serve `other`."""
+        """True if stores that were made for this workload can serve `other` too."""
         return (
             self.num_requests >= other.num_requests
             and self.max_prompt_len >= other.max_prompt_len
@@ -212,16 +239,26 @@ class Workload:
 @explains_unknown()
 @dataclass(frozen=True)
 class HardwareSpec:
-    """Rates of a device and its host, per second; what shares a resource shares its rate.
+    """Rates of a device and its host, in bytes, flops, ops or values a second.
 
-    host_bytes_per_s is host memory, which both links, the disk and host attention draw on;
-    *_attention_bytes_per_s is what the host's cores, and the device, attend of a cache by
-    themselves. Matrix products of few tokens are slower than those of many:
-    device_decode_flops_per_s, if given. dequantize: of packed values, counted as 16 bits each.
-    device_ops: what an op takes of a device beside its work, which a GPU's launches hide;
-    elementwise: what ops between products read and write; sampled: logits, where tokens are drawn;
-    both beyond measure where nobody measured.
-    The network carries hidden states to the next stage.
+    All users of a resource share its rate.
+
+    h2d_bytes_per_s, d2h_bytes_per_s: the CPU-GPU link, to the device and back.
+    disk_read_bytes_per_s, disk_write_bytes_per_s: the disk.
+    host_bytes_per_s: host memory, which both directions of the link, the disk and attention on the
+        host use.
+    host_attention_bytes_per_s, device_attention_bytes_per_s: KV cache that the host's cores, and
+        the device, attend to alone.
+    device_flops_per_s: matrix products of many tokens. device_decode_flops_per_s: products of few
+        tokens, which are slower; 0 is device_flops_per_s.
+    device_bytes_per_s: the device's memory.
+    dequantize_bytes_per_s: quantized values, counted as 16 bits each; 0 is half the memory's rate.
+    device_ops_per_s: ops, for the constant time that each takes of the device, which a GPU's
+        launches hide.
+    elementwise_bytes_per_s: bytes that ops between matrix products read and write.
+    sampled_values_per_s: logits of sampled tokens. This and the two rates before it are nearly
+        infinite by default, for rates that were not measured.
+    network_bytes_per_s: hidden states on their way to the next stage.
     """
 
     h2d_bytes_per_s: float
@@ -247,14 +284,13 @@ class HardwareSpec:
             ("dequantize_bytes_per_s", self.device_bytes_per_s / 2),
         ):
             object.__setattr__(self, name, getattr(self, name) or usual)
-        for name, value in vars(self).items():
-            if not isinstance(value, int | float) or not value > 0:
-                raise ValueError(f"{name} is {value!r}; a rate must be a number above 0")
+        rate: Check = number(0, above=True), "a number above 0"
+        check_values(vars(self), dict.fromkeys(vars(self), rate))
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Bytes that may be used on each tier; promises, checked before a run and kept during it."""
+    """Limits in bytes on each tier's use: checked before a run, and kept during it."""
 
     gpu: int
     cpu: int
@@ -266,9 +302,10 @@ class Budget:
 class Faults:
     """Limits on the failures that a Ray run tolerates.
 
-    max_restarts: times that lost stages are replaced. stall_seconds: without any op's end, after
-    which stages count as lost. restart_seconds: that Ray gets to start them elsewhere; None is 120,
-    or 600 where the cluster may start machines.
+    max_restarts: number of times that lost stages are replaced before the run fails; 3 by default.
+    stall_seconds: time without any finished op after which stages count as lost; 300 by default.
+    restart_seconds: time limit for starting them again. None (the default) is 120, or 600 where the
+        cluster may start machines.
     """
 
     max_restarts: int = 3
@@ -276,25 +313,31 @@ class Faults:
     restart_seconds: float | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.max_restarts, int) or self.max_restarts < 0:
-            raise ValueError(f"max_restarts is {self.max_restarts!r}; it must be 0 or more")
-        for name in ("stall_seconds", "restart_seconds"):
-            seconds = getattr(self, name)
-            if seconds is None and name == "restart_seconds":
-                continue
-            if not isinstance(seconds, int | float) or not seconds > 0:
-                raise ValueError(f"{name} is {seconds!r}; it must be a number above 0")
+        check_values(vars(self), _FAULTS_CHECKS)
+
+
+_seconds = number(0, above=True)
+_FAULTS_CHECKS: dict[str, Check] = {
+    "max_restarts": (integer(0), "an integer from 0 up"),
+    "stall_seconds": (_seconds, "a number above 0"),
+    "restart_seconds": (optional(_seconds), "None or a number above 0"),
+}
 
 
 @dataclass(frozen=True)
 class Deployment:
-    """Where the stages of an LLM run, and on how much of it.
+    """Number of an LLM's stages, and the machines and processes in which they run.
 
-    num_stages: auto is a stage for every GPU of the cluster, or one without Ray or GPUs. device:
-    auto, cuda, cuda:N or cpu. use_ray: stages are Ray actors on the cluster at `address`, or on one
-    that is started; else they run in this process. threads: host threads of each stage; None is its
-    share of the node's cores. wait_seconds: for room on the cluster; None is 10 s, or 15 minutes
-    where the cluster may start machines. Raises ValueError for what can't be.
+    num_stages: number of stages; "auto" is one for every GPU of the cluster, or one without Ray or
+        GPUs.
+    device: "auto", "cpu", "cuda" or "cuda:N".
+    use_ray: run stages as Ray actors; False runs them in this process.
+    address: the Ray cluster's address; None starts a cluster for this process.
+    transport: library that sends hidden states between stages (TRANSPORTS).
+    faults: limits on failures.
+    threads: host threads of each stage; None is its share of the node's cores.
+    wait_seconds: limit of the wait for resources on the cluster; None is 10 s, or 15 minutes where
+        the cluster may start machines.
     """
 
     num_stages: int | str = 1
@@ -307,21 +350,23 @@ class Deployment:
     wait_seconds: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("num_stages", "threads"):
-            value, none = getattr(self, name), {"num_stages": "auto", "threads": None}[name]
-            is_number = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-            if not is_number and value != none:
-                shown = name.removeprefix("num_")
-                raise ValueError(f"{shown} is {value!r}; it must be {none} or a number from 1 up")
-        if self.wait_seconds is not None and not self.wait_seconds >= 0:
-            raise ValueError(f"wait is {self.wait_seconds!r}; it must be seconds, 0 or more")
-        if self.transport not in TRANSPORTS:
-            known = ", ".join(TRANSPORTS)
-            raise ValueError(f"transport is {self.transport!r}; it must be one of {known}")
+        check_values(vars(self), _DEPLOYMENT_CHECKS)
+
+
+_from_1 = integer(1)
+_DEPLOYMENT_CHECKS: dict[str, Check] = {
+    "num_stages": (lambda value: value == "auto" or _from_1(value), "auto or a number from 1 up"),
+    "threads": (optional(_from_1), "None or a number from 1 up"),
+    "wait_seconds": (optional(number(0)), "None or seconds, 0 or more"),
+    "transport": one_of(*TRANSPORTS),
+}
 
 
 def kept_tokens(tokens: int, sparsity: float) -> int:
-    """ceil(sparsity * tokens), at least one; ValueError if sparsity is not in (0, 1]."""
+    """Number of tokens that sparse attention keeps: ceil(sparsity * tokens), at least one.
+
+    Raises ValueError if sparsity is not in (0, 1].
+    """
     if not 0 < sparsity <= 1:
         raise ValueError(f"sparsity, the share of tokens kept, must be in (0, 1], not {sparsity}")
     # 0.07 * 100 is a little more than 7, but 7 tokens are meant.

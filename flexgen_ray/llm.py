@@ -13,10 +13,11 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flexgen_ray.checks import check_values, explains_call, explains_unknown
 from flexgen_ray.config import LOSSY, Deployment, Faults, HardwareSpec, Policy
 from flexgen_ray.engine.backend import execution
 from flexgen_ray.engine.engine import Engine, Settings
-from flexgen_ray.engine.options import ELSEWHERE, ELSEWHERE_IN_CALLS, check_values, failure_limits
+from flexgen_ray.engine.options import CHECKS, ELSEWHERE, ELSEWHERE_IN_CALLS, failure_limits
 from flexgen_ray.engine.prompts import (
     Chat,
     Make,
@@ -34,7 +35,6 @@ from flexgen_ray.models.checkpoint import checkpoint_config
 from flexgen_ray.models.config import ModelConfig
 from flexgen_ray.models.config_files import load_config, load_sampling_defaults
 from flexgen_ray.models.shapes import shape_config
-from flexgen_ray.names import explains_call, explains_unknown
 from flexgen_ray.paths import default_offload_dir, find_description, find_model
 from flexgen_ray.planner.stage_policies import StagePolicies
 from flexgen_ray.processor import generation_request, scoring_request
@@ -165,7 +165,7 @@ class LLM(Engine):
         dry_run: bool = False,
     ) -> None:
         options = dict(locals())
-        check_values(options)
+        check_values(options, CHECKS)
         lossy = {name: options[name] for name in LOSSY}
         self._is_dummy = load_format == "dummy"
         self.model, config = _find_model(model, self._is_dummy, dry_run)

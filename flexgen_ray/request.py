@@ -1,15 +1,24 @@
-"""Requests and their outputs, in the words vLLM's users know. No tensors here."""
+"""Sampling parameters, requests and their outputs, under vLLM's names. No tensors here."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
 from numbers import Number
+from sys import float_info
 from typing import Any, NamedTuple
 
-from flexgen_ray.names import explains_unknown
+from flexgen_ray.checks import (
+    Check,
+    explains_unknown,
+    instance,
+    integer,
+    number,
+    optional,
+    wrong_value,
+)
 
-# Names of vLLM, OpenAI and transformers that have another one here, or none.
+# Parameters of vLLM, OpenAI and transformers that have another name here, or none.
 _ELSEWHERE = {
     "best_of": "use n, and choose among the answers by cumulative_logprob",
     "num_return_sequences": "use n",
@@ -32,38 +41,64 @@ _ELSEWHERE = {
     "truncate_prompt_tokens": "cut the prompt's token ids yourself",
     "detokenize": "answers always have their text; leave it out",
 }
-# Types of values that need no look: this happens for every request of a job.
+# Types that are Python's own, so no conversion is tried: a job has many requests.
 _PLAIN = {int, float, bool, str, tuple, list, dict, type(None)}
 MAX_LOGPROBS = 20
 MAX_SAMPLES = 128
-DEFAULT_MAX_TOKENS = 16  # vLLM's and OpenAI's, of completions
-MAX_TOKENS_UNSET = 2048  # most tokens of an answer that nobody limits
+DEFAULT_MAX_TOKENS = 16  # default of vLLM, and of OpenAI's completions
+MAX_TOKENS_UNSET = 2048  # most tokens of an answer with max_tokens=None
 
 
 @explains_unknown(_ELSEWHERE)
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to choose tokens, and when to stop.
+    """Parameters of an answer: choice of its tokens, its end, and what is returned with it.
 
-    temperature 0 is greedy. With a `seed` the same prompt gives the same answer wherever it stands;
-    without one the run's seed and the request's index decide. logprobs, prompt_logprobs: of each
-    token of the answer and the prompt, its logarithm of the probability before temperature, and
-    those of as many likeliest ones; None asks for nothing. max_tokens: most tokens of the
-    answer; None for the rest of the model's context, 2,048 at most; 0 if only the prompt's
-    log-probabilities are asked for.
+    Names and meanings are vLLM's.
 
-    top_k: only so many of the likeliest tokens may be chosen; 0 or -1 for all. min_p: only those
-    at least this share as likely as the likeliest. presence_penalty, frequency_penalty: taken from
-    the logits of tokens that the answer has, once or as often as it has them; repetition_penalty
-    divides the positive logits, and multiplies the negative ones, of tokens of prompt and answer.
-    stop_token_ids end an answer as an end token does, even with ignore_eos; before min_tokens
-    neither these nor end tokens can be chosen, and stop strings are not looked for. n: how many
-    answers, each drawn by itself. include_stop_str_in_output: the text keeps what ended it.
+    Length and end
 
-    logit_bias: by token id, -100 to 100, added to its logit before penalties. allowed_token_ids:
-    only these may be chosen. bad_words: texts, or sequences of token ids, that the answer never
-    has; a text counts with and without a space before it, where both take as many tokens.
-    skip_special_tokens: leave special tokens out of the text.
+    max_tokens: maximum tokens of the answer; 16 by default. None is the rest of the model's
+        context, up to 2,048. 0 generates nothing, and is allowed with prompt_logprobs.
+    min_tokens: tokens before which the answer can't end; 0 by default. Until then, end tokens and
+        stop_token_ids can't be chosen, and stop strings are not looked for.
+    stop: text, or list of texts, that end the answer. Empty by default.
+    stop_token_ids: tokens that end the answer, as the model's own end tokens do. Empty by default.
+    ignore_eos: don't end at the model's end tokens; False by default.
+    include_stop_str_in_output: keep the stop string or stop token in the text; False by default.
+
+    Choice of tokens
+
+    temperature: divisor of the logits, 0 to 2; 1.0 by default. 0 is greedy.
+    top_k: choose only among the k likeliest tokens; 0 (the default) or -1 is all.
+    top_p: choose only among the likeliest tokens whose probabilities together reach this, above 0
+        up to 1.0, the default.
+    min_p: choose only among tokens at least this share as likely as the likeliest, 0 to 1; 0.0 by
+        default.
+    presence_penalty: taken once from the logits of tokens that the answer has, -2 to 2; 0.0 by
+        default.
+    frequency_penalty: taken from those logits as often as the answer has the token, -2 to 2; 0.0 by
+        default.
+    repetition_penalty: divides positive and multiplies negative logits of tokens that the prompt or
+        the answer has, above 0; 1.0 (the default) is none.
+    logit_bias: {token id: -100 to 100}, added to the tokens' logits before penalties. None by
+        default.
+    allowed_token_ids: the only tokens that may be chosen; None (the default) is all.
+    bad_words: texts, or lists of token ids, that the answer never has. A text counts with and
+        without a space before it, if both have the same number of tokens. Empty by default.
+    seed: seed of the random numbers. The same prompt with the same seed gets the same answer in any
+        call. None (the default) uses the run's seed and the request's place.
+    n: number of answers, 1 to 128, each drawn by itself; 1 by default.
+
+    Returned with the text
+
+    logprobs: for each token of the answer, its log-probability before temperature and those of the
+        so many likeliest tokens, 0 to 20. None (the default) returns none.
+    prompt_logprobs: the same for the tokens of the prompt.
+    skip_special_tokens: leave special tokens out of the text; True by default.
+
+    Numbers and arrays of numpy are accepted. Raises ValueError for a wrong value, TypeError for an
+    unknown name.
     """
 
     max_tokens: int | None = DEFAULT_MAX_TOKENS
@@ -89,142 +124,91 @@ class SamplingParams:
     skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if type(value) not in _PLAIN and isinstance(value, Number):
-                object.__setattr__(self, name, _plain(value))
-        for name in ("stop", "stop_token_ids"):
-            object.__setattr__(self, name, _as_tuple(getattr(self, name)))
-        least, most = 1 if self.prompt_logprobs is None else 0, self.max_tokens
-        if most is not None and (not _is_number(most, int) or most < least):
-            raise ValueError(
-                f"max_tokens is {most!r}; it must be an integer from 1 up, None for the rest of "
-                "the model's context, or 0 if the prompt's log-probabilities are asked for"
-            )
-        if not _is_number(self.temperature, int | float) or not 0 <= self.temperature <= 2:
-            raise ValueError(f"temperature is {self.temperature!r}; it must be 0 (greedy) to 2")
-        if not _is_number(self.top_p, int | float) or not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p is {self.top_p!r}; it must be above 0 and at most 1")
-        if self.seed is not None and not _is_number(self.seed, int):
-            raise ValueError(f"seed is {self.seed!r}; it must be an integer")
-        for name in ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be true or false")
-        for name in ("logprobs", "prompt_logprobs"):
-            top = getattr(self, name)
-            if top is not None and (not _is_number(top, int) or not 0 <= top <= MAX_LOGPROBS):
-                raise ValueError(f"{name} is {top!r}; it must be an integer, 0 to {MAX_LOGPROBS}")
-        is_tuple = isinstance(self.stop, tuple)
-        if not is_tuple or any(not isinstance(text, str) or not text for text in self.stop):
-            raise ValueError(f"stop is {self.stop!r}; it must be non-empty strings")
-        self._check_ranges()
-        self._check_ends()
-        object.__setattr__(self, "logit_bias", _parse_bias(self.logit_bias))
-        object.__setattr__(self, "allowed_token_ids", _parse_allowed(self.allowed_token_ids))
-        object.__setattr__(self, "bad_words", _parse_words(self.bad_words))
-        if not _is_number(self.n, int) or not 1 <= self.n <= MAX_SAMPLES:
-            raise ValueError(f"n is {self.n!r}; it must be an integer, 1 to {MAX_SAMPLES}")
-        if self.n > 1 and (not self.temperature or self.max_tokens == 0):
-            raise ValueError(
-                f"n is {self.n}, but with temperature {self.temperature} and max_tokens "
-                f"{self.max_tokens} all answers would be alike; give n=1, or both above 0"
-            )
+        # Defaults are right, so only other values are checked: a job has many requests.
+        changed = [(name, value) for name, value in vars(self).items()
+                   if value is not _DEFAULTS[name]]  # fmt: skip
+        for name, value in changed:
+            parsed = _PARSERS.get(name, _plain)(value)
+            if parsed is not value:
+                object.__setattr__(self, name, parsed)
+            is_right, wanted = _CHECKS[name]
+            if not is_right(parsed):
+                raise ValueError(wrong_value(name, parsed, wanted))
+        if changed:
+            self._check_combinations()
 
     @property
     def has_penalties(self) -> bool:
         penalties = self.presence_penalty, self.frequency_penalty, self.repetition_penalty
         return penalties != (0, 0, 1)
 
-    def _check_ranges(self) -> None:
-        if not _is_number(self.top_k, int) or self.top_k < -1:
+    def _check_combinations(self) -> None:
+        """Raise ValueError for values that only are wrong together."""
+        most = self.max_tokens
+        if most == 0 and self.prompt_logprobs is None:
+            raise ValueError(wrong_value("max_tokens", most, _CHECKS["max_tokens"][1]))
+        if most is not None and self.min_tokens > most:
+            wanted = f"an integer, 0 to max_tokens ({most})"
+            raise ValueError(wrong_value("min_tokens", self.min_tokens, wanted))
+        if self.n > 1 and (not self.temperature or most == 0):
             raise ValueError(
-                f"top_k is {self.top_k!r}; it must be an integer from 1 up, or 0 or -1 for all"
-            )
-        if not _is_number(self.min_p, int | float) or not 0 <= self.min_p <= 1:
-            raise ValueError(f"min_p is {self.min_p!r}; it must be 0 to 1")
-        for name in ("presence_penalty", "frequency_penalty"):
-            value = getattr(self, name)
-            if not _is_number(value, int | float) or not -2 <= value <= 2:
-                raise ValueError(f"{name} is {value!r}; it must be -2 to 2")
-        value = self.repetition_penalty
-        if not _is_number(value, int | float) or not 0 < value < float("inf"):
-            raise ValueError(f"repetition_penalty is {value!r}; it must be above 0, and 1 for none")
-
-    def _check_ends(self) -> None:
-        ids = self.stop_token_ids
-        if not isinstance(self.stop_token_ids, tuple) or any(
-            not _is_number(token, int) or token < 0 for token in self.stop_token_ids
-        ):
-            raise ValueError(
-                f"stop_token_ids is {ids!r}; it must be a list of token ids, integers from 0 up"
-            )
-        most = self.min_tokens if self.max_tokens is None else self.max_tokens
-        if not _is_number(self.min_tokens, int) or not 0 <= self.min_tokens <= most:
-            raise ValueError(
-                f"min_tokens is {self.min_tokens!r}; it must be an integer, 0 to max_tokens "
-                f"({self.max_tokens})"
+                f"n is {self.n}, but with temperature {self.temperature} and max_tokens "
+                f"{most} all answers would be alike; give n=1, or both above 0"
             )
 
 
 def first_stop(text: str, stops: Sequence[str], after: int = 0) -> tuple[int, int] | None:
-    """Begin and end of the first stop string that ends beyond the first `after` characters."""
+    """Begin and end of the first stop string in `text`; None without one.
+
+    after: only stop strings that end beyond this many characters count.
+    """
     begins = [text.find(stop, max(0, after - len(stop) + 1)) for stop in stops]
-    found = [(at, at + len(stop)) for at, stop in zip(begins, stops, strict=True) if at >= 0]
-    return min(found, default=None)
+    places = [(at, at + len(stop)) for at, stop in zip(begins, stops, strict=True) if at >= 0]
+    return min(places, default=None)
 
 
-def _parse_bias(bias: object) -> dict[int, float] | None:
-    """Token ids may be strings, as in JSON."""
-    if bias is None:
-        return None
+def _parse_bias(bias: object) -> object:
+    """Bias by token id; ids may be strings, as in JSON. None for an empty one."""
     if not isinstance(bias, dict):
-        raise ValueError(f"logit_bias is {bias!r}; it must be an object, token ids to -100 to 100")
-    parsed = {}
+        return bias
     for token, value in bias.items():
-        known = token.isdecimal() if isinstance(token, str) else _is_token(token)
-        if not known or not _is_number(value, int | float) or not -100 <= value <= 100:
+        is_id = token.isdecimal() if isinstance(token, str) else _is_token(token)
+        if not is_id or not _is_bias(value):
             raise ValueError(
                 f"logit_bias has {token!r}: {value!r}; it must map token ids, integers from 0 up, "
                 "to -100 to 100"
             )
-        parsed[int(token)] = float(value)
-    return parsed or None
+    return {int(token): float(value) for token, value in bias.items()} or None
 
 
-def _parse_allowed(ids: object) -> tuple[int, ...] | None:
-    if ids is None:
-        return None
-    ids = _as_tuple(ids)
-    if not isinstance(ids, tuple) or not ids or not all(map(_is_token, ids)):
-        raise ValueError(
-            f"allowed_token_ids is {ids!r}; it must be a list of token ids, integers from 0 up, "
-            "one at least"
-        )
-    return tuple(sorted(set(ids)))
-
-
-def _parse_words(words: object) -> tuple[str | tuple[int, ...], ...]:
+def _parse_words(words: object) -> object:
     several = _as_tuple(words)
-    if isinstance(several, tuple):
-        parsed = [tuple(it) if isinstance(it, list) else it for it in several]
-        if all(it and (isinstance(it, str) or _are_tokens(it)) for it in parsed):
-            return tuple(parsed)
-    raise ValueError(
-        f"bad_words is {words!r}; it must be a list of non-empty strings, or of lists of token ids"
-    )
+    if not isinstance(several, tuple):
+        return words
+    return tuple(tuple(word) if isinstance(word, list) else word for word in several)
+
+
+def _parse_allowed(ids: object) -> object:
+    several: Any = None if ids is None else _as_tuple(ids)
+    return tuple(sorted(set(several))) if several and _are_tokens(several) else several
 
 
 def _are_tokens(value: object) -> bool:
     return isinstance(value, tuple) and all(map(_is_token, value))
 
 
-def _is_token(value: object) -> bool:
-    return _is_number(value, int) and value >= 0  # type: ignore[operator]
+def _are_texts(value: object) -> bool:
+    return isinstance(value, tuple) and all(isinstance(text, str) and text for text in value)
+
+
+def _are_words(value: object) -> bool:
+    return isinstance(value, tuple) and all(
+        word and (isinstance(word, str) or _are_tokens(word)) for word in value
+    )
 
 
 def _as_tuple(value: object) -> object:
-    """The items of any collection, a text as one item; what is no collection as it is."""
-    if type(value) is tuple and not value:
-        return value
+    """Items of any collection, or a text as the only item; other values unchanged."""
     if value is None or isinstance(value, str):
         return () if value is None else (str(value),)
     if hasattr(value, "tolist"):
@@ -233,21 +217,63 @@ def _as_tuple(value: object) -> object:
         value = sorted(value, key=repr)
     if not isinstance(value, Sequence) or isinstance(value, bytes):
         return value
-    return tuple(it if type(it) in _PLAIN else _plain(it) for it in value)
+    return tuple(item if type(item) in _PLAIN else _plain(item) for item in value)
 
 
 def _plain(value: Any) -> object:
-    """Python's number for one of numpy's; other values as they are."""
-    return value.item() if isinstance(value, Number) and hasattr(value, "item") else value
+    """Python's number for a number of numpy; other values unchanged."""
+    if type(value) in _PLAIN or not isinstance(value, Number) or not hasattr(value, "item"):
+        return value
+    return value.item()
 
 
-def _is_number(value: object, kind) -> bool:
-    return isinstance(value, kind) and not isinstance(value, bool)
+_DEFAULTS = {parameter.name: parameter.default for parameter in fields(SamplingParams)}
+_PARSERS: dict[str, Callable[[Any], object]] = {
+    "stop": _as_tuple,
+    "stop_token_ids": _as_tuple,
+    "logit_bias": _parse_bias,
+    "allowed_token_ids": _parse_allowed,
+    "bad_words": _parse_words,
+}
+_is_token = integer(0)
+_is_bias = number(-100, 100)
+_flag: Check = instance(bool), "true or false"
+_top: Check = optional(integer(0, MAX_LOGPROBS)), f"an integer, 0 to {MAX_LOGPROBS}"
+_penalty: Check = number(-2, 2), "-2 to 2"
+_CHECKS: dict[str, Check] = {
+    "max_tokens": (optional(integer(0)),
+                   "an integer from 1 up, None for the rest of the model's context, or 0 if the "
+                   "prompt's log-probabilities are asked for"),
+    "min_tokens": (integer(0), "an integer, 0 to max_tokens"),
+    "stop": (_are_texts, "non-empty strings"),
+    "stop_token_ids": (_are_tokens, "a list of token ids, integers from 0 up"),
+    "ignore_eos": _flag,
+    "include_stop_str_in_output": _flag,
+    "temperature": (number(0, 2), "0 (greedy) to 2"),
+    "top_k": (integer(-1), "an integer from 1 up, or 0 or -1 for all"),
+    "top_p": (number(0, 1, above=True), "above 0 and at most 1"),
+    "min_p": (number(0, 1), "0 to 1"),
+    "presence_penalty": _penalty,
+    "frequency_penalty": _penalty,
+    "repetition_penalty": (number(0, float_info.max, above=True), "above 0, and 1 for none"),
+    "logit_bias": (optional(instance(dict)), "an object, token ids to -100 to 100"),
+    "allowed_token_ids": (lambda ids: ids is None or (bool(ids) and _are_tokens(ids)),
+                          "a list of token ids, integers from 0 up, one at least"),
+    "bad_words": (_are_words, "a list of non-empty strings, or of lists of token ids"),
+    "seed": (optional(integer()), "an integer"),
+    "n": (integer(1, MAX_SAMPLES), f"an integer, 1 to {MAX_SAMPLES}"),
+    "logprobs": _top,
+    "prompt_logprobs": _top,
+    "skip_special_tokens": _flag,
+}  # fmt: skip
 
 
 class Score(NamedTuple):
-    """How likely a token was, before temperature: the logarithm of its probability, its place
-    among all, from 1, and the likeliest (token, logprob), as many as were asked for."""
+    """Score of a token, before temperature.
+
+    logprob: logarithm of its probability. rank: its place among all tokens, from 1, the likeliest.
+    top: (token, logprob) of the likeliest tokens, as many as the request asks for.
+    """
 
     logprob: float
     rank: int
@@ -255,26 +281,30 @@ class Score(NamedTuple):
 
     @staticmethod
     def of(values: Sequence) -> Score:
-        """From the lists that JSON makes of one."""
+        """Score from a list, which JSON makes of it."""
         logprob, rank, top = values
         return Score(logprob, rank, tuple(map(tuple, top)))
 
 
-SlotScores = list[tuple[int, list[Score]]]  # by slot, in the order of each row's tokens
+SlotScores = list[tuple[int, list[Score]]]  # (slot, scores in the order of its row's tokens)
 
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt on its way through the engine; `index` is its place in the input.
+    """One prompt with its parameters, as the engine takes it; it gets a single answer.
 
-    forced_token_ids: tokens that its answer begins with, whatever is likely. scored_from: the
-    first token, of prompt and answer together, that is scored, with all after it; the very first
-    never is, for nothing precedes it. top: the likeliest tokens told with each score. generated,
-    scores: of its answer, and of tokens from scored_from on, what is there already; it goes on from
-    them.
-    sample: which of several answers to the request of index `first` this is. limit: what sets its
-    longest answer: max_tokens, default or context; in files also line or job. bad_words: token ids
-    of each sequence that the answer never has.
+    index: place in the input, unique in a run.
+    prompt_token_ids, params: the prompt, and its parameters; max_tokens is never None here.
+    forced_token_ids: tokens that the answer begins with, however unlikely they are.
+    scored_from: place, in prompt and answer together, of the first token that is scored, with all
+        tokens after it. The very first token never is: it has no probability without a context.
+    top: number of likeliest tokens that each score names.
+    generated, scores: tokens of the answer, and scores from scored_from on, that are known already;
+        the request goes on after them.
+    sample, first: number of this answer among several to one request, and that request's index.
+    limit: name of what sets the answer's length: "max_tokens", "default" or "context", in files
+        also "line" or "job".
+    bad_words: token ids of each sequence that the answer never has.
     """
 
     index: int
@@ -295,33 +325,35 @@ class Request:
 
     @property
     def max_seq_len(self) -> int:
+        """Maximum tokens of prompt and answer together."""
         return len(self.prompt_token_ids) + self.max_tokens
 
     @property
     def max_tokens(self) -> int:
-        """Most tokens of its answer, which its fit to the model has settled."""
+        """Maximum tokens of the answer, within the model's context."""
         assert self.params.max_tokens is not None
         return self.params.max_tokens
 
 
 @dataclass(frozen=True)
 class Logprob:
-    """A token's score, as vLLM names it."""
+    """Log-probability of a token, its rank from 1, and its text."""
 
     logprob: float
     rank: int
     decoded_token: str | None = None
 
 
-Logprobs = dict[int, Logprob]  # by token id, the token that stands there first
+Logprobs = dict[int, Logprob]  # by token id; the token that stands in the text comes first
 
 
 @dataclass(frozen=True)
 class CompletionOutput:
-    """One answer; finish_reason is "stop" (end token, stop token or stop string) or "length".
+    """One answer.
 
-    index: its place among several answers to one request. stop_reason: the stop string, or the
-    token of stop_token_ids, that ended it; None for an end token of the model, and for "length".
+    finish_reason: "stop" (end token, stop token or stop string) or "length". logprobs: one dict a
+    token, if asked for. index: place among several answers to one request. stop_reason: stop string
+    or token of stop_token_ids that ended the answer; None for the model's end token and "length".
     """
 
     text: str
@@ -333,19 +365,19 @@ class CompletionOutput:
 
     @property
     def cumulative_logprob(self) -> float | None:
-        """Of the whole answer, if its log-probabilities were asked for."""
+        """Log-probability of the whole answer; None if log-probabilities were not asked for."""
         if self.logprobs is None:
             return None
         pairs = zip(self.token_ids, self.logprobs, strict=True)
-        return sum(found[token].logprob for token, found in pairs if found)
+        return sum(logprobs[token].logprob for token, logprobs in pairs if logprobs)
 
 
 @dataclass(frozen=True)
 class RequestMetrics:
-    """When a request was passed to the engine, had its first token and was finished.
+    """Times at which a request reached the engine, had its first token, and was finished.
 
-    Seconds since 1970, as this process saw it; on Ray news of a token takes up to 0.05 s.
-    first_token_time is None if no token was made.
+    Seconds since 1970 as this process saw them; a stage on Ray reports tokens up to 0.05 s late.
+    first_token_time: None if no token was generated.
     """
 
     arrival_time: float
@@ -355,11 +387,13 @@ class RequestMetrics:
 
 @dataclass(frozen=True)
 class RequestOutput:
-    """A request's prompt and answers, as vLLM names them.
+    """Prompt and answers of a request, under vLLM's names.
 
-    scores: the score of each token, from the first that was to be scored on. error: why the request
-    failed, in a sentence; it then has no `outputs`. None if it was answered. metrics: when it came
-    and was finished; None if it never ran.
+    index: place of the request in its call. prompt: the prompt's text; None for token ids.
+    outputs: answers, `n` of them. prompt_logprobs: one dict a token of the prompt, if asked for.
+    scores: score of each token from the first that was to be scored. error: sentence on why the
+    request failed, with `outputs` empty; None if it was answered. metrics: times; None if it never
+    ran.
     """
 
     index: int
@@ -373,12 +407,12 @@ class RequestOutput:
 
     @property
     def request_id(self) -> str:
-        """The request's place in its call, from 0, as text."""
+        """Place of the request in its call, from 0, as text."""
         return str(self.index)
 
     @property
     def finished(self) -> bool:
-        """True, for an output comes once its request is answered or has failed."""
+        """Always True: an output is returned only when its request is answered or has failed."""
         return True
 
 
@@ -386,9 +420,9 @@ class RequestOutput:
 class Finished:
     """A finished request as a stage reports it: tokens, not text.
 
-    stop_reason: the stop string or the token of stop_token_ids that ended it; None for an end token
-    of the model's. error: why the request failed, in a sentence; its tokens are then void. None if
-    it was answered.
+    stop_reason: stop string or token of stop_token_ids that ended it; None for the model's end
+    token. error: sentence on why the request failed, whose tokens are then void; None if it was
+    answered.
     """
 
     index: int

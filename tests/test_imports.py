@@ -15,14 +15,14 @@ import flexgen_ray
 ROOT = Path(flexgen_ray.__file__).parent
 # A unit is a folder of the package or a module beside them; __init__ and __main__ import freely.
 MAY_IMPORT = {
-    "names": "",
+    "checks": "",
     "paths": "",
     "signals": "",
     "units": "",
     "schedule": "",
-    "request": "names",
-    "files": "names signals units",
-    "config": "files names",
+    "request": "checks",
+    "files": "checks signals units",
+    "config": "checks files",
     "text": "request",
     "quant": "config schedule",
     "kernels": "config quant request",
@@ -36,20 +36,20 @@ MAY_IMPORT = {
     "planner": "config cost files hardware layout models request runtime schedule units",
     "processor": "models request text",
     "reporting": "config files hardware layout planner request runtime schedule units",
-    "engine": "config distributed hardware layout models planner processor reporting request"
+    "engine": "checks config distributed hardware layout models planner processor reporting request"
     " runtime schedule text units",
-    "llm": "config engine hardware models names paths planner processor reporting request runtime"
+    "llm": "checks config engine hardware models paths planner processor reporting request runtime"
     " text units",
     "calibration": "distributed files hardware kernels reporting runtime store units",
     "evaluation": "files llm reporting request",
     "integrations": "evaluation llm request text",
     "batch": "config files llm models planner reporting request runtime text units",
-    "cli": "batch calibration config evaluation files hardware layout llm models names paths"
+    "cli": "batch calibration checks config evaluation files hardware layout llm models paths"
     " planner quant reporting request runtime signals text units",
 }
 WITHOUT_TORCH = {
-    "names", "paths", "signals", "units", "schedule", "request", "files", "config", "text", "quant",
-    "layout", "cost", "planner", "processor", "reporting", "batch",
+    "checks", "paths", "signals", "units", "schedule", "request", "files", "config", "text",
+    "quant", "layout", "cost", "planner", "processor", "reporting", "batch",
 }  # fmt: skip
 WITH_RAY = {"distributed"}
 FREE = {"__init__", "__main__"}

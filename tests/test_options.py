@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 from job_files import commands
 
 from flexgen_ray import LLM, Placement, Policy, SamplingParams
+from flexgen_ray.checks import check_values
 from flexgen_ray.cli.main import app
 from flexgen_ray.config import LOSSY, Faults
 from flexgen_ray.distributed.own_cluster import only_gpu, visible_gpu
-from flexgen_ray.engine.options import ELSEWHERE, check_values
+from flexgen_ray.engine.options import CHECKS, ELSEWHERE
 from flexgen_ray.planner.budgets import settle_budget
 from flexgen_ray.runtime.worker import Machine, find_device
 
@@ -191,11 +192,11 @@ WRONG = {
 def test_every_option_is_checked_and_has_a_good_default(text_model):
     assert set(WRONG) == set(OPTIONS)
     defaults = {name: it.default for name, it in OPTIONS.items()} | {"model": text_model}
-    check_values(defaults)
+    check_values(defaults, CHECKS)
     good = {"gpu_memory": "16GiB", "cpu_memory": np.int64(2**30), "pipeline_parallel_size": "auto",
             "policy": Path("x.yaml"), "offload_dir": "there", "device": "cuda:12",
             "hardware": "measured", "seed": np.int32(3)}  # fmt: skip
-    check_values(defaults | good)
+    check_values(defaults | good, CHECKS)
 
 
 @pytest.mark.parametrize("name, value", [(it, value) for it in WRONG for value in WRONG[it]])

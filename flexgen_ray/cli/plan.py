@@ -263,9 +263,9 @@ def _check(
 
 
 def _config(model: str) -> ModelConfig:
+    from flexgen_ray.checks import unknown_name
     from flexgen_ray.models.config_files import load_config
     from flexgen_ray.models.shapes import SHAPES, shape_config
-    from flexgen_ray.names import unknown_name
     from flexgen_ray.paths import find_config
 
     if model in SHAPES and not Path(model).is_dir():

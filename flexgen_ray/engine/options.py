@@ -5,12 +5,12 @@ Values are checked before anything is read or started. Knows no model and no mac
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from math import isfinite
-from numbers import Integral, Real
+from collections.abc import Mapping
 from os import PathLike
+from sys import float_info
 from typing import Any
 
+from flexgen_ray.checks import Check, instance, integer, number, one_of, optional
 from flexgen_ray.config import (
     DEVICES,
     DTYPE_BYTES,
@@ -129,78 +129,54 @@ def failure_limits(
     return faults
 
 
-def _is(*types: type) -> Callable[[object], bool]:
-    return lambda value: isinstance(value, types)
-
-
-def _one_of(*values: str) -> Check:
-    return (lambda value: isinstance(value, str) and value in values), " or ".join(
-        f'"{value}"' for value in values
-    )
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
-
-
-def _is_count(value: Any) -> bool:
-    return _is_int(value) and value >= 1
-
-
-def _is_rate(value: Any) -> bool:
-    return _is_seconds(value) and isfinite(value) and float(value) > 0
-
-
-def _is_seconds(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and float(value) >= 0
-
-
 def _is_size(value: Any) -> bool:
-    if value is None or _is_int(value):
-        return value is None or value >= 0
+    if not isinstance(value, str):
+        return value is None or _from_0(value)
     try:
-        return isinstance(value, str) and parse_bytes(value) >= 0
+        return parse_bytes(value) >= 0
     except ValueError:
         return False
 
 
 _NONE = type(None)
-_FLAG: Check = _is(bool), "True or False"
+_from_0 = integer(0, numpy=True)
+_from_1 = integer(1, numpy=True)
+_above_0 = number(0, float_info.max, above=True)
+_FLAG: Check = instance(bool), "True or False"
 _SIZE: Check = _is_size, 'a size such as "16GiB", a number of bytes, or None for what is free'
-_CHECKS: dict[str, Check] = {
-    "model": (lambda it: isinstance(it, str | PathLike) and str(it) != "",
+CHECKS: dict[str, Check] = {
+    "model": (lambda value: isinstance(value, str | PathLike) and str(value) != "",
               "a folder, or a name on the Hugging Face hub"),
-    "policy": (_is(_NONE, Policy, StagePolicies, str, PathLike),
+    "policy": (instance(_NONE, Policy, StagePolicies, str, PathLike),
                "a Policy, StagePolicies, a YAML file's path, or None"),
-    "dtype": _one_of("auto", *DTYPE_BYTES),
+    "dtype": one_of("auto", *DTYPE_BYTES),
     "device": (is_device, DEVICES),
     "gpu_memory": _SIZE,
     "cpu_memory": _SIZE,
     "disk_memory": _SIZE,
-    "offload_dir": (_is(_NONE, str, PathLike), "a folder, or None for the user's cache"),
-    "pipeline_parallel_size": (lambda it: it == "auto" or _is_count(it),
+    "offload_dir": (instance(_NONE, str, PathLike), "a folder, or None for the user's cache"),
+    "pipeline_parallel_size": (lambda value: value == "auto" or _from_1(value),
                                '"auto" or a number of stages, from 1 up'),
     "use_ray": _FLAG,
-    "address": (_is(_NONE, str), "a Ray cluster's address, or None"),
-    "transport": _one_of(*TRANSPORTS),
-    "max_restarts": (lambda it: _is_int(it) and it >= 0, "a number from 0 up"),
-    "stall_timeout": (_is_rate, "a number of seconds above 0"),
-    "restart_timeout": (lambda it: it is None or _is_rate(it),
-                        "None or a number of seconds above 0"),
-    "faults": (_is(_NONE, Faults), "Faults(...) or None"),
-    "seed": (_is_int, "an integer"),
-    "executor": _one_of(*EXECUTORS),
-    "hardware": (lambda it: it == "measured" or isinstance(it, HardwareSpec | None),
+    "address": (instance(_NONE, str), "a Ray cluster's address, or None"),
+    "transport": one_of(*TRANSPORTS),
+    "max_restarts": (_from_0, "a number from 0 up"),
+    "stall_timeout": (_above_0, "a number of seconds above 0"),
+    "restart_timeout": (optional(_above_0), "None or a number of seconds above 0"),
+    "faults": (instance(_NONE, Faults), "Faults(...) or None"),
+    "seed": (integer(numpy=True), "an integer"),
+    "executor": one_of(*EXECUTORS),
+    "hardware": (lambda value: value == "measured" or isinstance(value, HardwareSpec | None),
                  'a HardwareSpec, "measured" or None'),
-    "run_wrapper": (_is(_NONE, RunWrapper), "a RunWrapper or None"),
+    "run_wrapper": (instance(_NONE, RunWrapper), "a RunWrapper or None"),
     "trace": _FLAG,
-    "max_model_len": (lambda it: it is None or _is_count(it), "None or a number of tokens"),
-    "threads": (lambda it: it is None or _is_count(it), "None or a number from 1 up"),
-    "wait": (lambda it: it is None or _is_seconds(it),
-             "None or a number of seconds, from 0 up"),
+    "max_model_len": (optional(_from_1), "None or a number of tokens"),
+    "threads": (optional(_from_1), "None or a number from 1 up"),
+    "wait": (optional(number(0)), "None or a number of seconds, from 0 up"),
     "on_progress": (callable, "a function, such as what progress.show_progress yields"),
-    "load_format": _one_of("auto", "dummy"),
-    "plan_for": (_is(_NONE, str, PathLike), "a hardware preset's name, a file's path, or None"),
-    "max_latency": (lambda it: it is None or _is_rate(it), "None or seconds, above 0"),
+    "load_format": one_of("auto", "dummy"),
+    "plan_for": (instance(_NONE, str, PathLike),
+                 "a hardware preset's name, a file's path, or None"),
+    "max_latency": (optional(_above_0), "None or seconds, above 0"),
     "dry_run": _FLAG,
 }  # fmt: skip

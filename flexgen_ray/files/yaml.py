@@ -17,8 +17,8 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 
+from flexgen_ray.checks import NO_HINTS, unknown_name
 from flexgen_ray.files import text_files
-from flexgen_ray.names import NO_HINTS, unknown_name
 from flexgen_ray.units import parse_bytes
 
 Table = tuple[tuple[int, float], ...]  # {number: rate} in YAML, numbers rising
