@@ -134,7 +134,9 @@ def test_anchors_and_merges_in_yaml_are_followed(tmp_path):
 @pytest.mark.parametrize("name", ["num_gpu_batches", "blocks_in_flight", "gpu_batch_size"])
 def test_numbers_of_a_policy_are_bounded(tmp_path, name):
     (tmp_path / "p.yaml").write_text(f"{name}: {10**18}\n")
-    with pytest.raises(ValueError, match=rf"p.yaml: policy: {name} is {10**18}; it must .* 1 to \d+$"):
+    with pytest.raises(
+        ValueError, match=rf"p.yaml: policy: {name} is {10**18}; it must .* 1 to \d+$"
+    ):
         StagePolicies.from_yaml(tmp_path / "p.yaml")
 
 
