@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
-from numbers import Number
+from numbers import Real
 from sys import float_info
 from typing import Any, NamedTuple
 
@@ -139,6 +139,7 @@ class SamplingParams:
 
     @property
     def has_penalties(self) -> bool:
+        """True if any of the three penalties changes the logits."""
         penalties = self.presence_penalty, self.frequency_penalty, self.repetition_penalty
         return penalties != (0, 0, 1)
 
@@ -221,10 +222,10 @@ def _as_tuple(value: object) -> object:
 
 
 def _plain(value: Any) -> object:
-    """Python's number for a number of numpy; other values unchanged."""
-    if type(value) in _PLAIN or not isinstance(value, Number) or not hasattr(value, "item"):
+    """Python's number for another library's, such as numpy's; other values unchanged."""
+    if type(value) in _PLAIN or isinstance(value, int | float) or not isinstance(value, Real):
         return value
-    return value.item()
+    return value.item() if hasattr(value, "item") else float(value)
 
 
 _DEFAULTS = {parameter.name: parameter.default for parameter in fields(SamplingParams)}
