@@ -96,6 +96,7 @@ def test_stops_may_be_any_collection(stop, ids):
         ({"stop_token_ids": 5}, "stop_token_ids is 5; it must be a list of token ids"),
         ({"stop_token_ids": [5.0]}, "it must be a list of token ids"),
         ({"stop_token_ids": "5"}, "it must be a list of token ids"),
+        ({"stop": [""] * 999}, "'',...; it must be non-empty strings"),
     ],
 )
 def test_what_is_no_stop_is_refused(options, said):
