@@ -184,13 +184,13 @@ def test_a_partition_is_noticed_and_costs_no_token(tiny_models, local_ray):
         """Of this process; another in its place is none the worse."""
         from flexgen_ray.distributed.transport import GlooChannel
 
-        post, count = GlooChannel.post, itertools.count()
+        post, count = GlooChannel.post_message, itertools.count()
 
         def post_or_lose(link, message):
             if next(count) < 8:
                 post(link, message)
 
-        GlooChannel.post = post_or_lose
+        GlooChannel.post_message = post_or_lose
 
     options = {"pipeline_parallel_size": 2, "faults": Faults(stall_seconds=2)}
     with LLM(folder, policy=POLICY, dtype="float32", **options) as llm:
