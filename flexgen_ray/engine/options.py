@@ -102,15 +102,6 @@ ELSEWHERE_IN_CALLS: Mapping[str, str] = {
     "enable_thinking": 'use chat_template_kwargs={"enable_thinking": ...}',
 }
 
-Check = tuple[Callable[[Any], bool], str]
-
-
-def check_values(options: Mapping[str, object]) -> None:
-    """Raise ValueError for the first wrong value, with its option and the values it may have."""
-    for name, (is_good, wanted) in _CHECKS.items():
-        if not is_good(options[name]):
-            raise ValueError(f"{name} is {options[name]!r}; it must be {wanted}")
-
 
 def failure_limits(
     max_restarts: int, stall_timeout: float, restart_timeout: float | None, faults: Faults | None
