@@ -169,7 +169,7 @@ def test_a_packed_checkpoint_generates_what_packing_while_loading_does(
     assert [it.token_ids for it in found] == [it.token_ids for it in wanted]
     with pytest.raises(ValueError, match="quantized to other bits"):
         greedy(packed, prompts, Policy(weight_bits=12 - weight_bits), use_ray=False)
-    with pytest.raises(ValueError, match="packed already"):
+    with pytest.raises(ValueError, match="is quantized already; take the original checkpoint"):
         app(
             list(map(str, [*command[:2], packed, "--output", tmp_path / "b"])),
             standalone_mode=False,
