@@ -10,10 +10,10 @@ Knows slots and tokens; no tensors.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from flexgen_ray.layout.placement import RowSplit
 
@@ -98,6 +98,13 @@ class Rows:
 NO_ROWS = Rows((), ())
 
 
+class MemoKey(Generic[T]):
+    """Key of a result of type T that is derived from the rows of a pass, once for all layers."""
+
+
+_CHOOSING_RUNS = MemoKey[list[tuple[int, list[Row]]]]()
+
+
 class Composition:
     """The rows of a pass, and their division by each way in which a layer divides its slots.
 
@@ -126,19 +133,20 @@ class Composition:
 class PlacedRows:
     """Rows of a pass by where one layer keeps and attends their cache.
 
-    memo: results that stores derive from the rows, by name (see `memoized`).
+    memo: results that stores derive from the rows, by key and variant (see `memoized`).
     """
 
     rows: Rows
     split: RowSplit
     spare: int
-    memo: dict[str, Any] = field(default_factory=dict, compare=False)
+    memo: dict[tuple[MemoKey, Hashable], Any] = field(default_factory=dict, compare=False)
 
-    def memoized(self, name: str, make: Callable[[], T]) -> T:
-        """The result of the first call of `make` under this name, shared by all layers."""
-        if name not in self.memo:
-            self.memo[name] = make()
-        return self.memo[name]
+    def memoized(self, key: MemoKey[T], make: Callable[[], T], variant: Hashable = None) -> T:
+        """The result of the first call of `make` for this key and variant, shared by all layers."""
+        place = key, variant
+        if place not in self.memo:
+            self.memo[place] = make()
+        return self.memo[place]
 
     @cached_property
     def resident(self) -> list[Row]:
@@ -183,8 +191,9 @@ class PlacedRows:
         first = self.split.gpu + self.split.attended
         decoding = (row for row, _ in self.streamed if not row.is_prefill)
         return self.memoized(
-            f"choosing {most}",
+            _CHOOSING_RUNS,
             lambda: [(run[0].slot - first, run) for run in decoding_runs(decoding, most)],
+            most,
         )
 
     @cached_property

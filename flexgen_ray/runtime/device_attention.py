@@ -28,13 +28,17 @@ from torch import Tensor
 from flexgen_ray.kernels import attention
 from flexgen_ray.kernels.pack import pack, unpack
 from flexgen_ray.layout.plan import StagePlan
-from flexgen_ray.layout.rows import PlacedRows, Row
+from flexgen_ray.layout.rows import MemoKey, PlacedRows, Row
 from flexgen_ray.layout.sizes import QUERY_TILE
 from flexgen_ray.runtime.passes import DecodeRows, find_decode_runs
 from flexgen_ray.schedule.ops import Op
 from flexgen_ray.store.activations import CellBuffers
 from flexgen_ray.store.kv_cache import KVCache
 from flexgen_ray.store.tiers import TORCH_DTYPE
+
+_Runs = list[DecodeRows]
+_RESIDENT_RUNS = MemoKey[_Runs]()
+_STREAMED_RUNS = MemoKey[_Runs]()
 
 
 class DeviceAttention:
@@ -68,7 +72,7 @@ class DeviceAttention:
         cache.append_streamed(op, placed, work, prefills=False)
         self._weights[op.cell_slot] = []
         window = self._config.window(op.layer)
-        for run in self._runs(placed, "streamed", placed.streamed, window):
+        for run in self._runs(placed, _STREAMED_RUNS, placed.streamed, window):
             keys = cache.streamed_view(op, run.first, run.first + run.count)[0]
             selected = self._select(work, run, keys[:, :, run.seen], window)
             cache.store_choice(op, run.first, selected.tokens + run.seen.start)
@@ -81,12 +85,12 @@ class DeviceAttention:
         if not self._plan.is_sparse:
             cache.append_streamed(op, placed, work, prefills=False)
         resident = [(row, row.slot) for row in placed.resident]
-        for name, rows, view in (
-            ("resident", resident, cache.device_view),
-            ("streamed", placed.streamed, cache.streamed_view),
+        for key, rows, view in (
+            (_RESIDENT_RUNS, resident, cache.device_view),
+            (_STREAMED_RUNS, placed.streamed, cache.streamed_view),
         ):
-            for number, run in enumerate(self._runs(placed, name, rows, window)):
-                if name == "streamed" and self._plan.is_sparse:
+            for number, run in enumerate(self._runs(placed, key, rows, window)):
+                if key is _STREAMED_RUNS and self._plan.is_sparse:
                     out = self._weigh_loaded(op, run, self._weights[op.cell_slot][number])
                 else:
                     cached = view(op, run.first, run.first + run.count)
@@ -98,11 +102,15 @@ class DeviceAttention:
         self._weights.pop(op.cell_slot, None)
 
     def _runs(
-        self, placed: PlacedRows, name: str, rows: list[tuple[Row, int]], window: int | None
-    ) -> list[DecodeRows]:
+        self,
+        placed: PlacedRows,
+        key: MemoKey[_Runs],
+        rows: list[tuple[Row, int]],
+        window: int | None,
+    ) -> _Runs:
         """Runs of decoding rows, computed once for a pass and window."""
         make = partial(find_decode_runs, rows, self._plan.rows_at_a_time, self._device, window)
-        return placed.memoized(f"{name} runs {window}", make)
+        return placed.memoized(key, make, window)
 
     def _query(self, work: CellBuffers, run: DecodeRows) -> Tensor:
         """Queries of a run's rows, [rows, heads, head_dim], a view."""

@@ -42,13 +42,18 @@ from torch import Tensor
 
 from flexgen_ray.layout.placement import RowSplit
 from flexgen_ray.layout.plan import CACHE_BLOCK_TOKENS, StagePlan
-from flexgen_ray.layout.rows import PlacedRows, Row
+from flexgen_ray.layout.rows import MemoKey, PlacedRows, Row
 from flexgen_ray.layout.sizes import CHOICE_BYTES
 from flexgen_ray.schedule.ops import CELL_SLOTS, Op
 from flexgen_ray.store.activations import CellBuffers
 from flexgen_ray.store.disk import Region
 from flexgen_ray.store.new_tokens import NewTokens, append_tokens, split_heads
 from flexgen_ray.store.tiers import TORCH_DTYPE, Tiers
+
+# Where a pass's new tokens go, for all layers that divide their slots alike.
+_RESIDENT_TOKENS = MemoKey[NewTokens]()
+_STREAMED_TOKENS = MemoKey[NewTokens]()
+_HOST_TOKENS = MemoKey[NewTokens]()
 
 
 class KVCache:
@@ -106,7 +111,7 @@ class KVCache:
         home = self._gpu[op.layer, op.batch]
         rows = [(row, row.slot) for row in placed.resident]
         append_tokens(
-            home, placed.memoized("resident", partial(NewTokens, rows, home)), work.cached
+            home, placed.memoized(_RESIDENT_TOKENS, partial(NewTokens, rows, home)), work.cached
         )
 
     def append_streamed(
@@ -123,7 +128,7 @@ class KVCache:
             if row.is_prefill is prefills and (row.position or not prefills)
         ]
         make = partial(NewTokens, rows, home)
-        append_tokens(home, placed.memoized(f"streamed {prefills}", make), work.cached)
+        append_tokens(home, placed.memoized(_STREAMED_TOKENS, make, prefills), work.cached)
 
     def read(self, op: Op, placed: PlacedRows) -> None:
         """READ_CACHE: read the whole blocks of rows on disk into the cell's host slot."""
@@ -222,7 +227,7 @@ class KVCache:
         first = placed.first_off_device
         home = self._cpu[op.layer, op.batch]
         make = partial(NewTokens, placed.in_memory, home, first)
-        append_tokens(home, placed.memoized("in memory", make), (k, v))
+        append_tokens(home, placed.memoized(_HOST_TOKENS, make), (k, v))
         for row, index in placed.on_disk:
             tokens = slice(row.offset - first, row.tokens.stop - first)
             heads = [split_heads(x[tokens], self._width) for x in (k, v)]
