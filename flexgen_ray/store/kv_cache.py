@@ -50,7 +50,7 @@ from flexgen_ray.store.disk import Region
 from flexgen_ray.store.new_tokens import NewTokens, append_tokens, split_heads
 from flexgen_ray.store.tiers import TORCH_DTYPE, Tiers
 
-# Where a pass's new tokens go, for all layers that divide their slots alike.
+# New tokens of a pass and their places, for all layers that divide their slots alike.
 _RESIDENT_TOKENS = MemoKey[NewTokens]()
 _STREAMED_TOKENS = MemoKey[NewTokens]()
 _HOST_TOKENS = MemoKey[NewTokens]()
