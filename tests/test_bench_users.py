@@ -76,7 +76,8 @@ def test_stages_are_compared_with_copies_of_one(tiny_models, local_ray, tmp_path
     policy, picture = tmp_path / "policy.yaml", tmp_path / "scaling.png"
     policy.write_text(POLICY)
     result = bench(
-        "scaling", "--model", tiny_models["opt"][0], "--stages", "1,2", "--prompt-len", 6,
+        "scaling", "--model", tiny_models["opt"][0], "--pipeline-parallel-sizes", "1,2",
+        "--prompt-len", 6,
         "--max-tokens", 6, "--num-prompts", 6, "--policy", policy, "--offload-dir", tmp_path,
         "--json", tmp_path / "result.json", "--plot", picture, *ON_CPU,
     )  # fmt: skip

@@ -13,15 +13,23 @@ from flexgen_ray.cli.app import Writes
 from flexgen_ray.cli.options import (
     FILES,
     LOSSY,
+    MODEL,
     EmbeddingBitsOption,
     JsonOption,
-    ModelOption,
 )
 from flexgen_ray.reporting.terminal import say
 
 
 def quantize(
-    model: ModelOption,
+    model: Annotated[
+        str,
+        typer.Option(
+            metavar="MODEL",
+            rich_help_panel=MODEL,
+            help="Model folder in Hugging Face's format (safetensors), or a model's name on the "
+            "Hugging Face hub, such as Qwen/Qwen3-32B.",
+        ),
+    ],
     output: Annotated[
         Path,
         typer.Option(

@@ -35,6 +35,7 @@ _REVISION = (
 _FOLDER = "the tokenizer is read from the model's folder; put its files there"
 _NEVER_REMOTE = "code from a model's folder is never run; leave it out"
 _ALL_PAGED = "the KV cache has no pages here; leave it out"
+_EMULATION = "hardware is emulated by benchmarks/emulation.py, in a checkout"
 
 # Options of vLLM's LLM and of Hugging Face that have another name here, or none: the remedy.
 ELSEWHERE: Mapping[str, str] = {
@@ -44,6 +45,8 @@ ELSEWHERE: Mapping[str, str] = {
     "distributed_executor_backend": "use use_ray=True or use_ray=False",
     "gpu_memory_utilization": _BUDGETS,
     "swap_space": _BUDGETS,
+    "pace": _EMULATION,
+    "time_scale": _EMULATION,
     "cpu_offload_gb": _BUDGETS,
     "kv_cache_memory_bytes": _BUDGETS,
     "kv_cache_dtype": "use cache_bits=4 or 8 to quantize the KV cache",

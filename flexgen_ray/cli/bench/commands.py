@@ -13,9 +13,9 @@ from flexgen_ray.reporting.progress import with_progress
 
 SHORT_HELP: dict[Callable[..., None], str] = {
     throughput: "Generated tokens/s on equal prompts, and the fraction of the hardware's bound.",
-    workload: "The same on requests of mixed lengths, and what the mixture wastes.",
+    workload: "Generated tokens/s on requests of mixed lengths, and what the mixture wastes.",
     scaling: "Tokens/s over the number of pipeline stages, against copies of one stage.",
-    peers: "The same work with other systems and with this one, in turns, with the ratio.",
+    peers: "Speed ratio to other systems, which do equal work in turns.",
 }
 
 app = App(rich_markup_mode=None)

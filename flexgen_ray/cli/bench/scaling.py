@@ -47,6 +47,7 @@ def scaling(
     stages: Annotated[
         str,
         typer.Option(
+            "--pipeline-parallel-sizes",
             rich_help_panel=WORKLOAD,
             metavar="N,N,...",
             help="Numbers of pipeline stages to compare; 1 is the reference.",
@@ -90,7 +91,8 @@ def scaling(
 
     Stages on one machine without GPUs share its cores, so there they show no gain.
 
-    Example: flexgen-ray bench scaling --model opt-30b --stages 1,2,4 --address auto
+    Example: flexgen-ray bench scaling --model opt-30b --pipeline-parallel-sizes 1,2,4
+             --address auto
     """
     counts = parse_counts(stages)
     options: dict[str, Any] = {
@@ -125,7 +127,9 @@ def parse_counts(text: str) -> list[int]:
     """Numbers of stages from `1,2,4`; BadParameter for anything else."""
     parts = text.split(",")
     if not all(part.strip().isdecimal() and int(part) for part in parts):
-        raise typer.BadParameter(f"--stages is {text!r}; it must be numbers from 1 up, such as 1,2")
+        raise typer.BadParameter(
+            f"--pipeline-parallel-sizes is {text!r}; it must be numbers from 1 up, such as 1,2"
+        )
     return [int(part) for part in parts]
 
 
