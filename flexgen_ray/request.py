@@ -280,12 +280,6 @@ class Score(NamedTuple):
     rank: int
     top: tuple[tuple[int, float], ...] = ()
 
-    @staticmethod
-    def of(values: Sequence) -> Score:
-        """Score from a list, which JSON makes of it."""
-        logprob, rank, top = values
-        return Score(logprob, rank, tuple(map(tuple, top)))
-
 
 SlotScores = list[tuple[int, list[Score]]]  # (slot, scores in the order of its row's tokens)
 

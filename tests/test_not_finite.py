@@ -25,7 +25,6 @@ from flexgen_ray.files.json_text import to_json
 from flexgen_ray.kernels import host_kernel
 from flexgen_ray.kernels.pack import pack, unpack
 from flexgen_ray.kernels.sampling import NOT_FINITE, SamplingRow, sample, score
-from flexgen_ray.runtime.ring import SampledTokens
 
 POISONS = {1: "mlp.gate_proj", 2: "self_attn.k_proj", 3: "self_attn.v_proj"}  # by token
 GREEDY = SamplingParams(max_tokens=MAX_TOKENS, temperature=0.0)
@@ -346,14 +345,6 @@ def test_a_packed_group_tells_that_a_value_was_not_finite(bits, value):
     assert found.isfinite().all()
     with pytest.raises(ValueError, match="can't be quantized"):
         pack(x, bits)
-
-
-def test_what_the_last_stage_tells_survives_the_way():
-    for chosen in (
-        SampledTokens(3, 1, [5, NOT_FINITE], not_finite={4: 17}),
-        SampledTokens(0, 0, [1]),
-    ):
-        assert SampledTokens.decode(chosen.encode()) == chosen
 
 
 def test_no_json_of_ours_has_a_number_that_is_not_finite():

@@ -23,8 +23,6 @@ from flexgen_ray.kernels.sampling import (
     sample,
     uniform_number,
 )
-from flexgen_ray.layout.rows import Rows
-from flexgen_ray.runtime.ring import Header
 from flexgen_ray.text.tokenizer import Tokenizer
 
 DRAWS = 4000
@@ -210,13 +208,6 @@ def test_the_likeliest_are_those_of_a_stable_sort(logits, count):
     wanted = rows.sort(dim=-1, descending=True, stable=True)
     assert torch.equal(tokens, wanted.indices[:, :count])
     assert torch.equal(values, wanted.values[:, :count])
-
-
-@given(st.lists(draws_of(), max_size=4))
-@settings(max_examples=30)
-def test_draws_travel_between_stages_whole(draws):
-    header = Header(3, 1, Rows((), (), 0, ()), draws, [5] * len(draws))
-    assert Header.decode(header.encode()) == header
 
 
 @pytest.mark.parametrize("repetition", [5e-324, 1e-40, 1e40, 1e308])

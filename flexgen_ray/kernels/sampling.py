@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -63,32 +62,6 @@ class SamplingRow:
     penalties: Penalties | None = None
     allowed: Sequence[int] | None = None
     bias: tuple[tuple[int, float], ...] = ()
-
-    def encode(self) -> list:
-        """Values of the fields, for JSON, without trailing ones that have their default."""
-        penalties = self.penalties and [*vars(self.penalties).values()]
-        values = [*(vars(self) | {"penalties": penalties}).values()]
-        defaults = [it.default for it in fields(self)]
-        while values[-1] == defaults[len(values) - 1]:
-            values.pop()
-        return values
-
-    @staticmethod
-    def decode(values: list) -> SamplingRow:
-        """Inverse of encode."""
-        row = SamplingRow(*values)
-        penalties: Any = row.penalties  # still a list
-        if penalties:
-            presence, frequency, repetition, prompt, answer = penalties
-            counts = tuple((token, count) for token, count in answer)
-            penalties = Penalties(presence, frequency, repetition, tuple(prompt), counts)
-        return replace(
-            row,
-            banned=tuple(row.banned),
-            penalties=penalties,
-            allowed=None if row.allowed is None else tuple(row.allowed),
-            bias=tuple((token, value) for token, value in row.bias),
-        )
 
 
 def sample(logits: Tensor, settings: list[SamplingRow]) -> Tensor:

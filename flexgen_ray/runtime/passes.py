@@ -37,7 +37,8 @@ from flexgen_ray.kernels.sampling import NOT_FINITE
 from flexgen_ray.layout.plan import StagePlan
 from flexgen_ray.layout.rows import NO_ROWS, Composition, Row, Rows, decoding_runs
 from flexgen_ray.request import Score, SlotScores
-from flexgen_ray.runtime.ring import Channel, Header, SampledTokens
+from flexgen_ray.runtime.messages import Header, SampledTokens
+from flexgen_ray.runtime.ring import Channel
 from flexgen_ray.runtime.scheduler import Scheduler
 from flexgen_ray.schedule.ops import Op
 

@@ -24,6 +24,9 @@ from flexgen_ray.kernels.sampling import Penalties, SamplingRow, uniform_number
 from flexgen_ray.layout.rows import Row, Rows, ScoredRow
 from flexgen_ray.request import Finished, Request, SamplingParams, Score, SlotScores
 
+# Exceeds any vocabulary; messages hold no integer of more than 64 bits.
+_ALL_TOKENS = 2**31 - 1
+
 FindStop = Callable[[list[int], int, SamplingParams], str | None]
 
 
@@ -109,7 +112,7 @@ class Scheduler:
         """Append sampled tokens and scores; requests that end leave their slots.
 
         slots, token_ids: of the sampled rows, in order.
-        not_finite: {slot: position}, see ring.SampledTokens; these requests fail.
+        not_finite: {slot: position}, see messages.SampledTokens; these requests fail.
         """
         not_finite = not_finite or {}
         for slot, place in not_finite.items():
@@ -201,7 +204,7 @@ class Scheduler:
             number,
             forced_token,
             top,
-            max(params.top_k, 0),
+            min(max(params.top_k, 0), _ALL_TOKENS),
             params.min_p,
             self._banned(sequence),
             _penalties(sequence) if params.has_penalties else None,
@@ -304,7 +307,7 @@ def _penalties(sequence: _Sequence) -> Penalties:
     return Penalties(
         params.presence_penalty,
         params.frequency_penalty,
-        params.repetition_penalty,
+        float(params.repetition_penalty),  # could be an integer of more than 64 bits
         sequence.prompt_tokens if params.repetition_penalty != 1 else (),
         tuple(sequence.counts.items()),
     )
