@@ -54,7 +54,13 @@ def headers(draw) -> Header:
     return Header(draw(ints), draw(ints), packed, sampling, requests, draw(flags))
 
 
+EQUAL_BUT_NOT_THE_SAME = [
+    SamplingRow(number, 1.0, 0.5, bias=((7, number),)) for number in (0.0, -0.0, 0, False)
+]
+
+
 @given(headers() | sampled_tokens)
+@example(Header(3, 1, Rows((), ()), EQUAL_BUT_NOT_THE_SAME, [5] * 4))
 @example(SampledTokens(3, 1, [5, NOT_FINITE], not_finite={4: 17}))
 @settings(max_examples=200, deadline=None)
 def test_messages_say_what_was_meant_bit_for_bit(message):
