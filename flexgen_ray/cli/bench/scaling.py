@@ -127,9 +127,7 @@ def parse_counts(text: str) -> list[int]:
     """Numbers of stages from `1,2,4`; BadParameter for anything else."""
     parts = text.split(",")
     if not all(part.strip().isdecimal() and int(part) for part in parts):
-        raise typer.BadParameter(
-            f"--pipeline-parallel-sizes is {text!r}; it must be numbers from 1 up, such as 1,2"
-        )
+        raise typer.BadParameter(f"{text!r} is not a list of numbers from 1 up, such as 1,2")
     return [int(part) for part in parts]
 
 
