@@ -135,7 +135,7 @@ def test_a_job_in_work_is_guarded_and_says_how_to_go_on_when_it_is_stopped(
         _, said = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in said
     count = len(comparable_rows(output))
-    assert f"{count} lines are answered in {output}; the same command" in said
+    assert f"{count} lines are answered in {output}; run the same command" in said
     done = run_here(*job, "--output", output, "--temperature", 0.8)
     assert done.returncode == 1 and "was begun with temperature 0.9" in done.stderr
     assert len(comparable_rows(output)) == count
