@@ -14,7 +14,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from flexgen_ray.config import HardwareSpec
 
@@ -103,15 +103,12 @@ def speed(shares: Mapping[str, float], load: Mapping[str, float]) -> float:
     return 1 / most
 
 
-class RunningOp:
+class RunningOp(Protocol):
     """An op that is running: its demand, its present speed, and when it ends at that speed."""
 
-    __slots__ = ("demand", "ends", "speed")
-
-    def __init__(self, demand: Demand) -> None:
-        self.demand = demand
-        self.ends = 0.0
-        self.speed = 1.0
+    demand: Demand
+    ends: float
+    speed: float
 
 
 RunningOpT = TypeVar("RunningOpT", bound=RunningOp)

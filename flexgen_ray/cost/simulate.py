@@ -1,8 +1,8 @@
 """Discrete-event simulation of a run: the executor's rules, in modelled time.
 
-An op starts when its worker is free and all ops that it waits for have ended. A worker serves one
-or two lanes, each in order; of two ops that may start, the older one does. Running ops share
-resources (resources.py), so an op's end moves whenever another begins or ends.
+A worker that is free starts the op that is next by schedule/queueing.py, which the executor follows
+too. Running ops share resources (resources.py), so an op's end moves whenever another begins or
+ends.
 
 The loop in `simulate_ring` has two steps. First start all that may start now: an op without demand
 ends immediately, which may let others start, so this repeats until nothing changes. Then advance
@@ -19,9 +19,10 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from flexgen_ray.cost.resources import TIME_TOLERANCE, Demand, RunningOp, SharedResources
+from flexgen_ray.cost.resources import TIME_TOLERANCE, Demand, SharedResources
 from flexgen_ray.schedule.dependencies import VISITS_AHEAD, Dependencies
 from flexgen_ray.schedule.ops import Lane, Op, Span
+from flexgen_ray.schedule.queueing import LaneQueues, QueuedOp
 from flexgen_ray.schedule.ring import Message, awaited_message, sent_message
 
 
@@ -85,43 +86,23 @@ def simulate_ring(streams: list[OpStream], num_blocks: int) -> list[SimulatedRun
     return [stage.simulated() for stage in stages]
 
 
-class _SimulatedOp(RunningOp):
-    """An issued op.
+class _SimulatedOp(QueuedOp):
+    """An issued op: its worker, its demand, and once it runs its start, its speed and its end."""
 
-    missing: number of ops and messages that it still waits for. dependents: ops that wait for it.
-    """
+    __slots__ = ("demand", "ends", "speed", "started", "worker")
 
-    __slots__ = ("dependents", "index", "is_done", "missing", "op", "queue", "started", "worker")
-
-    def __init__(self, index: int, op: Op, worker: _Worker, demand: Demand) -> None:
-        super().__init__(demand)
-        self.index = index
-        self.op = op
-        self.worker = worker
-        self.queue = worker.queues[op.lane]
-        self.missing = 0
-        self.dependents: list[_SimulatedOp] = []
-        self.is_done = False
-        self.started = 0.0
-
-
-class _Worker:
-    """The queues of the lanes that one worker serves, and whether the worker is busy."""
-
-    def __init__(self, lanes: Iterable[Lane]) -> None:
-        self.queues: dict[Lane, deque[_SimulatedOp]] = {lane: deque() for lane in lanes}
-        self.is_busy = False
-
-    def next(self) -> _SimulatedOp | None:
-        """The oldest op that may start, among the heads of the queues."""
-        heads = [q[0] for q in self.queues.values() if q and not q[0].missing]
-        return min(heads, key=lambda issued: issued.index) if heads else None
+    def __init__(self, index: int, op: Op, demand: Demand) -> None:
+        super().__init__(index, op)
+        self.worker = self.lane.worker
+        self.demand = demand
+        self.started = self.ends = 0.0
+        self.speed = 1.0
 
 
 class _SimulatedStage:
     """One stage: its workers, its resources, and the issued ops of its stream.
 
-    touched: workers for which something changed, so that an op of theirs may be able to start.
+    touched: workers that have become free, or have an op that has become ready.
     """
 
     def __init__(self, number: int, stream: OpStream, messages: _RingMessages) -> None:
@@ -131,12 +112,10 @@ class _SimulatedStage:
         self._ops = enumerate(stream.ops)
         self._messages = messages
         self._dependencies: Dependencies[_SimulatedOp] = Dependencies()
-        workers = {it: _Worker(lane for lane in Lane if lane.worker is it) for it in Lane}
-        self._worker_of = {lane: workers[lane.worker] for lane in Lane}
-        self._device = workers[Lane.DEVICE]
-        self.touched: list[_Worker] = []
-        self._in_flight = 0
-        self._room = stream.window - 1
+        self._queues: LaneQueues[_SimulatedOp] = LaneQueues(stream.window)
+        self._lanes_of = {it: [lane for lane in Lane if lane.worker is it] for it in Lane}
+        self._busy_workers: set[Lane] = set()
+        self.touched: list[Lane] = []
         self._last_ops: deque[_SimulatedOp] = deque()  # of visits that may not have ended
         self._seconds = 0.0
         self._visit_ends: list[float] = []
@@ -145,7 +124,7 @@ class _SimulatedStage:
 
     @property
     def is_waiting(self) -> bool:
-        return self._in_flight > 0
+        return self._queues.num_in_flight > 0
 
     def simulated(self) -> SimulatedRun:
         """Results so far."""
@@ -153,8 +132,8 @@ class _SimulatedStage:
 
     def issue(self) -> None:
         """Issue ops until the window is full; once it is, none until half of it has ended."""
-        window, last_ops = self._stream.window, self._last_ops
-        while self._in_flight <= self._room:
+        last_ops = self._last_ops
+        while not self._queues.is_full:
             while len(last_ops) > VISITS_AHEAD:
                 if not last_ops[0].is_done:
                     return
@@ -162,21 +141,12 @@ class _SimulatedStage:
             index, op = next(self._ops, (0, None))
             if op is None:
                 return
-            self._queue(_SimulatedOp(index, op, self._worker_of[op.lane], self._stream.demand(op)))
-            self._room = window // 2 if self._in_flight >= window else window - 1
-
-    def _queue(self, issued: _SimulatedOp) -> None:
-        queue = issued.queue
-        for other in self._dependencies.add(issued, issued.op):
-            if not other.is_done and other.queue is not queue:
-                other.dependents.append(issued)
-                issued.missing += 1
-        self._messages.await_message(self, issued)
-        issued.queue.append(issued)
-        self._in_flight += 1
-        self.touched.append(issued.worker)
-        if issued.op.ends_visit:
-            self._last_ops.append(issued)
+            issued = _SimulatedOp(index, op, self._stream.demand(op))
+            self._messages.await_message(self, issued)
+            if self._queues.add(issued, self._dependencies.add(issued, op)):
+                self.touched.append(issued.worker)
+            if op.ends_visit:
+                last_ops.append(issued)
 
     def start(self, now: float) -> bool:
         """Start all ops that may start; return True if any of them took no time and has ended."""
@@ -184,16 +154,18 @@ class _SimulatedStage:
         while self.touched or is_device:
             # The device comes last, when all ops that are ready are known, and takes the oldest.
             if not self.touched:
-                worker, is_device = self._device, False
-            elif (worker := self.touched.pop()) is self._device:
+                worker, is_device = Lane.DEVICE, False
+            elif (worker := self.touched.pop()) is Lane.DEVICE:
                 is_device = True
                 continue
-            issued = None if worker.is_busy else worker.next()
+            if worker in self._busy_workers:
+                continue
+            issued = self._queues.next(self._lanes_of[worker])
             if issued is None:
                 continue
             issued.started = now
             if issued.demand.seconds:
-                issued.worker.is_busy = True
+                self._busy_workers.add(worker)
                 self.resources.begin(issued, now)
             else:
                 self._finish(issued, now)
@@ -203,33 +175,27 @@ class _SimulatedStage:
     def end(self, now: float) -> None:
         """End all running ops whose time is over."""
         for issued in self.resources.pop_ended(now):
-            issued.worker.is_busy = False
+            self._busy_workers.remove(issued.worker)
             self._finish(issued, now)
 
     def release(self, issued: _SimulatedOp) -> None:
-        """Count an op or message that `issued` waited for as done."""
-        issued.missing -= 1
-        if not issued.missing:
+        """Count the message that `issued` waited for as arrived."""
+        if self._queues.release(issued):
             self.touched.append(issued.worker)
 
     def _finish(self, issued: _SimulatedOp, now: float) -> None:
         op = issued.op
-        issued.queue.popleft()
-        issued.is_done = True
         self._seconds = now
-        self._busy[op.lane.worker.value] += issued.demand.seconds
+        self._busy[issued.worker.value] += issued.demand.seconds
         if op.ends_visit:
             self._visit_ends.append(now)
         if self._stream.keeps_spans:
             self._spans.append(Span(op, issued.started, now))
-        for other in issued.dependents:
-            self.release(other)
-        issued.dependents.clear()
+        for other in self._queues.done(issued):
+            self.touched.append(other.worker)
         self.touched.append(issued.worker)
         self._messages.send(self.number, op)
-        self._in_flight -= 1
-        if self._in_flight <= self._room:
-            self.issue()
+        self.issue()
 
 
 class _RingMessages:
@@ -244,7 +210,7 @@ class _RingMessages:
         """Let an op wait for its message, if it needs one that has not been sent."""
         message = awaited_message(stage.number, issued.op, self._num_blocks)
         if message is not None and message not in self._sent:
-            issued.missing += 1
+            issued.num_pending += 1
             self._waiting[message] = stage, issued
 
     def send(self, number: int, op: Op) -> None:

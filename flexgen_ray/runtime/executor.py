@@ -84,11 +84,12 @@ class AsyncExecutor:
         """
         dependencies: Dependencies[IssuedOp] = Dependencies()
         ends: deque[IssuedOp] = deque()
-        with Lanes(self._run, self._workers, self._meter, self._cancel) as lanes:
+        window = self._max_in_flight
+        with Lanes(self._run, self._workers, self._meter, window, self._cancel) as lanes:
             for index, op in enumerate(filter(self._is_active, ops)):
                 issued = IssuedOp(index, op)
                 lanes.issue(issued, dependencies.add(issued, op))
-                lanes.wait_for_room(self._max_in_flight)
+                lanes.wait_for_room()
                 if op.ends_visit:
                     ends.append(issued)
                 # Yield a visit's end early, even if the next visit is not yet issued completely.

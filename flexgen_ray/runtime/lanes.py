@@ -1,22 +1,12 @@
 """Lanes at work: threads that run each lane's ops in order, as soon as their dependencies are done.
 
 This file also divides the machine's cores among the threads, and reports a run's progress. It knows
-nothing of what an op does, nor why one op waits for another (schedule/dependencies.py does).
+nothing of what an op does, nor of which op may start next (schedule/queueing.py does).
 
-The life of an op, say op 17 on lane `store`, which waits for ops 3 and 12 of other lanes:
-
-    issue      (the executor's thread) appends it to the queue of its lane, enters it in the lists
-               `dependents` of ops 3 and 12, and sets num_pending to 2. An op that is done already
-               isn't waited for. Ops of the same lane need no entry: a lane's queue is in order.
-    finish(3)  (the thread that ran op 3) lowers num_pending to 1.
-    finish(12) lowers it to 0. If op 17 is at the head of its queue, the thread of `store` is woken.
-    _next      (the thread of `store`) takes the oldest op at the head of one of its queues that has
-               nothing pending.
-    run        without the lock: an op may take seconds, and other lanes go on meanwhile.
-    finish(17) removes it from its queue, and does for op 17's dependents what was done for it.
-
-One lock guards queues, counters and flags. It is held for these few lines only, never while an op
-runs and never while a thread sleeps.
+A thread takes its next op from the queues, runs it, and reports it as done; queueing.py then names
+the ops that became ready, and their threads are woken. One lock guards the queues and flags. It is
+held for these few lines only, never while an op runs, which may take seconds, and never while a
+thread sleeps.
 
 Without CUDA every worker has a thread of its own. With CUDA one thread issues the ops of all lanes
 that use the GPU, each lane's on a stream of its own; such an op is done when it is launched, and
@@ -29,7 +19,6 @@ import gc
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -39,6 +28,7 @@ import torch
 from flexgen_ray.hardware.host import release_openmp_team
 from flexgen_ray.runtime.meter import Meter, Timing
 from flexgen_ray.schedule.ops import OPS, Lane, Op
+from flexgen_ray.schedule.queueing import LaneQueues, QueuedOp
 
 SWITCH_INTERVAL = 5e-4  # seconds; Python's own is ten times as long
 # Runs an op that became ready at a time; returns when it ran, unless that is the call's own time.
@@ -54,35 +44,32 @@ class LaneWorker:
     streams: Mapping[Lane, torch.cuda.Stream] = field(default_factory=dict)
 
 
-class IssuedOp:
-    """An op in its lane's queue, with the number of ops it waits for and the ops that wait for it.
+class IssuedOp(QueuedOp):
+    """An op of the run, with the earlier ops that it waits for, until it is done.
 
-    ready_at: when the last op that it waited for ended; ended_at: when it ended (perf_counter).
-    event: passed when the device has run the op, on a lane with a stream; there the op is done as
-    soon as it is launched. event_waits: such events of the ops that it waited for.
+    ended_at: when it ended (perf_counter). event: passed when the device has run the op, on a lane
+    with a stream; there the op is done as soon as it is launched.
     """
 
-    __slots__ = (
-        "dependents", "ended_at", "event", "event_waits", "index", "is_done", "lane", "num_pending",
-        "op", "ready_at",
-    )  # fmt: skip
+    __slots__ = ("ended_at", "event", "waits_for")
 
     def __init__(self, index: int, op: Op) -> None:
-        self.index = index
-        self.op = op
-        self.lane = op.lane
-        self.num_pending = 0
-        self.ready_at = self.ended_at = 0.0
-        self.dependents: list[IssuedOp] = []
-        self.is_done = False
+        super().__init__(index, op)
+        self.waits_for: Iterable[IssuedOp] = ()
+        self.ended_at = 0.0
         self.event: torch.cuda.Event | None = None
-        self.event_waits: list[torch.cuda.Event] = []
+
+    def awaited_events(self) -> list[torch.cuda.Event]:
+        """Events of the ops of other lanes that this op waits for; a lane's stream is in order."""
+        events = [other.event for other in self.waits_for if other.lane is not self.lane]
+        return [event for event in events if event is not None]
 
 
 class Lanes:
     """The lanes of one run; their threads start on entry and are joined on exit, whatever happens.
 
-    cancel: called when the run stops, to end what ops under way may wait for.
+    max_in_flight: most ops that are issued and not done. cancel: called when the run stops, to end
+    what ops under way may wait for.
     """
 
     def __init__(
@@ -90,44 +77,28 @@ class Lanes:
         run: Run,
         workers: Iterable[LaneWorker],
         meter: Meter,
+        max_in_flight: int,
         cancel: Callable[[], None] | None = None,
     ) -> None:
         self._run = run
         self._meter = meter
         self._cancel = cancel
         self._lock = threading.Lock()
-        self._queues: dict[Lane, deque[IssuedOp]] = {lane: deque() for lane in Lane}
-        self._threads = [
-            _LaneThread(worker, [self._queues[lane] for lane in worker.lanes]) for worker in workers
-        ]
+        self._queues: LaneQueues[IssuedOp] = LaneQueues(max_in_flight)
+        self._threads = [_LaneThread(worker) for worker in workers]
         self._thread_of = {lane: thread for thread in self._threads for lane in thread.worker.lanes}
         self._visit_ended = threading.Condition(self._lock)
         self._room = threading.Condition(self._lock)
-        self._in_flight = 0
-        self._resume_at = -1  # number of ops in flight at which the executor goes on issuing
         self._is_stopped = False
         self._error: BaseException | None = None
         self._num_threads = torch.get_num_threads()
 
     def issue(self, issued: IssuedOp, dependencies: Iterable[IssuedOp]) -> None:
         """Queue an op on its lane, to start when its dependencies, issued before, are done."""
-        lane = issued.lane
-        queue = self._queues[lane]
+        issued.waits_for = dependencies
         with self._lock:
-            self._in_flight += 1
-            for other in dependencies:
-                if other.lane is lane:
-                    continue
-                if not other.is_done:
-                    other.dependents.append(issued)
-                    issued.num_pending += 1
-                    continue
-                issued.ready_at = max(issued.ready_at, other.ended_at)
-                if other.event is not None:
-                    issued.event_waits.append(other.event)
-            queue.append(issued)
-            if not issued.num_pending and queue[0] is issued:
-                self._thread_of[lane].wake()
+            if self._queues.add(issued, dependencies):
+                self._thread_of[issued.lane].wake()
 
     def wait(self, issued: IssuedOp) -> None:
         """Wait until an op that ends a visit is done; raises the error that ended the run."""
@@ -136,17 +107,12 @@ class Lanes:
         if self._error is not None:
             raise self._error
 
-    def wait_for_room(self, max_in_flight: int) -> None:
-        """If max_in_flight ops are in flight, wait until only half of them are.
-
-        Waiting for half, rather than for one, wakes the issuing thread less often.
-        """
-        if self._in_flight < max_in_flight:
+    def wait_for_room(self) -> None:
+        """Once max_in_flight ops are in flight, wait until only half of them are."""
+        if not self._queues.is_full:
             return
         with self._lock:
-            self._resume_at = max_in_flight // 2
-            self._room.wait_for(lambda: self._in_flight <= max_in_flight // 2 or self._is_stopped)
-            self._resume_at = -1
+            self._room.wait_for(lambda: not self._queues.is_full or self._is_stopped)
         if self._error is not None:
             raise self._error
 
@@ -194,8 +160,7 @@ class Lanes:
             while (issued := self._next(thread)) is not None:
                 stream = thread.worker.streams.get(issued.lane)
                 if stream is None:
-                    self._perform(issued, max(issued.ready_at, thread.ended_at))
-                    thread.ended_at = issued.ended_at
+                    self._perform(issued, thread)
                 else:
                     torch.cuda.set_stream(stream)
                     self._launch(issued, stream)
@@ -209,24 +174,26 @@ class Lanes:
             with self._lock:
                 if self._is_stopped:
                     return None
-                heads = [q[0] for q in thread.queues if q and not q[0].num_pending]
-                if heads:
-                    return min(heads, key=_issue_order) if len(heads) > 1 else heads[0]
+                if (issued := self._queues.next(thread.worker.lanes)) is not None:
+                    return issued
                 # Set with the lock held, so that the next op that becomes ready wakes this thread.
                 thread.is_idle = True
             thread.sleep()
 
-    def _perform(self, issued: IssuedOp, ready_at: float) -> None:
+    def _perform(self, issued: IssuedOp, thread: _LaneThread) -> None:
         """Run an op in this thread, from beginning to end."""
-        for event in issued.event_waits:
+        for event in issued.awaited_events():
             event.synchronize()
+        ready_at = thread.ended_at
+        for other in issued.waits_for:
+            ready_at = max(ready_at, other.ended_at)
         timing = timed(self._run, issued.op, ready_at)
-        issued.ended_at = timing.ended
+        issued.ended_at = thread.ended_at = timing.ended
         self._meter.note(issued.op, timing)
 
     def _launch(self, issued: IssuedOp, stream: torch.cuda.Stream) -> None:
         """Launch an op on its stream, behind the events of ops that it waits for."""
-        for event in issued.event_waits:
+        for event in issued.awaited_events():
             stream.wait_event(event)
         started = self._meter.mark(stream)
         self._run(issued.op, 0.0)
@@ -234,35 +201,27 @@ class Lanes:
         self._meter.note_events(issued.op, started, issued.event)
 
     def _finish(self, issued: IssuedOp) -> None:
-        """Take an op from its queue, and wake the threads whose next op waited for it alone."""
+        """Report an op as done, and wake the threads that waited for it."""
+        issued.waits_for = ()
         with self._lock:
-            self._queues[issued.lane].popleft()
-            issued.is_done = True
-            self._in_flight -= 1
-            if self._in_flight == self._resume_at:
+            was_full = self._queues.is_full
+            for other in self._queues.done(issued):
+                self._thread_of[other.lane].wake()
+            if was_full and not self._queues.is_full:
                 self._room.notify()
-            for other in issued.dependents:
-                other.num_pending -= 1
-                other.ready_at = max(other.ready_at, issued.ended_at)
-                if issued.event is not None:
-                    other.event_waits.append(issued.event)
-                if not other.num_pending and self._queues[other.lane][0] is other:
-                    self._thread_of[other.lane].wake()
-            issued.dependents.clear()
             if issued.op.ends_visit:
                 self._visit_ended.notify_all()
 
 
 class _LaneThread:
-    """The thread of a worker, with the queues of its lanes.
+    """The thread of a worker; ended_at: when the last op that it ran ended.
 
     It sleeps by acquiring `_wakeup`, a lock that is held whenever the thread is awake; a plain lock
     takes less time than a condition or an event.
     """
 
-    def __init__(self, worker: LaneWorker, queues: list[deque[IssuedOp]]) -> None:
+    def __init__(self, worker: LaneWorker) -> None:
         self.worker = worker
-        self.queues = queues
         self.ended_at = 0.0
         self.is_idle = False
         self._thread: threading.Thread | None = None
@@ -301,10 +260,6 @@ def timed(run: Run, op: Op, ready_at: float) -> Timing:
     ended = time.perf_counter()
     busy = 0.0 if OPS[op.kind].is_exchange else ended - started
     return timing or Timing(started, ended, busy)
-
-
-def _issue_order(issued: IssuedOp) -> int:
-    return issued.index
 
 
 # Workers whose lanes are CUDA streams, if the device is a GPU.
