@@ -34,7 +34,7 @@ class Case:
         return out
 
     def tokens(self, row: int) -> slice:
-        """Those that a row attends."""
+        """Positions of the tokens that a row attends."""
         end = self.lens[row]
         return slice(max(0, end - (self.window or end)), end)
 

@@ -122,5 +122,5 @@ def test_every_folder_says_which_question_it_answers():
 
 @pytest.mark.parametrize("path", sorted(Path(__file__).parent.glob("*.py")), ids=lambda it: it.name)
 def test_no_test_module_is_imported_by_another(path):
-    """What tests share lies in conftest.py, strategies.py and modules that hold no tests."""
+    """Shared code of tests is in conftest.py, strategies.py and modules that hold no tests."""
     assert not [name for name in imports(path) if name.split(".")[0].startswith("test_")]
