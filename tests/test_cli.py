@@ -42,8 +42,9 @@ def assert_answers(files: Path) -> None:
     assert len(answers["ids"]["response"]["body"]["choices"][0]["text"]) <= 3
 
 
-def test_generate_in_this_process(files, text_model):
-    done = run(*arguments(files, text_model, "--no-use-ray", "--report", files / "report.json"))
+def test_generate_in_this_process(run_here, files, text_model):
+    more = "--no-use-ray", "--report", files / "report.json"
+    done = run_here(*arguments(files, text_model, *more))
     assert done.returncode == 2, done.stderr
     assert_answers(files)
     report = json.loads((files / "report.json").read_text())
@@ -217,7 +218,9 @@ def offloaded(folder: Path) -> set[str]:
         pytest.param(signal.SIGINT, [], marks=pytest.mark.slow),
     ],
 )
-def test_a_killed_run_leaves_whole_lines_and_no_offload_files(files, text_model, how, where):
+def test_a_killed_run_leaves_whole_lines_and_no_offload_files(
+    run_here, files, text_model, how, where
+):
     lines = [json.dumps({"prompt": "Once upon a time" * 3, "max_tokens": 60}) for _ in range(400)]
     (files / "in.jsonl").write_text("\n".join(lines))
     offload = files / "offload"
@@ -239,7 +242,8 @@ def test_a_killed_run_leaves_whole_lines_and_no_offload_files(files, text_model,
     assert not offloaded(offload)
     assert [path.name for path in offload.iterdir()] == ["someone-elses"]
     (files / "in.jsonl").write_text(lines[0])
-    assert run(*arguments(files, text_model, "--no-use-ray", "--overwrite")).returncode == 0
+    again = run_here(*arguments(files, text_model, "--no-use-ray", "--overwrite"))
+    assert again.returncode == 0
     assert [path.name for path in offload.iterdir()] == ["someone-elses"]
 
 
@@ -257,8 +261,8 @@ def test_help_comes_at_once(arguments):
     assert done.stdout.splitlines()[-1] == "set()"
 
 
-def test_info_tells_what_a_run_would_use(tmp_path):
-    done = run("info", "--offload-dir", tmp_path)
+def test_info_tells_what_a_run_would_use(run_here, tmp_path):
+    done = run_here("info", "--offload-dir", tmp_path)
     assert done.returncode == 0, done.stderr
     found = dict(re.split(r"  +", line, maxsplit=1) for line in done.stdout.splitlines())
     assert found["offload folder"] == str(tmp_path)
@@ -269,9 +273,9 @@ def test_info_tells_what_a_run_would_use(tmp_path):
     assert 0 < used < free <= psutil.virtual_memory().total
 
 
-def test_help_teaches():
-    done = run("generate", "--help")
+def test_help_teaches(run_here):
+    done = run_here("generate", "--help")
     assert done.returncode == 0
     for word in ("--policy", "--gpu-memory", "Example", "OpenAI", "--resume", "--keep-order"):
         assert word in done.stdout
-    assert run("--version").stdout.strip()
+    assert run_here("--version").stdout.strip()
