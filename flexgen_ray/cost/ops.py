@@ -195,8 +195,10 @@ class CostModel:
             count * past * self._share_loaded(prefills)
             for _, _, count, past, prefills in placed.streamed_copies
         )
-        on_disk = (row for row, _ in placed.on_disk)
-        tokens += sum(row.position * self._share_loaded(row.is_prefill) for row in on_disk)
+        for row, _ in placed.on_disk:
+            # Where blocks pass through host memory, they cross the link whole.
+            share = 1.0 if self.plan.stages_disk else self._share_loaded(row.is_prefill)
+            tokens += row.position * share
         return self._transfer(_R.H2D, tokens * self._kv_token)
 
     def _share_loaded(self, prefills: bool) -> float:

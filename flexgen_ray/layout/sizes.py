@@ -107,7 +107,7 @@ def _cache_bytes(plan: StagePlan) -> dict[str, dict[str, int]]:
     return {
         "gpu": {
             "cache": sum(split.gpu for split in splits) * row,
-            "cache in flight": CELL_SLOTS * plan.streamed_rows * row,
+            "cache in flight": CELL_SLOTS * plan.streamed_rows * row + arriving_bytes(plan),
         },
         "cpu": {
             "cache": sum(split.cpu for split in splits) * row,
@@ -177,9 +177,17 @@ def workspace_bytes(plan: StagePlan) -> int:
     distinct = {(split, config.window(layer)) for (layer, _), split in splits}
     passes = 2 * plan.num_batches * len(distinct)
     masks = passes * plan.policy.gpu_batch_size * plan.max_seq_len
-    # A row from disk arrives in its layout on disk, while an op of another stream runs.
-    arriving = plan.cache_blocks * plan.cache_block_bytes * plan.stages_disk * (plan.disk_rows > 0)
-    return int(FRAGMENTATION * (_op_bytes(plan) + masks + arriving))
+    return int(FRAGMENTATION * (_op_bytes(plan) + masks))
+
+
+def arriving_bytes(plan: StagePlan) -> int:
+    """Bytes of the device memory in which a row from disk arrives as it lies there.
+
+    The row's blocks come first, then its tail.
+    """
+    if not (plan.stages_disk and plan.disk_rows):
+        return 0
+    return (plan.cache_blocks + 1) * plan.cache_block_bytes
 
 
 def scored_tokens_at_a_time(plan: StagePlan, top: int) -> int:

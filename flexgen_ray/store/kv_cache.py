@@ -43,7 +43,7 @@ from torch import Tensor
 from flexgen_ray.layout.placement import RowSplit
 from flexgen_ray.layout.plan import CACHE_BLOCK_TOKENS, StagePlan
 from flexgen_ray.layout.rows import MemoKey, PlacedRows, Row
-from flexgen_ray.layout.sizes import CHOICE_BYTES
+from flexgen_ray.layout.sizes import CHOICE_BYTES, arriving_bytes
 from flexgen_ray.schedule.ops import CELL_SLOTS, Op
 from flexgen_ray.store.activations import CellBuffers
 from flexgen_ray.store.disk import Region
@@ -69,6 +69,10 @@ class KVCache:
         self._streamed = self._allocate_slots(
             tiers.gpu, "cache in flight", CELL_SLOTS, plan.streamed_rows
         )
+        # A row from disk, in its layout there; a lane of its own fills and empties it, in order.
+        arriving = arriving_bytes(plan), plan.cache_block_bytes
+        memory = tiers.gpu.allocate("cache in flight", arriving[0])
+        self._arriving = memory.view(-1, arriving[1]) if arriving[0] else None
         self._tails, self._disk = self._allocate_disk_homes(tiers)
         flight = (2, CELL_SLOTS, plan.disk_rows, plan.cache_blocks, plan.cache_block_bytes)
         nbytes = torch.Size(flight).numel()
@@ -269,9 +273,11 @@ class KVCache:
             self._in[op.cell_slot, index, :blocks],
             self._tails[op.layer, op.batch][index],
         )
-        if not self.plan.is_sparse:
-            # One contiguous copy crosses asynchronously, and is put in order on the device.
-            arrived, tail = (x.to(target.device, non_blocking=True) for x in (arrived, tail))
+        if self._arriving is not None:
+            # Only contiguous copies cross without being staged. So blocks cross whole, be it with
+            # values that sparse attention doesn't ask for: the disk takes far longer to read them.
+            arrived = self._arriving[:blocks].copy_(arrived, non_blocking=True)
+            tail = self._arriving[-1].copy_(tail, non_blocking=True)
         if blocks:
             tokens = self._tokens_of(arrived).permute(1, 2, 0, 3, 4)
             of_blocks = target[:, :, :whole].unflatten(2, (blocks, CACHE_BLOCK_TOKENS))
