@@ -196,7 +196,7 @@ class CostModel:
             for _, _, count, past, prefills in placed.streamed_copies
         )
         for row, _ in placed.on_disk:
-            # Where blocks pass through host memory, they cross the link whole.
+            # Blocks that pass through host memory cross the link whole.
             share = 1.0 if self.plan.stages_disk else self._share_loaded(row.is_prefill)
             tokens += row.position * share
         return self._transfer(_R.H2D, tokens * self._kv_token)
