@@ -1,23 +1,36 @@
 """Quantization on CUDA in one pass over memory; bit for bit as pack_plain, except which NaN.
 
-Each program takes some neighbouring groups out of the groups of all vectors. Numbers of 16 bits are
-read and written byte by byte, because vectors may lie at odd addresses. Needs Triton.
+Each program takes some neighbouring groups out of the groups of all vectors. Vectors may end in a
+shorter group and lie at odd addresses, so codes, minimum and scale are read and written byte by
+byte. Where all groups are whole and vectors aligned, as weights are and caches with heads of a
+multiple of 64, unpack takes a variant that moves 16 bytes at a time. Needs Triton.
 """
 
 from __future__ import annotations
+
+from math import gcd
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from flexgen_ray.quant.packing import GROUP, LARGEST, code_bytes, num_groups
+from flexgen_ray.quant.packing import (
+    GROUP,
+    LARGEST,
+    PARAMETER_BYTES,
+    code_bytes,
+    num_groups,
+)
 
 _DIMS = 4
 _GROUPS_PER_PROGRAM = 32
+_WHOLE_GROUPS_PER_PROGRAM = 64
+_VECTOR = 16  # bytes of the widest load and store
 # These sizes change from pass to pass, and Triton would compile anew for sizes that are 1 or a
 # multiple of 16.
 _COUNTS = ("total", "n1", "n2", "n3")
+_INTEGERS = (*_COUNTS, "size", "middle", *(f"{name}{dim}" for name in "vp" for dim in range(_DIMS)))
 
 
 def pack(x: Tensor, bits: int, out: Tensor) -> None:
@@ -41,13 +54,35 @@ def _launch(kernel: triton.JITFunction, values: Tensor, packed: Tensor, bits: in
     total = values[..., 0].numel() * num_groups(size)
     if not total:
         return
-    middle = code_bytes(size, bits)
+    units, constants = _GROUPS_PER_PROGRAM, {"LARGEST": LARGEST}
+    if kernel is _unpack and (alignment := whole_alignment(values, packed)):
+        kernel, units = _unpack_whole, _WHOLE_GROUPS_PER_PROGRAM
+        is_dense = values.is_contiguous() and packed.is_contiguous()
+        constants = {"ALIGNMENT": alignment, "IS_DENSE": is_dense}
     with torch.cuda.device_of(values):
-        kernel[(triton.cdiv(total, _GROUPS_PER_PROGRAM),)](
-            values, packed, total, size, middle, *values.shape[1:-1],
+        kernel[(triton.cdiv(total, units),)](
+            values, packed, total, size, code_bytes(size, bits), *values.shape[1:-1],
             *values.stride()[:-1], *packed.stride()[:-1],
-            LARGEST=LARGEST, BITS=bits, GROUP=GROUP, UNITS=_GROUPS_PER_PROGRAM,
+            BITS=bits, GROUP=GROUP, UNITS=units, **constants,
         )  # fmt: skip
+
+
+def whole_alignment(values: Tensor, packed: Tensor) -> int:
+    """Bytes, 4 to 16, to which packed vectors are aligned; 0 where whole groups can't be unpacked.
+
+    They can where every group has GROUP values, every vector of values is aligned to 16 bytes, and
+    every packed one to 4.
+    """
+    if values.shape[-1] % GROUP or _divisor(values) % _VECTOR:
+        return 0
+    alignment = gcd(_divisor(packed), _VECTOR)
+    return alignment if alignment >= PARAMETER_BYTES else 0
+
+
+def _divisor(x: Tensor) -> int:
+    """Common divisor of the addresses of all vectors."""
+    outer = zip(x.shape[:-1], x.stride()[:-1], strict=True)
+    return gcd(x.data_ptr(), *(step * x.element_size() for length, step in outer if length > 1))
 
 
 @triton.jit
@@ -79,7 +114,13 @@ def _load_half(address, live):
     """Float16 at any address, as float32."""
     low = tl.load(address, mask=live, other=0).to(tl.uint16)
     high = tl.load(address + 1, mask=live, other=0).to(tl.uint16)
-    return (low | (high << 8)).to(tl.float16, bitcast=True).to(tl.float32)
+    return _float_of_half(low | (high << 8))
+
+
+@triton.jit
+def _float_of_half(bits):
+    """Float32 with the value of a float16, by its bits."""
+    return bits.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
 
 
 @triton.jit
@@ -117,6 +158,42 @@ def _unpack(
         within = live[:, None] & (i < (n - nbytes)[:, None])
         out += nbytes[:, None]
         tl.store(out, (minimum + high.to(tl.float32) * scale).to(kind), mask=within)
+
+
+@triton.jit(do_not_specialize=_INTEGERS)
+def _unpack_whole(
+    values, packed, total, size, middle, n1, n2, n3, v0, v1, v2, v3, p0, p1, p2, p3,
+    BITS: tl.constexpr, GROUP: tl.constexpr, UNITS: tl.constexpr,
+    ALIGNMENT: tl.constexpr, IS_DENSE: tl.constexpr,
+):  # fmt: skip
+    """Unpack where whole_alignment gives ALIGNMENT; IS_DENSE: vectors lie one after the other."""
+    unit = tl.program_id(0) * UNITS + tl.arange(0, UNITS)
+    live = unit < total
+    groups = size // GROUP
+    if IS_DENSE:
+        group = unit % groups
+        place = unit.to(tl.int64) * GROUP
+        start = (unit // groups).to(tl.int64) * (middle + groups * 4)
+    else:
+        group, _, _, place, start = _place(
+            unit, size, n1, n2, n3, v0, v1, v2, v3, p0, p1, p2, p3, BITS, GROUP
+        )
+    parameters = tl.multiple_of(packed + start + middle + group * 4, 4)
+    pair = tl.load(parameters.to(tl.pointer_type(tl.uint32)), mask=live, other=0)
+    minimum = _float_of_half(pair & 0xFFFF)[:, None]
+    scale = _float_of_half(pair >> 16)[:, None]
+    i, live = tl.arange(0, GROUP * BITS // 8)[None, :], live[:, None]
+    codes = tl.multiple_of(packed + start + group * (GROUP * BITS // 8), ALIGNMENT)
+    # 32 bits wide, since GPUs convert those to floats faster than bytes.
+    code = tl.load(codes[:, None] + i, mask=live, other=0).to(tl.uint32)
+    out = tl.multiple_of(values + place, 16)[:, None] + i
+    kind = values.dtype.element_ty
+    if BITS == 8:
+        tl.store(out, (minimum + code.to(tl.float32) * scale).to(kind), mask=live)
+    else:
+        low, high = (code & 15).to(tl.float32), (code >> 4).to(tl.float32)
+        tl.store(out, (minimum + low * scale).to(kind), mask=live)
+        tl.store(out + GROUP // 2, (minimum + high * scale).to(kind), mask=live)
 
 
 @triton.jit
