@@ -431,6 +431,7 @@ def pretend_cuda() -> Iterator[PretendCuda]:
     global _device
     assert not torch.cuda.is_available(), "there is a GPU: use that"
     _device = device = PretendCuda()
+    attends_by_cudnn = torch.backends.cuda.cudnn_sdp_enabled()
     with pytest.MonkeyPatch.context() as patch, _device_guard():
         _patch_torch(patch, device)
         _patch_project(patch, device)
@@ -438,6 +439,7 @@ def pretend_cuda() -> Iterator[PretendCuda]:
             with _Mode(device):
                 yield device
         finally:
+            torch.backends.cuda.enable_cudnn_sdp(attends_by_cudnn)
             device.is_there = False
             _device = None
 

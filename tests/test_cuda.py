@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
+from statistics import median
 
 import pytest
 import torch
@@ -13,8 +15,10 @@ from strategies import policies, sparse
 from flexgen_ray import LLM, Policy, SamplingParams
 from flexgen_ray.calibration.calibrate import calibrate
 from flexgen_ray.engine.backend import spans as all_spans
+from flexgen_ray.kernels import attention
 from flexgen_ray.kernels.sampling import Penalties, SamplingRow, sample
 from flexgen_ray.planner.budgets import CUDA_RESERVE
+from flexgen_ray.runtime.worker import Worker
 from flexgen_ray.store import memory
 from flexgen_ray.store.memory import MemoryTier
 
@@ -100,6 +104,48 @@ def test_choosing_tokens_never_waits_for_the_device():
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert tokens.tolist() == sample(logits.cpu(), draws).tolist()
+
+
+@pytest.mark.parametrize("sparsity", [1.0, 0.5])
+def test_no_op_of_a_whole_generation_waits_for_the_device(tiny_models, policy_of_all, sparsity):
+    """One thread issues the ops of all streams, so whatever waits in one holds up the others."""
+    folder, references = tiny_models["llama"]
+    policy = replace(policy_of_all, attention_sparsity=sparsity)
+    prompts = [reference.prompt for reference in references]
+    with LLM(folder, policy=policy, dtype="float16", device="cuda", use_ray=False) as llm:
+        expected = llm.generate(prompts, GREEDY)  # also makes tables that are made once a process
+        requests = [llm.request(index, prompt, GREEDY) for index, prompt in enumerate(prompts)]
+        llm.prepare(requests)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            outputs = sorted(llm.stream(requests), key=lambda output: output.index)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    found, wanted = ([it.outputs[0].token_ids for it in each] for each in (outputs, expected))
+    assert found == wanted
+
+
+@pytest.mark.parametrize("is_ragged", [False, True])
+def test_a_new_length_of_a_cache_takes_no_longer_than_a_known_one(tmp_path, is_ragged):
+    """In half precision, where cuDNN would make a plan of tens of milliseconds for each length."""
+    Worker().probe("cuda", str(tmp_path))
+    rows, heads, longest = 8, 32, 256
+    q = torch.randn(rows, heads, 128, dtype=torch.float16, device="cuda")
+    k, v = torch.randn(2, rows, heads, longest, 128, dtype=torch.float16, device="cuda")
+
+    def seconds(length: int) -> float:
+        lens = [length - is_ragged * (row % 2) for row in range(rows)]
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        attention.decode(q, k, v, lens)
+        torch.cuda.synchronize()
+        return time.perf_counter() - started
+
+    for length in range(100, 108):
+        seconds(length)
+    lengths = range(108, 128)
+    new, known = (median(map(seconds, lengths)) for _ in range(2))
+    assert new < 4 * known
 
 
 def test_every_lane_of_a_cuda_run_is_timed_on_its_stream(tiny_models, policy_of_all, tmp_path):

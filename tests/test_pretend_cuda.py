@@ -6,6 +6,9 @@ import pytest
 import torch
 from pretend_cuda import GPU, DeviceMix, DeviceTensor, decode_launches, pretend_cuda
 
+from flexgen_ray import LLM, Policy, SamplingParams
+from flexgen_ray.runtime.worker import Worker
+
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU itself is there")
 
 
@@ -132,3 +135,18 @@ def test_launches_are_those_of_the_ops_of_a_decoding_batch(tmp_path):
     # At least each layer's six products, with a bias each, and attention.
     assert 7 <= sum(equal.other_layers.values()) <= sum(ragged.other_layers.values())
     assert sum(equal.other_layers.values()) <= sum(equal.first_layer.values())
+
+
+@pytest.mark.parametrize("name", ["cpu", "cuda"])
+def test_cudnn_never_attends_on_cuda_and_is_left_alone_on_a_cpu(text_model, name, tmp_path):
+    """Neither where rates are measured, after a probe, nor in a process that loads without one."""
+    is_used, attends = name == "cpu", torch.backends.cuda.cudnn_sdp_enabled
+    with pretend_cuda():
+        torch.backends.cuda.enable_cudnn_sdp(True)
+        Worker().probe(name, str(tmp_path))
+        assert attends() is is_used
+        with LLM(text_model, policy=Policy(4), device=name, dtype="float32", use_ray=False) as llm:
+            torch.backends.cuda.enable_cudnn_sdp(True)
+            llm.generate([[5, 6]], SamplingParams(1))
+            assert attends() is is_used
+    assert attends()

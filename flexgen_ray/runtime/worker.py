@@ -77,8 +77,7 @@ class Worker:
         """
         chosen = find_device(device)
         uses_cuda = chosen.type == "cuda"
-        if uses_cuda:
-            torch.cuda.set_device(chosen)
+        _set_up(chosen)
         memory = free_memory()
         machine = Machine(
             host=socket.gethostname(),
@@ -97,6 +96,7 @@ class Worker:
         """Measure this machine's rates for the stage's shapes; takes a few seconds."""
         self.close()
         plan, device = spec.plan, torch.device(spec.device)
+        _set_up(device)
         attend = choose_host_kernel(plan, cores_for(plan, device).host, spec.budget.cpu // 2)
         return measure_rates(plan, spec.budget, device, Path(spec.offload_dir), attend)
 
@@ -108,6 +108,7 @@ class Worker:
             on_progress(event)
 
         self.close()
+        _set_up(torch.device(spec.device))
         report(Progress(phase=LOADING))
         if spec.model:
             spec = replace(spec, model=str(find_model(spec.model)))
@@ -196,6 +197,18 @@ def find_device(name: str) -> torch.device:
             f"use; the last one is cuda:{count - 1}"
         )
     return torch.device("cuda", index)
+
+
+def _set_up(device: torch.device) -> None:
+    """Make a GPU this thread's current one, and choose torch's attention on it for the process.
+
+    On GPUs from Hopper on, torch 2.11 and later prefer cuDNN's attention in half precision. cuDNN
+    makes a plan for each new length of a cache, which takes 23 to 37 ms of the thread that issues
+    all ops, and here each pass has new lengths.
+    """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def with_known_rates(machine: Machine, offload_dir: Path) -> Machine:
