@@ -22,7 +22,14 @@ def measure_hops(trips: dict[int, int]) -> dict[str, float]:
     """
     own_cluster = connect(None)
     try:
-        return {str(nbytes): _measure_hop(nbytes, count) for nbytes, count in trips.items()}
+        store = RendezvousStore(node_address())
+        rendezvous = Rendezvous(store.host, store.port, 1, 2, secret=store.secret)
+        actor: Any = ray.remote(_Stage)
+        stages = [actor.options(num_cpus=0.5).remote(rendezvous, rank) for rank in (0, 1)]
+        hops = {str(nbytes): _measure_hop(stages, nbytes, n) for nbytes, n in trips.items()}
+        for stage in stages:
+            ray.kill(stage)
+        return hops
     finally:
         if own_cluster is not None:
             own_cluster.close()
@@ -50,13 +57,7 @@ class _Stage:
         return seconds
 
 
-def _measure_hop(nbytes: int, rounds: int) -> float:
+def _measure_hop(stages: list[Any], nbytes: int, rounds: int) -> float:
     """Median milliseconds of a round trip of one tensor and the message that answers it."""
-    store = RendezvousStore(node_address())
-    rendezvous = Rendezvous(store.host, store.port, 1, 2, secret=store.secret)
-    actor: Any = ray.remote(_Stage)
-    stages = [actor.options(num_cpus=0.5).remote(rendezvous, rank) for rank in (0, 1)]
     seconds, _ = ray.get([stage.exchange.remote(nbytes, rounds) for stage in stages])
-    for stage in stages:
-        ray.kill(stage)
     return round(1e3 * median(seconds), 3)
