@@ -99,7 +99,7 @@ def test_each_line_has_its_row_and_openai_s_types_read_it(undisturbed):
 
 @pytest.mark.parametrize("keep_order", [False, True])
 @pytest.mark.parametrize("name", ["out.jsonl", "out.jsonl.gz"])
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(stops=st.lists(st.integers(0, 8), min_size=1, max_size=3))
 def test_stopped_and_resumed_the_answers_are_those_of_one_run(
     llm, tmp_path_factory, undisturbed, keep_order, name, stops
@@ -197,7 +197,7 @@ _LINE = st.binary(max_size=40) | (_OBJECT | _OBJECT.map(lambda it: {"body": it})
 )
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(before=st.lists(_LINE, max_size=4), after=st.lists(_LINE, max_size=4), data=st.data())
 def test_no_line_costs_another_its_answer(llm, tmp_path_factory, before, after, data):
     folder = tmp_path_factory.mktemp("fuzz")

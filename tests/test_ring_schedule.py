@@ -150,7 +150,7 @@ def waits(ring, num_blocks: int, num_visits: int, in_program_order: bool) -> dic
 
 @pytest.mark.parametrize("in_program_order", [True, False])
 @given(rings(), st.integers(0, 2))
-@settings(max_examples=30)
+@settings(max_examples=15)
 def test_a_ring_with_a_block_a_stage_never_waits_for_itself(in_program_order, ring, spare):
     num_blocks = len(ring[0]) + spare
     TopologicalSorter(waits(ring, num_blocks, 3 * num_blocks, in_program_order)).prepare()

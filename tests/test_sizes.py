@@ -106,7 +106,7 @@ def test_hidden_fractions_hold(placement, num_tokens):
 
 
 @given(policy=compressed, name=st.sampled_from(["opt-350m-like", "llama", "olmo2", "gemma3"]))
-@settings(max_examples=30)
+@settings(max_examples=16)
 def test_the_stores_take_exactly_what_was_computed(tiny_models, policy, name):
     folder, references = tiny_models[name]
     with LLM(folder, policy=policy, dtype="float32", device="cpu", use_ray=False) as llm:
@@ -143,7 +143,7 @@ def default_policy(config, stage, workload, dtype, budget) -> Policy:
     st.integers(64, 4000), st.integers(64, 4000), st.integers(1, 300), st.integers(1, 2000),
     st.integers(1, 200),
 )  # fmt: skip
-@settings(max_examples=25)
+@settings(max_examples=15)
 def test_the_default_policy_fits_or_says_what_lacks(gpu, cpu, num_requests, prompt, answer):
     """Budgets in MiB; SmolLM2's 540 MB in float32 overflow most of them to disk."""
     config = REAL["smollm2-135m"]
