@@ -88,9 +88,12 @@ def attention(
     """
     import torch
 
+    from flexgen_ray.calibration.steady import OtherLoad
+    from flexgen_ray.cli.bench.runs import beside
     from flexgen_ray.kernels.host_kernel import KERNELS, load_kernel
     from flexgen_ray.store.memory import allocate_pages
 
+    watch = OtherLoad()
     threads = threads or len(os.sched_getaffinity(0))
     torch.set_num_threads(threads)
     kernels = {name: load_kernel(name, threads) for name in KERNELS}
@@ -113,7 +116,7 @@ def attention(
                 _say_row(results[-1])
     peak = max(row["fma_per_s"] for row in results)
     made_with = {"threads": threads, "context": context, "fma_per_s": peak}
-    _finish(made_with | {"results": results}, json_file)
+    _finish(made_with | beside(watch) | {"results": results}, json_file)
 
 
 def _case(
@@ -292,6 +295,8 @@ def _finish(measured: dict, path: Path | None) -> None:
         | {name: version(name) for name in ("flexgen-ray", "torch", "numba", "llvmlite")},
     }
     result = made_by | measured
+    for doubt in result.get("doubtful", ()):
+        _say(f"doubtful: {doubt}")
     if path is not None:
         write_text(path, to_json(result, indent=2) + "\n")
     display(to_json(result))

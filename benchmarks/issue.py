@@ -17,9 +17,11 @@ from typing import Annotated
 import torch
 import typer
 
+from benchmarks import gate
 from benchmarks.command import run_as_command
+from flexgen_ray.calibration.steady import OtherLoad
+from flexgen_ray.cli.bench.runs import beside
 from flexgen_ray.cli.options import JsonOption
-from flexgen_ray.reporting.result import finish
 from flexgen_ray.runtime.executor import AsyncExecutor
 from flexgen_ray.runtime.lanes import divide_cores, make_lane_workers
 from flexgen_ray.schedule.ops import Op
@@ -40,9 +42,15 @@ def issue(
 
     Example: python -m benchmarks.issue --layers 48 --batches 4
     """
+    watch = OtherLoad()
     costs = sorted(_issue(layers, batches) for _ in range(repeats))
-    result = {"layers": layers, "batches": batches, "us_per_op": [round(cost, 2) for cost in costs]}
-    finish(result | {"median_us_per_op": round(costs[repeats // 2], 2)}, "none", json_file)
+    result: dict = {
+        "layers": layers,
+        "batches": batches,
+        "us_per_op": [round(cost, 2) for cost in costs],
+    }
+    result |= {"median_us_per_op": round(costs[repeats // 2], 2)} | beside(watch)
+    gate.finish(result, "none", json_file, rests_on=())
 
 
 def _issue(layers: int, batches: int) -> float:

@@ -4,7 +4,8 @@ Claim: loads, stores, disk, host attention and compute overlap so well that a ru
 its busiest lane alone. A tiny model runs at rates chosen so that one lane, or all, take a given
 time for each cell. Time is emulated, so the schedule and the executor are measured, not a device.
 
-Good: every case's `ratio` (run over busiest lane) near 1; it can't be below.
+Good: every case's `ratio` (run over busiest lane) near 1; it can't be below. With a doubtful run
+(gate.py) no file is written.
 docs/results/lanes-emulated.json: python -m benchmarks.lanes --json FILE
 """
 
@@ -12,15 +13,19 @@ from __future__ import annotations
 
 import tempfile
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
 
+from benchmarks import gate
 from benchmarks.command import run_as_command
 from benchmarks.emulation import emulated
 from benchmarks.stand_in import alike_requests
+from flexgen_ray.calibration.steady import OtherLoad
+from flexgen_ray.cli.bench.runs import beside
 from flexgen_ray.cli.options import JsonOption
 from flexgen_ray.config import Budget, HardwareSpec, Placement, Policy, Workload
 from flexgen_ray.cost.ops import CostModel
@@ -28,7 +33,6 @@ from flexgen_ray.cost.resources import Resource
 from flexgen_ray.layout.plan import StagePlan
 from flexgen_ray.layout.rows import Composition, Row, Rows
 from flexgen_ray.models.config import ModelConfig
-from flexgen_ray.reporting.result import finish
 from flexgen_ray.reporting.terminal import say
 from flexgen_ray.request import Request
 from flexgen_ray.runtime.events import Progress
@@ -89,10 +93,16 @@ def lanes(
     """
     results = {}
     for name, case in CASES.items():
-        results[name] = run_case(case, plan_of(case, layers, batches, passes), op_ms / 1e3)
+        plan = plan_of(case, layers, batches, passes)
+        results[name] = gate.attempt(partial(run_case, case, plan, op_ms / 1e3), judge)
         say(f"{name:>15}: {results[name]}")
     settings = {"layers": layers, "batches": batches, "passes": passes, "op_ms": op_ms}
-    finish({"emulated": True, "settings": settings, "cases": results}, "emulated", json_file)
+    gate.finish({"emulated": True, "settings": settings, "cases": results}, "emulated", json_file)
+
+
+def judge(figures: dict) -> list[str]:
+    """Reasons to doubt a case's figures."""
+    return gate.idle(1 / figures["ratio"])
 
 
 def plan_of(case: Case, layers: int, batches: int, passes: int) -> StagePlan:
@@ -133,7 +143,9 @@ def run_case(case: Case, plan: StagePlan, op_seconds: float) -> dict:
         hardware = hardware_of(case, plan, op_seconds)
         worker.load(replace(spec, **emulated(hardware), keeps_spans=True))
         worker.add(requests_of(plan))
+        watch = OtherLoad()
         tokens = sum(it.new_tokens for it in worker.run() if isinstance(it, Progress))
+        disturbed = beside(watch)
         measured, spans = worker.measured(), worker.spans(0, 10**9)
         worker.close()
     busiest = max(measured.bound.values())
@@ -147,7 +159,7 @@ def run_case(case: Case, plan: StagePlan, op_seconds: float) -> dict:
         "busy_s": {lane: round(each, 4) for lane, each in measured.modelled_lanes.items()},
         "op_ms": round(1e3 * sum(measured.modelled_lanes.values()) / len(spans), 3),
         "generated_tokens": tokens,
-    }
+    } | disturbed
 
 
 def hardware_of(case: Case, plan: StagePlan, op_seconds: float) -> HardwareSpec:

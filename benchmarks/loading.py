@@ -17,16 +17,18 @@ from typing import Annotated, Any
 
 import typer
 
+from benchmarks import gate
 from benchmarks.command import run_as_command
+from flexgen_ray.calibration.steady import OtherLoad
 from flexgen_ray.cli.bench.page_cache import read_once
 from flexgen_ray.cli.bench.random_checkpoints import SHAPES, make_checkpoint
+from flexgen_ray.cli.bench.runs import beside
 from flexgen_ray.cli.options import JsonOption
 from flexgen_ray.cli.quantize import write_quantized_copy
 from flexgen_ray.config import Policy
 from flexgen_ray.llm import LLM
 from flexgen_ray.models.config_files import load_config
 from flexgen_ray.paths import find_model
-from flexgen_ray.reporting.result import finish
 from flexgen_ray.request import SamplingParams
 
 
@@ -67,15 +69,17 @@ def loading(
             f"the checkpoint, packed into {weight_bits} bits": (folder, lossy),
             "packed by quantize": (packed, {}),
         }
+        watch = OtherLoad()
         # The first round compiles the kernels that quantize, and doesn't count.
         reports = [{name: _load(*way) for name, way in ways.items()} for _ in range(rounds + 1)]
         runs = [
             _run(name, way[0], [each[name] for each in reports[1:]]) for name, way in ways.items()
         ]
+        disturbed = beside(watch)
         dtype = load_config(folder).dtype
     settings = {"model": Path(model).name, "dtype": dtype, "weight_bits": weight_bits}
     settings |= {"page_cache": "warm", "rounds": rounds, "quantize_s": round(seconds, 3)}
-    finish(settings | {"runs": runs}, "CPU", json_file)
+    gate.finish(settings | {"runs": runs} | disturbed, "CPU", json_file, rests_on=())
 
 
 def _quantize(folder: Path, output: Path, weight_bits: int) -> float:

@@ -6,7 +6,7 @@ transport that stages use; emulated stages decode with a slow and a free network
 then a stage of a small model's pipeline is killed, and the parts of its recovery are timed.
 
 Good: `hop_ms` of 64 KiB below 1, `throughput_of_blocks_a_stage` of 2 near 1, and detection plus
-restart within a few seconds.
+restart within a few seconds. Doubtful measurements (gate.py) are marked.
 docs/results/ring-cpu.json: python -m benchmarks.ring --json FILE
 """
 
@@ -17,22 +17,27 @@ import signal
 import tempfile
 import threading
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from benchmarks import gate
 from benchmarks.command import run_as_command
 from benchmarks.hidden_hops import hidden_hops
+from flexgen_ray.calibration.steady import OtherLoad
 from flexgen_ray.cli.bench.random_checkpoints import make_checkpoint
+from flexgen_ray.cli.bench.runs import beside
 from flexgen_ray.cli.options import JsonOption
 from flexgen_ray.llm import LLM
-from flexgen_ray.reporting.result import finish
 from flexgen_ray.reporting.terminal import say
 from flexgen_ray.request import SamplingParams
 
 SIZES = (64 << 10, 4 << 20, 64 << 20)
 STAGES = 3
+WATCH_SECONDS = 2.0
 
 
 def ring(
@@ -55,17 +60,33 @@ def ring(
 
     # Large tensors take fewer trips: 200 MiB of each size, but at least three.
     trips = {size: max(3, min(rounds, (200 << 20) // size)) for size in SIZES}
-    milliseconds = measure_hops(trips)
-    say(f"ms a hop: {milliseconds}")
+    hops = _after_a_watch(lambda: measure_hops(trips))
+    say(f"ms a hop: {hops}")
     hidden = hidden_hops()
     say(f"hidden hops: {hidden}")
     with tempfile.TemporaryDirectory(prefix="flexgen-bench-") as folder:
         model = make_checkpoint(shape, Path(folder, "model"))
-        recoveries = [_recovery(model, kill % STAGES) for kill in range(kills)]
+        recoveries = [
+            _after_a_watch(partial(_recovery, model, kill % STAGES)) for kill in range(kills)
+        ]
     say(f"recoveries: {recoveries}")
     settings = {"rounds": rounds, "shape": shape, "stages": STAGES}
-    result = {"hop_ms": milliseconds, "hidden_hops": hidden, "recoveries": recoveries}
-    finish({"settings": settings} | result, "CPU", json_file)
+    result = {"hop_ms": hops, "hidden_hops": hidden, "recoveries": recoveries}
+    gate.finish({"settings": settings} | result, "CPU", json_file)
+
+
+def _after_a_watch(measure: Callable[[], dict]) -> dict:
+    """Measure, and mark the figures if other processes used the cores in the seconds before.
+
+    Processes that end meanwhile take the sum of their own seconds with them.
+    """
+
+    def watched() -> dict:
+        watch = OtherLoad()
+        time.sleep(WATCH_SECONDS)
+        return beside(watch) | measure()
+
+    return gate.attempt(watched)
 
 
 def _recovery(model: Path, stage: int) -> dict:

@@ -5,25 +5,28 @@ simulation use the same ops, amounts and rates; the simulation has neither threa
 they differ by the cost of running the emulation.
 
 Good: every case's `ratio` (run over simulation) near 1, and tens of thousands of `ops_per_s`.
+With a doubtful run (gate.py) no file is written.
 docs/results/simulate-emulated.json: python -m benchmarks.simulate --json FILE
 """
 
 from __future__ import annotations
 
 import time
+from functools import partial
 from typing import Annotated
 
 import typer
 
+from benchmarks import gate
 from benchmarks.command import run_as_command
-from benchmarks.lanes import CASES, hardware_of, plan_of, requests_of, run_case
+from benchmarks.lanes import CASES, Case, hardware_of, plan_of, requests_of, run_case
+from flexgen_ray.cli.bench.runs import BESIDE
 from flexgen_ray.cli.options import JsonOption
 from flexgen_ray.config import HardwareSpec
 from flexgen_ray.cost.simulate import simulate as play
 from flexgen_ray.cost.steady import op_stream
 from flexgen_ray.layout.plan import StagePlan
 from flexgen_ray.layout.rows import NO_ROWS, Rows
-from flexgen_ray.reporting.result import finish
 from flexgen_ray.reporting.terminal import say
 from flexgen_ray.runtime.scheduler import Scheduler
 
@@ -44,28 +47,36 @@ def simulate(
     results = {}
     for name, case in CASES.items():
         plan = plan_of(case, layers, batches, passes)
-        results[name] = _compared(
-            run_case(case, plan, op_ms / 1e3),
-            _simulated(plan, hardware_of(case, plan, op_ms / 1e3)),
-        )
+        simulated = _simulated(plan, hardware_of(case, plan, op_ms / 1e3))
+        compare = partial(_compared, case, plan, op_ms / 1e3, simulated)
+        results[name] = gate.attempt(compare, _judge)
         say(f"{name:>15}: {results[name]}")
     settings = {"layers": layers, "batches": batches, "passes": passes, "op_ms": op_ms}
-    finish({"emulated": True, "settings": settings, "cases": results}, "emulated", json_file)
+    gate.finish({"emulated": True, "settings": settings, "cases": results}, "emulated", json_file)
 
 
-def _compared(measured: dict, simulated: dict) -> dict:
+def _judge(figures: dict) -> list[str]:
+    return gate.missed("seconds", figures["measured_s"], figures["simulated_s"])
+
+
+def _compared(case: Case, plan: StagePlan, op_seconds: float, simulated: dict) -> dict:
     """Times of a run and of its simulation, with their ratios.
 
     ratio: when the last token was chosen, against the simulated time. wall_ratio: when the run was
     over, after a pass without rows that shows that no other follows.
     """
-    predicted = simulated["simulated_s"]
-    return simulated | {
-        "measured_s": measured["last_token_s"],
-        "wall_s": measured["wall_s"],
-        "ratio": round(measured["last_token_s"] / predicted, 4),
-        "wall_ratio": round(measured["wall_s"] / predicted, 4),
-    }
+    measured, predicted = run_case(case, plan, op_seconds), simulated["simulated_s"]
+    disturbed = {name: measured[name] for name in measured if name in BESIDE}
+    return (
+        simulated
+        | disturbed
+        | {
+            "measured_s": measured["last_token_s"],
+            "wall_s": measured["wall_s"],
+            "ratio": round(measured["last_token_s"] / predicted, 4),
+            "wall_ratio": round(measured["wall_s"] / predicted, 4),
+        }
+    )
 
 
 def _simulated(plan: StagePlan, hardware: HardwareSpec) -> dict:

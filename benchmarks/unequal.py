@@ -5,7 +5,8 @@ over equal stages. For the block shape that the planner chose, every split of th
 best policies by prediction, and so does the equal split; the planner's split and the equal one are
 then run on emulated machines.
 
-Good: `chosen_to_best` near 1, and `gain_over_equal` above 1, the more the GPUs differ.
+Good: `chosen_to_best` near 1, and both gains above 1, the more the GPUs differ: that of the
+predictions, and `emulated_gain_over_equal`. With a doubtful run (gate.py) no file is written.
 docs/results/unequal-emulated.json: python -m benchmarks.unequal --json FILE
 """
 
@@ -18,17 +19,16 @@ from typing import Annotated
 
 import typer
 
+from benchmarks import gate
 from benchmarks import paper_machines as t4
 from benchmarks.command import run_as_command
-from benchmarks.scaling import CELL_SECONDS, MIDDLE, run
-from benchmarks.stand_in import StandIn
+from benchmarks.scaling import run_plan
 from flexgen_ray.cli.options import JsonOption
 from flexgen_ray.config import Budget
 from flexgen_ray.hardware.spec import Hardware
 from flexgen_ray.models.shapes import shape_config
 from flexgen_ray.planner.pipeline_plan import ModelRates, PipelinePlan, PlannedJob, StageDevice
 from flexgen_ray.planner.search import Planner, find_best_plan
-from flexgen_ray.reporting.result import finish
 from flexgen_ray.reporting.terminal import say
 
 CLUSTERS = ("t4,rtx4090", "t4,t4,a100-80")
@@ -63,7 +63,7 @@ def unequal(
         say(f"{cluster}: {results[cluster]}")
     settings = {"model": model, "prompt_len": t4.PROMPT_LEN, "max_tokens": t4.MAX_TOKENS}
     result = {"emulated": True, "settings": settings | {"step": step}, "clusters": results}
-    finish(result, "emulated machines", json_file)
+    gate.finish(result, "emulated machines", json_file)
 
 
 def _cluster(names: list[str], model: str, requests: int, step: int) -> dict:
@@ -91,12 +91,14 @@ def _cluster(names: list[str], model: str, requests: int, step: int) -> dict:
             ),
         )
     )
+    run, of_equal = (_describe(plan) | _run(planner, plan) for plan in (chosen, equal))
     return {
-        "chosen": _describe(chosen) | _run(planner, chosen),
+        "chosen": run,
         "best_of_enumeration": _describe(best) | {"splits": len(tried)},
         "chosen_to_best": round(chosen.tokens_per_s / best.tokens_per_s, 4),
-        "equal": _describe(equal) | _run(planner, equal),
+        "equal": of_equal,
         "gain_over_equal": round(chosen.tokens_per_s / equal.tokens_per_s, 3),
+        "emulated_gain_over_equal": gate.ratio(run, of_equal, "generation_tokens_per_s", 3),
     }
 
 
@@ -123,14 +125,13 @@ def _describe(plan: PipelinePlan) -> dict:
         "gpu_batch_size": policy.gpu_batch_size,
         "num_gpu_batches": policy.num_gpu_batches,
         "blocks_in_flight": policy.blocks_in_flight,
-        "predicted_tokens_per_s": round(plan.tokens_per_s, 3),
+        "predicted_generation_tokens_per_s": round(plan.tokens_per_s, 3),
         "predicted_decode_tokens_per_s": round(plan.decode_tokens_per_s, 3),
     }
 
 
 def _run(planner: Planner, plan: PipelinePlan) -> dict:
-    rates = planner.rates(plan.stages[0].policy)
-    return run(StandIn(plan.stages, rates, MIDDLE, CELL_SECONDS))
+    return run_plan(plan, planner.rates(plan.stages[0].policy))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ import pytest
 from bench_results import bench
 from typer.testing import CliRunner
 
-from flexgen_ray.cli.bench.scaling import compare_with_copies, decode_rate
+from flexgen_ray.cli.bench import runs
+from flexgen_ray.cli.bench.scaling import RATES, compare_with_copies, decode_rate
 from flexgen_ray.cli.bench.workload import read_lengths
 from flexgen_ray.cli.main import app
 from flexgen_ray.llm import LLM
@@ -34,7 +35,7 @@ def test_a_mixture_of_lengths_is_run_whole_and_its_waste_is_told(tiny_models, tm
     assert result["num_requests"] == len(rows) and result["prompt_len"]["max"] == 40
     tokens = result["generated_tokens_per_s"] * result["total_s"]
     assert tokens == pytest.approx(new, rel=0.01)
-    assert 0 < result["fraction_of_bound"] <= 1
+    assert 0 < result["fraction_of_bound"] <= 1 and result["cores_elsewhere"] >= 0
     slots = 6 * result["passes"]
     assert result["slots_without_token"] == pytest.approx(1 - new / slots, abs=1e-4)
     assert result["unused_cache"] == pytest.approx(1 - sum(totals) / (7 * 42), abs=0.03)
@@ -72,7 +73,8 @@ def test_lengths_come_from_requests_too_and_a_bad_line_is_named(chat_model, tmp_
             read_lengths(file, llm, 20)
 
 
-def test_stages_are_compared_with_copies_of_one(tiny_models, local_ray, tmp_path):
+def test_stages_are_compared_with_copies_of_one(tiny_models, local_ray, tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "name_disturbance", lambda cores: [])  # other tests run beside
     policy, picture = tmp_path / "policy.yaml", tmp_path / "scaling.png"
     policy.write_text(POLICY)
     result = bench(
@@ -86,9 +88,11 @@ def test_stages_are_compared_with_copies_of_one(tiny_models, local_ray, tmp_path
     alone, both = found["stages"]["1"], found["stages"]["2"]
     assert (alone["sequences"], both["sequences"]) == (6, 12)
     assert both["blocks_in_flight"] == 2 and len(both["policies"]) == 2 and both["hosts"] == 1
-    ratio = both["decode_tokens_per_s"] / alone["decode_tokens_per_s"]
-    assert found["decode_of_one"]["2"] == pytest.approx(ratio, abs=2e-3)
-    assert found["decode_of_copies"]["2"] == pytest.approx(ratio / 2, abs=2e-3)
+    assert alone["cores_elsewhere"] >= 0
+    for phase in RATES:
+        ratio = both[f"{phase}_tokens_per_s"] / alone[f"{phase}_tokens_per_s"]
+        assert found[f"{phase}_of_one"]["2"] == pytest.approx(ratio, abs=2e-3)
+        assert found[f"{phase}_of_copies"]["2"] == pytest.approx(ratio / 2, abs=2e-3)
     assert all(0 < share <= 1 for share in both["busy_share_of_stages"])
     assert picture.read_bytes().startswith(b"\x89PNG")
 
@@ -99,6 +103,15 @@ def test_decode_throughput_counts_only_passes_in_which_every_block_decodes():
     assert decode_rate(visits, 2) == pytest.approx(4.0)  # visits that end at 4, 5 and 6
     assert decode_rate(visits, 2, time_scale=0.5) == pytest.approx(2.0)
     assert decode_rate(visits[:4], 2) is None
+
+
+def test_decode_throughput_counts_no_pass_in_which_a_row_begins_or_ends():
+    counts = [(2, 40), (4, 40), *[(4, 0)] * 6, (3, 0), (1, 0)]
+    ends = [0.0, 2.0, *(3.0 + i for i in range(6)), 8.1, 8.2]
+    visits = [VisitTiming(end, *count, {}) for end, count in zip(ends, counts, strict=True)]
+    assert decode_rate(visits, 1) == pytest.approx(4.0)
+    staggered = [VisitTiming(float(i), count, 0, {}) for i, count in enumerate((4, 3, 2, 1))]
+    assert decode_rate([VisitTiming(-1.0, 5, 40, {}), *staggered], 1) is None
 
 
 def test_ratios_need_a_run_of_one_stage():

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Protocol
@@ -30,25 +31,53 @@ class Unsteady(RuntimeError):
 
 
 class OtherLoad:
-    """The load of other processes since this was made.
+    """The load of processes that aren't ours since this was made, on this machine.
 
-    With a few tenths of a core or more, measurements of that time mean little.
+    Ours are this process and the ones in `pids`, with all that they have started: a Ray cluster of
+    one's own, for example, and its stages. Read `cores` before these end: the seconds of a process
+    whose parent didn't wait for it count as others'.
     """
 
-    def __init__(self) -> None:
-        self._busy, self._began = _busy_elsewhere(), time.perf_counter()
+    def __init__(self, pids: Iterable[int] = ()) -> None:
+        self._ours = {os.getpid(), *pids}
+        self._busy, self._began = self._busy_elsewhere(), time.perf_counter()
 
     @property
     def cores(self) -> float:
         """Mean number of cores that other processes have kept busy since."""
         seconds = time.perf_counter() - self._began
-        return max((_busy_elsewhere() - self._busy) / seconds, 0.0)
+        return max((self._busy_elsewhere() - self._busy) / seconds, 0.0)
+
+    def _busy_elsewhere(self) -> float:
+        """Processor seconds since boot that were busy, but not with our processes."""
+        cpu = psutil.cpu_times()
+        busy = sum(cpu) - cpu.idle - cpu.iowait - cpu.guest - cpu.guest_nice
+        return busy - processor_seconds(self._ours)
 
 
-def _busy_elsewhere() -> float:
-    """Processor seconds since boot that were busy, but not with this process."""
-    cpu = psutil.cpu_times()
-    return sum(cpu) - cpu.idle - cpu.iowait - cpu.guest - cpu.guest_nice - time.process_time()
+def processor_seconds(pids: Iterable[int]) -> float:
+    """Processor seconds of these processes and all that they have started, ended ones included."""
+    processes: set[psutil.Process] = set()
+    seconds = 0.0
+    for pid in pids:
+        with suppress(psutil.Error):
+            process = psutil.Process(pid)
+            processes |= {process, *process.children(recursive=True)}
+    for process in processes:
+        # A process may end meanwhile; its parent then has its time.
+        with suppress(psutil.Error):
+            cpu = process.cpu_times()
+            seconds += cpu.user + cpu.system + cpu.children_user + cpu.children_system
+    return seconds
+
+
+def name_disturbance(cores: float) -> list[str]:
+    """Reason to doubt measurements beside which other processes used so many cores.
+
+    None, an empty list, if that was at most a tenth of the machine's.
+    """
+    total = os.cpu_count() or 1
+    return [f"others used {cores:.1f} of {total} cores"] if cores > TENTH * total else []
 
 
 @dataclass

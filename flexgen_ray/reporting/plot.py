@@ -9,9 +9,10 @@ from flexgen_ray.files.output_files import atomic_write
 
 
 def draw_scaling(result: dict, path: Path) -> None:
-    """Plot decode throughput over the number of stages, beside that of independent copies.
+    """Plot tokens/s of decoding and of generation over the number of stages, beside copies of one.
 
-    result: of benchmarks.scaling; one panel for each model. The path's suffix gives the format.
+    result: of benchmarks.scaling; a column of two panels for each model. Marked runs are hollow,
+    and neither they nor copies of one are compared. The path's suffix gives the format.
     Raises ImportError without matplotlib.
     """
     import matplotlib as mpl
@@ -21,28 +22,43 @@ def draw_scaling(result: dict, path: Path) -> None:
 
     models = result["models"]
     is_emulated = result.get("emulated", False)
-    said, machines = (" (emulated)", "T4 machines") if is_emulated else ("", "pipeline stages")
+    pipeline = "pipeline (emulated)" if is_emulated else "pipeline"
     figure, axes = plt.subplots(
-        1, len(models), figsize=(4 * len(models), 3.6), squeeze=False, layout="constrained"
+        2, len(models), figsize=(4 * len(models), 6.4), squeeze=False, layout="constrained"
     )
-    for panel, (name, model) in zip(axes[0], models.items(), strict=True):
-        counts = [int(count) for count in model["stages"]]
-        rates = [run["decode_tokens_per_s"] for run in model["stages"].values()]
-        alone = rates[counts.index(1)] if 1 in counts else rates[0] / counts[0]
-        panel.plot(counts, rates, "o-", label="pipeline" + said)
-        panel.plot(
-            counts, [alone * n for n in counts], ":", color="grey", label="independent copies"
-        )
-        if model.get("paper"):
-            panel.plot((1, 4), model["paper"]["decode"], "s--", color="tab:red", label="FlexGen")
-        panel.set(title=name, xlabel=machines, xticks=counts, xlim=(0.4, None), ylim=(0, None))
-        for count, rate in zip(counts, rates, strict=True):
-            label = f"{rate:.1f}" if rate < 100 else f"{rate:.0f}"
-            panel.annotate(label, (count, rate), (-4, 4), textcoords="offset points", ha="right")
-    axes[0][0].set_ylabel("decode tokens/s")
+    for row, phase in zip(axes, ("decode", "generation"), strict=True):
+        for panel, (name, model) in zip(row, models.items(), strict=True):
+            _draw_stages(panel, model, phase, pipeline)
+            panel.set(title=name, xlabel="T4 machines" if is_emulated else "pipeline stages")
+        row[0].set_ylabel(f"{phase} tokens/s")
     axes[0][0].legend()
     _save(figure, path)
     plt.close(figure)
+
+
+def _draw_stages(panel: Any, model: dict, phase: str, label: str) -> None:
+    """Draw a model's tokens/s in a phase over its numbers of stages; label: of the curve."""
+    rates = {int(it): run[f"{phase}_tokens_per_s"] for it, run in model["stages"].items()}
+    marked = {int(it) for it, run in model["stages"].items() if run.get("doubtful")}
+    sound = {it: rate for it, rate in rates.items() if rate is not None and it not in marked}
+    panel.plot([*sound], [*sound.values()], "o-", label=label)
+    for count in marked:
+        if rates[count] is not None:
+            panel.plot(count, rates[count], "o", color="grey", fillstyle="none")
+            panel.annotate("doubtful", (count, rates[count]), (4, 4), textcoords="offset points")
+    if 1 in sound:
+        alone = [sound[1] * count for count in rates]
+        panel.plot([*rates], alone, ":", color="grey", label="independent copies")
+    if model.get("paper"):
+        panel.plot((1, 4), model["paper"][phase], "s--", color="tab:red", label="FlexGen")
+    panel.margins(y=0.2)  # for the text above the highest point
+    panel.set(xticks=[*rates], xlim=(0.4, None), ylim=(0, None))
+    for count, rate in sound.items():
+        text = f"{rate:.3g}" if rate < 100 else f"{rate:.0f}"
+        ratio = model.get(f"{phase}_of_copies", {}).get(str(count))
+        if ratio is not None and count > 1:
+            text += f"\n{ratio:.2f} x copies"
+        panel.annotate(text, (count, rate), (-4, 4), textcoords="offset points", ha="right")
 
 
 def draw_frontier(title: str, frontiers: dict[str, list], path: Path) -> None:

@@ -30,7 +30,8 @@ class Timing:
 class VisitTiming:
     """Measurements of one visit.
 
-    ended: perf_counter; new_tokens: sampled; prefill_tokens: of prompts.
+    ended: when its last op ended (perf_counter, emulated if the run is); new_tokens: sampled;
+    prefill_tokens: of prompts.
     modelled: seconds of each lane and resource, if the run had a cost model.
     """
 
@@ -81,12 +82,14 @@ class Meter:
 
     keeps_spans: record when the first MAX_SPANS ops ran.
     busy: seconds of each lane, emulated seconds in an emulated run; sampling: of ops that sample.
+    visit_ends: when the last op of each visit ended, until it is taken.
     """
 
     keeps_spans: bool = False
     busy: dict[Lane, float] = field(default_factory=lambda: dict.fromkeys(Lane, 0.0))
     spans: list[Span] = field(default_factory=list)
     sampling: float = 0.0
+    visit_ends: dict[int, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._began = time.perf_counter()
@@ -98,6 +101,8 @@ class Meter:
         self.busy[op.lane.worker] += timing.busy
         if op.kind is OpKind.SAMPLE:
             self.sampling += timing.busy
+        if op.ends_visit:
+            self.visit_ends[op.visit] = timing.ended
         if self.keeps_spans and len(self.spans) < MAX_SPANS:
             started, ended = timing.started - self._began, timing.ended - self._began
             self.spans.append(Span(op, started, ended))

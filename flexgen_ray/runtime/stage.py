@@ -213,7 +213,8 @@ class Stage:
         """Event of a visit that has ended."""
         modelled = self._modelled.end_visit(visit) if self._modelled else {}
         new, prefill = self.handlers.passes.take_counts(visit)
-        self._visits.append(VisitTiming(time.perf_counter(), new, prefill, modelled))
+        ended = self._meter.visit_ends.pop(visit)
+        self._visits.append(VisitTiming(ended, new, prefill, modelled))
         scores = tuple(self.scheduler.take_scored())
         tokens = tuple(self.scheduler.take_accepted())
         return Progress(new, prefill, seconds, prefill > 0, tokens, scores=scores)

@@ -18,6 +18,7 @@ import psutil
 import typer
 from rich.console import Console
 
+from flexgen_ray.calibration.steady import name_disturbance
 from flexgen_ray.cli.bench.contest import PACKAGES, Rules, compete
 from flexgen_ray.cli.bench.peer_task import OURS, PeerRun, PeerTask
 from flexgen_ray.cli.bench.random_checkpoints import SHAPES, make_checkpoint
@@ -33,7 +34,6 @@ from flexgen_ray.units import format_bytes, parse_bytes
 
 CONTEST, OURS_ONLY = "Contest", "This project's own run"  # headings of the help
 _DEFAULT = "transformers,accelerate-cpu,accelerate-disk,deepspeed-cpu," + OURS
-_BUSY_CORES = 0.2
 _PAGE_CACHE = {
     ("warm", False): "model files read once before each run",
     ("warm", True): "model files dropped, then read once inside the cgroup, before each run",
@@ -305,8 +305,8 @@ def _say_run(run: PeerRun) -> None:
         f"{run.tokens_per_s:.2f} tokens/s, {run.seconds:.1f} s, "
         f"peak RSS {format_bytes(run.peak_rss_bytes)}"
     )
-    if run.cores_elsewhere > _BUSY_CORES:
-        said += f"; other processes kept {run.cores_elsewhere:.1f} cores busy, so run it again"
+    for doubt in name_disturbance(run.cores_elsewhere):
+        said += f"; doubtful: {doubt} beside this run, so run it again"
     say(f"{run.peer}{batch}: {said}")
 
 

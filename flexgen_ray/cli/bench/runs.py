@@ -3,23 +3,30 @@
 The bound is the cost of the run's own ops at rates measured just before: the busiest lane or
 resource, or, where the device is the CPU, the cores that all lanes share. Knows an LLM and its
 report; not what a benchmark varies.
+
+A run beside which other processes used the cores is marked: its figures have a list of sentences,
+`doubtful`, and no comparison rests on them.
 """
 
 from __future__ import annotations
 
 import random
+import socket
 from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Annotated
 
 import typer
 
+from flexgen_ray.calibration.steady import OtherLoad, name_disturbance
 from flexgen_ray.cli.options import MODEL
 from flexgen_ray.llm import LLM
 from flexgen_ray.reporting.report import Report
+from flexgen_ray.reporting.terminal import say
 from flexgen_ray.request import Request, SamplingParams
 
 WORKLOAD = "Workload"  # heading of a command's help
+BESIDE = ("cores_elsewhere", "doubtful")  # figures of `beside`
 ModelOrShapeOption = Annotated[
     str,
     typer.Option(
@@ -44,6 +51,42 @@ def synthetic_requests(llm: LLM, lengths: Iterable[tuple[int, int]]) -> list[Req
         params = SamplingParams(max_tokens, 0.0, ignore_eos=True)
         requests.append(llm.request(index, prompt, params))
     return requests
+
+
+def run_watched(llm: LLM, requests: list[Request]) -> dict:
+    """Answer all requests; returns what other processes did meanwhile, as `beside` does."""
+    watch = OtherLoad(_pids_here(llm))
+    for _ in llm.stream(requests):
+        pass
+    disturbed = beside(watch)
+    for doubt in disturbed.get("doubtful", ()):
+        say(f"doubtful: {doubt} beside this run; end other programs, and run it again")
+    return disturbed
+
+
+def _pids_here(llm: LLM) -> list[int]:
+    """Processes of the stages on this machine; those of a cluster that ran before aren't ours."""
+    if not hasattr(llm.backend, "pids"):
+        return []  # all stages are in this process
+    here = socket.gethostname()
+    pids = zip(llm.machines, llm.backend.pids(), strict=True)
+    return [pid for machine, pid in pids if machine.host == here]
+
+
+def beside(watch: OtherLoad) -> dict:
+    """Number of cores that others used beside a run, and its mark if these were many."""
+    cores = watch.cores
+    return {"cores_elsewhere": round(cores, 2)} | mark(name_disturbance(cores))
+
+
+def mark(doubts: list[str]) -> dict:
+    """The mark of a run for these reasons, if there are any."""
+    return {"doubtful": doubts} if doubts else {}
+
+
+def holds(run: dict) -> bool:
+    """True if a run's figures bear no mark."""
+    return not run.get("doubtful")
 
 
 def run_figures(report: Report) -> dict:

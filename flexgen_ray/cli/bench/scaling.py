@@ -1,21 +1,29 @@
-"""`flexgen-ray bench scaling`: decode throughput of pipelines over their number of stages.
+"""`flexgen-ray bench scaling`: throughput of pipelines over their number of stages.
 
-N stages are compared with N copies of one stage, each with a share of the prompts. A pipeline may
-beat them (super-linear scaling, FlexGen's table 4): its GPUs hold more of the model together, so
-less is offloaded. Each number of stages gets as many prompts per stage, in one round of full
-blocks. benchmarks/scaling.py measures emulated machines by the functions here. Knows pipelines and
-their reports; not how a stage works.
+N stages are compared with one, and with N copies of one stage, each with a share of the prompts: in
+tokens/s of decoding alone, and of generation, prefill included. A pipeline may beat the copies in
+decoding (super-linear scaling, FlexGen's table 4): its GPUs hold more of the model together, so
+less is offloaded; prefill gains less. Each number of stages gets as many prompts per stage, in one
+round of full blocks. benchmarks/scaling.py measures emulated machines by the functions here. Knows
+pipelines and their reports; not how a stage works.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from flexgen_ray.cli.bench.runs import WORKLOAD, ModelOrShapeOption, synthetic_requests
+from flexgen_ray.cli.bench.runs import (
+    WORKLOAD,
+    ModelOrShapeOption,
+    holds,
+    run_watched,
+    synthetic_requests,
+)
 from flexgen_ray.cli.options import (
     AddressOption,
     CpuOption,
@@ -40,6 +48,7 @@ from flexgen_ray.reporting.terminal import say
 from flexgen_ray.runtime.meter import VisitTiming
 
 LEAST_TOKENS = 4  # of an answer, so that some passes decode every block
+RATES = ("decode", "generation")  # tokens/s of decoding alone, and of prefill and decoding
 
 
 def scaling(
@@ -86,10 +95,11 @@ def scaling(
     plot: PlotOption = None,
     json_file: JsonOption = None,
 ) -> None:
-    """Measure decode and total tokens/s over the number of pipeline stages, on this machine's GPUs
-    or a Ray cluster, and compare with as many copies of one stage.
+    """Measure tokens/s of decoding and of generation over the number of pipeline stages, on this
+    machine's GPUs or a Ray cluster, and compare with one stage and with as many copies of it.
 
-    Stages on one machine without GPUs share its cores, so there they show no gain.
+    A run beside which other programs used this machine's cores is marked, and compared with
+    nothing. Stages on one machine without GPUs share its cores, so there they show no gain.
 
     Example: flexgen-ray bench scaling --model opt-30b --pipeline-parallel-sizes 1,2,4
              --address auto
@@ -104,9 +114,9 @@ def scaling(
     runs, device_names = {}, ""
     for count in counts:
         with LLM(model, pipeline_parallel_size=count, **options) as llm:
-            report = _run_full_blocks(llm, num_prompts * count, (prompt_len, max_tokens))
-        runs[str(count)] = _figures(report)
-        device_names = report.device
+            disturbed = _run_full_blocks(llm, num_prompts * count, (prompt_len, max_tokens))
+            runs[str(count)] = _figures(llm.report) | disturbed
+            device_names = llm.report.device
         say(f"{count} stages: {runs[str(count)]}")
     settings = {
         "prompt_len": prompt_len,
@@ -116,7 +126,7 @@ def scaling(
     result = {"settings": settings, "models": {model: {"stages": runs} | compare_with_copies(runs)}}
     for line in table(runs):
         say(line)
-    if plot is not None and all(run["decode_tokens_per_s"] for run in runs.values()):
+    if plot is not None:
         from flexgen_ray.reporting.plot import draw_scaling
 
         draw_scaling(result, plot)
@@ -131,14 +141,12 @@ def parse_counts(text: str) -> list[int]:
     return [int(part) for part in parts]
 
 
-def _run_full_blocks(llm: LLM, num_requests: int, lengths: tuple[int, int]) -> Report:
-    """The report of one round of full blocks of a plan for so many requests."""
+def _run_full_blocks(llm: LLM, num_requests: int, lengths: tuple[int, int]) -> dict:
+    """Run one round of full blocks of a plan for so many requests; returns as run_watched does."""
     requests = synthetic_requests(llm, [lengths] * num_requests)
     llm.prepare(requests)
     plan = llm.plans[0]
-    for _ in llm.stream(requests[: plan.policy.block_size * plan.num_blocks]):
-        pass
-    return llm.report
+    return run_watched(llm, requests[: plan.policy.block_size * plan.num_blocks])
 
 
 def _figures(report: Report) -> dict:
@@ -165,15 +173,21 @@ def _figures(report: Report) -> dict:
 
 
 def steady_visits(visits: Sequence[VisitTiming], num_blocks: int) -> list[VisitTiming]:
-    """A stage's visits while every block decodes: all but the first and the last of each block."""
-    decoding = [each for each in visits if each.new_tokens and not each.prefill_tokens]
-    return decoding[num_blocks - 1 : len(decoding) - num_blocks]
+    """A stage's visits while all rows of every block decode, and no more than that.
+
+    Prompts of a block begin and end some passes apart, so the longest stretch of passes with all
+    rows counts, without the visits at both ends beside which other blocks may do something else.
+    """
+    most = max((each.new_tokens for each in visits), default=0)
+    stretches = groupby(visits, lambda it: it.new_tokens == most and not it.prefill_tokens)
+    longest = max((list(each) for is_full, each in stretches if is_full), key=len, default=[])
+    return longest[num_blocks - 1 : len(longest) - num_blocks]
 
 
 def decode_rate(
     visits: Sequence[VisitTiming], num_blocks: int, time_scale: float = 1.0
 ) -> float | None:
-    """Tokens/s while every block decodes; None if fewer than two visits do so.
+    """Tokens/s while all rows of every block decode; None if fewer than two visits do so.
 
     visits: those of the last stage. time_scale: wall seconds that one second takes, if emulated.
     """
@@ -197,12 +211,13 @@ def name_slowest(busiest: Sequence[tuple[str, float]]) -> dict:
 def compare_with_copies(runs: dict[str, dict]) -> dict:
     """Each number of stages against one stage, and against as many copies of it.
 
-    runs: {number of stages: figures}. Empty without a run of one stage; ratios of decode are left
-    out where no pass decoded every block.
+    runs: {number of stages: figures}. A marked run has no ratios, and if that of one stage is
+    marked or missing, nor has any other; nor has one of decoding where no pass decoded all rows.
     """
     ratios: dict[str, dict[str, float]] = {}
-    for phase in ("decode", "generation"):
-        rates = {count: run[f"{phase}_tokens_per_s"] for count, run in runs.items()}
+    sound = {count: run for count, run in runs.items() if holds(run)}
+    for phase in RATES:
+        rates = {count: run[f"{phase}_tokens_per_s"] for count, run in sound.items()}
         if not rates.get("1"):
             continue
         of_one = {count: rate / rates["1"] for count, rate in rates.items() if rate is not None}
@@ -214,16 +229,24 @@ def compare_with_copies(runs: dict[str, dict]) -> dict:
 
 
 def table(runs: dict[str, dict]) -> list[str]:
-    """Lines for people: a row for each number of stages; 1.00 of copies is linear scaling."""
-    columns = ("stages", "hosts", "decode tok/s", "total tok/s", "x one stage", "x copies")
-    lines = ["".join(f"{column:>14}" for column in columns)]
-    ratios = compare_with_copies(runs)
+    """Lines for people: a row for each number of stages; 1.00 of copies is linear scaling.
+
+    Rates of marked runs have a question mark, and the reasons follow the rows.
+    """
+    columns = ["stages", "hosts"]
+    for phase in RATES:
+        columns += [f"{phase} tok/s", "x one", "x copies"]
+    rows, ratios = [columns], compare_with_copies(runs)
     for count, run in runs.items():
-        decode = run["decode_tokens_per_s"]
-        cells = [count, str(run["hosts"]), "-" if decode is None else f"{decode:.2f}"]
-        cells.append(f"{run['generation_tokens_per_s']:.2f}")
-        for name in ("of_one", "of_copies"):
-            each = ratios.get(f"decode_{name}", ratios.get(f"generation_{name}", {}))
-            cells.append(f"{each[count]:.2f}" if count in each else "-")
-        lines.append("".join(f"{cell:>14}" for cell in cells))
-    return lines
+        rows.append([count, str(run.get("hosts", count))])
+        for phase in RATES:
+            rate = run[f"{phase}_tokens_per_s"]
+            doubt = "" if holds(run) else "?"
+            rows[-1].append("-" if rate is None else f"{rate:.2f}{doubt}")
+            for other in ("one", "copies"):
+                ratio = ratios.get(f"{phase}_of_{other}", {}).get(count)
+                rows[-1].append("-" if ratio is None else f"{ratio:.2f}")
+    widths = [2 + max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["".join(map(str.rjust, row, widths)) for row in rows]
+    marked = {count: run["doubtful"] for count, run in runs.items() if not holds(run)}
+    return lines + [f"stages {count}, doubtful: {'; '.join(it)}" for count, it in marked.items()]

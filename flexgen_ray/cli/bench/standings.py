@@ -6,7 +6,9 @@ from statistics import median
 
 from rich.table import Table
 
+from flexgen_ray.calibration.steady import name_disturbance
 from flexgen_ray.cli.bench.peer_task import OURS, PeerRun
+from flexgen_ray.cli.bench.runs import mark
 from flexgen_ray.units import format_bytes
 
 
@@ -103,6 +105,7 @@ def _run(run: PeerRun, right: PeerRun | None) -> dict:
         "tokens_per_s": round(run.tokens_per_s, 3),
         "load_s": round(run.load_seconds, 3),
         "cores_elsewhere": round(run.cores_elsewhere, 2),
+        **mark(name_disturbance(run.cores_elsewhere)),
         "peak_rss_bytes": run.peak_rss_bytes,
         "peak_gpu_bytes": run.peak_gpu_bytes,
         "peak_cgroup_bytes": run.peak_cgroup_bytes,

@@ -10,7 +10,13 @@ from typing import Annotated, Any
 
 import typer
 
-from flexgen_ray.cli.bench.runs import WORKLOAD, ModelOrShapeOption, run_figures, synthetic_requests
+from flexgen_ray.cli.bench.runs import (
+    WORKLOAD,
+    ModelOrShapeOption,
+    run_figures,
+    run_watched,
+    synthetic_requests,
+)
 from flexgen_ray.cli.options import (
     CpuOption,
     DeviceOption,
@@ -81,12 +87,11 @@ def throughput(
         count = num_prompts or (llm.policies.policies[0].block_size if llm.policies else 32)
         requests = synthetic_requests(llm, [(prompt_len, max_tokens)] * count)
         llm.prepare(requests)
-        for _ in llm.stream(requests):
-            pass
+        disturbed = run_watched(llm, requests)
         if trace is not None:
             llm.write_trace(trace)
         for line in llm.report.lines():
             say(line)
         settings = {"model": model, "prompt_len": prompt_len, "max_tokens": max_tokens}
-        result = settings | {"num_prompts": count} | run_figures(llm.report)
+        result = settings | {"num_prompts": count} | run_figures(llm.report) | disturbed
     finish(result, llm.report.device, json_file)

@@ -18,7 +18,13 @@ from typing import Annotated, Any
 import typer
 
 from flexgen_ray.batch.request_lines import BatchLine, read_lines
-from flexgen_ray.cli.bench.runs import WORKLOAD, ModelOrShapeOption, run_figures, synthetic_requests
+from flexgen_ray.cli.bench.runs import (
+    WORKLOAD,
+    ModelOrShapeOption,
+    run_figures,
+    run_watched,
+    synthetic_requests,
+)
 from flexgen_ray.cli.options import (
     CpuOption,
     DeviceOption,
@@ -89,8 +95,7 @@ def workload(
         mixture = read_lengths(lengths, llm, max_tokens)
         requests = synthetic_requests(llm, mixture)
         llm.prepare(requests)
-        for _ in llm.stream(requests):
-            pass
+        disturbed = run_watched(llm, requests)
         if trace is not None:
             llm.write_trace(trace)
         for line in llm.report.lines():
@@ -99,7 +104,7 @@ def workload(
         wasted = waste(mixture, stage)
         name = BUILT_IN if lengths is None else lengths.name
         result = {"model": model, "lengths": name} | summary(mixture) | wasted
-        result |= run_figures(llm.report)
+        result |= run_figures(llm.report) | disturbed
     say(
         f"{wasted['slots_without_token']:.0%} of the slots gave no token in an average pass, "
         f"{wasted['unused_cache']:.0%} of the cache was never filled; batches padded to their "
