@@ -4,6 +4,10 @@ early, so that a missing wait shows up as wrong tokens.
 An op of a lane on a stream is only queued when it is launched. It runs when a host thread waits for
 an event behind it; on the streams that are `eager`, as soon as the events that it waits for have
 passed. Ops run whole: memory that one op's kernels share is in one stream's order anyway.
+
+Memory that no buffer of the schedule names has no event. So `StreamWatch` sees to the rest: a
+tensor that an op makes is used on the lane that made it, on whose stream the allocator will give
+its memory away again. Copies between the tiers are cut into pieces, as on a GPU.
 """
 
 from __future__ import annotations
@@ -11,23 +15,28 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import partial
 
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flexgen_ray import LLM
 from flexgen_ray.runtime import lanes, stage
 from flexgen_ray.runtime.handlers import HANDLERS, OpHandlers
-from flexgen_ray.schedule.ops import Lane
+from flexgen_ray.schedule.ops import Lane, Op
+from flexgen_ray.store import link
+from flexgen_ray.store.memory import MemoryTier
 
 CUDA = torch.device("cuda")
 LATE_SECONDS = 1e-3
+PIECE = 512  # bytes, so that tiny models' copies are cut too
 
 
 class LateCuda:
-    """Stands for torch.cuda; `eager` are the workers whose streams run ahead, `slow` is one whose
-    thread begins each op late.
+    """Stands for torch.cuda; `eager` are the lanes whose streams run ahead, `slow` is a worker
+    whose thread begins each op late; `watch`, if there is one, sees what runs on streams.
 
     ignores: waits that are left out, to see whether they are missed: those of streams
     ("wait_event"), or those of host threads ("synchronize").
@@ -38,10 +47,13 @@ class LateCuda:
         eager: Collection[Lane] = (),
         slow: Lane | None = None,
         ignores: Collection[str] = (),
+        watch: StreamWatch | None = None,
     ) -> None:
         self.eager = eager
         self.slow = slow
         self.ignores = ignores
+        self.watch = watch
+        self._tiers: list[tuple[int, int, str]] = []  # first and last address of a tier's memory
         self._lock = threading.RLock()
         self._streams: list[_Stream] = []
         self._of_thread = threading.local()
@@ -56,10 +68,10 @@ class LateCuda:
             if handlers.is_idle(op):
                 return
             act = partial(HANDLERS[op.kind], handlers, op)
-            if op.lane.worker in lanes.ON_STREAMS:
+            if op.lane in lanes.ON_STREAMS:
                 stream = getattr(cuda._of_thread, "stream", default)
-                stream.worker = op.lane.worker
-                stream.push(act)
+                stream.lane = op.lane
+                stream.push(act if cuda.watch is None else partial(cuda.watch.run, op, act))
             else:
                 if op.lane.worker is cuda.slow:
                     time.sleep(LATE_SECONDS)
@@ -74,6 +86,24 @@ class LateCuda:
         patch(stage, "make_lane_workers", lambda device, *of: lanes.make_lane_workers(CUDA, *of))
         patch(stage, "device_wait", lambda device: lanes.device_wait(CUDA))
         patch(LLM, "_stages_disk", True)
+        patch(link, "crosses_link", self.crosses_link)
+        patch(link, "COPY_PIECE", PIECE)
+        allocate = MemoryTier.allocate
+
+        def noted(tier: MemoryTier, what: str, nbytes: int) -> Tensor:
+            memory = allocate(tier, what, nbytes)
+            self._tiers.append((memory.data_ptr(), memory.data_ptr() + nbytes, tier.name))
+            return memory
+
+        patch(MemoryTier, "allocate", noted)
+
+    def crosses_link(self, target: Tensor, source: Tensor) -> bool:
+        """Of memory that no tier has nothing is known."""
+        return {self._tier_of(target), self._tier_of(source)} == {"gpu", "cpu"}
+
+    def _tier_of(self, tensor: Tensor) -> str | None:
+        at = tensor.data_ptr()
+        return next((tier for first, last, tier in self._tiers if first <= at < last), None)
 
     def synchronize(self) -> None:
         if "synchronize" not in self.ignores:
@@ -84,7 +114,7 @@ class LateCuda:
     def progress(self) -> None:
         """What runs ahead does, as far as it may."""
         with self._lock:
-            while any(it.worker in self.eager and it.advance() for it in list(self._streams)):
+            while any(it.lane in self.eager and it.advance() for it in list(self._streams)):
                 pass
 
 
@@ -92,7 +122,7 @@ class _Stream:
     """A queue of acts, and of events that are waited for or recorded."""
 
     def __init__(self, cuda: LateCuda, is_default: bool = False) -> None:
-        self.worker: Lane | None = None
+        self.lane: Lane | None = None
         self._cuda = cuda
         self._queue: deque[Callable[[], None] | _Event] = deque()
         cuda._streams.append(self)
@@ -163,3 +193,46 @@ class _Event:
 
     def _come(self) -> None:
         self.has_come, self.time = True, time.perf_counter()
+
+
+class StreamWatch(TorchDispatchMode):
+    """Sees the tensors that ops on streams make, use and copy; `faults` says what must not be."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.faults: set[str] = set()
+        self._op: Op | None = None
+        # Kept, so that no address is used twice: {address: (storage, lane that made it)}.
+        self._made: dict[int, tuple[torch.UntypedStorage, Lane]] = {}
+
+    def run(self, op: Op, act: Callable[[], None]) -> None:
+        """Run an op; one at a time."""
+        self._op = op
+        with self:
+            act()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert self._op is not None
+        lane, known = self._op.lane, set()
+        for tensor in _tensors((*args, *(kwargs or {}).values())):
+            address = tensor.untyped_storage().data_ptr()
+            known.add(address)
+            if self._made.get(address, (None, lane))[1] is not lane:
+                other = self._made[address][1]
+                self.faults.add(f"{self._op.kind} of {lane} uses what {other} made")
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.lift_fresh.default:  # of torch.tensor, which made it just now
+            known.clear()
+        for tensor in _tensors((result,)):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in known:
+                self._made[storage.data_ptr()] = storage, lane
+        return result
+
+
+def _tensors(values: Iterable) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)

@@ -3,15 +3,18 @@ as long as events permit it."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from engine_runs import assert_same, greedy
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from late_streams import LateCuda
+from late_streams import LateCuda, StreamWatch
 from strategies import pipelines, policies, sparse
 
+from flexgen_ray.runtime.handlers import HANDLERS
 from flexgen_ray.runtime.lanes import ON_STREAMS
-from flexgen_ray.schedule.ops import Lane
+from flexgen_ray.schedule.ops import Lane, OpKind
 
 cudas = st.builds(
     LateCuda,
@@ -73,3 +76,34 @@ def test_a_wait_that_is_left_out_is_missed(
     with pytest.raises((AssertionError, KeyError)):
         found = late(folder, references, policy_of_all, monkeypatch, cuda, executor=executor)
         assert_same(found, references)
+
+
+def shared(folder, references, policy, monkeypatch) -> set[str]:
+    """What ops of one stream use of what ops of another made."""
+    watch = StreamWatch()
+    late(folder, references, policy, monkeypatch, LateCuda(watch=watch))
+    return watch.faults
+
+
+@pytest.mark.parametrize("options", [{}, {"attention_sparsity": 0.3, "cache_bits": 4}])
+def test_no_op_uses_a_tensor_that_another_stream_made(
+    tiny_models, policy_of_all, options, monkeypatch
+):
+    """The allocator would give its memory away in the order of the stream that made it alone."""
+    folder, references = tiny_models["llama"]
+    policy = replace(policy_of_all, weight_bits=4, max_batch_tokens=4, **options)
+    assert not shared(folder, references[:3], policy, monkeypatch)
+
+
+def test_a_tensor_that_two_streams_share_is_noticed(tiny_models, policy_of_all, monkeypatch):
+    """The positions of a pass, which PROJECT makes, are used by FINISH too."""
+    folder, references = tiny_models["llama"]
+    finish = HANDLERS[OpKind.FINISH]
+
+    def finish_with_positions(cells, op) -> None:
+        cells._pass(op).positions.sum()
+        finish(cells, op)
+
+    monkeypatch.setitem(HANDLERS, OpKind.FINISH, finish_with_positions)
+    (fault,) = shared(folder, references[:2], policy_of_all, monkeypatch)
+    assert fault == "finish of device uses what device_ahead made"

@@ -12,6 +12,7 @@ from strategies import policies
 from flexgen_ray import LLM, SamplingParams
 from flexgen_ray.engine.backend import spans as all_spans
 from flexgen_ray.schedule.dependencies import Dependencies
+from flexgen_ray.schedule.ops import Lane
 from flexgen_ray.schedule.zigzag import StageLayers, zigzag
 
 PARAMS = SamplingParams(max_tokens=4, temperature=0.0)
@@ -62,7 +63,7 @@ def test_the_file_has_one_row_a_lane_and_every_op(tiny_models, policy_of_all, tm
     assert len(ops) == len(spans)
     busy = defaultdict(float)
     for event in ops:
-        busy[rows[event["tid"]]] += event["dur"] / 1e6
+        busy[Lane(rows[event["tid"]]).worker] += event["dur"] / 1e6
     measured = llm.report.stages[0].measured.busy
     assert set(measured) <= set(busy)
     for lane, seconds in measured.items():

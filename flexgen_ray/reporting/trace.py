@@ -13,7 +13,7 @@ from flexgen_ray.files.json_text import to_json
 from flexgen_ray.files.output_files import atomic_write
 from flexgen_ray.schedule.ops import Lane, Span
 
-_ROW = {lane: row for row, lane in enumerate(lane for lane in Lane if lane.worker is lane)}
+_ROW = {lane: row for row, lane in enumerate(Lane)}
 
 
 def write_trace(path: Path, stages: Iterable[Iterable[Span]], is_emulated: bool = False) -> None:
@@ -39,7 +39,7 @@ def _complete(stage: int, span: Span) -> str:
     name = f"{op.kind.value} L{op.layer} b{op.batch}"
     numbers = {"visit": op.visit, "layer": op.layer, "batch": op.batch}
     times = {"ts": round(span.start * 1e6, 3), "dur": round((span.end - span.start) * 1e6, 3)}
-    row = _ROW[op.lane.worker]
+    row = _ROW[op.lane]
     return _event("X", name, stage, row, cat=op.kind.value, args=numbers, **times)
 
 

@@ -99,4 +99,3 @@ class AsyncExecutor:
             for issued in ends:
                 lanes.wait(issued)
                 yield issued.op
-        self._meter.settle()

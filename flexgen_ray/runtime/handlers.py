@@ -24,6 +24,7 @@ from flexgen_ray.runtime.scheduler import Scheduler
 from flexgen_ray.schedule.ops import CELL_SLOTS, OPS, Op, OpKind
 from flexgen_ray.store.activations import CellBuffers, HiddenStore
 from flexgen_ray.store.kv_cache import KVCache
+from flexgen_ray.store.link import copy_across
 from flexgen_ray.store.tiers import Tiers
 from flexgen_ray.store.weights import WeightStore
 
@@ -106,7 +107,7 @@ class OpHandlers:
     def _store_sent(self, op: Op) -> None:
         count = self.rows(op).num_tokens
         sent = self.hidden.sent[op.hidden_slot, :count]
-        sent.copy_(self._work(op).hidden[:count], non_blocking=True)
+        copy_across(sent, self._work(op).hidden[:count])
 
     def _send(self, op: Op) -> None:
         self.passes.ring_channel.send(self.hidden.sent[op.hidden_slot, : self.rows(op).num_tokens])
@@ -121,7 +122,7 @@ class OpHandlers:
     def _load_embedding(self, op: Op) -> None:
         count = self.rows(op).num_tokens
         arrived = self.hidden.arrived[op.cell_slot, :count]
-        self._work(op).hidden[:count].copy_(arrived, non_blocking=True)
+        copy_across(self._work(op).hidden[:count], arrived)
 
     def _read_hidden(self, op: Op) -> None:
         self.hidden.read(op, self.rows(op).num_tokens)
@@ -195,7 +196,7 @@ class OpHandlers:
         for run in self.placed(op).attended_runs:
             places, tokens = self.cache.vector_places(op, run)
             result = self.cache.host_attention[op.cell_slot, places]
-            work.q[tokens].copy_(result.flatten(1), non_blocking=True)
+            copy_across(work.q[tokens], result.flatten(1))
 
     def _finish(self, op: Op) -> None:
         kind = self.plan.stage.kind(op.layer)

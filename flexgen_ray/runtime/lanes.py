@@ -20,6 +20,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -143,12 +144,15 @@ class Lanes:
         self.stop()
         for thread in self._threads:
             thread.join()
-        for thread in self._threads:
-            for stream in thread.worker.streams.values():
-                stream.synchronize()
         torch.set_num_threads(self._num_threads)
         sys.setswitchinterval(self._switch_interval)
         gc.unfreeze()
+        # A device that has failed fails here too; the run's own error is the one to tell.
+        with nullcontext() if self._error is None else suppress(RuntimeError):
+            for thread in self._threads:
+                for stream in thread.worker.streams.values():
+                    stream.synchronize()
+            self._meter.settle()
 
     @torch.inference_mode()
     def _work(self, thread: _LaneThread) -> None:
@@ -262,9 +266,18 @@ def timed(run: Run, op: Op, ready_at: float) -> Timing:
     return timing or Timing(started, ended, busy)
 
 
-# Workers whose lanes are CUDA streams, if the device is a GPU.
+# Lanes whose ops run on a CUDA stream, if the device is a GPU.
 ON_STREAMS = frozenset(
-    {Lane.DEVICE, Lane.LOAD_WEIGHTS, Lane.LOAD_CACHE, Lane.LOAD_SMALL, Lane.STORE}
+    {
+        Lane.DEVICE,
+        Lane.DEVICE_AHEAD,
+        Lane.LOAD_WEIGHTS,
+        Lane.LOAD_CACHE,
+        Lane.LOAD_SMALL,
+        Lane.LOAD_AHEAD,
+        Lane.STORE,
+        Lane.STORE_AHEAD,
+    }
 )
 
 
@@ -273,23 +286,27 @@ def make_lane_workers(
 ) -> list[LaneWorker]:
     """Workers of a stage: one for each lane that has a worker; with CUDA one for all streams.
 
-    Make them once a stage, not once a run: each stream that has multiplied keeps a workspace, and
-    the memory that was freed on it.
+    With CUDA each lane has a stream of its own. A stream runs in order what was launched on it, and
+    an op may be launched before its data has come. If lanes shared a stream, FINISH of a cell would
+    stand behind the next cell's attention, and with that wait for a copy. Memory that isn't a
+    buffer of the schedule, such as temporaries and a pass's index tensors, has no event: an op that
+    makes some may share it with ops of its own lane only (tests/late_streams.py).
+
+    Make the workers once a stage, not once a run: each stream that has multiplied keeps a
+    workspace, and the memory that was freed on it.
     attends_by_torch: host attention runs on torch's threads; otherwise they would be in the way.
     """
-    lanes_of = {worker: tuple(lane for lane in Lane if lane.worker is worker) for worker in Lane}
-    lanes_of = {worker: lanes for worker, lanes in lanes_of.items() if lanes}
+    on_streams = ON_STREAMS if device.type == "cuda" else frozenset()
+    lanes_of: dict[Lane, tuple[Lane, ...]] = {}
+    for lane in Lane:
+        if lane not in on_streams:
+            lanes_of[lane.worker] = (*lanes_of.get(lane.worker, ()), lane)
     threads = {Lane.DEVICE: cores.device, Lane.HOST: cores.host if attends_by_torch else 1}
-    if device.type != "cuda":
-        return [LaneWorker(lanes, threads.get(worker, 1)) for worker, lanes in lanes_of.items()]
-    stream_of = {worker: torch.cuda.Stream(device) for worker in ON_STREAMS}
-    streams = {lane: stream for worker, stream in stream_of.items() for lane in lanes_of[worker]}
-    others = [
-        LaneWorker(lanes, threads.get(worker, 1))
-        for worker, lanes in lanes_of.items()
-        if worker not in ON_STREAMS
-    ]
-    return [LaneWorker(tuple(streams), 1, streams), *others]
+    workers = [LaneWorker(lanes, threads.get(worker, 1)) for worker, lanes in lanes_of.items()]
+    if on_streams:
+        streams = {lane: torch.cuda.Stream(device) for lane in sorted(on_streams)}
+        workers.append(LaneWorker(tuple(streams), 1, streams))
+    return workers
 
 
 def device_wait(device: torch.device) -> Callable[[], None] | None:

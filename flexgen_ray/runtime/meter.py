@@ -15,6 +15,7 @@ from flexgen_ray.config import HardwareSpec
 from flexgen_ray.schedule.ops import Lane, Op, OpKind, Span
 
 MAX_SPANS = 1_000_000  # most ops of a trace, which take about 150 MB as JSON
+_SPANS_KEPT = 256  # of a worker, to be compared with those of its other lanes
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +96,7 @@ class Meter:
         self._began = time.perf_counter()
         self._launched: deque[tuple[Op, torch.cuda.Event, torch.cuda.Event]] = deque()
         self._origin: tuple[torch.cuda.Event, float] | None = None
+        self._covered: dict[Lane, list[tuple[float, float]]] = {}  # by worker, disjoint, in order
 
     def note(self, op: Op, timing: Timing) -> None:
         """Count an op that has run."""
@@ -139,3 +141,25 @@ class Meter:
         first = origin_time + origin.elapsed_time(started) / 1e3
         seconds = started.elapsed_time(ended) / 1e3
         self.note(op, Timing(first, first + seconds, seconds))
+        # A worker's lanes run side by side on their streams, and a second counts once.
+        covered = self._covered.setdefault(op.lane.worker, [])
+        self.busy[op.lane.worker] -= seconds - _cover(covered, first, first + seconds)
+
+
+def _cover(covered: list[tuple[float, float]], start: float, end: float) -> float:
+    """Add a span to disjoint ones in order; returns by how much they grow.
+
+    Only the last spans are kept, since streams are never far apart.
+    """
+    last = len(covered)
+    while last and covered[last - 1][0] > end:
+        last -= 1
+    first = last
+    while first and covered[first - 1][1] >= start:
+        first -= 1
+    merged = covered[first:last]
+    ends = [(start, end), *merged]
+    joined = min(low for low, _ in ends), max(high for _, high in ends)
+    covered[first:last] = [joined]
+    del covered[:-_SPANS_KEPT]
+    return joined[1] - joined[0] - sum(high - low for low, high in merged)

@@ -16,6 +16,7 @@ from flexgen_ray.layout.placement import PAGE, aligned, split_tokens
 from flexgen_ray.layout.plan import StagePlan
 from flexgen_ray.layout.sizes import stage_bytes
 from flexgen_ray.schedule.ops import CELL_SLOTS, Op
+from flexgen_ray.store.link import copy_across
 from flexgen_ray.store.tiers import TORCH_DTYPE, Tiers
 
 
@@ -74,10 +75,8 @@ class HiddenStore:
         """LOAD_HIDDEN: copy the tokens off the device to the cell's working tensor."""
         gpu, cpu, disk = self._split(num_tokens)
         hidden = self.work[op.cell_slot].hidden
-        hidden[gpu : gpu + cpu].copy_(self._cpu[op.hidden_slot, :cpu], non_blocking=True)
-        hidden[gpu + cpu : num_tokens].copy_(
-            self._tokens(self._in[op.cell_slot], disk), non_blocking=True
-        )
+        copy_across(hidden[gpu : gpu + cpu], self._cpu[op.hidden_slot, :cpu])
+        copy_across(hidden[gpu + cpu : num_tokens], self._tokens(self._in[op.cell_slot], disk))
 
     def fetch_resident(self, op: Op, num_tokens: int) -> None:
         """Copy the tokens that lie on the device to the cell's working tensor."""
@@ -93,10 +92,8 @@ class HiddenStore:
         """STORE_HIDDEN: copy the other tokens to host memory, those for disk to a host slot."""
         gpu, cpu, disk = self._split(num_tokens)
         hidden = self.work[op.cell_slot].hidden
-        self._cpu[op.hidden_slot, :cpu].copy_(hidden[gpu : gpu + cpu], non_blocking=True)
-        self._tokens(self._out[op.cell_slot], disk).copy_(
-            hidden[gpu + cpu : num_tokens], non_blocking=True
-        )
+        copy_across(self._cpu[op.hidden_slot, :cpu], hidden[gpu : gpu + cpu])
+        copy_across(self._tokens(self._out[op.cell_slot], disk), hidden[gpu + cpu : num_tokens])
 
     def write(self, op: Op, num_tokens: int) -> None:
         """WRITE_HIDDEN: write the tokens in the cell's host slot to disk."""

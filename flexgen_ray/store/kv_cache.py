@@ -45,6 +45,7 @@ from flexgen_ray.layout.plan import CACHE_BLOCK_TOKENS, StagePlan
 from flexgen_ray.layout.rows import MemoKey, PlacedRows, Row
 from flexgen_ray.layout.sizes import CHOICE_BYTES, arriving_bytes
 from flexgen_ray.schedule.ops import CELL_SLOTS, Op
+from flexgen_ray.store import link
 from flexgen_ray.store.activations import CellBuffers
 from flexgen_ray.store.disk import Region
 from flexgen_ray.store.new_tokens import NewTokens, append_tokens, split_heads
@@ -171,7 +172,7 @@ class KVCache:
         first: place of the first row in the streaming slot; tokens: [rows, kv_heads, chosen].
         """
         target = _prefix_view(self._chosen[op.cell_slot], first, tokens.shape)
-        target.copy_(tokens.int(), non_blocking=True)
+        link.copy_across(target, tokens.int())
 
     def gather_values(self, op: Op, placed: PlacedRows) -> None:
         """GATHER_VALUES: gather the chosen tokens' values side by side in the cell's host slot."""
@@ -198,9 +199,7 @@ class KVCache:
         for first, rows in placed.choosing_runs(self.plan.rows_at_a_time):
             shape = self._chosen_shape(op, rows)
             values = _prefix_view(self._chosen_values[op.cell_slot], first, shape)
-            _prefix_view(self._streamed[op.cell_slot][1], first, shape).copy_(
-                values, non_blocking=True
-            )
+            link.copy_across(_prefix_view(self._streamed[op.cell_slot][1], first, shape), values)
 
     def chosen_values(self, op: Op, first: int, count: int, num_tokens: int) -> Tensor:
         """[count, kv_heads, num_tokens, width]: loaded values of rows from place `first` on."""
@@ -219,11 +218,11 @@ class KVCache:
         if first == last:
             return
         for target, source in zip(self._new[op.cell_slot], work.cached, strict=True):
-            target[: last - first].copy_(source[first:last], non_blocking=True)
+            link.copy_across(target[: last - first], source[first:last])
         for run in placed.attended_runs:
             places, tokens = self.vector_places(op, run)
             query = work.q[tokens].view(len(run), *self.host_query.shape[2:])
-            self.host_query[op.cell_slot, places].copy_(query, non_blocking=True)
+            link.copy_across(self.host_query[op.cell_slot, places], query)
 
     def append(self, op: Op, placed: PlacedRows) -> None:
         """APPEND_CACHE: append what STORE_CACHE brought to rows in host memory, and to tails."""
@@ -276,8 +275,10 @@ class KVCache:
         if self._arriving is not None:
             # Only contiguous copies cross without being staged. So blocks cross whole, be it with
             # values that sparse attention doesn't ask for: the disk takes far longer to read them.
-            arrived = self._arriving[:blocks].copy_(arrived, non_blocking=True)
-            tail = self._arriving[-1].copy_(tail, non_blocking=True)
+            device_blocks, device_tail = self._arriving[:blocks], self._arriving[-1]
+            link.copy_across(device_blocks, arrived)
+            link.copy_across(device_tail, tail)
+            arrived, tail = device_blocks, device_tail
         if blocks:
             tokens = self._tokens_of(arrived).permute(1, 2, 0, 3, 4)
             of_blocks = target[:, :, :whole].unflatten(2, (blocks, CACHE_BLOCK_TOKENS))
@@ -362,10 +363,10 @@ def _copy_rows(target: Tensor, source: Tensor, past: int, end: int) -> None:
     copied, since only contiguous copies cross without being staged; the source has zeros beyond its
     tokens.
     """
-    if target.device == source.device:
+    if not link.crosses_link(target, source):
         target[:, :, :, :past].copy_(source[:, :, :, :past])
         if past < end:
             target[:, :, :, past:end].zero_()
     else:
         for to, of in zip(target, source, strict=True):
-            to.copy_(of, non_blocking=True)
+            link.copy_across(to, of)

@@ -29,6 +29,7 @@ from flexgen_ray.layout.sizes import dequantized_bytes, staging_slot_bytes, weig
 from flexgen_ray.layout.weights import Place
 from flexgen_ray.quant.formats import PARTS, Shape, WeightFormat, part_of_op
 from flexgen_ray.schedule.ops import LAYER_SLOTS, Op, staging_slots
+from flexgen_ray.store.link import copy_across
 from flexgen_ray.store.memory import MemoryTier, allocate_pages
 from flexgen_ray.store.tiers import TORCH_DTYPE, Tiers
 
@@ -150,14 +151,14 @@ class WeightStore:
         target, stream = self._device_slots[op.weights_slot], self._layout.streams[op.layer]
         for piece in stream.pieces("cpu", op.part, self._parts):
             source = self._memory["cpu"][piece.start : piece.start + piece.nbytes]
-            target[piece.target : piece.target + piece.nbytes].copy_(source, non_blocking=True)
+            copy_across(target[piece.target : piece.target + piece.nbytes], source)
         if not self.plan.stages_disk:
             for piece in stream.pieces("disk", op.part, self._parts):
                 into = target[piece.target : piece.target + piece.nbytes]
                 self._disk.read_into(into, piece.start)
             return
         low, high = stream.span("disk", op.part, self._parts)
-        target[low:high].copy_(self._staging[op.staging_slot, : high - low], non_blocking=True)
+        copy_across(target[low:high], self._staging[op.staging_slot, : high - low])
 
     def _view(self, layer: int, slot: int) -> dict[str, Tensor]:
         """{name: weight} of a layer on the device, the streamed ones in a device slot."""
