@@ -118,6 +118,23 @@ def test_both_kernels_attend_a_packed_cache(name, bits):
     assert error(case, bits, host_kernel.load_kernel(name, threads=2)) <= 2
 
 
+@pytest.mark.parametrize("bits", [None, 4, 8])
+def test_measuring_counts_the_values_that_torch_dequantizes(monkeypatch, bits):
+    taken = []
+
+    def load(name, threads):
+        def attend(q, k, v, *_):
+            dequantized = 0 if bits is None else 2 * k[..., 0].numel() * q.shape[-1] * 2
+            taken.append(k.nbytes + v.nbytes + dequantized)
+
+        return attend
+
+    monkeypatch.setattr(host_kernel, "load_kernel", load)
+    shape = host_kernel.AttentionShape("float16", num_heads=4, num_kv_heads=2, head_dim=64)
+    host_kernel.measure(replace(shape, bits=bits), threads=1, nbytes=4 << 20)
+    assert 2 << 20 < max(taken) <= 4 << 20
+
+
 def test_a_choice_for_a_packed_cache_is_one_of_its_own(tmp_path, monkeypatch):
     plain = host_kernel.AttentionShape("float16", num_heads=4, num_kv_heads=2, head_dim=64)
     times = host_kernel.measure(replace(plain, bits=4), threads=1, nbytes=1 << 20)

@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -96,8 +96,8 @@ def choose_kernel(
 ) -> str:
     """Name of the faster kernel; measured (about half a second) unless the folder has the answer.
 
-    folder: created if need be; nbytes: most bytes of cache to measure with. A file that can't be
-    read is ignored, and one that can't be written is left out; neither is an error.
+    folder: created if need be; nbytes: as for `measure`. A file that can't be read is ignored, and
+    one that can't be written is left out; neither is an error.
     """
     if shape.head_dim < _LEAST_HEAD_DIM:
         return "sdpa"
@@ -113,11 +113,15 @@ def choose_kernel(
 
 
 def measure(shape: AttentionShape, threads: int, nbytes: int = MEASURED_BYTES) -> dict[str, float]:
-    """Seconds that each kernel takes to attend a cache of nbytes once, by the kernel's name.
+    """Seconds that each kernel takes to attend a cache once, by the kernel's name.
 
-    The default size is far more than a CPU's caches hold.
+    nbytes: most bytes of the cache, and of the values that torch's kernel dequantizes of it. The
+    default size is far more than a CPU's caches hold.
     """
-    row_bytes = 2 * shape.num_kv_heads * _CONTEXT * shape.vector_bytes()
+    vector_bytes = shape.vector_bytes()
+    if shape.bits is not None:
+        vector_bytes += replace(shape, bits=None).vector_bytes()
+    row_bytes = 2 * shape.num_kv_heads * _CONTEXT * vector_bytes
     seconds = {}
     for name in KERNELS:
         kernel = compiled_kernel(name, threads, shape)
