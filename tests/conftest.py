@@ -59,6 +59,14 @@ def private_folders():
     shutil.rmtree(folder, ignore_errors=True)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def quick_choices():
+    """Kernels are chosen with caches of 1 MiB: with more the same win, in ten times as long."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("flexgen_ray.kernels.host_kernel.MEASURED_BYTES", 2**20)
+        yield
+
+
 @pytest.fixture(scope="session")
 def user_cache(private_folders) -> str:
     """The real cache of whoever runs the tests, for models that were downloaded once."""
