@@ -22,7 +22,7 @@ from flexgen_ray.evaluation.perplexity import windows
 from flexgen_ray.kernels import pack_plain as plain
 from flexgen_ray.kernels.pack_search import TURNS, WIDTHS
 from flexgen_ray.models.config_files import load_config
-from flexgen_ray.models.registry import FAMILIES
+from flexgen_ray.models.registry import checkpoint_names
 from flexgen_ray.quant.formats import WeightFormat
 from flexgen_ray.quant.packing import GROUP, packed_bytes
 
@@ -161,18 +161,16 @@ def round_weights(
 ) -> None:
     """Round, in place, each matrix of the model that this format quantizes."""
     config = load_config(folder)
-    names = FAMILIES[config.family].WEIGHT_NAMES
     parameters, rounded_already = dict(model.named_parameters()), set()
     with torch.no_grad():
         for layer in range(config.num_layers + 2):
             for name, shape in config.tensors(layer).items():
                 bits = weight_format.bits_of(name, shape)
-                module, _, kind = name.rpartition(".")
-                key = f"{names[module].format(layer - 1)}.{kind}"
-                # A tied head is the embedding, and several weights may be rows of one parameter.
-                if bits and key in parameters and key not in rounded_already:
-                    parameters[key].copy_(rounding(parameters[key], bits))
-                    rounded_already.add(key)
+                for key in checkpoint_names(config.family, layer, name):
+                    # A tied head is the embedding.
+                    if bits and key in parameters and key not in rounded_already:
+                        parameters[key].copy_(rounding(parameters[key], bits))
+                        rounded_already.add(key)
 
 
 def _torchao(weight: Tensor, bits: int) -> Tensor:

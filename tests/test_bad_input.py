@@ -91,13 +91,14 @@ def test_any_place_of_a_nan_is_seen_in_any_dtype(model, dtype):
                 tensors[name].view(-1)[place] = float("nan")
             save_file(tensors, path, {"format": "pt"})
             checkpoint = Checkpoint(model, load_config(model))
-            into = torch.empty(tensors[name].shape, dtype=getattr(torch, dtype))
+            both = torch.empty(2, *tensors[name].shape, dtype=getattr(torch, dtype))
+            into = both.flatten(0, 1)
             if place is None:
-                checkpoint.read_into(1, "up_proj.weight", into)
-                assert torch.equal(into, tensors[name].to(into.dtype))
+                checkpoint.read_into(1, "gate_up_proj.weight", into)
+                assert torch.equal(both[1], tensors[name].to(into.dtype))
                 continue
-            with pytest.raises(ValueError, match="1 NaN"):
-                checkpoint.read_into(1, "up_proj.weight", into)
+            with pytest.raises(ValueError, match=f"{name} holds 1 NaN"):
+                checkpoint.read_into(1, "gate_up_proj.weight", into)
             tensors[name] = whole[name].to(stored, copy=True)
 
 

@@ -22,6 +22,7 @@ from flexgen_ray.cli.quantize import write_quantized_copy
 from flexgen_ray.models.checkpoint import Checkpoint, checkpoint_config
 from flexgen_ray.models.config import ModelConfig
 from flexgen_ray.models.config_files import load_config
+from flexgen_ray.quant.formats import WeightFormat
 
 MAX_TOKENS = 8
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -99,6 +100,19 @@ def test_quantized_checkpoints_have_the_permissions_of_new_files(folder, tmp_pat
         os.umask(before)
     modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "packed").iterdir()}
     assert len(modes) > 3 and set(modes.values()) == {0o644}
+
+
+def test_a_weight_of_which_only_some_tensors_are_quantized_is_refused(folder, tmp_path):
+    """Keys of the original among quantized queries and values, which are one weight here."""
+    packed = tmp_path / "packed"
+    write_quantized_copy(folder, packed, {"weight_bits": 8, "embedding_bits": None})
+    config, key = load_config(packed), "model.layers.0.self_attn.k_proj.weight"
+    weight_format = WeightFormat("float32", 8)
+    Checkpoint(packed, config).check(1, config.tensors(1), weight_format)
+    name = json.loads((packed / INDEX).read_text())["weight_map"][key]
+    change(packed, {key: load_file(folder / WEIGHTS)[key]}, name)
+    with pytest.raises(ValueError, match="q_proj.weight, .*k_proj.weight, .* some are quantized"):
+        Checkpoint(packed, config).check(1, config.tensors(1), weight_format)
 
 
 @pytest.mark.parametrize("stray", ["ema.safetensors", "zz-00001-of-00001.safetensors", "index"])

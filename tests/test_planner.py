@@ -78,7 +78,8 @@ def test_corners_foretell_the_bytes_and_seconds_of_any_placement(config, policy)
     longest = max(exact.values())
     for name, seconds in exact.items():
         told = corners.value(("decode", name), count, shares, count)
-        assert told == pytest.approx(seconds, rel=0.03, abs=0.02 * longest)
+        # Of an OPT layer's weights the smallest matrix, which settles the rounding, is a twelfth.
+        assert told == pytest.approx(seconds, rel=0.05, abs=0.02 * longest)
 
 
 @given(policy=policies, layers=st.integers(1, 96))

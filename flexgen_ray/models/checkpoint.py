@@ -4,20 +4,20 @@ Each read maps the file, copies one tensor and unmaps it, so memory peaks at one
 
 A weight has three names or places, and this file leads from the first to the last:
 
-    "q_proj.weight" of decoder layer 3             this project's name (ModelConfig.tensors)
-    "model.layers.2.self_attn.q_proj.weight"       the checkpoint's name, by the family's
-    WEIGHT_NAMES model-00001-of-00004.safetensors               the file that holds it
-    (tensor_files.py)
+    "o_proj.weight" of decoder layer 3             this project's name (ModelConfig.tensors)
+    "model.layers.2.self_attn.o_proj.weight"       the checkpoint's name, by the family's
+                                                   WEIGHT_NAMES
+    model-00001-of-00004.safetensors               the file that holds it (tensor_files.py)
 
-A family may store several weights in one tensor, as Phi-3 does with queries, keys and values
-("qkv_proj"). Then several of this project's names have the same name in WEIGHT_NAMES, and each is a
-range of that tensor's rows, in WEIGHT_NAMES' order. In a quantized checkpoint
-(quantized_checkpoint.py) matrices are uint8, in the form in which stores keep them.
+Some weights consist of several tensors, one above the other, as "qkv_proj.weight" of "q_proj",
+"k_proj" and "v_proj" (`parts`); each is read directly into its rows. Phi-3 has them in one tensor,
+as this project does. In a quantized checkpoint (quantized_checkpoint.py) matrices are uint8, in the
+form in which stores keep them.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -25,14 +25,27 @@ from torch import Tensor
 
 from flexgen_ray.models.config import ModelConfig
 from flexgen_ray.models.config_files import load_config
-from flexgen_ray.models.registry import FAMILIES
-from flexgen_ray.models.tensor_files import StoredTensor, open_tensors, stored_tensors
+from flexgen_ray.models.registry import FAMILIES, checkpoint_names
+from flexgen_ray.models.tensor_files import open_tensors, stored_tensors
 from flexgen_ray.quant.formats import WeightFormat
 from flexgen_ray.quant.packing import packed_bytes
 
 PACKED = "U8"  # safetensors' name of the dtype of quantized matrices
 _DTYPES = ("F64", "F32", "F16", "BF16", PACKED)
 _COMPARED_ROWS = 4096
+
+
+@dataclass(frozen=True)
+class Part:
+    """A tensor of the checkpoint that is a weight, or some of its rows.
+
+    key: its name in the checkpoint. shape: shape that it should have. rows: rows of the weight that
+    it fills; more than its own if it is repeated, as the norm of a head is for every head.
+    """
+
+    key: str
+    shape: tuple[int, ...]
+    rows: slice
 
 
 class Checkpoint:
@@ -56,80 +69,91 @@ class Checkpoint:
         quantized already but to other bits than weight_format's.
         """
         for name, shape in tensors.items():
-            stored, (_, count) = self._stored(layer, name), self._rows(layer, name)
-            # The stored tensor may have more rows than this weight, which shares it with others.
-            stored_shape, whole = stored.shape, (count, *shape[1:])
-            if stored.dtype not in _DTYPES:
-                raise ValueError(
-                    f"{stored.path}: {self.key(layer, name)} is stored as {stored.dtype}, which is "
-                    "not supported; take the checkpoint in bfloat16, float16 or float32"
-                )
-            if self.is_packed(layer, name):
-                bits = weight_format.bits_of(name, shape)
-                if bits is None or stored_shape != (*whole[:-1], packed_bytes(shape[-1], bits)):
+            bits, is_packed = weight_format.bits_of(name, shape), self.is_packed(layer, name)
+            for part in self.parts(layer, name, shape):
+                self._check_part(part, bits)
+                if (self._tensors[part.key].dtype == PACKED) is not is_packed:
                     raise ValueError(
-                        f"{self.folder}: {self.key(layer, name)} is quantized to other bits "
-                        f"than {bits}; leave the bits to the checkpoint, or take the original one"
+                        f"{self.folder}: of the tensors {', '.join(self._keys(layer, name))} some "
+                        "are quantized, and some are not; download the checkpoint again"
                     )
-            elif stored_shape != whole:
+
+    def _check_part(self, part: Part, bits: int | None) -> None:
+        """Check the dtype and the shape of a tensor; bits: those with which it may be quantized."""
+        stored, shape = self._tensors[part.key], part.shape
+        if stored.dtype not in _DTYPES:
+            raise ValueError(
+                f"{stored.path}: {part.key} is stored as {stored.dtype}, which is not supported; "
+                "take the checkpoint in bfloat16, float16 or float32"
+            )
+        if stored.dtype == PACKED:
+            if bits is None or stored.shape != (*shape[:-1], packed_bytes(shape[-1], bits)):
                 raise ValueError(
-                    f"{self.folder}: {self.key(layer, name)} has shape {list(stored_shape)}, "
-                    f"but config.json makes it {list(whole)}"
+                    f"{self.folder}: {part.key} is quantized to other bits than {bits}; leave the "
+                    "bits to the checkpoint, or take the original one"
                 )
+        elif stored.shape != shape:
+            raise ValueError(
+                f"{self.folder}: {part.key} has shape {list(stored.shape)}, but config.json makes "
+                f"it {list(shape)}"
+            )
 
     def is_packed(self, layer: int, name: str) -> bool:
         """True if the checkpoint holds this weight quantized."""
-        return self._stored(layer, name).dtype == PACKED
+        return self._tensors[self._keys(layer, name)[0]].dtype == PACKED
 
     def read_into(self, layer: int, name: str, destination: Tensor) -> None:
         """Copy one weight into the destination, converting it to the destination's dtype.
 
         Raises ValueError if a value is NaN, infinite, or beyond the range of that dtype.
         """
-        key, (rows, count) = self.key(layer, name), self._rows(layer, name)
-        path = self._tensors[key].path
+        for part in self.parts(layer, name, tuple(destination.shape)):
+            self.read_part(part, destination[part.rows])
+
+    def read_part(self, part: Part, destination: Tensor) -> None:
+        """Copy a tensor into the rows of a weight, more than once if they are more."""
+        path = self._tensors[part.key].path
         with open_tensors(path) as file:
-            is_whole = count == rows.stop - rows.start
-            values = file.get_tensor(key) if is_whole else file.get_slice(key)[rows]
-            destination.copy_(values)
+            values = file.get_tensor(part.key)
+            destination.view(-1, *values.shape).copy_(values)
             if destination.is_floating_point() and not _is_finite(values, destination):
-                raise ValueError(f"{path}: {key} {_fault(values, destination)}")
+                raise ValueError(f"{path}: {part.key} {_fault(values, destination)}")
 
-    def key(self, layer: int, name: str) -> str:
-        """Return a weight's name in the checkpoint.
+    def parts(self, layer: int, name: str, shape: tuple[int, ...]) -> list[Part]:
+        """Return the tensors of which a weight of this shape consists, in the order of its rows.
 
-        Raises ValueError if the checkpoint lacks it.
+        Raises ValueError if the checkpoint lacks one.
         """
-        module, _, kind = name.rpartition(".")
-        key = f"{self._names[module].format(layer - 1)}.{kind}"
+        keys, module = self._keys(layer, name), name.rpartition(".")[0]
+        counts = self._config.stacked(module) if len(keys) > 1 else shape[:1]
+        is_repeated = module == "qk_norm" and self._config.qk_norm == "heads"
+        parts, start = [], 0
+        for key, count in zip(keys, counts, strict=True):
+            own = self._config.head_dim if is_repeated else count
+            parts.append(Part(key, (own, *shape[1:]), slice(start, start + count)))
+            start += count
+        return parts
+
+    def _keys(self, layer: int, name: str) -> list[str]:
+        """Return the names in the checkpoint of the tensors of which a weight consists.
+
+        Raises ValueError if the checkpoint lacks one.
+        """
+        keys = checkpoint_names(self._config.family, layer, name)
+        return [self._find(key, name) for key in keys]
+
+    def _find(self, key: str, name: str) -> str:
+        """Return the name under which a tensor is in the checkpoint."""
         keys = [key]
-        if self._config.tie_word_embeddings and module == "embed_tokens":
+        if self._config.tie_word_embeddings and name == "embed_tokens.weight":
             # A tied model may be saved with its matrix under the head's name alone.
-            keys.append(f"{self._names['lm_head']}.{kind}")
+            keys.append(f"{self._names['lm_head']}.weight")
         for candidate in keys:
             # Checkpoints of the bare model, as OPT was first published, lack the prefix.
             for name_there in (candidate, candidate.removeprefix("model.")):
                 if name_there in self._tensors:
                     return name_there
         raise ValueError(f"{self.folder}: no safetensors file holds the tensor {key}")
-
-    def _rows(self, layer: int, name: str) -> tuple[slice, int]:
-        """Return the rows of a weight within its tensor in the checkpoint, and that tensor's rows.
-
-        Example of Phi-3 with 32 query and 8 key heads of 64: "q_proj", "k_proj" and "v_proj" all
-        are "qkv_proj", so k_proj's rows are slice(2048, 2560) of 3072. A weight with a tensor of
-        its own has all rows of it.
-        """
-        module, _, kind = name.rpartition(".")
-        shapes, start, count = self._config.tensors(layer), 0, 0
-        for other, key in self._names.items():
-            if key == self._names[module]:
-                start = count if other == module else start
-                count += shapes[f"{other}.{kind}"][0]
-        return slice(start, start + shapes[name][0]), count
-
-    def _stored(self, layer: int, name: str) -> StoredTensor:
-        return self._tensors[self.key(layer, name)]
 
     def has_own_head(self) -> bool:
         """True if the checkpoint has a matrix for the head that differs from the embedding's."""

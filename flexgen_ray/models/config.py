@@ -128,6 +128,19 @@ class ModelConfig:
         """Number of tokens that the last of `tokens` tokens attends in a decoder layer."""
         return min(tokens, self.window(layer) or tokens)
 
+    def stacked(self, module: str) -> tuple[int, ...]:
+        """Rows of each of the weights that lie one above the other in a weight of a decoder layer.
+
+        Queries, keys and values are one product, and so are the MLP's gate and up projection; empty
+        for all other weights. qk_norm: one weight for each element of all query and key heads.
+        """
+        stacked = {
+            "qkv_proj": (self.q_size, self.kv_size, self.kv_size),
+            "qk_norm": (self.q_size, self.kv_size),
+            "gate_up_proj": (self.intermediate_size,) * 2,
+        }
+        return stacked.get(module, ())
+
     def tensors(self, layer: int) -> dict[str, tuple[int, ...]]:
         """Return the shape of each weight of a layer, by this project's names.
 
@@ -151,18 +164,15 @@ class ModelConfig:
     def _decoder_tensors(self) -> dict[str, tuple[int, ...]]:
         hidden, mlp = self.hidden_size, self.intermediate_size
         shapes = self._norm("attention_norm")
-        for name, rows in (("q", self.q_size), ("k", self.kv_size), ("v", self.kv_size)):
-            shapes |= _linear(f"{name}_proj", rows, hidden, self.attention_bias)
+        shapes |= _linear("qkv_proj", sum(self.stacked("qkv_proj")), hidden, self.attention_bias)
         if self.qk_norm is not None:
-            sizes = (self.q_size, self.kv_size) if self.qk_norm == "all" else (self.head_dim,) * 2
-            shapes |= {"q_norm.weight": (sizes[0],), "k_norm.weight": (sizes[1],)}
+            shapes["qk_norm.weight"] = (sum(self.stacked("qk_norm")),)
         shapes |= _linear("o_proj", hidden, self.q_size, self.output_bias)
         shapes |= self._norm("mlp_norm")
         if self.branch_norms:
             shapes |= self._norm("attention_post_norm") | self._norm("mlp_post_norm")
-        if self.gated_mlp:
-            shapes |= _linear("gate_proj", mlp, hidden, self.mlp_bias)
-        shapes |= _linear("up_proj", mlp, hidden, self.mlp_bias)
+        up = "gate_up_proj" if self.gated_mlp else "up_proj"
+        shapes |= _linear(up, sum(self.stacked(up)) or mlp, hidden, self.mlp_bias)
         return shapes | _linear("down_proj", hidden, mlp, self.mlp_bias)
 
     def _head_tensors(self) -> dict[str, tuple[int, ...]]:

@@ -10,7 +10,15 @@ from torch import Tensor
 
 from flexgen_ray.models import gemma
 from flexgen_ray.models.config import ModelConfig
-from flexgen_ray.models.layers import Weights, gated_mlp, linear, project_heads, rms_norm, rotate
+from flexgen_ray.models.layers import (
+    Weights,
+    gated_mlp,
+    linear,
+    norm_heads,
+    project_heads,
+    rms_norm,
+    rotate,
+)
 
 WEIGHT_NAMES = gemma.WEIGHT_NAMES | {
     "attention_post_norm": "model.layers.{}.post_attention_layernorm",
@@ -30,8 +38,7 @@ def project(
     rope = config.rope if config.window(layer) is None else config.window_rope
     assert rope is not None
     q, k, v = project_heads(config, weights, rms_norm(config, weights, "attention_norm", x))
-    q, k = rms_norm(config, weights, "q_norm", q), rms_norm(config, weights, "k_norm", k)
-    q, k = rotate(rope, positions, q, k)
+    q, k = rotate(rope, positions, *norm_heads(config, weights, q, k))
     return q * config.query_scale, k, v
 
 

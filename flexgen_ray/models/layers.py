@@ -59,8 +59,30 @@ def layer_norm(config: ModelConfig, weights: Weights, name: str, x: Tensor) -> T
 
 
 def rms_norm(config: ModelConfig, weights: Weights, name: str, x: Tensor) -> Tensor:
-    """Apply RMSNorm to x, [..., size of the weight], in float32, as transformers does."""
-    wide, weight = x.float(), weights[f"{name}.weight"]
+    """Apply RMSNorm to x, [tokens, hidden]."""
+    return _rms_norm(config, weights[f"{name}.weight"], x)
+
+
+def norm_heads(config: ModelConfig, weights: Weights, *heads: Tensor) -> list[Tensor]:
+    """Norm queries and keys, each [tokens, heads or kv_heads, head_dim]."""
+    parts = weights["qk_norm.weight"].split(config.stacked("qk_norm"))
+    if config.qk_norm == "heads":
+        return [
+            _rms_norm(config, weight.view(x.shape[1:]), x)
+            for weight, x in zip(parts, heads, strict=True)
+        ]
+    return [
+        _rms_norm(config, weight, x.flatten(1)).view_as(x)
+        for weight, x in zip(parts, heads, strict=True)
+    ]
+
+
+def _rms_norm(config: ModelConfig, weight: Tensor, x: Tensor) -> Tensor:
+    """Apply RMSNorm over the last dimension of x in float32, as transformers does.
+
+    weight: [size of that dimension], or with more dimensions of x.
+    """
+    wide = x.float()
     wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + config.norm_eps)
     if config.norm_offset is None:
         return weight * wide.to(x.dtype)
@@ -69,18 +91,14 @@ def rms_norm(config: ModelConfig, weights: Weights, name: str, x: Tensor) -> Ten
 
 def project_heads(config: ModelConfig, weights: Weights, x: Tensor) -> tuple[Tensor, ...]:
     """Project x, [tokens, hidden], to q, k, v, each [tokens, heads or kv_heads, head_dim]."""
-    heads = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
-    return tuple(
-        linear(weights, name, x).view(len(x), count, config.head_dim)
-        for name, count in zip(("q_proj", "k_proj", "v_proj"), heads, strict=True)
-    )
+    heads = linear(weights, "qkv_proj", x).unflatten(-1, (-1, config.head_dim))
+    return heads.split([config.num_heads, config.num_kv_heads, config.num_kv_heads], dim=1)
 
 
 def gated_mlp(config: ModelConfig, weights: Weights, x: Tensor) -> Tensor:
     """Apply the gated MLP to x, [tokens, hidden]. Returns [tokens, hidden]."""
-    gate = ACTIVATIONS[config.activation](linear(weights, "gate_proj", x))
-    gate *= linear(weights, "up_proj", x)
-    return linear(weights, "down_proj", gate)
+    gate, up = linear(weights, "gate_up_proj", x).chunk(2, dim=-1)
+    return linear(weights, "down_proj", ACTIVATIONS[config.activation](gate).mul_(up))
 
 
 def token_logits(config: ModelConfig, weights: Weights, x: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from flexgen_ray.models.layers import (
     Weights,
     gated_mlp,
     linear,
+    norm_heads,
     project_heads,
     rms_norm,
     rotate,
@@ -30,15 +31,15 @@ WEIGHT_NAMES = {
     "final_norm": "model.norm",
     "lm_head": "lm_head",
     "attention_norm": "model.layers.{}.input_layernorm",
-    "q_proj": "model.layers.{}.self_attn.q_proj",
-    "k_proj": "model.layers.{}.self_attn.k_proj",
-    "v_proj": "model.layers.{}.self_attn.v_proj",
-    "q_norm": "model.layers.{}.self_attn.q_norm",
-    "k_norm": "model.layers.{}.self_attn.k_norm",
+    "qkv_proj": (
+        "model.layers.{}.self_attn.q_proj",
+        "model.layers.{}.self_attn.k_proj",
+        "model.layers.{}.self_attn.v_proj",
+    ),
+    "qk_norm": ("model.layers.{}.self_attn.q_norm", "model.layers.{}.self_attn.k_norm"),
     "o_proj": "model.layers.{}.self_attn.o_proj",
     "mlp_norm": "model.layers.{}.post_attention_layernorm",
-    "gate_proj": "model.layers.{}.mlp.gate_proj",
-    "up_proj": "model.layers.{}.mlp.up_proj",
+    "gate_up_proj": ("model.layers.{}.mlp.gate_proj", "model.layers.{}.mlp.up_proj"),
     "down_proj": "model.layers.{}.mlp.down_proj",
 }
 
@@ -58,7 +59,7 @@ def project(
     assert config.rope is not None
     q, k, v = project_heads(config, weights, rms_norm(config, weights, "attention_norm", x))
     if config.qk_norm:
-        q, k = rms_norm(config, weights, "q_norm", q), rms_norm(config, weights, "k_norm", k)
+        q, k = norm_heads(config, weights, q, k)
     q, k = rotate(config.rope, positions, q, k)
     return q, k, v
 

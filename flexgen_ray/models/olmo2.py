@@ -9,7 +9,15 @@ from torch import Tensor
 
 from flexgen_ray.models import llama
 from flexgen_ray.models.config import ModelConfig
-from flexgen_ray.models.layers import Weights, gated_mlp, linear, project_heads, rms_norm, rotate
+from flexgen_ray.models.layers import (
+    Weights,
+    gated_mlp,
+    linear,
+    norm_heads,
+    project_heads,
+    rms_norm,
+    rotate,
+)
 
 WEIGHT_NAMES = llama.WEIGHT_NAMES | {
     "attention_norm": "model.layers.{}.post_attention_layernorm",
@@ -27,11 +35,7 @@ def project(
     """
     assert config.rope is not None
     q, k, v = project_heads(config, weights, x)
-    q, k = (
-        rms_norm(config, weights, name, heads.flatten(1)).view_as(heads)
-        for name, heads in (("q_norm", q), ("k_norm", k))
-    )
-    q, k = rotate(config.rope, positions, q, k)
+    q, k = rotate(config.rope, positions, *norm_heads(config, weights, q, k))
     return q, k, v
 
 

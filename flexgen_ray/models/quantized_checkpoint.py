@@ -77,22 +77,22 @@ def _packed(
 ) -> dict[str, Tensor]:
     """Return a layer's tensors, quantized, by their names in the checkpoint.
 
-    Weights that share a tensor in the checkpoint are joined again. sizes: bytes before and after,
-    to which this layer's are added.
+    sizes: bytes before and after, to which this layer's are added.
     """
-    parts_of: dict[str, list[Tensor]] = {}
+    packed: dict[str, Tensor] = {}
     for name, shape in config.tensors(layer).items():
         # A tied head's matrix is the embedding's, which layer 0 wrote.
         if layer == config.head_layer and config.tie_word_embeddings and name in config.tensors(0):
             continue
-        values = torch.empty(shape, dtype=getattr(torch, config.dtype))
-        checkpoint.read_into(layer, name, values)
         bits = weight_format.bits_of(name, shape)
-        written = values if bits is None else pack(values, bits, least_squares=True)
-        sizes[0] += values.numel() * DTYPE_BYTES[config.dtype]
-        sizes[1] += written.nbytes
-        parts_of.setdefault(checkpoint.key(layer, name), []).append(written)
-    return {key: torch.cat(parts) if parts[1:] else parts[0] for key, parts in parts_of.items()}
+        for part in checkpoint.parts(layer, name, shape):
+            values = torch.empty(part.shape, dtype=getattr(torch, config.dtype))
+            checkpoint.read_part(part, values)
+            written = values if bits is None else pack(values, bits, least_squares=True)
+            sizes[0] += values.numel() * DTYPE_BYTES[config.dtype]
+            sizes[1] += written.nbytes
+            packed[part.key] = written
+    return packed
 
 
 def _write_beside(

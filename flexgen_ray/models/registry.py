@@ -18,3 +18,14 @@ FAMILIES: dict[str, ModuleType] = {
     "gemma": gemma,
     "gemma3": gemma3,
 }
+
+
+def checkpoint_names(family: str, layer: int, name: str) -> list[str]:
+    """Return the checkpoint's names of a weight of a layer, such as "qkv_proj.weight".
+
+    Several, if the weight consists of several tensors, one above the other (ModelConfig.stacked).
+    """
+    module, _, kind = name.rpartition(".")
+    names = FAMILIES[family].WEIGHT_NAMES[module]
+    each = (names,) if isinstance(names, str) else names
+    return [f"{there.format(layer - 1)}.{kind}" for there in each]

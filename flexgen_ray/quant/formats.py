@@ -18,7 +18,6 @@ Shape = tuple[int, ...]
 
 TABLES = ("embed_tokens.weight", "lm_head.weight")
 _PLAIN = ("embed_positions.weight", "project_in.weight", "project_out.weight")
-_PROJECTED = ("q_proj.weight", "k_proj.weight", "v_proj.weight")
 PARTS = ("project", "finish", "head")  # ops whose weights are dequantized together
 
 
@@ -77,4 +76,4 @@ def part_of_weight(name: str) -> str:
     """The one of PARTS that uses a weight."""
     if name in TABLES:
         return "head"
-    return "project" if name in _PROJECTED else "finish"
+    return "project" if name == "qkv_proj.weight" else "finish"
