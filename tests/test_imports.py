@@ -44,8 +44,10 @@ MAY_IMPORT = {
     "evaluation": "files llm reporting request",
     "integrations": "evaluation llm request text",
     "batch": "config files llm models planner reporting request runtime text units",
+    "qualification": "calibration config distributed files hardware kernels llm models planner"
+    " quant reporting request runtime store units",
     "cli": "batch calibration checks config evaluation files hardware layout llm models paths"
-    " planner quant reporting request runtime signals text units",
+    " planner qualification quant reporting request runtime signals text units",
 }
 WITHOUT_TORCH = {
     "checks", "paths", "signals", "units", "schedule", "request", "files", "config", "text",

@@ -44,6 +44,7 @@ from flexgen_ray.cli.options import (
     with_llm_options,
 )
 from flexgen_ray.cli.plan import plan
+from flexgen_ray.cli.qualify import qualify
 from flexgen_ray.cli.quantize import quantize
 from flexgen_ray.files.json_text import to_json
 from flexgen_ray.files.output_files import write_text
@@ -92,6 +93,7 @@ app.add_typer(bench, help="Measure speed on this machine; each benchmark ends in
 app.add_typer(evaluation, name="eval", help="Score a text with an offloaded model.")
 app.command(short_help="Predict if a job fits a machine, its speed, and its bottleneck.")(plan)
 app.command(short_help="Write a copy of a model folder with quantized weights.")(quantize)
+app.command(short_help="Measure a GPU machine: is all right, and as fast as predicted?")(qualify)
 
 
 @app.callback()
