@@ -91,7 +91,7 @@ def test_no_op_uses_a_tensor_that_another_stream_made(
 ):
     """The allocator would give its memory away in the order of the stream that made it alone."""
     folder, references = tiny_models["llama"]
-    policy = replace(policy_of_all, weight_bits=4, max_batch_tokens=4, **options)
+    policy = replace(policy_of_all, max_batch_tokens=4, **options)
     assert not shared(folder, references[:3], policy, monkeypatch)
 
 

@@ -1,16 +1,26 @@
-"""Threads of a stage: a number that a user set counts, one that Ray set for itself does not."""
+"""Threads of a stage: how many there are, who counts them, and what they share."""
 
 from __future__ import annotations
 
 import json
+from threading import Barrier, BrokenBarrierError
 
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from flexgen_ray import LLM
 from flexgen_ray.hardware.host import default_threads, threads_set_by_user, usable_cores
+from flexgen_ray.kernels.host_threads import HostThreads
+from flexgen_ray.layout.rows import Row
+from flexgen_ray.runtime.lanes import Cores, append_threads, divide_cores
+from flexgen_ray.store import new_tokens
+from flexgen_ray.store.new_tokens import NewTokens, append_tokens
 
 JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 CORES = usable_cores()
+THREE = HostThreads(3)
 
 
 def of_job(**env_vars: str) -> str:
@@ -54,3 +64,49 @@ def test_every_stage_has_the_threads_that_were_asked_for(tiny_models, num_stages
 def test_a_number_of_threads_that_can_not_be_is_refused(tiny_models, threads):
     with pytest.raises(ValueError, match="threads is .*; it must be None or a number from 1 up"):
         LLM(tiny_models["llama"][0], use_ray=False, threads=threads)
+
+
+@given(st.integers(1, 256), st.booleans())
+def test_cores_are_left_for_launching_and_copying_beside_a_gpu(num_threads, attends):
+    """And without one, all are used, and by no more threads than there are cores, from four on."""
+    cores = divide_cores(num_threads, on_cuda=True, attends_on_host=attends)
+    assert cores.host == max(1, num_threads - 2)
+    assert append_threads(torch.device("cuda"), cores, attends_by_torch=False) == cores.host
+    assert append_threads(torch.device("cuda"), cores, attends_by_torch=True) == 1
+    cores = divide_cores(num_threads, on_cuda=False, attends_on_host=attends)
+    assert append_threads(torch.device("cpu"), cores, attends_by_torch=False) == 1
+    if num_threads >= 4:
+        assert cores.device + attends * cores.host == num_threads
+    assert cores == Cores(num_threads, cores.device, cores.host)
+
+
+def test_as_many_tasks_run_at_a_time_as_there_are_threads_and_an_error_is_raised():
+    meet = Barrier(3)
+    THREE.run([meet.wait] * 6)
+    apart = Barrier(3)
+    with pytest.raises(BrokenBarrierError):
+        HostThreads(2).run([lambda: apart.wait(0.05)] * 3)
+
+
+@given(
+    lengths=st.lists(st.integers(1, 9), min_size=1, max_size=4),
+    heads=st.integers(1, 5),
+    dtype=st.sampled_from([torch.float32, torch.float16, torch.uint8]),
+)
+def test_several_threads_place_tokens_where_one_does(lengths, heads, dtype):
+    width = 4
+    total = sum(lengths)
+    rows = [
+        (Row(slot, 2, count, sum(lengths[:slot]), True, True), len(lengths) - 1 - slot)
+        for slot, count in enumerate(lengths)
+    ]
+    kv = tuple(torch.arange(total * heads * width).view(total, -1).to(dtype) + i for i in (0, 1))
+    alone, shared = (torch.zeros(2, len(lengths), heads, 12, width, dtype=dtype) for _ in range(2))
+    append_tokens(alone, NewTokens(rows, alone), kv)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(new_tokens, "_ALONE_BYTES", 0)
+        append_tokens(shared, NewTokens(rows, shared), kv, THREE)
+    assert torch.equal(alone, shared)
+    for row, index in rows:
+        new = alone[0, index, :, 2 : row.seq_len].transpose(0, 1).flatten(1)
+        assert torch.equal(new, kv[0][row.tokens])

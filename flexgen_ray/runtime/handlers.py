@@ -34,7 +34,7 @@ LogitsHook = Callable[[list[int], Tensor], None]
 class OpHandlers:
     """Runs the ops of one stage on its stores.
 
-    attend_on_host: kernel for rows that are attended in host memory.
+    attend_on_host: kernel for rows that are attended in host memory; append_threads: see KVCache.
     """
 
     def __init__(
@@ -44,6 +44,7 @@ class OpHandlers:
         scheduler: Scheduler,
         tiers: Tiers,
         attend_on_host: HostKernel,
+        append_threads: int = 1,
     ) -> None:
         self.plan = plan
         self.config = plan.config
@@ -51,7 +52,7 @@ class OpHandlers:
         self.device = tiers.device
         self.weights = weights
         self._attend_on_host = attend_on_host
-        self.cache = KVCache(plan, tiers)
+        self.cache = KVCache(plan, tiers, append_threads)
         self.hidden = HiddenStore(plan, tiers)
         self._attention = DeviceAttention(plan, self.cache, tiers.device)
         self.on_logits: LogitsHook | None = None

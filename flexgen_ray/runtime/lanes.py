@@ -309,6 +309,15 @@ def make_lane_workers(
     return workers
 
 
+def append_threads(device: torch.device, cores: Cores, attends_by_torch: bool) -> int:
+    """Number of threads that place prompts' keys and values, which the device sends to the host.
+
+    A GPU sends them faster than one thread places them. Without CUDA the other cores compute, and
+    torch's own team has the host's cores where it attends.
+    """
+    return 1 if device.type != "cuda" or attends_by_torch else cores.host
+
+
 def device_wait(device: torch.device) -> Callable[[], None] | None:
     """Function that waits until the device has run all ops launched; None for a CPU."""
     return partial(torch.cuda.synchronize, device) if device.type == "cuda" else None
@@ -340,11 +349,12 @@ class Cores:
 def divide_cores(num_threads: int, on_cuda: bool, attends_on_host: bool) -> Cores:
     """Cores of a stage; the same for every executor, because results may depend on them.
 
-    Without host attention the device has all cores. With CUDA the device needs one core that
-    launches its ops, and copies need another.
+    Without host attention the device has all cores. With CUDA one core launches the device's ops,
+    and another copies and waits for the disk: a late launch would hold up the device, and a late
+    thread of host attention all of that.
     """
     if on_cuda:
-        return Cores(num_threads, num_threads, num_threads)
+        return Cores(num_threads, num_threads, max(1, num_threads - 2))
     host = max(1, num_threads // 4) if attends_on_host else 0
     # With two or three cores none can be spared: sharing them was measured to be faster.
     device = num_threads - host if num_threads >= 4 else num_threads

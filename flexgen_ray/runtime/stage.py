@@ -41,6 +41,7 @@ from flexgen_ray.runtime.lanes import (
     LaneWorker,
     OpWatch,
     Run,
+    append_threads,
     device_wait,
     divide_cores,
     make_lane_workers,
@@ -131,7 +132,8 @@ class Stage:
                 spec.seed,
                 partial(not_finite_message, dtype=plan.dtype, cache_bits=plan.policy.cache_bits),
             )
-            self.handlers = OpHandlers(plan, weights, self.scheduler, self.tiers, attend)
+            appending = append_threads(device, self._cores, self._attends_by_torch)
+            self.handlers = OpHandlers(plan, weights, self.scheduler, self.tiers, attend, appending)
             self._workers: list[LaneWorker] | None = None
             self._modelled: Modelled | None = None
             self._meter = Meter()

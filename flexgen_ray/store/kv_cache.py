@@ -40,6 +40,7 @@ from math import prod
 import torch
 from torch import Tensor
 
+from flexgen_ray.kernels.host_threads import HostThreads
 from flexgen_ray.layout.placement import RowSplit
 from flexgen_ray.layout.plan import CACHE_BLOCK_TOKENS, StagePlan
 from flexgen_ray.layout.rows import MemoKey, PlacedRows, Row
@@ -58,10 +59,14 @@ _HOST_TOKENS = MemoKey[NewTokens]()
 
 
 class KVCache:
-    """The KV cache of a stage's layers and batches; methods are named after the ops they run."""
+    """The KV cache of a stage's layers and batches; methods are named after the ops they run.
 
-    def __init__(self, plan: StagePlan, tiers: Tiers) -> None:
+    threads: number of threads that place prompts' keys and values in host memory.
+    """
+
+    def __init__(self, plan: StagePlan, tiers: Tiers, threads: int = 1) -> None:
         self.plan = plan
+        self._threads = HostThreads(threads) if threads > 1 else None
         self._dtype = torch.uint8 if plan.policy.cache_bits else TORCH_DTYPE[plan.dtype]
         self._width = plan.vector_bytes // self._dtype.itemsize
         self._splits = plan.splits
@@ -230,11 +235,17 @@ class KVCache:
         first = placed.first_off_device
         home = self._cpu[op.layer, op.batch]
         make = partial(NewTokens, placed.in_memory, home, first)
-        append_tokens(home, placed.memoized(_HOST_TOKENS, make), (k, v))
+        append_tokens(home, placed.memoized(_HOST_TOKENS, make), (k, v), self._threads)
+        to_disk = []
         for row, index in placed.on_disk:
             tokens = slice(row.offset - first, row.tokens.stop - first)
             heads = [split_heads(x[tokens], self._width) for x in (k, v)]
-            self._append_blocks(op, row, index, torch.stack(heads))
+            to_disk.append(partial(self._append_blocks, op, row, index, heads))
+        if self._threads is not None and any(row.is_prefill for row, _ in placed.on_disk):
+            self._threads.run(to_disk)
+        else:
+            for append in to_disk:
+                append()
 
     def vector_places(self, op: Op, run: list[Row]) -> tuple[slice, slice]:
         """(places in host_query and host_attention, packed tokens) of a run of attended rows."""
@@ -249,14 +260,17 @@ class KVCache:
                 offset = first * self.plan.cache_block_bytes
                 self._region(op, index).write(self._out[op.cell_slot, index, first:last], offset)
 
-    def _append_blocks(self, op: Op, row: Row, index: int, new: Tensor) -> None:
-        """Append new tokens to a row's tail; copy the tail to the outgoing slot when it is full."""
-        tail = self._tails[op.layer, op.batch][index]
-        done = 0
+    def _append_blocks(self, op: Op, row: Row, index: int, new: list[Tensor]) -> None:
+        """Append new tokens to a row's tail; copy the tail to the outgoing slot when it is full.
+
+        new: keys and values, [kv_heads, tokens, width] each.
+        """
+        tail, done = self._tails[op.layer, op.batch][index], 0
         while done < row.num_new_tokens:
             block, start = divmod(row.position + done, CACHE_BLOCK_TOKENS)
             count = min(CACHE_BLOCK_TOKENS - start, row.num_new_tokens - done)
-            self._tokens_of(tail)[:, :, start : start + count] = new[:, :, done : done + count]
+            for part, values in zip(self._tokens_of(tail), new, strict=True):
+                part[:, start : start + count] = values[:, done : done + count]
             done += count
             if start + count == CACHE_BLOCK_TOKENS:
                 self._out[op.cell_slot, index, block] = tail

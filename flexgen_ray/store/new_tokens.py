@@ -5,10 +5,16 @@ Knows rows and places; no tiers.
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor
 
+from flexgen_ray.kernels.host_threads import HostThreads
 from flexgen_ray.kernels.indices import place_indices
 from flexgen_ray.layout.rows import Row
+
+# Chunks smaller than this are placed by the caller sooner than threads can be woken.
+_ALONE_BYTES = 2**20
 
 
 class NewTokens:
@@ -47,16 +53,38 @@ class NewTokens:
         ]
 
 
-def append_tokens(home: Tensor, new: NewTokens, kv: tuple[Tensor, Tensor]) -> None:
-    """Append keys and values, [tokens, kv_heads * width] each, to the rows of a cache."""
+def append_tokens(
+    home: Tensor, new: NewTokens, kv: tuple[Tensor, Tensor], threads: HostThreads | None = None
+) -> None:
+    """Append keys and values, [tokens, kv_heads * width] each, to the rows of a cache.
+
+    threads: those that place chunks of prompts; None for the caller's alone.
+    """
     width = home.shape[-1]
     for part, values in zip(home, kv, strict=True):
         for tokens, places in new.runs:
             part.view(-1, width).index_copy_(0, places, values[tokens].view(-1, width))
-        for tokens, index, start, stop in new.chunks:
-            part[index, :, start:stop].copy_(split_heads(values[tokens], width))
         for index, start, stop in new.cleared:
             part[index, :, start:stop].zero_()
+    chunks = [
+        (part[index, :, start:stop], split_heads(values[tokens], width))
+        for part, values in zip(home, kv, strict=True)
+        for tokens, index, start, stop in new.chunks
+    ]
+    nbytes = sum(target.nbytes for target, _ in chunks)
+    if threads is None or nbytes < _ALONE_BYTES:
+        for target, source in chunks:
+            target.copy_(source)
+        return
+    # Each thread takes a few pieces of a chunk, so that all end together.
+    heads = max(1, home.shape[2] * len(chunks) // (4 * threads.count))
+    threads.run(
+        [
+            partial(to.copy_, of)
+            for target, source in chunks
+            for to, of in zip(target.split(heads), source.split(heads), strict=True)
+        ]
+    )
 
 
 def split_heads(values: Tensor, width: int) -> Tensor:
