@@ -1,8 +1,9 @@
 """Judges emulated runs: what can't be trusted is repeated, then marked, and no file rests on it.
 
 A run is doubtful if other processes used the cores beside it, if its busiest lane was idle for much
-longer than its plan predicts, or if it misses that plan's throughput. Its figures then have a list
-of sentences, `doubtful`, as those of `flexgen-ray bench` do. Knows figures and marks; no benchmark.
+longer than its plan predicts or busy for longer than the run, or if it misses that plan's
+throughput. Its figures then have a list of sentences, `doubtful`, as those of `flexgen-ray bench`
+do. Knows figures and marks; no benchmark.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from flexgen_ray.reporting import result as reporting
 from flexgen_ray.reporting.terminal import say
 
 LEAST_BUSY = 0.9  # share of its predicted time for which the busiest lane is busy at least
+MOST_BUSY = 1.02  # of the time; ops at its ends count whole
 ATTEMPTS = 3
 PATIENCE = 300.0  # seconds after which no further attempt begins
 
@@ -40,12 +42,13 @@ def attempt(run: Callable[[], dict], judge: Callable[[dict], list[str]] = lambda
         say(f"doubtful, so run again: {'; '.join(doubts)}")
 
 
-def idle(busy: float, predicted: float = 1.0) -> list[str]:
-    """The doubt about a run whose busiest lane was busy for too little of the time, if it was.
+def off_pace(busy: float, predicted: float = 1.0) -> list[str]:
+    """The doubt about a run whose busiest lane was busy for too little of the time, or too much.
 
-    busy: that lane's modelled seconds over the run's. predicted: the same, by the run's plan.
+    busy: that lane's modelled seconds over the run's; more than 1 means that the emulation ran
+    faster than the hardware could. predicted: the same, by the run's plan.
     """
-    if busy >= LEAST_BUSY * predicted:
+    if LEAST_BUSY * predicted <= busy <= MOST_BUSY:
         return []
     return [f"the busiest lane was busy {busy:.2f} of the time, where {predicted:.2f} is predicted"]
 

@@ -102,7 +102,7 @@ def lanes(
 
 def judge(figures: dict) -> list[str]:
     """Reasons to doubt a case's figures."""
-    return gate.idle(1 / figures["ratio"])
+    return gate.off_pace(1 / figures["ratio"])
 
 
 def plan_of(case: Case, layers: int, batches: int, passes: int) -> StagePlan:

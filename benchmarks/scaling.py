@@ -147,7 +147,7 @@ def run_plan(plan: PipelinePlan, hardware: list[HardwareSpec]) -> dict:
 
 def judge(figures: dict) -> list[str]:
     """Reasons to doubt a run's figures, which have their predictions among them."""
-    doubts = gate.idle(max(figures["busy_share_of_stages"]), figures["predicted_busy_share"])
+    doubts = gate.off_pace(max(figures["busy_share_of_stages"]), figures["predicted_busy_share"])
     for phase in RATES:
         name = f"{phase}_tokens_per_s"
         if f"predicted_{name}" in figures:
