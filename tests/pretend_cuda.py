@@ -391,7 +391,7 @@ def _caller() -> str:
 
 class _Stream:
     def __init__(self, device=None) -> None:
-        pass
+        self.device = GPU
 
     def wait_event(self, event: _Event) -> None:
         assert event.is_recorded, "a stream waits for an event that was never recorded"

@@ -16,6 +16,7 @@ import pytest
 import torch
 import typer
 from job_files import command as flexgen_ray_command
+from pretend_cuda import pretend_cuda
 
 from flexgen_ray.cli.main import app
 from flexgen_ray.config import Budget, Policy, Workload
@@ -216,9 +217,23 @@ def test_the_probe_answers_on_a_cpu_what_a_cpu_can(tmp_path):
         question.__name__ for question in probing.QUESTIONS
     ]
     skipped = {each["question"] for each in figures if "skipped" in each}
-    assert skipped == {"both_directions", "overtaking", "two_dimensional"}
+    assert skipped == {"driver", "both_directions", "overtaking", "two_dimensional"}
     assert all(each["same_bytes"] for each in figures if each["question"] == "quantization")
     assert all("error" not in each for each in figures)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU itself is there")
+def test_the_questions_for_a_gpu_can_be_asked(tmp_path, monkeypatch):
+    """On a pretend one; it has neither Triton's kernels nor the CUDA runtime's own library."""
+    questions = [it for it in probing.QUESTIONS if it is not probing.quantization]
+    monkeypatch.setattr(probing, "QUESTIONS", questions)
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    with pretend_cuda():
+        probing.probe(Setting("cuda", tmp_path, True), Figures(tmp_path / "probe.jsonl"))
+    figures = read_figures(tmp_path / "probe.jsonl")
+    assert not [each for each in figures if "error" in each]
+    assert {it["question"] for it in figures if "skipped" in it} == {"driver", "two_dimensional"}
+    assert figures[0]["device_name"] == "pretend"
 
 
 def test_cudnn_stays_allowed_when_a_run_forbids_it(monkeypatch):
@@ -236,12 +251,18 @@ def test_cudnn_stays_allowed_when_a_run_forbids_it(monkeypatch):
 
 def test_a_prediction_stands_beside_what_was_measured():
     case = CASES[-1].tiny()
-    run = {"num_prompts": 4, "generated_tokens_per_s": 9e3, "decode_tokens_per_s": 8e3}
+    run = {
+        "doubtful": ["others"],
+        "num_prompts": 4,
+        "generated_tokens_per_s": 9e3,
+        "decode_tokens_per_s": 8e3,
+    }
     figures = predict(case, run, Hardware.preset("h100"))
     for name, rate in figures["measured"].items():
         assert rate == run[name]
         ratio = figures["measured_to_predicted"][name]
         assert ratio == pytest.approx(rate / figures["predicted"][name], rel=0.01)
+    assert figures["doubtful"] == ["others"]
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import ctypes
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -21,15 +22,38 @@ from flexgen_ray.qualification.setting import Skipped
 from flexgen_ray.qualification.timing import timed, wait
 from flexgen_ray.store.memory import MemoryTier
 
-_MIB = 2**20
-_BUFFER, _TINY_BUFFER = 1024 * _MIB, 4 * _MIB
-_PIECES = (1, 8, 16, 32, 256)  # MiB of one copy
-_LARGE, _SMALL = 512 * _MIB, _MIB
-_CUTS = (512, 32, 16, 8)  # MiB of the pieces of a large copy
 _TO_DEVICE, _TO_HOST = "to the device", "to the host"
-# Keys of one layer of OPT-30B: 24 rows of 56 heads, 544 tokens of 128 float16 values each.
-_LINES, _TOKENS, _TOKEN_BYTES = 24 * 56, 544, 256
 _KINDS = {_TO_DEVICE: 1, _TO_HOST: 2}  # of cudaMemcpyKind
+_TOKENS, _TOKEN_BYTES = 544, 256  # of a row of a head's keys: 128 float16 values each
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """Sizes of buffers and copies, by their unit in bytes; lines: rows of a 2-D copy."""
+
+    unit: int = 2**20
+    lines: int = 24 * 56  # 24 rows of OPT-30B's 56 heads
+
+    @property
+    def buffer(self) -> int:
+        """Bytes of each of both buffers."""
+        return 1024 * self.unit
+
+    @property
+    def large(self) -> int:
+        """Bytes of a copy that others wait for."""
+        return 512 * self.unit
+
+    def pieces(self, *counts: int) -> list[int]:
+        """Bytes of pieces of so many units."""
+        return [count * self.unit for count in counts]
+
+
+_FULL, _TINY = _Sizes(), _Sizes(2**12, 4)
+
+
+def _sizes(is_tiny: bool) -> _Sizes:
+    return _TINY if is_tiny else _FULL
 
 
 @contextmanager
@@ -47,23 +71,28 @@ def _copy(target: Tensor, source: Tensor) -> None:
     target.copy_(source, non_blocking=True)
 
 
+def _ends(direction: str, host: Tensor, on_device: Tensor) -> tuple[Tensor, Tensor]:
+    """Target and source of a copy in a direction."""
+    return (on_device, host) if direction == _TO_DEVICE else (host, on_device)
+
+
 def one_direction(device: torch.device, is_tiny: bool) -> Iterator[dict[str, Any]]:
     """Rate of copies of several sizes, each after the other, in each direction."""
-    nbytes = _TINY_BUFFER if is_tiny else _BUFFER
+    sizes = _sizes(is_tiny)
     started = time.perf_counter()
-    with _buffers(device, nbytes) as (host, on_device):
+    with _buffers(device, sizes.buffer) as buffers:
         wait(device)
         seconds = time.perf_counter() - started
-        yield {"allocated_s": round(seconds, 3), "bytes": nbytes, "pinned": _is_pinned(host)}
-        for size in [1] if is_tiny else _PIECES:
-            part = slice(size * _MIB)
-            ends = {_TO_DEVICE: (on_device, host), _TO_HOST: (host, on_device)}
-            for direction, (target, source) in ends.items():
-                done = timed(device, partial(_copy, target[part], source[part]))
+        pinned = _is_pinned(buffers[0])
+        yield {"allocated_s": round(seconds, 3), "bytes": sizes.buffer, "pinned": pinned}
+        for size in sizes.pieces(1, 8, 16, 32, 256):
+            for direction in _KINDS:
+                target, source = _ends(direction, *buffers)
+                done = timed(device, partial(_copy, target[:size], source[:size]))
                 yield {
                     "direction": direction,
-                    "piece_mib": size,
-                    "gb_per_s": done.gb_per_s(size * _MIB),
+                    "piece_bytes": size,
+                    "gb_per_s": done.gb_per_s(size),
                     "issue_us": done.issue_us,
                 }
 
@@ -81,12 +110,13 @@ def _needs_cuda(device: torch.device) -> None:
 def both_directions(device: torch.device, is_tiny: bool) -> Iterator[dict[str, Any]]:
     """Rate of both directions together, by the size of the pieces, on a stream each."""
     _needs_cuda(device)
-    with _buffers(device, _BUFFER) as (host, on_device):
-        for size in (8, 32, 256):
-            sources, targets = (end.split(size * _MIB) for end in (host, on_device))
-            middle = len(sources) // 2
-            up = zip(targets[:middle], sources[:middle], strict=True)
-            down = zip(sources[middle:], targets[middle:], strict=True)
+    sizes = _sizes(is_tiny)
+    with _buffers(device, sizes.buffer) as (host, on_device):
+        for size in sizes.pieces(8, 32, 256):
+            hosts, targets = host.split(size), on_device.split(size)
+            middle = len(hosts) // 2
+            up = zip(targets[:middle], hosts[:middle], strict=True)
+            down = zip(hosts[middle:], targets[middle:], strict=True)
             streams = [torch.cuda.Stream(device) for _ in range(2)]
             wait(device)
             started = time.perf_counter()
@@ -94,8 +124,8 @@ def both_directions(device: torch.device, is_tiny: bool) -> Iterator[dict[str, A
                 with torch.cuda.stream(streams[number % 2]):
                     _copy(*pair)
             wait(device)
-            rate = _BUFFER / 2 / (time.perf_counter() - started) / 1e9
-            yield {"piece_mib": size, "gb_per_s_each": round(rate, 2)}
+            rate = sizes.buffer / 2 / (time.perf_counter() - started) / 1e9
+            yield {"piece_bytes": size, "gb_per_s_each": round(rate, 2)}
 
 
 def overtaking(device: torch.device, is_tiny: bool) -> Iterator[dict[str, Any]]:
@@ -104,34 +134,35 @@ def overtaking(device: torch.device, is_tiny: bool) -> Iterator[dict[str, Any]]:
     If the link serves copies in their order, the small one waits for all that was issued before.
     """
     _needs_cuda(device)
-    with _buffers(device, _BUFFER) as (host, on_device):
+    sizes = _sizes(is_tiny)
+    with _buffers(device, sizes.buffer) as buffers:
         for direction in _KINDS:
-            ends = (on_device, host) if direction == _TO_DEVICE else (host, on_device)
-            for cut in _CUTS:
-                alone, behind = (_small_copy_ms(device, *ends, cut, large) for large in (0, _LARGE))
+            ends = _ends(direction, *buffers)
+            for cut in sizes.pieces(512, 32, 16, 8):
+                large = [end[: sizes.large].split(cut) for end in ends]
+                small = [end[sizes.large :][: sizes.unit] for end in ends]
                 yield {
                     "direction": direction,
-                    "cut_mib": cut,
-                    "small_alone_ms": alone,
-                    "small_behind_ms": behind,
+                    "cut_bytes": cut,
+                    "small_alone_ms": _small_copy_ms(device, small, [(), ()]),
+                    "small_behind_ms": _small_copy_ms(device, small, large),
                 }
 
 
-def _small_copy_ms(
-    device: torch.device, target: Tensor, source: Tensor, cut: int, large: int
-) -> float:
-    """Milliseconds of a small copy on one stream, just after a large one began on another."""
+def _small_copy_ms(device: torch.device, small: Sequence[Tensor], large: Sequence) -> float:
+    """Milliseconds of a small copy on one stream, just after a large one began on another.
+
+    small: target and source. large: pieces of a target and of a source.
+    """
     first, second = torch.cuda.Stream(device), torch.cuda.Stream(device)
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     wait(device)
     with torch.cuda.stream(first):
-        for start in range(0, large, cut * _MIB):
-            part = slice(start, min(start + cut * _MIB, large))
-            _copy(target[part], source[part])
+        for target, source in zip(*large, strict=True):
+            _copy(target, source)
     with torch.cuda.stream(second):
         begin.record()
-        part = slice(_LARGE, _LARGE + _SMALL)
-        _copy(target[part], source[part])
+        _copy(*small)
         end.record()
     wait(device)
     return round(begin.elapsed_time(end), 4)
@@ -140,34 +171,33 @@ def _small_copy_ms(
 def two_dimensional(device: torch.device, is_tiny: bool) -> Iterator[dict[str, Any]]:
     """Rate of cudaMemcpy2DAsync, which copies only the used tokens of each row of a cache."""
     _needs_cuda(device)
-    copy = _memcpy_2d()
-    with _buffers(device, _LINES * _TOKENS * _TOKEN_BYTES) as (host, on_device):
-        for direction in _KINDS:
-            ends = (on_device, host) if direction == _TO_DEVICE else (host, on_device)
+    copy, lines = _memcpy_2d(), _sizes(is_tiny).lines
+    with _buffers(device, lines * _TOKENS * _TOKEN_BYTES) as buffers:
+        for direction, kind in _KINDS.items():
+            addresses = [end.data_ptr() for end in _ends(direction, *buffers)]
             for past in (100, 300, 500):
-                width, pitch = past * _TOKEN_BYTES, _TOKENS * _TOKEN_BYTES
-                action = partial(_copy_lines, copy, ends, pitch, width, _KINDS[direction])
-                done = timed(device, action)
+                width = past * _TOKEN_BYTES
+                done = timed(device, partial(_copy_lines, copy, addresses, width, lines, kind))
                 yield {
                     "direction": direction,
                     "tokens_of_544": past,
-                    "gb_per_s": done.gb_per_s(width * _LINES),
+                    "gb_per_s": done.gb_per_s(width * lines),
                     "issue_us": done.issue_us,
                 }
 
 
-def _copy_lines(copy: Any, ends: tuple[Tensor, Tensor], pitch: int, width: int, kind: int) -> None:
-    """Copy the first `width` bytes of every `pitch` bytes; ends: the target and the source."""
-    target, source = (end.data_ptr() for end in ends)
+def _copy_lines(copy: Any, addresses: Sequence[int], width: int, lines: int, kind: int) -> None:
+    """Copy the first `width` bytes of every row; addresses: of the target and of the source."""
+    target, source = addresses
+    pitch = _TOKENS * _TOKEN_BYTES
     stream = torch.cuda.current_stream().cuda_stream
-    status = copy(target, pitch, source, pitch, width, _LINES, kind, stream)
+    status = copy(target, pitch, source, pitch, width, lines, kind, stream)
     if status:
         raise RuntimeError(f"cudaMemcpy2DAsync returned error {status}")
 
 
 def _memcpy_2d() -> Any:
     """The function of the CUDA runtime that torch has loaded."""
-    torch.cuda.current_stream()
     lines = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
     paths = {line.split()[-1] for line in lines if "libcudart" in line}
     if not paths:

@@ -37,7 +37,7 @@ def predictions(setting: Setting, figures: Figures) -> None:
 def predict(case: Case, run: dict, hardware: Hardware) -> dict[str, Any]:
     """The cost model's throughput of a case, and the measured one as a multiple of it.
 
-    run: result of `flexgen-ray bench throughput`.
+    run: result of `flexgen-ray bench throughput`; a mark of a doubtful run is kept.
     """
     config, dtype = shape_config(case.model), "float32" if hardware.device.is_cpu else "float16"
     rates = ModelRates.of(hardware, config, dtype, case.policy.cache_bits)
@@ -56,7 +56,7 @@ def predict(case: Case, run: dict, hardware: Hardware) -> dict[str, Any]:
             for name, rate in zip(measured, predicted, strict=True)
         },
         "bottleneck": plan.bottleneck[1],
-    }
+    } | {mark: run[mark] for mark in ("doubtful",) if mark in run}
 
 
 def _machines(setting: Setting) -> Iterator[tuple[str, Hardware]]:

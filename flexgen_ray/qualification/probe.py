@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
 import subprocess
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +67,7 @@ def probe(setting: Setting, figures: Figures) -> None:
 
 
 def machine(device: torch.device, is_tiny: bool) -> Iterator[dict[str, Any]]:
-    """Versions, memory and cores; what the driver says of the GPU."""
+    """Versions, memory and cores; for a GPU, torch's description of it."""
     yield {
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -75,10 +77,15 @@ def machine(device: torch.device, is_tiny: bool) -> Iterator[dict[str, Any]]:
         "huge_pages": _lines_of("/sys/kernel/mm/transparent_hugepage/enabled"),
         "device_name": "CPU",
     } | (_cuda(device) if device.type == "cuda" else {})
-    if device.type == "cuda":
-        command = ["nvidia-smi", f"--query-gpu={_NVIDIA_SMI}", "--format=csv"]
-        shown = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
-        yield {"nvidia_smi": (shown.stdout + shown.stderr).strip().splitlines()}
+
+
+def driver(device: torch.device, is_tiny: bool) -> Iterator[dict[str, Any]]:
+    """Lines that NVIDIA's driver says of the GPU: its slot, clocks and limits."""
+    if device.type != "cuda" or shutil.which("nvidia-smi") is None:
+        raise Skipped("nvidia-smi is not here")
+    command = ["nvidia-smi", f"--query-gpu={_NVIDIA_SMI}", "--format=csv"]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    yield {"nvidia_smi": (shown.stdout + shown.stderr).strip().splitlines()}
 
 
 def _lines_of(path: str) -> list[str]:
@@ -239,13 +246,15 @@ def _kernels(device: torch.device) -> tuple[Callable[..., Any], Callable[..., An
         from flexgen_ray.kernels import pack
 
         return pack.pack, pack.unpack
+    if not find_spec("triton"):
+        raise Skipped("Triton is not installed")
     from flexgen_ray.kernels import pack_cuda
 
     return pack_cuda.pack, pack_cuda.unpack
 
 
 QUESTIONS: tuple[Question, ...] = (
-    machine, attention, issuing, quantization, link.one_direction, link.both_directions,
+    machine, driver, attention, issuing, quantization, link.one_direction, link.both_directions,
     link.overtaking, link.two_dimensional,
 )  # fmt: skip
 
