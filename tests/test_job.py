@@ -197,7 +197,7 @@ _LINE = st.binary(max_size=40) | (_OBJECT | _OBJECT.map(lambda it: {"body": it})
 )
 
 
-@settings(max_examples=40)
+@settings(max_examples=60)
 @given(before=st.lists(_LINE, max_size=4), after=st.lists(_LINE, max_size=4), data=st.data())
 def test_no_line_costs_another_its_answer(llm, tmp_path_factory, before, after, data):
     folder = tmp_path_factory.mktemp("fuzz")

@@ -146,7 +146,7 @@ def test_a_pass_without_rows_takes_no_time_but_its_weights(plan, rates):
     assert all(not demands[op].seconds for op in ops if op.kind not in of_weights)
 
 
-@settings(max_examples=25)
+@settings(max_examples=40)
 @given(rings(), hardware, hardware, st.booleans())
 def test_stages_wait_for_their_neighbours_and_keep_the_laws_of_one(ring, rates, other, is_prefill):
     rows = rows_of(ring[0], is_prefill)

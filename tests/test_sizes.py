@@ -106,7 +106,7 @@ def test_hidden_fractions_hold(placement, num_tokens):
 
 
 @given(policy=compressed, name=st.sampled_from(["opt-350m-like", "llama", "olmo2", "gemma3"]))
-@settings(max_examples=16)
+@settings(max_examples=30)
 def test_the_stores_take_exactly_what_was_computed(tiny_models, policy, name):
     folder, references = tiny_models[name]
     with LLM(folder, policy=policy, dtype="float32", device="cpu", use_ray=False) as llm:
