@@ -47,8 +47,9 @@ def step(script: str, name: str = "step", limit_s: float = 20, **options) -> Ste
 
 
 def run(steps: list[Step], folder: Path, seconds: float = 60) -> list[dict]:
-    lines: list[dict] = []
-    run_steps(steps, folder, seconds, lambda line: None, lines)
+    begun: list[str] = []
+    lines = list(run_steps(steps, folder, seconds, begun.append))
+    assert begun == [line["step"] for line in lines]
     assert [json.loads(line) for line in (folder / STEPS).read_text().splitlines()] == lines
     return lines
 
@@ -171,7 +172,7 @@ def test_a_run_that_is_stopped_leaves_whole_lines_and_nothing_else(tmp_path):
         "sleep = 'import os, time; print(os.getpid(), flush=True); time.sleep(60)'\n"
         "steps = [Step(name, [sys.executable, '-c', code], 'none', 1, 60)\n"
         "         for name, code in (('quick', 'pass'), ('long', sleep))]\n"
-        "run_steps(steps, pathlib.Path(sys.argv[1]), 100, lambda line: None, [])\n"
+        "list(run_steps(steps, pathlib.Path(sys.argv[1]), 100, str))\n"
     )
     environment = os.environ | {"TMPDIR": str(temporary)}
     runner = subprocess.Popen(

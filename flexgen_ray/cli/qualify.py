@@ -68,6 +68,7 @@ def qualify(
     from flexgen_ray.qualification.runner import failures, run_steps
     from flexgen_ray.qualification.setting import Setting
     from flexgen_ray.qualification.steps import choose_steps, make_steps, write_policies
+    from flexgen_ray.reporting.progress import show_steps
     from flexgen_ray.runtime.worker import find_device
 
     kind = find_device(device).type
@@ -89,7 +90,10 @@ def qualify(
     write_policies(setting)
     lines: list[dict] = []
     try:
-        run_steps(chosen, setting.folder, seconds, lambda line: say(describe(line)), lines)
+        with show_steps("qualifying", len(chosen)) as begin:
+            for line in run_steps(chosen, setting.folder, seconds, begin):
+                lines.append(line)
+                say(describe(line))
     finally:
         path = save_result(setting, lines)
     display(f"wrote {path}")

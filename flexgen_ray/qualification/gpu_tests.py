@@ -41,6 +41,7 @@ def gpu_tests(setting: Setting, figures: Figures) -> None:
     if not files:
         raise Skipped("there is no checkout with tests/ here")
     arguments = ["-q", "-m", "gpu", "--maxfail", str(_MOST_FAILURES), "-p", "no:cacheprovider"]
+    arguments.append("--continue-on-collection-errors")
     workers = min(_MOST_WORKERS, (os.cpu_count() or 1) // 2)
     if find_spec("xdist") and setting.on_cuda and workers > 1:
         arguments += ["-n", str(workers)]

@@ -56,7 +56,7 @@ def predict(case: Case, run: dict, hardware: Hardware) -> dict[str, Any]:
             for name, rate in zip(measured, predicted, strict=True)
         },
         "bottleneck": plan.bottleneck[1],
-    } | {mark: run[mark] for mark in ("doubtful",) if mark in run}
+    } | ({"doubtful": run["doubtful"]} if run.get("doubtful") else {})
 
 
 def _machines(setting: Setting) -> Iterator[tuple[str, Hardware]]:

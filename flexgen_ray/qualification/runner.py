@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -29,27 +29,25 @@ _END_SECONDS = 5
 # Steps find this checkout, look for no model on the network and report nothing.
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "RAY_USAGE_STATS_ENABLED": "0", "PYTHONUNBUFFERED": "1"}
 
-OnLine = Callable[[dict], None]
-
 
 def run_steps(
-    steps: Sequence[Step], folder: Path, seconds: float, on_line: OnLine, lines: list[dict]
-) -> None:
-    """Run all steps within so many seconds.
+    steps: Sequence[Step], folder: Path, seconds: float, on_begin: Callable[[str], None]
+) -> Iterator[dict]:
+    """Run all steps within so many seconds; yields the line of each as soon as it is on disk.
 
-    folder: an existing folder, in which the steps leave their files. on_line: called with each
-    step's line as soon as it is on disk. lines: gets them too, so that they are there after a stop.
+    folder: an existing folder, in which the steps leave their files. on_begin: called with the name
+    of each step before it.
     """
     began = time.monotonic()
     with closing(JsonlFile(folder / STEPS)) as file:
         for step in steps:
+            on_begin(step.name)
             begun = time.monotonic() - began
             line = {"step": step.name, "began_s": round(begun, 1)}
             line |= run_one(step, folder, seconds - begun)
             file.append(line)
             file.sync()
-            lines.append(line)
-            on_line(line)
+            yield line
 
 
 def run_one(step: Step, folder: Path, left_s: float) -> dict[str, Any]:
