@@ -22,7 +22,6 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median, quantiles
 from typing import TYPE_CHECKING, Annotated
@@ -31,6 +30,7 @@ import typer
 
 from benchmarks.command import run_as_command
 from benchmarks.fma_rate import fma_per_s
+from flexgen_ray import package_versions
 from flexgen_ray.cli.options import JsonOption
 from flexgen_ray.files.json_text import to_json
 from flexgen_ray.files.output_files import write_text
@@ -292,7 +292,7 @@ def _finish(measured: dict, path: Path | None) -> None:
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "hardware": {"cpu": cpu_name(), "cores": os.cpu_count()},
         "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in ("flexgen-ray", "torch", "numba", "llvmlite")},
+        | package_versions("flexgen-ray", "torch", "numba", "llvmlite"),
     }
     result = made_by | measured
     for doubt in result.get("doubtful", ()):

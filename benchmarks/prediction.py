@@ -1,4 +1,4 @@
-"""Are predictions right on this machine? Policies run on its CPU in real time, and are predicted.
+"""Are predictions right on this machine? Policies run on it in real time, and are predicted.
 
 Claim: with calibrated rates the cost model predicts a policy's throughput within 15 %. Weights are
 random. A shared machine's speed drifts, so its rates are calibrated again after each run, and the
@@ -6,14 +6,14 @@ mean of the predictions before and after the run counts.
 
 Good: `predicted_within_15%` equal to `policies`. Runs beside which other processes used the cores
 are repeated, and marked if that doesn't help.
-docs/results/prediction-cpu.json: python -m benchmarks.prediction --json FILE
+docs/results/prediction-cpu.json: python -m benchmarks.prediction --device cpu --json FILE
 """
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from itertools import chain, product
 from pathlib import Path
 from statistics import fmean
@@ -27,7 +27,7 @@ from flexgen_ray.calibration.calibrate import calibrate
 from flexgen_ray.calibration.rates import Scope
 from flexgen_ray.calibration.steady import OtherLoad
 from flexgen_ray.cli.bench.runs import beside, holds, synthetic_requests
-from flexgen_ray.cli.options import JsonOption
+from flexgen_ray.cli.options import DeviceOption, GpuOption, JsonOption
 from flexgen_ray.config import Placement, Policy
 from flexgen_ray.hardware.spec import Hardware
 from flexgen_ray.llm import LLM
@@ -37,12 +37,23 @@ from flexgen_ray.planner.search import Planner
 from flexgen_ray.reporting.report import Report
 from flexgen_ray.reporting.result import prediction_errors
 from flexgen_ray.reporting.terminal import say
+from flexgen_ray.units import parse_bytes
 
 SHAPES = ((8, 2), (16, 2))
 ATTEMPTS = 3
 STEADY = 0.1  # relative difference below which two predictions are of one and the same speed
 WEIGHTS = (Placement(1, 0, 0), Placement(0, 1, 0), Placement(0, 0, 1))
 CACHES = (Placement(1, 0, 0), Placement(0, 1, 0))
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The model, its dtype, and where it runs: auto, cpu or cuda, with so many bytes of a GPU."""
+
+    model: str
+    dtype: str
+    device: str
+    gpu_memory: int | None
 
 
 def prediction(
@@ -58,9 +69,11 @@ def prediction(
     max_tokens: Annotated[
         int, typer.Option(metavar="N", min=1, help="Tokens of each answer.")
     ] = 16,
+    device: DeviceOption = "auto",
+    gpu_memory: GpuOption = None,
     json_file: JsonOption = None,
 ) -> None:
-    """Run policies on the CPU in real time: throughput as a multiple of the predicted one.
+    """Run policies on this machine in real time: throughput as a multiple of the predicted one.
 
     Each policy first generates one token a prompt, so that all kernels are compiled and all memory
     is touched. A policy runs again, up to three times, while the predictions before and after it
@@ -69,18 +82,20 @@ def prediction(
 
     Example: python -m benchmarks.prediction --model opt-350m
     """
-    runs, machine = [], _measured(model, dtype)
+    limit = None if gpu_memory is None else parse_bytes(gpu_memory)
+    setting = Setting(model, dtype, device, limit)
+    runs, machine, device_names = [], _measured(setting), ""
     for policy in policies():
         job = PlannedJob.uniform(policy.block_size, prompt_len, max_tokens)
         attempts: list[dict] = []
         while len(attempts) < ATTEMPTS and not any(map(_is_sound, attempts)):
-            attempt, machine = _attempt(policy, job, model, dtype, machine)
+            attempt, machine, device_names = _attempt(policy, job, setting, machine)
             attempts.append(attempt)
             say(str(attempts[-1]))
         runs.append(min(attempts, key=lambda it: (not holds(it), _drift(it))))
     settings = {"model": model, "dtype": dtype, "prompt_len": prompt_len, "max_tokens": max_tokens}
     result = {"settings": settings} | prediction_errors(runs) | {"runs": runs}
-    gate.finish(result, "CPU", json_file, rests_on=())
+    gate.finish(result, device_names, json_file, rests_on=())
 
 
 def _is_sound(attempt: dict) -> bool:
@@ -97,17 +112,17 @@ def _drift(attempt: dict) -> float:
 
 
 def _attempt(
-    policy: Policy, job: PlannedJob, model: str, dtype: str, machine: Hardware
-) -> tuple[dict, Hardware]:
-    """Run a policy once; returns its figures, and the machine calibrated again after the run.
+    policy: Policy, job: PlannedJob, setting: Setting, machine: Hardware
+) -> tuple[dict, Hardware, str]:
+    """Run a policy once; returns its figures, the machine calibrated again, and the device's name.
 
     machine: as calibrated just before the run. Both calibrations give a prediction.
     """
     elsewhere = OtherLoad()
-    report = _report(policy, job, model, dtype)
+    report = _report(policy, job, setting)
     disturbed = beside(elsewhere)
-    now = _measured(model, dtype)
-    before, after = (_predicted(policy, job, model, dtype, each) for each in (machine, now))
+    now = _measured(setting)
+    before, after = (_predicted(policy, job, setting, each) for each in (machine, now))
     predicted = fmean((before["tokens_per_s"], after["tokens_per_s"]))
     (stage,) = report.stages
     attempt = {
@@ -122,7 +137,7 @@ def _attempt(
         "before": before,
         "after": after,
     } | disturbed  # fmt: skip
-    return attempt, now
+    return attempt, now, report.device
 
 
 def policies() -> Iterator[Policy]:
@@ -131,19 +146,22 @@ def policies() -> Iterator[Policy]:
         yield Policy(size, number, 512, weights, cache, Placement(1, 0, 0), 1.0)
 
 
-def _measured(model: str, dtype: str) -> Hardware:
+def _measured(setting: Setting) -> Hardware:
     """The machine's rates, calibrated now for this model and dtype."""
-    config = shape_config(model)
-    scope = Scope((dtype,), (config.num_heads // config.num_kv_heads,))
-    return calibrate("cpu", Path(tempfile.gettempdir()), uses_ray=False, scope=scope)
+    config = shape_config(setting.model)
+    scope = Scope((setting.dtype,), (config.num_heads // config.num_kv_heads,))
+    folder = Path(tempfile.gettempdir())
+    return calibrate(setting.device, folder, setting.gpu_memory, uses_ray=False, scope=scope)
 
 
-def _predicted(policy: Policy, job: PlannedJob, model: str, dtype: str, hardware: Hardware) -> dict:
+def _predicted(policy: Policy, job: PlannedJob, setting: Setting, hardware: Hardware) -> dict:
     """Simulated throughput and seconds of a policy on this hardware, and the rates it has."""
-    config = shape_config(model)
+    config, dtype = shape_config(setting.model), setting.dtype
     rates = ModelRates.of(hardware, config, dtype)
     device = StageDevice(rates, hardware.budget, "this node", hardware.core_shares)
-    planner = Planner(config, (device,), job, dtype, stages_disk=False)
+    # On a GPU, bytes from disk pass through host memory.
+    stages_disk = not hardware.device.is_cpu
+    planner = Planner(config, (device,), job, dtype, stages_disk=stages_disk)
     plan = planner.simulate(planner.evaluate((config.num_layers,), [policy]))
     (of_policy,) = planner.rates(policy)
     return {
@@ -155,15 +173,16 @@ def _predicted(policy: Policy, job: PlannedJob, model: str, dtype: str, hardware
     }
 
 
-def _report(policy: Policy, job: PlannedJob, model: str, dtype: str) -> Report:
+def _report(policy: Policy, job: PlannedJob, setting: Setting) -> Report:
     """Run a policy on the job; returns the report of the run that counts."""
     options: dict[str, Any] = {
-        "device": "cpu",
-        "dtype": dtype,
+        "device": setting.device,
+        "dtype": setting.dtype,
+        "gpu_memory": setting.gpu_memory,
         "load_format": "dummy",
         "use_ray": False,
     }
-    with LLM(model, policy=policy, **options) as llm:
+    with LLM(setting.model, policy=policy, **options) as llm:
         requests = synthetic_requests(llm, [(job.prompt_len, job.max_tokens)] * job.num_requests)
         llm.prepare(requests)
         first = synthetic_requests(llm, [(job.prompt_len, 1)] * job.num_requests)

@@ -16,7 +16,6 @@ import re
 import subprocess
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from importlib.metadata import version
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
@@ -24,6 +23,7 @@ from tempfile import NamedTemporaryFile
 from typing import Any
 
 from benchmarks.command import run_as_command
+from flexgen_ray import package_versions
 from flexgen_ray.cli.options import JsonOption
 from flexgen_ray.quant.packing import GROUP, LARGEST
 from flexgen_ray.reporting.result import finish
@@ -43,7 +43,7 @@ def unpack(json_file: JsonOption = None) -> None:
     rows = list(_rows())
     whole = [each for each in rows if each["kernel"] == "whole groups" and each["bits"] == 4]
     result = {
-        "triton": version("triton"),
+        "triton": package_versions("triton")["triton"],
         "most_of_4_bits": max(each["instructions_a_value"] for each in whole),
         "kernels": rows,
     }

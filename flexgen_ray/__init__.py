@@ -20,6 +20,22 @@ try:
 except PackageNotFoundError:  # a checkout that was never installed
     __version__ = "0.0.0"
 
+
+def package_versions(*names: str) -> dict[str, str]:
+    """{package: version} for results; "unknown" for packages that nothing installed, only a path.
+
+    This package's own is __version__.
+    """
+    return {name: _version(name) for name in names}
+
+
+def _version(name: str) -> str:
+    try:
+        return __version__ if name == "flexgen-ray" else version(name)
+    except PackageNotFoundError:
+        return "unknown"
+
+
 _HOME = {
     "CompletionOutput": "flexgen_ray.request",
     "Faults": "flexgen_ray.config",

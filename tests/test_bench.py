@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import runpy
+import sys
 from importlib import import_module
 from pathlib import Path
 
@@ -53,8 +54,10 @@ def policy_file(tmp_path):
 
 @pytest.mark.parametrize("executor", ["serial", "async"])
 def test_throughput_counts_every_token_and_stays_within_its_bound(
-    tiny_models, tmp_path, policy_file, executor
+    tiny_models, tmp_path, policy_file, executor, monkeypatch
 ):
+    """A given policy needs no solver. The warm-up counts for nothing."""
+    monkeypatch.setitem(sys.modules, "highspy", None)
     folder, _ = tiny_models["llama"]
     result = bench(
         "throughput", "--model", folder, "--prompt-len", 24, "--max-tokens", 6, "--dtype",
@@ -66,6 +69,7 @@ def test_throughput_counts_every_token_and_stays_within_its_bound(
     assert json.loads((tmp_path / "result.json").read_text()) == result
     policy = Policy.from_yaml(policy_file)
     assert result["num_prompts"] == policy.block_size
+    assert result["warm_up"] == {"prompts": policy.block_size, "prompt_len": 24, "max_tokens": 2}
     generated = result["generated_tokens_per_s"] * result["total_s"]
     assert generated == pytest.approx(policy.block_size * 6, rel=0.01)
     decoded = result["decode_tokens_per_s"] * result["decode_s"]

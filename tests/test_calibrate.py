@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from math import isfinite
+from importlib.metadata import PackageNotFoundError
+from math import inf, isfinite
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
+import flexgen_ray
 from flexgen_ray.calibration import calibrate
 from flexgen_ray.calibration import rates as calibration
 from flexgen_ray.calibration.steady import Measurer, Unsteady
@@ -62,6 +64,37 @@ def test_a_quick_calibration_writes_a_file_that_the_planner_can_load(tmp_path, m
             assert isinstance(hardware.rates(dtype, group, 8, 512), HardwareSpec)
     kernels = {it.kernel for it in hardware.host.attention}
     assert kernels == {"sdpa", "numba"} and len(hardware.host.attention) == 30
+
+
+def test_only_the_dtypes_that_are_asked_for_are_measured(tmp_path, monkeypatch):
+    """In a checkout that was never installed, too."""
+
+    def no_metadata(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr("flexgen_ray.version", no_metadata)
+    path = tmp_path / "some.yaml"
+    command = (
+        f"calibrate --quick --no-use-ray --device cpu --dtypes float16,int4 --max-seconds 60 "
+        f"--gpu-memory 64MiB --offload-dir {tmp_path / 'offload'} --output {path}"
+    )
+    done = CliRunner().invoke(app, command.split(), catch_exceptions=False)
+    assert done.exit_code == 0
+    hardware = Hardware.load(path)
+    assert {it.dtype for it in hardware.host.attention} == {"float16", "int4"}
+    assert [it.dtype for it in hardware.device.gemm] == ["float16"]
+    assert hardware.has_rates_for("float16") and not hardware.has_rates_for("float32")
+    assert isinstance(hardware.rates("float16", 4, 8, 512, cache_bits=4), HardwareSpec)
+    assert dict(hardware.versions)["flexgen-ray"] == flexgen_ray.__version__
+    assert dict(hardware.versions)["torch"] == "unknown"
+
+
+@pytest.mark.parametrize(
+    "dtypes, said", [("float16,int5", "'int5'; each must be"), ("int4", "add the dtype")]
+)
+def test_dtypes_that_make_no_plan_are_refused(dtypes, said):
+    with pytest.raises(ValueError, match=said):
+        calibrate.parse_dtypes(dtypes)
 
 
 def test_the_output_goes_where_it_is_asked_to(tmp_path, monkeypatch):
@@ -174,6 +207,23 @@ def test_what_never_settles_is_the_median_and_noted():
     take = measurer()
     assert take("read", one_by_one(1.0, 2.0, 8.0, 4.0, 16.0)) == (4.0,)
     assert take.notes == ["read: 5 measurements differed by more than a tenth."]
+
+
+def test_once_the_time_is_up_each_thing_is_measured_once():
+    """Also the one under way, however its figures differ; a single note says so."""
+    take, left = measurer(), [1.0, 2.0, 4.0]
+
+    def slow():
+        take.deadline = 0.0 if len(left) == 2 else inf
+        return [left.pop(0)]
+
+    assert take("read", slow) == (2.0,) and left == [4.0]
+    take.deadline = 0.0
+    assert take("write", one_by_one(9.0, 5.0)) == (9.0,)
+    assert take.check_part(2.0, 1.0, "{} of {}") == 1.0
+    assert take.notes == ["From read on, each was measured once, because the time was up."]
+    effort = calibration.THOROUGH.within(30, 60)
+    assert effort.seconds * 60 * 2 < 30 and effort.cache == calibration.THOROUGH.cache
 
 
 def test_a_measurement_beside_which_others_worked_does_not_count():

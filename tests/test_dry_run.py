@@ -111,7 +111,7 @@ def test_a_bound_on_latency_is_the_plans():
             with pytest.raises(RuntimeError, match="dry_run"):
                 list(llm.stream([llm.request(0, [1], params)]))
             assert any(note.startswith("predicted: 6 answers") for note in notes)
-            return llm.report.planned.block_seconds
+            return llm.report.forecast.block_seconds
 
     unbounded = block_seconds(None)
     assert block_seconds(2 * unbounded) <= 2 * unbounded

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import prod
 
 import pytest
@@ -9,10 +10,13 @@ import torch
 from strategies import MIB, tiers
 
 from flexgen_ray.config import Placement, Policy, Workload
+from flexgen_ray.kernels.pack import unpack
 from flexgen_ray.layout.placement import stored_tensors
 from flexgen_ray.layout.plan import StagePlan
 from flexgen_ray.models.dummy import DummyWeights
 from flexgen_ray.models.shapes import SHAPES, shape_config
+from flexgen_ray.quant.formats import WeightFormat
+from flexgen_ray.quant.packing import packed_bytes
 from flexgen_ray.schedule.ops import OpKind
 from flexgen_ray.schedule.zigzag import StageLayers, zigzag
 from flexgen_ray.store.weights import WeightStore
@@ -64,14 +68,20 @@ def test_an_unknown_shape_is_refused_with_the_known_ones():
         shape_config("opt-65b")
 
 
-def test_dummy_weights_are_the_same_wherever_they_lie(tmp_path):
-    """250 MB on three tiers, against all in one; progress ends when all is there."""
-    config = shape_config("opt-125m")
+@pytest.mark.parametrize("bits", [None, 4])
+def test_dummy_weights_are_the_same_wherever_they_lie(tmp_path, monkeypatch, bits):
+    """120 MB on three tiers, against all in one; progress ends when all is there.
+
+    Quantized ones are never computed.
+    """
+    monkeypatch.setattr("flexgen_ray.store.weights.pack", None)
+    config = replace(shape_config("opt-125m"), num_layers=3)
     stage = StageLayers.whole(config.num_layers)
     spread, whole = (
-        StagePlan(config, stage, Policy(num_gpu_batches=3, weights=weights), work, "float16")
+        StagePlan(config, stage, policy.compressed(weight_bits=bits), work, "float16")
         for work in [Workload(1, 1, 2)]
         for weights in (Placement(0.3, 0.3, 0.4), Placement(1, 0, 0))
+        for policy in [Policy(num_gpu_batches=3, weights=weights)]
     )
     places, steps = tiers(tmp_path, 400 * MIB), []
     try:
@@ -87,7 +97,7 @@ def test_dummy_weights_are_the_same_wherever_they_lie(tmp_path):
                     assert torch.equal(tensor, expected.tensors(op)[name]), (op.layer, name)
     finally:
         places.disk.close()
-    assert steps == sorted(steps) and len(steps) == 148
+    assert steps == sorted(steps) and len(steps) == 40
     assert steps[-1] == (sum(spread.weights.nbytes.values()),) * 2
 
 
@@ -104,3 +114,18 @@ def test_dummy_weights_keep_activations_in_range():
     other = torch.empty_like(matrix)
     source.read_into(2, "up_proj.weight", other)
     assert not torch.equal(matrix, other)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantized_dummy_weights_are_of_the_usual_size(bits):
+    """Finite, of variance 1 / inputs and mean zero, with rows that all differ."""
+    source, (count, size) = DummyWeights(), (3000, 1088)
+    source.check(1, {"up_proj.weight": (count, size)}, WeightFormat("float16", bits))
+    packed = torch.empty(count, packed_bytes(size, bits), dtype=torch.uint8)
+    source.read_into(1, "up_proj.weight", packed)
+    values = torch.empty(count, size)
+    unpack(packed, bits, values)
+    assert values.isfinite().all() and values.abs().max() < 2 * size**-0.5
+    assert values.std().item() == pytest.approx(size**-0.5, rel=0.01)
+    assert abs(values.mean().item()) < 0.01 * size**-0.5
+    assert len(packed.unique(dim=0)) == count

@@ -136,7 +136,7 @@ def settled(
 
 def test_an_uncalibrated_gpu_with_a_preset_is_planned_and_told_that_rates_are_assumed():
     found = settled("opt-6.7b", 8, 32, gpu=6, cpu=30)
-    assert found.origin is Origin.PLANNED and found.planned and found.rates
+    assert found.origin is Origin.PLANNED and found.forecast and found.rates
     (line,) = found.notes
     assert "8 answers with at most 252 new tokens take about" in line
     assert "the first arrive after" in line
@@ -148,8 +148,8 @@ def test_an_uncalibrated_gpu_with_a_preset_is_planned_and_told_that_rates_are_as
     filled = choice.stages[0].policy
     by_filling = settled("opt-6.7b", 8, 32, StagePolicies((filled,)), gpu=6, cpu=30)
     assert by_filling.stages[0].policy.block_size == filled.block_size
-    assert not by_filling.planned and "8 answers" in by_filling.notes[0]
-    assert found.planned.tokens_per_s >= by_filling.forecast.tokens_per_s
+    assert by_filling.origin is Origin.GIVEN and "8 answers" in by_filling.notes[0]
+    assert found.forecast.tokens_per_s >= by_filling.forecast.tokens_per_s
 
 
 def test_four_bits_are_suggested_where_they_are_much_faster():

@@ -40,7 +40,7 @@ MAY_IMPORT = {
     " runtime schedule text units",
     "llm": "checks config engine hardware models paths planner processor reporting request runtime"
     " text units",
-    "calibration": "distributed files hardware kernels reporting runtime store units",
+    "calibration": "config distributed files hardware kernels reporting runtime store units",
     "evaluation": "files llm reporting request",
     "integrations": "evaluation llm request text",
     "batch": "config files llm models planner reporting request runtime text units",
@@ -75,7 +75,10 @@ def imports(path: Path) -> set[str]:
 
 MODULES = sorted(ROOT.rglob("*.py"))
 UNITS = {unit_of(path) for path in MODULES} - FREE
-PUBLIC = {f"flexgen_ray.{name}" for name in flexgen_ray.__all__} | {"flexgen_ray.__version__"}
+PUBLIC = {f"flexgen_ray.{name}" for name in flexgen_ray.__all__} | {
+    "flexgen_ray.__version__",
+    "flexgen_ray.package_versions",
+}
 
 
 def test_every_unit_is_named_and_none_that_is_not_there():
@@ -106,15 +109,22 @@ def test_a_module_imports_only_what_lies_below_it(path):
             assert below == unit or below in MAY_IMPORT[unit].split(), f"{path} imports {name}"
 
 
-def test_what_a_planner_computes_with_loads_neither_torch_nor_ray():
+def test_what_a_planner_computes_with_loads_neither_torch_nor_ray_nor_the_solver():
     modules = [f"flexgen_ray.{path.parent.name}.{path.stem}" for path in MODULES
                if path.parent.name in ("cost", "schedule", "layout", "quant")]  # fmt: skip
     modules += [f"flexgen_ray.planner.{name}" for name in ("search", "lp", "corners", "fill")]
     modules += ["flexgen_ray.hardware.spec", "flexgen_ray.models.config_files"]
     modules = [name.removesuffix(".__init__") for name in modules]
     script = "import sys\n" + "".join(f"import {name}\n" for name in modules)
-    script += "assert not {'torch', 'ray'} & set(sys.modules)"
+    script += "assert not {'torch', 'ray', 'highspy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+def test_versions_are_asked_for_where_packages_without_metadata_are_expected():
+    """A checkout on the path alone, as on a borrowed machine, has no metadata."""
+    asking = {unit_of(path) for path in MODULES if "importlib.metadata" in imports(path)}
+    assert asking == {"__init__"}
+    assert flexgen_ray.package_versions("no-such-package") == {"no-such-package": "unknown"}
 
 
 def test_every_folder_says_which_question_it_answers():

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from bench_results import bench
 from engine_runs import assert_same
 
 from flexgen_ray import LLM, Hardware, SamplingParams
@@ -235,7 +236,7 @@ def test_a_calibrated_machine_plans_its_runs_and_says_how_right_it_was(
         outputs = llm.generate([reference.prompt for reference in references], params)
         report = llm.report
     assert_same([output.outputs[0] for output in outputs], references)
-    assert report.planned is not None
+    assert report.forecast is not None
     assert any("predicted" in line for line in report.lines())
     assert report.as_dict()["predicted_tokens_per_s"] > 0
     for stage in report.stages:
@@ -243,9 +244,20 @@ def test_a_calibrated_machine_plans_its_runs_and_says_how_right_it_was(
             assert sum(parts.values()) <= getattr(stage.budget, tier)
 
 
+def test_a_benchmark_of_a_given_policy_has_the_prediction_too(tiny_models, calibrated, tmp_path):
+    policy = tmp_path / "policy.yaml"
+    policy.write_text("gpu_batch_size: 2")
+    result = bench(
+        "throughput", "--model", tiny_models["llama"][0], "--policy", policy, "--prompt-len", 8,
+        "--max-tokens", 3, "--dtype", "float32", "--device", "cpu",
+    )  # fmt: skip
+    ratio = result["generated_tokens_per_s"] / result["predicted_tokens_per_s"]
+    assert result["measured_to_predicted"] == pytest.approx(ratio, rel=0.01)
+
+
 @pytest.mark.parametrize("policy", [None, "auto"])
 def test_without_rates_nothing_is_predicted(tiny_models, policy):
     folder, references = tiny_models["opt"]
     with LLM(folder, policy=policy, dtype="float32", device="cpu", use_ray=False) as llm:
         llm.generate([references[0].prompt], SamplingParams(max_tokens=2))
-        assert llm.report.planned is None
+        assert llm.report.forecast is None

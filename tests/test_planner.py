@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import fields, replace
 from itertools import product
 
@@ -162,6 +163,12 @@ def test_what_fits_nowhere_is_refused_with_the_budget_that_lacks():
         find_best_plan(Planner(OPT, (device(nowhere),), JOB, "float16"))
     with pytest.raises(Infeasible, match="25 stages are more than the model's 24 layers"):
         Planner(OPT, (device(),) * 25, JOB, "float16")
+
+
+def test_without_the_solver_a_plan_is_refused_with_the_remedy(monkeypatch):
+    monkeypatch.setitem(sys.modules, "highspy", None)
+    with pytest.raises(RuntimeError, match="pip install highspy, or give a policy"):
+        find_best_plan(Planner(OPT, (device(),), JOB, "float16"))
 
 
 def test_a_block_answers_within_the_latency_that_is_asked_for():

@@ -8,12 +8,13 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from flexgen_ray import package_versions
+from flexgen_ray.config import DTYPE_BYTES
 from flexgen_ray.files.output_files import write_text
-from flexgen_ray.hardware.rates import DeviceRates, MemorySizes, NetworkRates
+from flexgen_ray.hardware.rates import CACHE_DTYPES, DeviceRates, MemorySizes, NetworkRates
 from flexgen_ray.hardware.spec import Hardware
 from flexgen_ray.units import format_bytes
 
@@ -42,7 +43,7 @@ def calibrate(
     Each figure is measured until two in a row differ by a tenth at most; if is_quick, once.
 
     device: auto, cuda or cpu. gpu_memory: bytes that plans may use, None for all that is free.
-    scope: the dtypes and heads to measure, None for all.
+    scope: the dtypes and heads to measure, and the time for it, None for all of them and no limit.
     Raises ValueError for a device or memory that the machine lacks, OSError if the offload folder's
     disk fails, and RuntimeError, with the figures, if other processes disturb the measurements.
     """
@@ -65,8 +66,12 @@ def calibrate(
     on = torch.device(machine.device)
     cores = divide_cores(machine.num_threads, on.type == "cuda", attends_on_host=True)
     scope, effort = scope or Scope(), QUICK if is_quick else THOROUGH
-    with show_steps("calibrating", count_measurements(on, scope) + uses_ray) as announce:
+    count = count_measurements(on, scope)
+    with show_steps("calibrating", count + uses_ray) as announce:
         take = Measurer(announce, 1 if is_quick else MOST_REPEATS)
+        if scope.max_seconds is not None:
+            effort = effort.within(scope.max_seconds, count)
+            take.deadline = time.perf_counter() + scope.max_seconds
         measured = measure_machine(on, cores, offload_dir, effort, take, scope)
         network = _network(announce) if uses_ray else None
     return Hardware(
@@ -82,6 +87,23 @@ def calibrate(
         device=measured.device,
         network=network,
     )
+
+
+def parse_dtypes(text: str) -> tuple[str, ...]:
+    """Dtypes of weights and caches from text such as "float16,int4".
+
+    Raises ValueError for names that aren't one of CACHE_DTYPES, and for caches alone.
+    """
+    dtypes = tuple(dict.fromkeys(part.strip() for part in text.split(",")))
+    if unknown := [dtype for dtype in dtypes if dtype not in CACHE_DTYPES]:
+        known = ", ".join(CACHE_DTYPES)
+        raise ValueError(f"--dtypes has {unknown[0]!r}; each must be one of {known}")
+    if not set(dtypes) & set(DTYPE_BYTES):
+        raise ValueError(
+            f"--dtypes {text} has only formats of quantized caches; add the dtype that models "
+            "compute in, such as float16"
+        )
+    return dtypes
 
 
 def save(hardware: Hardware, path: Path) -> None:
@@ -179,5 +201,6 @@ def _describe(machine: Machine) -> str:
 
 
 def _versions() -> dict[str, str]:
-    packages = ("flexgen-ray", "torch", "numba", "ray")
-    return {"python": platform.python_version()} | {name: version(name) for name in packages}
+    return {"python": platform.python_version()} | package_versions(
+        "flexgen-ray", "torch", "numba", "ray"
+    )

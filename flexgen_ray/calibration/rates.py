@@ -36,6 +36,7 @@ _HOST_WIDTH = 1024
 _SLOW_GEMM_SECONDS = 0.25  # matrix products that take longer need no more rows
 _DECODING_ROWS, _PREFILL_ROWS = 8, 512
 _LEAST_SHARE = 0.01
+_RUNS = 5  # of a measurement: two that agree, of often two things, and what prepares them
 _HOST = torch.device("cpu")
 
 
@@ -51,6 +52,10 @@ class Effort:
     nbytes: int
     width: int
     cache: CacheShape
+
+    def within(self, seconds: float, count: int) -> Effort:
+        """The effort that leaves room for this number of measurements, repeated, in so long."""
+        return replace(self, seconds=min(self.seconds, seconds / (count * _RUNS)))
 
 
 THOROUGH = Effort(0.25, 256 * 2**20, 2048, CacheShape(16, 8, 8, 544, 128))
@@ -69,10 +74,14 @@ class MeasuredRates:
 
 @dataclass(frozen=True)
 class Scope:
-    """The dtypes and the numbers of query heads for each KV head to measure."""
+    """The dtypes and the numbers of query heads for each KV head to measure.
+
+    max_seconds: of time for all of it; from then on each thing is measured once. None for no limit.
+    """
 
     dtypes: tuple[str, ...] = CACHE_DTYPES
     queries_per_kv_head: tuple[int, ...] = (1, 4, 8)
+    max_seconds: float | None = None
 
     def gemm_dtypes(self, device: torch.device) -> list[str]:
         """Dtypes of matrix products; GPUs older than Ampere have none in bfloat16."""
@@ -160,7 +169,7 @@ def _host(bench: Bench, cache: CacheShape, cores: Cores, take: Measurer, scope: 
         busy = take.check_part(busy, alone, message)
         entries.append(AttentionRates(name, dtype, group, _rounded(alone), _rounded(busy)))
         joint = max(joint, busy + link)
-    if take.max_repeats == 1:
+    if take.is_rough:
         read = max(read, joint)
     message = "host memory gave {} GB/s to link and attention together, and {} to a plain read"
     joint = take.check_part(joint, read, message)
@@ -182,7 +191,7 @@ def _device(bench: Bench, effort: Effort, take: Measurer, scope: Scope) -> Devic
     device, is_cpu = bench.device, bench.device.type == "cpu"
     (memory,) = take("device memory", lambda: [bench.read_rate(device)])
     rows = effort.cache.rows * (1 if is_cpu else 4)
-    dtype = torch.float32 if is_cpu else torch.float16
+    dtype = torch.float32 if is_cpu else _device_dtype(device, scope)
     shape = replace(effort.cache, rows=rows)
     (attention,) = take("device attention", lambda: [bench.device_attention_rate(dtype, shape)])
     matrix = effort.width, 4 * effort.width
@@ -206,6 +215,12 @@ def _device(bench: Bench, effort: Effort, take: Measurer, scope: Scope) -> Devic
         elementwise_bytes_per_s=_rounded(elementwise),
         sampled_values_per_s=_rounded(sampled),
     )
+
+
+def _device_dtype(device: torch.device, scope: Scope) -> torch.dtype:
+    """The dtype in which a GPU attends and dequantizes: float16 if it is to be measured."""
+    dtypes = scope.gemm_dtypes(device)
+    return TORCH_DTYPE["float16" if "float16" in dtypes else dtypes[0]]
 
 
 def _core_shares(

@@ -11,12 +11,14 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from math import inf
 from statistics import median
 from typing import Protocol
 
 import psutil
 
 TENTH = 0.1  # relative difference allowed between two measurements, or a part and its whole
+_HASTE = ", each was measured once, because the time was up."
 _REMEDY = "end other programs on this machine and calibrate again"
 
 
@@ -86,7 +88,8 @@ class Measurer:
 
     announce: called once with each measurement's name. max_repeats: of one measurement; 1 takes the
     first as it is. watch: makes a watch of other processes' load. notes: sentences about
-    measurements that never agreed.
+    measurements that never agreed. deadline: of time.perf_counter(), from which each thing is
+    measured once.
     """
 
     announce: Callable[[str], None]
@@ -94,6 +97,12 @@ class Measurer:
     watch: Callable[[], LoadWatch] = OtherLoad
     num_cores: int = os.cpu_count() or 1
     notes: list[str] = field(default_factory=list)
+    deadline: float = inf
+
+    @property
+    def is_rough(self) -> bool:
+        """True if things are measured once now."""
+        return self.max_repeats == 1 or time.perf_counter() >= self.deadline
 
     def __call__(
         self, name: str, measure: Callable[[], Sequence[float]], slack: float = 0.0
@@ -105,7 +114,8 @@ class Measurer:
         Raises Unsteady if other processes used the cores during nearly all of them.
         """
         self.announce(name)
-        if self.max_repeats == 1:
+        if self.is_rough:
+            self._note_haste(name)
             return tuple(measure())
         accepted: list[tuple[float, ...]] = []
         loads: list[float] = []  # cores that others used during each measurement
@@ -120,6 +130,9 @@ class Measurer:
             accepted.append(figures)
             if len(accepted) > 1 and _agree(accepted[-2], accepted[-1], slack):
                 return tuple(sum(pair) / 2 for pair in zip(*accepted[-2:], strict=True))
+            if self.is_rough:
+                self._note_haste(name)
+                return accepted[-1]
             if len(accepted) == self.max_repeats:
                 break
         if len(accepted) < 2:
@@ -130,14 +143,19 @@ class Measurer:
         self.notes.append(f"{name}: {len(accepted)} measurements differed by more than a tenth.")
         return tuple(median(each) for each in zip(*accepted, strict=True))
 
+    def _note_haste(self, name: str) -> None:
+        """Note from where on the time was up, unless it is noted or nothing was to be repeated."""
+        if self.max_repeats > 1 and not any(it.endswith(_HASTE) for it in self.notes):
+            self.notes.append(f"From {name} on{_HASTE}")
+
     def check_part(self, part: float, whole: float, message: str, unit: float = 1e9) -> float:
         """The part, reduced to the whole if it is slightly larger.
 
-        Up to a tenth more is taken for an error of measurement, and anything if max_repeats is 1.
+        Up to a tenth more is taken for an error of measurement, and anything if is_rough.
         message: a sentence with a place for the part and one for the whole, in units of `unit`.
         Raises Unsteady with that sentence if the part is larger.
         """
-        if self.max_repeats > 1 and part > whole * (1 + TENTH):
+        if not self.is_rough and part > whole * (1 + TENTH):
             figures = message.format(f"{part / unit:.3g}", f"{whole / unit:.3g}")
             raise Unsteady(f"{figures}, but a part can't exceed the whole; {_REMEDY}")
         return min(part, whole)

@@ -303,6 +303,23 @@ def calibrate(
     use_ray: Annotated[
         bool, typer.Option(help="Measure transfers between two Ray actors, or leave them out.")
     ] = True,
+    dtypes: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAMES",
+            help="Dtypes of weights and formats of caches to measure, such as float16,int4. "
+            "[default: all]",
+        ),
+    ] = None,
+    max_seconds: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SECONDS",
+            min=1,
+            help="Time for the measurements: shorter ones, and each only once when it is up. "
+            "[default: no limit]",
+        ),
+    ] = None,
 ) -> None:
     """Measure the rates that plans are made with: CPU-GPU link, disk, memory, kernels, network.
 
@@ -313,12 +330,16 @@ def calibrate(
     Example: flexgen-ray calibrate --offload-dir /data/offload
     """
     from flexgen_ray.calibration import calibrate as machine
+    from flexgen_ray.calibration.rates import Scope
+    from flexgen_ray.hardware.rates import CACHE_DTYPES
     from flexgen_ray.paths import default_offload_dir, hardware_file
     from flexgen_ray.units import parse_bytes
 
+    chosen = CACHE_DTYPES if dtypes is None else machine.parse_dtypes(dtypes)
+    scope = Scope(chosen, max_seconds=max_seconds)
     gpu_bytes = None if gpu_memory is None else parse_bytes(gpu_memory)
     folder = offload_dir or default_offload_dir()
-    hardware = machine.calibrate(device, folder, gpu_bytes, quick, use_ray)
+    hardware = machine.calibrate(device, folder, gpu_bytes, quick, use_ray, scope)
     path = output or hardware_file()
     machine.save(hardware, path)
     for what, figures in machine.summary(hardware):

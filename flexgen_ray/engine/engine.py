@@ -170,7 +170,7 @@ class Engine:
         if not settings.is_dry:
             self._load(choice)
         self._plans = choice.stages
-        self.report = Report(time.perf_counter() - started, choice.planned)
+        self.report = Report(time.perf_counter() - started, choice.forecast)
 
     def _workload(self, requests: list[Request]) -> Workload:
         """Sizes that the stores need for these requests; with max_model_len, for any within it."""
@@ -233,14 +233,14 @@ class Engine:
         next `prepare` loads them again.
         """
         self.check_usable()
-        self.report = Report(self.report.load_seconds, self.report.planned)
+        self.report = Report(self.report.load_seconds, self.report.forecast)
         if not requests:
             return
         if self.settings.is_dry:
             raise RuntimeError("this LLM only plans (dry_run=True); make one that runs")
         assert self._plans is not None, "prepare comes first"
         samples = Samples(requests)
-        tally = ProgressTracker(samples.requests, self.report.planned)
+        tally = ProgressTracker(samples.requests, self.report.forecast)
         times = RequestTimes(samples.requests)
         self.backend.add(samples.requests)
         self._run = cast(Generator[Finished | Progress], self.backend.run())

@@ -24,7 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flexgen_ray.config import Budget, HardwareSpec
-from flexgen_ray.kernels.host_kernel import HostKernel, load_kernel
+from flexgen_ray.kernels import attention
+from flexgen_ray.kernels.host_kernel import HostKernel
 from flexgen_ray.kernels.pack import unpack
 from flexgen_ray.kernels.sampling import SamplingRow, sample
 from flexgen_ray.layout.placement import PAGE, aligned
@@ -138,12 +139,12 @@ class Bench(AbstractContextManager):
             torch.cuda.empty_cache()
 
     def rate(self, amount: float, action: Action, device: torch.device = _HOST) -> float:
-        """Amount per second of an action; a first run, which may compile, is left out.
+        """Amount per second of an action; first runs are left out.
 
+        The first may compile and load code, and a GPU's clock rises only under load.
         device: the one that runs the action, perhaps still when the call returns.
         """
-        action()
-        _wait(device)
+        self._warm_up(action, device)
         count, runs = 1, list[float]()
         begin = now = time.perf_counter()
         while now < begin + self.seconds or not runs:
@@ -156,6 +157,15 @@ class Bench(AbstractContextManager):
             runs.append(taken / count)
             count = min(max(count, ceil(count * _LEAST_SECONDS / taken)), _MOST_REPEATS)
         return amount / self._statistic(runs)
+
+    def _warm_up(self, action: Action, device: torch.device) -> None:
+        """Run an action once, and on a GPU as long again as a quarter of a measurement."""
+        action()
+        _wait(device)
+        end = time.perf_counter() + self.seconds / 4
+        while device.type == "cuda" and time.perf_counter() < end:
+            action()
+            _wait(device)
 
     def measure_together(self, *works: tuple[float, Action]) -> list[float]:
         """Amounts per second of actions that run at the same time.
@@ -246,9 +256,22 @@ class Bench(AbstractContextManager):
         return _attender(kernel, memory, shape, dtype)
 
     def device_attention_rate(self, dtype: torch.dtype, shape: CacheShape) -> float:
-        """Bytes of keys and values per second that the device attends in decoding."""
+        """Bytes of keys and values per second that the device attends in decoding.
+
+        As in a run, rows have room for more tokens than they have.
+        """
         memory = _filled(self.on_device, dtype, shape.numel)
-        return self.rate(*_attender(load_kernel("sdpa", 1), memory, shape, dtype), self.device)
+        seen = shape.context - 1
+        coming = cycle(memory.view(*_caches(shape))[..., :seen, :])
+        q = torch.full((shape.rows, shape.num_heads, shape.head_dim), 0.5).to(memory)
+        lens = [seen] * shape.rows
+
+        def attend() -> None:
+            keys, values = next(coming)
+            q.copy_(attention.decode(q, keys, values, lens))
+
+        nbytes = shape.numel * memory.itemsize * seen // shape.context
+        return self.rate(nbytes, attend, self.device)
 
     def sampling_rate(self) -> float:
         """Logits per second of which tokens are drawn."""
@@ -282,7 +305,10 @@ class Bench(AbstractContextManager):
         """
         multiply = self.gemm(torch.float32, rows, (width, width))
         x, y = torch.full((2, rows, width), 0.5, device=self.device)
-        ops = cycle((lambda: F.layer_norm(x, (width,)), lambda: x + y, lambda: x.copy_(y)))
+        kinds = (lambda: F.layer_norm(x, (width,)), lambda: x + y, lambda: x.copy_(y))
+        for op in (multiply, *kinds):  # First use loads code.
+            self._warm_up(op, self.device)
+        ops = cycle(kinds)
         taken: list[float] = []
         deadline = time.perf_counter() + self.seconds
         while len(taken) < _LEAST_OPS or time.perf_counter() < deadline:
@@ -315,11 +341,16 @@ class Bench(AbstractContextManager):
         return (1 - own_beside / own_alone) * other_alone / other_beside
 
 
+def _caches(shape: CacheShape) -> tuple[int, ...]:
+    """Shape of memory that holds the keys and values of as many caches as it has room for."""
+    return -1, 2, shape.rows, shape.num_kv_heads, shape.context, shape.width
+
+
 def _attender(
     kernel: HostKernel, memory: Tensor, shape: CacheShape, dtype: torch.dtype
 ) -> tuple[int, Action]:
     """Bytes of one cache, and an action that attends the next of the caches in memory."""
-    caches = memory.view(-1, 2, shape.rows, shape.num_kv_heads, shape.context, shape.width)
+    caches = memory.view(*_caches(shape))
     size = shape.rows, shape.num_heads, shape.head_dim
     q = torch.full(size, 0.5, dtype=dtype, device=memory.device)
     lens, out = [shape.context] * shape.rows, torch.empty_like(q)

@@ -15,13 +15,13 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from flexgen_ray import package_versions
 from flexgen_ray.kernels import attention
 from flexgen_ray.kernels.pack import unpack
 from flexgen_ray.quant.packing import packed_bytes
@@ -196,7 +196,7 @@ def _key(shape: AttentionShape, threads: int) -> str:
         heads += f" in {shape.bits} bits"
     if shape.sparsity != 1:
         heads += f" of {shape.sparsity:g} of the tokens"
-    versions = " ".join(f"{name} {version(name)}" for name in ("torch", "numba", "flexgen-ray"))
+    versions = " ".join(map(" ".join, package_versions("torch", "numba", "flexgen-ray").items()))
     return f"{cpu_name()}, {shape.dtype}, {heads}, {threads} threads, {versions}"
 
 

@@ -1,6 +1,7 @@
 """Random weights, generated at the speed of memory, to measure models without their checkpoints.
 
 Values are small and deterministic, so that activations stay in range; answers are nonsense.
+Quantized weights are made up as such, of random codes: quantizing would take minutes.
 """
 
 from __future__ import annotations
@@ -9,6 +10,9 @@ from zlib import crc32
 
 import torch
 from torch import Tensor
+
+from flexgen_ray.quant.formats import WeightFormat
+from flexgen_ray.quant.packing import code_bytes, num_groups
 
 # Number of distinct random values. A prime, so that rows of a table differ though values repeat.
 BLOCK = 2_097_143
@@ -22,22 +26,41 @@ class DummyWeights:
     def __init__(self) -> None:
         generator = torch.Generator().manual_seed(0)
         self._normal = torch.randn(BLOCK, generator=generator)
+        self._codes = torch.randint(256, (BLOCK,), generator=generator, dtype=torch.uint8).repeat(2)
         self._scaled: dict[tuple[int, torch.dtype], Tensor] = {}
+        self._packed: dict[tuple[int, str], tuple[int, int]] = {}  # values of a vector, bits
 
-    def check(self, layer: int, tensors: dict[str, tuple[int, ...]], weight_format: object) -> None:
-        """Accept any shapes."""
+    def check(
+        self, layer: int, tensors: dict[str, tuple[int, ...]], weight_format: WeightFormat
+    ) -> None:
+        """Accept any shapes, and note which are quantized."""
+        for name, shape in tensors.items():
+            if bits := weight_format.bits_of(name, shape):
+                self._packed[layer, name] = shape[-1], bits
 
     def is_packed(self, layer: int, name: str) -> bool:
-        """Return False: no weight is quantized already."""
-        return False
+        """True for weights that are quantized in the stage: they are in this source, too."""
+        return (layer, name) in self._packed
 
     def read_into(self, layer: int, name: str, destination: Tensor) -> None:
-        """Fill a weight: norms with one, biases with zero, matrices [out, in] with N(0, 1 / in)."""
+        """Fill a weight: norms with one, biases with zero, matrices [out, in] with N(0, 1 / in).
+
+        Quantized ones get numbers of the same variance, spread evenly around zero.
+        """
         if destination.dim() == 1:
             destination.fill_(float(name.endswith(".weight")))
             return
         start = crc32(f"{layer}.{name}".encode()) % BLOCK
+        if self.is_packed(layer, name):
+            self._repeat(self._codes[start : start + BLOCK], destination)
+            size, bits = self._packed[layer, name]
+            destination[..., code_bytes(size, bits) :] = _parameters(size, bits)
+            return
         block = self._block(destination.shape[-1], destination.dtype)[start : start + BLOCK]
+        self._repeat(block, destination)
+
+    def _repeat(self, block: Tensor, destination: Tensor) -> None:
+        """Fill a tensor with a block again and again."""
         # For a weight on another device, copy the numbers there once and repeat them there.
         block = block.to(destination.device)
         flat = destination.view(-1)
@@ -52,3 +75,15 @@ class DummyWeights:
             scaled = (self._normal * fan_in**-0.5).to(dtype)
             self._scaled[key] = torch.cat([scaled, scaled])
         return self._scaled[key]
+
+
+def _parameters(size: int, bits: int) -> Tensor:
+    """Bytes of the minimums and scales of a vector of so many values, all groups alike.
+
+    Codes from 0 to n - 1, each as likely as any other, have the variance (n * n - 1) / 12; the
+    values get 1 / size, and the mean zero.
+    """
+    count = 2**bits
+    scale = (12 / (count**2 - 1) / size) ** 0.5
+    pair = torch.tensor([-scale * (count - 1) / 2, scale], dtype=torch.float16)
+    return pair.view(torch.uint8).repeat(num_groups(size))

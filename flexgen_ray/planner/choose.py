@@ -73,11 +73,6 @@ class PolicyChoice:
     rates: list[HardwareSpec] = field(default_factory=list)
     notes: tuple[str, ...] = ()
 
-    @property
-    def planned(self) -> PipelinePlan | None:
-        """The forecast, if the policy was planned by it."""
-        return self.forecast if self.origin is Origin.PLANNED else None
-
 
 @dataclass(frozen=True)
 class PlanningProblem:

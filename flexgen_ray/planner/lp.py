@@ -18,8 +18,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from math import inf
+from types import ModuleType
+from typing import TYPE_CHECKING
 
-import highspy
 import numpy as np
 
 from flexgen_ray.config import TIERS, Budget
@@ -30,6 +31,9 @@ from flexgen_ray.planner.corners import GROUPS, SHARES, Corners, Share
 from flexgen_ray.planner.pipeline_plan import ONE_BATCH, StageDevice
 from flexgen_ray.schedule.ops import Lane
 from flexgen_ray.units import format_bytes
+
+if TYPE_CHECKING:
+    import highspy
 
 # Tiers and resources of which a node has one, for all of its stages; each stage has its own GPU.
 SHARED_TIERS = ("cpu", "disk")
@@ -343,10 +347,12 @@ def minimise(
     objective: [columns + 1], the constant last. lower, upper: [columns], bounds of the variables.
     Returns the variables' optimal values, with a one at the end for the constant, so that
     `function @ values` evaluates a linear function; None if the program is infeasible.
+    Raises RuntimeError, with the remedy, if HiGHS isn't installed.
     """
+    highs = _highs()
     matrix = np.array([function for function, _, _ in constraints])
     constants = matrix[:, -1]
-    program = highspy.HighsLp()
+    program = highs.HighsLp()
     program.num_col_, program.num_row_ = len(lower), len(constraints)
     program.col_cost_ = objective[:-1]
     program.col_lower_, program.col_upper_ = lower, upper
@@ -355,7 +361,7 @@ def minimise(
     # The matrix is passed sparsely, row by row: for each entry its column and its value, and for
     # each row the index of its first entry.
     rows, columns = np.nonzero(matrix[:, :-1])
-    program.a_matrix_.format_ = highspy.MatrixFormat.kRowwise
+    program.a_matrix_.format_ = highs.MatrixFormat.kRowwise
     program.a_matrix_.start_ = np.searchsorted(rows, np.arange(len(constraints) + 1)).astype(
         np.int32
     )
@@ -364,9 +370,21 @@ def minimise(
     solver = _solver()
     solver.passModel(program)
     solver.run()
-    if solver.getModelStatus() != highspy.HighsModelStatus.kOptimal:
+    if solver.getModelStatus() != highs.HighsModelStatus.kOptimal:
         return None
     return np.append(solver.getSolution().col_value, 1.0)
+
+
+def _highs() -> ModuleType:
+    """The solver's package, imported where a plan is made: runs of a given policy need none."""
+    try:
+        import highspy
+    except ImportError as error:
+        raise RuntimeError(
+            f"a plan takes the solver HiGHS, which can't be imported ({error}); pip install "
+            "highspy, or give a policy"
+        ) from error
+    return highspy
 
 
 @cache
@@ -377,7 +395,7 @@ def _solver() -> highspy.Highs:
     stdout, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
     try:
         os.dup2(nowhere, 1)
-        solver = highspy.Highs()
+        solver = _highs().Highs()
         solver.setOptionValue("output_flag", False)
     finally:
         os.dup2(stdout, 1)

@@ -13,6 +13,7 @@ from flexgen_ray.qualification.setting import Figures, Setting, run_step
 from flexgen_ray.units import parse_bytes
 
 MACHINE = "machine.yaml"
+_MOST_SECONDS = 30.0  # of the step's limit; the rest is for starting
 
 
 def calibrate(setting: Setting, figures: Figures) -> None:
@@ -21,7 +22,7 @@ def calibrate(setting: Setting, figures: Figures) -> None:
     gpu_memory = parse_bytes(GPU_MEMORY) if setting.on_cuda else None
     hardware = measure(
         setting.device, setting.folder, gpu_memory, is_quick=setting.is_tiny, uses_ray=False,
-        scope=Scope((dtype, "int4"), (1,)),
+        scope=Scope((dtype, "int4"), (1,), _MOST_SECONDS),
     )  # fmt: skip
     save(hardware, setting.folder / MACHINE)
     for subject, rates in summary(hardware):

@@ -11,9 +11,9 @@ import sys
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 
+from flexgen_ray import package_versions
 from flexgen_ray.config import TIERS, Budget
 from flexgen_ray.hardware.known import CALIBRATED
 from flexgen_ray.layout.plan import StagePlan
@@ -163,12 +163,12 @@ class StageReport:
 class Report:
     """Tokens, seconds and bytes of one run. A pass that brings prompt tokens counts as prefill.
 
-    planned: the prediction, if the policy was planned. cut: number of answers that ended at a
-    limit, by the limit's kind.
+    forecast: the prediction, if the machines' rates are known. cut: number of answers that ended at
+    a limit, by the limit's kind.
     """
 
     load_seconds: float = 0.0
-    planned: PipelinePlan | None = None
+    forecast: PipelinePlan | None = None
     num_requests: int = 0
     prompt_tokens: int = 0
     new_tokens: int = 0
@@ -228,9 +228,9 @@ class Report:
 
     def _prediction(self) -> list[str]:
         """The prediction beside the measurement, and the rates that were wrong, if any."""
-        if self.planned is None or not self.tokens_per_s:
+        if self.forecast is None or not self.tokens_per_s:
             return []
-        predicted = self.planned.tokens_per_s
+        predicted = self.forecast.tokens_per_s
         ratio = self.tokens_per_s / predicted
         lines = [f"predicted {predicted:.4g} generated tokens/s; measured {ratio:.2f} times that"]
         if 1 / TOLERANCE < ratio < TOLERANCE:
@@ -250,8 +250,8 @@ class Report:
         }
         if self.cut:
             result["answers_cut"] = dict(self.cut)
-        if self.planned is not None:
-            result["predicted_tokens_per_s"] = round(self.planned.tokens_per_s, 3)
+        if self.forecast is not None:
+            result["predicted_tokens_per_s"] = round(self.forecast.tokens_per_s, 3)
         if self.recoveries:
             result["recoveries"] = [asdict(recovery) for recovery in self.recoveries]
         if len(self.stages) == 1:
@@ -261,14 +261,13 @@ class Report:
 
 def environment(device: str) -> dict:
     """Hardware, versions, command and date, without which a result is worth nothing."""
-    packages = ("flexgen-ray", "torch", "ray", "transformers")
     program = Path(sys.argv[0]).name.replace("__main__.py", "flexgen-ray")
     return {
         "date": time.strftime("%Y-%m-%d"),
         "command": " ".join([program, *sys.argv[1:]]),
         "hardware": {"device": device, "cpu": _cpu_name(), "cores": os.cpu_count()},
         "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in packages},
+        | package_versions("flexgen-ray", "torch", "ray", "transformers"),
     }
 
 

@@ -54,14 +54,18 @@ def synthetic_requests(llm: LLM, lengths: Iterable[tuple[int, int]]) -> list[Req
 
 
 def run_watched(llm: LLM, requests: list[Request]) -> dict:
-    """Answer all requests; returns what other processes did meanwhile, as `beside` does."""
+    """Warm up, and answer all requests.
+
+    Returns how it warmed up, and what other processes did during the run, as `beside` does.
+    """
+    warm = warm_up(llm, requests)
     watch = OtherLoad(_pids_here(llm))
     for _ in llm.stream(requests):
         pass
     disturbed = beside(watch)
     for doubt in disturbed.get("doubtful", ()):
         say(f"doubtful: {doubt} beside this run; end other programs, and run it again")
-    return disturbed
+    return {"warm_up": warm} | disturbed
 
 
 def _pids_here(llm: LLM) -> list[int]:
@@ -89,17 +93,34 @@ def holds(run: dict) -> bool:
     return not run.get("doubtful")
 
 
+def warm_up(llm: LLM, requests: list[Request]) -> dict[str, int]:
+    """Answer a block of short requests; returns their number, prompt tokens and new tokens.
+
+    On first use GPUs load code and Triton compiles, which would count as prefill. Prompts together
+    fill a tile of tokens, as the run's do, and each gets two tokens where the run's get so many.
+    """
+    plan, policy = llm.plans[0], llm.plans[0].policy
+    requests = requests[: policy.block_size * plan.num_blocks]
+    share = -(-plan.tile_tokens // policy.gpu_batch_size)
+    prompt_len = min(share, *(len(it.prompt_token_ids) for it in requests))
+    max_tokens = min(2, *(it.max_tokens for it in requests))
+    for _ in llm.stream(synthetic_requests(llm, [(prompt_len, max_tokens)] * len(requests))):
+        pass
+    return {"prompts": len(requests), "prompt_len": prompt_len, "max_tokens": max_tokens}
+
+
 def run_figures(report: Report) -> dict:
     """Seconds, tokens/s, the bound and what the stage held, of a run with measured rates.
 
-    report: of an LLM of one stage that was made with hardware="measured".
+    report: of an LLM of one stage that was made with hardware="measured". The prediction is that of
+    the machine's hardware file or preset, if there is one for the dtype.
     """
     (stage,) = report.stages
     measured, bound = stage.measured, stage.measured.bound
     shortest = max(bound.values())
     decode = report.decode_tokens / report.decode_seconds if report.decode_seconds else 0.0
     assert measured.hardware is not None
-    return {
+    return _predicted(report) | {
         "prefill_s": round(report.prefill_seconds, 4),
         "decode_s": round(report.decode_seconds, 4),
         "total_s": round(report.seconds, 4),
@@ -114,4 +135,15 @@ def run_figures(report: Report) -> dict:
         "peak_bytes": stage.peak_bytes(),
         "rates": asdict(measured.hardware),
         "policy": asdict(stage.plan.policy),
+    }
+
+
+def _predicted(report: Report) -> dict:
+    """The prediction beside the measurement; empty if the machine's rates are unknown."""
+    if report.forecast is None:
+        return {}
+    predicted = report.forecast.tokens_per_s
+    return {
+        "predicted_tokens_per_s": round(predicted, 3),
+        "measured_to_predicted": round(report.tokens_per_s / predicted, 4),
     }

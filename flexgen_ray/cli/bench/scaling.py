@@ -166,9 +166,9 @@ def _figures(report: Report) -> dict:
         "seconds": round(report.seconds, 3),
         "policies": [stage.as_dict()["policy"] for stage in report.stages],
     }
-    if report.planned is not None:
-        figures["predicted_decode_tokens_per_s"] = round(report.planned.decode_tokens_per_s, 3)
-        figures["predicted_generation_tokens_per_s"] = round(report.planned.tokens_per_s, 3)
+    if report.forecast is not None:
+        figures["predicted_decode_tokens_per_s"] = round(report.forecast.decode_tokens_per_s, 3)
+        figures["predicted_generation_tokens_per_s"] = round(report.forecast.tokens_per_s, 3)
     return figures | name_slowest(busiest)
 
 

@@ -73,7 +73,7 @@ def throughput(
     json_file: JsonOption = None,
 ) -> None:
     """Measure generated tokens/s on equal prompts, and which fraction of the hardware's bound
-    that is.
+    that is. A short warm-up before is not timed.
 
     Example: flexgen-ray bench throughput --model opt-30b --gpu-memory 16GiB --policy 30b.yaml
     """
