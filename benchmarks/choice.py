@@ -49,6 +49,7 @@ RATES = HardwareSpec(
     device_flops_per_s=6e12,
     device_bytes_per_s=100e9,
     device_decode_flops_per_s=3e12,
+    has_copy_engines=True,
 )
 BUDGET = Budget(gpu=768 << 20, cpu=4 << 30, disk=32 << 30)
 WORKLOADS = {"paper": (512, 32), "long prompts": (1024, 16), "long outputs": (128, 64)}

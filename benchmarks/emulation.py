@@ -2,8 +2,9 @@
 
 An op starts, in emulated time, when its lane is free and the ops that it depends on have ended.
 Alone it takes the seconds of the resource that it needs longest; ops that together need more of a
-resource than there is are slowed alike. Each op is held until its emulated end. When Python is
-late, the next ops are held for less time, until the emulation has caught up.
+resource than there is are slowed alike, and copies take turns, as cost/resources.py says. Each op
+is held until its emulated end. When Python is late, the next ops are held for less time, until the
+emulation has caught up.
 
 Use `LLM(model, device="cpu", **emulated(HardwareSpec(...)))`. Stages import `EmulatedRun` by its
 name, Ray actors too, so run it from the folder that holds `benchmarks`.
@@ -19,7 +20,7 @@ from math import inf
 from typing import Any
 
 from flexgen_ray.config import HardwareSpec
-from flexgen_ray.cost.resources import Amounts, Resource, demand_of, speed
+from flexgen_ray.cost.resources import Amounts, Demand, SharedResources, demand_of
 from flexgen_ray.layout.active_ops import ActiveOps
 from flexgen_ray.layout.plan import StagePlan
 from flexgen_ray.runtime.handlers import OpHandlers
@@ -105,31 +106,31 @@ _ARRIVALS = frozenset({OpKind.RECV_TOKENS, OpKind.RECV_ROWS, OpKind.RECV})
 
 
 class Pacer:
-    """Clock of the emulation: the ops under way, their demands, and the time each has left.
+    """Clock of the emulation: plays the simulation's `SharedResources` as wall time passes.
 
-    A resource that running ops demand more of than there is slows those ops alike. Two copies that
-    each need the link for 1 s and start together both end after 2 s; if one of them starts half a
-    second later, it runs at full speed in the last half second. So whenever an op begins or ends,
-    the others' progress is added up at the speeds until then. time_scale: wall seconds that one
+    Whichever thread looks at the clock first plays all that has happened until then: ends of ops,
+    and pieces of copies after which others have their turn. time_scale: wall seconds that one
     modelled second takes.
     """
 
     def __init__(self, hardware: HardwareSpec, time_scale: float) -> None:
         self._hardware = hardware
         self._time_scale = time_scale
+        self._origin = time.perf_counter()
+        self._played = 0.0  # modelled seconds
         self._changed = threading.Condition()
-        self._running: set[PacedOp] = set()
-        self._load: dict[str, float] = dict.fromkeys(Resource, 0.0)
+        self._resources: SharedResources[PacedOp] = SharedResources()
         self._is_cancelled = False
 
     def begin(self, amounts: Amounts, ready_at: float) -> PacedOp:
         """Start an op of these amounts at `ready_at` (perf_counter), or now if that is 0."""
-        demand = demand_of(amounts, self._hardware)
-        seconds = demand.seconds * self._time_scale
+        job = PacedOp(demand_of(amounts, self._hardware))
         with self._changed:
-            now = time.perf_counter()
-            job = PacedOp(seconds, demand.shares, min(ready_at or now, now))
-            self._admit(job, 1, now)
+            self._play()
+            ready = self._modelled(ready_at) if ready_at else self._played
+            self._resources.begin(job, self._played, ready)
+            job.started = self._wall(min(ready, self._played))
+            job.seconds = job.demand.seconds * self._time_scale
         return job
 
     def end(self, job: PacedOp) -> None:
@@ -137,15 +138,15 @@ class Pacer:
         _sleep_precisely()
         while True:
             with self._changed:
-                now = time.perf_counter()
-                self._advance(now)
-                left = job.remaining / self._speed(job)
-                if left <= 0 or self._is_cancelled:
-                    job.ended = min(now + left, now)
-                    self._admit(job, -1, now)
+                self._play()
+                if job.has_ended or self._is_cancelled:
+                    job.ended = self._wall(job.ends if job.has_ended else self._played)
                     return
-                if self._is_short():
-                    # An op that leaves a scarce resource wakes those that it slowed.
+                # A copy that waits for its turn still needs the time that it takes alone.
+                left = job.left if job.ends == inf else job.ends - self._played
+                left *= self._time_scale
+                if self._resources.is_contended:
+                    # The end of another op may bring this one's end nearer.
                     self._changed.wait(left)
                     continue
             # A thread wakes a little late, so the last WAKING seconds are spent in this loop.
@@ -157,37 +158,39 @@ class Pacer:
             self._is_cancelled = True
             self._changed.notify_all()
 
-    def _admit(self, job: PacedOp, sign: int, now: float) -> None:
-        """Add (sign 1) or remove (-1) an op; until now the others ran at their old speeds."""
-        self._advance(now)
-        was_short = self._is_short()
-        (self._running.add if sign > 0 else self._running.discard)(job)
-        for resource, share in job.shares.items():
-            self._load[resource] += sign * share
-        # Ops that were slowed by this one now end earlier than they had planned to wake.
-        if sign < 0 and was_short:
+    def _play(self) -> None:
+        """Let modelled time pass until now.
+
+        An op that began late may have ended before the time that has been played; it ends then, but
+        others that ran since don't gain by it.
+        """
+        now, resources, any_ended = self._modelled(time.perf_counter()), self._resources, False
+        while (event := resources.next_event()) <= now:
+            self._played = max(self._played, event)
+            for job in resources.pop_ended(self._played):
+                job.has_ended = any_ended = True
+        self._played = max(self._played, now)
+        if any_ended:
             self._changed.notify_all()
 
-    def _is_short(self) -> bool:
-        return any(load > 1.0 + 1e-9 for load in self._load.values())
+    def _modelled(self, wall: float) -> float:
+        return (wall - self._origin) / self._time_scale
 
-    def _advance(self, now: float) -> None:
-        for job in self._running:
-            job.remaining -= (now - job.since) * self._speed(job)
-            job.since = now
-
-    def _speed(self, job: PacedOp) -> float:
-        return speed(job.shares, self._load)
+    def _wall(self, modelled: float) -> float:
+        return self._origin + modelled * self._time_scale
 
 
 class PacedOp:
-    """An op under way: its wall seconds alone, those that remain, and its emulated times."""
+    """An op under way, a `RunningOp` in modelled seconds since the run began.
 
-    def __init__(self, seconds: float, shares: dict[str, float], started: float) -> None:
-        self.seconds = seconds
-        self.remaining = seconds
-        self.shares = shares
-        self.started = self.since = self.ended = started
+    seconds, started, ended: wall seconds of the op alone, and its emulated times (perf_counter).
+    """
+
+    def __init__(self, demand: Demand) -> None:
+        self.demand = demand
+        self.speed = 1.0
+        self.ends = self.left = self.seconds = self.started = self.ended = 0.0
+        self.has_ended = False
 
 
 def _sleep_precisely() -> None:

@@ -6,14 +6,14 @@ as long as some layers of a batch. The schedule, the executor and the ring are m
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import replace
 
 from benchmarks import gate
 from benchmarks import paper_machines as t4
 from benchmarks.lanes import FREE
 from benchmarks.scaling import CELL_SECONDS, judge, run
 from benchmarks.stand_in import StandIn
-from flexgen_ray.config import HardwareSpec, Policy, Workload
+from flexgen_ray.config import RATE_NAMES, HardwareSpec, Policy, Workload
 from flexgen_ray.cost.bound import decoding_rows, visit_seconds
 from flexgen_ray.cost.ops import CostModel
 from flexgen_ray.cost.resources import Resource
@@ -80,7 +80,7 @@ def _hardware(plan: StagePlan) -> HardwareSpec:
         return cost.amounts(Op(kind, 0, 1, 0, 0, 0), rows)[resource]
 
     flops = sum(amount(kind, Resource.DECODE_FLOPS) for kind in (OpKind.PROJECT, OpKind.FINISH))
-    free = HardwareSpec(**{field.name: FREE for field in fields(HardwareSpec)})
+    free = HardwareSpec(**dict.fromkeys(RATE_NAMES, FREE), has_copy_engines=True)
     return replace(
         free,
         device_decode_flops_per_s=flops,

@@ -27,7 +27,7 @@ from benchmarks.stand_in import alike_requests
 from flexgen_ray.calibration.steady import OtherLoad
 from flexgen_ray.cli.bench.runs import beside
 from flexgen_ray.cli.options import JsonOption
-from flexgen_ray.config import Budget, HardwareSpec, Placement, Policy, Workload
+from flexgen_ray.config import RATE_NAMES, Budget, HardwareSpec, Placement, Policy, Workload
 from flexgen_ray.cost.ops import CostModel
 from flexgen_ray.cost.resources import Resource
 from flexgen_ray.layout.plan import StagePlan
@@ -164,27 +164,28 @@ def run_case(case: Case, plan: StagePlan, op_seconds: float) -> dict:
 
 def hardware_of(case: Case, plan: StagePlan, op_seconds: float) -> HardwareSpec:
     """Rates at which a mean op takes op_seconds, and the case's slowest lane most of the time."""
+    rates: dict[str, float] = dict.fromkeys(RATE_NAMES, FREE)  # issuing ops costs nothing
     amounts = dict.fromkeys(Resource, 0.0)
     model, pattern = CostModel(plan), _middle_pass(plan)
     num_ops = 2  # STORE_CACHE and APPEND_CACHE, which take no time here
     for kind in _CELL_OPS:
         taken = model.amounts(Op(kind, 0, 1, 0, 0, 0), pattern)
-        num_ops += any(taken.values())
-        for resource, amount in taken.items():
+        timed = {name: amount for name, amount in taken.items() if name in rates}
+        num_ops += any(timed.values())
+        for resource, amount in timed.items():
             amounts[resource] += amount
-    timed = (Resource.H2D, Resource.DISK_READ, Resource.HOST_ATTENTION, Resource.DECODE_FLOPS)
+    limiting = (Resource.H2D, Resource.DISK_READ, Resource.HOST_ATTENTION, Resource.DECODE_FLOPS)
     shares = {
         resource: 1.0 if case.slowest in (None, resource) else OTHERS
-        for resource in timed
+        for resource in limiting
         if amounts[resource]
     }
-    rates = dict.fromkeys(Resource, FREE)
     for resource, share in shares.items():
         seconds = op_seconds * num_ops * share / sum(shares.values())
         rates[resource] = amounts[resource] / seconds
     # Prefill is this much faster for each token, so its pass takes about as long as any other.
     rates[Resource.FLOPS] = PROMPT_LEN * rates[Resource.DECODE_FLOPS]
-    return HardwareSpec(**{resource.value: rate for resource, rate in rates.items()})
+    return HardwareSpec(**rates, has_copy_engines=True)
 
 
 def _middle_pass(plan: StagePlan) -> Composition:

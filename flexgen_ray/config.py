@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from math import ceil
 from pathlib import Path
 
@@ -259,6 +259,11 @@ class HardwareSpec:
     sampled_values_per_s: logits of sampled tokens. This and the two rates before it are nearly
         infinite by default, for rates that were not measured.
     network_bytes_per_s: hidden states on their way to the next stage.
+    launch_seconds, issue_seconds: seconds of the one thread that issues the ops of a GPU, for each
+        torch op that it launches and for each op of the schedule. 0 (the default) is free; with a
+        CPU, device_ops_per_s counts them.
+    has_copy_engines: True if one engine serves each direction of the link, a piece of one copy at a
+        time, as on a GPU. False (the default) if copies share the link.
     """
 
     h2d_bytes_per_s: float
@@ -276,6 +281,9 @@ class HardwareSpec:
     elementwise_bytes_per_s: float = 1e18
     sampled_values_per_s: float = 1e18
     network_bytes_per_s: float = 1.25e9
+    launch_seconds: float = 0.0
+    issue_seconds: float = 0.0
+    has_copy_engines: bool = False
 
     def __post_init__(self) -> None:
         for name, usual in (
@@ -284,8 +292,16 @@ class HardwareSpec:
             ("dequantize_bytes_per_s", self.device_bytes_per_s / 2),
         ):
             object.__setattr__(self, name, getattr(self, name) or usual)
-        rate: Check = number(0, above=True), "a number above 0"
-        check_values(vars(self), dict.fromkeys(vars(self), rate))
+        check_values(vars(self), _SPEC_CHECKS)
+
+
+# The fields of HardwareSpec that are rates.
+RATE_NAMES = tuple(it.name for it in fields(HardwareSpec) if it.name.endswith("_per_s"))
+_SPEC_CHECKS: dict[str, Check] = {
+    **dict.fromkeys(RATE_NAMES, (number(0, above=True), "a number above 0")),
+    **dict.fromkeys(("launch_seconds", "issue_seconds"), (number(0), "seconds, 0 or more")),
+    "has_copy_engines": (instance(bool), "True or False"),
+}
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from flexgen_ray import LLM
 from flexgen_ray.runtime import lanes, stage
 from flexgen_ray.runtime.handlers import HANDLERS, OpHandlers
-from flexgen_ray.schedule.ops import Lane, Op
+from flexgen_ray.schedule.ops import ON_STREAMS, Lane, Op
 from flexgen_ray.store import link, new_tokens
 from flexgen_ray.store.memory import MemoryTier
 
@@ -68,7 +68,7 @@ class LateCuda:
             if handlers.is_idle(op):
                 return
             act = partial(HANDLERS[op.kind], handlers, op)
-            if op.lane in lanes.ON_STREAMS:
+            if op.lane in ON_STREAMS:
                 stream = getattr(cuda._of_thread, "stream", default)
                 stream.lane = op.lane
                 stream.push(act if cuda.watch is None else partial(cuda.watch.run, op, act))

@@ -75,7 +75,9 @@ def test_former_names_still_work_and_values_are_no_names(command, old, new):
 
 def test_each_lane_and_resource_has_a_name_for_people():
     lanes = {lane.worker.value for lane in Lane}
-    for name in lanes | {resource.value for resource in Resource} | {"cores"}:
+    # Launches count as seconds of issuing.
+    resources = {resource.name.lower() for resource in Resource} - {"launches"}
+    for name in lanes | resources | {"cores", "the node's host_memory"}:
         assert resource_name(name) != name and "_" not in resource_name(name)
         assert "GPU" not in resource_name(name, on_gpu=False)
     assert resource_name("device") == "GPU compute"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from dataclasses import fields
+from math import inf
 
 import pytest
 from engine_runs import assert_same
@@ -12,18 +12,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import policies
 
-from benchmarks.emulation import Pacer, emulated
+from benchmarks.emulation import PacedOp, Pacer, emulated
 from flexgen_ray import LLM, HardwareSpec, Placement, Policy, SamplingParams
-from flexgen_ray.cost.resources import Resource
+from flexgen_ray.config import RATE_NAMES
+from flexgen_ray.cost.resources import Resource, SharedResources, demand_of
+from flexgen_ray.layout.placement import COPY_PIECE
 from flexgen_ray.runtime.modelled import RunWrapper
 from flexgen_ray.store.weights import WeightStore
 
-FAST = {field.name: 1e12 for field in fields(HardwareSpec)}
+FAST = dict.fromkeys(RATE_NAMES, 1e12)
 
 
 @pytest.mark.parametrize("name", ["opt", "llama"])
 @settings(max_examples=5)
-@given(policy=policies, slow=st.sampled_from([field.name for field in fields(HardwareSpec)]))
+@given(policy=policies, slow=st.sampled_from(RATE_NAMES))
 def test_an_emulated_run_has_the_same_tokens_and_takes_its_time(tiny_models, name, policy, slow):
     folder, references = tiny_models[name]
     hardware = HardwareSpec(**FAST | {slow: 2e8})
@@ -72,6 +74,29 @@ def test_ops_that_share_a_resource_take_the_sum_of_their_times(seconds, scale):
         end - began >= scale * it * (1 - 1e-9)
         for (began, end), it in zip(spans, seconds, strict=True)
     )
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_paced_copies_end_when_simulated_ones_do(scale):
+    """A large copy, and behind it another and a small one, which pass between its pieces."""
+    spec = HardwareSpec(**FAST | {"h2d_bytes_per_s": COPY_PIECE / 4e-3}, has_copy_engines=True)
+    jobs = [{Resource.H2D: pieces * COPY_PIECE} for pieces in (8, 5, 0.1)]
+    pacer, simulated = Pacer(spec, scale), SharedResources[PacedOp]()
+    paced = [pacer.begin(amounts, 0.0) for amounts in jobs]
+    threads = [threading.Thread(target=pacer.end, args=(job,)) for job in paced]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    alone = [PacedOp(demand_of(amounts, spec)) for amounts in jobs]
+    for job, other in zip(alone, paced, strict=True):
+        simulated.begin(job, (other.started - paced[0].started) / scale)
+    while (event := simulated.next_event()) < inf:
+        simulated.pop_ended(event)
+    ended = [(job.ended - paced[0].started) / scale for job in paced]
+    assert ended == pytest.approx([job.ends for job in alone], abs=1e-6)
+    assert time.perf_counter() >= max(job.ended for job in paced)
+    assert ended == pytest.approx([52.4e-3, 40.4e-3, 8.4e-3], abs=1e-3)
 
 
 def test_an_error_ends_a_paced_run_at_once(tiny_models, monkeypatch):

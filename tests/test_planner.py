@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import fields, replace
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks import paper_machines as t4
-from flexgen_ray.config import TIERS, Budget, HardwareSpec, Placement, Policy
+from flexgen_ray.config import RATE_NAMES, TIERS, Budget, HardwareSpec, Placement, Policy
 from flexgen_ray.cost.bound import PHASES, decoding_rows, visit_seconds
 from flexgen_ray.hardware.spec import Hardware
 from flexgen_ray.layout.sizes import stage_bytes, tier_totals
@@ -20,7 +20,7 @@ from flexgen_ray.planner.comparison import HardwareNode, devices_of
 from flexgen_ray.planner.corners import ON_DEVICE, Corners, policy_of, shares_of
 from flexgen_ray.planner.grid import SearchSpace
 from flexgen_ray.planner.lp import round_layers
-from flexgen_ray.planner.pipeline_plan import ONE_BATCH, SCHEDULE, PlannedJob, StageDevice
+from flexgen_ray.planner.pipeline_plan import ISSUING, ONE_BATCH, SCHEDULE, PlannedJob, StageDevice
 from flexgen_ray.planner.search import Infeasible, Planner, find_best_plan
 
 GIB = 2**30
@@ -31,6 +31,7 @@ FEW_SHAPES = SearchSpace(batch_sizes=(1, 4, 16), batches=(2, 4), tiles=(512,), e
 # A machine that a model of 1.3B parameters doesn't fit.
 SMALL = Budget(GIB, 2 * GIB, 64 * GIB)
 RATES = replace(t4.MACHINE, device_flops_per_s=2e12, device_decode_flops_per_s=2e12)
+FREE_TO_ISSUE = replace(RATES, launch_seconds=0.0, issue_seconds=0.0)
 
 
 def device(budget: Budget = SMALL, rates: HardwareSpec = RATES, node: str = "") -> StageDevice:
@@ -66,21 +67,27 @@ policies = st.builds(
 def test_corners_foretell_the_bytes_and_seconds_of_any_placement(config, policy):
     plan = Planner(config, (device(),), JOB, "float16").evaluate((config.num_layers,), [policy])
     (stage,) = plan.stages
-    corners = Corners(stage, RATES, JOB.middle_position)
+    free = Corners(stage, FREE_TO_ISSUE, JOB.middle_position)
     count, shares = config.num_layers, shares_of(policy, config.num_layers)
     need = tier_totals(stage_bytes(stage))
     # A table lies somewhere as a whole, and slots for it are there or aren't.
     table = config.vocab_size * config.hidden_size * 2
     slack = 3 * max(stage_bytes(stage)["gpu"]["weights in flight"], table)
     for tier in TIERS:
-        told = corners.value(("bytes", tier), count, shares, count)
+        told = free.value(("bytes", tier), count, shares, count)
         assert told == pytest.approx(getattr(need, tier), rel=0.05, abs=slack)
-    exact = visit_seconds(stage, RATES, decoding_rows(stage, JOB.middle_position))
+    rows = decoding_rows(stage, JOB.middle_position)
+    exact = visit_seconds(stage, FREE_TO_ISSUE, rows)
     longest = max(exact.values())
     for name, seconds in exact.items():
-        told = corners.value(("decode", name), count, shares, count)
+        told = free.value(("decode", name), count, shares, count)
         # Of an OPT layer's weights the smallest matrix, which settles the rounding, is a twelfth.
         assert told == pytest.approx(seconds, rel=0.05, abs=0.02 * longest)
+    # Issuing an op takes as long with few rows, so a division has more of it than its parts.
+    issued = Corners(stage, RATES, JOB.middle_position).value(
+        ("decode", ISSUING), count, shares, count
+    )
+    assert 0 < issued <= visit_seconds(stage, RATES, rows)[ISSUING] * 1.03 + 0.02 * longest
 
 
 @given(policy=policies, layers=st.integers(1, 96))
@@ -113,7 +120,7 @@ def test_no_placement_that_fits_is_faster_than_the_programs(policy):
 @settings(max_examples=10)
 @given(
     tier=st.sampled_from(TIERS),
-    rate=st.sampled_from([field.name for field in fields(HardwareSpec)]),
+    rate=st.sampled_from(RATE_NAMES),
     factor=st.floats(1.1, 4),
 )
 def test_more_of_anything_never_makes_the_optimum_slower(tier, rate, factor):
@@ -227,14 +234,38 @@ def test_no_policy_of_a_grid_is_played_faster_than_the_choice(
 def test_a_model_that_fits_the_gpu_is_planned_in_one_batch_if_that_is_faster():
     """Llama-3-8B on an RTX 4090: with lanes that overlap everywhere two batches would look best."""
     config, node = shape_config("llama-3-8b"), HardwareNode(Hardware.preset("rtx4090"))
-    planner = Planner(
-        config, devices_of([node], config, "float16"), PlannedJob.uniform(1000, 256, 128), "float16"
+    (gpu,) = devices_of([node], config, "float16")
+    free = replace(
+        gpu, rates=lambda *rows: replace(gpu.rates(*rows), launch_seconds=0, issue_seconds=0)
     )
-    resident = replace(planner, search=SearchSpace(batches=(1,), shares=ON_DEVICE))
-    chosen, alone = find_best_plan(planner), find_best_plan(resident)
-    assert alone.stages[0].policy.num_gpu_batches == 1
-    assert alone.tokens_per_s > 2200
-    assert chosen.tokens_per_s >= 0.99 * alone.tokens_per_s
+    for own, least in ((free, 2200), (gpu, 1000)):
+        planner = Planner(config, (own,), PlannedJob.uniform(1000, 256, 128), "float16")
+        resident = replace(planner, search=SearchSpace(batches=(1,), shares=ON_DEVICE))
+        chosen, alone = find_best_plan(planner), find_best_plan(resident)
+        assert alone.stages[0].policy.num_gpu_batches == 1
+        assert alone.tokens_per_s > least
+        assert chosen.tokens_per_s >= 0.99 * alone.tokens_per_s
+
+
+def test_a_model_that_python_can_hardly_feed_is_planned_for_what_it_can():
+    """OPT-6.7B on a GPU of 16 GiB: whatever is chosen as if issuing were free is no faster."""
+    config, node = shape_config("opt-6.7b"), HardwareNode(Hardware.preset("h100"))
+    (gpu,) = devices_of([node.with_memory("14.4GiB", None, None)], config, "float16")
+    planner = Planner(config, (gpu,), PlannedJob.uniform(1000, 512, 32), "float16")
+    chosen, spec = find_best_plan(planner), gpu.rates(8, 512)
+    free = replace(
+        gpu, rates=lambda *rows: replace(gpu.rates(*rows), launch_seconds=0, issue_seconds=0)
+    )
+    believed = find_best_plan(replace(planner, devices=(free,)))
+    assert spec.launch_seconds > 0 and spec.issue_seconds > 0
+    for plan in (chosen, believed):
+        policy = plan.stages[0].policy
+        (seconds,) = planner.simulate(planner.evaluate((config.num_layers,), [policy])).seconds
+        assert seconds["decode"][SCHEDULE] >= seconds["decode"][ISSUING] * 0.999
+        true = replace(plan, seconds=[seconds]).tokens_per_s
+        assert true <= chosen.tokens_per_s * 1.01
+    assert chosen.bottleneck[1] == ISSUING
+    assert believed.tokens_per_s > 1.2 * chosen.tokens_per_s
 
 
 @settings(max_examples=10)

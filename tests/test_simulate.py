@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections import defaultdict
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -13,25 +13,35 @@ from hypothesis import strategies as st
 from strategies import REAL, llama, opt, policies
 
 from benchmarks.paper_machines import MACHINE
-from flexgen_ray.config import HardwareSpec, Placement, Policy, Workload
+from flexgen_ray.config import RATE_NAMES, HardwareSpec, Placement, Policy, Workload
 from flexgen_ray.cost.bound import decoding_rows, prefilling_rows, visit_seconds
-from flexgen_ray.cost.resources import CORES, Demand
+from flexgen_ray.cost.ops import CostModel
+from flexgen_ray.cost.resources import CORES, Demand, Resource, SharedResources, demand_of
 from flexgen_ray.cost.simulate import OpStream, SimulatedRun, simulate, simulate_ring
 from flexgen_ray.cost.steady import op_stream, pipeline_visit_seconds, steady_visit_seconds
+from flexgen_ray.hardware.spec import Hardware
+from flexgen_ray.layout.placement import COPY_PIECE
 from flexgen_ray.layout.plan import StagePlan
-from flexgen_ray.layout.rows import NO_ROWS, Rows
+from flexgen_ray.layout.rows import NO_ROWS, Composition, Rows
 from flexgen_ray.reporting.trace import write_trace
 from flexgen_ray.schedule.dependencies import Dependencies
-from flexgen_ray.schedule.ops import Lane, Op, OpKind
+from flexgen_ray.schedule.ops import ON_STREAMS, Lane, Op, OpKind
 from flexgen_ray.schedule.zigzag import StageLayers
 
 ALMOST = 1 + 1e-9
 WORKLOAD = Workload(20, 24, 40)
 MODELS = {"opt": opt(2, 32, 4), "llama": llama(3, 32, 4, 2, 48, 97, tied=True)}
 
+rates_alone = st.builds(
+    HardwareSpec, **dict.fromkeys(RATE_NAMES, st.sampled_from([1e6, 3e6, 1e7, 1e9]))
+)
+# A GPU's: with copy engines, and a thread that issues ops.
 hardware = st.builds(
-    HardwareSpec,
-    **{it.name: st.sampled_from([1e6, 3e6, 1e7, 1e9]) for it in fields(HardwareSpec)},
+    replace,
+    rates_alone,
+    launch_seconds=st.sampled_from([0.0, 1e-5, 1e-2]),
+    issue_seconds=st.sampled_from([0.0, 1e-4]),
+    has_copy_engines=st.booleans(),
 )
 windows = st.sampled_from([1, 3, 16, 128, sys.maxsize])
 
@@ -209,7 +219,7 @@ def test_opt_30b_on_a_t4_comes_close_to_its_busiest_lane():
     assert steady_visit_seconds(plan, MACHINE, rows) <= 1.1 * bound
 
 
-@given(plan=plans(), rates=hardware, is_prefill=st.booleans(), taken=st.floats(0.1, 1))
+@given(plan=plans(), rates=rates_alone, is_prefill=st.booleans(), taken=st.floats(0.1, 1))
 def test_a_cpu_that_is_the_device_too_does_one_thing_at_a_time(plan, rates, is_prefill, taken):
     """Its cores are busy as long as their work takes, whatever overlaps; a lane at a time at best
     as if they were not shared."""
@@ -221,6 +231,98 @@ def test_a_cpu_that_is_the_device_too_does_one_thing_at_a_time(plan, rates, is_p
     on_device = sum(demands[op].seconds for op in ops if op.lane.worker is Lane.DEVICE)
     assert on_device <= work * ALMOST
     assert run.seconds * ALMOST >= max(work, simulate(freely).seconds)
+
+
+ENGINE = HardwareSpec(**dict.fromkeys(RATE_NAMES, 1e15), has_copy_engines=True)
+PIECE = COPY_PIECE / 1e15  # seconds
+
+
+class Copy:
+    """A copy to the device of so many pieces."""
+
+    def __init__(self, pieces: float) -> None:
+        self.demand = demand_of({Resource.H2D: pieces * COPY_PIECE}, ENGINE)
+        self.speed, self.ends, self.left = 1.0, 0.0, 0.0
+
+
+def ends_of(copies: list[tuple[float, float]]) -> list[float]:
+    """Ends of copies, given as (begin, pieces), in pieces of time."""
+    resources: SharedResources[Copy] = SharedResources()
+    begun, ends = [Copy(pieces) for _, pieces in copies], {}
+    coming = sorted(range(len(copies)), key=lambda it: copies[it][0])
+    while coming or len(ends) < len(copies):
+        event = resources.next_event()
+        if coming and copies[coming[0]][0] * PIECE <= event:
+            number = coming.pop(0)
+            resources.begin(begun[number], copies[number][0] * PIECE)
+            continue
+        for copy in resources.pop_ended(event):
+            ends[begun.index(copy)] = event / PIECE
+    return [ends[number] for number in range(len(copies))]
+
+
+def piece_by_piece(copies: list[tuple[float, float]]) -> list[float]:
+    """Ends if an engine serves pieces, and a copy whose piece has crossed queues again."""
+    coming, queue, now = (
+        sorted((begin, number) for number, (begin, _) in enumerate(copies)),
+        [],
+        0.0,
+    )
+    left, ends = [pieces for _, pieces in copies], [0.0] * len(copies)
+    while coming or queue:
+        if not queue:
+            now, number = coming.pop(0)
+            queue.append(number)
+        number = queue.pop(0)
+        now += min(left[number], 1.0)
+        left[number] -= min(left[number], 1.0)
+        while coming and coming[0][0] < now:
+            queue.append(coming.pop(0)[1])
+        if left[number] > 0:
+            queue.append(number)
+        else:
+            ends[number] = now
+    return ends
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 12), st.sampled_from([0.01, 0.5, 1, 2.5, 3, 9])), max_size=6)
+)
+def test_a_copy_engine_serves_pieces_in_the_order_in_which_their_copies_queue(copies):
+    copies = [(begin * 2**0.5, pieces) for begin, pieces in copies]
+    assert ends_of(copies) == pytest.approx(piece_by_piece(copies), rel=1e-9)
+
+
+def test_a_small_copy_passes_between_the_pieces_of_large_ones():
+    """A copy of 40 pieces, beside which others come after three and a half."""
+    assert ends_of([(0, 40), (3.5, 0.1)]) == pytest.approx([40.1, 4.1])
+    assert ends_of([(0, 40), (3.5, 40), (10.5, 0.1)]) == pytest.approx([76.1, 80.1, 12.1])
+
+
+def test_copies_each_way_have_an_engine_and_those_of_a_cpu_share_the_link():
+    spec = HardwareSpec(**dict.fromkeys(RATE_NAMES, 1e9), has_copy_engines=True)
+    both = [{Resource.H2D: 1e9}, {Resource.D2H: 1e9}]
+    assert [demand_of(it, spec).engine for it in both] == [Resource.H2D, Resource.D2H]
+    assert demand_of({Resource.H2D: 1e9, Resource.FLOPS: 1e9}, spec).engine is None
+    assert demand_of(both[0], replace(spec, has_copy_engines=False)).engine is None
+    assert Hardware.preset("h100").rates("float16", 1, 8, 512).has_copy_engines
+    assert not Hardware.preset("cpu").rates("float32", 1, 8, 512).has_copy_engines
+
+
+@settings(max_examples=30)
+@given(plans(), hardware, st.booleans())
+def test_no_run_is_faster_than_the_thread_that_issues_its_ops(plan, rates, is_prefill):
+    rows = rows_of(plan, is_prefill)
+    launches, issued = 1e-3, 5e-4
+    slow = replace(rates, launch_seconds=launches, issue_seconds=issued)
+    ops, _, found = played(alike(plan, slow, rows, 1))
+    model, composition = CostModel(plan), Composition(rows, plan.streamed_rows - 1)
+    amounts = [model.amounts(op, composition) for op in ops]
+    of_streams = [it for op, it in zip(ops, amounts, strict=True) if op.lane in ON_STREAMS]
+    assert [it for it in amounts if Resource.ISSUE in it] == of_streams
+    seconds = sum(launches * it[Resource.LAUNCHES] + issued for it in of_streams)
+    assert seconds >= issued * len(of_streams)
+    assert found.seconds * ALMOST >= seconds
 
 
 def test_two_stages_on_two_machines_take_half_as_long():

@@ -13,8 +13,7 @@ from late_streams import LateCuda, StreamWatch
 from strategies import pipelines, policies, sparse
 
 from flexgen_ray.runtime.handlers import HANDLERS
-from flexgen_ray.runtime.lanes import ON_STREAMS
-from flexgen_ray.schedule.ops import Lane, OpKind
+from flexgen_ray.schedule.ops import ON_STREAMS, Lane, OpKind
 
 cudas = st.builds(
     LateCuda,

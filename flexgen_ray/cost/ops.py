@@ -7,6 +7,9 @@ Beside its matrix products a layer runs small torch ops: norms, residuals, activ
 embeddings, copies, sampling. Each costs a kernel launch, and reads and writes values of every
 token; no product hides them, so they are counted as resources of their own (DEVICE_OPS,
 ELEMENTWISE, SAMPLING).
+
+With a GPU one thread launches the kernels and copies of all streams (ISSUE, LAUNCHES), beside what
+the streams do; there DEVICE_OPS are free. With a CPU it is the other way round.
 """
 
 from __future__ import annotations
@@ -15,18 +18,21 @@ from collections.abc import Callable, Iterable
 from functools import cache
 
 from flexgen_ray.cost.resources import Amounts, Resource
-from flexgen_ray.layout.placement import PAGE, aligned, split_tokens
+from flexgen_ray.layout.placement import COPY_PIECE, PAGE, aligned, split_tokens
 from flexgen_ray.layout.plan import CACHE_BLOCK_TOKENS, StagePlan
 from flexgen_ray.layout.rows import NO_ROWS, Composition, PlacedRows, Row
 from flexgen_ray.layout.sizes import CHOICE_BYTES, quantized_values, streamed_bytes
 from flexgen_ray.models.config import ModelConfig
 from flexgen_ray.quant.formats import part_of_op
-from flexgen_ray.schedule.ops import OPS, Op, OpKind
+from flexgen_ray.schedule.ops import ON_STREAMS, OPS, Lane, Op, OpKind
 
 # Kernel launches of an op, per tile of tokens; an op that scatters counts as several.
 LAUNCHES = {OpKind.EMBED: 8, OpKind.PROJECT: 12, OpKind.FINISH: 8, OpKind.SAMPLE: 8}
 # Kernel launches of attention, per run of decoding rows and per prompt.
 LAUNCHES_OF_RUN, LAUNCHES_OF_PROMPT = 8, 5
+LAUNCHES_OF_DISK_ROW = 4  # copies of a cache row's blocks and tail, and their way to their places
+_ISSUED = frozenset(kind for kind, spec in OPS.items() if spec.lane in ON_STREAMS)
+_ON_DEVICE = frozenset(kind for kind, spec in OPS.items() if spec.lane.worker is Lane.DEVICE)
 
 # Values that a small op reads or writes for each value of its input.
 _COPY, _ADD, _ACTIVATE, _MULTIPLY = 2, 3, 2, 3
@@ -62,6 +68,11 @@ class CostModel:
         self._num_parts = plan.policy.num_gpu_batches
         self._streamed = cache(lambda layer: streamed_bytes(plan, layer))
         self._quantized_values = cache(lambda *part: quantized_values(plan, *part))
+        self._quantized_matrices = cache(
+            lambda layer, part: len(
+                plan.weight_format.quantized_weights(plan.config.tensors(layer), part)
+            )
+        )
 
     def amounts(self, op: Op, composition: Composition | None) -> Amounts:
         """Bytes and flops of an op.
@@ -73,7 +84,32 @@ class CostModel:
             if not OPS[op.kind].moves_weights:
                 return {}
             composition = _NO_PASS
-        return COSTS[op.kind](self, op, composition)
+        amounts = COSTS[op.kind](self, op, composition)
+        if op.kind in _ISSUED:
+            amounts[_R.ISSUE] = 1
+            amounts[_R.LAUNCHES] = self._launches(op, composition, amounts)
+        return amounts
+
+    def _launches(self, op: Op, composition: Composition, amounts: Amounts) -> float:
+        """Torch ops of an op on a stream: kernels, or copies, which are cut into pieces."""
+        if op.kind in _ON_DEVICE:
+            return amounts.get(_R.DEVICE_OPS, 0) + self._unpacked_matrices(op)
+        nbytes = amounts.get(_R.H2D, 0) + amounts.get(_R.D2H, 0)
+        copies = COPIES[op.kind](self, op, composition) if op.kind in COPIES else 1
+        return max(copies, -(-nbytes // COPY_PIECE)) if nbytes else 0
+
+    def _copies_of_cache(self, op: Op, composition: Composition) -> int:
+        placed = self._placed(op, composition)
+        return 2 * len(placed.streamed_copies) + LAUNCHES_OF_DISK_ROW * len(placed.on_disk)
+
+    def _copies_of_new_tokens(self, op: Op, composition: Composition) -> int:
+        return 2 + len(self._placed(op, composition).attended_runs)
+
+    def _copies_of_attention(self, op: Op, composition: Composition) -> int:
+        return len(self._placed(op, composition).attended_runs)
+
+    def _copies_of_values(self, op: Op, composition: Composition) -> int:
+        return len(self._placed(op, composition).choosing_runs(self.plan.rows_at_a_time))
 
     # Weights
 
@@ -167,9 +203,17 @@ class CostModel:
         """Weights are dequantized for all batches of a block, in the op of the first one."""
         if op.batch % self._num_parts:
             return {}
-        part = part_of_op(op.kind, op.layer == self.plan.config.head_layer)
-        values = self._quantized_values(op.layer, part)
+        values = self._quantized_values(op.layer, self._part(op))
         return {_R.DEQUANTIZE: 2 * values} if values else {}
+
+    def _unpacked_matrices(self, op: Op) -> int:
+        """Matrices that an op dequantizes, each by a kernel."""
+        if op.batch % self._num_parts or op.kind not in (OpKind.PROJECT, OpKind.FINISH):
+            return 0
+        return self._quantized_matrices(op.layer, self._part(op))
+
+    def _part(self, op: Op) -> str:
+        return part_of_op(op.kind, op.layer == self.plan.config.head_layer)
 
     def _small_ops(self, op: Op, tokens: int) -> Amounts:
         """Launches and element-wise values beside the products."""
@@ -191,8 +235,10 @@ class CostModel:
 
     def _load_cache(self, op: Op, composition: Composition) -> Amounts:
         placed = self._placed(op, composition)
+        # A GPU gets whole rows: only contiguous copies cross without being staged.
+        whole = self.plan.max_seq_len if self.plan.stages_disk else 0
         tokens = sum(
-            count * past * self._share_loaded(prefills)
+            count * (whole or past) * self._share_loaded(prefills)
             for _, _, count, past, prefills in placed.streamed_copies
         )
         for row, _ in placed.on_disk:
@@ -254,7 +300,7 @@ class CostModel:
         keys = self._scored([*placed.resident, *scored], layer)
         share = self.plan.policy.attention_sparsity
         values = self._attended(((row, 1.0 if row.is_prefill else share) for row in rows), layer)
-        runs = bool(placed.resident) + bool(streamed)
+        runs = self._runs(placed.resident) + self._runs(streamed)
         prompts = sum(row.is_prefill for row in rows)
         passed = elementwise_values(self.plan.config, OpKind.ATTEND_DEVICE)
         small = {
@@ -262,6 +308,10 @@ class CostModel:
             _R.ELEMENTWISE: passed * sum(row.num_new_tokens for row in rows) * self._element,
         }
         return {resource: keys[resource] + values[resource] for resource in keys} | small
+
+    def _runs(self, rows: list[Row]) -> int:
+        """Runs of rows that are attended together, at least one if there are rows."""
+        return -(-len(rows) // self.plan.rows_at_a_time)
 
     def _scored(self, rows: list[Row], layer: int) -> Amounts:
         """Scores of all keys that these rows' queries see."""
@@ -333,6 +383,13 @@ def _attended_pairs(row: Row, window: int) -> float:
     return growing * (row.position + (growing + 1) / 2) + (row.num_new_tokens - growing) * window
 
 
+# Copies of ops on the link that bring more than one piece of memory.
+COPIES: dict[OpKind, Callable[[CostModel, Op, Composition], int]] = {
+    OpKind.LOAD_CACHE: CostModel._copies_of_cache,
+    OpKind.STORE_CACHE: CostModel._copies_of_new_tokens,
+    OpKind.LOAD_ATTENTION: CostModel._copies_of_attention,
+    OpKind.LOAD_VALUES: CostModel._copies_of_values,
+}
 COSTS: dict[OpKind, Callable[[CostModel, Op, Composition], Amounts]] = {
     OpKind.RECV_TOKENS: CostModel._nothing,
     OpKind.COMPOSE: CostModel._nothing,

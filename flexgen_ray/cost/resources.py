@@ -2,25 +2,38 @@
 
 An op takes an amount (bytes, flops, values) of some resources. Alone, it uses its resources in
 parallel, so it lasts as long as the slowest of them takes. Ops that together demand more of a
-resource than the machine has are slowed by the same factor. The emulation and the simulation both
-follow this rule.
+resource than the machine has are slowed by the same factor.
 
+A GPU's link has one copy engine each way, which serves one copy at a time. Copies are cut into
+pieces of COPY_PIECE (16 MiB). When a piece has crossed and another copy waits, the copy goes to the
+end of the queue. With the letters for pieces, where b is ready while A's first piece crosses:
+
+    copy A of 48 MiB, b of 1 MiB    A b A A
+    copy A of 48 MiB, B of 40 MiB   A B A B A B
+
+The emulation and the simulation both follow these rules, by the same `SharedResources`.
 Knows amounts and rates; no schedule and no wall clock.
 """
 
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Generic, Protocol, TypeVar
 
 from flexgen_ray.config import HardwareSpec
+from flexgen_ray.layout.placement import COPY_PIECE
 
 
 class Resource(StrEnum):
-    """A scarce resource; each value is the name of its rate in HardwareSpec."""
+    """A scarce resource; each value is the name of its rate in HardwareSpec.
+
+    The issuing thread has seconds there in place of rates. It is one resource, ISSUE, which ops
+    load by two amounts: ISSUE (1 for each op) and LAUNCHES.
+    """
 
     __hash__ = str.__hash__  # Enum's __hash__ is Python code, and resources are dictionary keys
 
@@ -39,6 +52,8 @@ class Resource(StrEnum):
     ELEMENTWISE = "elementwise_bytes_per_s"  # bytes that small ops read and write
     SAMPLING = "sampled_values_per_s"  # logits from which a token is sampled
     NETWORK = "network_bytes_per_s"  # to the next stage
+    ISSUE = "issue_seconds"  # the thread that issues the ops of all of a GPU's streams
+    LAUNCHES = "launch_seconds"  # torch ops that this thread launches
 
 
 Amounts = dict[Resource, float]
@@ -52,11 +67,22 @@ _SERIAL = (
     Resource.ELEMENTWISE,
     Resource.SAMPLING,
 )
+_BY_SECONDS = (Resource.ISSUE, Resource.LAUNCHES)
+_LINKS = (Resource.H2D, Resource.D2H)
+_LEAST_PIECE = 1e-9  # of a piece; what is less is an error of rounding
 
 
 def seconds_by_resource(amounts: Amounts, hardware: HardwareSpec) -> dict[Resource, float]:
     """Seconds for which an op would use each resource if it had all of it."""
-    return {resource: amount / getattr(hardware, resource) for resource, amount in amounts.items()}
+    taken = {
+        resource: amount / getattr(hardware, resource)
+        for resource, amount in amounts.items()
+        if resource not in _BY_SECONDS
+    }
+    issuing = sum(amounts.get(it, 0.0) * getattr(hardware, it) for it in _BY_SECONDS)
+    if issuing:
+        taken[Resource.ISSUE] = issuing
+    return taken
 
 
 def seconds_alone(taken: dict[Resource, float]) -> float:
@@ -76,18 +102,29 @@ class Demand:
     """Demand of an op on a machine.
 
     seconds: duration of the op if it runs alone. shares: the part of each resource, and of CORES,
-    that the op then uses, at most 1 each.
+    that the op then uses, at most 1 each. engine: the link whose copy engine the op takes for
+    itself; None if it shares all resources. piece: the part of `seconds` that a piece takes.
     """
 
     seconds: float
     shares: dict[str, float]
+    engine: Resource | None = None
+    piece: float = 0.0
 
 
 def demand_of(amounts: Amounts, hardware: HardwareSpec) -> Demand:
     """Demand of an op that takes these amounts."""
     taken = seconds_by_resource(amounts, hardware)
     seconds = seconds_alone(taken)
-    return Demand(seconds, {resource: each / seconds for resource, each in taken.items() if each})
+    shares: dict[str, float] = {
+        resource: each / seconds for resource, each in taken.items() if each
+    }
+    # An op that also computes brings but a few indices across.
+    if hardware.has_copy_engines and Resource.FLOPS not in amounts:
+        for link in _LINKS:
+            if nbytes := amounts.get(link):
+                return Demand(seconds, shares, link, seconds * COPY_PIECE / nbytes)
+    return Demand(seconds, shares)
 
 
 def speed(shares: Mapping[str, float], load: Mapping[str, float]) -> float:
@@ -104,11 +141,16 @@ def speed(shares: Mapping[str, float], load: Mapping[str, float]) -> float:
 
 
 class RunningOp(Protocol):
-    """An op that is running: its demand, its present speed, and when it ends at that speed."""
+    """An op that is running, or waits for a copy engine.
+
+    demand: its demand; speed: its present speed; ends: when it ends at that speed, infinite while
+    it waits; left: seconds of it alone that were left when it last began to run or to wait.
+    """
 
     demand: Demand
     ends: float
     speed: float
+    left: float
 
 
 RunningOpT = TypeVar("RunningOpT", bound=RunningOp)
@@ -120,30 +162,84 @@ class SharedResources(Generic[RunningOpT]):
     def __init__(self) -> None:
         self._running: list[RunningOpT] = []
         self._load = dict.fromkeys((*Resource, CORES), 0.0)
+        self._engines = {link: _CopyEngine[RunningOpT]() for link in _LINKS}
 
-    def begin(self, op: RunningOpT, now: float) -> None:
-        """Start an op, which may slow the others."""
-        self._change_load(op, 1, now)
-        op.speed = speed(op.demand.shares, self._load)
-        op.ends = now + op.demand.seconds / op.speed
-        self._running.append(op)
+    @property
+    def is_contended(self) -> bool:
+        """True if some op is slowed, or waits for a copy engine."""
+        is_short = any(load > 1.0 + 1e-9 for load in self._load.values())
+        return is_short or any(engine.waiting for engine in self._engines.values())
 
-    def next_end(self) -> float:
-        """Time of the first end among running ops, if no other begins; infinite if none runs."""
+    def begin(self, op: RunningOpT, now: float, ready_at: float = math.inf) -> None:
+        """Start an op, which may slow the others, or queue it at its copy engine.
+
+        ready_at: when it could have begun, if that is before now; what it would have done since
+        then, at the speed that it has now, counts as done.
+        """
+        began, link = min(ready_at, now), op.demand.engine
+        op.left = op.demand.seconds
+        if link is not None:
+            engine = self._engines[link]
+            if engine.served is not None:
+                engine.queue(op, now)
+                return
+            engine.served = op
+            began = min(max(began, engine.free_since), now)
+        self._start(op, now, began)
+
+    def next_event(self) -> float:
+        """Time of the first end, or change of a copy engine's turn, if no other op begins.
+
+        Infinite if no op runs.
+        """
         first = math.inf
         for op in self._running:
             if op.ends < first:
                 first = op.ends
+        for engine in self._engines.values():
+            if engine.waiting:
+                first = min(first, engine.turn_ends)
         return first
 
     def pop_ended(self, now: float) -> list[RunningOpT]:
-        """Remove and return the ops that have ended by now; the others may speed up."""
-        latest = now + TIME_TOLERANCE * now
+        """Remove and return the ops that have ended by now; the others may speed up.
+
+        A copy whose turn is over by now makes room for the next one.
+        """
+        latest = now + TIME_TOLERANCE * abs(now)
         ended = [op for op in self._running if op.ends <= latest]
         for op in ended:
-            self._running.remove(op)
-            self._change_load(op, -1, now)
+            self._stop(op, now)
+            if op.demand.engine is not None:
+                self._serve_next(self._engines[op.demand.engine], now, op.ends)
+        for engine in self._engines.values():
+            if engine.waiting and engine.turn_ends <= latest:
+                served, ended_at = engine.served, engine.turn_ends
+                assert served is not None, "copies wait for one that is served"
+                self._stop(served, now)
+                served.left, served.ends = engine.left_after_turn, math.inf
+                engine.waiting.append(served)
+                self._serve_next(engine, now, ended_at)
         return ended
+
+    def _serve_next(self, engine: _CopyEngine[RunningOpT], now: float, free_since: float) -> None:
+        """Start the copy that has waited longest, if any, for one piece if others wait too."""
+        engine.free_since = min(free_since, now)
+        engine.served = None
+        if engine.waiting:
+            engine.served = op = engine.waiting.popleft()
+            engine.left_after_turn = op.left - op.demand.piece
+            self._start(op, now, engine.free_since)
+
+    def _start(self, op: RunningOpT, now: float, began: float) -> None:
+        self._change_load(op, 1, now)
+        op.speed = speed(op.demand.shares, self._load)
+        op.ends = began + op.left / op.speed
+        self._running.append(op)
+
+    def _stop(self, op: RunningOpT, now: float) -> None:
+        self._running.remove(op)
+        self._change_load(op, -1, now)
 
     def _change_load(self, op: RunningOpT, sign: int, now: float) -> None:
         """Add or remove an op's shares, and move the ends of the others to their new speeds.
@@ -161,3 +257,39 @@ class SharedResources(Generic[RunningOpT]):
                 changed = speed(other.demand.shares, load)
                 other.ends = now + (other.ends - now) * other.speed / changed
                 other.speed = changed
+
+
+class _CopyEngine(Generic[RunningOpT]):
+    """The copy engine of one direction of the link: the copy that it serves, and those that wait.
+
+    left_after_turn: seconds alone of the served copy that are left when its turn ends, because
+    others wait; 0 or less if it ends before. free_since: when the engine last ended a turn.
+    """
+
+    __slots__ = ("free_since", "left_after_turn", "served", "waiting")
+
+    def __init__(self) -> None:
+        self.served: RunningOpT | None = None
+        self.waiting: deque[RunningOpT] = deque()
+        self.left_after_turn = 0.0
+        self.free_since = -math.inf
+
+    @property
+    def turn_ends(self) -> float:
+        """Time at which the turn of the served copy ends; infinite if the copy ends before."""
+        op = self.served
+        if op is None or self.left_after_turn <= _LEAST_PIECE * op.demand.piece:
+            return math.inf
+        return op.ends - self.left_after_turn / op.speed
+
+    def queue(self, op: RunningOpT, now: float) -> None:
+        """Let a copy wait; one that was served without a limit is served to its piece's end."""
+        served = self.served
+        assert served is not None, "a copy that finds the engine free is served"
+        if not self.waiting:
+            whole, piece = served.demand.seconds, served.demand.piece
+            done = whole - (served.ends - now) * served.speed
+            pieces = math.floor(done / piece + _LEAST_PIECE) + 1
+            self.left_after_turn = whole - pieces * piece
+        op.ends = math.inf
+        self.waiting.append(op)

@@ -6,7 +6,8 @@ ends.
 
 The loop in `simulate_ring` has two steps. First start all that may start now: an op without demand
 ends immediately, which may let others start, so this repeats until nothing changes. Then advance
-the clock to the first end among the running ops, and end what ends at that time.
+the clock to the first event of the running ops, and end what ends at that time. An event is an end,
+or a piece of a copy after which another copy has its turn.
 
 Knows dependencies and demands of ops; no plans or rows.
 """
@@ -73,13 +74,13 @@ def simulate_ring(streams: list[OpStream], num_blocks: int) -> list[SimulatedRun
         # An op that takes no time ends here, and its message may let another stage start.
         while any([stage.start(now) for stage in stages if stage.touched]):
             pass
-        ends = [stage.resources.next_end() for stage in stages]
-        now = min(ends)
+        events = [stage.resources.next_event() for stage in stages]
+        now = min(events)
         if now == math.inf:
             break
         latest = now + TIME_TOLERANCE * now
-        for stage, end in zip(stages, ends, strict=True):
-            if end <= latest:
+        for stage, event in zip(stages, events, strict=True):
+            if event <= latest:
                 stage.end(now)
     if any(stage.is_waiting for stage in stages):
         raise RuntimeError(f"with {num_blocks} blocks, {len(stages)} stages wait for each other")
@@ -89,13 +90,13 @@ def simulate_ring(streams: list[OpStream], num_blocks: int) -> list[SimulatedRun
 class _SimulatedOp(QueuedOp):
     """An issued op: its worker, its demand, and once it runs its start, its speed and its end."""
 
-    __slots__ = ("demand", "ends", "speed", "started", "worker")
+    __slots__ = ("demand", "ends", "left", "speed", "started", "worker")
 
     def __init__(self, index: int, op: Op, demand: Demand) -> None:
         super().__init__(index, op)
         self.worker = self.lane.worker
         self.demand = demand
-        self.started = self.ends = 0.0
+        self.started = self.ends = self.left = 0.0
         self.speed = 1.0
 
 
@@ -173,7 +174,7 @@ class _SimulatedStage:
         return has_ended
 
     def end(self, now: float) -> None:
-        """End all running ops whose time is over."""
+        """End all running ops whose time is over, and change the turns of copies."""
         for issued in self.resources.pop_ended(now):
             self._busy_workers.remove(issued.worker)
             self._finish(issued, now)

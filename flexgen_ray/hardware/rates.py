@@ -13,6 +13,10 @@ from math import log
 from flexgen_ray.config import BITS, DTYPE_BYTES
 from flexgen_ray.files.yaml import Table, check_rates, check_table
 
+# Seconds of the issuing thread for each op of the schedule, where a file has none: generating and
+# queueing one took 10.9 microseconds (docs/results/issue-cpu.json); 2 are assumed for each of its
+# two events.
+ISSUE_SECONDS = 15e-6
 CACHE_DTYPES = (*DTYPE_BYTES, *(f"int{bits}" for bits in BITS))
 
 
@@ -139,7 +143,9 @@ class DeviceRates:
     """Rates of the device.
 
     attention_bytes_per_s: bytes of keys and values that are attended in decoding.
-    launch_seconds: time to issue one op; on a CPU, time of a small op between matrix products.
+    launch_seconds: time to launch one torch op; on a CPU, time of a small op between matrix
+    products. issue_seconds: time that the schedule's own Python takes of the issuing thread for
+    each of its ops, only of a GPU; ISSUE_SECONDS (15 microseconds) if None.
     dequantize_bytes_per_s: bytes of output in 16-bit values; None if it was not measured.
     core_shares: only of a CPU. elementwise_bytes_per_s: bytes that norms, sums and copies between
     matrix products read and write. sampled_values_per_s: logits of which tokens are drawn. The last
@@ -155,6 +161,7 @@ class DeviceRates:
     core_shares: CoreShares | None = None
     elementwise_bytes_per_s: float | None = None
     sampled_values_per_s: float | None = None
+    issue_seconds: float | None = None
 
     def __post_init__(self) -> None:
         check_rates(self)

@@ -15,10 +15,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 from flexgen_ray.config import DTYPE_BYTES, Budget, HardwareSpec
 from flexgen_ray.files.yaml import read_yaml, to_yaml
 from flexgen_ray.hardware.rates import (
+    ISSUE_SECONDS,
     AttentionRates,
     DeviceRates,
     DiskRates,
@@ -102,7 +104,19 @@ class Hardware:
             elementwise_bytes_per_s=self.device.elementwise_bytes_per_s or _UNLIMITED,
             sampled_values_per_s=self._sampled_values_per_s,
             network_bytes_per_s=network,
+            **self._issuing,
         )
+
+    @property
+    def _issuing(self) -> dict[str, Any]:
+        """Fields of a GPU alone: seconds of the thread that issues its ops, and copy engines."""
+        if self.device.is_cpu:
+            return {}
+        return {
+            "launch_seconds": self.device.launch_seconds,
+            "issue_seconds": self.device.issue_seconds or ISSUE_SECONDS,
+            "has_copy_engines": True,
+        }
 
     @property
     def core_shares(self) -> tuple[tuple[str, float], ...]:
@@ -124,7 +138,7 @@ class Hardware:
 
     @property
     def _device_ops_per_s(self) -> float:
-        """Small ops per second; a GPU runs them while the next ones are launched."""
+        """Small ops per second of a CPU; with a GPU it is their launches that take time."""
         if not self.device.is_cpu:
             return HardwareSpec.device_ops_per_s
         return 1 / self.device.launch_seconds

@@ -11,6 +11,7 @@ from math import ceil
 
 from flexgen_ray.config import Budget, HardwareSpec
 from flexgen_ray.cost.bound import PHASES
+from flexgen_ray.cost.resources import Resource
 from flexgen_ray.hardware.spec import Hardware
 from flexgen_ray.layout.plan import StagePlan
 from flexgen_ray.models.config import ModelConfig
@@ -19,6 +20,8 @@ from flexgen_ray.models.config import ModelConfig
 # and the latency of one batch through all stages, on which its ops wait for each other.
 SCHEDULE = "the schedule"
 ONE_BATCH = "one batch"
+ISSUING = Resource.ISSUE.name.lower()  # seconds of the thread that issues a GPU's ops
+NEARLY = 0.85
 # Rates of a device, from the rows of its matrix products in decode and in prefill.
 Rates = Callable[[int, int], HardwareSpec]
 
@@ -126,14 +129,21 @@ class PipelinePlan:
 
     @property
     def bottleneck(self) -> tuple[int, str]:
-        """The bottleneck over a whole block: a stage, and its busiest lane or resource."""
+        """The bottleneck over a whole block: a stage, and its busiest lane or resource.
+
+        Ops of few rows keep their lane for as long as they take to issue, so the issuing thread is
+        named if it is nearly as busy.
+        """
         names = (
             (i, name)
             for i, stage in enumerate(self.seconds)
             for name in stage["decode"]
             if name not in (SCHEDULE, ONE_BATCH)
         )
-        return max(names, key=lambda it: self._busy_seconds(*it))
+        busiest = max(names, key=lambda it: self._busy_seconds(*it))
+        issuing = busiest[0], ISSUING
+        is_issuing = self._busy_seconds(*issuing) >= NEARLY * self._busy_seconds(*busiest)
+        return issuing if is_issuing else busiest
 
     @property
     def prefill_seconds(self) -> float:

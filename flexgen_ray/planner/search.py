@@ -97,7 +97,22 @@ def find_best_plan(planner: Planner, on_estimate: OnEstimate = _ignore) -> Pipel
     while plans and left and _throughput(plans[-1]) > MIN_GAIN * _throughput(best):
         best = max(best, planner.simulate(plans.pop(), max_cells), key=_throughput)
         left -= 1
-    return best
+    resident = None if planner.keeps_all_on_device else _find_resident_plan(planner)
+    return max(filter(None, (best, resident)), key=_throughput)
+
+
+def _find_resident_plan(planner: Planner) -> PipelinePlan | None:
+    """The fastest plan that keeps everything on the devices, simulated; None if nothing fits.
+
+    The program counts a share of what an op costs for a share of the rows. But issuing an op takes
+    as long with few rows, so a little of the cache in host memory may cost more than it gains.
+    """
+    on_device = replace(planner, search=replace(planner.search, shares=ON_DEVICE))
+    if not any(map(on_device.estimate, on_device.smallest_shapes)):
+        return None
+    shapes = (candidate.shape for candidate in on_device.promising_candidates())
+    plan = next(filter(None, map(on_device.plan, shapes)), None)
+    return plan and on_device.simulate(plan, planner.search.max_cells)
 
 
 def _throughput(plan: PipelinePlan) -> float:
@@ -274,6 +289,16 @@ class Planner:
         problems = self._stage_problems(smallest, self._budgets, self._fixed_layers)
         objective = self._objective(smallest)
         return Infeasible(explain_infeasible(problems, self.config.num_layers, objective))
+
+    @property
+    def keeps_all_on_device(self) -> bool:
+        """True if the search allows no other place."""
+        return set(self.search.shares) <= set(ON_DEVICE)
+
+    @property
+    def smallest_shapes(self) -> list[Policy]:
+        """Blocks of one request and of two, in one batch."""
+        return list(self._grid.smallest())
 
     @property
     def _budgets(self) -> list[Budget]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from flexgen_ray.layout.plan import StagePlan
 
+_SHARED = "the node's "
 _NAMES = {
     # Lanes of the schedule.
     "device": "{compute} compute",
@@ -20,22 +21,21 @@ _NAMES = {
     "disk_write": "disk writes",
     "recv": "receiving from another stage",
     "send": "sending to another stage",
-    # Resources, by the names of their rates in HardwareSpec.
-    "h2d_bytes_per_s": "link to {device}",
-    "d2h_bytes_per_s": "link from {device}",
-    "disk_read_bytes_per_s": "disk reads",
-    "disk_write_bytes_per_s": "disk writes",
-    "host_bytes_per_s": "host memory bandwidth",
-    "host_attention_bytes_per_s": "host attention",
-    "device_flops_per_s": "{compute} matrix products",
-    "device_decode_flops_per_s": "{compute} matrix products of small batches",
-    "device_attention_bytes_per_s": "{compute} attention",
-    "device_bytes_per_s": "{compute} memory bandwidth",
-    "dequantize_bytes_per_s": "dequantization",
-    "device_ops_per_s": "launches of small {compute} ops",
-    "elementwise_bytes_per_s": "elementwise {compute} ops",
-    "sampled_values_per_s": "sampling",
-    "network_bytes_per_s": "network",
+    # Resources (cost/resources.py); disk_read and disk_write are both lanes and resources.
+    "h2d": "link to {device}",
+    "d2h": "link from {device}",
+    "host_memory": "host memory bandwidth",
+    "host_attention": "host attention",
+    "flops": "{compute} matrix products",
+    "decode_flops": "{compute} matrix products of small batches",
+    "device_attention": "{compute} attention",
+    "device_memory": "{compute} memory bandwidth",
+    "dequantize": "dequantization",
+    "device_ops": "launches of small {compute} ops",
+    "elementwise": "elementwise {compute} ops",
+    "sampling": "sampling tokens",
+    "network": "network between stages",
+    "issue": "issuing ops (Python)",
     "cores": "CPU cores",
 }
 
@@ -43,11 +43,14 @@ _NAMES = {
 def resource_name(name: str, on_gpu: bool = True) -> str:
     """The name for people of a lane or resource, such as "weights to GPU" for "load_weights".
 
+    name: as in plans and measurements; "the node's ..." is one that a node's stages share.
     on_gpu: False if layers are computed on the CPU; copies then go to "device", its share of host
     memory.
     """
     compute, device = ("GPU", "GPU") if on_gpu else ("CPU", "device")
-    return _NAMES.get(name, name).format(compute=compute, device=device)
+    own = name.removeprefix(_SHARED)
+    shown = _NAMES.get(own, own).format(compute=compute, device=device)
+    return shown if own == name else f"{_SHARED}{shown}"
 
 
 def block_line(plan: StagePlan) -> str:

@@ -28,7 +28,7 @@ import torch
 
 from flexgen_ray.hardware.host import release_openmp_team
 from flexgen_ray.runtime.meter import Meter, Timing
-from flexgen_ray.schedule.ops import OPS, Lane, Op
+from flexgen_ray.schedule.ops import ON_STREAMS, OPS, Lane, Op
 from flexgen_ray.schedule.queueing import LaneQueues, QueuedOp
 
 SWITCH_INTERVAL = 5e-4  # seconds; Python's own is ten times as long
@@ -264,21 +264,6 @@ def timed(run: Run, op: Op, ready_at: float) -> Timing:
     ended = time.perf_counter()
     busy = 0.0 if OPS[op.kind].is_exchange else ended - started
     return timing or Timing(started, ended, busy)
-
-
-# Lanes whose ops run on a CUDA stream, if the device is a GPU.
-ON_STREAMS = frozenset(
-    {
-        Lane.DEVICE,
-        Lane.DEVICE_AHEAD,
-        Lane.LOAD_WEIGHTS,
-        Lane.LOAD_CACHE,
-        Lane.LOAD_SMALL,
-        Lane.LOAD_AHEAD,
-        Lane.STORE,
-        Lane.STORE_AHEAD,
-    }
-)
 
 
 def make_lane_workers(

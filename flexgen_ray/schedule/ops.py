@@ -100,6 +100,21 @@ _SERVED_BY = {
 }
 
 
+# Lanes whose ops run on a stream of a GPU, if the device is one; one thread issues all of them.
+ON_STREAMS = frozenset(
+    {
+        Lane.DEVICE,
+        Lane.DEVICE_AHEAD,
+        Lane.LOAD_WEIGHTS,
+        Lane.LOAD_CACHE,
+        Lane.LOAD_SMALL,
+        Lane.LOAD_AHEAD,
+        Lane.STORE,
+        Lane.STORE_AHEAD,
+    }
+)
+
+
 class Buffer(StrEnum):
     """A piece of memory that ops share; dependencies.py says which of its copies an op touches."""
 
