@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+import random
+from contextlib import nullcontext
+from typing import NamedTuple
+
 import pytest
 import torch
-from pretend_cuda import GPU, DeviceMix, DeviceTensor, decode_launches, pretend_cuda
+from engine_runs import greedy
+from pretend_cuda import (
+    GPU,
+    DeviceMix,
+    DeviceTensor,
+    Note,
+    PretendCuda,
+    decode_launches,
+    pretend_cuda,
+)
 
-from flexgen_ray import LLM, Policy, SamplingParams
+from flexgen_ray import LLM, Placement, Policy, RequestOutput, SamplingParams
+from flexgen_ray.kernels.host_kernel import load_kernel
+from flexgen_ray.runtime import stage
+from flexgen_ray.runtime.handlers import HANDLERS
 from flexgen_ray.runtime.worker import Worker
+from flexgen_ray.schedule.ops import OpKind
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU itself is there")
 
@@ -150,3 +167,158 @@ def test_cudnn_never_attends_on_cuda_and_is_left_alone_on_a_cpu(text_model, name
             llm.generate([[5, 6]], SamplingParams(1))
             assert attends() is is_used
     assert attends()
+
+
+class Run(NamedTuple):
+    """One way to run a model."""
+
+    family: str
+    policy: Policy
+    dtype: str = "float32"
+    executor: str = "async"
+    num_stages: int = 1
+    in_decode: bool = False  # how a known answer is scored
+
+    @property
+    def is_exact(self) -> bool:
+        it = self.policy
+        is_packed = it.weight_bits or it.cache_bits or it.embedding_bits
+        return self.dtype == "float32" and not is_packed and it.attention_sparsity == 1
+
+
+FAMILIES = ["opt", "llama", "qwen3", "gemma3", "phi3", "mistral", "opt-350m-like", "olmo2"]
+
+
+def drawn(number: int) -> Run:
+    """One of many runs; the families take turns."""
+    rng = random.Random(number)
+
+    def placement() -> Placement:
+        first, second = sorted(rng.choices(range(11), k=2))
+        return Placement(first / 10, (second - first) / 10, (10 - second) / 10)
+
+    return Run(
+        FAMILIES[number % len(FAMILIES)],
+        Policy(
+            rng.randint(1, 5),
+            rng.randint(1, 3),
+            rng.choice([3, 7, 64]),
+            placement(),
+            placement(),
+            placement(),
+            cpu_attention=rng.choice([0.0, 0.3, 0.5, 1.0]),
+            weight_bits=rng.choice([None, None, 4, 8]),
+            cache_bits=rng.choice([None, None, 4, 8]),
+            embedding_bits=rng.choice([None, None, 4, 8]),
+            attention_sparsity=rng.choice([1.0, 1.0, 0.3]),
+        ),
+        rng.choice(["float32", "float32", "float16", "bfloat16"]),
+        rng.choice(["async", "async", "serial"]),
+        rng.choice([1, 1, 1, 2]),
+        rng.random() < 0.5,
+    )
+
+
+# Waits for the device that are meant, with the reason of each.
+NAMED = {
+    # A table that is made once a process.
+    ("blocking", OpKind.PROJECT, "models/layers.py _frequencies"),
+    # Its thread issues nothing, and the scores are its result.
+    ("sync", OpKind.ACCEPT, "kernels/sampling.py Scores.tolist"),
+}
+NEW_TOKENS = 4
+HOW = [
+    SamplingParams(NEW_TOKENS, temperature=0.0),
+    SamplingParams(NEW_TOKENS, temperature=0.0),
+    SamplingParams(NEW_TOKENS, temperature=0.0, logprobs=2),
+    SamplingParams(NEW_TOKENS, temperature=0.8, top_p=0.9, seed=1, repetition_penalty=1.3),
+    SamplingParams(NEW_TOKENS, temperature=1.0, top_k=5, min_p=0.01, seed=2, min_tokens=2),
+]
+
+
+@pytest.fixture
+def plain_host_attention(monkeypatch):
+    """Attention on the host without numba, which has many kernels to measure and compile."""
+    plain = load_kernel("sdpa", 1)
+    monkeypatch.setattr(stage, "choose_host_kernel", lambda plan, threads, nbytes: plain)
+
+
+def outputs_of(run: Run, folder, prompts, device: str, executor: str) -> list[RequestOutput]:
+    """Outputs of HOW, and of a request whose answer is known."""
+    options = {"gpu_memory": "1GiB", "cpu_memory": "1GiB", "disk_memory": "1GiB"}
+    with LLM(
+        folder, policy=run.policy, dtype=run.dtype, device=device, executor=executor,
+        pipeline_parallel_size=run.num_stages, use_ray=False, **options,
+    ) as llm:  # fmt: skip
+        pairs = zip(prompts, HOW, strict=False)
+        requests = [llm.request(i, prompt, how) for i, (prompt, how) in enumerate(pairs)]
+        requests.append(llm.score_request(len(HOW), prompts[len(HOW)], 1, run.in_decode))
+        llm.prepare(requests)
+        return sorted(llm.stream(requests), key=lambda output: output.index)
+
+
+def faults(device: PretendCuda) -> set[Note]:
+    """Notes in ops that are not named, all of which would keep the device or its thread waiting."""
+    return {note for note in device.notes if note.kind is not None and note not in NAMED}
+
+
+def check(run: Run, folder, references) -> None:
+    """The laws of a CUDA run (an op that mixes devices raises by itself)."""
+    references = sorted(references, key=lambda it: len(it.prompt))[:6]  # long ones take long
+    prompts = [reference.prompt for reference in references]
+    with pretend_cuda() as device:
+        found = outputs_of(run, folder, prompts, "cuda", run.executor)
+    assert not faults(device)
+    assert device.launches
+    wanted = outputs_of(run, folder, prompts, "cpu", "serial")
+    for own, other in zip(found[:-1], wanted[:-1], strict=True):
+        assert own.outputs[0].token_ids == other.outputs[0].token_ids
+    scores = ([it.logprob for it in each[-1].scores] for each in (found, wanted))
+    assert next(scores) == pytest.approx(next(scores), abs=1e-4 if run.dtype == "float32" else 0.1)
+    if run.is_exact:
+        for output, reference, how in zip(found, references, HOW, strict=False):
+            if not how.temperature:
+                certain = min(reference.certain_len(), NEW_TOKENS)
+                assert output.outputs[0].token_ids[:certain] == reference.tokens[:certain]
+
+
+# Six families, two exact runs, every dtype, packed weights and caches, sparse rows on disk.
+ALWAYS = range(176, 182)
+
+
+@pytest.mark.parametrize(
+    "number",
+    [i if i in ALWAYS else pytest.param(i, marks=pytest.mark.slow) for i in range(200)],
+)
+def test_a_cuda_run_keeps_its_laws(tiny_models, plain_host_attention, number):
+    run = drawn(number)
+    check(run, *tiny_models[run.family])
+
+
+@pytest.mark.parametrize("executor", ["async", "serial"])
+def test_a_cuda_run_of_two_stages_keeps_its_laws(tiny_models, policy_of_all, executor):
+    check(Run("llama", policy_of_all, executor=executor, num_stages=2), *tiny_models["llama"])
+
+
+@pytest.mark.parametrize(
+    "fault, note",
+    [
+        (lambda x: x.sum().item(), "sync"),
+        (lambda x: x.copy_(torch.ones(x.shape), non_blocking=True), "unpinned"),
+        (lambda x: x.copy_(torch.ones(x.shape)), "blocking"),
+        (lambda x: x + torch.ones(x.shape), None),
+    ],
+)
+def test_a_fault_in_an_op_breaks_a_law(tiny_models, monkeypatch, fault, note):
+    finish = HANDLERS[OpKind.FINISH]
+
+    def broken(handlers, op) -> None:
+        fault(handlers.hidden.work[op.cell_slot].hidden)
+        finish(handlers, op)
+
+    monkeypatch.setitem(HANDLERS, OpKind.FINISH, broken)
+    folder, _ = tiny_models["opt"]
+    with pretend_cuda() as device:
+        with nullcontext() if note else pytest.raises(DeviceMix):
+            greedy(folder, [[5, 6]], Policy(1), "cuda", use_ray=False, executor="serial")
+    assert {it.what for it in faults(device)} == ({note} if note else set())
