@@ -191,16 +191,17 @@ FAMILIES = ["opt", "llama", "qwen3", "gemma3", "phi3", "mistral", "opt-350m-like
 
 def drawn(number: int) -> Run:
     """One of many runs; the families take turns."""
-    rng = random.Random(number)
+    rng, family = random.Random(number), FAMILIES[number % len(FAMILIES)]
+    half = "bfloat16" if family == "gemma3" else "float16"  # in which it would overflow
 
     def placement() -> Placement:
         first, second = sorted(rng.choices(range(11), k=2))
         return Placement(first / 10, (second - first) / 10, (10 - second) / 10)
 
     return Run(
-        FAMILIES[number % len(FAMILIES)],
+        family,
         Policy(
-            rng.randint(1, 5),
+            rng.randint(2, 5),
             rng.randint(1, 3),
             rng.choice([3, 7, 64]),
             placement(),
@@ -212,7 +213,7 @@ def drawn(number: int) -> Run:
             embedding_bits=rng.choice([None, None, 4, 8]),
             attention_sparsity=rng.choice([1.0, 1.0, 0.3]),
         ),
-        rng.choice(["float32", "float32", "float16", "bfloat16"]),
+        rng.choice(["float32", "float32", half, "bfloat16"]),
         rng.choice(["async", "async", "serial"]),
         rng.choice([1, 1, 1, 2]),
         rng.random() < 0.5,
@@ -250,9 +251,9 @@ def outputs_of(run: Run, folder, prompts, device: str, executor: str) -> list[Re
         folder, policy=run.policy, dtype=run.dtype, device=device, executor=executor,
         pipeline_parallel_size=run.num_stages, use_ray=False, **options,
     ) as llm:  # fmt: skip
-        pairs = zip(prompts, HOW, strict=False)
+        pairs = zip(prompts, HOW, strict=True)
         requests = [llm.request(i, prompt, how) for i, (prompt, how) in enumerate(pairs)]
-        requests.append(llm.score_request(len(HOW), prompts[len(HOW)], 1, run.in_decode))
+        requests.append(llm.score_request(len(HOW), prompts[2], 1, run.in_decode))
         llm.prepare(requests)
         return sorted(llm.stream(requests), key=lambda output: output.index)
 
@@ -264,7 +265,7 @@ def faults(device: PretendCuda) -> set[Note]:
 
 def check(run: Run, folder, references) -> None:
     """The laws of a CUDA run (an op that mixes devices raises by itself)."""
-    references = sorted(references, key=lambda it: len(it.prompt))[:6]  # long ones take long
+    references = sorted(references, key=lambda it: len(it.prompt))[: len(HOW)]
     prompts = [reference.prompt for reference in references]
     with pretend_cuda() as device:
         found = outputs_of(run, folder, prompts, "cuda", run.executor)
@@ -282,8 +283,8 @@ def check(run: Run, folder, references) -> None:
                 assert output.outputs[0].token_ids[:certain] == reference.tokens[:certain]
 
 
-# Six families, two exact runs, every dtype, packed weights and caches, sparse rows on disk.
-ALWAYS = range(176, 182)
+# Six families, every dtype, packed weights and caches, sparse rows on disk, an exact run.
+ALWAYS = range(168, 174)
 
 
 @pytest.mark.parametrize(
