@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from importlib.metadata import PackageNotFoundError
 from math import inf, isfinite
 
@@ -146,6 +147,23 @@ def test_what_runs_together_is_counted_each_for_itself():
         assert all(rate > 0 for rate in rates) and min(counts) >= 2
         with pytest.raises(ZeroDivisionError):
             bench.measure_together((1, lambda: count(0)), (1, lambda: 1 // 0))
+
+
+@pytest.mark.parametrize("device, least", [("cpu", 1), ("cuda", 2)])
+def test_first_runs_count_for_nothing(monkeypatch, device, least):
+    """A device loads code when it is first asked, and a GPU's clock rises only under load."""
+    monkeypatch.setattr("flexgen_ray.hardware.measure._wait", lambda device: None)
+    calls = []
+
+    def slow_at_first():
+        calls.append(time.perf_counter())
+        time.sleep(0.03 if len(calls) == 1 else 0.001)
+
+    with Bench(CPU, 2**20, 0.04) as bench:
+        bench._warm_up(slow_at_first, torch.device(device))
+        assert len(calls) >= least
+        calls.clear()
+        assert bench.rate(1, slow_at_first, torch.device(device)) > 1 / 0.03
 
 
 def test_a_copy_moves_every_piece_of_the_buffer():
