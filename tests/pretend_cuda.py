@@ -490,6 +490,7 @@ def _patch_torch(patch: pytest.MonkeyPatch, pretend: PretendCuda) -> None:
         "get_device_name": lambda of=None: "pretend",
         "get_device_capability": lambda of=None: (9, 0),
         "get_device_properties": lambda of=None: SimpleNamespace(uuid="pretend"),
+        "memory_reserved": lambda of=None: 0,
         "max_memory_reserved": lambda of=None: 0,
         "cudart": lambda: cudart,
     }.items():

@@ -232,7 +232,7 @@ def test_refused_memory_is_used_unpinned_with_a_warning(caplog):
     tier = host_memory()
     tensor = tier.allocate("weights", MIB)
     assert not memory._register(tensor)
-    assert "ulimit -l" in caplog.text
+    assert "lower --cpu-memory" in caplog.text
     assert int(torch.ones(4, device="cuda").sum()) == 4
     tier.close()
 

@@ -34,7 +34,7 @@ from flexgen_ray.hardware.known import GIVEN
 from flexgen_ray.hardware.spec import Hardware
 from flexgen_ray.layout.plan import StagePlan
 from flexgen_ray.models.config import ModelConfig
-from flexgen_ray.planner.budgets import settle_budgets, settle_dtype
+from flexgen_ray.planner.budgets import library_note, settle_budgets, settle_dtype
 from flexgen_ray.planner.choose import (
     PlanningProblem,
     PolicyChoice,
@@ -118,12 +118,14 @@ class Engine:
             folder = str(settings.offload_dir)
             probed = self.backend.probe(settings.deployment.device, folder)
             self.machines = [_with_rates(it, settings.hardware) for it in probed]
-            self.budgets = settle_budgets(self.machines, settings.limits, reserved)
+            uses_nccl = self._uses_nccl
+            self.budgets = settle_budgets(self.machines, settings.limits, reserved, uses_nccl)
             self.dtype, note = settle_dtype(
                 settings.dtype, config.dtype, self.machines, config.overflows_float16
             )
-            if note is not None:
-                on_progress(Progress(note=note))
+            for each in (note, library_note(self.machines, settings.limits["gpu"], uses_nccl)):
+                if each is not None:
+                    on_progress(Progress(note=each))
         except BaseException:
             self.close()
             raise
@@ -153,7 +155,7 @@ class Engine:
             settings.base,
             settings.max_seconds,
             self._stages_disk,
-            hops_on_device=self.machines[0].on_cuda and self.backend.uses_nccl,
+            hops_on_device=self._uses_nccl,
             # With max_model_len, the requests' lengths don't decide how much memory one takes.
             request_name=name if settings.max_model_len is None else None,
         )
@@ -190,6 +192,11 @@ class Engine:
         """Each stage's plan, from the last `prepare`."""
         assert self._plans is not None, "prepare comes first"
         return self._plans
+
+    @property
+    def _uses_nccl(self) -> bool:
+        """True if hidden states go from GPU to GPU."""
+        return self.machines[0].on_cuda and self.backend.uses_nccl
 
     @property
     def _stages_disk(self) -> bool:

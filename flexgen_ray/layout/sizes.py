@@ -177,7 +177,10 @@ def workspace_bytes(plan: StagePlan) -> int:
     distinct = {(split, config.window(layer)) for (layer, _), split in splits}
     passes = 2 * plan.num_batches * len(distinct)
     masks = passes * plan.policy.gpu_batch_size * plan.max_seq_len
-    return int(FRAGMENTATION * (_op_bytes(plan) + masks))
+    # On a GPU these lanes have a stream each, and the allocator keeps a stream's memory for it.
+    ahead, finishing = _op_bytes(plan)
+    temporaries = ahead + finishing if plan.stages_disk else max(ahead, finishing)
+    return int(FRAGMENTATION * (temporaries + masks))
 
 
 def arriving_bytes(plan: StagePlan) -> int:
@@ -197,15 +200,20 @@ def scored_tokens_at_a_time(plan: StagePlan, top: int) -> int:
     `top` likeliest tokens.
     """
     scores = plan.cell_tokens * (16 + 12 * top)
-    room = _op_bytes(plan) - 48 * plan.config.vocab_size - scores
+    ahead, finishing = _op_bytes(plan)
+    room = finishing if plan.stages_disk else max(ahead, finishing)
+    room -= 48 * plan.config.vocab_size + scores
     return max(1, room // (8 * plan.config.vocab_size))
 
 
-def _op_bytes(plan: StagePlan) -> int:
-    """Most bytes of temporaries that one op needs on the device."""
+def _op_bytes(plan: StagePlan) -> tuple[int, int]:
+    """Most bytes of temporaries that one op needs on the device, of device_ahead and of device."""
     config, element = plan.config, plan.element_bytes
-    wide = max(config.intermediate_size * (3 if config.gated_mlp else 2), 3 * config.q_size)
-    tile = plan.tile_tokens * (wide * element + config.hidden_size * (2 * element + 3 * 4))
+    mlp = config.intermediate_size * (3 if config.gated_mlp else 2)
+    beside = config.hidden_size * (2 * element + 3 * 4)
+    projection, tile = (
+        plan.tile_tokens * (wide * element + beside) for wide in (3 * config.q_size, mlp)
+    )
     rows = plan.policy.gpu_batch_size
     # Grouped-query prefill repeats the keys and values of one row for every query head.
     attention = plan.max_seq_len * (config.q_size + config.kv_size) * 2 * element
@@ -219,7 +227,7 @@ def _op_bytes(plan: StagePlan) -> int:
     attention += chosen_tokens * 4 * config.num_heads
     # Logits of all rows in two precisions; one row's distribution, sorted and summed in float64.
     logits = config.vocab_size * (8 * rows + 48)
-    return max(tile, attention, logits)
+    return max(projection, attention), max(tile, logits)
 
 
 def tier_totals(sizes: dict[str, dict[str, int]]) -> Budget:

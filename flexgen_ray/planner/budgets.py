@@ -10,17 +10,23 @@ from dataclasses import replace
 
 from flexgen_ray.config import Budget
 from flexgen_ray.runtime.worker import Machine
+from flexgen_ray.schedule.ops import Lane
 from flexgen_ray.units import format_bytes
 
 # Shares of what is free that a run takes if no limit is set.
 GPU_SHARE = 0.9
 HOST_SHARE = 0.8
 DISK_SHARE = 0.9
-CUDA_RESERVE = 96 * 2**20  # bytes for cuBLAS workspaces and the allocator's rounding
+# Bytes of GPU memory for the allocator's rounding, and for cuBLAS, which has a workspace for each
+# stream that multiplies; those on GPUs from Hopper on are the largest.
+_ROUNDING, _WORKSPACE = 64 * 2**20, 32 * 2**20
+CUDA_RESERVE = _ROUNDING + sum(lane.worker is Lane.DEVICE for lane in Lane) * _WORKSPACE
+# Bytes of GPU memory that NCCL is taken to need for its buffers on each edge of a stage.
+NCCL_EDGE = 256 * 2**20
 
 
 def settle_budgets(
-    machines: list[Machine], limits: dict[str, int | None], reserved: int
+    machines: list[Machine], limits: dict[str, int | None], reserved: int, uses_nccl: bool = False
 ) -> list[Budget]:
     """The budget of each stage.
 
@@ -28,12 +34,37 @@ def settle_budgets(
     the host's. A limit on GPU memory is each stage's own; stages on one GPU divide its free memory.
 
     limits: {tier: bytes, or None for a share of what is free}. reserved: bytes of host memory that
-    Ray's object store takes.
+    Ray's object store takes. uses_nccl: hidden states go from GPU to GPU, by buffers of NCCL's.
     Raises ValueError if a limit exceeds what is free.
     """
+    if uses_nccl:
+        machines = [_less_nccl(it, stage, len(machines)) for stage, it in enumerate(machines)]
     hosts = Counter(machine.host for machine in machines)
     gpus = Counter(machine.gpu_id for machine in machines)
     return [_settle_share(it, limits, reserved, hosts[it.host], gpus[it.gpu_id]) for it in machines]
+
+
+def _less_nccl(machine: Machine, stage: int, num_stages: int) -> Machine:
+    """The machine without the GPU memory of NCCL's buffers, on the stage's one or two edges."""
+    taken = NCCL_EDGE * ((stage > 0) + (stage < num_stages - 1))
+    return replace(machine, gpu_bytes=max(machine.gpu_bytes - taken, 0))
+
+
+def library_note(machines: list[Machine], gpu_limit: int | None, uses_nccl: bool) -> str | None:
+    """A note for people who set a limit on GPU memory: what comes on top of it; None if nothing.
+
+    CUDA's context isn't counted, because a process can't know what it had before it had one.
+    """
+    taken = max(machine.library_bytes for machine in machines)
+    if gpu_limit is None or not (taken or uses_nccl):
+        return None
+    parts = [f"{format_bytes(taken)} of kernels of CUDA's libraries"] if taken else []
+    if uses_nccl:
+        parts.append(f"about {format_bytes(NCCL_EDGE)} of NCCL's for each neighbour")
+    return (
+        f"beside --gpu-memory {format_bytes(gpu_limit)}, each GPU holds {', '.join(parts)}, and "
+        "CUDA's context of a few hundred MiB; lower --gpu-memory if others need that memory"
+    )
 
 
 def _settle_share(

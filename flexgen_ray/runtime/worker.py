@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from flexgen_ray.config import DEVICES, HardwareSpec, is_device
+from flexgen_ray.hardware.gpu_memory import drop_workspaces, load_libraries
 from flexgen_ray.hardware.host import default_threads, free_memory, release_openmp_team
 from flexgen_ray.hardware.known import ASSUMED, CALIBRATED, assume_from_preset, load_calibrated
 from flexgen_ray.hardware.measure import measure_rates
@@ -39,6 +40,7 @@ class Machine:
 
     num_threads: cores for this worker; hardware: rates, if they are known.
     gpu_id: unique among all GPUs; rates_source: calibrated, given, or assumed by the GPU's name.
+    library_bytes: GPU memory that kernels of CUDA's libraries take, which isn't free any more.
     """
 
     host: str
@@ -52,6 +54,7 @@ class Machine:
     hardware: Hardware | None = None
     gpu_id: str = ""
     rates_source: str = CALIBRATED
+    library_bytes: int = 0
 
     @property
     def on_cuda(self) -> bool:
@@ -78,6 +81,8 @@ class Worker:
         chosen = find_device(device)
         uses_cuda = chosen.type == "cuda"
         _set_up(chosen)
+        # First of all, because what it takes isn't free.
+        library_bytes = load_libraries(chosen) if uses_cuda else 0
         memory = free_memory()
         machine = Machine(
             host=socket.gethostname(),
@@ -89,6 +94,7 @@ class Worker:
             num_threads=self._num_threads,
             is_fast_in_bfloat16=_gpu_has_bfloat16() if uses_cuda else _cpu_has_bfloat16(),
             gpu_id=str(torch.cuda.get_device_properties().uuid) if uses_cuda else "",
+            library_bytes=library_bytes,
         )
         return with_known_rates(machine, Path(offload_dir)) if with_rates else machine
 
@@ -169,10 +175,8 @@ class Worker:
         if self.stage is not None:
             self.stage.close()
             self.stage = None
-            if torch.cuda.is_initialized():
-                # Streams that have multiplied have workspaces, useless to the next stage's.
-                torch._C._cuda_clearCublasWorkspaces()  # type: ignore[attr-defined]
-                torch.cuda.empty_cache()
+            # Useless to the next stage, which has streams of its own.
+            drop_workspaces()
 
 
 def find_device(name: str) -> torch.device:

@@ -49,11 +49,11 @@ _PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 _log = logging.getLogger(__name__)
 
 
-def allocate_pages(nbytes: int) -> Tensor:
+def allocate_pages(nbytes: int, is_inherited: bool = True) -> Tensor:
     """Allocate a zeroed uint8 host tensor that starts at a page.
 
     It is a memory mapping of its own, which costs nothing until it is touched, and which goes back
-    to the system as a whole.
+    to the system as a whole. is_inherited: False if processes that this one forks don't have it.
     """
     if not nbytes:
         return torch.zeros(0, dtype=torch.uint8)
@@ -61,6 +61,8 @@ def allocate_pages(nbytes: int) -> Tensor:
     # Huge pages are touched and pinned several times faster; not every Linux kernel has them.
     with suppress(OSError):
         mapping.madvise(mmap.MADV_HUGEPAGE)
+    if not is_inherited:
+        mapping.madvise(mmap.MADV_DONTFORK)
     return torch.frombuffer(mapping, dtype=torch.uint8)
 
 
@@ -90,7 +92,8 @@ class MemoryTier(Ledger):
             # Other streams will fill it.
             torch.cuda.synchronize(self.device)
             return memory
-        memory = allocate_pages(nbytes)
+        # After a fork, a write may move a page away from under the device's copies.
+        memory = allocate_pages(nbytes, is_inherited=not self.pinned)
         # Touch all pages now, on all cores: not during a run, and so that missing memory shows now.
         memory[::PAGE].zero_()
         if self.pinned and nbytes and _register(memory):
@@ -113,8 +116,9 @@ def _register(memory: Tensor) -> bool:
         return True
     _forget_last_error()
     _log.warning(
-        "CUDA refuses to pin %s of host memory (%s): copies to and from it will be slower; "
-        "raise the limit on locked memory (ulimit -l) or lower --cpu-memory",
+        "CUDA refuses to pin %s of host memory (%s), perhaps more than the machine or its "
+        "container can: copies to and from it will be slower; lower --cpu-memory, or raise the "
+        "container's memory limit",
         format_bytes(memory.nbytes),
         torch.cuda.CudaError(int(error)),
     )
