@@ -94,4 +94,5 @@ def throughput(
             say(line)
         settings = {"model": model, "prompt_len": prompt_len, "max_tokens": max_tokens}
         result = settings | {"num_prompts": count} | run_figures(llm.report) | disturbed
-    finish(result, llm.report.device, json_file)
+        # Before the end of the LLM: freeing tens of GiB of pinned memory takes long.
+        finish(result, llm.report.device, json_file)
