@@ -19,6 +19,7 @@ import time
 from math import inf
 from typing import Any
 
+from benchmarks.spare import Spare
 from flexgen_ray.config import HardwareSpec
 from flexgen_ray.cost.resources import Amounts, Demand, SharedResources, demand_of
 from flexgen_ray.layout.active_ops import ActiveOps
@@ -120,6 +121,8 @@ class Pacer:
         self._played = 0.0  # modelled seconds
         self._changed = threading.Condition()
         self._resources: SharedResources[PacedOp] = SharedResources()
+        self._spare = Spare()
+        self._spare.note(0.0, self._resources.load)
         self._is_cancelled = False
 
     def begin(self, amounts: Amounts, ready_at: float) -> PacedOp:
@@ -127,10 +130,18 @@ class Pacer:
         job = PacedOp(demand_of(amounts, self._hardware))
         with self._changed:
             self._play()
-            ready = self._modelled(ready_at) if ready_at else self._played
-            self._resources.begin(job, self._played, ready)
-            job.started = self._wall(min(ready, self._played))
+            ready = min(self._modelled(ready_at), self._played) if ready_at else self._played
+            job.started = self._wall(ready)
             job.seconds = job.demand.seconds * self._time_scale
+            left, job.ends = job.demand.seconds, ready
+            if ready < self._played:
+                link = job.demand.engine
+                shares = job.demand.shares | ({} if link is None else {link: 1.0})
+                left, job.ends = self._spare.use(shares, left, ready, self._played)
+            job.has_ended = left <= 0
+            if not job.has_ended:
+                self._resources.begin(job, self._played, left)
+                self._spare.note(self._played, self._resources.load)
         return job
 
     def end(self, job: PacedOp) -> None:
@@ -159,16 +170,13 @@ class Pacer:
             self._changed.notify_all()
 
     def _play(self) -> None:
-        """Let modelled time pass until now.
-
-        An op that began late may have ended before the time that has been played; it ends then, but
-        others that ran since don't gain by it.
-        """
+        """Let modelled time pass until now."""
         now, resources, any_ended = self._modelled(time.perf_counter()), self._resources, False
         while (event := resources.next_event()) <= now:
             self._played = max(self._played, event)
             for job in resources.pop_ended(self._played):
                 job.has_ended = any_ended = True
+            self._spare.note(self._played, resources.load)
         self._played = max(self._played, now)
         if any_ended:
             self._changed.notify_all()

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from strategies import policies
 
 from benchmarks.emulation import PacedOp, Pacer, emulated
+from benchmarks.spare import Spare
 from flexgen_ray import LLM, HardwareSpec, Placement, Policy, SamplingParams
 from flexgen_ray.config import RATE_NAMES
 from flexgen_ray.cost.resources import Resource, SharedResources, demand_of
@@ -132,6 +133,67 @@ def test_what_is_late_catches_up():
         ready_at = job.ended
         assert ready_at == pytest.approx(began + 0.01 * number, abs=1e-6)
         assert time.perf_counter() >= ready_at
+
+
+@given(
+    st.lists(st.tuples(st.floats(0.0, 0.01), st.floats(0.001, 0.01)), min_size=2, max_size=4),
+    st.sampled_from([Resource.H2D, Resource.HOST_MEMORY]),
+    st.booleans(),
+)
+@settings(max_examples=8)
+def test_what_is_late_takes_no_more_than_there_was(jobs, resource, has_copy_engines):
+    """Ops that need one resource for some seconds, all ready at once, though begun later."""
+    pacer = Pacer(HardwareSpec(**FAST, has_copy_engines=has_copy_engines), 1.0)
+    ready_at = time.perf_counter()
+    paced: list[PacedOp] = []
+
+    def work(delay: float, seconds: float) -> None:
+        time.sleep(delay)
+        job = pacer.begin({resource: 1e12 * seconds}, ready_at)
+        pacer.end(job)
+        paced.append(job)
+
+    threads = [threading.Thread(target=work, args=job) for job in jobs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    needed = sum(seconds for _, seconds in jobs)
+    assert max(job.ended for job in paced) - ready_at >= needed * (1 - 1e-6)
+    assert all(job.ended - ready_at >= job.seconds * (1 - 1e-6) for job in paced)
+
+
+amounts = st.dictionaries(st.sampled_from("ab"), st.floats(0.1, 1.0), min_size=1)
+
+
+@given(
+    st.lists(st.tuples(amounts, st.floats(0.0, 4.0), st.floats(0.0, 9.0)), max_size=6),
+    st.lists(st.floats(0.0, 1.0), min_size=1, max_size=6),
+)
+def test_what_was_left_is_given_once(late, loads):
+    """Ten seconds in which resource `a` had these loads in turn, and `b` half of them."""
+    spare = Spare()
+    for number, load in enumerate(loads):
+        spare.note(10 * number / len(loads), {"a": load, "b": load / 2})
+    used = {name: sum(10 / len(loads) * load * part for load in loads)
+            for name, part in (("a", 1.0), ("b", 0.5))}  # fmt: skip
+    for shares, seconds, since in late:
+        left, until = spare.use(shares, seconds, since, 10.0)
+        done = seconds - left
+        assert 0 <= left <= seconds and done <= until - since + 1e-9
+        assert since <= until <= 10 and (left == 0 or until == 10)
+        for name, share in shares.items():
+            used[name] += share * done
+    assert all(each <= 10 + 1e-6 for each in used.values())
+
+
+def test_an_op_alone_has_all_the_time_since_it_was_ready():
+    spare = Spare()
+    spare.note(0.0, {"a": 0.0})
+    assert spare.use({"a": 1.0}, 2.0, 5.0, 10.0) == (0.0, 7.0)
+    assert spare.use({"a": 1.0}, 9.0, 5.0, 10.0) == (6.0, 10.0)  # 5 to 7 are taken
+    assert spare.use({"a": 0.5}, 1.0, 4.0, 10.0) == (0.0, 5.0)
+    assert spare.use({}, 0.0, 4.0, 10.0) == (0.0, 4.0)
 
 
 @pytest.mark.parametrize("value", [0, -1.0, "fast", None])

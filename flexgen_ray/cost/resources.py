@@ -170,22 +170,26 @@ class SharedResources(Generic[RunningOpT]):
         is_short = any(load > 1.0 + 1e-9 for load in self._load.values())
         return is_short or any(engine.waiting for engine in self._engines.values())
 
-    def begin(self, op: RunningOpT, now: float, ready_at: float = math.inf) -> None:
+    @property
+    def load(self) -> dict[str, float]:
+        """Sum of the running ops' shares of each resource; 1 for a copy engine that serves."""
+        serving = {link: 1.0 for link, engine in self._engines.items() if engine.served is not None}
+        return self._load | serving
+
+    def begin(self, op: RunningOpT, now: float, left: float | None = None) -> None:
         """Start an op, which may slow the others, or queue it at its copy engine.
 
-        ready_at: when it could have begun, if that is before now; what it would have done since
-        then, at the speed that it has now, counts as done.
+        left: seconds of it alone that it still needs; None for all of them.
         """
-        began, link = min(ready_at, now), op.demand.engine
-        op.left = op.demand.seconds
+        op.left = op.demand.seconds if left is None else left
+        link = op.demand.engine
         if link is not None:
             engine = self._engines[link]
             if engine.served is not None:
                 engine.queue(op, now)
                 return
             engine.served = op
-            began = min(max(began, engine.free_since), now)
-        self._start(op, now, began)
+        self._start(op, now)
 
     def next_event(self) -> float:
         """Time of the first end, or change of a copy engine's turn, if no other op begins.
@@ -211,30 +215,29 @@ class SharedResources(Generic[RunningOpT]):
         for op in ended:
             self._stop(op, now)
             if op.demand.engine is not None:
-                self._serve_next(self._engines[op.demand.engine], now, op.ends)
+                self._serve_next(self._engines[op.demand.engine], now)
         for engine in self._engines.values():
             if engine.waiting and engine.turn_ends <= latest:
-                served, ended_at = engine.served, engine.turn_ends
+                served = engine.served
                 assert served is not None, "copies wait for one that is served"
                 self._stop(served, now)
                 served.left, served.ends = engine.left_after_turn, math.inf
                 engine.waiting.append(served)
-                self._serve_next(engine, now, ended_at)
+                self._serve_next(engine, now)
         return ended
 
-    def _serve_next(self, engine: _CopyEngine[RunningOpT], now: float, free_since: float) -> None:
+    def _serve_next(self, engine: _CopyEngine[RunningOpT], now: float) -> None:
         """Start the copy that has waited longest, if any, for one piece if others wait too."""
-        engine.free_since = min(free_since, now)
         engine.served = None
         if engine.waiting:
             engine.served = op = engine.waiting.popleft()
             engine.left_after_turn = op.left - op.demand.piece
-            self._start(op, now, engine.free_since)
+            self._start(op, now)
 
-    def _start(self, op: RunningOpT, now: float, began: float) -> None:
+    def _start(self, op: RunningOpT, now: float) -> None:
         self._change_load(op, 1, now)
         op.speed = speed(op.demand.shares, self._load)
-        op.ends = began + op.left / op.speed
+        op.ends = now + op.left / op.speed
         self._running.append(op)
 
     def _stop(self, op: RunningOpT, now: float) -> None:
@@ -263,16 +266,15 @@ class _CopyEngine(Generic[RunningOpT]):
     """The copy engine of one direction of the link: the copy that it serves, and those that wait.
 
     left_after_turn: seconds alone of the served copy that are left when its turn ends, because
-    others wait; 0 or less if it ends before. free_since: when the engine last ended a turn.
+    others wait; 0 or less if it ends before.
     """
 
-    __slots__ = ("free_since", "left_after_turn", "served", "waiting")
+    __slots__ = ("left_after_turn", "served", "waiting")
 
     def __init__(self) -> None:
         self.served: RunningOpT | None = None
         self.waiting: deque[RunningOpT] = deque()
         self.left_after_turn = 0.0
-        self.free_since = -math.inf
 
     @property
     def turn_ends(self) -> float:
