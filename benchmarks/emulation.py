@@ -4,7 +4,7 @@ An op starts, in emulated time, when its lane is free and the ops that it depend
 Alone it takes the seconds of the resource that it needs longest; ops that together need more of a
 resource than there is are slowed alike, and copies take turns, as cost/resources.py says. Each op
 is held until its emulated end. When Python is late, the next ops are held for less time, until the
-emulation has caught up.
+emulation has caught up; they take only what other ops left meanwhile (spare.py).
 
 Use `LLM(model, device="cpu", **emulated(HardwareSpec(...)))`. Stages import `EmulatedRun` by its
 name, Ray actors too, so run it from the folder that holds `benchmarks`.

@@ -1,4 +1,4 @@
-"""What ops have left of a machine's resources, for others that Python begins too late.
+"""Leftovers of a machine's resources, for ops that Python begins too late.
 
 An emulated op that is begun late catches up: it has what it could have had since it was ready. The
 ops that ran meanwhile are not slowed by it in hindsight, so it may take only what they left, or
@@ -31,7 +31,7 @@ class Spare:
     def use(
         self, shares: Mapping[str, float], seconds: float, since: float, now: float
     ) -> tuple[float, float]:
-        """Give an op what was left of its resources from `since` until now, or until it ends.
+        """Give an op the rest of its resources from `since` until now, or until it ends.
 
         shares, seconds: as in resources.Demand. Returns the seconds alone that the op still needs,
         and the time until which it ran: `now`, or its end if it needs none.

@@ -136,6 +136,7 @@ def test_the_planners_choice_is_run_beside_every_policy_of_the_grid_that_fits(mo
 
 @pytest.mark.slow
 def test_unlike_gpus_are_split_and_run(monkeypatch):
+    monkeypatch.setattr(gate, "ATTEMPTS", 1)
     monkeypatch.setattr(t4, "PROMPT_LEN", 8)
     monkeypatch.setattr(t4, "MAX_TOKENS", 12)
     result = benchmark(
@@ -153,6 +154,7 @@ def test_unlike_gpus_are_split_and_run(monkeypatch):
 @pytest.mark.slow
 def test_scaling_runs_what_it_says_and_draws_it(monkeypatch, tmp_path):
     """With short prompts and answers, so that it takes a minute."""
+    monkeypatch.setattr(gate, "ATTEMPTS", 1)
     monkeypatch.setattr(t4, "PROMPT_LEN", 8)
     monkeypatch.setattr(t4, "MAX_TOKENS", 12)
     picture = tmp_path / "scaling.png"
