@@ -12,7 +12,7 @@ from bisect import bisect_right
 from collections.abc import Mapping
 from operator import itemgetter
 
-REMEMBERED = 256  # changes of the load; what was left before them is given to nobody
+REMEMBERED = 256  # changes of the load; what was left before them is lost
 ROUNDING = 1e-9  # of a resource; less than that is none
 
 
