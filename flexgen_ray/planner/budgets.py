@@ -19,7 +19,7 @@ HOST_SHARE = 0.8
 DISK_SHARE = 0.9
 # Bytes of GPU memory for the allocator's rounding, and for cuBLAS, which has a workspace for each
 # stream that multiplies; those on GPUs from Hopper on are the largest.
-_ROUNDING, _WORKSPACE = 64 * 2**20, 32 * 2**20
+_ROUNDING, _WORKSPACE = 32 * 2**20, 32 * 2**20
 CUDA_RESERVE = _ROUNDING + sum(lane.worker is Lane.DEVICE for lane in Lane) * _WORKSPACE
 # Bytes of GPU memory that NCCL is taken to need for its buffers on each edge of a stage.
 NCCL_EDGE = 256 * 2**20
