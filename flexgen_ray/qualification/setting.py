@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from flexgen_ray.files.json_text import to_json
+from flexgen_ray.reporting.terminal import display
 
 
 class Skipped(Exception):
@@ -58,7 +59,7 @@ class Figures:
             file.write(line + "\n")
             file.flush()
             os.fsync(file.fileno())
-        print(line, flush=True)
+        display(line)
 
 
 def read_figures(path: Path) -> list[dict]:
