@@ -74,12 +74,12 @@ _LEAST_PIECE = 1e-9  # of a piece; what is less is an error of rounding
 
 def seconds_by_resource(amounts: Amounts, hardware: HardwareSpec) -> dict[Resource, float]:
     """Seconds for which an op would use each resource if it had all of it."""
-    taken = {
-        resource: amount / getattr(hardware, resource)
-        for resource, amount in amounts.items()
-        if resource not in _BY_SECONDS
-    }
-    issuing = sum(amounts.get(it, 0.0) * getattr(hardware, it) for it in _BY_SECONDS)
+    taken, issuing = {}, 0.0
+    for resource, amount in amounts.items():
+        if resource in _BY_SECONDS:
+            issuing += amount * getattr(hardware, resource)
+        else:
+            taken[resource] = amount / getattr(hardware, resource)
     if issuing:
         taken[Resource.ISSUE] = issuing
     return taken
@@ -163,12 +163,12 @@ class SharedResources(Generic[RunningOpT]):
         self._running: list[RunningOpT] = []
         self._load = dict.fromkeys((*Resource, CORES), 0.0)
         self._engines = {link: _CopyEngine[RunningOpT]() for link in _LINKS}
+        self._contended: list[_CopyEngine[RunningOpT]] = []  # engines for which copies wait
 
     @property
     def is_contended(self) -> bool:
         """True if some op is slowed, or waits for a copy engine."""
-        is_short = any(load > 1.0 + 1e-9 for load in self._load.values())
-        return is_short or any(engine.waiting for engine in self._engines.values())
+        return bool(self._contended) or any(load > 1.0 + 1e-9 for load in self._load.values())
 
     @property
     def load(self) -> dict[str, float]:
@@ -187,6 +187,7 @@ class SharedResources(Generic[RunningOpT]):
             engine = self._engines[link]
             if engine.served is not None:
                 engine.queue(op, now)
+                self._note_waiting()
                 return
             engine.served = op
         self._start(op, now)
@@ -200,9 +201,8 @@ class SharedResources(Generic[RunningOpT]):
         for op in self._running:
             if op.ends < first:
                 first = op.ends
-        for engine in self._engines.values():
-            if engine.waiting:
-                first = min(first, engine.turn_ends)
+        for engine in self._contended:
+            first = min(first, engine.turn_ends)
         return first
 
     def pop_ended(self, now: float) -> list[RunningOpT]:
@@ -216,8 +216,9 @@ class SharedResources(Generic[RunningOpT]):
             self._stop(op, now)
             if op.demand.engine is not None:
                 self._serve_next(self._engines[op.demand.engine], now)
-        for engine in self._engines.values():
-            if engine.waiting and engine.turn_ends <= latest:
+                self._note_waiting()
+        for engine in self._contended:
+            if engine.turn_ends <= latest:
                 served = engine.served
                 assert served is not None, "copies wait for one that is served"
                 self._stop(served, now)
@@ -225,6 +226,9 @@ class SharedResources(Generic[RunningOpT]):
                 engine.waiting.append(served)
                 self._serve_next(engine, now)
         return ended
+
+    def _note_waiting(self) -> None:
+        self._contended = [engine for engine in self._engines.values() if engine.waiting]
 
     def _serve_next(self, engine: _CopyEngine[RunningOpT], now: float) -> None:
         """Start the copy that has waited longest, if any, for one piece if others wait too."""
