@@ -185,7 +185,7 @@ def hardware_of(case: Case, plan: StagePlan, op_seconds: float) -> HardwareSpec:
         rates[resource] = amounts[resource] / seconds
     # Prefill is this much faster for each token, so its pass takes about as long as any other.
     rates[Resource.FLOPS] = PROMPT_LEN * rates[Resource.DECODE_FLOPS]
-    return HardwareSpec(**rates)
+    return HardwareSpec(**rates, has_copy_engines=False)
 
 
 def _middle_pass(plan: StagePlan) -> Composition:

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 import flexgen_ray
 from flexgen_ray.calibration import calibrate
 from flexgen_ray.calibration import rates as calibration
+from flexgen_ray.calibration.issuing import issue_seconds
 from flexgen_ray.calibration.steady import Measurer, Unsteady
 from flexgen_ray.cli.main import app
 from flexgen_ray.config import HardwareSpec
@@ -257,3 +258,8 @@ def test_a_part_that_exceeds_its_whole_is_refused_with_the_figures():
         take.check_part(37.9e9, 1.05e9, what)
     assert take.check_part(1.05e9, 1e9, what) == 1e9 and take.check_part(5e8, 1e9, what) == 5e8
     assert Measurer(str, 1).check_part(37.9e9, 1e9, what) == 1e9
+
+
+def test_issuing_an_op_takes_microseconds():
+    """On a CPU, whose lanes have threads of their own; a GPU's have one, and events."""
+    assert 1e-7 < issue_seconds(torch.device("cpu")) < 1e-2

@@ -40,7 +40,8 @@ MAY_IMPORT = {
     " runtime schedule text units",
     "llm": "checks config engine hardware models paths planner processor reporting request runtime"
     " text units",
-    "calibration": "config distributed files hardware kernels reporting runtime store units",
+    "calibration": "config distributed files hardware kernels reporting runtime schedule store"
+    " units",
     "evaluation": "files llm reporting request",
     "integrations": "evaluation llm request text",
     "batch": "config files llm models planner reporting request runtime text units",

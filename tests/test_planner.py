@@ -18,7 +18,7 @@ from flexgen_ray.layout.sizes import stage_bytes, tier_totals
 from flexgen_ray.models.shapes import shape_config
 from flexgen_ray.planner.comparison import HardwareNode, devices_of
 from flexgen_ray.planner.corners import ON_DEVICE, Corners, policy_of, shares_of
-from flexgen_ray.planner.grid import SearchSpace
+from flexgen_ray.planner.grid import BATCHES, SearchSpace
 from flexgen_ray.planner.lp import round_layers
 from flexgen_ray.planner.pipeline_plan import ISSUING, ONE_BATCH, SCHEDULE, PlannedJob, StageDevice
 from flexgen_ray.planner.search import Infeasible, Planner, find_best_plan
@@ -338,3 +338,16 @@ def test_without_overlap_lanes_add_up():
     for phase in PHASES:
         assert serial.visit_seconds(phase) > overlapped.visit_seconds(phase)
     assert serial.bottleneck[1] == "all lanes"
+
+
+def test_sixteen_batches_are_chosen_where_they_are_better():
+    """OPT-175B on one of the paper's machines, which holds that many sequences."""
+    config, job = shape_config("opt-175b"), PlannedJob.uniform(1024, 512, 32)
+    few, more = (
+        find_best_plan(
+            Planner(config, t4.machines(1), job, "float16", SearchSpace(Policy(), sizes, batches))
+        )
+        for sizes, batches in (((32, 48, 64), (4, 6, 8)), ((32, 48, 64), BATCHES))
+    )
+    assert more.stages[0].policy.num_gpu_batches == 16 == max(BATCHES)
+    assert more.tokens_per_s > few.tokens_per_s

@@ -15,6 +15,7 @@ from statistics import median
 
 import torch
 
+from flexgen_ray.calibration.issuing import issue_seconds
 from flexgen_ray.calibration.steady import TENTH, Measurer
 from flexgen_ray.hardware.measure import Action, Bench, CacheShape
 from flexgen_ray.hardware.rates import (
@@ -198,8 +199,10 @@ def _device(bench: Bench, effort: Effort, take: Measurer, scope: Scope) -> Devic
     (dequantized,) = take("dequantizing", lambda: [bench.dequantize_rate(dtype, 4, matrix)])
     few_and_many = _DECODING_ROWS, _PREFILL_ROWS
     launch, elementwise = take("small ops", lambda: bench.small_ops(few_and_many, effort.width))
+    issue = None
     if not is_cpu:
         launch = bench.launch_seconds()
+        issue = _rounded(issue_seconds(device))
     (sampled,) = take("sampling", lambda: [bench.sampling_rate()])
     gemm = tuple(
         GemmRates(name, tuple(_gemm(bench, effort, name, take)))
@@ -214,6 +217,7 @@ def _device(bench: Bench, effort: Effort, take: Measurer, scope: Scope) -> Devic
         _rounded(dequantized),
         elementwise_bytes_per_s=_rounded(elementwise),
         sampled_values_per_s=_rounded(sampled),
+        issue_seconds=issue,
     )
 
 
