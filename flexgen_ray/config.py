@@ -259,6 +259,8 @@ class HardwareSpec:
     sampled_values_per_s: logits of sampled tokens. This and the two rates before it are nearly
         infinite by default, for rates that were not measured.
     network_bytes_per_s: hidden states on their way to the next stage.
+    append_bytes_per_s: new keys and values that one of the host's threads puts in their places;
+        nearly infinite by default.
     launch_seconds, issue_seconds: seconds of the one thread that issues the ops of a GPU, for each
         torch op that it launches and for each op of the schedule. 0 (the default) is free; with a
         CPU, device_ops_per_s counts them.
@@ -281,6 +283,7 @@ class HardwareSpec:
     elementwise_bytes_per_s: float = 1e18
     sampled_values_per_s: float = 1e18
     network_bytes_per_s: float = 1.25e9
+    append_bytes_per_s: float = 1e18
     launch_seconds: float = 0.0
     issue_seconds: float = 0.0
     has_copy_engines: bool = False

@@ -85,7 +85,7 @@ class LateCuda:
         patch(torch.cuda, "synchronize", lambda device=None: cuda.synchronize())
         patch(stage, "make_lane_workers", lambda device, *of: lanes.make_lane_workers(CUDA, *of))
         patch(stage, "append_threads", lambda device, *of: 3)
-        patch(new_tokens, "_ALONE_BYTES", 0)
+        patch(new_tokens, "ALONE_BYTES", 0)
         patch(stage, "device_wait", lambda device: lanes.device_wait(CUDA))
         patch(LLM, "_stages_disk", True)
         patch(link, "crosses_link", self.crosses_link)

@@ -11,6 +11,7 @@ from flexgen_ray import LLM, SamplingParams
 from flexgen_ray.config import Placement, Policy, Workload
 from flexgen_ray.cost.ops import CostModel
 from flexgen_ray.cost.resources import Resource
+from flexgen_ray.layout.placement import ALONE_BYTES
 from flexgen_ray.layout.plan import StagePlan
 from flexgen_ray.layout.rows import Composition, Row, Rows
 from flexgen_ray.models.config_files import load_config
@@ -80,3 +81,23 @@ def test_attention_takes_what_a_layers_window_has(tiny_models, position, tokens)
             assert found[Resource.DEVICE_ATTENTION] == len(seen) * plan.kv_bytes
             pairs = sum(min(at + 1, window) for at in range(position, end))
             assert found[Resource.FLOPS] == 4 * config.q_size * pairs
+
+
+@given(decoding=st.integers(0, 4), prompts=st.integers(0, 3), length=st.sampled_from([2, 30, 600]))
+def test_new_tokens_of_large_prompts_alone_are_placed_at_the_memory_s_speed(
+    tiny_models, decoding, prompts, length
+):
+    """By several threads; one token of a row, or little of a prompt, is placed by one."""
+    config, stage = load_config(tiny_models["opt"][0]), StageLayers.whole(2)
+    cache, slots = Placement(0, 1, 0), decoding + prompts
+    if not slots:
+        return
+    plan = StagePlan(config, stage, Policy(8, cache=cache), Workload(8, 600, 700), "float32")
+    news = [1] * decoding + [length] * prompts
+    rows = tuple(Row(i, 0, n, sum(news[:i]), True, n > 1) for i, n in enumerate(news))
+    amounts = CostModel(plan).amounts(
+        Op(OpKind.APPEND_CACHE, 0, 1, 0, 0, 0), Composition(Rows(rows, ()), 0)
+    )
+    chunks, all_bytes = prompts * length * plan.kv_bytes, sum(news) * plan.kv_bytes
+    assert amounts[Resource.HOST_MEMORY] == 2 * all_bytes
+    assert amounts[Resource.APPEND] == all_bytes - (chunks if chunks >= ALONE_BYTES else 0)

@@ -104,7 +104,7 @@ def test_several_threads_place_tokens_where_one_does(lengths, heads, dtype):
     alone, shared = (torch.zeros(2, len(lengths), heads, 12, width, dtype=dtype) for _ in range(2))
     append_tokens(alone, NewTokens(rows, alone), kv)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(new_tokens, "_ALONE_BYTES", 0)
+        patch.setattr(new_tokens, "ALONE_BYTES", 0)
         append_tokens(shared, NewTokens(rows, shared), kv, THREE)
     assert torch.equal(alone, shared)
     for row, index in rows:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable
 from functools import cache
 
 from flexgen_ray.cost.resources import Amounts, Resource
-from flexgen_ray.layout.placement import COPY_PIECE, PAGE, aligned, split_tokens
+from flexgen_ray.layout.placement import ALONE_BYTES, COPY_PIECE, PAGE, aligned, split_tokens
 from flexgen_ray.layout.plan import CACHE_BLOCK_TOKENS, StagePlan
 from flexgen_ray.layout.rows import NO_ROWS, Composition, PlacedRows, Row
 from flexgen_ray.layout.sizes import CHOICE_BYTES, quantized_values, streamed_bytes
@@ -260,7 +260,11 @@ class CostModel:
     def _append_cache(self, op: Op, composition: Composition) -> Amounts:
         placed = self._placed(op, composition)
         tokens = placed.rows.num_tokens - placed.first_off_device
-        return {_R.HOST_MEMORY: 2 * tokens * self._kv_token}
+        chunks = sum(it.num_new_tokens for it in placed.off_device if it.num_new_tokens > 1)
+        # Several threads place large chunks of prompts, at the memory's speed.
+        alone = tokens - (chunks if chunks * self._kv_token >= ALONE_BYTES else 0)
+        nbytes = tokens * self._kv_token
+        return {_R.HOST_MEMORY: 2 * nbytes, _R.APPEND: alone * self._kv_token}
 
     def _write_cache(self, op: Op, composition: Composition) -> Amounts:
         placed, block = self._placed(op, composition), CACHE_BLOCK_TOKENS

@@ -52,6 +52,7 @@ class Resource(StrEnum):
     ELEMENTWISE = "elementwise_bytes_per_s"  # bytes that small ops read and write
     SAMPLING = "sampled_values_per_s"  # logits from which a token is sampled
     NETWORK = "network_bytes_per_s"  # to the next stage
+    APPEND = "append_bytes_per_s"  # new keys and values that one thread of the host places
     ISSUE = "issue_seconds"  # the thread that issues the ops of all of a GPU's streams
     LAUNCHES = "launch_seconds"  # torch ops that this thread launches
 

@@ -35,6 +35,7 @@ _NAMES = {
     "elementwise": "elementwise {compute} ops",
     "sampling": "sampling tokens",
     "network": "network between stages",
+    "append": "putting new keys and values in place",
     "issue": "issuing ops (Python)",
     "cores": "CPU cores",
 }

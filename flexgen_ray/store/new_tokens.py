@@ -11,10 +11,8 @@ from torch import Tensor
 
 from flexgen_ray.kernels.host_threads import HostThreads
 from flexgen_ray.kernels.indices import place_indices
+from flexgen_ray.layout.placement import ALONE_BYTES
 from flexgen_ray.layout.rows import Row
-
-# Chunks smaller than this are placed by the caller sooner than threads can be woken.
-_ALONE_BYTES = 2**20
 
 
 class NewTokens:
@@ -72,7 +70,7 @@ def append_tokens(
         for tokens, index, start, stop in new.chunks
     ]
     nbytes = sum(target.nbytes for target, _ in chunks)
-    if threads is None or nbytes < _ALONE_BYTES:
+    if threads is None or nbytes < ALONE_BYTES:
         for target, source in chunks:
             target.copy_(source)
         return
