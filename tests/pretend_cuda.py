@@ -378,6 +378,23 @@ def _attention(device: PretendCuda, attend):
     return attention
 
 
+def _rms_norm(device: PretendCuda, norm):
+    """rms_norm as CUDA has it (_fused_rms_norm): one kernel, and a copy of an input with gaps.
+
+    A weight of another dtype takes several kernels, as on the CPU.
+    """
+
+    def rms_norm(x, normalized_shape, weight=None, eps=None):
+        if not isinstance(x, DeviceTensor) or (weight is not None and weight.dtype != x.dtype):
+            return norm(x, normalized_shape, weight, eps)
+        _check_devices("rms_norm", [it for it in (x, weight) if it is not None])
+        x = x.contiguous()
+        device.launch("rms_norm")
+        return DeviceTensor(norm(_data(x), normalized_shape, _data(weight), eps))
+
+    return rms_norm
+
+
 def _caller() -> str:
     """The project's function that is running, such as runtime/handlers.py OpHandlers._accept."""
     frame = sys._getframe(1)
@@ -512,6 +529,8 @@ def _patch_torch(patch: pytest.MonkeyPatch, pretend: PretendCuda) -> None:
     patch.setattr(threading.Thread, "run", run)
     attend = torch.nn.functional.scaled_dot_product_attention
     patch.setattr(torch.nn.functional, "scaled_dot_product_attention", _attention(pretend, attend))
+    norm = torch.nn.functional.rms_norm
+    patch.setattr(torch.nn.functional, "rms_norm", _rms_norm(pretend, norm))
     # Wrappers have no version counter that inference tensors could share.
     no_grad = torch.no_grad
     inference_mode = torch.inference_mode

@@ -158,15 +158,16 @@ def test_hidden_states_come_back_as_they_left(requests, placement, batch, folder
         for number in (0, 1):
             op = Op(OpKind.FINISH, 0, 1, number, number, 0, hidden_slot=number)
             home[op] = torch.randn(plan.cell_tokens - number, config.hidden_size)
-            work = store.work[op.cell_slot].hidden[: len(home[op])]
+            work = store.of_cell(op)[: len(home[op])]
             work.copy_(home[op])
             for move in (store.keep_resident, store.store, store.write):
                 move(op, len(work))
-            work.zero_()
+            if not plan.hidden_stays:
+                work.zero_()
         for op, tokens in home.items():
             for move in (store.read, store.load, store.fetch_resident):
                 move(op, len(tokens))
-            assert torch.equal(store.work[op.cell_slot].hidden[: len(tokens)], tokens)
+            assert torch.equal(store.of_cell(op)[: len(tokens)], tokens)
     finally:
         places.disk.close()
 

@@ -100,7 +100,7 @@ def test_several_threads_place_tokens_where_one_does(lengths, heads, dtype):
         (Row(slot, 2, count, sum(lengths[:slot]), True, True), len(lengths) - 1 - slot)
         for slot, count in enumerate(lengths)
     ]
-    kv = tuple(torch.arange(total * heads * width).view(total, -1).to(dtype) + i for i in (0, 1))
+    kv = torch.arange(total * 2 * heads * width).view(total, 2, heads, width).to(dtype)
     alone, shared = (torch.zeros(2, len(lengths), heads, 12, width, dtype=dtype) for _ in range(2))
     append_tokens(alone, NewTokens(rows, alone), kv)
     with pytest.MonkeyPatch.context() as patch:
@@ -108,5 +108,5 @@ def test_several_threads_place_tokens_where_one_does(lengths, heads, dtype):
         append_tokens(shared, NewTokens(rows, shared), kv, THREE)
     assert torch.equal(alone, shared)
     for row, index in rows:
-        new = alone[0, index, :, 2 : row.seq_len].transpose(0, 1).flatten(1)
-        assert torch.equal(new, kv[0][row.tokens])
+        new = alone[:, index, :, 2 : row.seq_len].permute(2, 0, 1, 3)
+        assert torch.equal(new, kv[row.tokens])

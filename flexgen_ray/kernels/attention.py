@@ -19,15 +19,16 @@ def decode(
     lens: list[int],
     mask: Tensor | None = None,
     window: int | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Attend one new token per row to its cache.
 
     q: [rows, heads, head_dim]; k, v: [rows, kv_heads, seq, head_dim]
     lens: valid tokens of each row, the new one included.
-    mask: length_mask(lens, device, window), if the caller has it already.
+    mask: length_mask(lens, device, window), or that made additive, if the caller has it already.
     window: number of each row's last tokens that are attended, None for all.
-    Returns [rows, heads, head_dim]. The query heads that share a KV head become rows of one query
-    matrix, so the cache is read once.
+    out, returned: [rows, heads, head_dim]; None to allocate it.
+    The query heads that share a KV head become rows of one query matrix, so the cache is read once.
     """
     rows, heads, head_dim = q.shape
     tokens = span(lens, window)
@@ -35,8 +36,11 @@ def decode(
     if mask is None:
         mask = length_mask(lens, q.device, window)
     grouped = q.reshape(rows, k.shape[1], heads // k.shape[1], head_dim)
-    out = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask)
-    return out.reshape(rows, heads, head_dim)
+    attended = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask)
+    if out is None:
+        return attended.reshape(rows, heads, head_dim)
+    out.view(grouped.shape).copy_(attended)
+    return out
 
 
 def decode_sparse(
@@ -156,6 +160,18 @@ def length_mask(lens: list[int], device: torch.device, window: int | None = None
     places = torch.arange(tokens.start, tokens.stop, device=device)
     mask = places < ends
     return mask if window is None else mask & (places >= ends - window)
+
+
+def additive_mask(mask: Tensor, dtype: torch.dtype, alignment: int = 1) -> Tensor:
+    """Make a mask of what is attended one that is added to the scores: 0, or -infinity.
+
+    mask: bool [rows, 1, 1, tokens]. alignment: number of which the elements from row to row are a
+    multiple.
+    """
+    tokens = mask.shape[-1]
+    shape = (*mask.shape[:-1], -(-tokens // alignment) * alignment)
+    added = torch.zeros(shape, dtype=dtype, device=mask.device)[..., :tokens]
+    return added.masked_fill_(~mask, -torch.inf)
 
 
 def prefill(

@@ -188,6 +188,25 @@ class StagePlan:
         return min(self.cell_tokens, off_device * self.workload.max_prefill_len)
 
     @property
+    def qkv_size(self) -> int:
+        """Elements of one token's queries, keys and values."""
+        return self.config.q_size + 2 * self.config.kv_size
+
+    @property
+    def stored_rows(self) -> int:
+        """Most rows whose queries, keys and values leave the device side by side, one token each.
+
+        None do if the cache is quantized: it takes other bytes than were computed.
+        """
+        off_device = max((split.off_device for split in self.splits.values()), default=0)
+        return 0 if self.policy.cache_bits else off_device
+
+    @property
+    def hidden_stays(self) -> bool:
+        """True if hidden states stay on the device between layers, which then work in place."""
+        return self.policy.activations.gpu == 1
+
+    @property
     def disk_rows(self) -> int:
         """Most rows of a batch whose cache lies on disk."""
         return max((split.disk for split in self.splits.values()), default=0)

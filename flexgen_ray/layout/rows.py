@@ -81,6 +81,11 @@ class Rows:
         return self.rows[-1].tokens.stop if self.rows else 0
 
     @cached_property
+    def are_single(self) -> bool:
+        """True if every row brings one token, as in decoding."""
+        return self.num_tokens == len(self.rows)
+
+    @cached_property
     def positions(self) -> list[int]:
         """Position of each packed token in its sequence."""
         return [p for row in self.rows for p in range(row.position, row.seq_len)]

@@ -17,6 +17,7 @@ from flexgen_ray.units import format_bytes
 
 FRAGMENTATION = 1.5  # memory that the allocator holds, over live memory; see test_memory.py
 CHOICE_BYTES = 4  # of the index of a token that sparse attention chose
+MASK_ALIGNMENT = 16  # elements from row to row of a mask, as attention on CUDA takes it
 QUERY_TILE = 512  # queries whose mask over a cached prefix is built at a time
 
 
@@ -100,7 +101,7 @@ def _cache_bytes(plan: StagePlan) -> dict[str, dict[str, int]]:
     row, block = plan.row_bytes, plan.cache_block_bytes
     disk_row = plan.cache_blocks * block
     disk_rows = sum(split.disk for split in splits)
-    new_kv = plan.stored_tokens * plan.kv_bytes
+    new_kv = new_kv_bytes(plan)
     vectors = plan.attended_rows * plan.config.q_size * plan.element_bytes
     chosen_vectors = plan.choosing_rows * plan.max_kept_tokens * plan.config.num_kv_heads
     chosen = chosen_vectors * (plan.vector_bytes + CHOICE_BYTES)
@@ -118,6 +119,15 @@ def _cache_bytes(plan: StagePlan) -> dict[str, dict[str, int]]:
         },
         "disk": {"cache": disk_rows * disk_row},
     }
+
+
+def new_kv_bytes(plan: StagePlan) -> int:
+    """Bytes on the host of what leaves the device in a cell: new keys and values.
+
+    Queries come with them in a pass whose rows bring one token each.
+    """
+    rows = plan.stored_rows * plan.qkv_size * plan.element_bytes
+    return max(plan.stored_tokens * plan.kv_bytes, rows)
 
 
 def host_workspace_bytes(plan: StagePlan) -> int:
@@ -139,7 +149,8 @@ def _hidden_bytes(plan: StagePlan) -> dict[str, dict[str, int]]:
     gpu, cpu, disk = plan.hidden_tokens
     slots = plan.hidden_slots
     sent = 0 if plan.stage.is_last else slots * plan.cell_tokens * token
-    work = plan.cell_tokens * (config.hidden_size + config.q_size + 2 * config.kv_size)
+    hidden = 0 if plan.hidden_stays else config.hidden_size
+    work = plan.cell_tokens * (hidden + plan.qkv_size) + plan.policy.gpu_batch_size * config.q_size
     packed = plan.cell_tokens * plan.kv_bytes if plan.policy.cache_bits else 0
     hops: dict[str, dict[str, int]] = {"gpu": {}, "cpu": {}}
     arrived = CELL_SLOTS * plan.cell_tokens * token * _has_arrivals(plan)
@@ -172,15 +183,31 @@ def _gathers(plan: StagePlan) -> bool:
 
 def workspace_bytes(plan: StagePlan) -> int:
     """Most bytes of temporaries on the device: a tile's MLP or projection, attention, logits."""
-    # Masks are built once a pass, for each distinct division of slots and attention window.
-    config, splits = plan.config, plan.splits.items()
+    # Masks are built once a pass, for each distinct division of slots and attention window, and
+    # rotations for each kind of rope.
+    config, splits, rows = plan.config, plan.splits.items(), plan.policy.gpu_batch_size
     distinct = {(split, config.window(layer)) for (layer, _), split in splits}
-    passes = 2 * plan.num_batches * len(distinct)
-    masks = passes * plan.policy.gpu_batch_size * plan.max_seq_len
+    width = 1 if plan.is_sparse else plan.element_bytes
+    masks = len(distinct) * rows * aligned(plan.max_seq_len, MASK_ALIGNMENT) * width
+    ropes = {config.rope_of(layer) for layer in plan.stage.decoders} - {None}
+    rotations = len(ropes) * rows * config.head_dim * plan.element_bytes
+    of_passes = 2 * plan.num_batches * (masks + rotations)
     # On a GPU these lanes have a stream each, and the allocator keeps a stream's memory for it.
     ahead, finishing = _op_bytes(plan)
     temporaries = ahead + finishing if plan.stages_disk else max(ahead, finishing)
-    return int(FRAGMENTATION * (temporaries + masks))
+    return int(FRAGMENTATION * (temporaries + of_passes + _dense_bytes(plan)))
+
+
+def _dense_bytes(plan: StagePlan) -> int:
+    """Bytes of copies without gaps that cross the link in place of views, on streams of their own.
+
+    A prompt's keys and values take most; queries and attention of decoding rows beside it less.
+    """
+    if not plan.stages_disk:
+        return 0
+    vectors = plan.attended_rows * plan.config.q_size * plan.element_bytes
+    kv = 0 if plan.policy.cache_bits else plan.stored_tokens * plan.kv_bytes
+    return kv + 2 * vectors
 
 
 def arriving_bytes(plan: StagePlan) -> int:
@@ -210,9 +237,13 @@ def _op_bytes(plan: StagePlan) -> tuple[int, int]:
     """Most bytes of temporaries that one op needs on the device, of device_ahead and of device."""
     config, element = plan.config, plan.element_bytes
     mlp = config.intermediate_size * (3 if config.gated_mlp else 2)
-    beside = config.hidden_size * (2 * element + 3 * 4)
+    # Queries and keys are normed beside the product, and with an offset in float32.
+    normed = plan.qkv_size * ((4 if config.norm_offset else 2) if config.qk_norm else 1)
+    angles = config.head_dim * (element + 3 * 4) if config.rope else 0
+    beside = config.hidden_size * (2 * element + 3 * 4) + angles
     projection, tile = (
-        plan.tile_tokens * (wide * element + beside) for wide in (3 * config.q_size, mlp)
+        plan.tile_tokens * (wide * element + beside)
+        for wide in (max(3 * config.q_size, normed), mlp)
     )
     rows = plan.policy.gpu_batch_size
     # Grouped-query prefill repeats the keys and values of one row for every query head.

@@ -124,6 +124,10 @@ class ModelConfig:
         """
         return None if layer in self.full_attention_layers else self.sliding_window
 
+    def rope_of(self, layer: int) -> Rope | None:
+        """Rotary embedding of a decoder layer; None if the model has none."""
+        return self.rope if self.window(layer) is None else self.window_rope or self.rope
+
     def attended_tokens(self, layer: int, tokens: int) -> int:
         """Number of tokens that the last of `tokens` tokens attends in a decoder layer."""
         return min(tokens, self.window(layer) or tokens)

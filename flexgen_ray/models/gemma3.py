@@ -10,44 +10,22 @@ from torch import Tensor
 
 from flexgen_ray.models import gemma
 from flexgen_ray.models.config import ModelConfig
-from flexgen_ray.models.layers import (
-    Weights,
-    gated_mlp,
-    linear,
-    norm_heads,
-    project_heads,
-    rms_norm,
-    rotate,
-)
+from flexgen_ray.models.layers import Weights, gated, linear, rms_norm
 
 WEIGHT_NAMES = gemma.WEIGHT_NAMES | {
     "attention_post_norm": "model.layers.{}.post_attention_layernorm",
     "mlp_norm": "model.layers.{}.pre_feedforward_layernorm",
     "mlp_post_norm": "model.layers.{}.post_feedforward_layernorm",
 }
-embed, head = gemma.embed, gemma.head
+embed, project, head = gemma.embed, gemma.project, gemma.head
 
 
-def project(
-    config: ModelConfig, weights: Weights, x: Tensor, positions: Tensor, layer: int
-) -> tuple[Tensor, ...]:
-    """Norm and project hidden states, norm queries and keys, and rotate them by the layer's kind.
+def finish(config: ModelConfig, weights: Weights, hidden: Tensor, attention: Tensor) -> None:
+    """Complete a decoder layer after attention, in place; its outputs are normed.
 
-    x: [tokens, hidden]. Returns q, k, v, each [tokens, heads or kv_heads, head_dim].
-    """
-    rope = config.rope if config.window(layer) is None else config.window_rope
-    assert rope is not None
-    q, k, v = project_heads(config, weights, rms_norm(config, weights, "attention_norm", x))
-    q, k = rotate(rope, positions, *norm_heads(config, weights, q, k))
-    return q * config.query_scale, k, v
-
-
-def finish(config: ModelConfig, weights: Weights, residual: Tensor, attention: Tensor) -> Tensor:
-    """Complete a decoder layer after attention; outputs of attention and MLP are normed.
-
-    residual: [tokens, hidden]; attention: [tokens, q_size]. Returns [tokens, hidden].
+    hidden: [tokens, hidden]; attention: [tokens, q_size].
     """
     added = linear(weights, "o_proj", attention)
-    x = residual + rms_norm(config, weights, "attention_post_norm", added)
-    added = gated_mlp(config, weights, rms_norm(config, weights, "mlp_norm", x))
-    return x + rms_norm(config, weights, "mlp_post_norm", added)
+    hidden += rms_norm(config, weights, "attention_post_norm", added)
+    inner = gated(config, weights, rms_norm(config, weights, "mlp_norm", hidden))
+    hidden += rms_norm(config, weights, "mlp_post_norm", linear(weights, "down_proj", inner))

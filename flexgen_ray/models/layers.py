@@ -32,24 +32,39 @@ _LARGE_MATRIX = 5 * 10**5  # elements; for smaller ones oneDNN's set-up takes wh
 _onednn = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
-def linear(weights: Weights, name: str, x: Tensor) -> Tensor:
+def linear(weights: Weights, name: str, x: Tensor, out: Tensor | None = None) -> Tensor:
     """Apply a linear layer to x, [tokens, in], with its bias if it has one.
 
-    Returns [tokens, out].
+    out, returned: [tokens, out]; None to allocate it.
     """
-    return product(x, weights[f"{name}.weight"], weights.get(f"{name}.bias"))
+    return product(x, weights[f"{name}.weight"], weights.get(f"{name}.bias"), out)
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Multiply x, [tokens, in], by the transposed weight, [out, in]. Returns [tokens, out].
+def add_linear(weights: Weights, name: str, x: Tensor, hidden: Tensor) -> None:
+    """Add a linear layer of x, [tokens, in], to hidden states [tokens, hidden], in place."""
+    if x.is_cuda and f"{name}.bias" not in weights:
+        hidden.addmm_(x, weights[f"{name}.weight"].T)  # one launch
+    else:
+        hidden += linear(weights, name, x)
 
-    In float32 on a CPU torch uses MKL; oneDNN is used here, which is faster on CPUs not made by
-    Intel.
+
+def product(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
+    """Multiply x, [tokens, in], by the transposed weight, [out, in].
+
+    out, returned: [tokens, out]; None to allocate it. In float32 on a CPU torch uses MKL; oneDNN is
+    used here, which is faster on CPUs not made by Intel, but takes no `out`.
     """
     is_large = weight.numel() >= _LARGE_MATRIX
     if is_large and _onednn is not None and x.dtype == torch.float32 and not x.is_cuda:
-        return _onednn(x, weight, bias, "none", [], "")
-    return F.linear(x, weight, bias)
+        result = _onednn(x, weight, bias, "none", [], "")
+        return result if out is None else out.copy_(result)
+    if out is None:
+        return F.linear(x, weight, bias)
+    if bias is None:
+        return torch.mm(x, weight.T, out=out)
+    return torch.addmm(bias, x, weight.T, out=out)
 
 
 def layer_norm(config: ModelConfig, weights: Weights, name: str, x: Tensor) -> Tensor:
@@ -63,42 +78,67 @@ def rms_norm(config: ModelConfig, weights: Weights, name: str, x: Tensor) -> Ten
     return _rms_norm(config, weights[f"{name}.weight"], x)
 
 
-def norm_heads(config: ModelConfig, weights: Weights, *heads: Tensor) -> list[Tensor]:
-    """Norm queries and keys, each [tokens, heads or kv_heads, head_dim]."""
-    parts = weights["qk_norm.weight"].split(config.stacked("qk_norm"))
-    if config.qk_norm == "heads":
-        return [
-            _rms_norm(config, weight.view(x.shape[1:]), x)
-            for weight, x in zip(parts, heads, strict=True)
-        ]
-    return [
-        _rms_norm(config, weight, x.flatten(1)).view_as(x)
-        for weight, x in zip(parts, heads, strict=True)
-    ]
-
-
 def _rms_norm(config: ModelConfig, weight: Tensor, x: Tensor) -> Tensor:
-    """Apply RMSNorm over the last dimension of x in float32, as transformers does.
+    """Apply RMSNorm over the last dimension of x, which is the weight's.
 
-    weight: [size of that dimension], or with more dimensions of x.
+    Plain weights multiply what was rounded to the dtype, as in transformers, but on a GPU what is
+    not, in one launch.
     """
-    wide = x.float()
-    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + config.norm_eps)
-    if config.norm_offset is None:
-        return weight * wide.to(x.dtype)
-    return (wide * (weight.float() + config.norm_offset)).to(x.dtype)
+    if config.norm_offset:
+        weight = weight.float() + config.norm_offset
+        return F.rms_norm(x.float(), weight.shape, weight, config.norm_eps).to(x.dtype)
+    if config.norm_offset is None and not x.is_cuda:
+        return F.rms_norm(x, weight.shape, None, config.norm_eps).mul_(weight)
+    return F.rms_norm(x, weight.shape, weight, config.norm_eps)
 
 
-def project_heads(config: ModelConfig, weights: Weights, x: Tensor) -> tuple[Tensor, ...]:
-    """Project x, [tokens, hidden], to q, k, v, each [tokens, heads or kv_heads, head_dim]."""
-    heads = linear(weights, "qkv_proj", x).unflatten(-1, (-1, config.head_dim))
-    return heads.split([config.num_heads, config.num_kv_heads, config.num_kv_heads], dim=1)
+def project_heads(
+    config: ModelConfig, weights: Weights, x: Tensor, rotation: Tensor, out: Tensor
+) -> None:
+    """Project x, [tokens, hidden], to queries, keys and values, and rotate queries and keys.
+
+    rotation: of the tokens' positions. out: [tokens, q_size + 2 * kv_size].
+    """
+    heads = config.num_heads + config.num_kv_heads
+    rotated = out.unflatten(-1, (-1, config.head_dim))[:, :heads]
+    if config.qk_norm is None:
+        qkv = linear(weights, "qkv_proj", x)
+        own = config.q_size + config.kv_size
+        out[:, own:].copy_(qkv[:, own:])
+        rotate(rotation, qkv.unflatten(-1, (-1, config.head_dim))[:, :heads], rotated)
+    else:
+        linear(weights, "qkv_proj", x, out)
+        rotate(rotation, _norm_heads(config, weights, out), rotated)
+    if config.query_scale != 1:
+        out[:, : config.q_size] *= config.query_scale
 
 
-def gated_mlp(config: ModelConfig, weights: Weights, x: Tensor) -> Tensor:
-    """Apply the gated MLP to x, [tokens, hidden]. Returns [tokens, hidden]."""
+def _norm_heads(config: ModelConfig, weights: Weights, qkv: Tensor) -> Tensor:
+    """Norm the queries and keys of qkv, [tokens, q_size + 2 * kv_size].
+
+    Returns [tokens, heads + kv_heads, head_dim].
+    """
+    weight, sizes = weights["qk_norm.weight"], config.stacked("qk_norm")
+    if config.qk_norm == "all":
+        parts = zip(weight.split(sizes), qkv[:, : sum(sizes)].split(sizes, dim=-1), strict=True)
+        normed = torch.cat([_rms_norm(config, *pair) for pair in parts], dim=-1)
+        return normed.unflatten(-1, (-1, config.head_dim))
+    # Values are normed too, and left out: without them a GPU would copy the others first.
+    whole, size = qkv.unflatten(-1, (-1, config.head_dim)), (config.head_dim,)
+    if config.norm_offset is not None:
+        whole, weight = whole.float(), weight.float() + config.norm_offset
+    weight = weight.view(-1, config.head_dim)
+    normed = F.rms_norm(whole, size, None, config.norm_eps)[:, : len(weight)]
+    return normed.mul_(weight).to(qkv.dtype)
+
+
+def gated(config: ModelConfig, weights: Weights, x: Tensor) -> Tensor:
+    """Apply the MLP's gate and up projections to x, [tokens, hidden].
+
+    Returns [tokens, intermediate], which the down projection takes.
+    """
     gate, up = linear(weights, "gate_up_proj", x).chunk(2, dim=-1)
-    return linear(weights, "down_proj", ACTIVATIONS[config.activation](gate).mul_(up))
+    return ACTIVATIONS[config.activation](gate).mul_(up)
 
 
 def token_logits(config: ModelConfig, weights: Weights, x: Tensor) -> Tensor:
@@ -107,19 +147,22 @@ def token_logits(config: ModelConfig, weights: Weights, x: Tensor) -> Tensor:
     return linear(weights, name, x).float()
 
 
-def rotate(rope: Rope, positions: Tensor, *heads: Tensor) -> list[Tensor]:
-    """Apply rotary position embedding (Su et al. 2021), with Hugging Face's order of halves.
+def rotation(rope: Rope, positions: Tensor, head_dim: int, dtype: torch.dtype) -> Tensor:
+    """Return cosines and sines of rotary position embedding (Su et al. 2021) for some positions.
 
-    positions: [tokens]; each of heads: [tokens, heads, head_dim].
+    positions: [tokens]. Returns [2, tokens, 1, head_dim / 2].
     """
-    half = heads[0].shape[-1] // 2
-    angles = positions[:, None].float() * _frequencies(rope, 2 * half, positions.device)
-    cos, sin = (turn.to(heads[0].dtype)[:, None] for turn in (angles.cos(), angles.sin()))
-    return [
-        torch.cat((x[..., :half] * cos - x[..., half:] * sin,
-                   x[..., half:] * cos + x[..., :half] * sin), dim=-1)
-        for x in heads
-    ]  # fmt: skip
+    angles = positions[:, None].float() * _frequencies(rope, head_dim, positions.device)
+    return torch.stack((angles.cos(), angles.sin())).to(dtype)[:, :, None]
+
+
+def rotate(rotation: Tensor, x: Tensor, out: Tensor) -> None:
+    """Rotate x, [tokens, heads, head_dim], with Hugging Face's order of halves, into out."""
+    cos, sin = rotation
+    half = x.shape[-1] // 2
+    torch.mul(x.unflatten(-1, (2, half)), cos[..., None, :], out=out.unflatten(-1, (2, half)))
+    out[..., :half].addcmul_(x[..., half:], sin, value=-1)
+    out[..., half:].addcmul_(x[..., :half], sin)
 
 
 @lru_cache(maxsize=32)

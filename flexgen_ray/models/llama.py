@@ -17,12 +17,10 @@ from flexgen_ray.models.config import ModelConfig
 from flexgen_ray.models.layers import (
     Lookup,
     Weights,
-    gated_mlp,
-    linear,
-    norm_heads,
+    add_linear,
+    gated,
     project_heads,
     rms_norm,
-    rotate,
     token_logits,
 )
 
@@ -50,28 +48,27 @@ def embed(config: ModelConfig, lookup: Lookup, tokens: Tensor, positions: Tensor
 
 
 def project(
-    config: ModelConfig, weights: Weights, x: Tensor, positions: Tensor, layer: int
-) -> tuple[Tensor, ...]:
+    config: ModelConfig, weights: Weights, x: Tensor, rotation: Tensor | None, out: Tensor
+) -> None:
     """Norm hidden states, project them to queries, keys and values, and rotate by position.
 
-    x: [tokens, hidden]. Returns q, k, v, each [tokens, heads or kv_heads, head_dim].
+    x: [tokens, hidden]. rotation: layers.rotation of the tokens' positions, None without a rope.
+    out: [tokens, q_size + 2 * kv_size], where queries, keys and values are put side by side.
     """
-    assert config.rope is not None
-    q, k, v = project_heads(config, weights, rms_norm(config, weights, "attention_norm", x))
-    if config.qk_norm:
-        q, k = norm_heads(config, weights, q, k)
-    q, k = rotate(config.rope, positions, q, k)
-    return q, k, v
+    assert rotation is not None
+    x = rms_norm(config, weights, "attention_norm", x)
+    project_heads(config, weights, x, rotation, out)
 
 
-def finish(config: ModelConfig, weights: Weights, residual: Tensor, attention: Tensor) -> Tensor:
-    """Complete a decoder layer after attention: output projection, then norm and MLP.
+def finish(config: ModelConfig, weights: Weights, hidden: Tensor, attention: Tensor) -> None:
+    """Complete a decoder layer after attention, in place: output projection, then norm and MLP.
 
-    residual: [tokens, hidden]; attention: [tokens, q_size]. Returns [tokens, hidden].
+    hidden: [tokens, hidden], the layer's input, which becomes its output.
+    attention: [tokens, q_size].
     """
-    x = residual + linear(weights, "o_proj", attention)
-    x += gated_mlp(config, weights, rms_norm(config, weights, "mlp_norm", x))
-    return x
+    add_linear(weights, "o_proj", attention, hidden)
+    inner = gated(config, weights, rms_norm(config, weights, "mlp_norm", hidden))
+    add_linear(weights, "down_proj", inner, hidden)
 
 
 def head(config: ModelConfig, weights: Weights, x: Tensor) -> Tensor:

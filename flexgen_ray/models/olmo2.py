@@ -9,15 +9,7 @@ from torch import Tensor
 
 from flexgen_ray.models import llama
 from flexgen_ray.models.config import ModelConfig
-from flexgen_ray.models.layers import (
-    Weights,
-    gated_mlp,
-    linear,
-    norm_heads,
-    project_heads,
-    rms_norm,
-    rotate,
-)
+from flexgen_ray.models.layers import Weights, gated, linear, project_heads, rms_norm
 
 WEIGHT_NAMES = llama.WEIGHT_NAMES | {
     "attention_norm": "model.layers.{}.post_attention_layernorm",
@@ -27,23 +19,22 @@ embed, head = llama.embed, llama.head
 
 
 def project(
-    config: ModelConfig, weights: Weights, x: Tensor, positions: Tensor, layer: int
-) -> tuple[Tensor, ...]:
+    config: ModelConfig, weights: Weights, x: Tensor, rotation: Tensor | None, out: Tensor
+) -> None:
     """Project hidden states to queries, keys and values, norm queries and keys, and rotate them.
 
-    x: [tokens, hidden]. Returns q, k, v, each [tokens, heads or kv_heads, head_dim].
+    Arguments as in llama.py.
     """
-    assert config.rope is not None
-    q, k, v = project_heads(config, weights, x)
-    q, k = rotate(config.rope, positions, *norm_heads(config, weights, q, k))
-    return q, k, v
+    assert rotation is not None
+    project_heads(config, weights, x, rotation, out)
 
 
-def finish(config: ModelConfig, weights: Weights, residual: Tensor, attention: Tensor) -> Tensor:
-    """Complete a decoder layer after attention; outputs of attention and MLP are normed.
+def finish(config: ModelConfig, weights: Weights, hidden: Tensor, attention: Tensor) -> None:
+    """Complete a decoder layer after attention, in place; its outputs are normed.
 
-    residual: [tokens, hidden]; attention: [tokens, q_size]. Returns [tokens, hidden].
+    hidden: [tokens, hidden]; attention: [tokens, q_size].
     """
     added = linear(weights, "o_proj", attention)
-    x = residual + rms_norm(config, weights, "attention_norm", added)
-    return x + rms_norm(config, weights, "mlp_norm", gated_mlp(config, weights, x))
+    hidden += rms_norm(config, weights, "attention_norm", added)
+    added = linear(weights, "down_proj", gated(config, weights, hidden))
+    hidden += rms_norm(config, weights, "mlp_norm", added)

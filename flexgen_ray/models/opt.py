@@ -15,9 +15,9 @@ from flexgen_ray.models.layers import (
     ACTIVATIONS,
     Lookup,
     Weights,
+    add_linear,
     layer_norm,
     linear,
-    project_heads,
 )
 
 WEIGHT_NAMES = {
@@ -49,29 +49,30 @@ def embed(config: ModelConfig, lookup: Lookup, tokens: Tensor, positions: Tensor
 
 
 def project(
-    config: ModelConfig, weights: Weights, x: Tensor, positions: Tensor, layer: int
-) -> tuple[Tensor, ...]:
-    """Norm hidden states and project them to queries, keys and values.
+    config: ModelConfig, weights: Weights, x: Tensor, rotation: Tensor | None, out: Tensor
+) -> None:
+    """Norm hidden states x, [tokens, hidden], and project them to queries, keys and values.
 
-    x: [tokens, hidden]. Returns q, k, v, each [tokens, heads, head_dim].
+    rotation: None. out: [tokens, 3 * q_size].
     """
     if config.pre_norm:
         x = layer_norm(config, weights, "attention_norm", x)
-    return project_heads(config, weights, x)
+    linear(weights, "qkv_proj", x, out)
 
 
-def finish(config: ModelConfig, weights: Weights, residual: Tensor, attention: Tensor) -> Tensor:
-    """Complete a decoder layer after attention: output projection, then the MLP.
+def finish(config: ModelConfig, weights: Weights, hidden: Tensor, attention: Tensor) -> None:
+    """Complete a decoder layer after attention, in place: output projection, then the MLP.
 
-    residual, attention: [tokens, hidden]. Returns [tokens, hidden].
+    hidden, attention: [tokens, hidden].
     """
-    x = residual + linear(weights, "o_proj", attention)
+    add_linear(weights, "o_proj", attention, hidden)
     if not config.pre_norm:
-        x = layer_norm(config, weights, "attention_norm", x)
-    inner = layer_norm(config, weights, "mlp_norm", x) if config.pre_norm else x
+        hidden.copy_(layer_norm(config, weights, "attention_norm", hidden))
+    inner = layer_norm(config, weights, "mlp_norm", hidden) if config.pre_norm else hidden
     inner = ACTIVATIONS[config.activation](linear(weights, "up_proj", inner))
-    x += linear(weights, "down_proj", inner)
-    return x if config.pre_norm else layer_norm(config, weights, "mlp_norm", x)
+    add_linear(weights, "down_proj", inner, hidden)
+    if not config.pre_norm:
+        hidden.copy_(layer_norm(config, weights, "mlp_norm", hidden))
 
 
 def head(config: ModelConfig, weights: Weights, x: Tensor) -> Tensor:

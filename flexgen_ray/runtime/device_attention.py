@@ -13,7 +13,8 @@ ATTEND_DEVICE of a cell with 3 decoding rows and a prompt's chunk of 5 tokens, f
     prompt's chunk   attention.prefill over [5, 32, 128], row by row: cached keys and values, then
                      causally its own
 
-Results replace the queries in q, which FINISH then projects. Streamed rows under sparse attention
+Results replace the queries in q, or go to a buffer of their own if each row brings one token, and
+FINISH projects them. Streamed rows under sparse attention
 take three ops: CHOOSE selects tokens by the keys that came, GATHER_VALUES and LOAD_VALUES bring the
 values of these tokens only, and ATTEND_DEVICE weighs them.
 """
@@ -59,12 +60,8 @@ class DeviceAttention:
 
         Values beyond the range become NaN, and so do the logits of their row alone.
         """
-        if self._bits is None or work.packed is None:
-            return
-        heads = self._config.num_kv_heads, -1
-        for values, packed in zip((work.k, work.v), work.packed, strict=True):
-            into = packed[:num_tokens].unflatten(-1, heads)
-            pack(values[:num_tokens].unflatten(-1, heads), self._bits, into, raises=False)
+        if self._bits is not None:
+            pack(work.kv[:num_tokens], self._bits, work.cached[:num_tokens], raises=False)
 
     def choose(self, op: Op, placed: PlacedRows, work: CellBuffers) -> None:
         """CHOOSE: select the tokens that streamed rows attend, by their loaded keys."""
@@ -79,8 +76,9 @@ class DeviceAttention:
             self._weights[op.cell_slot].append(selected.weights)
 
     def attend(self, op: Op, placed: PlacedRows, work: CellBuffers) -> None:
-        """ATTEND_DEVICE: replace the queries of resident and streamed rows by their attention."""
+        """ATTEND_DEVICE: put the attention of resident and streamed rows where FINISH takes it."""
         cache, window = self._cache, self._config.window(op.layer)
+        target = work.attention(placed.rows)
         cache.append_streamed(op, placed, work, prefills=True)
         if not self._plan.is_sparse:
             cache.append_streamed(op, placed, work, prefills=False)
@@ -91,14 +89,15 @@ class DeviceAttention:
         ):
             for number, run in enumerate(self._runs(placed, key, rows, window)):
                 if key is _STREAMED_RUNS and self._plan.is_sparse:
-                    out = self._weigh_loaded(op, run, self._weights[op.cell_slot][number])
+                    weights = self._weights[op.cell_slot][number]
+                    target[run.tokens].copy_(self._weigh_loaded(op, run, weights))
                 else:
-                    cached = view(op, run.first, run.first + run.count)
-                    out = self._decode(work, run, cached[:, :, :, run.seen], window)
-                self._query(work, run).copy_(out)
+                    cached = view(op, run.first, run.first + run.count)[:, :, :, run.seen]
+                    self._decode(work, run, cached, window, target[run.tokens])
             for row, index in rows:
                 if row.is_prefill:
-                    self._prefill(work, row, view(op, index, index + 1), window)
+                    cached = view(op, index, index + 1)
+                    target[row.tokens].copy_(self._prefill(work, row, cached, window))
         self._weights.pop(op.cell_slot, None)
 
     def _runs(
@@ -109,29 +108,31 @@ class DeviceAttention:
         window: int | None,
     ) -> _Runs:
         """Runs of decoding rows, computed once for a pass and window."""
-        make = partial(find_decode_runs, rows, self._plan.rows_at_a_time, self._device, window)
+        dtype = None if self._plan.is_sparse else self._dtype
+        most = self._plan.rows_at_a_time
+        make = partial(find_decode_runs, rows, most, self._device, window, dtype)
         return placed.memoized(key, make, window)
 
-    def _query(self, work: CellBuffers, run: DecodeRows) -> Tensor:
-        """Queries of a run's rows, [rows, heads, head_dim], a view."""
-        return work.q[run.tokens].view(run.count, self._config.num_heads, self._config.head_dim)
-
     def _decode(
-        self, work: CellBuffers, run: DecodeRows, cached: Tensor, window: int | None
-    ) -> Tensor:
-        """Attend a run's rows; cached: [2, rows, kv_heads, tokens seen, width]."""
+        self, work: CellBuffers, run: DecodeRows, cached: Tensor, window: int | None, out: Tensor
+    ) -> None:
+        """Attend a run's rows into out, [rows, heads, head_dim].
+
+        cached: [2, rows, kv_heads, tokens seen, width].
+        """
         if self._plan.is_sparse:
             selected = self._select(work, run, cached[0], window)
             values = self._dequantized(selected.gather(cached[1]))
-            return attention.weighted_sum(selected.weights, values)
+            out.copy_(attention.weighted_sum(selected.weights, values))
+            return
         k, v = self._dequantized(cached)
-        return attention.decode(self._query(work, run), k, v, run.lens, run.mask, window)
+        attention.decode(work.q[run.tokens], k, v, run.lens, run.mask, window, out)
 
     def _select(
         self, work: CellBuffers, run: DecodeRows, keys: Tensor, window: int | None
     ) -> attention.SelectedTokens:
         """Tokens that a run's rows attend; keys: [rows, kv_heads, tokens seen, width]."""
-        k, q = self._dequantized(keys), self._query(work, run)
+        k, q = self._dequantized(keys), work.q[run.tokens]
         return attention.select_tokens(q, k, run.lens, self._sparsity, run.mask, window)
 
     def _weigh_loaded(self, op: Op, run: DecodeRows, weights: Tensor) -> Tensor:
@@ -139,18 +140,14 @@ class DeviceAttention:
         values = self._cache.chosen_values(op, run.first, run.count, weights.shape[-1])
         return attention.weighted_sum(weights, self._dequantized(values))
 
-    def _prefill(self, work: CellBuffers, row: Row, cached: Tensor, window: int | None) -> None:
-        """Attend a prompt's chunk; the first chunk needs no cache, because all its keys are new."""
-        config, tokens = self._config, row.tokens
-        if row.position:
-            k, v = self._dequantized(cached[:, 0, :, : row.seq_len])
-        else:
-            heads = config.num_kv_heads, -1
-            own = (each[tokens].unflatten(-1, heads).transpose(0, 1) for each in work.cached)
-            k, v = map(self._dequantized, own)
-        query = work.q[tokens].view(row.num_new_tokens, config.num_heads, config.head_dim)
-        out = attention.prefill(query, k, v, row.position, QUERY_TILE, window)
-        work.q[tokens].copy_(out.flatten(1))
+    def _prefill(self, work: CellBuffers, row: Row, cached: Tensor, window: int | None) -> Tensor:
+        """Attend a prompt's chunk; the first chunk needs no cache, because all its keys are new.
+
+        Returns [tokens, heads, head_dim].
+        """
+        own = work.cached[row.tokens].permute(1, 2, 0, 3)
+        k, v = self._dequantized(cached[:, 0, :, : row.seq_len] if row.position else own)
+        return attention.prefill(work.q[row.tokens], k, v, row.position, QUERY_TILE, window)
 
     def _dequantized(self, cached: Tensor) -> Tensor:
         """Keys or values [..., head_dim] of [..., width] as the cache keeps them."""

@@ -25,7 +25,7 @@ from flexgen_ray.schedule.ops import CELL_SLOTS, OPS, Op, OpKind
 from flexgen_ray.store.activations import CellBuffers, HiddenStore
 from flexgen_ray.store.kv_cache import KVCache
 from flexgen_ray.store.link import copy_across
-from flexgen_ray.store.tiers import Tiers
+from flexgen_ray.store.tiers import TORCH_DTYPE, Tiers
 from flexgen_ray.store.weights import WeightStore
 
 LogitsHook = Callable[[list[int], Tensor], None]
@@ -108,7 +108,7 @@ class OpHandlers:
     def _store_sent(self, op: Op) -> None:
         count = self.rows(op).num_tokens
         sent = self.hidden.sent[op.hidden_slot, :count]
-        copy_across(sent, self._work(op).hidden[:count])
+        copy_across(sent, self.hidden.of_cell(op)[:count])
 
     def _send(self, op: Op) -> None:
         self.passes.ring_channel.send(self.hidden.sent[op.hidden_slot, : self.rows(op).num_tokens])
@@ -123,7 +123,7 @@ class OpHandlers:
     def _load_embedding(self, op: Op) -> None:
         count = self.rows(op).num_tokens
         arrived = self.hidden.arrived[op.cell_slot, :count]
-        copy_across(self._work(op).hidden[:count], arrived)
+        copy_across(self.hidden.of_cell(op)[:count], arrived)
 
     def _read_hidden(self, op: Op) -> None:
         self.hidden.read(op, self.rows(op).num_tokens)
@@ -135,14 +135,14 @@ class OpHandlers:
         self.cache.read(op, self.placed(op))
 
     def _embed(self, op: Op) -> None:
-        rows, work = self.rows(op), self._work(op)
+        rows, target = self.rows(op), self.hidden.of_cell(op)
         if self.plan.stage.is_first and self.weights.embeds_on_device:
             ids, positions = self._pass(op).token_ids, self._pass(op).positions
             for tile in self.plan.tiles(rows.num_tokens):
                 hidden = self.family.embed(
                     self.config, self.weights.lookup, ids[tile], positions[tile]
                 )
-                work.hidden[tile].copy_(hidden)
+                target[tile].copy_(hidden)
         self.hidden.keep_resident(op, rows.num_tokens)
 
     def _load_cache(self, op: Op) -> None:
@@ -151,15 +151,19 @@ class OpHandlers:
     def _project(self, op: Op) -> None:
         rows, work = self.rows(op), self._work(op)
         self.hidden.fetch_resident(op, rows.num_tokens)
-        positions = self._pass(op).positions
-        tensors = self.weights.tensors(op)
+        tensors, hidden = self.weights.tensors(op), self.hidden.of_cell(op)
         for tile in self.plan.tiles(rows.num_tokens):
-            hidden, places = work.hidden[tile], positions[tile]
-            parts = self.family.project(self.config, tensors, hidden, places, op.layer)
-            for target, part in zip((work.q, work.k, work.v), parts, strict=True):
-                target[tile].copy_(part.flatten(1))
+            rotation = self._rotation(op, tile)
+            self.family.project(self.config, tensors, hidden[tile], rotation, work.qkv[tile])
         self._attention.pack(work, rows.num_tokens)
         self.cache.append_resident(op, self.placed(op), work)
+
+    def _rotation(self, op: Op, tile: slice) -> Tensor | None:
+        """Rotation of a tile's queries and keys by their positions; None without a rope."""
+        rope, dtype = self.config.rope_of(op.layer), TORCH_DTYPE[self.plan.dtype]
+        if rope is None:
+            return None
+        return self._pass(op).rotation(rope, self.config.head_dim, dtype, tile)
 
     def _store_cache(self, op: Op) -> None:
         self.cache.store(op, self.placed(op), self._work(op))
@@ -183,31 +187,36 @@ class OpHandlers:
         self._attention.attend(op, self.placed(op), self._work(op))
 
     def _attend_host(self, op: Op) -> None:
-        for run in self.placed(op).attended_runs:
+        placed = self.placed(op)
+        for run in placed.attended_runs:
             places, _ = self.cache.vector_places(op, run)
             cached = self.cache.host_view(op, run[0].slot, run[-1].slot + 1)
-            query = self.cache.host_query[op.cell_slot, places]
+            query = self.cache.queries(op, placed, run)
             out = self.cache.host_attention[op.cell_slot, places]
             lens = [row.seq_len for row in run]
             how = self.plan.policy.attention_sparsity, self.config.window(op.layer)
             self._attend_on_host(query, cached[0], cached[1], lens, out, *how)
 
     def _load_attention(self, op: Op) -> None:
-        work = self._work(op)
+        rows = self.rows(op)
+        target = self._work(op).attention(rows)
         for run in self.placed(op).attended_runs:
             places, tokens = self.cache.vector_places(op, run)
             result = self.cache.host_attention[op.cell_slot, places]
-            copy_across(work.q[tokens], result.flatten(1))
+            if not rows.are_single:
+                # Between queries lie gaps: they are filled on the device, from a dense copy.
+                result = result.to(self.device, non_blocking=True)
+            copy_across(target[tokens], result)
 
     def _finish(self, op: Op) -> None:
         kind = self.plan.stage.kind(op.layer)
         _FINISH[kind](self, op)
 
     def _finish_decoder(self, op: Op) -> None:
-        rows, work, tensors = self.rows(op), self._work(op), self.weights.tensors(op)
+        rows, hidden, tensors = self.rows(op), self.hidden.of_cell(op), self.weights.tensors(op)
+        attention = self._work(op).attention(rows).flatten(1)
         for tile in self.plan.tiles(rows.num_tokens):
-            out = self.family.finish(self.config, tensors, work.hidden[tile], work.q[tile])
-            work.hidden[tile].copy_(out)
+            self.family.finish(self.config, tensors, hidden[tile], attention[tile])
         self.hidden.keep_resident(op, rows.num_tokens)
 
     def _head(self, op: Op) -> None:
@@ -223,7 +232,7 @@ class OpHandlers:
         if rows.scored:
             self._prompt_scores[op.cell_slot] = self._score_prompts(op)
         if rows.sampled:
-            x = self._work(op).hidden[self._pass(op).last_tokens]
+            x = self.hidden.of_cell(op)[self._pass(op).last_tokens]
             self._logits[op.cell_slot] = self.family.head(self.config, self.weights.tensors(op), x)
 
     def _look_at_prompts(self, op: Op) -> None:
@@ -232,13 +241,14 @@ class OpHandlers:
         If layers have windows, the logits of a prompt's last token don't depend on all tokens.
         """
         current, not_finite = self._pass(op), self._not_finite[op.batch]
-        low, high = self._work(op).hidden[: current.rows.num_tokens].aminmax(dim=-1)
+        low, high = self.hidden.of_cell(op)[: current.rows.num_tokens].aminmax(dim=-1)
         not_finite.index_fill_(0, current.new_slots, 0)
         not_finite.index_add_(0, current.slots, (low * 0 + high * 0).float())
 
     def _score_prompts(self, op: Op) -> list[Scores]:
         """Scores of known tokens, computed for as many at a time as there is room for logits."""
-        current, tensors, hidden = self._pass(op), self.weights.tensors(op), self._work(op).hidden
+        current, tensors = self._pass(op), self.weights.tensors(op)
+        hidden = self.hidden.of_cell(op)
         step = scored_tokens_at_a_time(self.plan, current.top)
         tiles = zip(current.scored_tokens.split(step), current.scored_ids.split(step), strict=True)
         return [

@@ -31,11 +31,14 @@ import torch
 from torch import Tensor
 
 from flexgen_ray.cost.ops import sampling_share
-from flexgen_ray.kernels.attention import length_mask, span
+from flexgen_ray.kernels.attention import additive_mask, length_mask, span
 from flexgen_ray.kernels.indices import place_indices
 from flexgen_ray.kernels.sampling import NOT_FINITE
 from flexgen_ray.layout.plan import StagePlan
 from flexgen_ray.layout.rows import NO_ROWS, Composition, Row, Rows, decoding_runs
+from flexgen_ray.layout.sizes import MASK_ALIGNMENT
+from flexgen_ray.models.config import Rope
+from flexgen_ray.models.layers import rotation
 from flexgen_ray.request import Score, SlotScores
 from flexgen_ray.runtime.messages import Header, SampledTokens
 from flexgen_ray.runtime.ring import Channel
@@ -53,6 +56,7 @@ class Pass(Composition):
         super().__init__(header.rows, spare)
         self.header = header
         self._device = device
+        self._rotations: dict[Rope, Tensor] = {}
 
     @cached_property
     def token_ids(self) -> Tensor:
@@ -63,6 +67,17 @@ class Pass(Composition):
     def positions(self) -> Tensor:
         """Position in its sequence of each token, [tokens]."""
         return self._indices(self.rows.positions)
+
+    def rotation(self, rope: Rope, head_dim: int, dtype: torch.dtype, tile: slice) -> Tensor:
+        """layers.rotation of a tile's tokens, made once for all layers if each row brings one.
+
+        For a prompt's many tokens, they would take memory, and products take far longer.
+        """
+        if not self.rows.are_single:
+            return rotation(rope, self.positions[tile], head_dim, dtype)
+        if rope not in self._rotations:
+            self._rotations[rope] = rotation(rope, self.positions, head_dim, dtype)
+        return self._rotations[rope][:, tile]
 
     @cached_property
     def last_tokens(self) -> Tensor:
@@ -303,7 +318,7 @@ class DecodeRows:
 
     first, count: the rows' places in the cache; tokens: their packed tokens.
     seen: cached tokens that any of the rows attends; lens: tokens of each row, counted from the
-    start of seen; mask: see attention.length_mask.
+    start of seen; mask: see attention.length_mask, additive for dense attention.
     """
 
     first: int
@@ -315,11 +330,15 @@ class DecodeRows:
 
 
 def find_decode_runs(
-    placed: list[tuple[Row, int]], most: int, device: torch.device, window: int | None
+    placed: list[tuple[Row, int]],
+    most: int,
+    device: torch.device,
+    window: int | None,
+    dtype: torch.dtype | None,
 ) -> list[DecodeRows]:
     """Runs of the decoding rows among placed (row, place in the cache), at most `most` rows each.
 
-    window: of the layer, see attention.decode.
+    window: of the layer, see attention.decode. dtype: of additive masks, None for bool ones.
     """
     place = {row.slot: index for row, index in placed}
     decode_rows = []
@@ -327,6 +346,8 @@ def find_decode_runs(
         tokens = slice(run[0].offset, run[0].offset + len(run))
         lens = [row.seq_len for row in run]
         seen, mask = span(lens, window), length_mask(lens, device, window)
+        if mask is not None and dtype is not None:
+            mask = additive_mask(mask, dtype, MASK_ALIGNMENT)
         lens = [end - seen.start for end in lens]
         decode_rows.append(DecodeRows(place[run[0].slot], len(run), tokens, seen, lens, mask))
     return decode_rows

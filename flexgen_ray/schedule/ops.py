@@ -124,10 +124,10 @@ class Buffer(StrEnum):
     DEVICE_WEIGHTS = auto()  # streamed weights
     HOST_WEIGHTS = auto()  # a part of disk weights on its way
     # One copy per cell slot.
-    WORK = auto()  # hidden states of a cell on the device
+    WORK = auto()  # hidden states of a cell on the device, unless they stay in HIDDEN_GPU
     QUERY = auto()
     NEW_KV = auto()
-    ATTENTION = auto()  # lies where the queries lay
+    ATTENTION = auto()  # may lie where the queries lay
     STREAMED_CACHE = auto()
     CHOICE = auto()  # the tokens that sparse attention keeps, on the device and on the host
     ARRIVED = auto()  # embeddings looked up, or hidden states received
@@ -218,7 +218,9 @@ OPS: dict[OpKind, OpSpec] = {
     _K.RECV_ROWS: OpSpec(_L.RECV, (), (_B.ROWS,), is_exchange=True),
     _K.RECV: OpSpec(_L.RECV, (_B.ROWS,), (_B.ARRIVED,), is_exchange=True),
     _K.GATHER: OpSpec(_L.RECV, (_B.ROWS,), (_B.ARRIVED,), _C.INPUT_FROM_HOST),
-    _K.LOAD_EMBEDDING: OpSpec(_L.LOAD_AHEAD, (_B.ROWS, _B.ARRIVED), (_B.WORK,), _C.INPUT_FROM_HOST),
+    _K.LOAD_EMBEDDING: OpSpec(
+        _L.LOAD_AHEAD, (_B.ROWS, _B.ARRIVED), (_B.WORK, _B.HIDDEN_GPU), _C.INPUT_FROM_HOST
+    ),
     _K.EMBED: OpSpec(_L.DEVICE_AHEAD, (_B.ROWS, _B.WORK), (_B.WORK, _B.HIDDEN_GPU)),
     _K.READ_WEIGHTS: OpSpec(
         _L.DISK_READ_AHEAD, (), (_B.HOST_WEIGHTS,), _C.STAGES_DISK_WEIGHTS, Path.NEITHER
@@ -316,7 +318,7 @@ OPS: dict[OpKind, OpSpec] = {
     _K.WRITE_HIDDEN: OpSpec(
         _L.DISK_WRITE, (_B.ROWS, _B.HIDDEN_OUT), (_B.HIDDEN_DISK,), _C.HIDDEN_ON_DISK
     ),
-    _K.STORE_SENT: OpSpec(_L.STORE, (_B.ROWS, _B.WORK), (_B.SENT,)),
+    _K.STORE_SENT: OpSpec(_L.STORE, (_B.ROWS, _B.WORK, _B.HIDDEN_GPU), (_B.SENT,)),
     _K.SEND: OpSpec(_L.SEND, (_B.ROWS, _B.SENT), (), is_exchange=True),
     _K.SAMPLE: OpSpec(_L.DEVICE, (_B.ROWS, _B.LOGITS), (_B.CHOSEN,)),
     _K.ACCEPT: OpSpec(_L.SEND, (_B.ROWS, _B.CHOSEN, _B.TOKENS), (_B.TOKENS,)),

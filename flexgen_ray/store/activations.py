@@ -14,6 +14,7 @@ from torch import Tensor
 
 from flexgen_ray.layout.placement import PAGE, aligned, split_tokens
 from flexgen_ray.layout.plan import StagePlan
+from flexgen_ray.layout.rows import Rows
 from flexgen_ray.layout.sizes import stage_bytes
 from flexgen_ray.schedule.ops import CELL_SLOTS, Op
 from flexgen_ray.store.link import copy_across
@@ -22,26 +23,35 @@ from flexgen_ray.store.tiers import TORCH_DTYPE, Tiers
 
 @dataclass(frozen=True)
 class CellBuffers:
-    """Working tensors of one cell on the device, [cell_tokens, …]; attention's output replaces q.
+    """Working tensors of one cell on the device.
 
-    packed: [2, cell_tokens, bytes], keys and values as a quantized cache stores them; None if the
-    cache is not quantized.
+    hidden: [cell_tokens, hidden]; without tokens if hidden states stay on the device.
+    qkv: [cell_tokens, q_size + 2 * kv_size], queries, keys and values of a token side by side.
+    q: [cell_tokens, heads, head_dim], the queries; a view.
+    kv: [cell_tokens, 2, kv_heads, head_dim], keys and values; a view.
+    cached: [cell_tokens, 2, kv_heads, width], keys and values as the cache stores them: kv, or a
+    tensor of their own if it is quantized.
+    attended: [gpu_batch_size, heads, head_dim], attention of passes whose rows bring one token
+    each, without gaps, so that the link takes it. In other passes attention replaces q.
     """
 
     hidden: Tensor
+    qkv: Tensor
     q: Tensor
-    k: Tensor
-    v: Tensor
-    packed: Tensor | None = None
+    kv: Tensor
+    cached: Tensor
+    attended: Tensor
 
-    @property
-    def cached(self) -> tuple[Tensor, Tensor]:
-        """(keys, values) as the cache stores them."""
-        return (self.k, self.v) if self.packed is None else (self.packed[0], self.packed[1])
+    def attention(self, rows: Rows) -> Tensor:
+        """Where these rows' attention goes, [tokens, heads, head_dim]."""
+        return self.attended if rows.are_single else self.q
 
 
 class HiddenStore:
-    """Hidden states of a stage's batches; methods are named after the ops they run."""
+    """Hidden states of a stage's batches; methods are named after the ops they run.
+
+    If they all stay on the device, layers work on them where they lie, and nothing is copied.
+    """
 
     def __init__(self, plan: StagePlan, tiers: Tiers) -> None:
         self.plan = plan
@@ -65,6 +75,12 @@ class HiddenStore:
         shape = (0 if plan.stage.is_last else batches, plan.cell_tokens, hidden)
         self.sent = self._allocate(hop, "hidden states sent", shape)
 
+    def of_cell(self, op: Op) -> Tensor:
+        """Hidden states that the op works on, [cell_tokens, hidden]."""
+        if self.plan.hidden_stays:
+            return self._gpu[op.hidden_slot]
+        return self.work[op.cell_slot].hidden
+
     def read(self, op: Op, num_tokens: int) -> None:
         """READ_HIDDEN: read the tokens on disk into the cell's host slot."""
         count = self._split(num_tokens)[2]
@@ -79,12 +95,16 @@ class HiddenStore:
         copy_across(hidden[gpu + cpu : num_tokens], self._tokens(self._in[op.cell_slot], disk))
 
     def fetch_resident(self, op: Op, num_tokens: int) -> None:
-        """Copy the tokens that lie on the device to the cell's working tensor."""
+        """Copy the tokens that lie on the device to the cell's working tensor, if it has one."""
+        if self.plan.hidden_stays:
+            return
         gpu = self._split(num_tokens)[0]
         self.work[op.cell_slot].hidden[:gpu].copy_(self._gpu[op.hidden_slot, :gpu])
 
     def keep_resident(self, op: Op, num_tokens: int) -> None:
-        """Keep the first tokens of the cell's result on the device."""
+        """Keep the first tokens of the cell's result on the device, unless they lie there."""
+        if self.plan.hidden_stays:
+            return
         gpu = self._split(num_tokens)[0]
         self._gpu[op.hidden_slot, :gpu].copy_(self.work[op.cell_slot].hidden[:gpu])
 
@@ -120,23 +140,33 @@ class HiddenStore:
 
     def _allocate_work(self, tiers: Tiers) -> list[CellBuffers]:
         """Working tensors of each cell slot."""
-        config, tokens = self.plan.config, self.plan.cell_tokens
-        widths = (config.hidden_size, config.q_size, config.kv_size, config.kv_size)
-        memory = self._allocate(tiers.gpu, "cell", (CELL_SLOTS, tokens * sum(widths)))
+        plan, config = self.plan, self.plan.config
+        tokens, rows = plan.cell_tokens, plan.policy.gpu_batch_size
+        shapes = (
+            (0 if plan.hidden_stays else tokens, config.hidden_size),
+            (tokens, plan.qkv_size),
+            (rows, config.num_heads, config.head_dim),
+        )
+        sizes = [prod(shape) for shape in shapes]
+        memory = self._allocate(tiers.gpu, "cell", (CELL_SLOTS, sum(sizes)))
         packed = self._allocate_packed(tiers)
         slots = []
         for flat, packed_kv in zip(memory, packed, strict=True):
-            parts = flat.split([tokens * width for width in widths])
-            pairs = zip(parts, widths, strict=True)
-            hidden, q, k, v = (part.view(tokens, width) for part, width in pairs)
-            slots.append(CellBuffers(hidden, q, k, v, packed_kv))
+            parts = zip(flat.split(sizes), shapes, strict=True)
+            hidden, qkv, attended = (part.view(shape) for part, shape in parts)
+            vectors = qkv.unflatten(-1, (-1, config.head_dim))
+            q, kv = vectors.split([config.num_heads, 2 * config.num_kv_heads], dim=1)
+            kv = kv.unflatten(1, (2, config.num_kv_heads))
+            cached = kv if packed_kv is None else packed_kv
+            slots.append(CellBuffers(hidden, qkv, q, kv, cached, attended))
         return slots
 
     def _allocate_packed(self, tiers: Tiers) -> list[Tensor | None]:
         """Packed keys and values of each cell slot; None if the cache is not quantized."""
-        if not self.plan.policy.cache_bits:
+        plan = self.plan
+        if not plan.policy.cache_bits:
             return [None] * CELL_SLOTS
-        shape = CELL_SLOTS, 2, self.plan.cell_tokens, self.plan.kv_bytes // 2
+        shape = CELL_SLOTS, plan.cell_tokens, 2, plan.config.num_kv_heads, plan.vector_bytes
         return list(tiers.gpu.allocate("cell", prod(shape)).view(shape))
 
     def _allocate(self, tier, what: str, shape: tuple[int, ...]) -> Tensor:

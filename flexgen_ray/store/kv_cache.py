@@ -44,12 +44,12 @@ from flexgen_ray.kernels.host_threads import HostThreads
 from flexgen_ray.layout.placement import RowSplit
 from flexgen_ray.layout.plan import CACHE_BLOCK_TOKENS, StagePlan
 from flexgen_ray.layout.rows import MemoKey, PlacedRows, Row
-from flexgen_ray.layout.sizes import CHOICE_BYTES, arriving_bytes
+from flexgen_ray.layout.sizes import CHOICE_BYTES, arriving_bytes, new_kv_bytes
 from flexgen_ray.schedule.ops import CELL_SLOTS, Op
 from flexgen_ray.store import link
 from flexgen_ray.store.activations import CellBuffers
 from flexgen_ray.store.disk import Region
-from flexgen_ray.store.new_tokens import NewTokens, append_tokens, split_heads
+from flexgen_ray.store.new_tokens import NewTokens, append_tokens
 from flexgen_ray.store.tiers import TORCH_DTYPE, Tiers
 
 # New tokens of a pass and their places, for all layers that divide their slots alike.
@@ -83,8 +83,7 @@ class KVCache:
         flight = (2, CELL_SLOTS, plan.disk_rows, plan.cache_blocks, plan.cache_block_bytes)
         nbytes = torch.Size(flight).numel()
         self._in, self._out = tiers.cpu.allocate("cache in flight", nbytes).view(flight)
-        new = (CELL_SLOTS, 2, plan.stored_tokens, plan.config.num_kv_heads * self._width)
-        self._new = self._allocate(tiers.cpu, "cache in flight", new)
+        self._new = self._allocate_new(tiers.cpu)
         choices = (
             CELL_SLOTS, plan.choosing_rows, plan.config.num_kv_heads, plan.max_kept_tokens,
         )  # fmt: skip
@@ -94,7 +93,7 @@ class KVCache:
         self._chosen = memory.view(torch.int32).view(choices)
         vectors = (CELL_SLOTS, plan.attended_rows, plan.config.num_heads, plan.config.head_dim)
         nbytes = torch.Size(vectors).numel() * plan.element_bytes
-        self.host_query, self.host_attention = (
+        self._host_query, self.host_attention = (
             tiers.cpu.allocate("host attention", nbytes).view(TORCH_DTYPE[plan.dtype]).view(vectors)
             for _ in range(2)
         )
@@ -222,33 +221,61 @@ class KVCache:
         first, last = placed.first_off_device, placed.rows.num_tokens
         if first == last:
             return
-        for target, source in zip(self._new[op.cell_slot], work.cached, strict=True):
-            link.copy_across(target[: last - first], source[first:last])
+        if self._stores_rows(placed):
+            link.copy_across(self._new_rows(op, last - first), work.qkv[first:last])
+            return
+        _copy_dense(self._new_kv(op, placed), work.cached[first:last])
         for run in placed.attended_runs:
             places, tokens = self.vector_places(op, run)
-            query = work.q[tokens].view(len(run), *self.host_query.shape[2:])
-            link.copy_across(self.host_query[op.cell_slot, places], query)
+            _copy_dense(self._host_query[op.cell_slot, places], work.q[tokens])
 
     def append(self, op: Op, placed: PlacedRows) -> None:
         """APPEND_CACHE: append what STORE_CACHE brought to rows in host memory, and to tails."""
-        k, v = self._new[op.cell_slot]
-        first = placed.first_off_device
+        first, kv = placed.first_off_device, self._new_kv(op, placed)
         home = self._cpu[op.layer, op.batch]
         make = partial(NewTokens, placed.in_memory, home, first)
-        append_tokens(home, placed.memoized(_HOST_TOKENS, make), (k, v), self._threads)
+        append_tokens(home, placed.memoized(_HOST_TOKENS, make), kv, self._threads)
         to_disk = []
         for row, index in placed.on_disk:
             tokens = slice(row.offset - first, row.tokens.stop - first)
-            heads = [split_heads(x[tokens], self._width) for x in (k, v)]
-            to_disk.append(partial(self._append_blocks, op, row, index, heads))
+            new = kv[tokens].permute(1, 2, 0, 3)
+            to_disk.append(partial(self._append_blocks, op, row, index, new))
         if self._threads is not None and any(row.is_prefill for row, _ in placed.on_disk):
             self._threads.run(to_disk)
         else:
             for append in to_disk:
                 append()
 
+    def queries(self, op: Op, placed: PlacedRows, run: list[Row]) -> Tensor:
+        """Queries on the host of a run of attended rows, [rows, heads, head_dim]."""
+        if not self._stores_rows(placed):
+            return self._host_query[op.cell_slot, self.vector_places(op, run)[0]]
+        first = run[0].offset - placed.first_off_device
+        rows = self._new_rows(op, first + len(run))[first:, : self.plan.config.q_size]
+        return rows.unflatten(-1, self._host_query.shape[2:])
+
+    def _stores_rows(self, placed: PlacedRows) -> bool:
+        """True if queries, keys and values leave the device side by side, as they were computed.
+
+        This takes one copy. Of prompts only keys and values are copied: they have many more tokens.
+        """
+        return self.plan.stored_rows > 0 and placed.rows.are_single
+
+    def _new_rows(self, op: Op, count: int) -> Tensor:
+        """View of the cell's host slot as queries, keys and values side by side, [count, …]."""
+        width = self.plan.qkv_size
+        return self._new[op.cell_slot, : count * width].view(count, width)
+
+    def _new_kv(self, op: Op, placed: PlacedRows) -> Tensor:
+        """New keys and values in the cell's host slot, [tokens, 2, kv_heads, width]."""
+        count = placed.rows.num_tokens - placed.first_off_device
+        shape = 2, self.plan.config.num_kv_heads, self._width
+        if self._stores_rows(placed):
+            return self._new_rows(op, count)[:, self.plan.config.q_size :].unflatten(-1, shape)
+        return self._new[op.cell_slot, : count * prod(shape)].view(count, *shape)
+
     def vector_places(self, op: Op, run: list[Row]) -> tuple[slice, slice]:
-        """(places in host_query and host_attention, packed tokens) of a run of attended rows."""
+        """(places in host_attention, packed tokens) of a run of attended rows."""
         first = run[0].slot - self.split(op).gpu
         return slice(first, first + len(run)), slice(run[0].offset, run[0].offset + len(run))
 
@@ -260,17 +287,16 @@ class KVCache:
                 offset = first * self.plan.cache_block_bytes
                 self._region(op, index).write(self._out[op.cell_slot, index, first:last], offset)
 
-    def _append_blocks(self, op: Op, row: Row, index: int, new: list[Tensor]) -> None:
+    def _append_blocks(self, op: Op, row: Row, index: int, new: Tensor) -> None:
         """Append new tokens to a row's tail; copy the tail to the outgoing slot when it is full.
 
-        new: keys and values, [kv_heads, tokens, width] each.
+        new: keys and values, [2, kv_heads, tokens, width].
         """
         tail, done = self._tails[op.layer, op.batch][index], 0
         while done < row.num_new_tokens:
             block, start = divmod(row.position + done, CACHE_BLOCK_TOKENS)
             count = min(CACHE_BLOCK_TOKENS - start, row.num_new_tokens - done)
-            for part, values in zip(self._tokens_of(tail), new, strict=True):
-                part[:, start : start + count] = values[:, done : done + count]
+            self._tokens_of(tail)[:, :, start : start + count] = new[:, :, done : done + count]
             done += count
             if start + count == CACHE_BLOCK_TOKENS:
                 self._out[op.cell_slot, index, block] = tail
@@ -351,6 +377,12 @@ class KVCache:
             used += split.disk
         return tail_of, region_of
 
+    def _allocate_new(self, tier) -> Tensor:
+        """[cell slots, elements] on the host, for what STORE_CACHE brings: see _stores_rows."""
+        nbytes = new_kv_bytes(self.plan)
+        flat = tier.allocate("cache in flight", CELL_SLOTS * nbytes).view(self._dtype)
+        return flat.view(CELL_SLOTS, nbytes // self._dtype.itemsize)
+
     def _allocate_slots(self, tier, what: str, slots: int, rows: int) -> Tensor:
         return self._allocate(tier, what, (slots, *self._shape(rows)))
 
@@ -368,6 +400,12 @@ def _prefix_view(slot: Tensor, first: int, shape: Sequence[int]) -> Tensor:
     The view is contiguous, so that it crosses the link in one copy.
     """
     return slot[first : first + shape[0]].view(-1)[: prod(shape)].view(*shape)
+
+
+def _copy_dense(target: Tensor, source: Tensor) -> None:
+    """Copy to host memory; across the link without gaps, for which the source is copied first."""
+    dense = source.contiguous() if link.crosses_link(target, source) else source
+    link.copy_across(target, dense)
 
 
 def _copy_rows(target: Tensor, source: Tensor, past: int, end: int) -> None:
