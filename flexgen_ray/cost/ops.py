@@ -17,26 +17,29 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from functools import cache
 
+from flexgen_ray.cost.launches import (
+    LAUNCHES,
+    launches,
+    prompt_launches,
+    rotation_launches,
+    run_launches,
+)
 from flexgen_ray.cost.resources import Amounts, Resource
 from flexgen_ray.layout.placement import ALONE_BYTES, COPY_PIECE, PAGE, aligned, split_tokens
 from flexgen_ray.layout.plan import CACHE_BLOCK_TOKENS, StagePlan
 from flexgen_ray.layout.rows import NO_ROWS, Composition, PlacedRows, Row
 from flexgen_ray.layout.sizes import CHOICE_BYTES, quantized_values, streamed_bytes
-from flexgen_ray.models.config import ModelConfig
 from flexgen_ray.quant.formats import part_of_op
 from flexgen_ray.schedule.ops import ON_STREAMS, OPS, Lane, Op, OpKind
 
-# Kernel launches of an op, per tile of tokens; an op that scatters counts as several.
-LAUNCHES = {OpKind.EMBED: 8, OpKind.PROJECT: 12, OpKind.FINISH: 8, OpKind.SAMPLE: 8}
-# Kernel launches of attention, per run of decoding rows and per prompt.
-LAUNCHES_OF_RUN, LAUNCHES_OF_PROMPT = 8, 5
 LAUNCHES_OF_DISK_ROW = 4  # copies of a cache row's blocks and tail, and their way to their places
 _ISSUED = frozenset(kind for kind, spec in OPS.items() if spec.lane in ON_STREAMS)
 _ON_DEVICE = frozenset(kind for kind, spec in OPS.items() if spec.lane.worker is Lane.DEVICE)
 
 # Values that a small op reads or writes for each value of its input.
 _COPY, _ADD, _ACTIVATE, _MULTIPLY = 2, 3, 2, 3
-_LAYER_NORM, _RMS_NORM, _ROTATE = 2, 9, 10  # RMS norm and rotation are several torch ops each
+_LAYER_NORM, _RMS_NORM, _ROTATE = 2, 2, 5
+_COMPOSITE_RMS_NORM = 9  # on a CPU it is several torch ops
 
 _TOP_K_SHARE = 0.6  # work of sampling from the top_k, as a share of sampling from all tokens
 
@@ -103,7 +106,11 @@ class CostModel:
         return 2 * len(placed.streamed_copies) + LAUNCHES_OF_DISK_ROW * len(placed.on_disk)
 
     def _copies_of_new_tokens(self, op: Op, composition: Composition) -> int:
-        return 2 + len(self._placed(op, composition).attended_runs)
+        if self.plan.stored_rows and composition.rows.are_single:
+            return 1
+        # Views are made dense first, by a kernel each.
+        runs = len(self._placed(op, composition).attended_runs)
+        return 1 + (not self.plan.policy.cache_bits) + 2 * runs
 
     def _copies_of_attention(self, op: Op, composition: Composition) -> int:
         return len(self._placed(op, composition).attended_runs)
@@ -168,7 +175,17 @@ class CostModel:
         config, tokens = self.plan.config, composition.rows.num_tokens
         parameters = config.hidden_size * (config.q_size + 2 * config.kv_size)
         product = self._linear(tokens, parameters)
-        return product | self._dequantize(op) | self._small_ops(op, tokens)
+        amounts = product | self._dequantize(op) | self._small_ops(op, tokens)
+        resident = self._placed(op, composition).resident
+        amounts[_R.DEVICE_OPS] += self._appends(resident) + bool(self.plan.policy.cache_bits)
+        if not composition.rows.are_single:
+            amounts[_R.DEVICE_OPS] += rotation_launches(config) * self._tiles(tokens)
+        return amounts
+
+    def _appends(self, rows: list[Row]) -> int:
+        """Launches that append new tokens to rows: one for each chunk, one for all other rows."""
+        chunks = sum(row.num_new_tokens > 1 for row in rows)
+        return chunks + (chunks < len(rows))
 
     def _finish(self, op: Op, composition: Composition) -> Amounts:
         config, tokens = self.plan.config, composition.rows.num_tokens
@@ -217,11 +234,15 @@ class CostModel:
 
     def _small_ops(self, op: Op, tokens: int) -> Amounts:
         """Launches and element-wise values beside the products."""
-        amounts: Amounts = {_R.DEVICE_OPS: LAUNCHES[op.kind] * self._tiles(tokens)}
-        if self.plan.stage.kind(op.layer) == "decoder":
-            values = elementwise_values(self.plan.config, op.kind)
-            amounts[_R.ELEMENTWISE] = values * tokens * self._element
-        return amounts
+        plan, tiles = self.plan, self._tiles(tokens)
+        if plan.stage.kind(op.layer) != "decoder":
+            return {_R.DEVICE_OPS: LAUNCHES[op.kind] * tiles}
+        values = elementwise_values(plan, op.kind)
+        moves = int(0 < plan.policy.activations.gpu < 1)
+        return {
+            _R.DEVICE_OPS: launches(plan, op.kind) * tiles + moves,
+            _R.ELEMENTWISE: values * tokens * self._element,
+        }
 
     def _tiles(self, tokens: int) -> int:
         return -(-tokens // self.plan.tile_tokens)
@@ -253,8 +274,10 @@ class CostModel:
 
     def _store_cache(self, op: Op, composition: Composition) -> Amounts:
         placed = self._placed(op, composition)
-        tokens = placed.rows.num_tokens - placed.first_off_device
-        queries = len(placed.attended) * self.plan.config.q_size * self._element
+        tokens, plan = placed.rows.num_tokens - placed.first_off_device, self.plan
+        if plan.stored_rows and placed.rows.are_single:
+            return self._transfer(_R.D2H, tokens * plan.qkv_size * self._element)
+        queries = len(placed.attended) * plan.config.q_size * self._element
         return self._transfer(_R.D2H, tokens * self._kv_token + queries)
 
     def _append_cache(self, op: Op, composition: Composition) -> Amounts:
@@ -279,7 +302,7 @@ class CostModel:
         indices = chosen * self.plan.config.num_kv_heads * CHOICE_BYTES
         rows = [row for _, rows in placed.choosing_runs(self.plan.rows_at_a_time) for row in rows]
         scored = self._scored(rows, op.layer)
-        return scored | self._transfer(_R.D2H, indices) | {_R.DEVICE_OPS: LAUNCHES_OF_RUN}
+        return scored | self._transfer(_R.D2H, indices) | {_R.DEVICE_OPS: run_launches(self.plan)}
 
     def _gather_values(self, op: Op, composition: Composition) -> Amounts:
         chosen = self._chosen_tokens(self._placed(op, composition), op.layer)
@@ -306,16 +329,19 @@ class CostModel:
         values = self._attended(((row, 1.0 if row.is_prefill else share) for row in rows), layer)
         runs = self._runs(placed.resident) + self._runs(streamed)
         prompts = sum(row.is_prefill for row in rows)
-        passed = elementwise_values(self.plan.config, OpKind.ATTEND_DEVICE)
+        passed = elementwise_values(self.plan, OpKind.ATTEND_DEVICE)
+        appended = self._appends([row for row in streamed if row.position or not row.is_prefill])
+        attended = run_launches(self.plan) * runs + prompt_launches(self.plan) * prompts
         small = {
-            _R.DEVICE_OPS: LAUNCHES_OF_RUN * runs + LAUNCHES_OF_PROMPT * prompts,
+            _R.DEVICE_OPS: appended + attended,
             _R.ELEMENTWISE: passed * sum(row.num_new_tokens for row in rows) * self._element,
         }
         return {resource: keys[resource] + values[resource] for resource in keys} | small
 
     def _runs(self, rows: list[Row]) -> int:
-        """Runs of rows that are attended together, at least one if there are rows."""
-        return -(-len(rows) // self.plan.rows_at_a_time)
+        """Runs of decoding rows that are attended together, if they are neighbours."""
+        decoding = sum(not row.is_prefill for row in rows)
+        return -(-decoding // self.plan.rows_at_a_time)
 
     def _scored(self, rows: list[Row], layer: int) -> Amounts:
         """Scores of all keys that these rows' queries see."""
@@ -360,20 +386,27 @@ class CostModel:
         return {}
 
 
-def elementwise_values(config: ModelConfig, kind: OpKind) -> int:
+def elementwise_values(plan: StagePlan, kind: OpKind) -> int:
     """Values per token that a decoder layer's op reads or writes beside its matrix products."""
+    config, on_gpu = plan.config, plan.stages_disk
     hidden, q, kv = config.hidden_size, config.q_size, config.kv_size
-    norm = hidden * (_RMS_NORM if config.rope else _LAYER_NORM)
+    rms_norm = _RMS_NORM if on_gpu else _COMPOSITE_RMS_NORM
+    norm = hidden * (rms_norm if config.rope else _LAYER_NORM)
     if kind is OpKind.PROJECT:
-        rotated = _ROTATE * (q + kv) if config.rope else 0
-        rotated += _RMS_NORM * (q + kv) if config.qk_norm else 0
-        return _COPY * hidden + norm + rotated + _COPY * (q + 2 * kv) + 2 * _COPY * kv
+        values = norm * config.pre_norm + _COPY * 2 * kv
+        if config.rope:
+            values += _ROTATE * (q + kv)
+        if config.qk_norm:
+            values += rms_norm * (q + 2 * kv) + _COPY * (q + kv)
+        # One copy: of the values if the others are rotated, or of all that oneDNN has made.
+        copied = kv if config.rope and not config.qk_norm else (q + 2 * kv) * (not on_gpu)
+        return values + _COPY * copied
     if kind is OpKind.ATTEND_DEVICE:
         return _COPY * (q + 2 * kv)
     if kind is OpKind.FINISH:
         each = _ACTIVATE + (_MULTIPLY if config.gated_mlp else 0)
-        norms = norm * (3 if config.branch_norms else 1)
-        return 2 * (_ADD + _COPY) * hidden + norms + each * config.intermediate_size
+        norms = norm * (config.pre_norm + 2 * (config.branch_norms or not config.pre_norm))
+        return 2 * _ADD * hidden + norms + each * config.intermediate_size
     return 0
 
 

@@ -1,0 +1,83 @@
+"""Launches: how many torch ops each op of a layer makes, which on a GPU are kernels.
+
+A test counts them on a pretend GPU. What a pass makes once for all layers, such as masks, is left
+out. Knows the order of a layer's maths; no rates and no tensors.
+"""
+
+from __future__ import annotations
+
+from flexgen_ray.layout.plan import StagePlan
+from flexgen_ray.models.config import ModelConfig
+from flexgen_ray.schedule.ops import OpKind
+
+# Launches of ops outside decoder layers, per tile of tokens.
+LAUNCHES = {OpKind.EMBED: 3, OpKind.FINISH: 4, OpKind.SAMPLE: 8}
+LAUNCHES_OF_RUN, LAUNCHES_OF_SPARSE_RUN, LAUNCHES_OF_PROMPT = 2, 17, 2
+_ROTATE, _MAKE_ROTATION = 3, 6
+_COMPOSITE_RMS_NORM = 6  # on a CPU; on a GPU it is one kernel
+
+
+def launches(plan: StagePlan, kind: OpKind) -> int:
+    """Launches of a decoder layer's PROJECT or FINISH for each tile of tokens.
+
+    Appending to the cache, and moves of hidden states, are not in it.
+    """
+    on_gpu = plan.stages_disk
+    if kind is OpKind.PROJECT:
+        return _project(plan.config, on_gpu)
+    return _finish(plan.config, on_gpu)
+
+
+def rotation_launches(config: ModelConfig) -> int:
+    """Launches that make the rotation of a tile of prompts' tokens; decoding makes it once."""
+    return _MAKE_ROTATION if config.rope else 0
+
+
+def prompt_launches(plan: StagePlan) -> int:
+    """Launches that attend a prompt's first chunk; query heads that share a KV head copy it."""
+    repeats = 2 * (plan.config.num_heads > plan.config.num_kv_heads)
+    return LAUNCHES_OF_PROMPT + repeats + bool(plan.policy.cache_bits)
+
+
+def run_launches(plan: StagePlan) -> int:
+    """Launches that attend a run of decoding rows."""
+    if plan.is_sparse:
+        return LAUNCHES_OF_SPARSE_RUN + 2 * bool(plan.policy.cache_bits)
+    return LAUNCHES_OF_RUN + bool(plan.policy.cache_bits)
+
+
+def _project(config: ModelConfig, on_gpu: bool) -> int:
+    """Norm, product, norm of queries and keys, rotation, and scale of queries."""
+    count = 1 + (_norm(config, on_gpu) if config.pre_norm else 0)
+    if config.rope is None:
+        return count
+    count += _ROTATE + (config.query_scale != 1)
+    if config.qk_norm is None:
+        return count + 1  # values are copied to where rotated queries and keys are put
+    if config.qk_norm == "all":
+        return count + 2 * (_norm(config, on_gpu) + 1) + 1
+    converts = 4 * (config.norm_offset is not None)
+    return count + (1 if on_gpu else _COMPOSITE_RMS_NORM) + 1 + converts
+
+
+def _finish(config: ModelConfig, on_gpu: bool) -> int:
+    """Three products, activation, norms, and sums with the residual.
+
+    On a GPU a product without a bias adds up as it goes.
+    """
+    norm, count = _norm(config, on_gpu), 3 + 1 + config.gated_mlp
+    count += norm if config.pre_norm else 0
+    norms_branches = config.branch_norms or (config.rope is not None and not config.pre_norm)
+    if norms_branches or not config.pre_norm:
+        count += 2 * norm + 2
+    if not norms_branches:
+        count += (config.output_bias or not on_gpu) + (config.mlp_bias or not on_gpu)
+    return count
+
+
+def _norm(config: ModelConfig, on_gpu: bool) -> int:
+    """A norm; weights that are stored with an offset multiply in float32."""
+    if config.rope is None:
+        return 1
+    converts = 4 if config.norm_offset else 0
+    return (1 if on_gpu else _COMPOSITE_RMS_NORM) + converts

@@ -1,0 +1,68 @@
+"""Launches of a decoding cell on a GPU: few, and as many as the cost model says."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from pretend_cuda import decode_launches
+
+from flexgen_ray.config import Placement
+from flexgen_ray.cost.ops import CostModel
+from flexgen_ray.cost.resources import Resource
+from flexgen_ray.kernels import host_kernel
+from flexgen_ray.runtime.handlers import OpHandlers
+from flexgen_ray.schedule.ops import OPS, Lane, OpKind
+
+MOST = {"opt": 12, "llama": 16, "qwen3": 16}
+POLICIES = {
+    "resident": {},
+    "half on the host": {"cache": Placement(0.5, 0.5, 0), "cpu_attention": 1.0},
+    "half streamed": {
+        "cache": Placement(0.5, 0.5, 0), "cpu_attention": 0.0,
+        "activations": Placement(0.5, 0.5, 0), "cache_bits": 4,
+    },
+}  # fmt: skip
+
+
+@pytest.fixture
+def modelled(monkeypatch) -> Counter[OpKind]:
+    """Sums of modelled launches by kind of op, of decoding batches in the layers after the first;
+    and under (kind,) the number of ops."""
+    sums: Counter = Counter()
+    run = OpHandlers.run
+
+    def noted(handlers: OpHandlers, op, ready_at: float = 0.0) -> None:
+        composition = None if handlers.is_idle(op) else handlers.composition(op)
+        decodes = composition and not any(row.is_prefill for row in composition.rows.rows)
+        on_device = OPS[op.kind].lane.worker is Lane.DEVICE
+        if decodes and on_device and 1 < op.layer < handlers.config.head_layer:
+            amounts = CostModel(handlers.plan).amounts(op, composition)
+            sums[op.kind] += amounts.get(Resource.DEVICE_OPS, 0)
+            sums[op.kind,] += 1
+        run(handlers, op, ready_at)
+
+    monkeypatch.setattr(OpHandlers, "run", noted)
+    # Which kernel attends on the host is not measured.
+    monkeypatch.setattr(host_kernel, "_LEAST_HEAD_DIM", 64)
+    return sums
+
+
+@pytest.mark.parametrize(
+    ("name", "policy", "is_ragged"),
+    [
+        *((name, "resident", name != "qwen3") for name in MOST),
+        *((name, "half on the host", name == "qwen3") for name in MOST),
+        ("opt", "half streamed", True),
+        ("qwen3", "half streamed", True),
+    ],
+)
+def test_a_decoding_cell_takes_few_launches_as_many_as_modelled(
+    modelled, name, policy, is_ragged, tmp_path
+):
+    counted = decode_launches(name, tmp_path, is_ragged, **POLICIES[policy]).other_layers
+    assert counted == {
+        kind: sums / modelled[kind,] for kind, sums in modelled.items() if isinstance(kind, OpKind)
+    }
+    if policy != "half streamed":
+        assert sum(counted.values()) <= MOST[name]
