@@ -314,7 +314,7 @@ def test_a_fault_in_an_op_breaks_a_law(tiny_models, monkeypatch, fault, note):
     finish = HANDLERS[OpKind.FINISH]
 
     def broken(handlers, op) -> None:
-        fault(handlers.hidden.work[op.cell_slot].hidden)
+        fault(handlers.hidden.of_cell(op))
         finish(handlers, op)
 
     monkeypatch.setitem(HANDLERS, OpKind.FINISH, broken)

@@ -42,10 +42,11 @@ def linear(weights: Weights, name: str, x: Tensor, out: Tensor | None = None) ->
 
 def add_linear(weights: Weights, name: str, x: Tensor, hidden: Tensor) -> None:
     """Add a linear layer of x, [tokens, in], to hidden states [tokens, hidden], in place."""
-    if x.is_cuda and f"{name}.bias" not in weights:
-        hidden.addmm_(x, weights[f"{name}.weight"].T)  # one launch
-    else:
+    weight = weights[f"{name}.weight"]
+    if f"{name}.bias" in weights or _takes_onednn(x, weight):
         hidden += linear(weights, name, x)
+    else:
+        hidden.addmm_(x, weight.T)  # one launch
 
 
 def product(
@@ -56,8 +57,7 @@ def product(
     out, returned: [tokens, out]; None to allocate it. In float32 on a CPU torch uses MKL; oneDNN is
     used here, which is faster on CPUs not made by Intel, but takes no `out`.
     """
-    is_large = weight.numel() >= _LARGE_MATRIX
-    if is_large and _onednn is not None and x.dtype == torch.float32 and not x.is_cuda:
+    if _onednn is not None and _takes_onednn(x, weight):
         result = _onednn(x, weight, bias, "none", [], "")
         return result if out is None else out.copy_(result)
     if out is None:
@@ -65,6 +65,12 @@ def product(
     if bias is None:
         return torch.mm(x, weight.T, out=out)
     return torch.addmm(bias, x, weight.T, out=out)
+
+
+def _takes_onednn(x: Tensor, weight: Tensor) -> bool:
+    """True if oneDNN multiplies these."""
+    is_large = weight.numel() >= _LARGE_MATRIX
+    return is_large and _onednn is not None and x.dtype == torch.float32 and not x.is_cuda
 
 
 def layer_norm(config: ModelConfig, weights: Weights, name: str, x: Tensor) -> Tensor:
@@ -79,16 +85,14 @@ def rms_norm(config: ModelConfig, weights: Weights, name: str, x: Tensor) -> Ten
 
 
 def _rms_norm(config: ModelConfig, weight: Tensor, x: Tensor) -> Tensor:
-    """Apply RMSNorm over the last dimension of x, which is the weight's.
+    """Apply RMSNorm over the last dimension of x, which is the weight's, in float32.
 
-    Plain weights multiply what was rounded to the dtype, as in transformers, but on a GPU what is
-    not, in one launch.
+    transformers rounds to the dtype before it multiplies by a plain weight, which takes a launch
+    more.
     """
     if config.norm_offset:
         weight = weight.float() + config.norm_offset
         return F.rms_norm(x.float(), weight.shape, weight, config.norm_eps).to(x.dtype)
-    if config.norm_offset is None and not x.is_cuda:
-        return F.rms_norm(x, weight.shape, None, config.norm_eps).mul_(weight)
     return F.rms_norm(x, weight.shape, weight, config.norm_eps)
 
 
