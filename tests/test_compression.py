@@ -223,6 +223,7 @@ def test_a_pass_moves_a_fraction_of_the_bytes(tmp_path, monkeypatch):
     assert set(moved[None]) == CROSSING
     ratios = {kind: moved[None][kind] / moved[4][kind] for kind in CROSSING}
     assert ratios[OpKind.LOAD_CACHE] == pytest.approx(3.555, rel=1e-3)
-    assert ratios[OpKind.STORE_CACHE] == pytest.approx(3.555, rel=1e-3)
+    # Queries come along with what isn't packed, as large as keys here.
+    assert ratios[OpKind.STORE_CACHE] == pytest.approx(1.5 * 3.555, rel=1e-3)
     assert ratios[OpKind.LOAD_WEIGHTS] > 3.4
     assert sum(moved[None].values()) / sum(moved[4].values()) >= 3.4

@@ -248,9 +248,12 @@ def test_a_model_that_fits_the_gpu_is_planned_in_one_batch_if_that_is_faster():
 
 
 def test_a_model_that_python_can_hardly_feed_is_planned_for_what_it_can():
-    """OPT-6.7B on a GPU of 16 GiB: whatever is chosen as if issuing were free is no faster."""
+    """OPT-6.7B on a GPU of 16 GiB, and a slow CPU: whatever is chosen as if issuing were free is no
+    faster."""
     config, node = shape_config("opt-6.7b"), HardwareNode(Hardware.preset("h100"))
-    (gpu,) = devices_of([node.with_memory("14.4GiB", None, None)], config, "float16")
+    (fast,) = devices_of([node.with_memory("14.4GiB", None, None)], config, "float16")
+    slow = {"launch_seconds": 40e-6, "issue_seconds": 40e-6}
+    gpu = replace(fast, rates=lambda *rows: replace(fast.rates(*rows), **slow))
     planner = Planner(config, (gpu,), PlannedJob.uniform(1000, 512, 32), "float16")
     chosen, spec = find_best_plan(planner), gpu.rates(8, 512)
     free = replace(

@@ -43,7 +43,7 @@ class CellBuffers:
     attended: Tensor
 
     def attention(self, rows: Rows) -> Tensor:
-        """Where these rows' attention goes, [tokens, heads, head_dim]."""
+        """Buffer of these rows' attention, [tokens, heads, head_dim]."""
         return self.attended if rows.are_single else self.q
 
 
