@@ -9,6 +9,10 @@ ends immediately, which may let others start, so this repeats until nothing chan
 the clock to the first event of the running ops, and end what ends at that time. An event is an end,
 or a piece of a copy after which another copy has its turn.
 
+On a GPU the device's two lanes have a stream each, so that ops that are ready on both run at once.
+They share the GPU, which does the same work in the same time; here it does the oldest first. That
+takes as long, or, where an op leaves much of the GPU idle, a few percent longer than two at once.
+
 Knows dependencies and demands of ops; no plans or rows.
 """
 
