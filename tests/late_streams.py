@@ -100,7 +100,7 @@ class LateCuda:
         patch(MemoryTier, "allocate", noted)
 
     def crosses_link(self, target: Tensor, source: Tensor) -> bool:
-        """Of memory that no tier has nothing is known."""
+        """True between the GPU tier and the CPU tier; memory of no tier crosses no link."""
         return {self._tier_of(target), self._tier_of(source)} == {"gpu", "cpu"}
 
     def _tier_of(self, tensor: Tensor) -> str | None:

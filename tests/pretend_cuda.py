@@ -50,7 +50,7 @@ class DeviceMix(RuntimeError):
 
 
 class Note(NamedTuple):
-    """What happened, in which kind of op (None outside of ops), and in which function."""
+    """A noted event: its name, the kind of op (None outside of ops), and the function."""
 
     what: str
     kind: OpKind | None
@@ -66,7 +66,7 @@ class Cell(NamedTuple):
 
 
 class PretendCuda:
-    """What a pretend device has seen.
+    """Records of a pretend device.
 
     launches, copies: launches by the name of the aten op, and copies across the link by their
     direction, both of ops alone; ops: how many had something to do.

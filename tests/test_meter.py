@@ -1,4 +1,4 @@
-"""What is measured of a device's lanes: every op that ran, and each second of a worker once."""
+"""The meter counts every op that ran on a device, and each second of a worker once."""
 
 from __future__ import annotations
 

@@ -107,7 +107,7 @@ def test_every_policy_fits_the_memory_that_its_case_asks_for(case):
 
 
 def test_a_step_that_hangs_is_killed_with_all_of_its_processes(tmp_path, temporary):
-    """Its child even has a session of its own; and later steps run."""
+    """The step's child is killed too, though it has a session of its own, and later steps run."""
     script = (
         "import subprocess, sys, time, pathlib, tempfile\n"
         "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'],\n"

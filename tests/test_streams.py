@@ -78,7 +78,7 @@ def test_a_wait_that_is_left_out_is_missed(
 
 
 def shared(folder, references, policy, monkeypatch) -> set[str]:
-    """What ops of one stream use of what ops of another made."""
+    """Tensors that ops of one stream made and ops of another use."""
     watch = StreamWatch()
     late(folder, references, policy, monkeypatch, LateCuda(watch=watch))
     return watch.faults

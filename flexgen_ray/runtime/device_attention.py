@@ -13,10 +13,10 @@ ATTEND_DEVICE of a cell with 3 decoding rows and a prompt's chunk of 5 tokens, f
     prompt's chunk   attention.prefill over [5, 32, 128], row by row: cached keys and values, then
                      causally its own
 
-Results replace the queries in q, or go to a buffer of their own if each row brings one token, and
-FINISH projects them. Streamed rows under sparse attention
-take three ops: CHOOSE selects tokens by the keys that came, GATHER_VALUES and LOAD_VALUES bring the
-values of these tokens only, and ATTEND_DEVICE weighs them.
+FINISH projects the results. They replace the queries in q, or go to a buffer of their own if each
+row brings one token. Streamed rows under sparse attention take three ops: CHOOSE selects tokens by
+the keys that came, GATHER_VALUES and LOAD_VALUES bring the values of these tokens only, and
+ATTEND_DEVICE weighs them.
 """
 
 from __future__ import annotations
