@@ -207,8 +207,8 @@ def _set_up(device: torch.device) -> None:
     """Make a GPU this thread's current one, and choose torch's attention on it for the process.
 
     On GPUs from Hopper on, torch 2.11 and later prefer cuDNN's attention in half precision. cuDNN
-    makes a plan for each new length of a cache, which takes 23 to 37 ms of the thread that issues
-    all ops, and here each pass has new lengths.
+    makes a plan for each new length of a cache, in the thread that issues all ops, and here each
+    pass has new lengths.
     """
     if device.type == "cuda":
         torch.cuda.set_device(device)
