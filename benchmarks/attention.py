@@ -91,13 +91,13 @@ def attention(
     from flexgen_ray.calibration.steady import OtherLoad
     from flexgen_ray.cli.bench.runs import beside
     from flexgen_ray.kernels.host_kernel import KERNELS, load_kernel
-    from flexgen_ray.store.memory import allocate_pages
+    from flexgen_ray.store.memory import allocate_mapping
 
     watch = OtherLoad()
     threads = threads or len(os.sched_getaffinity(0))
     torch.set_num_threads(threads)
     kernels = {name: load_kernel(name, threads) for name in KERNELS}
-    memory = allocate_pages(megabytes << 20)
+    memory = allocate_mapping(megabytes << 20)
     forms = _forms(bits or [], sparsity)
     headings = [*kernels, "of bound", *forms]
     _say(f"{'dtype':9}{'head_dim':>9}{'queries/KV':>11}{'read GB/s':>10}", *headings)

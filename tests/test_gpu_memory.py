@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flexgen_ray.hardware import gpu_memory
-from flexgen_ray.layout.placement import PAGE
+from flexgen_ray.layout.placement import SECTOR
 from flexgen_ray.planner.budgets import (
     CUDA_RESERVE,
     GPU_SHARE,
@@ -89,5 +89,5 @@ def flags_of(address: int) -> list[str]:
 @pytest.mark.parametrize("pinned", [True, False])
 def test_only_memory_to_be_pinned_is_left_out_of_forked_processes(pinned, monkeypatch):
     monkeypatch.setattr(memory, "_register", lambda pages: False)
-    pages = MemoryTier("cpu", MIB, torch.device("cpu"), pinned).allocate("test", 3 * PAGE)
+    pages = MemoryTier("cpu", MIB, torch.device("cpu"), pinned).allocate("test", 3 * SECTOR)
     assert ("dc" in flags_of(pages.data_ptr())) is pinned

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from strategies import CPU, MIB, placements, tiers
 
 from flexgen_ray.config import Placement, Policy, Workload
-from flexgen_ray.layout.placement import PAGE, stored_tensors
+from flexgen_ray.layout.placement import SECTOR, stored_tensors
 from flexgen_ray.layout.plan import StagePlan
 from flexgen_ray.layout.sizes import stage_bytes
 from flexgen_ray.models.config import ModelConfig
@@ -112,10 +112,10 @@ def assert_lookups(store: WeightStore, source: RandomWeights, config: ModelConfi
 
 def test_host_memory_starts_at_a_page_and_outlives_its_tier():
     tier = MemoryTier("cpu", MIB, CPU)
-    tensors = [tier.allocate("test", nbytes) for nbytes in (5, 0, PAGE + 1)]
+    tensors = [tier.allocate("test", nbytes) for nbytes in (5, 0, SECTOR + 1)]
     tier.close()
-    for tensor, nbytes in zip(tensors, (5, 0, PAGE + 1), strict=True):
-        assert tensor.nbytes == nbytes and tensor.data_ptr() % PAGE == 0
+    for tensor, nbytes in zip(tensors, (5, 0, SECTOR + 1), strict=True):
+        assert tensor.nbytes == nbytes and tensor.data_ptr() % SECTOR == 0
         assert not tensor.any()
     with pytest.raises(BudgetError, match="--cpu-memory"):
         tier.allocate("test", MIB)
@@ -138,10 +138,10 @@ def test_parts_of_a_stream_are_whole_pages_and_each_byte_moves_once(num_batches,
             ]
             assert sum(piece.nbytes for piece in pieces) == stream.nbytes(tier)
             bounds = [stream.span(tier, part, num_batches) for part in range(num_batches)]
-            assert all(low % PAGE == high % PAGE == 0 for low, high in bounds)
+            assert all(low % SECTOR == high % SECTOR == 0 for low, high in bounds)
             largest = layout.largest(tier, num_batches)
             assert all(high - low <= largest for low, high in bounds)
-            assert all(piece.start % PAGE == piece.target % PAGE == 0 for piece in pieces)
+            assert all(piece.start % SECTOR == piece.target % SECTOR == 0 for piece in pieces)
         own = stored_tensors(config, stage, layer)
         assert all(layout.places[layer][name].tier in ("gpu", "cpu", "disk") for name in own)
 
@@ -179,13 +179,13 @@ def test_reads_at_any_offset_see_what_was_written(requests, folder, data):
     pages, step = 9, data.draw(st.sampled_from([0, 1, 64, 513]))
     tier = DiskTier(MIB, Path(folder))
     try:
-        region = tier.allocate("test", (pages + 2) * PAGE).part(PAGE, pages * PAGE)
+        region = tier.allocate("test", (pages + 2) * SECTOR).part(SECTOR, pages * SECTOR)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(disk, "REQUEST_BYTES", 2 * PAGE)
-            written = torch.randint(256, (pages * PAGE + step,), dtype=torch.uint8)[step:]
+            patch.setattr(disk, "REQUEST_BYTES", 2 * SECTOR)
+            written = torch.randint(256, (pages * SECTOR + step,), dtype=torch.uint8)[step:]
             region.write(written)
-            first = data.draw(st.integers(0, pages * PAGE))
-            last = data.draw(st.integers(first, pages * PAGE))
+            first = data.draw(st.integers(0, pages * SECTOR))
+            last = data.draw(st.integers(first, pages * SECTOR))
             found = torch.empty(last - first + step, dtype=torch.uint8)[step:]
             region.read_into(found, first)
         assert torch.equal(found, written[first:last])
@@ -195,7 +195,7 @@ def test_reads_at_any_offset_see_what_was_written(requests, folder, data):
 
 def test_direct_requests_are_made_where_the_file_system_takes_them(tmp_path):
     tier = DiskTier(MIB, tmp_path)
-    region = tier.allocate("test", 2 * PAGE)
+    region = tier.allocate("test", 2 * SECTOR)
     with open("/proc/self/fdinfo/" + str(region.file.fileno())) as info:
         flags = int(info.read().split("flags:")[1].split()[0], 8)
     assert bool(flags & os.O_DIRECT) == region.is_direct
@@ -204,12 +204,12 @@ def test_direct_requests_are_made_where_the_file_system_takes_them(tmp_path):
 
 def test_a_file_that_was_cut_short_is_an_error_that_names_the_folder(requests, tmp_path):
     tier = DiskTier(MIB, tmp_path)
-    region = tier.allocate("test", 4 * PAGE)
-    os.ftruncate(region.file.fileno(), 2 * PAGE)
+    region = tier.allocate("test", 4 * SECTOR)
+    os.ftruncate(region.file.fileno(), 2 * SECTOR)
     with pytest.raises(OSError, match="the file ends before.*--offload-dir") as error:
-        region.read_into(torch.zeros(4 * PAGE, dtype=torch.uint8))
+        region.read_into(torch.zeros(4 * SECTOR, dtype=torch.uint8))
     assert error.value.filename == str(tmp_path)
-    assert str(2 * PAGE) in str(error.value)
+    assert str(2 * SECTOR) in str(error.value)
     tier.close()
 
 

@@ -25,7 +25,7 @@ from flexgen_ray.cost.launches import (
     run_launches,
 )
 from flexgen_ray.cost.resources import Amounts, Resource
-from flexgen_ray.layout.placement import ALONE_BYTES, COPY_PIECE, PAGE, aligned, split_tokens
+from flexgen_ray.layout.placement import ALONE_BYTES, COPY_PIECE, SECTOR, aligned, split_tokens
 from flexgen_ray.layout.plan import CACHE_BLOCK_TOKENS, StagePlan
 from flexgen_ray.layout.rows import NO_ROWS, Composition, PlacedRows, Row
 from flexgen_ray.layout.sizes import CHOICE_BYTES, quantized_values, streamed_bytes
@@ -167,7 +167,7 @@ class CostModel:
 
     def _hidden_on_disk(self, composition: Composition) -> int:
         disk = split_tokens(self.plan.policy.activations, composition.rows.num_tokens)[2]
-        return aligned(disk * self._hidden_token, PAGE)
+        return aligned(disk * self._hidden_token, SECTOR)
 
     # A layer's maths on the device
 

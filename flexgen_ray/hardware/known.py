@@ -8,7 +8,7 @@ from pathlib import Path
 from flexgen_ray.hardware.rates import DiskRates, MemorySizes
 from flexgen_ray.hardware.spec import Hardware, adapt_preset, find_preset
 from flexgen_ray.store.disk import DiskTier
-from flexgen_ray.store.memory import allocate_pages
+from flexgen_ray.store.memory import allocate_mapping
 
 # Sources of a machine's rates: `flexgen-ray calibrate`, a preset for its GPU, a hardware file.
 CALIBRATED, ASSUMED, GIVEN = "calibrated", "assumed", "given"
@@ -42,7 +42,7 @@ def measure_disk(folder: Path, free: int) -> DiskRates | None:
     """
     if free < 8 * _DISK_BYTES:
         return None
-    buffer, tier = allocate_pages(_DISK_BYTES).fill_(1), DiskTier(_DISK_BYTES, folder)
+    buffer, tier = allocate_mapping(_DISK_BYTES).fill_(1), DiskTier(_DISK_BYTES, folder)
     try:
         region = tier.allocate("a measurement", _DISK_BYTES)
         if not region.is_direct:

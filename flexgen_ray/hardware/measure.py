@@ -28,7 +28,7 @@ from flexgen_ray.kernels import attention
 from flexgen_ray.kernels.host_kernel import HostKernel
 from flexgen_ray.kernels.pack import unpack
 from flexgen_ray.kernels.sampling import SamplingRow, sample
-from flexgen_ray.layout.placement import PAGE, aligned
+from flexgen_ray.layout.placement import SECTOR, aligned
 from flexgen_ray.layout.plan import StagePlan
 from flexgen_ray.models.layers import product
 from flexgen_ray.quant.packing import packed_bytes
@@ -55,7 +55,7 @@ def measure_rates(
 
     Uses no more memory than the budget, and frees it. attend: the host's attention kernel.
     """
-    nbytes = aligned(min(BUFFER, (budget.cpu + budget.gpu) // 6), PAGE)
+    nbytes = aligned(min(BUFFER, (budget.cpu + budget.gpu) // 6), SECTOR)
     config, dtype = plan.config, TORCH_DTYPE[plan.dtype]
     weight = (config.intermediate_size, config.hidden_size)
     cache = CacheShape(
@@ -374,9 +374,9 @@ def _filled(memory: Tensor, dtype: torch.dtype, size: int) -> Tensor:
     filled = typed[:count] if count else torch.empty(size, dtype=dtype, device=memory.device)
     if dtype == torch.uint8:
         return filled.fill_(0x38)
-    pattern = torch.linspace(-1, 1, PAGE, device=memory.device)
-    whole = len(filled) // PAGE * PAGE
-    filled[:whole].view(-1, PAGE).copy_(pattern)
+    pattern = torch.linspace(-1, 1, SECTOR, device=memory.device)
+    whole = len(filled) // SECTOR * SECTOR
+    filled[:whole].view(-1, SECTOR).copy_(pattern)
     filled[whole:].fill_(0.5)
     return filled
 

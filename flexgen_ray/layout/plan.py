@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from flexgen_ray.config import DTYPE_BYTES, Policy, Workload, kept_tokens
-from flexgen_ray.layout.placement import PAGE, RowSplit, aligned, split_rows, split_tokens
+from flexgen_ray.layout.placement import SECTOR, RowSplit, aligned, split_rows, split_tokens
 from flexgen_ray.layout.weights import WeightLayout, lay_out_weights
 from flexgen_ray.models.config import ModelConfig
 from flexgen_ray.quant.formats import WeightFormat
@@ -153,8 +153,8 @@ class StagePlan:
 
     @property
     def cache_block_bytes(self) -> int:
-        """Bytes of a cache block on disk: CACHE_BLOCK_TOKENS of a row and layer, in whole pages."""
-        return aligned(CACHE_BLOCK_TOKENS * self.kv_bytes, PAGE)
+        """Bytes of a cache block on disk: CACHE_BLOCK_TOKENS of a row and layer, in whole sectors."""
+        return aligned(CACHE_BLOCK_TOKENS * self.kv_bytes, SECTOR)
 
     @property
     def cache_blocks(self) -> int:

@@ -9,7 +9,7 @@ from functools import reduce
 from math import prod
 
 from flexgen_ray.config import TIERS, Budget, Policy
-from flexgen_ray.layout.placement import PAGE, aligned
+from flexgen_ray.layout.placement import SECTOR, aligned
 from flexgen_ray.layout.plan import StagePlan
 from flexgen_ray.quant.formats import PARTS
 from flexgen_ray.schedule.ops import CELL_SLOTS, LAYER_SLOTS, staging_slots
@@ -164,10 +164,10 @@ def _hidden_bytes(plan: StagePlan) -> dict[str, dict[str, int]]:
         },
         "cpu": {
             "hidden states": slots * cpu * token,
-            "hidden states in flight": 2 * CELL_SLOTS * aligned(disk * token, PAGE),
+            "hidden states in flight": 2 * CELL_SLOTS * aligned(disk * token, SECTOR),
             **hops["cpu"],
         },
-        "disk": {"hidden states": slots * aligned(disk * token, PAGE)},
+        "disk": {"hidden states": slots * aligned(disk * token, SECTOR)},
     }
 
 

@@ -1,6 +1,6 @@
 """Layout of weights: the place of each weight on its tier, and the stream of each layer.
 
-Off the device a weight takes whole pages, and a layer's weights lie side by side, so that a part of
+Off the device a weight takes whole sectors, and a layer's weights lie side by side, so that a part of
 them moves in few copies and in direct disk requests. Knows bytes; no tensors.
 """
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from flexgen_ray.config import TIERS, Placement
-from flexgen_ray.layout.placement import PAGE, aligned, place_weights, stored_tensors, tensor_bytes
+from flexgen_ray.layout.placement import SECTOR, aligned, place_weights, stored_tensors, tensor_bytes
 from flexgen_ray.models.config import ModelConfig
 from flexgen_ray.quant.formats import WeightFormat
 from flexgen_ray.schedule.zigzag import StageLayers
@@ -39,7 +39,7 @@ class Piece:
 class StreamedWeights:
     """Weights of one layer that cross the link, in the order of their bytes in a device slot.
 
-    extents: places in host memory first, then on disk, of whole pages each.
+    extents: places in host memory first, then on disk, of whole sectors each.
     """
 
     extents: tuple[Place, ...]
@@ -48,10 +48,10 @@ class StreamedWeights:
         return sum(extent.nbytes for extent in self.extents if extent.tier == tier)
 
     def span(self, tier: str, part: int, num_parts: int) -> tuple[int, int]:
-        """Range of the device slot, in whole pages, that a part of this tier's bytes fills."""
+        """Range of the device slot, in whole sectors, that a part of this tier's bytes fills."""
         first = self.nbytes("cpu") if tier == "disk" else 0
-        pages = self.nbytes(tier) // PAGE
-        low, high = (pages * number // num_parts * PAGE for number in (part, part + 1))
+        sectors = self.nbytes(tier) // SECTOR
+        low, high = (sectors * number // num_parts * SECTOR for number in (part, part + 1))
         return first + low, first + high
 
     def pieces(self, tier: str, part: int, num_parts: int) -> Iterator[Piece]:
@@ -94,8 +94,8 @@ class WeightLayout:
 
     def largest(self, tier: str, num_parts: int) -> int:
         """Bytes of the largest of num_parts equal parts of any layer's bytes on this tier."""
-        pages = max(stream.nbytes(tier) for stream in self.streams.values()) // PAGE
-        return -(-pages // num_parts) * PAGE
+        sectors = max(stream.nbytes(tier) for stream in self.streams.values()) // SECTOR
+        return -(-sectors // num_parts) * SECTOR
 
 
 @lru_cache(maxsize=256)
@@ -110,7 +110,7 @@ def lay_out_weights(
         places[layer] = {}
         for name, tier in tiers.items():
             size = tensor_bytes(name, shapes[name], weight_format)
-            place = Place(tier, nbytes[tier], size if tier == "gpu" else aligned(size, PAGE))
+            place = Place(tier, nbytes[tier], size if tier == "gpu" else aligned(size, SECTOR))
             places[layer][name] = place
             nbytes[tier] += place.nbytes
     used = {layer: _used_places(config, places, layer) for layer in places}

@@ -12,7 +12,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from flexgen_ray.layout.placement import PAGE, aligned, split_tokens
+from flexgen_ray.layout.placement import SECTOR, aligned, split_tokens
 from flexgen_ray.layout.plan import StagePlan
 from flexgen_ray.layout.rows import Rows
 from flexgen_ray.layout.sizes import stage_bytes
@@ -62,7 +62,7 @@ class HiddenStore:
         self.work = self._allocate_work(tiers)
         self._gpu = self._allocate(tiers.gpu, "hidden states", (batches, gpu, hidden))
         self._cpu = self._allocate(tiers.cpu, "hidden states", (batches, cpu, hidden))
-        each = self._pages(disk)
+        each = self._sectors(disk)
         slots = (2, CELL_SLOTS, each // plan.element_bytes)
         self._in, self._out = self._allocate(tiers.cpu, "hidden states in flight", slots)
         region = tiers.disk.allocate("hidden states", batches * each)
@@ -85,7 +85,7 @@ class HiddenStore:
         """READ_HIDDEN: read the tokens on disk into the cell's host slot."""
         count = self._split(num_tokens)[2]
         if count:
-            self._disk[op.hidden_slot].read_into(self._in_pages(self._in[op.cell_slot], count))
+            self._disk[op.hidden_slot].read_into(self._in_sectors(self._in[op.cell_slot], count))
 
     def load(self, op: Op, num_tokens: int) -> None:
         """LOAD_HIDDEN: copy the tokens off the device to the cell's working tensor."""
@@ -119,19 +119,19 @@ class HiddenStore:
         """WRITE_HIDDEN: write the tokens in the cell's host slot to disk."""
         count = self._split(num_tokens)[2]
         if count:
-            self._disk[op.hidden_slot].write(self._in_pages(self._out[op.cell_slot], count))
+            self._disk[op.hidden_slot].write(self._in_sectors(self._out[op.cell_slot], count))
 
     def _split(self, num_tokens: int) -> tuple[int, int, int]:
         """Tokens on GPU, CPU and disk."""
         return split_tokens(self.plan.policy.activations, num_tokens)
 
-    def _pages(self, num_tokens: int) -> int:
-        """Bytes of the whole pages that num_tokens take."""
-        return aligned(num_tokens * self.plan.config.hidden_size * self.plan.element_bytes, PAGE)
+    def _sectors(self, num_tokens: int) -> int:
+        """Bytes of the whole sectors that num_tokens take."""
+        return aligned(num_tokens * self.plan.config.hidden_size * self.plan.element_bytes, SECTOR)
 
-    def _in_pages(self, slot: Tensor, num_tokens: int) -> Tensor:
-        """The whole pages of a cell's host slot that num_tokens take."""
-        return slot[: self._pages(num_tokens) // self.plan.element_bytes]
+    def _in_sectors(self, slot: Tensor, num_tokens: int) -> Tensor:
+        """The whole sectors of a cell's host slot that num_tokens take."""
+        return slot[: self._sectors(num_tokens) // self.plan.element_bytes]
 
     def _tokens(self, slot: Tensor, num_tokens: int) -> Tensor:
         """View the first tokens of a cell's host slot as [num_tokens, hidden]."""

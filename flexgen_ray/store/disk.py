@@ -18,8 +18,8 @@ from pathlib import Path
 
 from torch import Tensor, uint8
 
-from flexgen_ray.layout.placement import PAGE, aligned
-from flexgen_ray.store.memory import Ledger, allocate_pages
+from flexgen_ray.layout.placement import SECTOR, aligned
+from flexgen_ray.store.memory import Ledger, allocate_mapping
 from flexgen_ray.units import format_bytes
 
 # Size of one request; measured: larger ones, or several at a time, are hardly faster.
@@ -29,7 +29,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Region:
-    """Whole pages of an offload file, from byte `start` on.
+    """Whole sectors of an offload file, from byte `start` on.
 
     is_direct: True if requests bypass the page cache (O_DIRECT). Either all requests of a file do,
     or none, so that the page cache never has an older copy of its bytes. Methods raise ValueError
@@ -45,42 +45,42 @@ class Region:
     def read_into(self, buffer: Tensor, offset: int = 0) -> None:
         """Fill a contiguous host tensor from `offset` of the region.
 
-        Whole pages are read directly into page-aligned memory; other requests go through a buffer
-        of whole pages around them. Raises OSError with the folder's name.
+        Whole sectors are read directly into aligned to sectors memory; other requests go through a buffer
+        of whole sectors around them. Raises OSError with the folder's name.
         """
         view = _bytes_of(buffer)
         self._check(offset, len(view))
-        if not self.is_direct or _are_page_multiples(buffer.data_ptr(), offset, len(view)):
+        if not self.is_direct or _are_sector_multiples(buffer.data_ptr(), offset, len(view)):
             self._transfer(os.preadv, view, offset)
             return
         end = offset + len(view)
-        for at in range(offset // PAGE * PAGE, end, REQUEST_BYTES):
-            pages = _bytes_of(allocate_pages(min(REQUEST_BYTES, aligned(end - at, PAGE))))
-            self._transfer(os.preadv, pages, at)
-            low, high = max(at, offset), min(at + len(pages), end)
-            view[low - offset : high - offset] = pages[low - at : high - at]
+        for at in range(offset // SECTOR * SECTOR, end, REQUEST_BYTES):
+            sectors = _bytes_of(allocate_mapping(min(REQUEST_BYTES, aligned(end - at, SECTOR))))
+            self._transfer(os.preadv, sectors, at)
+            low, high = max(at, offset), min(at + len(sectors), end)
+            view[low - offset : high - offset] = sectors[low - at : high - at]
 
     def write(self, buffer: Tensor, offset: int = 0) -> None:
-        """Write a contiguous host tensor of whole pages at `offset`, the start of a page.
+        """Write a contiguous host tensor of whole sectors at `offset`, the start of a sector.
 
-        A tensor that is not page-aligned in memory is copied first. Raises OSError with the
+        A tensor that is not aligned to sectors in memory is copied first. Raises OSError with the
         folder's name.
         """
         view = _bytes_of(buffer)
         self._check(offset, len(view))
-        assert _are_page_multiples(offset, len(view)), "a write of less than whole pages"
-        if not self.is_direct or _are_page_multiples(buffer.data_ptr()):
+        assert _are_sector_multiples(offset, len(view)), "a write of less than whole sectors"
+        if not self.is_direct or _are_sector_multiples(buffer.data_ptr()):
             self._transfer(os.pwritev, view, offset)
             return
         for at in range(0, len(view), REQUEST_BYTES):
-            pages = _bytes_of(allocate_pages(min(REQUEST_BYTES, len(view) - at)))
-            pages[:] = view[at : at + len(pages)]
-            self._transfer(os.pwritev, pages, offset + at)
+            sectors = _bytes_of(allocate_mapping(min(REQUEST_BYTES, len(view) - at)))
+            sectors[:] = view[at : at + len(sectors)]
+            self._transfer(os.pwritev, sectors, offset + at)
 
     def part(self, start: int, nbytes: int) -> Region:
-        """A region inside this one, of whole pages."""
+        """A region inside this one, of whole sectors."""
         self._check(start, nbytes)
-        assert _are_page_multiples(start, nbytes), "a region of less than whole pages"
+        assert _are_sector_multiples(start, nbytes), "a region of less than whole sectors"
         return Region(self.file, self.path, self.start + start, nbytes, self.is_direct)
 
     def _transfer(self, request: Callable, view: memoryview, offset: int) -> None:
@@ -123,11 +123,11 @@ class DiskTier(Ledger):
         self._files: list[FileIO] = []
 
     def allocate(self, what: str, nbytes: int) -> Region:
-        """Allocate whole pages, and reserve their blocks on disk.
+        """Allocate whole sectors, and reserve their blocks on disk.
 
         Raises BudgetError beyond the budget, and OSError if the file system has no room.
         """
-        assert _are_page_multiples(nbytes), "space of less than whole pages"
+        assert _are_sector_multiples(nbytes), "space of less than whole sectors"
         self.book(what, nbytes)
         if not nbytes:
             return Region(None, str(self.folder), 0, 0)
@@ -175,12 +175,12 @@ class DiskTier(Ledger):
 def enable_direct_io(fd: int) -> bool:
     """Turn on direct requests (O_DIRECT); returns False if the file system or disk refuses them.
 
-    Some refuse the flag, others a request of one page; the file must have that page.
+    Some refuse the flag, others a request of one sector; the file must have that sector.
     """
     flags = fcntl.fcntl(fd, fcntl.F_GETFL)
     try:
         fcntl.fcntl(fd, fcntl.F_SETFL, flags | os.O_DIRECT)
-        os.preadv(fd, [_bytes_of(allocate_pages(PAGE))], 0)
+        os.preadv(fd, [_bytes_of(allocate_mapping(SECTOR))], 0)
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
             raise
@@ -195,5 +195,5 @@ def _bytes_of(tensor: Tensor) -> memoryview:
     return memoryview(tensor.view(uint8).reshape(-1).numpy().data)
 
 
-def _are_page_multiples(*numbers: int) -> bool:
-    return all(number % PAGE == 0 for number in numbers)
+def _are_sector_multiples(*numbers: int) -> bool:
+    return all(number % SECTOR == 0 for number in numbers)

@@ -13,7 +13,7 @@ from contextlib import suppress
 import torch
 from torch import Tensor
 
-from flexgen_ray.layout.placement import PAGE
+from flexgen_ray.layout.placement import SECTOR
 from flexgen_ray.units import format_bytes
 
 
@@ -49,8 +49,8 @@ _PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 _log = logging.getLogger(__name__)
 
 
-def allocate_pages(nbytes: int, is_inherited: bool = True) -> Tensor:
-    """Allocate a zeroed uint8 host tensor that starts at a page.
+def allocate_mapping(nbytes: int, is_inherited: bool = True) -> Tensor:
+    """Allocate a zeroed uint8 host tensor that starts at a sector.
 
     It is a memory mapping of its own, which costs nothing until it is touched, and which goes back
     to the system as a whole. is_inherited: False if processes that this one forks don't have it.
@@ -82,7 +82,7 @@ class MemoryTier(Ledger):
         self._unregister = weakref.finalize(self, _unregister, self._registered)
 
     def allocate(self, what: str, nbytes: int) -> Tensor:
-        """Allocate a zeroed uint8 tensor of nbytes, page-aligned on the host.
+        """Allocate a zeroed uint8 tensor of nbytes, aligned to sectors on the host.
 
         what: purpose, by which the bytes are recorded. Raises BudgetError beyond the budget.
         """
@@ -93,9 +93,9 @@ class MemoryTier(Ledger):
             torch.cuda.synchronize(self.device)
             return memory
         # After a fork, a write may move a page away from under the device's copies.
-        memory = allocate_pages(nbytes, is_inherited=not self.pinned)
+        memory = allocate_mapping(nbytes, is_inherited=not self.pinned)
         # Touch all pages now, on all cores: not during a run, and so that missing memory shows now.
-        memory[::PAGE].zero_()
+        memory[::SECTOR].zero_()
         if self.pinned and nbytes and _register(memory):
             self._registered.append(memory)
         return memory

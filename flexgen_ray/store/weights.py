@@ -30,7 +30,7 @@ from flexgen_ray.layout.weights import Place
 from flexgen_ray.quant.formats import PARTS, Shape, WeightFormat, part_of_op
 from flexgen_ray.schedule.ops import LAYER_SLOTS, Op, staging_slots
 from flexgen_ray.store.link import copy_across
-from flexgen_ray.store.memory import MemoryTier, allocate_pages
+from flexgen_ray.store.memory import MemoryTier, allocate_mapping
 from flexgen_ray.store.tiers import TORCH_DTYPE, Tiers
 
 OnProgress = Callable[[int, int], None]
@@ -186,7 +186,7 @@ class WeightStore:
             for name, shape in stored_tensors(plan.config, plan.stage, layer).items()
         ]
         largest = max(map(self._fill_bytes, weights), default=0)
-        buffers = [allocate_pages(largest) for _ in range(source.num_readers)]
+        buffers = [allocate_mapping(largest) for _ in range(source.num_readers)]
         done, total = 0, sum(weight.place.nbytes for weight in weights)
         with ThreadPoolExecutor(source.num_readers) as readers:
             try:
@@ -248,7 +248,7 @@ class WeightStore:
     def _allocate_rows(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """Allocate host memory for rows of a weight, in the format in which it is stored."""
         return self._stored_view(
-            allocate_pages(self._format.stored_bytes(name, shape)), 0, name, shape
+            allocate_mapping(self._format.stored_bytes(name, shape)), 0, name, shape
         )
 
     def _stored_view(self, memory: Tensor, start: int, name: str, shape: tuple[int, ...]) -> Tensor:
