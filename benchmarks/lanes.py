@@ -191,7 +191,7 @@ def hardware_of(case: Case, plan: StagePlan, op_seconds: float) -> HardwareSpec:
 def _middle_pass(plan: StagePlan) -> Composition:
     position = (PROMPT_LEN + plan.max_seq_len) // 2
     rows = tuple(Row(slot, position, 1, slot, True, False) for slot in range(BATCH_SIZE))
-    return Composition(Rows(rows, (0,) * BATCH_SIZE), plan.streamed_rows - 1)
+    return Composition(Rows(rows, (0,) * BATCH_SIZE), plan.splits)
 
 
 if __name__ == "__main__":

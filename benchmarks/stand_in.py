@@ -74,6 +74,7 @@ class StandIn:
                 device="cpu",
                 offload_dir=folder,
                 executor=self.executor,
+                spaces=tuple(each.space for each in self.plans),
                 **emulated(rates, self.time_scale, stands_for=plan),
             )
             for plan, rates in self._pairs()

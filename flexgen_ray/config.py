@@ -131,6 +131,12 @@ class Policy:
 
     def __post_init__(self) -> None:
         check_values(vars(self), _POLICY_CHECKS, "policy: ")
+        if self.attention_sparsity < 1 and self.cache.disk > 0:
+            raise ValueError(
+                f"policy: attention_sparsity is {self.attention_sparsity:g} and cache.disk "
+                f"{self.cache.disk:g}, but values of chosen tokens can't be read from disk alone; "
+                "give cache.disk 0, or attention_sparsity 1"
+            )
 
     @property
     def block_size(self) -> int:
@@ -212,7 +218,8 @@ class Workload:
     num_requests: sequences. max_prompt_len, max_seq_len: tokens of the longest prompt, and of the
     longest prompt with its answer. resumes: True if an interrupted answer may go on, its tokens so
     far as part of the prompt. drawn: mean work of sampling a token, as a share of sampling from all
-    tokens (cost/ops.py).
+    tokens (cost/ops.py). mean_seq_len: mean tokens of prompt and answer; None if all are as long as
+    the longest.
     """
 
     num_requests: int
@@ -220,6 +227,12 @@ class Workload:
     max_seq_len: int
     resumes: bool = False
     drawn: float = 0.0
+    mean_seq_len: float | None = None
+
+    @property
+    def mean_len(self) -> float:
+        """Mean tokens of prompt and answer."""
+        return self.max_seq_len if self.mean_seq_len is None else self.mean_seq_len
 
     @property
     def max_prefill_len(self) -> int:

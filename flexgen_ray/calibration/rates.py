@@ -194,7 +194,9 @@ def _device(bench: Bench, effort: Effort, take: Measurer, scope: Scope) -> Devic
     rows = effort.cache.rows * (1 if is_cpu else 4)
     dtype = torch.float32 if is_cpu else _device_dtype(device, scope)
     shape = replace(effort.cache, rows=rows)
-    (attention,) = take("device attention", lambda: [bench.device_attention_rate(dtype, shape)])
+    kernel = load_kernel("numba" if is_cpu else "sdpa", torch.get_num_threads())
+    attend = partial(bench.device_attention_rate, kernel, dtype, shape)
+    (attention,) = take("device attention", lambda: [attend()])
     matrix = effort.width, 4 * effort.width
     (dequantized,) = take("dequantizing", lambda: [bench.dequantize_rate(dtype, 4, matrix)])
     few_and_many = _DECODING_ROWS, _PREFILL_ROWS

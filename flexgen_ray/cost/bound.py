@@ -39,7 +39,7 @@ Quantity = tuple[str, str]
 
 def visit_seconds(plan: StagePlan, hardware: HardwareSpec, rows: Rows) -> dict[str, float]:
     """{lane or resource: seconds} of one visit of a stage whose batches all bring these rows."""
-    model, composition = CostModel(plan), Composition(rows, plan.streamed_rows - 1)
+    model, composition = CostModel(plan), Composition(rows, plan.splits)
     is_active = ActiveOps(plan, in_ring=not plan.stage.is_whole)
     lanes: dict[str, float] = defaultdict(float)
     resources: dict[str, float] = defaultdict(float)
@@ -133,8 +133,8 @@ def _visit_ops(plan: StagePlan, position: int) -> dict[str, list[_VisitOp]]:
     model, visit_ops = CostModel(plan), {}
     rows_of = {"prefill": prefilling_rows(plan)[0], "decode": decoding_rows(plan, position)}
     for phase, rows in rows_of.items():
-        composition = Composition(rows, plan.streamed_rows - 1)
-        attends_on_host = phase == "decode" and plan.attended_rows > 0
+        composition = Composition(rows, plan.splits)
+        attends_on_host = phase == "decode" and plan.attends_on_host
         visit_ops[phase] = [
             _VisitOp(
                 op.lane.worker.value,

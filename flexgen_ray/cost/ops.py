@@ -26,7 +26,8 @@ from flexgen_ray.cost.launches import (
 )
 from flexgen_ray.cost.resources import Amounts, Resource
 from flexgen_ray.layout.placement import ALONE_BYTES, COPY_PIECE, SECTOR, aligned, split_tokens
-from flexgen_ray.layout.plan import CACHE_BLOCK_TOKENS, StagePlan
+from flexgen_ray.layout.pages import PAGE_TOKENS, pages_of
+from flexgen_ray.layout.plan import StagePlan
 from flexgen_ray.layout.rows import NO_ROWS, Composition, PlacedRows, Row
 from flexgen_ray.layout.sizes import CHOICE_BYTES, quantized_values, streamed_bytes
 from flexgen_ray.quant.formats import part_of_op
@@ -44,7 +45,7 @@ _COMPOSITE_RMS_NORM = 9  # on a CPU it is several torch ops
 _TOP_K_SHARE = 0.6  # work of sampling from the top_k, as a share of sampling from all tokens
 
 _R = Resource
-_NO_PASS = Composition(NO_ROWS, 0)
+_NO_PASS = Composition(NO_ROWS, ())
 
 
 def sampling_share(temperature: float, top_k: int) -> float:
@@ -251,22 +252,19 @@ class CostModel:
 
     def _read_cache(self, op: Op, composition: Composition) -> Amounts:
         placed = self._placed(op, composition)
-        blocks = sum(row.position // CACHE_BLOCK_TOKENS for row, _ in placed.on_disk)
-        return self._transfer(_R.DISK_READ, blocks * self.plan.cache_block_bytes)
+        pages = sum(row.position // PAGE_TOKENS for row in placed.on_disk)
+        return self._transfer(_R.DISK_READ, pages * self.plan.disk_page_bytes)
 
     def _load_cache(self, op: Op, composition: Composition) -> Amounts:
-        placed = self._placed(op, composition)
-        # A GPU gets whole rows: only contiguous copies cross without being staged.
-        whole = self.plan.max_seq_len if self.plan.stages_disk else 0
-        tokens = sum(
-            count * (whole or past) * self._share_loaded(prefills)
-            for _, _, count, past, prefills in placed.streamed_copies
+        placed, page = self._placed(op, composition), self.plan.page_bytes
+        nbytes = sum(
+            count * page * self._share_loaded(prefills)
+            for _, _, count, prefills in placed.streamed_copies
         )
-        for row, _ in placed.on_disk:
-            # Blocks that pass through host memory cross the link whole.
-            share = 1.0 if self.plan.stages_disk else self._share_loaded(row.is_prefill)
-            tokens += row.position * share
-        return self._transfer(_R.H2D, tokens * self._kv_token)
+        # A GPU gets pages from disk as they lie there.
+        page = self.plan.disk_page_bytes if self.plan.stages_disk else page
+        nbytes += page * sum(pages_of(row.position) for row in placed.on_disk)
+        return self._transfer(_R.H2D, nbytes)
 
     def _share_loaded(self, prefills: bool) -> float:
         """Only keys (half) of decoding rows whose tokens sparse attention has yet to choose."""
@@ -274,7 +272,7 @@ class CostModel:
 
     def _store_cache(self, op: Op, composition: Composition) -> Amounts:
         placed = self._placed(op, composition)
-        tokens, plan = placed.rows.num_tokens - placed.first_off_device, self.plan
+        tokens, plan = placed.off_device_tokens, self.plan
         if plan.stored_rows and placed.rows.are_single:
             return self._transfer(_R.D2H, tokens * plan.qkv_size * self._element)
         queries = len(placed.attended) * plan.config.q_size * self._element
@@ -282,7 +280,7 @@ class CostModel:
 
     def _append_cache(self, op: Op, composition: Composition) -> Amounts:
         placed = self._placed(op, composition)
-        tokens = placed.rows.num_tokens - placed.first_off_device
+        tokens = placed.off_device_tokens
         chunks = sum(it.num_new_tokens for it in placed.off_device if it.num_new_tokens > 1)
         # Several threads place large chunks of prompts, at the memory's speed.
         alone = tokens - (chunks if chunks * self._kv_token >= ALONE_BYTES else 0)
@@ -290,9 +288,9 @@ class CostModel:
         return {_R.HOST_MEMORY: 2 * nbytes, _R.APPEND: alone * self._kv_token}
 
     def _write_cache(self, op: Op, composition: Composition) -> Amounts:
-        placed, block = self._placed(op, composition), CACHE_BLOCK_TOKENS
-        filled = sum(r.seq_len // block - r.position // block for r, _ in placed.on_disk)
-        return self._transfer(_R.DISK_WRITE, filled * self.plan.cache_block_bytes)
+        on_disk = self._placed(op, composition).on_disk
+        filled = sum(it.seq_len // PAGE_TOKENS - it.position // PAGE_TOKENS for it in on_disk)
+        return self._transfer(_R.DISK_WRITE, filled * self.plan.disk_page_bytes)
 
     # Attention
 
@@ -320,7 +318,7 @@ class CostModel:
 
     def _attend_device(self, op: Op, composition: Composition) -> Amounts:
         placed, layer = self._placed(op, composition), op.layer
-        streamed = [row for row, _ in placed.streamed]
+        streamed = placed.streamed
         rows = [*placed.resident, *streamed]
         # CHOOSE has scored the keys of streamed rows that decode sparsely.
         scored = [row for row in streamed if row.is_prefill or not self.plan.is_sparse]
@@ -330,7 +328,7 @@ class CostModel:
         runs = self._runs(placed.resident) + self._runs(streamed)
         prompts = sum(row.is_prefill for row in rows)
         passed = elementwise_values(self.plan, OpKind.ATTEND_DEVICE)
-        appended = self._appends([row for row in streamed if row.position or not row.is_prefill])
+        appended = self._appends(placed.streaming)
         attended = run_launches(self.plan) * runs + prompt_launches(self.plan) * prompts
         small = {
             _R.DEVICE_OPS: appended + attended,
@@ -376,7 +374,7 @@ class CostModel:
         return self._transfer(_R.H2D, len(attended) * self.plan.config.q_size * self._element)
 
     def _placed(self, op: Op, composition: Composition) -> PlacedRows:
-        return composition.placed(self.plan.splits[op.layer, op.batch])
+        return composition.placed(op.batch)
 
     def _transfer(self, resource: Resource, nbytes: float) -> Amounts:
         """Bytes that cross a link, the disk's bus or the network also cross host memory."""

@@ -89,7 +89,7 @@ class OpDemands:
         self._hardware = hardware
         self._core_shares = dict(core_shares)
         self._cost = CostModel(plan)
-        self._spare = plan.streamed_rows - 1
+        self._splits = plan.splits
         self._rows = rows
         self._passes: dict[int, _PassDemands] = {}
         self._weights = _PassDemands(NO_ROWS, None)
@@ -118,7 +118,7 @@ class OpDemands:
         # Comparing rows would cost more than deriving the demands of equal rows again.
         known = self._passes.get(id(rows))
         if known is None:
-            composition = Composition(rows, self._spare) if rows.rows else None
+            composition = Composition(rows, self._splits) if rows.rows else None
             known = self._passes[id(rows)] = _PassDemands(rows, composition)
         return known
 

@@ -26,6 +26,7 @@ import time
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any, cast
 
 from flexgen_ray.config import Deployment, Policy, Workload
@@ -185,6 +186,7 @@ class Engine:
             # The last token of a text that is scored needs no place in the context.
             max_seq_len=longest + 1 if longest else max(it.max_seq_len for it in requests),
             resumes=self.backend.resumes,
+            mean_seq_len=fmean(it.max_seq_len for it in requests),
         )
 
     @property
@@ -207,6 +209,7 @@ class Engine:
     def _load(self, chosen: PolicyChoice) -> None:
         """Load every stage, with its plan and the rates of which its ops' times are modelled."""
         settings = self.settings
+        spaces = tuple(plan.space for plan in chosen.stages)
         specs = [
             StageSpec(
                 settings.weights,
@@ -215,6 +218,7 @@ class Engine:
                 machine.device,
                 str(settings.offload_dir),
                 settings.seed,
+                spaces=spaces,
                 **settings.execution,
             )
             for plan, budget, machine in zip(

@@ -24,10 +24,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flexgen_ray.config import Budget, HardwareSpec
-from flexgen_ray.kernels import attention
 from flexgen_ray.kernels.host_kernel import HostKernel
 from flexgen_ray.kernels.pack import unpack
 from flexgen_ray.kernels.sampling import SamplingRow, sample
+from flexgen_ray.layout.pages import PAGE_TOKENS, pages_of
 from flexgen_ray.layout.placement import SECTOR, aligned
 from flexgen_ray.layout.plan import StagePlan
 from flexgen_ray.models.layers import product
@@ -62,7 +62,7 @@ def measure_rates(
         max(plan.attended_rows, 1),
         config.num_heads,
         config.num_kv_heads,
-        plan.max_seq_len,
+        int(plan.workload.mean_len),
         config.head_dim,
         plan.policy.cache_bits,
     )
@@ -85,7 +85,7 @@ def measure_rates(
 
 @dataclass(frozen=True)
 class CacheShape:
-    """The cache of one layer for some rows, and the query heads that attend it.
+    """The cache of one layer for some rows, in pages, and the query heads that attend it.
 
     context: tokens of each row. bits: of a quantized cache, else None.
     """
@@ -103,9 +103,14 @@ class CacheShape:
         return packed_bytes(self.head_dim, self.bits) if self.bits else self.head_dim
 
     @property
+    def pages(self) -> int:
+        """Pages of all rows."""
+        return self.rows * pages_of(self.context)
+
+    @property
     def numel(self) -> int:
-        """Elements, or bytes if quantized, of all keys and values."""
-        return 2 * self.rows * self.num_kv_heads * self.context * self.width
+        """Elements, or bytes if quantized, of all pages of keys and values."""
+        return 2 * self.pages * self.num_kv_heads * PAGE_TOKENS * self.width
 
 
 class Bench(AbstractContextManager):
@@ -255,22 +260,12 @@ class Bench(AbstractContextManager):
         memory = _filled(self.host, torch.uint8 if shape.bits else dtype, shape.numel)
         return _attender(kernel, memory, shape, dtype)
 
-    def device_attention_rate(self, dtype: torch.dtype, shape: CacheShape) -> float:
-        """Bytes of keys and values per second that the device attends in decoding.
-
-        As in a run, rows have room for more tokens than they have.
-        """
+    def device_attention_rate(
+        self, kernel: HostKernel, dtype: torch.dtype, shape: CacheShape
+    ) -> float:
+        """Bytes of keys and values per second that the device attends in decoding."""
         memory = _filled(self.on_device, dtype, shape.numel)
-        seen = shape.context - 1
-        coming = cycle(memory.view(*_caches(shape))[..., :seen, :])
-        q = torch.full((shape.rows, shape.num_heads, shape.head_dim), 0.5).to(memory)
-        lens = [seen] * shape.rows
-
-        def attend() -> None:
-            keys, values = next(coming)
-            q.copy_(attention.decode(q, keys, values, lens))
-
-        nbytes = shape.numel * memory.itemsize * seen // shape.context
+        nbytes, attend = _attender(kernel, memory, shape, dtype)
         return self.rate(nbytes, attend, self.device)
 
     def sampling_rate(self) -> float:
@@ -341,26 +336,24 @@ class Bench(AbstractContextManager):
         return (1 - own_beside / own_alone) * other_alone / other_beside
 
 
-def _caches(shape: CacheShape) -> tuple[int, ...]:
-    """Shape of memory that holds the keys and values of as many caches as it has room for."""
-    return -1, 2, shape.rows, shape.num_kv_heads, shape.context, shape.width
-
-
 def _attender(
     kernel: HostKernel, memory: Tensor, shape: CacheShape, dtype: torch.dtype
 ) -> tuple[int, Action]:
     """Bytes of one cache, and an action that attends the next of the caches in memory."""
-    caches = memory.view(*_caches(shape))
+    caches = memory.view(-1, 2, shape.pages, shape.num_kv_heads, PAGE_TOKENS, shape.width)
     size = shape.rows, shape.num_heads, shape.head_dim
     q = torch.full(size, 0.5, dtype=dtype, device=memory.device)
     lens, out = [shape.context] * shape.rows, torch.empty_like(q)
+    tables = torch.arange(shape.pages, dtype=torch.int32, device=memory.device)
+    tables = tables.view(shape.rows, -1)
     coming = cycle(caches)
 
     def attend() -> None:
         k, v = next(coming)
-        kernel(q, k, v, lens, out)
+        kernel(q, k, v, tables, lens, out)
 
-    return caches[0].nbytes, attend
+    nbytes = caches[0].nbytes * shape.context // (shape.pages // shape.rows * PAGE_TOKENS)
+    return nbytes, attend
 
 
 def _filled(memory: Tensor, dtype: torch.dtype, size: int) -> Tensor:

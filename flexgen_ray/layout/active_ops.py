@@ -5,6 +5,8 @@ The executor and the simulation filter ops by the same answer. Knows plans; not 
 
 from __future__ import annotations
 
+from dataclasses import astuple
+
 from flexgen_ray.layout.placement import RowSplit
 from flexgen_ray.layout.plan import StagePlan
 from flexgen_ray.schedule.ops import OPS, Condition, Op, OpKind
@@ -46,11 +48,18 @@ class ActiveOps:
             case Condition.HIDDEN_ON_DISK:
                 return plan.policy.activations.disk > 0
             case _:
-                return self._holds_of_cache(condition, plan.splits[layer, batch])
+                return self._holds_of_cache(condition, self._split(batch))
+
+    def _split(self, batch: int) -> RowSplit:
+        """Division of a batch's rows; that of all batches if unequal rows may change it."""
+        splits = self._plan.splits
+        if self._plan.row_pages == self._plan.longest_pages:
+            return splits[batch]
+        return RowSplit(*(max(part) for part in zip(*map(astuple, splits), strict=True)))
 
     def _holds_of_cache(self, condition: Condition, split: RowSplit) -> bool:
-        """Conditions on how the rows of one (layer, batch) are divided."""
-        streamed = split.off_device - split.attended
+        """Conditions on how the rows of a batch are divided."""
+        streamed = split.streamed + split.disk
         match condition:
             case Condition.CACHE_OFF_DEVICE:
                 return split.off_device > 0

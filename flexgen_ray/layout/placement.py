@@ -20,6 +20,7 @@ This is the only place where a fraction is rounded: stores, sizes and planner re
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import floor
@@ -67,6 +68,24 @@ class FractionSplitter:
         taken = min(max(due, 0), count)
         self._assigned += taken
         return taken
+
+
+class TokenShare:
+    """Chooses rows of each pass that hold a share of all passes' tokens."""
+
+    def __init__(self, fraction: float) -> None:
+        self._fraction = fraction
+        self._due = 0.0
+
+    def choose(self, sizes: Sequence[int]) -> list[bool]:
+        """True for each row that is chosen; the first ones are, as long as the share lasts."""
+        self._due += self._fraction * sum(sizes)
+        chosen = []
+        for size in sizes:
+            takes = self._fraction > 0 and (self._fraction == 1 or self._due >= size / 2)
+            self._due -= size * takes
+            chosen.append(takes)
+        return chosen
 
 
 class TierSplitter:
@@ -152,7 +171,7 @@ def _stage_bytes(config: ModelConfig, stage: StageLayers, weight_format: WeightF
 
 @dataclass(frozen=True)
 class RowSplit:
-    """Number of slots of one (layer, batch) in each division; slots lie in this order.
+    """Number of a batch's rows in each division, if all rows are equal.
 
     gpu: cache on the device; attended: in host memory, and attended by the host; streamed: in host
     memory, and streamed to the device; disk: on disk, and streamed to the device.
@@ -176,26 +195,21 @@ class RowSplit:
         return self.gpu, self.cpu, self.disk
 
 
-@lru_cache(maxsize=256)
-def split_rows(
-    policy: Policy, stage: StageLayers, num_blocks: int = 1
-) -> dict[tuple[int, int], RowSplit]:
-    """{(decoder layer, batch): division of its slots} of a stage, for the batches of all blocks.
+@lru_cache(maxsize=1024)
+def split_rows(policy: Policy, num_blocks: int = 1) -> tuple[RowSplit, ...]:
+    """Division of the rows of each batch, for the batches of all blocks.
 
-    The rounding carries over from cell to cell, so the fractions hold over the stage even if a
-    batch has few slots: with one slot a batch and cache.gpu = 0.25, one cell in four is on the GPU.
+    The rounding carries over from batch to batch, so the fractions hold over the block even if a
+    batch has few rows: with one row a batch and cache.gpu = 0.25, one batch in four is on the GPU.
     """
     tiers = TierSplitter(policy.cache)
     attention = FractionSplitter(policy.cpu_attention)
-    splits = {}
-    for layer in stage.layers:
-        if stage.kind(layer) != "decoder":
-            continue
-        for batch in range(num_blocks * policy.num_gpu_batches):
-            gpu, cpu, disk = tiers.split(policy.gpu_batch_size)
-            attended = attention.split(cpu)
-            splits[layer, batch] = RowSplit(gpu, attended, cpu - attended, disk)
-    return splits
+    splits = []
+    for _ in range(num_blocks * policy.num_gpu_batches):
+        gpu, cpu, disk = tiers.split(policy.gpu_batch_size)
+        attended = attention.split(cpu)
+        splits.append(RowSplit(gpu, attended, cpu - attended, disk))
+    return tuple(splits)
 
 
 def split_tokens(placement: Placement, num_tokens: int) -> tuple[int, int, int]:

@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from flexgen_ray.config import DTYPE_BYTES, Policy, Workload, kept_tokens
+from flexgen_ray.config import DTYPE_BYTES, TIERS, Policy, Workload, kept_tokens
+from flexgen_ray.layout.pages import PAGE_TOKENS, CacheSpace, pages_of
 from flexgen_ray.layout.placement import SECTOR, RowSplit, aligned, split_rows, split_tokens
 from flexgen_ray.layout.weights import WeightLayout, lay_out_weights
 from flexgen_ray.models.config import ModelConfig
@@ -17,9 +18,8 @@ from flexgen_ray.quant.packing import packed_bytes
 from flexgen_ray.schedule.zigzag import StageLayers
 
 PREFILL_TILES = 8  # a batch takes at most this many tiles of max_batch_tokens in a pass
-# Most bytes that attention of several decoding rows takes on the device beside their cache.
+# Most bytes that attention of several decoding rows takes beside their cache.
 ATTENTION_WORKSPACE = 64 * 2**20
-CACHE_BLOCK_TOKENS = 16  # tokens of one row that go to disk together
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class StagePlan:
 
     @property
     def max_seq_len(self) -> int:
-        """Most tokens that one slot of the cache holds."""
+        """Most tokens of a row's cache."""
         return self.workload.max_seq_len
 
     @property
@@ -97,9 +97,58 @@ class StagePlan:
         return self.policy.gpu_batch_size * self.workload.max_prefill_len > self.cell_tokens
 
     @cached_property
-    def splits(self) -> dict[tuple[int, int], RowSplit]:
-        """{(decoder layer, batch): division of its slots}."""
-        return split_rows(self.policy, self.stage, self.num_blocks)
+    def splits(self) -> tuple[RowSplit, ...]:
+        """Division of the rows of each batch of all blocks, if all rows are equal."""
+        return split_rows(self.policy, self.num_blocks)
+
+    @property
+    def row_pages(self) -> int:
+        """Pages of a row of mean length."""
+        return pages_of(self.workload.mean_len)
+
+    @property
+    def longest_pages(self) -> int:
+        """Pages of the longest row."""
+        return pages_of(self.max_seq_len)
+
+    @cached_property
+    def space(self) -> CacheSpace:
+        """Room for cached rows: as many of mean length as the policy says, or one of the longest.
+
+        The largest pool has room for the longest row, and so has the streaming slot, if the rows
+        of that pool are streamed.
+        """
+        splits, longest = self.splits, self.longest_pages
+        rows = [sum(split.tiers[number] for split in splits) for number in range(len(TIERS))]
+        pages = [count * self.row_pages for count in rows]
+        largest = pages.index(max(pages))
+        pages[largest] = max(pages[largest], longest)
+        on_disk = max(split.disk for split in splits) * self.row_pages
+        streamed = max(split.streamed + split.disk for split in splits) * self.row_pages
+        return CacheSpace(
+            pages=(pages[0], pages[1], pages[2]),
+            splits=splits,
+            batch_pages=max(-(-sum(pages) // len(splits)), longest),
+            streamed=max(streamed, longest) if streamed else 0,
+            disk=max(on_disk, longest) if on_disk else 0,
+            streams_all=self.policy.cpu_attention == 0,
+            disk_rows=rows[2],
+        )
+
+    @property
+    def uses_host(self) -> bool:
+        """True if some rows' cache lies in host memory."""
+        return self.space.pages[1] > 0
+
+    @property
+    def uses_disk(self) -> bool:
+        """True if some rows' cache lies on disk."""
+        return self.space.pages[2] > 0
+
+    @property
+    def attends_on_host(self) -> bool:
+        """True if the host attends some rows."""
+        return any(split.attended for split in self.splits)
 
     @property
     def vector_bytes(self) -> int:
@@ -113,9 +162,14 @@ class StagePlan:
         return 2 * self.config.num_kv_heads * self.vector_bytes
 
     @property
-    def row_bytes(self) -> int:
-        """Bytes of one slot's keys and values in one layer."""
-        return self.max_seq_len * self.kv_bytes
+    def page_bytes(self) -> int:
+        """Bytes of a page in one layer, in memory."""
+        return PAGE_TOKENS * self.kv_bytes
+
+    @property
+    def disk_page_bytes(self) -> int:
+        """Bytes of a page in one layer on disk: whole sectors."""
+        return aligned(self.page_bytes, SECTOR)
 
     @property
     def is_sparse(self) -> bool:
@@ -135,57 +189,54 @@ class StagePlan:
 
     @property
     def attended_row_bytes(self) -> int:
-        """Bytes that attending one decoding row on the device takes beside its cache and scores.
+        """Bytes that attending one decoding row takes beside its cache, where no kernel walks pages.
 
-        A quantized cache takes its keys and values dequantized; sparse attention takes keys in
-        float32, the weights and their order.
+        Its pages are copied side by side, and take a mask and scores; a quantized cache takes its
+        keys and values dequantized too, and sparse attention keys in float32, the weights and their
+        order.
         """
         config = self.config
         dequantized = 2 * config.kv_size * self.element_bytes if self.policy.cache_bits else 0
         sparse = 4 * config.kv_size + 16 * config.num_kv_heads + 8 * config.num_heads
-        return self.max_seq_len * (dequantized + (sparse if self.is_sparse else 0))
+        scores = 4 * (1 + config.num_heads)
+        each = self.kv_bytes + dequantized + scores + (sparse if self.is_sparse else 0)
+        return self.longest_pages * PAGE_TOKENS * each
 
     @property
     def rows_at_a_time(self) -> int:
-        """Decoding rows that the device attends at a time, within ATTENTION_WORKSPACE."""
+        """Decoding rows that are attended at a time where no kernel walks pages."""
         rows, each = self.policy.gpu_batch_size, self.attended_row_bytes
-        return max(1, min(rows, ATTENTION_WORKSPACE // each)) if each else rows
+        return max(1, min(rows, ATTENTION_WORKSPACE // each))
 
     @property
-    def cache_block_bytes(self) -> int:
-        """Bytes of a cache block on disk: CACHE_BLOCK_TOKENS of a row and layer, in whole sectors."""
-        return aligned(CACHE_BLOCK_TOKENS * self.kv_bytes, SECTOR)
+    def slot_pages(self) -> int:
+        """Pages of the streaming slot: those of rows that decode, and of a chunked prompt.
 
-    @property
-    def cache_blocks(self) -> int:
-        """Cache blocks on disk of one row and layer; its newest tokens lie in a tail in memory."""
-        return self.max_seq_len // CACHE_BLOCK_TOKENS
-
-    @property
-    def streamed_rows(self) -> int:
-        """Rows of the device's streaming slot: those that decode, and one for chunked prompts.
-
-        Chunks of a prompt whose row is otherwise attended on the host use the spare place.
+        Chunks of a prompt whose row the host otherwise attends need room of their own.
         """
-        splits = self.splits.values()
-        most = max((split.streamed + split.disk for split in splits), default=0)
-        return most + (self.chunks_prompts and any(split.attended for split in splits))
+        spare = self.chunks_prompts and self.attends_on_host
+        return self.space.streamed + spare * pages_of(self.workload.max_prefill_len)
 
     @property
     def choosing_rows(self) -> int:
-        """Rows of the streaming slot of which only the chosen tokens' values are streamed."""
-        return self.streamed_rows if self.is_sparse else 0
+        """Most streamed rows of which only the chosen tokens' values are streamed."""
+        streams = self.is_sparse and self.space.streamed
+        return self.policy.gpu_batch_size if streams else 0
 
     @property
     def attended_rows(self) -> int:
         """Most rows of a batch that the host attends."""
-        return max((split.attended for split in self.splits.values()), default=0)
+        return self.policy.gpu_batch_size if self.attends_on_host else 0
+
+    @property
+    def off_device_rows(self) -> int:
+        """Most rows of a batch whose cache lies off the device."""
+        return self.policy.gpu_batch_size if self.uses_host or self.uses_disk else 0
 
     @property
     def stored_tokens(self) -> int:
         """Most tokens of a pass whose keys and values leave the device."""
-        off_device = max((split.off_device for split in self.splits.values()), default=0)
-        return min(self.cell_tokens, off_device * self.workload.max_prefill_len)
+        return min(self.cell_tokens, self.off_device_rows * self.workload.max_prefill_len)
 
     @property
     def qkv_size(self) -> int:
@@ -198,18 +249,12 @@ class StagePlan:
 
         None do if the cache is quantized: it takes other bytes than were computed.
         """
-        off_device = max((split.off_device for split in self.splits.values()), default=0)
-        return 0 if self.policy.cache_bits else off_device
+        return 0 if self.policy.cache_bits else self.off_device_rows
 
     @property
     def hidden_stays(self) -> bool:
         """True if hidden states stay on the device between layers, which then work in place."""
         return self.policy.activations.gpu == 1
-
-    @property
-    def disk_rows(self) -> int:
-        """Most rows of a batch whose cache lies on disk."""
-        return max((split.disk for split in self.splits.values()), default=0)
 
     @property
     def hidden_tokens(self) -> tuple[int, int, int]:

@@ -2,19 +2,20 @@
 
 Rows are ragged: a decoding row brings one token, a prefilling row a chunk of its prompt. Linear
 layers process the packed tokens of all rows, attention the rows. `PlacedRows` divides the rows of a
-pass by where a layer keeps and attends their cache; the stores move data, and the cost model counts
+pass by where their cache lies and who attends it; the stores move data, and the cost model counts
 bytes, by the same answer.
 
-Knows slots and tokens; no tensors.
+Knows slots, tokens and homes; no tensors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Generic, TypeVar
 
+from flexgen_ray.layout.pages import Home, pages_of
 from flexgen_ray.layout.placement import RowSplit
 
 T = TypeVar("T")
@@ -24,11 +25,10 @@ T = TypeVar("T")
 class Row:
     """Part of a pass that belongs to one slot.
 
-    position: tokens in the slot's cache before this pass; offset: index of its first new token
-    among the packed tokens; is_sampled: True if a token is to be sampled after its last new one;
+    position: tokens in the row's cache before this pass; offset: index of its first new token among
+    the packed tokens; is_sampled: True if a token is to be sampled after its last new one;
     is_prefill: True if its new tokens were known when the sequence took the slot, even if this pass
-    brings only one of them; stale: tokens that an earlier request left in the slot's cache, set in
-    the first pass only; those beyond the row's own tokens are cleared.
+    brings only one of them.
     """
 
     slot: int
@@ -37,7 +37,6 @@ class Row:
     offset: int
     is_sampled: bool
     is_prefill: bool
-    stale: int = 0
 
     @property
     def tokens(self) -> slice:
@@ -46,7 +45,7 @@ class Row:
 
     @property
     def seq_len(self) -> int:
-        """Tokens in the slot's cache after this pass."""
+        """Tokens in the row's cache after this pass."""
         return self.position + self.num_new_tokens
 
 
@@ -66,15 +65,19 @@ class ScoredRow:
 
 @dataclass(frozen=True)
 class Rows:
-    """All rows of a pass, in slot order, and their packed tokens.
+    """All rows of a pass, and their packed tokens.
 
     token_ids: empty in stages after the first, which receive hidden states.
+    left: slots whose rows left since the batch's last pass. entered: (slot, pages) of rows that
+    entered with this pass, in order, after the others had left.
     """
 
     rows: tuple[Row, ...]
     token_ids: tuple[int, ...]
     prefill_tokens: int = 0
     scored: tuple[ScoredRow, ...] = ()
+    left: tuple[int, ...] = ()
+    entered: tuple[tuple[int, int], ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -111,14 +114,14 @@ _CHOOSING_RUNS = MemoKey[list[tuple[int, list[Row]]]]()
 
 
 class Composition:
-    """The rows of a pass, and their division by each way in which a layer divides its slots.
+    """The rows of a pass, divided as a plan's equal rows are; `Pass` divides real ones.
 
-    spare: place in the streaming slot for prompt chunks of rows that the host attends in decoding.
+    splits: of each batch, the number of slots in each division, in the order of RowSplit.
     """
 
-    def __init__(self, rows: Rows, spare: int) -> None:
+    def __init__(self, rows: Rows, splits: Sequence[RowSplit]) -> None:
         self.rows = rows
-        self._spare = spare
+        self._splits = splits
         self._placed: dict[RowSplit, PlacedRows] = {}
 
     @property
@@ -126,24 +129,51 @@ class Composition:
         """Sum of the sampled tokens' `sampling_share` (cost/ops.py); None if it is not known."""
         return None
 
-    def placed(self, split: RowSplit) -> PlacedRows:
-        """The rows, divided; derived once for all layers with an equal division."""
+    def placed(self, batch: int) -> PlacedRows:
+        """The rows as a batch divides them; derived once for all batches with an equal division."""
+        split = self._splits[batch]
         placed = self._placed.get(split)
         if placed is None:
-            placed = self._placed[split] = PlacedRows(self.rows, split, self._spare)
+            placed = self._placed[split] = PlacedRows(self.rows, divided(self.rows, split))
         return placed
+
+
+@dataclass(frozen=True, slots=True)
+class Division:
+    """How one row's cache is kept and attended.
+
+    tier: where it lies; on_host: True if the host attends it there. home: its pages, None if only
+    costs are asked for.
+    """
+
+    tier: str
+    on_host: bool = False
+    home: Home | None = None
+
+
+_KINDS = Division("gpu"), Division("cpu", on_host=True), Division("cpu"), Division("disk")
+
+
+def divided(rows: Rows, split: RowSplit) -> list[Division]:
+    """Division of each row by its slot: the first slots on the device, the last on disk."""
+    counts = split.gpu, split.attended, split.streamed, split.disk
+    of_slot = [kind for kind, count in zip(_KINDS, counts, strict=True) for _ in range(count)]
+    return [
+        _KINDS[2] if row.is_prefill and of_slot[row.slot].on_host else of_slot[row.slot]
+        for row in rows.rows
+    ]
 
 
 @dataclass(frozen=True)
 class PlacedRows:
-    """Rows of a pass by where one layer keeps and attends their cache.
+    """Rows of a pass by where their cache lies and who attends it.
 
-    memo: results that stores derive from the rows, by key and variant (see `memoized`).
+    divisions: of each row. memo: results that stores derive from the rows, by key and variant (see
+    `memoized`).
     """
 
     rows: Rows
-    split: RowSplit
-    spare: int
+    divisions: Sequence[Division]
     memo: dict[tuple[MemoKey, Hashable], Any] = field(default_factory=dict, compare=False)
 
     def memoized(self, key: MemoKey[T], make: Callable[[], T], variant: Hashable = None) -> T:
@@ -154,101 +184,141 @@ class PlacedRows:
         return self.memo[place]
 
     @cached_property
+    def _of_slot(self) -> dict[int, Division]:
+        pairs = zip(self.rows.rows, self.divisions, strict=True)
+        return {row.slot: division for row, division in pairs}
+
+    def home(self, row: Row) -> Home:
+        """Pages of a row."""
+        home = self._of_slot[row.slot].home
+        assert home is not None, "rows of a plan have no pages"
+        return home
+
+    def _select(self, accepts: Callable[[Row, Division], bool]) -> list[Row]:
+        pairs = zip(self.rows.rows, self.divisions, strict=True)
+        return [row for row, division in pairs if accepts(row, division)]
+
+    @cached_property
     def resident(self) -> list[Row]:
         """Rows whose cache lies on the device."""
-        return [row for row in self.rows.rows if row.slot < self.split.gpu]
+        return self._select(lambda row, it: it.tier == "gpu")
 
     @cached_property
     def off_device(self) -> list[Row]:
         """Rows whose cache lies in host memory or on disk."""
-        return [row for row in self.rows.rows if row.slot >= self.split.gpu]
+        return self._select(lambda row, it: it.tier != "gpu")
 
     @cached_property
     def attended(self) -> list[Row]:
         """Decoding rows that the host attends, where their cache lies."""
-        last = self.split.gpu + self.split.attended
-        return [row for row in self.off_device if row.slot < last and not row.is_prefill]
+        return self._select(lambda row, it: it.on_host)
 
     @cached_property
-    def attended_runs(self) -> list[list[Row]]:
-        return list(decoding_runs(self.attended))
+    def streamed(self) -> list[Row]:
+        """Rows off the device that the device attends."""
+        return self._select(lambda row, it: it.tier != "gpu" and not it.on_host)
 
     @cached_property
-    def streamed(self) -> list[tuple[Row, int]]:
-        """(row, place in the streaming slot) of rows off the device that the device attends."""
-        first = self.split.gpu + self.split.attended
-        return [
-            (row, row.slot - first if row.slot >= first else self.spare)
-            for row in self.off_device
-            if row.slot >= first or row.is_prefill
-        ]
+    def streaming(self) -> list[Row]:
+        """Streamed rows that take room in the streaming slot: all but prompts' first chunks."""
+        return [row for row in self.streamed if row.position or not row.is_prefill]
 
     @cached_property
-    def streamed_end(self) -> int:
-        """Tokens of the longest streamed row that decodes, with its new one."""
-        return max((row.seq_len for row, _ in self.streamed if not row.is_prefill), default=0)
+    def streamed_pages(self) -> dict[int, int]:
+        """{slot: first page in the streaming slot} of the rows of `streaming`, side by side."""
+        places, page = {}, 0
+        for row in self.streaming:
+            places[row.slot] = page
+            page += pages_of(row.seq_len)
+        return places
+
+    @cached_property
+    def streamed_copies(self) -> list[tuple[int, int, int, bool]]:
+        """Copies that bring streamed rows' pages from host memory, neighbours in one copy.
+
+        (place in the streaming slot, page, number of pages, whether the row prefills).
+        """
+        copies = []
+        for row in self.streaming:
+            division, place = self._of_slot[row.slot], self.streamed_pages[row.slot]
+            if division.tier != "cpu" or not row.position:
+                continue
+            pages = pages_of(row.position)
+            if division.home is None:
+                copies.append((place, 0, pages, row.is_prefill))
+                continue
+            for index, page, count in division.home.runs(0, pages):
+                copies.append((place + index, page, count, row.is_prefill))
+        return copies
 
     def choosing_runs(self, most: int) -> list[tuple[int, list[Row]]]:
-        """(first place in the streaming slot, rows) of runs of streamed rows that decode.
+        """(number of chosen rows before, rows) of runs of streamed rows that decode.
 
-        Rows in neighbouring slots form a run, of at most `most` rows.
+        most: rows of a run at most.
         """
-        first = self.split.gpu + self.split.attended
-        decoding = (row for row, _ in self.streamed if not row.is_prefill)
-        return self.memoized(
-            _CHOOSING_RUNS,
-            lambda: [(run[0].slot - first, run) for run in decoding_runs(decoding, most)],
-            most,
-        )
+        def make() -> list[tuple[int, list[Row]]]:
+            decoding = [row for row in self.streamed if not row.is_prefill]
+            return [(at, decoding[at : at + most]) for at in range(0, len(decoding), most)]
+
+        return self.memoized(_CHOOSING_RUNS, make, most)
 
     @cached_property
-    def in_memory(self) -> list[tuple[Row, int]]:
-        """(row, index) of rows whose cache lies in host memory."""
-        first, last = self.split.gpu, self.split.gpu + self.split.cpu
-        return [(row, row.slot - first) for row in self.off_device if row.slot < last]
+    def in_memory(self) -> list[Row]:
+        """Rows whose cache lies in host memory."""
+        return self._select(lambda row, it: it.tier == "cpu")
 
     @cached_property
-    def on_disk(self) -> list[tuple[Row, int]]:
-        """(row, index) of rows whose cache lies on disk."""
-        first = self.split.gpu + self.split.cpu
-        return [(row, row.slot - first) for row in self.off_device if row.slot >= first]
+    def on_disk(self) -> list[Row]:
+        """Rows whose cache lies on disk."""
+        return self._select(lambda row, it: it.tier == "disk")
 
     @cached_property
-    def first_off_device(self) -> int:
-        """Index of the first packed token of rows off the device, which come last."""
-        return self.off_device[0].offset if self.off_device else self.rows.num_tokens
+    def off_device_tokens(self) -> int:
+        """New tokens of rows off the device."""
+        return sum(row.num_new_tokens for row in self.off_device)
 
     @cached_property
-    def streamed_copies(self) -> list[tuple[int, int, int, int, bool]]:
-        """Copies that bring streamed rows' caches from host memory, neighbours in one copy.
+    def stored_runs(self) -> list[tuple[int, slice]]:
+        """(first place on the host, packed tokens) of what rows off the device bring, in runs."""
+        return token_runs(self.off_device)
 
-        (index of the first row in host memory, its place in the streaming slot, number of rows,
-        tokens to copy of each, whether they prefill).
-        """
-        copies: list[tuple[int, int, int, int, bool]] = []
-        for row, place in self.streamed:
-            index = row.slot - self.split.gpu
-            if index >= self.split.cpu or not row.position:
-                continue
-            if copies:
-                first, at, count, tokens, prefills = copies[-1]
-                if (index, place, row.is_prefill) == (first + count, at + count, prefills):
-                    copies[-1] = first, at, count + 1, max(tokens, row.position), prefills
-                    continue
-            copies.append((index, place, 1, row.position, row.is_prefill))
-        return copies
+    @cached_property
+    def stored_places(self) -> dict[int, int]:
+        """{slot: place of its first new token on the host} of rows off the device."""
+        places, place = {}, 0
+        for row in self.off_device:
+            places[row.slot] = place
+            place += row.num_new_tokens
+        return places
+
+    @cached_property
+    def attended_runs(self) -> list[tuple[int, slice]]:
+        """(first place on the host, packed tokens) of the rows that the host attends, in runs."""
+        return token_runs(self.attended)
+
+
+def token_runs(rows: Iterable[Row]) -> list[tuple[int, slice]]:
+    """Runs of neighbouring packed tokens of rows: (number of tokens before the run, tokens)."""
+    runs: list[tuple[int, slice]] = []
+    place = 0
+    for row in rows:
+        if runs and runs[-1][1].stop == row.offset:
+            first, tokens = runs[-1]
+            runs[-1] = first, slice(tokens.start, row.tokens.stop)
+        else:
+            runs.append((place, row.tokens))
+        place += row.num_new_tokens
+    return runs
 
 
 def decoding_runs(rows: Iterable[Row], most: int | None = None) -> Iterator[list[Row]]:
-    """Yield runs of decoding rows in neighbouring slots, each a slice of cache and packed tokens.
+    """Yield runs of decoding rows that are neighbours among the packed tokens.
 
     most: rows of a run at most; None for no limit.
     """
     run: list[Row] = []
     for row in rows:
-        if run and (
-            len(run) == most or (row.slot, row.offset) != (run[-1].slot + 1, run[-1].offset + 1)
-        ):
+        if run and (len(run) == most or row.offset != run[-1].offset + 1):
             yield run
             run = []
         run.append(row)

@@ -17,7 +17,6 @@ from flexgen_ray.units import format_bytes
 
 FRAGMENTATION = 1.5  # memory that the allocator holds, over live memory; see test_memory.py
 CHOICE_BYTES = 4  # of the index of a token that sparse attention chose
-MASK_ALIGNMENT = 16  # elements from row to row of a mask, as attention on CUDA takes it
 QUERY_TILE = 512  # queries whose mask over a cached prefix is built at a time
 
 
@@ -97,27 +96,27 @@ def stage_bytes(plan: StagePlan) -> dict[str, dict[str, int]]:
 
 
 def _cache_bytes(plan: StagePlan) -> dict[str, dict[str, int]]:
-    splits = plan.splits.values()
-    row, block = plan.row_bytes, plan.cache_block_bytes
-    disk_row = plan.cache_blocks * block
-    disk_rows = sum(split.disk for split in splits)
+    space, page, layers = plan.space, plan.page_bytes, plan.num_decoder_layers
+    gpu, cpu, disk = (layers * pages for pages in space.pages)
+    disk_page = plan.disk_page_bytes
     new_kv = new_kv_bytes(plan)
     vectors = plan.attended_rows * plan.config.q_size * plan.element_bytes
-    chosen_vectors = plan.choosing_rows * plan.max_kept_tokens * plan.config.num_kv_heads
-    chosen = chosen_vectors * (plan.vector_bytes + CHOICE_BYTES)
+    chosen = plan.choosing_rows * plan.max_kept_tokens * plan.config.num_kv_heads
+    slot = plan.slot_pages * page + chosen * plan.vector_bytes
     return {
         "gpu": {
-            "cache": sum(split.gpu for split in splits) * row,
-            "cache in flight": CELL_SLOTS * plan.streamed_rows * row + arriving_bytes(plan),
+            "cache": gpu * page,
+            "cache in flight": CELL_SLOTS * slot + arriving_bytes(plan),
         },
         "cpu": {
-            "cache": sum(split.cpu for split in splits) * row,
-            "cache tails": disk_rows * block,
-            "cache in flight": CELL_SLOTS * (2 * plan.disk_rows * disk_row + new_kv + chosen),
+            "cache": cpu * page,
+            "cache tails": layers * space.disk_rows * disk_page,
+            "cache in flight": CELL_SLOTS * (2 * space.disk * disk_page + new_kv)
+            + CELL_SLOTS * chosen * (plan.vector_bytes + CHOICE_BYTES),
             "host attention": 2 * CELL_SLOTS * vectors,
             "workspace": host_workspace_bytes(plan),
         },
-        "disk": {"cache": disk_rows * disk_row},
+        "disk": {"cache": disk * disk_page},
     }
 
 
@@ -133,11 +132,11 @@ def new_kv_bytes(plan: StagePlan) -> int:
 def host_workspace_bytes(plan: StagePlan) -> int:
     """Most bytes of temporaries on the host.
 
-    The largest of: mask and scores of a batch's host attention, one moved row, one tile's gathered
-    embeddings; and beside these the indices of the values that sparse attention gathers.
+    The largest of: what attending some rows takes, one moved row, one tile's gathered embeddings;
+    and beside these the indices of the values that sparse attention gathers.
     """
-    attention = plan.attended_rows * plan.max_seq_len * 4 * (1 + plan.config.num_heads)
-    moved = plan.row_bytes if any(split.off_device for split in plan.splits.values()) else 0
+    attention = plan.rows_at_a_time * plan.attended_row_bytes if plan.attends_on_host else 0
+    moved = plan.longest_pages * plan.page_bytes if plan.off_device_rows else 0
     chosen_vectors = plan.choosing_rows * plan.max_kept_tokens * plan.config.num_kv_heads
     gathered = 3 * plan.tile_tokens * plan.config.hidden_size * plan.element_bytes
     return max(attention, moved, gathered if _gathers(plan) else 0) + 2 * 8 * chosen_vectors
@@ -183,15 +182,12 @@ def _gathers(plan: StagePlan) -> bool:
 
 def workspace_bytes(plan: StagePlan) -> int:
     """Most bytes of temporaries on the device: a tile's MLP or projection, attention, logits."""
-    # Masks are built once a pass, for each distinct division of slots and attention window, and
-    # rotations for each kind of rope.
-    config, splits, rows = plan.config, plan.splits.items(), plan.policy.gpu_batch_size
-    distinct = {(split, config.window(layer)) for (layer, _), split in splits}
-    width = 1 if plan.is_sparse else plan.element_bytes
-    masks = len(distinct) * rows * aligned(plan.max_seq_len, MASK_ALIGNMENT) * width
+    # Tables of pages and rotations are made once a pass.
+    config, rows = plan.config, plan.policy.gpu_batch_size
+    tables = 2 * rows * (plan.longest_pages + 1) * 4
     ropes = {config.rope_of(layer) for layer in plan.stage.decoders} - {None}
     rotations = len(ropes) * rows * config.head_dim * plan.element_bytes
-    of_passes = 2 * plan.num_batches * (masks + rotations)
+    of_passes = 2 * plan.num_batches * (tables + rotations)
     # On a GPU these lanes have a stream each, and the allocator keeps a stream's memory for it.
     ahead, finishing = _op_bytes(plan)
     temporaries = ahead + finishing if plan.stages_disk else max(ahead, finishing)
@@ -211,13 +207,8 @@ def _dense_bytes(plan: StagePlan) -> int:
 
 
 def arriving_bytes(plan: StagePlan) -> int:
-    """Bytes of the device memory in which a row from disk arrives as it lies there.
-
-    The row's blocks come first, then its tail.
-    """
-    if not (plan.stages_disk and plan.disk_rows):
-        return 0
-    return (plan.cache_blocks + 1) * plan.cache_block_bytes
+    """Bytes of the device memory in which a row from disk arrives as it lies there."""
+    return plan.longest_pages * plan.disk_page_bytes if plan.stages_disk and plan.uses_disk else 0
 
 
 def scored_tokens_at_a_time(plan: StagePlan, top: int) -> int:
@@ -251,7 +242,6 @@ def _op_bytes(plan: StagePlan) -> tuple[int, int]:
     chunk = min(plan.cell_tokens, plan.workload.max_prefill_len)
     attention += chunk * config.q_size * (2 * element + 4)
     attention += min(QUERY_TILE, chunk) * plan.max_seq_len * (1 + 4)
-    attention += rows * plan.max_seq_len * 4 * (1 + config.num_heads)
     attention += plan.rows_at_a_time * plan.attended_row_bytes
     # The weights of the chosen tokens stay until their values have arrived.
     chosen_tokens = CELL_SLOTS * plan.choosing_rows * plan.max_kept_tokens

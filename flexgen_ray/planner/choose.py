@@ -168,16 +168,15 @@ def choose_policy(problem: PlanningProblem, policies: StagePolicies | None = Non
 
     Raises ValueError, which says what is missing, if nothing fits.
     """
-    longest = None
-    if policies is None and problem.request_name is not None:
-        longest = _describe_longest(problem, problem.request_name)
     try:
-        choice = _choose(problem, policies)
+        return _choose(problem, policies)
     except ValueError as error:
+        longest = None
+        if policies is None and problem.request_name is not None:
+            longest = _describe_longest(problem, problem.request_name)
         if longest is None:
             raise
         raise ValueError(f"{error}; {longest}") from error
-    return choice if longest is None else replace(choice, notes=(longest, *choice.notes))
 
 
 def _choose(problem: PlanningProblem, policies: StagePolicies | None) -> PolicyChoice:
@@ -259,28 +258,29 @@ def _suggest_compression(problem: PlanningProblem, forecast: Forecast) -> str | 
 
 
 def _describe_longest(problem: PlanningProblem, request_name: RequestName) -> str | None:
-    """A line for people if the longest requests make the block smaller; None if they don't.
-
-    Compares the blocks that fill the tiers with and without these requests, which needs no rates.
-    """
+    """A line for people if something fits without the longest requests; else None."""
     requests = problem.requests
     lengths = sorted(request.max_seq_len for request in requests)
     usual = lengths[ceil(USUAL_SHARE * len(lengths)) - 1]
-    if lengths[-1] == usual:
-        return None
     others = [request for request in requests if request.max_seq_len <= usual]
+    if len(others) == len(requests):
+        return None
     prompt_len = max(len(request.prompt_token_ids) for request in others)
-    workload = replace(problem.workload, max_prompt_len=prompt_len, max_seq_len=usual)
-    num_fitting = _num_fitting(problem)
+    workload = replace(
+        problem.workload,
+        max_prompt_len=prompt_len,
+        max_seq_len=usual,
+        mean_seq_len=fmean(request.max_seq_len for request in others),
+    )
     num_without = _num_fitting(replace(problem, workload=workload))
-    if num_without <= num_fitting:
+    if not num_without:
         return None
     longest = max(requests, key=lambda request: request.max_seq_len)
     size = f"{len(longest.prompt_token_ids)} prompt tokens, max_tokens {longest.max_tokens}"
     num_long = len(requests) - len(others)
     return (
-        f"{request_name(longest.index)} ({size}) is the longest request, so every sequence gets "
-        f"memory for {lengths[-1]} tokens, and {num_fitting} sequences fit at a time; without "
+        f"{request_name(longest.index)} ({size}) is the longest request, and takes memory for "
+        f"{lengths[-1]} tokens; without "
         + (f"these {num_long} longest requests" if num_long > 1 else "it")
         + f" {usual} tokens would do, and {num_without} sequences would fit"
     )

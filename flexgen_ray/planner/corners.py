@@ -212,12 +212,14 @@ def _tier_bytes(plan: StagePlan) -> dict[str, int]:
     """{tier: bytes} of a small stage.
 
     Each batch beyond the second adds the same bytes, so two cached sizes serve any number of
-    batches. The exception is the staging buffer of weights on their way from disk: with more
-    batches, weights move in smaller parts, so its size is asked for.
+    batches; they are those of so many batches that their rows have pages for the longest one. The
+    exception is the staging buffer of weights on their way from disk: with more batches, weights
+    move in smaller parts, so its size is asked for.
     """
     batches = plan.policy.num_gpu_batches
-    two, three = (_unstaged_bytes(_with_batches(plan, number)) for number in (2, 3))
-    nbytes = {tier: two[tier] + (batches - 2) * (three[tier] - two[tier]) for tier in TIERS}
+    few = max(2, -(-plan.longest_pages // (plan.policy.gpu_batch_size * plan.row_pages)))
+    some, more = (_unstaged_bytes(_with_batches(plan, number)) for number in (few, few + 1))
+    nbytes = {tier: some[tier] + (batches - few) * (more[tier] - some[tier]) for tier in TIERS}
     return nbytes | {"cpu": nbytes["cpu"] + staged_bytes(plan)}
 
 

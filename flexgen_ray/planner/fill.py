@@ -124,7 +124,8 @@ def _in_two_batches(plan: StagePlan) -> StagePlan:
 def _slowest(plan: StagePlan, budget: Budget) -> StagePlan:
     """Weights on disk; cache and hidden states on the fastest tiers that take all of them."""
     disk = Placement(0, 0, 1)
-    for cache in (Placement(0, 1, 0), disk):
+    caches = (Placement(0, 1, 0),) if plan.is_sparse else (Placement(0, 1, 0), disk)
+    for cache in caches:
         for activations in (Placement(1, 0, 0), Placement(0, 1, 0), disk):
             slowest = _placed(plan, weights=disk, cache=cache, activations=activations)
             need = tier_totals(stage_bytes(slowest))

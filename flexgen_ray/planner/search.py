@@ -54,6 +54,7 @@ MAX_SIMULATED = 4  # rounded plans that are simulated
 MIN_GAIN = 1.01  # simulate a plan only if it might be this much faster than the best so far
 # Fewest layers to simulate, of all stages together; with fewer, the model's ends weigh too much.
 MIN_SIMULATED_LAYERS = 12
+CACHE_ON_DISK = Share("cache", "disk")
 ROW_BY_ROW = (*(Share("weights", place) for place in GROUPS["weights"]), *ON_DEVICE[1:])
 
 
@@ -338,12 +339,15 @@ class Planner:
     def _objective(self, shape: Policy) -> Objective:
         whole_model = StageLayers.whole(self.config.num_layers)
         limit, blocks = self.search.max_seconds, shape.blocks_in_flight or 1
+        shares = self.search.shares
+        if shape.attention_sparsity < 1:
+            shares = tuple(share for share in shares if share != CACHE_ON_DISK)
         return Objective(
             self._prefill_visits(self._stage_plan(whole_model, shape)),
             max(self.job.mean_tokens - 1, 0),
             blocks,
             None if limit is None else limit / blocks,
-            self.search.shares,
+            shares,
             self.search.overlaps,
         )
 
@@ -386,7 +390,10 @@ class Planner:
 
     def _stage_plan(self, stage: StageLayers, policy: Policy) -> StagePlan:
         job, size = self.job, policy.block_size
-        workload = Workload(size, job.prompt_len, job.max_seq_len, self.resumes, job.drawn)
+        mean = job.mean_prompt_len + job.mean_tokens
+        workload = Workload(
+            size, job.prompt_len, job.max_seq_len, self.resumes, job.drawn, min(mean, job.max_seq_len)
+        )
         return StagePlan(
             self.config,
             stage,

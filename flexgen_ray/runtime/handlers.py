@@ -12,10 +12,11 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from flexgen_ray.kernels.host_kernel import HostKernel
+from flexgen_ray.kernels.host_kernel import HostKernel, walks_pages
 from flexgen_ray.kernels.sampling import NOT_FINITE, Scores, sample, score
+from flexgen_ray.layout.pages import page_table, pages_of
 from flexgen_ray.layout.plan import StagePlan
-from flexgen_ray.layout.rows import Composition, PlacedRows, Rows
+from flexgen_ray.layout.rows import Composition, MemoKey, PlacedRows, Rows
 from flexgen_ray.layout.sizes import scored_tokens_at_a_time
 from flexgen_ray.models.registry import FAMILIES
 from flexgen_ray.runtime.device_attention import DeviceAttention
@@ -28,13 +29,14 @@ from flexgen_ray.store.link import copy_across
 from flexgen_ray.store.tiers import TORCH_DTYPE, Tiers
 from flexgen_ray.store.weights import WeightStore
 
+_HOST_TABLES = MemoKey[tuple[Tensor, list[int]]]()
 LogitsHook = Callable[[list[int], Tensor], None]
 
 
 class OpHandlers:
     """Runs the ops of one stage on its stores.
 
-    attend_on_host: kernel for rows that are attended in host memory; append_threads: see KVCache.
+    attend_on_host, attend_on_device: kernels for decoding rows; append_threads: see KVCache.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class OpHandlers:
         scheduler: Scheduler,
         tiers: Tiers,
         attend_on_host: HostKernel,
+        attend_on_device: HostKernel,
         append_threads: int = 1,
     ) -> None:
         self.plan = plan
@@ -54,7 +57,7 @@ class OpHandlers:
         self._attend_on_host = attend_on_host
         self.cache = KVCache(plan, tiers, append_threads)
         self.hidden = HiddenStore(plan, tiers)
-        self._attention = DeviceAttention(plan, self.cache, tiers.device)
+        self._attention = DeviceAttention(plan, self.cache, tiers.device, attend_on_device)
         self.on_logits: LogitsHook | None = None
         self.passes = Passes(plan, scheduler, tiers.device)
         self._logits: dict[int, Tensor] = {}
@@ -90,7 +93,7 @@ class OpHandlers:
 
     def placed(self, op: Op) -> PlacedRows:
         """Rows of the op's pass, divided by where the op's layer has their cache."""
-        return self._pass(op).placed(self.cache.split(op))
+        return self._pass(op).placed(op.batch)
 
     def composition(self, op: Op) -> Composition | None:
         """Composition of the op's pass; None for ops without rows."""
@@ -188,21 +191,26 @@ class OpHandlers:
 
     def _attend_host(self, op: Op) -> None:
         placed = self.placed(op)
-        for run in placed.attended_runs:
-            places, _ = self.cache.vector_places(op, run)
-            cached = self.cache.host_view(op, run[0].slot, run[-1].slot + 1)
-            query = self.cache.queries(op, placed, run)
-            out = self.cache.host_attention[op.cell_slot, places]
-            lens = [row.seq_len for row in run]
-            how = self.plan.policy.attention_sparsity, self.config.window(op.layer)
-            self._attend_on_host(query, cached[0], cached[1], lens, out, *how)
+        rows = placed.attended
+        if not rows:
+            return
+        tables, lens = placed.memoized(_HOST_TABLES, lambda: host_tables(placed))
+        keys, values = self.cache.host_pages(op)
+        queries, out = self.cache.queries(op, placed), self.cache.host_attention[op.cell_slot]
+        how = self.plan.policy.attention_sparsity, self.config.window(op.layer)
+        step = len(rows) if walks_pages(self._attend_on_host) else self.plan.rows_at_a_time
+        for at in range(0, len(rows), step):
+            some = slice(at, min(at + step, len(rows)))
+            self._attend_on_host(
+                queries[some], keys, values, tables[some], lens[some], out[some], *how
+            )
 
     def _load_attention(self, op: Op) -> None:
         rows = self.rows(op)
         target = self._work(op).attention(rows)
-        for run in self.placed(op).attended_runs:
-            places, tokens = self.cache.vector_places(op, run)
-            result = self.cache.host_attention[op.cell_slot, places]
+        for place, tokens in self.placed(op).attended_runs:
+            count = tokens.stop - tokens.start
+            result = self.cache.host_attention[op.cell_slot, place : place + count]
             if not rows.are_single:
                 # Between queries lie gaps: they are filled on the device, from a dense copy.
                 result = result.to(self.device, non_blocking=True)
@@ -287,6 +295,13 @@ class OpHandlers:
 
     def _work(self, op: Op) -> CellBuffers:
         return self.hidden.work[op.cell_slot]
+
+
+def host_tables(placed: PlacedRows) -> tuple[Tensor, list[int]]:
+    """Tables of the pages of rows that the host attends, int32 [rows, pages], and their lengths."""
+    lens = [row.seq_len for row in placed.attended]
+    pages = [placed.home(row).table[: pages_of(row.seq_len)] for row in placed.attended]
+    return torch.from_numpy(page_table(pages)), lens
 
 
 Handler = Callable[[OpHandlers, Op], None]

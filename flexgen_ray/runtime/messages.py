@@ -23,12 +23,13 @@ from flexgen_ray.runtime.ring import ChannelClosed
 T = TypeVar("T")
 Table = dict[str, tuple]
 
-# A row's offset follows from the rows before it, and each stage counts stale tokens for itself.
+# A row's offset follows from the rows before it.
 _ROW = ("slot", "position", "num_new_tokens", "is_sampled", "is_prefill")
 _SAMPLING = tuple(each.name for each in fields(SamplingRow))
 _SCORED = tuple(each.name for each in fields(ScoredRow))
 _NUM_SCORES = ("slot", "num_scores")
 _NOT_FINITE = ("slot", "position")
+_ENTERED = ("slot", "pages")
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,8 @@ class Header:
             batch=self.batch,
             is_last=self.is_last,
             prefill_tokens=self.rows.prefill_tokens,
+            left=self.rows.left,
+            entered=_table(_ENTERED, self.rows.entered),
             rows=_table(_ROW, map(attrgetter(*_ROW), self.rows.rows)),
             sampled=_table(("request", *_SAMPLING), ((index, *each) for index, each in sampled)),
             scored=_table(_SCORED, map(attrgetter(*_SCORED), self.rows.scored)),
@@ -112,10 +115,12 @@ def _header(message: dict[str, Any]) -> Header:
         table["penalties"] = tuple(each and Penalties(**each) for each in table["penalties"])
     sampled = [*_records(message, "sampled", ("request", *_SAMPLING))]
     scored = tuple(ScoredRow(*values) for values in _records(message, "scored", _SCORED))
+    entered = tuple((slot, pages) for slot, pages in _records(message, "entered", _ENTERED))
+    left, prefill_tokens = tuple(message["left"]), message["prefill_tokens"]
     return Header(
         message["visit"],
         message["batch"],
-        Rows(tuple(rows), (), message["prefill_tokens"], scored),
+        Rows(tuple(rows), (), prefill_tokens, scored, left, entered),
         [SamplingRow(*values) for _, *values in sampled],
         [values[0] for values in sampled],
         message["is_last"],

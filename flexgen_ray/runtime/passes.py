@@ -21,8 +21,8 @@ run (find_decode_runs), so that one call attends them all.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from math import isnan
@@ -31,12 +31,20 @@ import torch
 from torch import Tensor
 
 from flexgen_ray.cost.ops import sampling_share
-from flexgen_ray.kernels.attention import additive_mask, length_mask, span
 from flexgen_ray.kernels.indices import place_indices
 from flexgen_ray.kernels.sampling import NOT_FINITE
+from flexgen_ray.layout.pages import Home, StagePages, page_table, pages_of
+from flexgen_ray.layout.placement import TokenShare
 from flexgen_ray.layout.plan import StagePlan
-from flexgen_ray.layout.rows import NO_ROWS, Composition, Row, Rows, decoding_runs
-from flexgen_ray.layout.sizes import MASK_ALIGNMENT
+from flexgen_ray.layout.rows import (
+    NO_ROWS,
+    Composition,
+    Division,
+    PlacedRows,
+    Row,
+    Rows,
+    decoding_runs,
+)
 from flexgen_ray.models.config import Rope
 from flexgen_ray.models.layers import rotation
 from flexgen_ray.request import Score, SlotScores
@@ -47,16 +55,23 @@ from flexgen_ray.schedule.ops import Op
 
 
 class Pass(Composition):
-    """Rows of one pass with their sampling settings, and the index tensors that its ops use.
+    """Rows of one pass with their homes, their sampling settings, and the index tensors of its ops.
 
-    spare: see layout.rows.Composition.
+    divisions: of each row, the same in every layer.
     """
 
-    def __init__(self, header: Header, spare: int, device: torch.device) -> None:
-        super().__init__(header.rows, spare)
+    def __init__(
+        self, header: Header, divisions: list[Division], device: torch.device
+    ) -> None:
+        super().__init__(header.rows, ())
         self.header = header
+        self._placed_rows = PlacedRows(header.rows, divisions)
         self._device = device
         self._rotations: dict[Rope, Tensor] = {}
+
+    def placed(self, batch: int) -> PlacedRows:
+        """The rows by where their cache lies; the pass belongs to one batch."""
+        return self._placed_rows
 
     @cached_property
     def token_ids(self) -> Tensor:
@@ -185,7 +200,8 @@ class Passes:
         self._expected: dict[int, Rows] = {}
         self._counts: dict[int, list[int]] = {}
         self._num_empty: dict[int, int] = {}
-        self._filled: dict[int, dict[int, int]] = {}  # {batch: {slot: tokens it holds}}
+        self._pages = StagePages(plan.space)
+        self._on_host = TokenShare(plan.policy.cpu_attention)
         self._last_visit = 0
 
     @property
@@ -198,6 +214,8 @@ class Passes:
         """Start a run, whose visits are counted from 0."""
         self.ended = None
         self._last_visit = 0
+        self._pages.clear()
+        self._on_host = TokenShare(self._plan.policy.cpu_attention)
         for counts in (self._expected, self._counts, self._num_empty):
             counts.clear()
 
@@ -287,67 +305,69 @@ class Passes:
         return self.ended is not None and visit > self.ended
 
     def _begin_pass(self, op: Op, header: Header) -> None:
-        rows, spare = header.rows, self._plan.streamed_rows - 1
-        header = replace(header, rows=self._with_stale(op.batch, rows))
-        self._under_way[op.turn, op.batch] = Pass(header, spare, self._device)
+        rows = header.rows
+        divisions = self._divide(op.batch, rows)
+        self._under_way[op.turn, op.batch] = Pass(header, divisions, self._device)
         counts = self._counts.setdefault(op.visit, [0, 0])
         counts[0] += len(rows.sampled)
         counts[1] += rows.prefill_tokens
         if not rows.rows:
             self._num_empty[op.visit] = self._num_empty.get(op.visit, 0) + 1
 
-    def _with_stale(self, batch: int, rows: Rows) -> Rows:
-        """The rows, with `stale` set where an earlier request left more tokens in the slot.
+    def _divide(self, batch: int, rows: Rows) -> list[Division]:
+        """Take pages back, hand pages out, and divide a pass's rows by their homes.
 
-        Each stage counts for itself, over all its runs, because a replaced stage's slots are empty.
+        The host attends its share of the tokens of rows in its memory, and more if the streaming
+        slot is too small for the others.
         """
-        filled = self._filled.setdefault(batch, {})
-        first = [row for row in rows.rows if not row.position]
-        stale = {row.slot: filled.get(row.slot, 0) for row in first}
-        filled.update((row.slot, row.seq_len) for row in rows.rows)
-        if not any(stale[row.slot] > row.seq_len for row in first):
-            return rows
-        return replace(
-            rows, rows=tuple(replace(row, stale=stale.get(row.slot, 0)) for row in rows.rows)
-        )
+        for slot in rows.left:
+            self._pages.leave(batch, slot)
+        for slot, count in rows.entered:
+            self._pages.enter(batch, slot, count)
+        homes = [self._pages.home(batch, row.slot) for row in rows.rows]
+        pairs = list(zip(rows.rows, homes, strict=True))
+        decoding = [row for row, home in pairs if home.tier == "cpu" and not row.is_prefill]
+        chosen = self._on_host.choose([row.seq_len for row in decoding])
+        on_host = {row.slot for row, takes in zip(decoding, chosen, strict=True) if takes}
+        if self._plan.attends_on_host:
+            room = self._plan.slot_pages
+            for row, home in pairs:
+                if home.tier != "gpu" and (home.tier == "disk" or row.is_prefill) and row.position:
+                    room -= pages_of(row.seq_len)
+            for row in decoding:
+                if row.slot not in on_host:
+                    count = pages_of(row.seq_len)
+                    on_host |= {row.slot} if count > room else set()
+                    room -= count if count <= room else 0
+        return [
+            Division(home.tier, row.slot in on_host, home) for row, home in pairs
+        ]
 
 
 @dataclass(frozen=True)
 class DecodeRows:
-    """Run of decoding rows that lie side by side, both in a cache and among the packed tokens.
+    """Run of decoding rows that are neighbours among the packed tokens.
 
-    first, count: the rows' places in the cache; tokens: their packed tokens.
-    seen: cached tokens that any of the rows attends; lens: tokens of each row, counted from the
-    start of seen; mask: see attention.length_mask, additive for dense attention.
+    tokens: their packed tokens; tables: int32 [rows, pages], their pages in a pool, on its device;
+    lens: tokens of each row.
     """
 
-    first: int
-    count: int
     tokens: slice
-    seen: slice
+    tables: Tensor
     lens: list[int]
-    mask: Tensor | None
 
 
 def find_decode_runs(
-    placed: list[tuple[Row, int]],
-    most: int,
-    device: torch.device,
-    window: int | None,
-    dtype: torch.dtype | None,
+    rows: list[Row], home: Callable[[Row], Home], device: torch.device
 ) -> list[DecodeRows]:
-    """Runs of the decoding rows among placed (row, place in the cache), at most `most` rows each.
-
-    window: of the layer, see attention.decode. dtype: of additive masks, None for bool ones.
-    """
-    place = {row.slot: index for row, index in placed}
-    decode_rows = []
-    for run in decoding_runs((row for row, _ in placed if not row.is_prefill), most):
-        tokens = slice(run[0].offset, run[0].offset + len(run))
+    """Runs of the decoding rows among rows; home: pages of a row."""
+    runs = []
+    for run in decoding_runs(row for row in rows if not row.is_prefill):
         lens = [row.seq_len for row in run]
-        seen, mask = span(lens, window), length_mask(lens, device, window)
-        if mask is not None and dtype is not None:
-            mask = additive_mask(mask, dtype, MASK_ALIGNMENT)
-        lens = [end - seen.start for end in lens]
-        decode_rows.append(DecodeRows(place[run[0].slot], len(run), tokens, seen, lens, mask))
-    return decode_rows
+        pages = [home(row).table[: pages_of(row.seq_len)] for row in run]
+        tokens = slice(run[0].offset, run[0].offset + len(run))
+        tables = torch.from_numpy(page_table(pages))
+        if device.type == "cuda":
+            tables = tables.pin_memory().to(device, non_blocking=True)
+        runs.append(DecodeRows(tokens, tables, lens))
+    return runs

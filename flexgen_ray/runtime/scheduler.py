@@ -1,11 +1,12 @@
 """Scheduler of requests: assigns them to slots, composes each pass, and ends finished requests.
 
 The batches of all blocks in flight have up to gpu_batch_size slots each, numbered from 0 in every
-batch. Requests are sorted by prompt length, so that a batch's rows are alike. For each batch, one
-pass after the other:
+batch. A request enters a free slot when there are pages of the cache for its final length. For each
+batch, one pass after the other:
 
-    compose           waiting requests take free slots; each decoding slot brings its newest token,
-                      and prompts fill the rest of cell_tokens, the last one perhaps in chunks
+    compose           finished rows give their pages back, and waiting requests take free slots and
+                      pages; each decoding slot brings its newest token, and prompts fill the rest
+                      of cell_tokens, the last one perhaps in chunks
     sampling_rows     settings for the slots whose last token the pass brings
     accept            appends the sampled tokens; a request with its last token leaves its slot
 
@@ -16,11 +17,12 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import islice
 
 from flexgen_ray.kernels.sampling import Penalties, SamplingRow, uniform_number
+from flexgen_ray.layout.pages import Admission, pages_of
 from flexgen_ray.layout.rows import Row, Rows, ScoredRow
 from flexgen_ray.request import Finished, Request, SamplingParams, Score, SlotScores
 
@@ -40,6 +42,7 @@ class Scheduler:
     the newest token completes, or None.
     seed: for requests without a seed of their own.
     explain(position): error message for a request whose logits aren't finite at a token.
+    admission: pages that rows need; None if slots are all that they need.
     """
 
     gpu_batch_size: int
@@ -49,6 +52,7 @@ class Scheduler:
     find_stop: FindStop | None = None
     seed: int = 0
     explain: Callable[[int], str] = field(default_factory=lambda: not_finite_message)
+    admission: Admission | None = None
     _waiting: deque[Request] = field(default_factory=deque)
     _finished: deque[Finished] = field(default_factory=deque)
     _accepted: deque[tuple[int, int]] = field(default_factory=deque)
@@ -56,18 +60,21 @@ class Scheduler:
 
     def __post_init__(self) -> None:
         self._slots: list[dict[int, _Sequence]] = [{} for _ in range(self.num_batches)]
+        self._left: list[list[int]] = [[] for _ in range(self.num_batches)]
 
     def clear(self) -> None:
         """Drop the requests and results that an interrupted run left behind."""
         for queue in (self._waiting, self._finished, self._accepted, self._scored):
             queue.clear()
-        for slots in self._slots:
-            slots.clear()
+        for rows in (*self._slots, *self._left):
+            rows.clear()
+        if self.admission is not None:
+            self.admission.clear()
 
     def add(self, requests: Iterable[Request]) -> None:
-        """Queue requests, longest prompts first, so that a lack of memory shows up early."""
+        """Queue requests, the longest first."""
         merged = [*self._waiting, *requests]
-        merged.sort(key=lambda it: (-len(it.prompt_token_ids + it.generated), -it.max_seq_len))
+        merged.sort(key=lambda it: (-it.max_seq_len, -len(it.prompt_token_ids + it.generated)))
         self._waiting = deque(merged)
 
     @property
@@ -80,8 +87,9 @@ class Scheduler:
 
         Prompts are taken in the order in which they got their slots, so at most one is in chunks.
         """
-        slots = self._slots[batch]
-        self._fill(slots)
+        slots, left = self._slots[batch], tuple(self._left[batch])
+        self._left[batch].clear()
+        entered = self._fill(batch, slots, left)
         decoding = [s for s, seq in slots.items() if len(seq.token_ids) - seq.cached == 1]
         room = self.cell_tokens - len(decoding)
         counts = dict.fromkeys(decoding, 1)
@@ -91,7 +99,7 @@ class Scheduler:
                 room -= count
                 if count:
                     counts[slot] = count
-        return self._pack(slots, counts)
+        return replace(self._pack(batch, counts), left=left, entered=entered)
 
     def sampling_rows(self, batch: int, slots: list[int]) -> list[SamplingRow]:
         """Settings that choose the next token of each slot."""
@@ -118,7 +126,7 @@ class Scheduler:
         for slot, place in not_finite.items():
             index = self._slots[batch][slot].request.index
             self._finished.append(Finished(index, [], "error", error=self.explain(place)))
-            del self._slots[batch][slot]
+            self._leave(batch, slot)
         scored = [(self._slots[batch][slot], values) for slot, values in scores or ()]
         for sequence, values in scored:
             sequence.scores += values
@@ -131,7 +139,7 @@ class Scheduler:
             done = self._finished_by(sequence, token)
             if done is not None:
                 self._finished.append(done)
-                del self._slots[batch][slot]
+                self._leave(batch, slot)
         self._scored.extend((sequence.request.index, values) for sequence, values in scored)
 
     def take_finished(self) -> Iterator[Finished]:
@@ -152,25 +160,69 @@ class Scheduler:
         while self._scored:
             yield self._scored.popleft()
 
-    def _fill(self, slots: dict[int, _Sequence]) -> None:
-        """Move waiting requests into free slots; when few are left, each batch gets its share."""
-        left = len(self._waiting) + sum(map(len, self._slots))
-        room = min(self.gpu_batch_size, -(-left // self.num_batches)) - len(slots)
+    def _leave(self, batch: int, slot: int) -> None:
+        """Free a slot; its pages are given back where the batch's next pass is composed."""
+        del self._slots[batch][slot]
+        self._left[batch].append(slot)
+
+    def _fill(
+        self, batch: int, slots: dict[int, _Sequence], left: tuple[int, ...]
+    ) -> tuple[tuple[int, int], ...]:
+        """Move waiting requests into free slots; when few are left, each batch gets its share.
+
+        left: slots whose rows have left. Returns (slot, pages) of those that entered.
+        """
+        for slot in left if self.admission is not None else ():
+            self.admission.leave(batch, slot)
+        unfinished = len(self._waiting) + sum(map(len, self._slots))
+        room = min(self.gpu_batch_size, -(-unfinished // self.num_batches)) - len(slots)
         free = (slot for slot in range(self.gpu_batch_size) if slot not in slots)
+        entered = []
         for slot in list(islice(free, max(0, min(room, len(self._waiting))))):
-            request = self._waiting[0]
+            place = self._next_waiting(batch, slot, room - len(entered))
+            if place is None:
+                break
+            request = self._waiting[place]
             tokens = request.prompt_token_ids + request.generated
             slots[slot] = _Sequence(request, tokens, [*request.scores], len(tokens))
+            entered.append((slot, pages_of(request.max_seq_len)))
             # Removed last, so that `is_done` is not True in between.
-            self._waiting.popleft()
+            del self._waiting[place]
+        return tuple(entered)
 
-    def _pack(self, slots: dict[int, _Sequence], counts: dict[int, int]) -> Rows:
-        """Rows with their tokens side by side; counts: number of tokens that each slot brings."""
+    def _next_waiting(self, batch: int, slot: int, rows: int) -> int | None:
+        """Place in the queue of the request that takes a slot, and its pages; None if none can.
+
+        It is the longest, if so many `rows` could still enter, the others being the shortest; else
+        the shortest. So batches fill their slots and their pages, and long answers begin early.
+        """
+        if self.admission is None:
+            return 0
+        longest, shortest = (pages_of(self._waiting[it].max_seq_len) for it in (0, -1))
+        places = [0, -1] if longest + (rows - 1) * shortest <= self.admission.room(batch) else [-1, 0]
+        for place in places:
+            count = (longest, shortest)[place]
+            if self.admission.enters(batch, slot, count):
+                return place
+        return None
+
+    def _pack(self, batch: int, counts: dict[int, int]) -> Rows:
+        """Rows with their tokens side by side; counts: number of tokens that each slot brings.
+
+        Rows with the same home and kind of work stand together, so that they move together.
+        """
+        slots = self._slots[batch]
+
+        def order(slot: int) -> tuple[int, bool, int]:
+            is_known = slots[slot].cached < slots[slot].num_known
+            tier = self.admission.tier(batch, slot) if self.admission is not None else 0
+            return tier, is_known, slot
+
         rows: list[Row] = []
         token_ids: list[int] = []
         scored: list[ScoredRow] = []
         prefill_tokens = 0
-        for slot in sorted(counts):
+        for slot in sorted(counts, key=order):
             sequence, count = slots[slot], counts[slot]
             start, stop = sequence.cached, sequence.cached + count
             is_last = stop == len(sequence.token_ids)

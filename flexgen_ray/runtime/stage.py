@@ -26,6 +26,7 @@ from flexgen_ray.kernels.host_kernel import (
     takes_torch_threads,
 )
 from flexgen_ray.layout.active_ops import ActiveOps
+from flexgen_ray.layout.pages import Admission, CacheSpace
 from flexgen_ray.layout.plan import StagePlan
 from flexgen_ray.layout.sizes import check_budget, host_workspace_bytes, workspace_bytes
 from flexgen_ray.models.checkpoint import Checkpoint
@@ -71,6 +72,8 @@ class StageSpec:
     hardware: rates for which the run's modelled seconds are summed, None for none.
     run_wrapper: runs the ops in place of Modelled; needs hardware.
     keeps_spans: record when each op ran.
+    spaces: room for cached rows in every stage of the ring; empty for a stage that is the whole
+    model.
     """
 
     model: str | None
@@ -83,6 +86,7 @@ class StageSpec:
     hardware: HardwareSpec | None = None
     run_wrapper: RunWrapper | None = None
     keeps_spans: bool = False
+    spaces: tuple[CacheSpace, ...] = ()
 
 
 class Stage:
@@ -111,7 +115,8 @@ class Stage:
         self._cores = cores_for(plan, device)
         # Before the budget's memory is allocated, because the kernels may have to be measured.
         attend = choose_host_kernel(plan, self._cores.host, spec.budget.cpu // 2)
-        self._attends_by_torch = plan.attended_rows > 0 and takes_torch_threads(attend)
+        on_device = choose_device_kernel(plan, device, self._cores.device, spec.budget.gpu // 2)
+        self._attends_by_torch = plan.attends_on_host and takes_torch_threads(attend)
         self.tiers = Tiers(
             MemoryTier("gpu", spec.budget.gpu, device),
             MemoryTier("cpu", spec.budget.cpu, torch.device("cpu"), pinned=device.type == "cuda"),
@@ -131,9 +136,12 @@ class Stage:
                 find_stop,
                 spec.seed,
                 partial(not_finite_message, dtype=plan.dtype, cache_bits=plan.policy.cache_bits),
+                Admission(spec.spaces or (plan.space,)),
             )
             appending = append_threads(device, self._cores, self._attends_by_torch)
-            self.handlers = OpHandlers(plan, weights, self.scheduler, self.tiers, attend, appending)
+            self.handlers = OpHandlers(
+                plan, weights, self.scheduler, self.tiers, attend, on_device, appending
+            )
             self._workers: list[LaneWorker] | None = None
             self._modelled: Modelled | None = None
             self._meter = Meter()
@@ -274,7 +282,7 @@ class Stage:
 def cores_for(plan: StagePlan, device: torch.device) -> Cores:
     """Cores of this process, divided for a stage with this plan."""
     on_cuda = device.type == "cuda"
-    return divide_cores(torch.get_num_threads(), on_cuda, plan.attended_rows > 0)
+    return divide_cores(torch.get_num_threads(), on_cuda, plan.attends_on_host)
 
 
 def choose_host_kernel(plan: StagePlan, threads: int, nbytes: int) -> HostKernel:
@@ -282,8 +290,21 @@ def choose_host_kernel(plan: StagePlan, threads: int, nbytes: int) -> HostKernel
 
     nbytes: most memory to measure with, if the choice isn't known yet.
     """
-    if not plan.attended_rows:
+    if not plan.attends_on_host:
         return load_kernel("sdpa", threads)
+    return _choose_kernel(plan, threads, nbytes)
+
+
+def choose_device_kernel(
+    plan: StagePlan, device: torch.device, threads: int, nbytes: int
+) -> HostKernel:
+    """Fastest kernel for a plan's decoding rows on the device; arguments as choose_host_kernel's."""
+    if device.type == "cuda" or not (plan.space.pages[0] or plan.space.streamed):
+        return load_kernel("sdpa", threads)
+    return _choose_kernel(plan, threads, nbytes)
+
+
+def _choose_kernel(plan: StagePlan, threads: int, nbytes: int) -> HostKernel:
     config = plan.config
     heads = config.num_heads, config.num_kv_heads, config.head_dim
     shape = AttentionShape(

@@ -155,7 +155,7 @@ def _slot(
         return buffer, staging, 0
     if buffer in _PER_HIDDEN_SLOT:
         return buffer, hidden, 0
-    if buffer is Buffer.TOKENS:
+    if buffer in (Buffer.TOKENS, Buffer.PAGES):
         return buffer, batch, 0
     if buffer in _PER_LAYER:
         return buffer, layer, batch

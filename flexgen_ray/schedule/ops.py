@@ -149,6 +149,8 @@ class Buffer(StrEnum):
     # One copy per batch, and one per batch and turn.
     TOKENS = auto()
     ROWS = auto()  # the rows of a pass
+    # One copy per batch: pages of the cache that its rows have, on all tiers and in all layers.
+    PAGES = auto()
     # One copy per layer and batch: the KV cache.
     CACHE_GPU = auto()
     CACHE_CPU = auto()
@@ -214,8 +216,8 @@ class OpSpec:
 _K, _L, _B, _C = OpKind, Lane, Buffer, Condition
 OPS: dict[OpKind, OpSpec] = {
     _K.RECV_TOKENS: OpSpec(_L.RECV, (_B.TOKENS,), (_B.TOKENS,), _C.IN_RING, is_exchange=True),
-    _K.COMPOSE: OpSpec(_L.RECV, (_B.TOKENS,), (_B.ROWS, _B.TOKENS)),
-    _K.RECV_ROWS: OpSpec(_L.RECV, (), (_B.ROWS,), is_exchange=True),
+    _K.COMPOSE: OpSpec(_L.RECV, (_B.TOKENS,), (_B.ROWS, _B.TOKENS, _B.PAGES)),
+    _K.RECV_ROWS: OpSpec(_L.RECV, (), (_B.ROWS, _B.PAGES), is_exchange=True),
     _K.RECV: OpSpec(_L.RECV, (_B.ROWS,), (_B.ARRIVED,), is_exchange=True),
     _K.GATHER: OpSpec(_L.RECV, (_B.ROWS,), (_B.ARRIVED,), _C.INPUT_FROM_HOST),
     _K.LOAD_EMBEDDING: OpSpec(
@@ -258,13 +260,13 @@ OPS: dict[OpKind, OpSpec] = {
     ),
     _K.APPEND_CACHE: OpSpec(
         _L.HOST,
-        (_B.ROWS, _B.HOST_NEW_KV),
+        (_B.ROWS, _B.PAGES, _B.HOST_NEW_KV),
         (_B.CACHE_CPU, _B.CACHE_TAIL, _B.CACHE_OUT),
         _C.CACHE_OFF_DEVICE,
         Path.HOST,
     ),
     _K.WRITE_CACHE: OpSpec(
-        _L.DISK_WRITE, (_B.ROWS, _B.CACHE_OUT), (_B.CACHE_DISK,), _C.CACHE_ON_DISK, Path.NEITHER
+        _L.DISK_WRITE, (_B.ROWS, _B.PAGES, _B.CACHE_OUT), (_B.CACHE_DISK,), _C.CACHE_ON_DISK, Path.NEITHER
     ),
     _K.CHOOSE: OpSpec(
         _L.DEVICE_AHEAD,
