@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from itertools import cycle
-from math import ceil
+from math import ceil, prod
 from pathlib import Path
 from statistics import fmean
 
@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flexgen_ray.config import Budget, HardwareSpec
+from flexgen_ray.config import PAGE_TOKENS, Budget, HardwareSpec
 from flexgen_ray.kernels import attention
 from flexgen_ray.kernels.host_kernel import HostKernel
 from flexgen_ray.kernels.pack import unpack
@@ -252,8 +252,10 @@ class Bench(AbstractContextManager):
 
         dtype: of the queries, and of a cache that isn't quantized.
         """
-        memory = _filled(self.host, torch.uint8 if shape.bits else dtype, shape.numel)
-        return _attender(kernel, memory, shape, dtype)
+        pages = shape.rows * ceil(shape.context / PAGE_TOKENS)
+        pool = 2, pages, shape.num_kv_heads, PAGE_TOKENS, shape.width
+        memory = _filled(self.host, torch.uint8 if shape.bits else dtype, prod(pool))
+        return _attender(kernel, memory.view(-1, *pool), shape, dtype)
 
     def device_attention_rate(self, dtype: torch.dtype, shape: CacheShape) -> float:
         """Bytes of keys and values per second that the device attends in decoding.
@@ -347,20 +349,23 @@ def _caches(shape: CacheShape) -> tuple[int, ...]:
 
 
 def _attender(
-    kernel: HostKernel, memory: Tensor, shape: CacheShape, dtype: torch.dtype
+    kernel: HostKernel, caches: Tensor, shape: CacheShape, dtype: torch.dtype
 ) -> tuple[int, Action]:
-    """Bytes of one cache, and an action that attends the next of the caches in memory."""
-    caches = memory.view(*_caches(shape))
+    """Bytes of one cache's tokens, and an action that attends the next cache.
+
+    caches: [caches, 2, pages, kv_heads, PAGE_TOKENS, width]; a row's pages are neighbours.
+    """
     size = shape.rows, shape.num_heads, shape.head_dim
-    q = torch.full(size, 0.5, dtype=dtype, device=memory.device)
+    q = torch.full(size, 0.5, dtype=dtype, device=caches.device)
     lens, out = [shape.context] * shape.rows, torch.empty_like(q)
+    tables = torch.arange(caches.shape[2], dtype=torch.int32).view(shape.rows, -1)
     coming = cycle(caches)
 
     def attend() -> None:
-        k, v = next(coming)
-        kernel(q, k, v, lens, out)
+        keys, values = next(coming)
+        kernel(q, keys, values, tables, lens, out)
 
-    return caches[0].nbytes, attend
+    return shape.numel * caches.itemsize, attend
 
 
 def _filled(memory: Tensor, dtype: torch.dtype, size: int) -> Tensor:
