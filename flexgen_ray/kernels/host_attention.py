@@ -97,7 +97,7 @@ class HostAttention:
         Raises ValueError if the tensors don't fit together.
         """
         bits = _check(q, (keys, values), (out, lse))
-        _check_tables(tables, lens, keys)
+        _check_tables(tables, lens, len(q), keys.shape[2])
         starts = [0 if window is None else max(0, end - window) for end in lens]
         spans = [end - start for start, end in zip(starts, lens, strict=True)]
         counts = None
@@ -150,14 +150,14 @@ def _check(
     return bits
 
 
-def _check_tables(tables: Tensor, lens: list[int], keys: Tensor) -> None:
-    """Raises ValueError if tables have too few places for the tokens, or aren't int32."""
-    if tables.ndim != 2 or tables.dtype != torch.int32 or len(tables) != len(lens):
-        found = f"{tables.dtype} {list(tables.shape)}"
-        raise ValueError(f"tables must be int32 [{len(lens)}, pages of a row], not {found}")
-    room = tables.shape[1] * keys.shape[2]
-    if min(lens) < 1 or max(lens) > room:
-        raise ValueError(f"lens {lens} must be numbers from 1 to {room}")
+def _check_tables(tables: Tensor, lens: list[int], rows: int, page_tokens: int) -> None:
+    """Raises ValueError if tables have too few places for the rows' tokens, or aren't int32."""
+    if tables.ndim != 2 or tables.dtype != torch.int32 or len(tables) != rows:
+        actual = f"{tables.dtype} {list(tables.shape)}"
+        raise ValueError(f"tables must be int32 [{rows}, pages of a row], not {actual}")
+    room = tables.shape[1] * page_tokens
+    if len(lens) != rows or min(lens) < 1 or max(lens) > room:
+        raise ValueError(f"lens {lens} must be {rows} numbers from 1 to {room}")
 
 
 def _places(x: Tensor | None, dims: int) -> tuple[int, ...]:
@@ -387,7 +387,7 @@ def _store_log_sums(n, state, into, step):
 
 @numba.njit(nogil=True)
 def _are_pages(table, first, end, pages):
-    """Whether entries of a table are numbers of pages."""
+    """True if a part of a table names nothing but pages."""
     for i in range(first, end):
         if table[i] < 0 or table[i] >= pages:
             return False
