@@ -51,14 +51,17 @@ def decode_sparse(
     sparsity: float,
     mask: Tensor | None = None,
     window: int | None = None,
+    lse: Tensor | None = None,
 ) -> Tensor:
     """Attend one new token per row to the tokens of its cache that weigh most (FlexGen, top-k).
 
-    sparsity: share of the tokens that are attended; other arguments as for decode. Only the values
-    of the selected tokens are used.
+    sparsity: share of the tokens that are attended; lse: None, or where log_sum_exp over these is
+    written; other arguments as for decode. Only the values of the selected tokens are used.
     """
-    selected = select_tokens(q, k, lens, sparsity, mask, window)
-    return weighted_sum(selected.weights, selected.gather(v[:, :, span(lens, window)]))
+    selected, tokens = select_tokens(q, k, lens, sparsity, mask, window), span(lens, window)
+    if lse is not None:
+        lse.copy_(log_sum_exp(q, selected.gather(k[:, :, tokens]), selected.weights != 0))
+    return weighted_sum(selected.weights, selected.gather(v[:, :, tokens]))
 
 
 @dataclass(frozen=True)
@@ -125,17 +128,14 @@ def weighted_sum(weights: Tensor, values: Tensor) -> Tensor:
     return (weights.to(values.dtype) @ values).flatten(1, 2)
 
 
-def log_sum_exp(
-    q: Tensor, k: Tensor, mask: Tensor | None = None, selected: SelectedTokens | None = None
-) -> Tensor:
+def log_sum_exp(q: Tensor, k: Tensor, mask: Tensor | None = None) -> Tensor:
     """Logarithm of the sum of exp(score) over the tokens that a row attends; float32 [rows, heads].
 
-    q, k: as for decode, k of the tokens of mask, which is a length_mask. selected: the only tokens
-    that are attended, None for all.
+    q: [rows, heads, head_dim]; k: [rows, kv_heads, tokens, head_dim].
+    mask: tokens that are attended, bool [rows, kv_heads or 1, heads of each or 1, tokens], None for
+    all.
     """
     rows, heads, head_dim = q.shape
-    if selected is not None:
-        k, mask = selected.gather(k), selected.weights != 0
     grouped = q.reshape(rows, k.shape[1], heads // k.shape[1], head_dim).float()
     scores = grouped @ k.float().transpose(-1, -2) / head_dim**0.5
     if mask is not None:

@@ -186,14 +186,12 @@ def _sdpa(
     lens = [end - tokens.start for end in lens]
     if bits is not None:
         k, v = (_dequantized(x, bits, q) for x in (k, v))
-    selected = None
-    if sparsity == 1:
-        out.copy_(attention.decode(q, k, v, lens, mask, window))
-    else:
-        selected = attention.select_tokens(q, k, lens, sparsity, mask, window)
-        out.copy_(attention.weighted_sum(selected.weights, selected.gather(v)))
+    if sparsity != 1:
+        out.copy_(attention.decode_sparse(q, k, v, lens, sparsity, mask, window, lse))
+        return
+    out.copy_(attention.decode(q, k, v, lens, mask, window))
     if lse is not None:
-        lse.copy_(attention.log_sum_exp(q, k, mask, selected))
+        lse.copy_(attention.log_sum_exp(q, k, mask))
 
 
 def _dequantized(packed: Tensor, bits: int, like: Tensor) -> Tensor:
