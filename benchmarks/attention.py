@@ -21,7 +21,9 @@ import platform
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
+from math import prod
 from pathlib import Path
 from statistics import median, quantiles
 from typing import TYPE_CHECKING, Annotated
@@ -119,28 +121,56 @@ def attention(
     _finish(made_with | beside(watch) | {"results": results}, json_file)
 
 
-def _case(
-    memory: Tensor, dtype, shape: tuple[int, int, int], group: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Tensors q, k, v and out for the number of rows that fills the memory.
+@dataclass(frozen=True)
+class _Case:
+    """Arguments of a kernel: rows of equal length, and a cache where a row's pages are neighbours.
+
+    context: tokens of each row.
+    """
+
+    q: Tensor
+    keys: Tensor
+    values: Tensor
+    tables: Tensor
+    context: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the rows' keys and values."""
+        places = self.tables.shape[1] * self.keys.shape[2]
+        return (self.keys.nbytes + self.values.nbytes) // places * self.context
+
+    def attending(self, kernel: HostKernel, share: float = 1.0) -> Callable[[], object]:
+        """Call of a kernel that attends a share of the tokens."""
+        import torch
+
+        lens, out = [self.context] * len(self.q), torch.empty_like(self.q)
+        return partial(kernel, self.q, self.keys, self.values, self.tables, lens, out, share)
+
+
+def _case(memory: Tensor, dtype, shape: tuple[int, int, int], group: int) -> _Case:
+    """Case of the number of rows that fills the memory.
 
     memory: bytes, flat. shape: a row's [kv_heads, seq, head_dim]. group: query heads of a KV head.
-    Returns q and out as [rows, heads, head_dim], k and v as [rows, kv_heads, seq, head_dim]. Raises
-    ValueError if one row doesn't fit.
+    Raises ValueError if one row doesn't fit.
     """
     import torch
 
+    from flexgen_ray.config import PAGE_TOKENS
+
     kv_heads, seq, head_dim = shape
-    typed = memory.view(dtype)
+    typed, pages_of_row = memory.view(dtype), -(-seq // PAGE_TOKENS)
     _repeat(_pattern(head_dim).to(dtype), typed)
-    per_row = 2 * kv_heads * seq * head_dim
+    page = kv_heads, PAGE_TOKENS, head_dim
+    per_row = 2 * pages_of_row * prod(page)
     rows = typed.numel() // per_row
     if rows == 0:
         needed = per_row * dtype.itemsize >> 20
         raise ValueError(f"one sequence needs {needed} MB; raise --megabytes or lower --context")
-    k, v = typed[: rows * per_row].view(2, rows, kv_heads, seq, head_dim)
+    keys, values = typed[: rows * per_row].view(2, rows * pages_of_row, *page)
     q = torch.randn(rows, kv_heads * group, head_dim).to(dtype)
-    return q, k, v, torch.empty_like(q)
+    tables = torch.arange(len(keys), dtype=torch.int32).view(rows, -1)
+    return _Case(q, keys, values, tables, seq)
 
 
 def _pattern(head_dim: int) -> Tensor:
@@ -167,7 +197,7 @@ def _forms(bits: list[int], sparsity: float | None) -> dict[str, tuple[int | Non
 
 
 def _attending(
-    case: tuple[Tensor, ...], kernel: HostKernel, bits: int | None, share: float
+    case: _Case, kernel: HostKernel, bits: int | None, share: float
 ) -> tuple[int, Callable[[], object]]:
     """Bytes that attention over the case's rows reads in one form, and a call that attends them.
 
@@ -179,19 +209,19 @@ def _attending(
     from flexgen_ray.kernels.pack import pack
     from flexgen_ray.quant.packing import packed_bytes
 
-    q, k, v, out = case
-    context, head_dim = k.shape[2:]
+    head_dim = case.q.shape[-1]
     if bits is not None:
-        shape = (2, *k.shape[:3], packed_bytes(head_dim, bits))
+        shape = (2, *case.keys.shape[:3], packed_bytes(head_dim, bits))
         cache = torch.empty(shape, dtype=torch.uint8)
         _repeat(pack(_pattern(head_dim), bits), cache.flatten())
-        k, v = cache
-    nbytes = k.nbytes + v.nbytes // context * kept_tokens(context, share)
-    return nbytes, partial(kernel, q, k, v, [context] * len(k), out, share)
+        case = replace(case, keys=cache[0], values=cache[1])
+    half = case.nbytes // 2
+    nbytes = half + half // case.context * kept_tokens(case.context, share)
+    return nbytes, case.attending(kernel, share)
 
 
 def _measure(
-    case: tuple[Tensor, ...],
+    case: _Case,
     kernels: dict[str, HostKernel],
     others: dict[str, tuple[int, Callable[[], object]]],
     seconds: float,
@@ -203,16 +233,13 @@ def _measure(
     within seconds. Figures are medians over turns; a fraction compares with the read of its own
     turn. of_bound: fraction of the read or, where that is slower, of the arithmetic.
     """
-    q, k, v, out = case
-    fmas = (k.numel() + v.numel()) * q.shape[1] // k.shape[1]
-    lens = [k.shape[2]] * k.shape[0]
-    runs: dict[str, Callable[[], object]] = {
-        name: partial(kernel, q, k, v, lens, out) for name, kernel in kernels.items()
-    }
+    q, keys = case.q, case.keys
+    fmas = case.nbytes // keys.itemsize * q.shape[1] // keys.shape[1]
+    runs = {name: case.attending(kernel) for name, kernel in kernels.items()}
     every = runs | {name: run for name, (_, run) in others.items()}
-    turns = _take_turns(every, _plain_reads(k, v), fmas, seconds, threads)
+    turns = _take_turns(every, _plain_reads(keys, case.values), fmas, seconds, threads)
     middle = {name: median(turn[name] for turn in turns) for name in turns[0]}
-    nbytes = k.nbytes + v.nbytes
+    nbytes = case.nbytes
     rates: dict = {f"{name}_bytes_per_s": round(nbytes / middle[name]) for name in ("read", *runs)}
     rates["turns"] = len(turns)
     rates["fma_per_s"] = round(fmas / middle["arithmetic"])

@@ -394,6 +394,9 @@ _DEPLOYMENT_CHECKS: dict[str, Check] = {
 }
 
 
+PAGE_TOKENS = 16  # tokens of a page: their keys and values lie together in a cache
+
+
 def kept_tokens(tokens: int, sparsity: float) -> int:
     """Number of tokens that sparse attention keeps: ceil(sparsity * tokens), at least one.
 

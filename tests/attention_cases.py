@@ -1,10 +1,11 @@
-"""Cases of host attention: caches with garbage around what is valid, plain or quantized."""
+"""Cases of host attention: pages with garbage around what is valid, plain or quantized."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -20,17 +21,24 @@ ATTEND = HostAttention(threads=1)
 
 @dataclass(frozen=True)
 class Case:
-    """Views into a larger cache that holds NaN wherever no row attends it."""
+    """Rows that attend their caches; attended, these are laid out in pages.
+
+    k, v: [rows, kv_heads, seq, width]. page_tokens: tokens of a page. shared: number of first
+    tokens that rows have in common, whose pages they share. seed: of the order of pages.
+    """
 
     q: Tensor
     k: Tensor
     v: Tensor
     lens: list[int]
     window: int | None = None
+    page_tokens: int = 16
+    shared: int = 0
+    seed: int = 0
 
-    def run(self, attend=ATTEND, sparsity=1.0) -> Tensor:
+    def run(self, attend=ATTEND, sparsity=1.0, lse=None) -> Tensor:
         out = torch.empty_like(self.q)
-        attend(self.q, self.k, self.v, self.lens, out, sparsity, self.window)
+        attend(self.q, *self.paged(), self.lens, out, sparsity, self.window, lse)
         return out
 
     def tokens(self, row: int) -> slice:
@@ -38,45 +46,88 @@ class Case:
         end = self.lens[row]
         return slice(max(0, end - (self.window or end)), end)
 
+    def paged(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys and values in pages, in any order among others, and tables.
 
-def make_case(dtype, kv_heads, group, head_dim, lens, spread=1.0, seed=0, window=None) -> Case:
+        Beside the tokens of k and v, pages and tables hold NaN or what is no number of a page.
+        """
+        random = torch.Generator().manual_seed(self.seed)
+        (rows, kv_heads, seq, width), size, spare = self.k.shape, self.page_tokens, 3
+        pages = -(-seq // size)
+        order = torch.randperm(rows * pages + spare, generator=random)
+        first, end = torch.arange(pages) * size, torch.tensor(self.lens)[:, None]
+        start = torch.tensor([self.tokens(row).start for row in range(rows)])[:, None]
+        attended = (first < end) & (first + size > start)
+        own = order[: rows * pages].view(rows, pages)
+        whole = (first + size <= end) & (first >= start) & (first + size <= self.shared)
+        named = own.where(~(whole & whole[0]), own[0])
+        shape = (2, len(order), kv_heads, size + spare, width + spare)
+        pool = torch.full(shape, nothing(self.k.dtype), dtype=self.k.dtype)
+        for plane, cached in zip(pool, (self.k, self.v), strict=True):
+            padded = F.pad(cached, (0, 0, 0, pages * size - seq), value=nothing(cached.dtype))
+            in_pages = padded.unflatten(2, (pages, size)).transpose(1, 2)
+            plane[named[attended], :, :size, :width] = in_pages[attended]
+        tables = torch.randint(-(2**31), 2**31, (rows, pages + 2), generator=random)
+        tables[:, :pages] = named.where(attended, tables[:, :pages])
+        keys, values = pool[..., :size, :width]
+        return keys, values, tables.int()
+
+
+def nothing(dtype: torch.dtype) -> float:
+    """NaN, or bytes of which no number is made: a result that they influence is wrong."""
+    return 255 if dtype == torch.uint8 else float("nan")
+
+
+def make_case(
+    dtype, kv_heads, group, head_dim, lens, spread=1.0, seed=0, window=None, page=16, shared=0
+) -> Case:
     random = torch.Generator().manual_seed(seed)
-    rows, seq, spare = len(lens), max(lens), 3
-    shape = (2, rows + spare, kv_heads, seq + spare, head_dim + spare)
-    cache = torch.full(shape, float("nan"), dtype=dtype)
+    rows, seq = len(lens), max(lens)
+    cache = torch.full((2, rows, kv_heads, seq, head_dim), float("nan"), dtype=dtype)
+    common = torch.randn(2, kv_heads, shared, head_dim, generator=random) * spread
     for row, end in enumerate(lens):
         values = torch.randn(2, kv_heads, end, head_dim, generator=random) * spread
+        values[:, :, :shared] = common[:, :, :end]
         start = max(0, end - (window or end))
-        cache[:, row + 1, :, start:end, :head_dim] = values[:, :, start:].to(dtype)
-    k, v = cache[:, 1 : rows + 1, :, :seq, :head_dim]
+        cache[:, row, :, start:end] = values[:, :, start:].to(dtype)
     q = torch.randn(rows, kv_heads * group, head_dim, generator=random) * spread
-    return Case(q.to(dtype), k, v, list(lens), window)
+    return Case(q.to(dtype), *cache, list(lens), window, page, shared, seed)
 
 
 def reference(case: Case) -> Tensor:
-    rows = []
+    """Attention in float64, row by row."""
+    return exact(case)[0]
+
+
+def exact(case: Case) -> tuple[Tensor, Tensor]:
+    """Attention, and the logarithm of the sum of exp(score), in float64, row by row."""
+    rows, log_sums = [], []
     for row, (q, k, v) in enumerate(zip(case.q, case.k, case.v, strict=True)):
         group = q.shape[0] // k.shape[0]
         k, v = (x[:, case.tokens(row)].double().repeat_interleave(group, dim=0) for x in (k, v))
         scores = torch.einsum("hd,hsd->hs", q.double(), k) / q.shape[1] ** 0.5
         rows.append(torch.einsum("hs,hsd->hd", scores.softmax(-1), v))
-    return torch.stack(rows)
+        log_sums.append(scores.logsumexp(-1))
+    return torch.stack(rows), torch.stack(log_sums)
 
 
 windows = st.sampled_from([None, 1, 2, 7, 64, 100])
 
 
+page_sizes = st.sampled_from([8, 16, 32, 64])
+
+
 def packed(case: Case, bits: int) -> tuple[Case, Case]:
-    """The case with its cache packed, among bytes of which no number is made; and unpacked."""
+    """The case with its cache packed, and that cache unpacked."""
     rows, kv_heads, seq, head_dim = case.k.shape
-    size, spare = packed_bytes(head_dim, bits), 2
-    cache = torch.full((2, rows + spare, kv_heads, seq + spare, size + spare), 255).byte()
+    shape = (2, rows, kv_heads, seq, packed_bytes(head_dim, bits))
+    cache = torch.full(shape, nothing(torch.uint8), dtype=torch.uint8)
     unpacked = torch.zeros(2, rows, kv_heads, seq, head_dim)
     for kept, values, floats in zip(cache, (case.k, case.v), unpacked, strict=True):
         for row in range(rows):
             tokens = case.tokens(row)
-            valid = kept[row + 1, :, tokens, :size]
+            valid = kept[row, :, tokens]
             valid.copy_(pack(values[row, :, tokens], bits))
             unpack(valid, bits, floats[row, :, tokens])
-    k, v = cache[:, 1 : rows + 1, :, :seq, :size]
+    k, v = cache
     return replace(case, k=k, v=v), replace(case, k=unpacked[0], v=unpacked[1])

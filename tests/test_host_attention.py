@@ -5,10 +5,20 @@ from __future__ import annotations
 import importlib
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
-from attention_cases import ATTEND, TOLERANCE, Case, make_case, reference, windows
+from attention_cases import (
+    ATTEND,
+    TOLERANCE,
+    Case,
+    exact,
+    make_case,
+    page_sizes,
+    reference,
+    windows,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -26,15 +36,26 @@ cases = st.builds(
     spread=st.sampled_from([1.0, 3.0]),
     seed=st.integers(0, 2**20),
     window=windows,
+    page=page_sizes,
+    shared=st.integers(0, 100),
 )
 
 
 @given(case=cases)
 @settings(max_examples=60, deadline=None)
 def test_equals_a_float64_reference_and_reads_only_what_is_valid(case):
-    expected = reference(case)
-    error = (case.run().double() - expected).abs().max()
+    expected, log_sums = exact(case)
+    lse = torch.full(case.q.shape[:2], torch.nan)
+    error = (case.run(lse=lse).double() - expected).abs().max()
     assert error <= TOLERANCE[case.q.dtype] * max(1.0, expected.abs().max())
+    torch.testing.assert_close(lse.double(), log_sums, atol=1e-5, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_the_size_and_the_order_of_pages_change_no_bit(dtype):
+    case = make_case(dtype, 2, group=5, head_dim=80, lens=[7, 150, 64, 200], window=90)
+    results = [replace(case, page_tokens=size, seed=size).run() for size in (8, 16, 32, 64)]
+    assert all(torch.equal(result, results[0]) for result in results)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -56,18 +77,21 @@ for dtype in (torch.float32, torch.float16, torch.bfloat16):
     for head_dim in (64, 72):
         for group in (1, 2, 7, 8):
             for end in (1, 9, 64, 65, 100):
-                nbytes = 2 * end * head_dim * dtype.itemsize
+                # Pages of 16 tokens; what is left of the last one would lie in protected memory.
+                pages, stride = -(-end // 16), 2 * head_dim
+                nbytes = end * stride * dtype.itemsize
                 size = -(-nbytes // page) * page
                 memory = mmap.mmap(-1, size + 8 * page)
                 start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
                 assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(start + size), 8 * page, 0) == 0
                 flat = torch.frombuffer(memory, dtype=dtype, offset=size - nbytes)
-                flat[: 2 * end * head_dim] = 0.5
-                shape, strides = (1, 1, end + 5, head_dim), (0, 0, 2 * head_dim, 1)
+                flat[: end * stride] = 0.5
+                shape, strides = (pages, 1, 16, head_dim), (16 * stride, 0, stride, 1)
                 k, v = (torch.as_strided(flat, shape, strides, x) for x in (0, head_dim))
+                tables = torch.arange(pages + 1, dtype=torch.int32)[None]
                 q = torch.ones(1, group, head_dim, dtype=dtype)
                 for keys, values in ((k, v), (v, k)):
-                    attend(q, keys, values, [end], out := torch.empty_like(q))
+                    attend(q, keys, values, tables, [end], out := torch.empty_like(q))
                     assert torch.equal(out, torch.full_like(out, 0.5))
 """
 
@@ -141,25 +165,42 @@ def test_a_sum_over_a_hundred_thousand_tokens_stays_exact():
 
 def test_tensors_that_do_not_fit_together_are_refused():
     good = make_case(torch.float32, kv_heads=2, group=2, head_dim=32, lens=[5, 3])
-    out = torch.empty_like(good.q)
+    out, (keys, values, tables) = torch.empty_like(good.q), good.paged()
+    pages = keys, values, tables, good.lens
     with pytest.raises(ValueError, match="lens"):
-        ATTEND(good.q, good.k, good.v, [6, 3], out)
+        ATTEND(good.q, keys, values, tables, [16 * tables.shape[1] + 1, 3], out)
     with pytest.raises(ValueError, match="multiple"):
-        ATTEND(good.q[:, :3], good.k, good.v, good.lens, out[:, :3])
+        ATTEND(good.q[:, :3], *pages, out[:, :3])
     with pytest.raises(ValueError, match="dtype"):
-        ATTEND(good.q.half(), good.k, good.v, good.lens, out)
+        ATTEND(good.q.half(), *pages, out)
     with pytest.raises(ValueError, match="fit together"):
-        ATTEND(good.q, good.k[:1], good.v, good.lens, out)
+        ATTEND(good.q, keys[:1], *pages[1:], out)
+    for wrong in (tables.long(), tables[:1], tables[0]):
+        with pytest.raises(ValueError, match="tables must be int32"):
+            ATTEND(good.q, keys, values, wrong, good.lens, out)
+    with pytest.raises(ValueError, match="lse"):
+        ATTEND(good.q, *pages, out, lse=out[..., 0].double())
 
 
-@pytest.mark.parametrize("name", ["sdpa", "numba"])
-@pytest.mark.parametrize("window", [None, 4, 20])
-def test_both_kernels_share_a_signature(name, window):
-    case = make_case(torch.float32, 2, group=3, head_dim=64, lens=[9, 33], window=window)
-    for cached in (case.k, case.v):
-        cached.nan_to_num_()
-    result = case.run(host_kernel.load_kernel(name, threads=2))
-    assert (result.double() - reference(case)).abs().max() < 1e-5
+@pytest.mark.parametrize("page", [-1, 5])
+def test_a_page_that_the_cache_lacks_is_refused(page):
+    case = make_case(torch.float32, kv_heads=2, group=2, head_dim=32, lens=[5, 3])
+    keys, values, tables = case.paged()
+    assert len(keys) == 5
+    tables[1, 0] = page
+    with pytest.raises(ValueError, match="row 1 name a page beyond the 5"):
+        ATTEND(case.q, keys, values, tables, case.lens, torch.empty_like(case.q))
+
+
+@given(case=cases, name=st.sampled_from(host_kernel.KERNELS))
+@settings(max_examples=25, deadline=None)
+def test_both_kernels_share_a_signature(case, name):
+    expected, log_sums = exact(case)
+    lse = torch.empty(case.q.shape[:2])
+    result = case.run(host_kernel.load_kernel(name, threads=2), lse=lse)
+    error = (result.double() - expected).abs().max()
+    assert error <= 2 * TOLERANCE[case.q.dtype] * max(1.0, expected.abs().max())
+    torch.testing.assert_close(lse.double(), log_sums, atol=1e-4, rtol=1e-4)
 
 
 def test_a_choice_is_measured_once_and_kept(tmp_path, monkeypatch):

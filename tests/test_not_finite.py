@@ -12,6 +12,7 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
+from attention_cases import Case
 from engine_runs import MAX_TOKENS
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -321,13 +322,13 @@ def test_attention_hides_nothing_and_spreads_nothing(
     q = torch.randn(3, 2 * group, 16, generator=random).abs()
     k, v = torch.randn(2, 3, 2, 40, 16, generator=random)
     lens = [30, 20, 40]
-    wanted, found = torch.empty_like(q), torch.empty_like(q)
-    KERNELS[kernel](q, k, v, lens, wanted, sparsity, window)
+    case = Case(q, k, v, lens, window)
+    wanted = case.run(KERNELS[kernel], sparsity)
     if where == "q":
         q[1, :, 3] = value
     else:
         k[1, :, place, 3] = value
-    KERNELS[kernel](q, k, v, lens, found, sparsity, window)
+    found = case.run(KERNELS[kernel], sparsity)
     assert found[1].isfinite().sum() == 0
     assert torch.equal(found[[0, 2]], wanted[[0, 2]])
 

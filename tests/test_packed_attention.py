@@ -8,7 +8,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from attention_cases import ATTEND, TOLERANCE, Case, make_case, packed, reference, windows
+from attention_cases import (
+    ATTEND,
+    TOLERANCE,
+    Case,
+    make_case,
+    packed,
+    page_sizes,
+    reference,
+    windows,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -36,6 +45,8 @@ cases = st.builds(
     spread=st.sampled_from([1.0, 3.0]),
     seed=st.integers(0, 2**20),
     window=windows,
+    page=page_sizes,
+    shared=st.integers(0, 100),
 )
 
 
@@ -80,18 +91,21 @@ for bits in (4, 8):
         for group in (1, 2, 7, 8):
             for end in (1, 9, 64, 65, 100):
                 size = packed_bytes(head_dim, bits)
-                nbytes = 2 * end * size
+                # Pages of 16 tokens; what is left of the last one would lie in protected memory.
+                pages, stride = -(-end // 16), 2 * size
+                nbytes = end * stride
                 whole = -(-nbytes // page) * page
                 memory = mmap.mmap(-1, whole + 8 * page)
                 start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
                 assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(start + whole), 8 * page, 0) == 0
                 flat = torch.frombuffer(memory, dtype=torch.uint8, offset=whole - nbytes)
                 flat[:nbytes] = 0
-                shape, strides = (1, 1, end + 5, size), (0, 0, 2 * size, 1)
+                shape, strides = (pages, 1, 16, size), (16 * stride, 0, stride, 1)
                 k, v = (torch.as_strided(flat, shape, strides, x) for x in (0, size))
+                tables = torch.arange(pages + 1, dtype=torch.int32)[None]
                 q = torch.ones(1, group, head_dim)
                 for keys, values in ((k, v), (v, k)):
-                    attend(q, keys, values, [end], out := torch.ones_like(q))
+                    attend(q, keys, values, tables, [end], out := torch.ones_like(q))
                     assert torch.equal(out, torch.zeros_like(out))
 """
 
@@ -105,27 +119,28 @@ def test_caches_that_do_not_fit_are_refused():
     case, _ = packed(make_case(torch.float16, 2, group=2, head_dim=64, lens=[5, 3]), bits=4)
     with pytest.raises(ValueError, match="36 in 4 bits or 68 in 8 bits, not 35"):
         replace(case, k=case.k[..., :35], v=case.v[..., :35]).run()
+    keys, values, tables = case.paged()
     with pytest.raises(ValueError, match="fit together"):
-        replace(case, v=case.v[:1]).run()
+        ATTEND(case.q, keys, values[:1], tables, case.lens, case.q)
     with pytest.raises(ValueError, match="dtype"):
-        ATTEND(case.q, case.k, case.v, case.lens, case.q.float())
+        ATTEND(case.q, keys, values, tables, case.lens, case.q.float())
 
 
 @pytest.mark.parametrize("name", host_kernel.KERNELS)
 @pytest.mark.parametrize("bits", [4, 8])
 def test_both_kernels_attend_a_packed_cache(name, bits):
-    case = make_case(torch.float32, 2, group=3, head_dim=80, lens=[33, 33], window=20)
+    case = make_case(torch.float32, 2, group=3, head_dim=80, lens=[33, 57, 1], window=20)
     assert error(case, bits, host_kernel.load_kernel(name, threads=2)) <= 2
 
 
 @pytest.mark.parametrize("bits", [None, 4, 8])
-def test_measuring_counts_the_values_that_torch_dequantizes(monkeypatch, bits):
+def test_measuring_counts_the_values_that_torch_gathers_and_dequantizes(monkeypatch, bits):
     taken = []
 
     def load(name, threads):
-        def attend(q, k, v, *_):
-            dequantized = 0 if bits is None else 2 * k[..., 0].numel() * q.shape[-1] * 2
-            taken.append(k.nbytes + v.nbytes + dequantized)
+        def attend(q, keys, values, *_):
+            dequantized = 0 if bits is None else 2 * keys[..., 0].numel() * q.shape[-1] * 2
+            taken.append(2 * (keys.nbytes + values.nbytes) + dequantized)
 
         return attend
 

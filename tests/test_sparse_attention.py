@@ -9,7 +9,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from attention_cases import Case, make_case, packed, windows
+from attention_cases import Case, make_case, packed, page_sizes, windows
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -18,7 +18,7 @@ from flexgen_ray.kernels import host_kernel
 from flexgen_ray.kernels.attention import decode, decode_sparse
 from flexgen_ray.kernels.host_attention import HostAttention
 from flexgen_ray.kernels.host_sparse import keep_largest
-from flexgen_ray.kernels.host_tiles import AHEAD, BLOCK
+from flexgen_ray.kernels.host_tiles import BLOCK
 
 cases = st.builds(
     make_case,
@@ -30,16 +30,19 @@ cases = st.builds(
     spread=st.sampled_from([1.0, 3.0]),
     seed=st.integers(0, 2**20),
     window=windows,
+    page=page_sizes,
+    shared=st.integers(0, 100),
 )
 shares = st.sampled_from([0.01, 0.1, 0.25, 0.5, 0.9, 1.0])
 
 
-def one_by_one(case: Case, sparsity: float) -> tuple[torch.Tensor, bool]:
-    """In float64, a row and KV head at a time, by sorting.
+def one_by_one(case: Case, sparsity: float) -> tuple[torch.Tensor, torch.Tensor, bool]:
+    """In float64, a row and KV head at a time, by sorting; and logarithms of sums of exp(score).
 
     And whether float32, too, tells the last token that is kept from the first that is not.
     """
     out, clear = torch.empty_like(case.q, dtype=torch.float64), True
+    log_sums = torch.empty_like(out[..., 0])
     for row in range(len(case.lens)):
         group, seen = case.q.shape[1] // case.k.shape[1], case.tokens(row)
         for head in range(case.k.shape[1]):
@@ -52,13 +55,14 @@ def one_by_one(case: Case, sparsity: float) -> tuple[torch.Tensor, bool]:
             kept, others = by_weight[:count], by_weight[count:]
             clear &= not others or weights[others[0]] < weights[kept[-1]] * (1 - 1e-5)
             out[row, heads] = scores[:, kept].softmax(-1) @ v[kept]
-    return out, clear
+            log_sums[row, heads] = scores[:, kept].logsumexp(-1)
+    return out, log_sums, clear
 
 
 @given(case=cases, sparsity=shares)
 @settings(max_examples=25, deadline=None)
 def test_the_tokens_that_weigh_most_are_attended_whatever_lies_beyond_a_row(case, sparsity):
-    expected, clear = one_by_one(case, sparsity)
+    expected, _, clear = one_by_one(case, sparsity)
     assume(clear)
     out = decode_sparse(case.q, case.k, case.v, case.lens, sparsity, window=case.window)
     torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-4)
@@ -97,10 +101,12 @@ def test_on_the_host_the_same_tokens_are_kept(case, sparsity, bits):
     cached = case
     if bits is not None:
         cached, case = packed(case, bits)
-    expected, clear = one_by_one(case, sparsity)
+    expected, log_sums, clear = one_by_one(case, sparsity)
     assume(clear)
-    out = cached.run(sparsity=sparsity)
+    lse = torch.empty(case.q.shape[:2])
+    out = cached.run(sparsity=sparsity, lse=lse)
     torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(lse.double(), log_sums, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("bits", [None, 4])
@@ -148,7 +154,7 @@ def test_of_equal_weights_the_first_are_kept(weights, share):
     tokens, count = len(weights), math.ceil(share * len(weights))
     room = np.zeros(-(-tokens // BLOCK) * BLOCK, np.float32)
     room[:tokens] = weights
-    kept = np.zeros(len(room) + AHEAD, np.int64)
+    kept = np.zeros(len(room) + 1, np.int64)
     assert keep_largest(room, tokens, count, kept) == count
     by_weight = sorted(range(tokens), key=lambda token: (-room[token], token))
     assert kept[:count].tolist() == sorted(by_weight[:count])
@@ -158,12 +164,14 @@ def test_of_equal_weights_the_first_are_kept(weights, share):
 @pytest.mark.parametrize("window", [None, 20])
 @pytest.mark.parametrize("bits", [None, 8])
 def test_both_kernels_attend_sparsely(name, bits, window):
-    case = make_case(torch.float32, 2, group=3, head_dim=64, lens=[33, 33], window=window)
+    case = make_case(torch.float32, 2, group=3, head_dim=64, lens=[33, 57], window=window)
     cached, case = (case, case) if bits is None else packed(case, bits)
-    out = cached.run(host_kernel.load_kernel(name, threads=2), 0.2)
-    expected, clear = one_by_one(case, 0.2)
+    lse = torch.empty(case.q.shape[:2])
+    out = cached.run(host_kernel.load_kernel(name, threads=2), 0.2, lse)
+    expected, log_sums, clear = one_by_one(case, 0.2)
     assert clear
     torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(lse.double(), log_sums, rtol=1e-4, atol=1e-4)
 
 
 def test_a_choice_for_sparse_attention_is_one_of_its_own(tmp_path):

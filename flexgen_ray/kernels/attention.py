@@ -51,14 +51,17 @@ def decode_sparse(
     sparsity: float,
     mask: Tensor | None = None,
     window: int | None = None,
+    lse: Tensor | None = None,
 ) -> Tensor:
     """Attend one new token per row to the tokens of its cache that weigh most (FlexGen, top-k).
 
-    sparsity: share of the tokens that are attended; other arguments as for decode. Only the values
-    of the selected tokens are used.
+    sparsity: share of the tokens that are attended; lse: None, or where log_sum_exp over these is
+    written; other arguments as for decode. Only the values of the selected tokens are used.
     """
-    selected = select_tokens(q, k, lens, sparsity, mask, window)
-    return weighted_sum(selected.weights, selected.gather(v[:, :, span(lens, window)]))
+    selected, tokens = select_tokens(q, k, lens, sparsity, mask, window), span(lens, window)
+    if lse is not None:
+        lse.copy_(log_sum_exp(q, selected.gather(k[:, :, tokens]), selected.weights != 0))
+    return weighted_sum(selected.weights, selected.gather(v[:, :, tokens]))
 
 
 @dataclass(frozen=True)
@@ -123,6 +126,48 @@ def weighted_sum(weights: Tensor, values: Tensor) -> Tensor:
     Returns [rows, heads, head_dim] in the dtype of values.
     """
     return (weights.to(values.dtype) @ values).flatten(1, 2)
+
+
+def log_sum_exp(q: Tensor, k: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Logarithm of the sum of exp(score) over the tokens that a row attends; float32 [rows, heads].
+
+    q: [rows, heads, head_dim]; k: [rows, kv_heads, tokens, head_dim].
+    mask: tokens that are attended, bool [rows, kv_heads or 1, heads of each or 1, tokens], None for
+    all.
+    """
+    rows, heads, head_dim = q.shape
+    grouped = q.reshape(rows, k.shape[1], heads // k.shape[1], head_dim).float()
+    scores = grouped @ k.float().transpose(-1, -2) / head_dim**0.5
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return scores.logsumexp(-1).flatten(1)
+
+
+def gather_pages(plane: Tensor, tables: Tensor, tokens: slice) -> Tensor:
+    """Keys or values of rows whose tables name the pages, as decode takes them.
+
+    plane: [pages, kv_heads, tokens of a page, width]; tables: [rows, n], token t of a row being in
+    its page t // tokens of a page; tokens: those that are gathered of every row, see span. On one
+    device.
+    An entry that is no page's number is taken as one, so that rows may be of different lengths; see
+    clear_unattended. Returns [rows, kv_heads, tokens, width], a new tensor with a dense last
+    dimension.
+    """
+    pages, kv_heads, size, width = plane.shape
+    first = tokens.start // size
+    tables = tables[:, first : -(-tokens.stop // size)]
+    chosen = plane.transpose(0, 1).index_select(1, tables.clamp(0, pages - 1).flatten())
+    rows = chosen.view(kv_heads, len(tables), -1, width).transpose(0, 1)
+    return rows[:, :, tokens.start - first * size : tokens.stop - first * size]
+
+
+def clear_unattended(cached: Tensor, mask: Tensor | None) -> None:
+    """Write zeros where a row attends nothing: a weight of 0 doesn't hide NaN.
+
+    cached: [rows, kv_heads, tokens, width], of the tokens of mask, which is a length_mask.
+    """
+    if mask is not None:
+        cached.masked_fill_(~mask[:, 0, 0, None, :, None], 0)
 
 
 def cache_bits(cached: Tensor, head_dim: int) -> int | None:

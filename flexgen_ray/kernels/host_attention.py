@@ -2,13 +2,16 @@
 
 Keys and values are read once, as they are stored, packed or not, however many query heads share
 them; arithmetic is float32 with an online softmax over blocks of tokens (Milakov and Gimelshein,
-2018). Each (row, KV head) is the work of one thread, so results don't depend on the number of
-threads, nor on which rows are attended together. Knows no tiers.
+2018). Tokens lie in pages that a row's table names, in any order; before a block is attended, the
+addresses of its tokens are listed, so nothing else knows of pages. Each (row, KV head) is the work
+of one thread. So results don't depend on the number of threads, on which rows are attended
+together, nor on pages. Knows no tiers.
 
 The work on one (row, KV head), with the query heads that share it (host_tiles draws a tile):
 
     for every tile of its query heads: _start_tile      queries scaled, sums cleared
     for every BLOCK of cached tokens:  _attend_one
+        _list_block                                     addresses of keys and values
         for every tile: _score_block                    scores = keys @ queries
         for every tile: softmax_block, add_weighted_values
     for every tile: _store_tile                         results = sums / sum of weights
@@ -25,6 +28,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numba
 import numpy as np
 import torch
+from numba import carray
 from torch import Tensor
 
 from flexgen_ray.config import kept_tokens
@@ -41,7 +45,14 @@ from flexgen_ray.kernels.host_tiles import (
     start_tile,
     store_results,
 )
-from flexgen_ray.kernels.vectors import KINDS, LANES, PACKED_KINDS, compiled, fetch_and_increment
+from flexgen_ray.kernels.vectors import (
+    KINDS,
+    LANES,
+    PACKED_KINDS,
+    compiled,
+    fetch_and_increment,
+    floats_at,
+)
 from flexgen_ray.quant.packing import code_bytes
 
 # Caches smaller than this are read faster by the caller than threads can be woken.
@@ -59,40 +70,46 @@ class HostAttention:
     def __call__(
         self,
         q: Tensor,
-        k: Tensor,
-        v: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        tables: Tensor,
         lens: list[int],
         out: Tensor,
         sparsity: float = 1.0,
         window: int | None = None,
+        lse: Tensor | None = None,
     ) -> None:
         """Attend one new token per row to its cache, into out.
 
         q, out: [rows, heads, head_dim], float32, float16 or bfloat16.
-        k, v: [rows, kv_heads, seq, head_dim] of the same dtype; or quantized to 4 or 8 bits, uint8
-        [rows, kv_heads, seq, packed_bytes(head_dim, bits)]. All in host memory, with any strides
-        except that the last dimension is dense.
+        keys, values: [pages, kv_heads, tokens of a page, head_dim] of the same dtype; or quantized
+        to 4 or 8 bits, uint8 [..., packed_bytes(head_dim, bits)]. All in host memory, with any
+        strides except that the last dimension is dense.
+        tables: int32 [rows, n], the pages of each row in order: token t is in page t // tokens of a
+        page. Entries of pages without an attended token may be any number.
         lens: valid tokens of each row, the new one included; nothing beyond them is read.
         sparsity: share of tokens that are attended, those that attention.decode_sparse selects; no
         value of the others is read.
         window: number of a row's last tokens that are attended, None for all; nothing before them
         is read.
+        lse: None, or float32 [rows, heads] for the logarithm of the sum of exp(score) over the
+        attended tokens.
         Raises ValueError if the tensors don't fit together.
         """
-        bits = _check(q, k, v, lens, out)
+        bits = _check(q, (keys, values), (out, lse))
+        _check_tables(tables, lens, len(q), keys.shape[2])
         starts = [0 if window is None else max(0, end - window) for end in lens]
         spans = [end - start for start, end in zip(starts, lens, strict=True)]
         counts = None
         if sparsity != 1:
             counts = np.array([kept_tokens(tokens, sparsity) for tokens in spans], np.int64)
-        kind, dtype, lanes, shape = _describe(q, k, bits)
-        places = tuple(
-            (x.data_ptr(), *(x.element_size() * stride for stride in x.stride()[:-1]))
-            for x in (q, out, k, v)
-        )
-        counter = np.zeros(1, np.int64)
-        rows_of = np.array(starts, np.int64), np.array(spans, np.int64)
-        task = (kind, dtype, lanes, shape, counter, *rows_of, counts, places[:2], places[2:])
+        kind, dtype, lanes, shape = _describe(q, keys, bits)
+        vectors = _places(q, 2), _places(out, 2), _places(lse, 2)
+        planes = _places(keys, 3), _places(values, 3)
+        pool = tables.contiguous().numpy(), *planes, (len(keys), keys.shape[2])
+        progress = np.zeros(2, np.int64)
+        rows_of = np.array(starts, np.int64), np.array(lens, np.int64)
+        task = (kind, dtype, lanes, shape, progress, rows_of, counts, vectors, pool)
         rows, kv_heads, heads, _, nbytes, padded = shape
         small = 2 * sum(spans) * kv_heads * nbytes < _ALONE_BYTES
         helpers = 0 if small else min(self.threads, rows * kv_heads) - 1
@@ -104,33 +121,58 @@ class HostAttention:
         finally:
             for future in running:
                 future.result()
+        if progress[1]:
+            row, pages = progress[1] - 1, len(keys)
+            raise ValueError(f"tables of row {row} name a page beyond the {pages} of the cache")
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, lens: list[int], out: Tensor) -> int | None:
+def _check(
+    q: Tensor, cache: tuple[Tensor, Tensor], results: tuple[Tensor, Tensor | None]
+) -> int | None:
     """Bits of a quantized value of the cache, None if it isn't quantized; ValueError as above."""
-    rows, heads, head_dim = q.shape
-    bits = cache_bits(k, head_dim)
-    fits = k.shape == v.shape and k.shape[0] == rows and out.shape == q.shape
-    if not fits or (bits is None and k.shape[3] != head_dim):
-        shapes = [tuple(x.shape) for x in (q, k, v, out)]
-        raise ValueError(f"q, k, v and out don't fit together: {shapes}")
+    (_, heads, head_dim), (keys, values), (out, lse) = q.shape, cache, results
+    bits = cache_bits(keys, head_dim)
+    fits = keys.shape == values.shape and keys.ndim == 4 and out.shape == q.shape
+    if not fits or (bits is None and keys.shape[3] != head_dim):
+        shapes = [tuple(x.shape) for x in (q, keys, values, out)]
+        raise ValueError(f"q, keys, values and out don't fit together: {shapes}")
     if head_dim < LANES:
         raise ValueError(f"head_dim {head_dim} is below {LANES}, a vector of this CPU")
-    if heads % k.shape[1]:
-        raise ValueError(f"{heads} heads are not a multiple of {k.shape[1]} KV heads")
-    if len(lens) != rows or min(lens) < 1 or max(lens) > k.shape[2]:
-        raise ValueError(f"lens {lens} must be {rows} numbers from 1 to {k.shape[2]}")
-    dtypes = [x.dtype for x in (q, out, k, v)]
+    if heads % keys.shape[1]:
+        raise ValueError(f"{heads} heads are not a multiple of {keys.shape[1]} KV heads")
+    dtypes = [x.dtype for x in (q, out, keys, values)]
     if dtypes != [q.dtype] * 2 + [torch.uint8 if bits else q.dtype] * 2:
-        raise ValueError(f"q, out, k and v have dtypes that don't fit together: {dtypes}")
-    if any(x.stride(-1) != 1 for x in (q, k, v, out)):
-        raise ValueError("q, k, v and out must have a dense last dimension")
+        raise ValueError(f"q, out, keys and values have dtypes that don't fit together: {dtypes}")
+    if any(x.stride(-1) != 1 for x in (q, keys, values, out)):
+        raise ValueError("q, keys, values and out must have a dense last dimension")
+    if lse is not None and (lse.shape != q.shape[:2] or lse.dtype != torch.float32):
+        raise ValueError(f"lse must be float32 {list(q.shape[:2])}: {lse.dtype} {list(lse.shape)}")
     return bits
 
 
-def _describe(q: Tensor, k: Tensor, bits: int | None) -> tuple:
+def _check_tables(tables: Tensor, lens: list[int], rows: int, page_tokens: int) -> None:
+    """Raises ValueError if tables have too few places for the rows' tokens, or aren't int32."""
+    if tables.ndim != 2 or tables.dtype != torch.int32 or len(tables) != rows:
+        actual = f"{tables.dtype} {list(tables.shape)}"
+        raise ValueError(f"tables must be int32 [{rows}, pages of a row], not {actual}")
+    room = tables.shape[1] * page_tokens
+    if len(lens) != rows or min(lens) < 1 or max(lens) > room:
+        raise ValueError(f"lens {lens} must be {rows} numbers from 1 to {room}")
+
+
+def _places(x: Tensor | None, dims: int) -> tuple[int, ...]:
+    """Address of a tensor and the bytes from element to element along its first dimensions.
+
+    Zeros for None.
+    """
+    if x is None:
+        return (0,) * (dims + 1)
+    return (x.data_ptr(), *(x.element_size() * stride for stride in x.stride()[:dims]))
+
+
+def _describe(q: Tensor, keys: Tensor, bits: int | None) -> tuple:
     """Arguments of _attend that describe queries and cache: kind, dtype, lanes and shape."""
-    (rows, heads, head_dim), kv_heads = q.shape, k.shape[1]
+    (rows, heads, head_dim), kv_heads = q.shape, keys.shape[1]
     dtype = str(q.dtype).removeprefix("torch.")
     shape = (rows, kv_heads, heads // kv_heads, head_dim)
     if bits is None:
@@ -171,10 +213,45 @@ def _floats_per_head(padded):
 
 
 @numba.njit(nogil=True)
+def _list_block(plane, row, first, into):
+    """List BLOCK tokens from the first on; from the row's end on, the last one again and again.
+
+    plane: address of one KV head's keys or values, bytes from page to page and from token to token.
+    row: (its table, tokens of a page, its tokens).
+    """
+    address, page_bytes, token_bytes = plane
+    table, size, end = row
+    j = 0
+    while j < BLOCK and first + j < end:
+        token = first + j
+        place = token % size
+        count = min(size - place, BLOCK - j, end - token)
+        start = address + table[token // size] * page_bytes + place * token_bytes
+        for i in range(count):
+            into[j + i] = start + i * token_bytes
+        j += count
+    into[j:] = into[j - 1]
+
+
+@numba.njit(nogil=True)
+def _list_picks(plane, row, start, picks, into):
+    """List the picked tokens, which are counted from a start; then the last one again and again.
+
+    plane, row: as for _list_block.
+    """
+    address, page_bytes, token_bytes = plane
+    table, size, _ = row
+    for j in range(len(picks)):
+        token = start + picks[j]
+        into[j] = address + table[token // size] * page_bytes + token % size * token_bytes
+    into[len(picks) :] = into[len(picks) - 1]
+
+
+@numba.njit(nogil=True)
 def _score_block(kind, shape, memory, rows, ahead):
     """Scores of a block's tokens for all heads; shape: (heads, tokens, nbytes, padded).
 
-    rows: matrix of the block's keys; ahead: matrix of the rows that are read next.
+    rows: list of the block's keys; ahead: list of the rows that are read next.
     """
     heads, tokens, nbytes, padded = shape
     scratch = memory + 4 * heads * _floats_per_head(padded)
@@ -184,70 +261,88 @@ def _score_block(kind, shape, memory, rows, ahead):
         if n == 1:
             for first in range(0, tokens, LANES):
                 count = min(LANES, tokens - first)
-                score_one_head(kind, count, nbytes, q, _from(rows, first), scratch, w + 4 * first)
+                score_one_head(kind, count, nbytes, q, rows + 8 * first, scratch, w + 4 * first)
         else:
             score_heads(kind, n, (tokens, nbytes), q, rows, w, ahead)
         h += n
 
 
 @numba.njit(nogil=True)
-def _attend_one(kind, end, caches, shape, memory):
-    """Attend `end` tokens of one KV head: sums and state of every tile.
+def _attend_one(kind, start, row, planes, shape, memory, lists):
+    """Attend a row's tokens from a start on, for one KV head: sums and state of every tile.
 
-    caches: matrices of (keys, values); shape: (heads, nbytes, padded).
+    row, planes: as for _list_block, planes of (keys, values); shape: (heads, nbytes, padded);
+    lists: workspace, as for _attend.
     """
     heads, nbytes, padded = shape
-    for first in range(0, end, BLOCK):
+    keys, later, values = lists
+    end = row[2]
+    _list_block(planes[0], row, start, keys)
+    for first in range(start, end, BLOCK):
         tokens = min(BLOCK, end - first)
-        keys, values = _from(caches[0], first), _from(caches[1], first)
-        _score_block(kind, (heads, tokens, nbytes, padded), memory, keys, values)
+        _list_block(planes[1], row, first, values)
+        ahead = keys
+        if first + BLOCK < end:
+            ahead = later
+            _list_block(planes[0], row, first + BLOCK, ahead)
+        sizes = (heads, tokens, nbytes, padded)
+        _score_block(kind, sizes, memory, keys.ctypes.data, values.ctypes.data)
         h = 0
         while h < heads:
             n, _, scores, sums, state = _tile_at(h, heads, padded, memory)
             softmax_block(n, tokens, padded, scores, sums, state)
-            add_weighted_values(
-                kind, n, (tokens, nbytes), scores, values, None, sums, _from(keys, BLOCK)
-            )
+            rows = values.ctypes.data
+            add_weighted_values(kind, n, (tokens, nbytes), scores, rows, sums, ahead.ctypes.data)
             h += n
+        keys, later = later, keys
 
 
 @numba.njit(nogil=True)
-def _attend_selected(kind, end, count, caches, shape, memory, spare):
-    """Attend the `count` heaviest of `end` tokens; as _attend_one otherwise.
+def _attend_selected(kind, start, count, row, planes, shape, memory, lists, spare):
+    """Attend the `count` heaviest of a row's tokens; as _attend_one otherwise.
 
     spare: workspace for sparse attention, from _make_workspace.
     """
     heads, nbytes, padded = shape
     scores, weights, selected = spare
-    room = len(weights)
-    for first in range(0, end, BLOCK):
-        keys = _from(caches[0], first)
-        tokens = min(BLOCK, end - first)
-        _score_block(kind, (heads, tokens, nbytes, padded), memory, keys, _from(keys, BLOCK))
+    room, span = len(weights), row[2] - start
+    keys, later, values = lists
+    _list_block(planes[0], row, start, keys)
+    for first in range(0, span, BLOCK):
+        tokens = min(BLOCK, span - first)
+        ahead = keys
+        if first + BLOCK < span:
+            ahead = later
+            _list_block(planes[0], row, start + first + BLOCK, ahead)
+        sizes = (heads, tokens, nbytes, padded)
+        _score_block(kind, sizes, memory, keys.ctypes.data, ahead.ctypes.data)
         h = 0
         while h < heads:
             n, _, block, _, _ = _tile_at(h, heads, padded, memory)
             copy_vectors(block, BLOCK * n // LANES, scores[h * room + first * n :].ctypes.data)
             h += n
+        keys, later = later, keys
     weights[:] = 0
     h = 0
     while h < heads:
         n = _tile_at(h, heads, padded, memory)[0]
-        add_softmax(n, end, scores[h * room :].ctypes.data, weights.ctypes.data)
+        add_softmax(n, span, scores[h * room :].ctypes.data, weights.ctypes.data)
         h += n
-    num_selected = keep_largest(weights, end, count, selected)
+    num_selected = keep_largest(weights, span, count, selected)
     if weights[0] != weights[0]:
         num_selected = 0  # a score is NaN, and so must the result be: without tokens it is 0 / 0
     for first in range(0, num_selected, BLOCK):
         picks = selected[first : min(first + BLOCK, num_selected)]
+        _list_picks(
+            planes[1], row, start, selected[first : min(first + len(values), num_selected)], values
+        )
         h = 0
         while h < heads:
             n, _, block, sums, state = _tile_at(h, heads, padded, memory)
             gather_scores(scores[h * room :], n, picks, block)
             softmax_block(n, len(picks), padded, block, sums, state)
-            add_weighted_values(
-                kind, n, (len(picks), nbytes), block, caches[1], picks.ctypes.data, sums, caches[1]
-            )
+            rows, ahead = values.ctypes.data, values[AHEAD:].ctypes.data
+            add_weighted_values(kind, n, (len(picks), nbytes), block, rows, sums, ahead)
             h += n
 
 
@@ -275,59 +370,94 @@ def _store_tile(kind, n, dim, sums, state, lanes, dtype, rows):
             )
 
 
+@numba.njit(nogil=True)
+def _store_log_sums(n, state, into, step):
+    """Write the logarithm of each head's sum of exp(score), a number of bytes apart.
+
+    NaN if no token was attended, or a score is NaN.
+    """
+    numbers = carray(floats_at(state), 2 * LANES)
+    for i in range(n):
+        total = 0.0
+        for lane in range(i, LANES, n):
+            total += numbers[LANES + lane]
+        log_sum = np.log2(total) if total > 0 else np.nan
+        carray(floats_at(into + i * step), 1)[0] = (numbers[i] + log_sum) / _LOG2_E
+
+
+@numba.njit(nogil=True)
+def _are_pages(table, first, end, pages):
+    """True if a part of a table names nothing but pages."""
+    for i in range(first, end):
+        if table[i] < 0 or table[i] >= pages:
+            return False
+    return True
+
+
 @compiled
 def _attend(
-    kind, dtype, lanes, shape, counter, starts, spans, counts, vectors, caches, memory, spare
+    kind, dtype, lanes, shape, progress, rows_of, counts, vectors, pool, memory, lists, spare
 ):
     """Takes (row, KV head) after (row, KV head) until none is left.
 
     dtype: of queries and results. lanes: the lane_order of a packed row's elements, or else None.
     shape: rows, KV heads, heads of each, head_dim, bytes of a row, its vectors' lanes.
-    starts, spans: of each row the first token that counts, and how many do; counts: how many of
-    these are kept, or None; memory, spare: _scratch's.
+    progress: pairs taken; and, if its table is wrong, a row plus one. rows_of: each row's first
+    token that counts, and where they end; counts: how many of these are kept, or None. vectors:
+    _places of queries, results and their logarithms. pool: tables, _places of keys and of values,
+    and (pages, tokens of a page). memory, lists, spare: _make_workspace's.
     """
     rows, kv_heads, heads, dim, nbytes, padded = shape
+    starts, ends = rows_of
     memory = memory.ctypes.data
     scale = np.float32(_LOG2_E / np.sqrt(dim))
-    (q, q_row, q_head), (out, out_row, out_head) = vectors
-    (k, k_row, k_head, k_token), (v, v_row, v_head, v_token) = caches
-    item = fetch_and_increment(counter.ctypes.data)
+    (q, q_row, q_head), (out, out_row, out_head), (lse, lse_row, lse_head) = vectors
+    tables, (k, k_page, k_head, k_token), (v, v_page, v_head, v_token), (pages, size) = pool
+    item = fetch_and_increment(progress.ctypes.data)
     while item < rows * kv_heads:
         row, head = item // kv_heads, item % kv_heads
+        start, place = starts[row], (tables[row], size, ends[row])
         queries = (q + row * q_row + head * heads * q_head, q_head)
         results = (out + row * out_row + head * heads * out_head, out_head)
-        keys = _from((k + row * k_row + head * k_head, k_token), starts[row])
-        values = _from((v + row * v_row + head * v_head, v_token), starts[row])
+        planes = (k + head * k_head, k_page, k_token), (v + head * v_head, v_page, v_token)
+        if not _are_pages(place[0], start // size, (ends[row] - 1) // size + 1, pages):
+            progress[1] = row + 1
+            return
         h = 0
         while h < heads:
-            n, place, _, sums, state = _tile_at(h, heads, padded, memory)
-            _start_tile(kind, n, dim, scale, _from(queries, h), lanes, dtype, place, sums, state)
+            n, first, _, sums, state = _tile_at(h, heads, padded, memory)
+            _start_tile(kind, n, dim, scale, _from(queries, h), lanes, dtype, first, sums, state)
             h += n
+        sizes = (heads, nbytes, padded)
         if counts is None:
-            _attend_one(kind, spans[row], (keys, values), (heads, nbytes, padded), memory)
+            _attend_one(kind, start, place, planes, sizes, memory, lists)
         else:
-            sizes = (heads, nbytes, padded)
-            _attend_selected(kind, spans[row], counts[row], (keys, values), sizes, memory, spare)
+            _attend_selected(kind, start, counts[row], place, planes, sizes, memory, lists, spare)
         h = 0
         while h < heads:
             n, _, _, sums, state = _tile_at(h, heads, padded, memory)
             _store_tile(kind, n, dim, sums, state, lanes, dtype, _from(results, h))
+            if lse != 0:
+                log_sums = lse + row * lse_row + (head * heads + h) * lse_head
+                _store_log_sums(n, state, log_sums, lse_head)
             h += n
-        item = fetch_and_increment(counter.ctypes.data)
+        item = fetch_and_increment(progress.ctypes.data)
 
 
 def _make_workspace(heads: int, padded: int, tokens: int | None) -> tuple:
-    """Workspace of one thread, zeros: (memory, spare) as for _attend.
+    """Workspace of one thread, zeros: (memory, lists, spare) as for _attend.
 
-    memory starts at a cache line, so that no vector lies in two lines. spare, only for sparse
-    attention: scores, weights and positions of a number of tokens.
+    memory starts at a cache line, so that no vector lies in two lines. lists: of a block's keys,
+    the next block's, and values. spare, only for sparse attention: scores, weights and positions of
+    a number of tokens.
     """
     floats = heads * _floats_per_head.py_func(padded) + LANES * LANES
     memory = np.zeros(floats + 16, np.float32)
     start = -(memory.ctypes.data // 4) % 16
     memory = memory[start : start + floats]
+    lists = tuple(np.zeros(BLOCK + AHEAD, np.int64) for _ in range(3))
     if tokens is None:
-        return memory, None
+        return memory, lists, None
     room = -(-tokens // BLOCK) * BLOCK
     scores, weights = np.zeros(heads * room, np.float32), np.zeros(room, np.float32)
-    return memory, (scores, weights, np.zeros(room + AHEAD, np.int64))
+    return memory, lists, (scores, weights, np.zeros(room + 1, np.int64))

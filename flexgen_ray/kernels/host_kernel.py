@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from flexgen_ray import package_versions
+from flexgen_ray.config import PAGE_TOKENS
 from flexgen_ray.kernels import attention
 from flexgen_ray.kernels.pack import unpack
 from flexgen_ray.quant.packing import packed_bytes
@@ -33,12 +34,14 @@ class HostKernel(Protocol):
     def __call__(
         self,
         q: Tensor,
-        k: Tensor,
-        v: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        tables: Tensor,
         lens: list[int],
         out: Tensor,
         sparsity: float = 1.0,
         window: int | None = None,
+        lse: Tensor | None = None,
     ) -> None: ...
 
 
@@ -115,10 +118,10 @@ def choose_kernel(
 def measure(shape: AttentionShape, threads: int, nbytes: int = MEASURED_BYTES) -> dict[str, float]:
     """Seconds that each kernel takes to attend a cache once, by the kernel's name.
 
-    nbytes: most bytes of the cache, and of the values that torch's kernel dequantizes of it. The
+    nbytes: most bytes of the cache, and of what torch's kernel gathers and dequantizes of it. The
     default size is far more than a CPU's caches hold.
     """
-    vector_bytes = shape.vector_bytes()
+    vector_bytes = 2 * shape.vector_bytes()
     if shape.bits is not None:
         vector_bytes += replace(shape, bits=None).vector_bytes()
     row_bytes = 2 * shape.num_kv_heads * _CONTEXT * vector_bytes
@@ -140,16 +143,17 @@ def compiled_kernel(name: str, threads: int, shape: AttentionShape) -> HostKerne
 def _call(
     kernel: HostKernel, shape: AttentionShape, rows: int, context: int
 ) -> Callable[[], object]:
-    """Call of the kernel on a number of rows of made-up values."""
+    """Call of the kernel on a number of rows of made-up values; a row's pages are neighbours."""
     dtype = getattr(torch, shape.dtype)
-    size = (2, rows, shape.num_kv_heads, context, shape.vector_bytes())
+    tables = torch.arange(rows * -(-context // PAGE_TOKENS), dtype=torch.int32).view(rows, -1)
+    size = (2, tables.numel(), shape.num_kv_heads, PAGE_TOKENS, shape.vector_bytes())
     # These bytes are small numbers in every dtype, and as minimums and scales.
     cache = torch.full(size, 0x38, dtype=torch.uint8)
     if shape.bits is None:
         cache = cache.view(dtype)
     q = torch.ones((rows, shape.num_heads, shape.head_dim), dtype=dtype)
     out = torch.empty_like(q)
-    return partial(kernel, q, cache[0], cache[1], [context] * rows, out, shape.sparsity)
+    return partial(kernel, q, cache[0], cache[1], tables, [context] * rows, out, shape.sparsity)
 
 
 def best_seconds(run: Callable[[], object], budget: float) -> float:
@@ -164,23 +168,30 @@ def best_seconds(run: Callable[[], object], budget: float) -> float:
 
 def _sdpa(
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    tables: Tensor,
     lens: list[int],
     out: Tensor,
     sparsity: float = 1.0,
     window: int | None = None,
+    lse: Tensor | None = None,
 ) -> None:
-    """Attend with torch's scaled_dot_product_attention; a quantized cache is dequantized first."""
-    bits, tokens = attention.cache_bits(k, q.shape[-1]), attention.span(lens, window)
-    k, v = k[:, :, tokens], v[:, :, tokens]
+    """Attend with torch's scaled_dot_product_attention, once pages are gathered and dequantized."""
+    bits, tokens = attention.cache_bits(keys, q.shape[-1]), attention.span(lens, window)
+    mask = attention.length_mask(lens, q.device, window)
+    k, v = (attention.gather_pages(plane, tables, tokens) for plane in (keys, values))
+    for cached in (k, v):
+        attention.clear_unattended(cached, mask)
     lens = [end - tokens.start for end in lens]
     if bits is not None:
         k, v = (_dequantized(x, bits, q) for x in (k, v))
-    if sparsity == 1:
-        out.copy_(attention.decode(q, k, v, lens, window=window))
-    else:
-        out.copy_(attention.decode_sparse(q, k, v, lens, sparsity, window=window))
+    if sparsity != 1:
+        out.copy_(attention.decode_sparse(q, k, v, lens, sparsity, mask, window, lse))
+        return
+    out.copy_(attention.decode(q, k, v, lens, mask, window))
+    if lse is not None:
+        lse.copy_(attention.log_sum_exp(q, k, mask))
 
 
 def _dequantized(packed: Tensor, bits: int, like: Tensor) -> Tensor:

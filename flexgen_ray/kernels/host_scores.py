@@ -14,7 +14,6 @@ from flexgen_ray.kernels.host_tiles import LINE, TILES, part_of_row, vectors_of_
 from flexgen_ray.kernels.vectors import (
     I64,
     LANES,
-    MATRIX,
     VECTOR_BYTES,
     ZEROS,
     Values,
@@ -23,10 +22,9 @@ from flexgen_ray.kernels.vectors import (
     emit_switch,
     emitted,
     fma,
+    listed,
     load,
     prefetch,
-    row_at,
-    smaller,
     store,
     sum_neighbours,
     vector_bytes,
@@ -41,29 +39,29 @@ _COMMON_DIMS = (64, 128)
 def score_heads(context, kind, heads, shape, queries, rows, scores, ahead):
     """scores[j, h] = rows[j] . queries[h], for two or more heads; shape: (rows, bytes of one row).
 
+    rows, ahead: lists of BLOCK rows, of which those beyond the shape's need only be readable.
+
     A vector of queries holds the same part of several heads' queries, say elements 0 to 3:
 
         q0[0:4] q1[0:4] q2[0:4] q3[0:4]
 
     That part of a key is repeated, once for each head, and multiplied with it. Where the heads
     don't fit one vector, the repeated part is multiplied with several vectors of queries.
-    ahead: matrix of rows that are read soon. Heads compute for so long that memory would idle, so
-    these rows are prefetched meanwhile.
+    The rows of `ahead` are read soon. Heads compute for so long that memory would idle, so they are
+    prefetched meanwhile.
     """
 
     def generate(context, b, signature, args):
         _, heads, shape, queries, rows, scores, ahead = args
         count, nbytes = (b.extract_value(shape, i) for i in range(2))
-        last_row = b.sub(count, I64(1))
 
         def emit(heads):
             part, several = part_of_row(kind, heads), vectors_of_queries(kind, heads)
             at_once = LANES // several
 
             def some_rows(first, _):
-                index = [smaller(b, b.add(first, I64(j)), last_row) for j in range(at_once)]
-                # Beyond the last row it is read again: its scores fall into unused places.
-                some = [row_at(b, rows, i) for i in index]
+                # Scores of rows beyond the last fall into unused places.
+                some = [listed(b, rows, b.add(first, I64(j))) for j in range(at_once)]
 
                 def step(d, at, groups, sums):
                     _prefetch_some(b, kind, ahead, first, at_once, d)
@@ -84,7 +82,8 @@ def score_heads(context, kind, heads, shape, queries, rows, scores, ahead):
         return context.get_dummy_value()
 
     integer = types.int64
-    return types.void(kind, integer, MATRIX, integer, MATRIX, integer, MATRIX), generate
+    shape = types.UniTuple(integer, 2)
+    return types.void(kind, integer, shape, *[integer] * 4), generate
 
 
 def _multiply(
@@ -114,7 +113,7 @@ def _multiply(
 def _prefetch_some(
     b: ir.IRBuilder, kind: types.Type, rows: ir.Value, first: ir.Value, count: int, d: ir.Value
 ) -> None:
-    """Prefetch as many lines of count rows as LANES elements of each take.
+    """Prefetch as many lines of count rows of a list as LANES elements of each take.
 
     d: lane at which the vectors being read begin; over all d, every line of the rows is fetched.
     """
@@ -122,7 +121,7 @@ def _prefetch_some(
     before = b.mul(b.udiv(d, I64(LANES)), I64(lines))
     for line in range(lines):
         nth = b.add(before, I64(line))
-        row = row_at(b, rows, b.add(first, b.urem(nth, I64(count))))
+        row = listed(b, rows, b.add(first, b.urem(nth, I64(count))))
         prefetch(b, element_at(b, row, b.udiv(nth, I64(count)), LINE))
 
 
@@ -130,8 +129,8 @@ def _prefetch_some(
 def score_one_head(context, kind, count, nbytes, queries, rows, partial, scores):
     """scores[j] = rows[j] . queries, for one head and at most LANES rows of nbytes each.
 
-    partial: workspace, float32 [LANES, LANES]. Rows are read in order, because memory delivers one
-    stream well and several poorly.
+    rows: list. partial: workspace, float32 [LANES, LANES]. Rows are read in order, because memory
+    delivers one stream well and several poorly.
     """
 
     def generate(context, b, signature, args):
@@ -143,7 +142,7 @@ def score_one_head(context, kind, count, nbytes, queries, rows, partial, scores)
             q = [load(b, types.float32, b.add(queries, I64(4 * x))) for x in offsets]
 
             def one(j, _):
-                row, sums = row_at(b, rows, j), [ZEROS] * 4
+                row, sums = listed(b, rows, j), [ZEROS] * 4
                 for i, x in enumerate(q):
                     if i * LANES % GROUP == 0:
                         group = load_parameters(b, kind, row, I64(nbytes), I64(i * LANES))
@@ -157,7 +156,7 @@ def score_one_head(context, kind, count, nbytes, queries, rows, partial, scores)
 
         def emit_any():
             def one(j, _):
-                row = row_at(b, rows, j)
+                row = listed(b, rows, j)
 
                 def step(d, at, groups, sums):
                     k = read_vector(b, kind, b.add(row, at), groups[0])
@@ -177,4 +176,4 @@ def score_one_head(context, kind, count, nbytes, queries, rows, partial, scores)
         store(b, sum_neighbours(b, sums), scores)
         return context.get_dummy_value()
 
-    return types.void(kind, *[types.int64] * 3, MATRIX, *[types.int64] * 2), generate
+    return types.void(kind, *[types.int64] * 6), generate

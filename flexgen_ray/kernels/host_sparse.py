@@ -28,6 +28,7 @@ from flexgen_ray.kernels.vectors import (
     emit_switch,
     emitted,
     exp2,
+    floats_at,
     load,
     maximum,
     splat,
@@ -155,7 +156,7 @@ def _count_at_least(context, address, blocks, least):
 @numba.njit(nogil=True)
 def gather_scores(scores, heads, selected, into):
     """Copy a tile's scores of the selected tokens to an address, side by side."""
-    block = carray(_floats_at(into), len(selected) * heads)
+    block = carray(floats_at(into), len(selected) * heads)
     for j in range(len(selected)):
         for i in range(heads):
             block[j * heads + i] = scores[selected[j] * heads + i]
@@ -177,13 +178,3 @@ def copy_vectors(context, address, vectors, into):
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 3), generate
-
-
-@emitted
-def _floats_at(context, address):
-    """Pointer to float32 at an address."""
-
-    def generate(context, b, signature, args):
-        return b.inttoptr(args[0], F32.as_pointer())
-
-    return types.CPointer(types.float32)(types.int64), generate

@@ -56,6 +56,7 @@ from flexgen_ray.kernels.vectors import (
     exp2,
     fma,
     is_packed,
+    listed,
     load,
     load_repeated,
     maximum,
@@ -78,7 +79,7 @@ LINE = 64
 # Vectors of values read at once, by number of heads, widest first: with all heads' sums they fit
 # the registers.
 _COLUMNS = {8: (2, 1) if WIDE else (1,), 4: (4, 1) if WIDE else (2, 1), 2: (4, 1), 1: (8, 4, 1)}
-# Distance at which picked rows are prefetched; the list of picks is longer by as many entries.
+# Distance at which picked rows are prefetched; their list is longer than a block by as many.
 AHEAD = 8
 _UNROLLED = 4
 
@@ -213,38 +214,29 @@ def reduce_per_head(b, heads, vectors, combine):
 
 
 @emitted
-def add_weighted_values(context, kind, heads, shape, weights, values, picks, sums, ahead):
+def add_weighted_values(context, kind, heads, shape, weights, values, sums, ahead):
     """sums[h, :] += weights[:, h] @ values; shape: (tokens, bytes of one row).
 
-    picks: None, or the address of each token's index in values.
-    ahead: matrix of rows that are read soon, and are prefetched; unused with picks, which are
-    prefetched themselves.
+    values: list of the tokens' rows; ahead: list of rows that are read soon, and are prefetched.
     """
 
     def generate(context, b, signature, args):
-        _, heads, shape, weights, values, picked, sums, ahead = args
+        _, heads, shape, weights, values, sums, ahead = args
         tokens, nbytes = (b.extract_value(shape, i) for i in range(2))
         lanes, vector = count_lanes(b, kind, nbytes), vector_bytes(kind)
-
-        def rows_of(j):
-            if not picking:
-                return row_at(b, values, j), row_at(b, ahead, j)
-            places = (element_at(b, picked, i, 8) for i in (j, b.add(j, I64(AHEAD))))
-            indices = (b.load(b.inttoptr(place, I64.as_pointer())) for place in places)
-            return [row_at(b, values, index) for index in indices]
 
         # Sums of one strip of `columns` vectors, for all heads, stay in registers over all tokens.
         def strip(heads, columns, d):
             at, width = vector_offset(b, kind, nbytes, d), columns * vector
 
             def step(j, carried):
-                row, later = rows_of(j)
+                row, later = listed(b, values, j), listed(b, ahead, j)
                 v = []
                 for c in range(columns):
                     if c * LANES % GROUP == 0:
                         group = load_parameters(b, kind, row, nbytes, b.add(d, I64(c * LANES)))
                     v.append(read_vector(b, kind, b.add(row, b.add(at, I64(c * vector))), group))
-                for line in range(0, width if heads > 1 or picking else 0, LINE):
+                for line in range(0, width, LINE):
                     prefetch(b, b.add(later, b.add(at, I64(line))))
                 place = element_at(b, weights, j, 4 * heads)
                 places = [b.add(place, I64(4 * h)) for h in range(heads)]
@@ -276,9 +268,8 @@ def add_weighted_values(context, kind, heads, shape, weights, values, picks, sum
         emit_switch(b, heads, TILES, emit)
         return context.get_dummy_value()
 
-    picking, integer = picks != types.none, types.int64
-    picks = integer if picking else types.none
-    return types.void(kind, integer, MATRIX, integer, MATRIX, picks, MATRIX, MATRIX), generate
+    shape, integer = types.UniTuple(types.int64, 2), types.int64
+    return types.void(kind, integer, shape, integer, integer, MATRIX, integer), generate
 
 
 @emitted

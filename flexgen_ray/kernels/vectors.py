@@ -7,7 +7,7 @@ neither keys and values nor groups of codes.
 A *kind* is a dummy scalar whose numba type names the type that elements are stored in: float32,
 uint16 (IEEE half) or int16 (bfloat16), since numba has no 16-bit floats; uint8 or int8 for
 elements that are quantized to 8 or 4 bits. An address is an int64. A matrix is the pair
-(address, bytes from row to row).
+(address, bytes from row to row); a list is the address of an array of addresses.
 """
 
 from __future__ import annotations
@@ -206,6 +206,11 @@ def row_at(b: ir.IRBuilder, matrix: ir.Value, index: ir.Value) -> ir.Value:
     return b.add(b.extract_value(matrix, 0), b.mul(b.extract_value(matrix, 1), index))
 
 
+def listed(b: ir.IRBuilder, addresses: ir.Value, index: ir.Value) -> ir.Value:
+    """Address with an index in a list."""
+    return b.load(b.inttoptr(element_at(b, addresses, index, 8), I64.as_pointer()))
+
+
 def fma(b: ir.IRBuilder, x: ir.Value, y: ir.Value, z: ir.Value) -> ir.Value:
     """x * y + z, in one instruction where the CPU has it, so its rounding depends on the CPU."""
     return b.fadd(b.fmul(x, y, flags=("contract",)), z, flags=("contract",))
@@ -304,6 +309,16 @@ def emit_loop(
         phi.add_incoming(first, before)
         phi.add_incoming(later, last)
     return merged
+
+
+@emitted
+def floats_at(context, address):
+    """Pointer to float32 at an address."""
+
+    def generate(context, b, signature, args):
+        return b.inttoptr(args[0], F32.as_pointer())
+
+    return types.CPointer(types.float32)(types.int64), generate
 
 
 @emitted
