@@ -25,8 +25,8 @@ from flexgen_ray.cost.launches import (
     run_launches,
 )
 from flexgen_ray.cost.resources import Amounts, Resource
-from flexgen_ray.layout.placement import ALONE_BYTES, COPY_PIECE, SECTOR, aligned, split_tokens
 from flexgen_ray.layout.pages import PAGE_TOKENS, pages_of
+from flexgen_ray.layout.placement import ALONE_BYTES, COPY_PIECE, SECTOR, aligned, split_tokens
 from flexgen_ray.layout.plan import StagePlan
 from flexgen_ray.layout.rows import NO_ROWS, Composition, PlacedRows, Row
 from flexgen_ray.layout.sizes import CHOICE_BYTES, quantized_values, streamed_bytes

@@ -89,6 +89,11 @@ def load_kernel(name: str, threads: int) -> HostKernel:
     raise ValueError(f"there is no host attention kernel {name!r}; there are {KERNELS}")
 
 
+def walks_pages(kernel: HostKernel) -> bool:
+    """True if the kernel reads pages where they lie; others copy them side by side."""
+    return kernel is not _sdpa
+
+
 def takes_torch_threads(kernel: HostKernel) -> bool:
     """True if the kernel runs on torch's threads, rather than on its own."""
     return kernel is _sdpa

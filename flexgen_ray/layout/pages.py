@@ -26,10 +26,8 @@ from itertools import pairwise
 
 import numpy as np
 
-from flexgen_ray.config import TIERS
+from flexgen_ray.config import PAGE_TOKENS, TIERS
 from flexgen_ray.layout.placement import RowSplit
-
-PAGE_TOKENS = 16
 
 
 def pages_of(tokens: float) -> int:
@@ -164,9 +162,14 @@ class StagePages:
         if total > self._space.batch_pages and total > count:
             return None
         shares = self._space.splits[batch].tiers
-        lags = [total * share / sum(shares) - held[tier] for share, tier in zip(shares, TIERS, strict=True)]
+        lags = [
+            total * share / sum(shares) - held[tier]
+            for share, tier in zip(shares, TIERS, strict=True)
+        ]
         order = sorted(range(len(TIERS)), key=lambda number: -lags[number])
-        return next((TIERS[number] for number in order if self._has_room(TIERS[number], held, count)), None)
+        return next(
+            (TIERS[number] for number in order if self._has_room(TIERS[number], held, count)), None
+        )
 
     def _has_room(self, tier: str, held: dict[str, int], count: int) -> bool:
         if self._pools[tier].free < count:

@@ -189,7 +189,7 @@ class StagePlan:
 
     @property
     def attended_row_bytes(self) -> int:
-        """Bytes that attending one decoding row takes beside its cache, where no kernel walks pages.
+        """Bytes that attending a decoding row takes beside its cache, where no kernel walks pages.
 
         Its pages are copied side by side, and take a mask and scores; a quantized cache takes its
         keys and values dequantized too, and sparse attention keys in float32, the weights and their

@@ -256,6 +256,7 @@ class PlacedRows:
 
         most: rows of a run at most.
         """
+
         def make() -> list[tuple[int, list[Row]]]:
             decoding = [row for row in self.streamed if not row.is_prefill]
             return [(at, decoding[at : at + most]) for at in range(0, len(decoding), most)]

@@ -1,6 +1,6 @@
 """Layout of weights: the place of each weight on its tier, and the stream of each layer.
 
-Off the device a weight takes whole sectors, and a layer's weights lie side by side, so that a part of
+Off the device a weight takes whole sectors, and a layer's weights lie side by side, so a part of
 them moves in few copies and in direct disk requests. Knows bytes; no tensors.
 """
 
@@ -11,7 +11,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from flexgen_ray.config import TIERS, Placement
-from flexgen_ray.layout.placement import SECTOR, aligned, place_weights, stored_tensors, tensor_bytes
+from flexgen_ray.layout.placement import (
+    SECTOR,
+    aligned,
+    place_weights,
+    stored_tensors,
+    tensor_bytes,
+)
 from flexgen_ray.models.config import ModelConfig
 from flexgen_ray.quant.formats import WeightFormat
 from flexgen_ray.schedule.zigzag import StageLayers

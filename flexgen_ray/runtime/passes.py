@@ -60,9 +60,7 @@ class Pass(Composition):
     divisions: of each row, the same in every layer.
     """
 
-    def __init__(
-        self, header: Header, divisions: list[Division], device: torch.device
-    ) -> None:
+    def __init__(self, header: Header, divisions: list[Division], device: torch.device) -> None:
         super().__init__(header.rows, ())
         self.header = header
         self._placed_rows = PlacedRows(header.rows, divisions)
@@ -339,9 +337,7 @@ class Passes:
                     count = pages_of(row.seq_len)
                     on_host |= {row.slot} if count > room else set()
                     room -= count if count <= room else 0
-        return [
-            Division(home.tier, row.slot in on_host, home) for row, home in pairs
-        ]
+        return [Division(home.tier, row.slot in on_host, home) for row, home in pairs]
 
 
 @dataclass(frozen=True)

@@ -199,7 +199,9 @@ class Scheduler:
         if self.admission is None:
             return 0
         longest, shortest = (pages_of(self._waiting[it].max_seq_len) for it in (0, -1))
-        places = [0, -1] if longest + (rows - 1) * shortest <= self.admission.room(batch) else [-1, 0]
+        places = (
+            [0, -1] if longest + (rows - 1) * shortest <= self.admission.room(batch) else [-1, 0]
+        )
         for place in places:
             count = (longest, shortest)[place]
             if self.admission.enters(batch, slot, count):

@@ -298,7 +298,7 @@ def choose_host_kernel(plan: StagePlan, threads: int, nbytes: int) -> HostKernel
 def choose_device_kernel(
     plan: StagePlan, device: torch.device, threads: int, nbytes: int
 ) -> HostKernel:
-    """Fastest kernel for a plan's decoding rows on the device; arguments as choose_host_kernel's."""
+    """Fastest kernel for decoding rows on the device; arguments as choose_host_kernel's."""
     if device.type == "cuda" or not (plan.space.pages[0] or plan.space.streamed):
         return load_kernel("sdpa", threads)
     return _choose_kernel(plan, threads, nbytes)

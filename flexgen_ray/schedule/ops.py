@@ -266,7 +266,11 @@ OPS: dict[OpKind, OpSpec] = {
         Path.HOST,
     ),
     _K.WRITE_CACHE: OpSpec(
-        _L.DISK_WRITE, (_B.ROWS, _B.PAGES, _B.CACHE_OUT), (_B.CACHE_DISK,), _C.CACHE_ON_DISK, Path.NEITHER
+        _L.DISK_WRITE,
+        (_B.ROWS, _B.PAGES, _B.CACHE_OUT),
+        (_B.CACHE_DISK,),
+        _C.CACHE_ON_DISK,
+        Path.NEITHER,
     ),
     _K.CHOOSE: OpSpec(
         _L.DEVICE_AHEAD,

@@ -45,8 +45,8 @@ class Region:
     def read_into(self, buffer: Tensor, offset: int = 0) -> None:
         """Fill a contiguous host tensor from `offset` of the region.
 
-        Whole sectors are read directly into aligned to sectors memory; other requests go through a buffer
-        of whole sectors around them. Raises OSError with the folder's name.
+        Whole sectors are read directly into memory that is aligned to them; other requests go
+        through a buffer of whole sectors around them. Raises OSError with the folder's name.
         """
         view = _bytes_of(buffer)
         self._check(offset, len(view))

@@ -183,7 +183,9 @@ class KVCache:
         for first, rows in placed.choosing_runs(self.plan.rows_at_a_time):
             shape = self._chosen_shape(op, rows)
             values = _prefix_view(self._chosen_values[op.cell_slot], first, shape)
-            link.copy_across(_prefix_view(self._streamed_values[op.cell_slot], first, shape), values)
+            link.copy_across(
+                _prefix_view(self._streamed_values[op.cell_slot], first, shape), values
+            )
 
     def chosen_values(self, op: Op, first: int, count: int, num_tokens: int) -> Tensor:
         """[count, kv_heads, num_tokens, width]: loaded values of rows, from one row on."""
