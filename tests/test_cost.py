@@ -68,7 +68,7 @@ def test_attention_takes_what_a_layers_window_has(tiny_models, position, tokens)
     end = position + tokens
     for cache in (Placement(1, 0, 0), Placement(0, 1, 0)):
         plan = StagePlan(config, stage, Policy(1, cache=cache), Workload(1, end, end), "float32")
-        model, composition = CostModel(plan), Composition(Rows((row,), ()), 0)
+        model, composition = CostModel(plan), Composition(Rows((row,), ()), plan.splits)
         for layer, window in ((1, end), (2, 9)):
             kind = OpKind.ATTEND_HOST if cache.cpu and tokens == 1 else OpKind.ATTEND_DEVICE
             found = model.amounts(Op(kind, 0, layer, 0, 0, 0), composition)
@@ -96,7 +96,7 @@ def test_new_tokens_of_large_prompts_alone_are_placed_at_the_memory_s_speed(
     news = [1] * decoding + [length] * prompts
     rows = tuple(Row(i, 0, n, sum(news[:i]), True, n > 1) for i, n in enumerate(news))
     amounts = CostModel(plan).amounts(
-        Op(OpKind.APPEND_CACHE, 0, 1, 0, 0, 0), Composition(Rows(rows, ()), 0)
+        Op(OpKind.APPEND_CACHE, 0, 1, 0, 0, 0), Composition(Rows(rows, ()), plan.splits)
     )
     chunks, all_bytes = prompts * length * plan.kv_bytes, sum(news) * plan.kv_bytes
     assert amounts[Resource.HOST_MEMORY] == 2 * all_bytes

@@ -10,7 +10,7 @@ import pytest
 import torch
 from engine_runs import MAX_TOKENS, assert_same, generate, greedy
 from hypothesis import given, settings
-from strategies import policies, sparse
+from strategies import policies, sparse, with_sparsity
 
 from flexgen_ray import LLM, Policy, SamplingParams
 from flexgen_ray.calibration.calibrate import calibrate
@@ -110,7 +110,7 @@ def test_choosing_tokens_never_waits_for_the_device():
 def test_no_op_of_a_whole_generation_waits_for_the_device(tiny_models, policy_of_all, sparsity):
     """One thread issues the ops of all streams, so whatever waits in one holds up the others."""
     folder, references = tiny_models["llama"]
-    policy = replace(policy_of_all, attention_sparsity=sparsity)
+    policy = with_sparsity(policy_of_all, sparsity)
     prompts = [reference.prompt for reference in references]
     with LLM(folder, policy=policy, dtype="float16", device="cuda", use_ray=False) as llm:
         expected = llm.generate(prompts, GREEDY)  # also makes tables that are made once a process

@@ -17,7 +17,7 @@ from engine_runs import MAX_TOKENS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from strategies import pipelines, policies
+from strategies import pipelines, policies, with_sparsity
 from transformers import AutoModelForCausalLM
 
 from flexgen_ray import LLM, Placement, Policy, SamplingParams
@@ -145,7 +145,7 @@ def test_nor_with_packed_caches_and_sparse_attention(
 ):
     folder, references = poisoned["llama3-like"]
     prompts, bad = with_poison(references, places)
-    policy = replace(policy, cache_bits=cache_bits, attention_sparsity=sparsity)
+    policy = replace(with_sparsity(policy, sparsity), cache_bits=cache_bits)
     found, _ = generated(folder, prompts, policy)
     assert [it.index for it in found if it.error] == bad
     wanted, _ = generated(folder, [reference.prompt for reference in references], policy)

@@ -9,6 +9,7 @@ from itertools import product
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from strategies import with_sparsity
 
 from benchmarks import paper_machines as t4
 from flexgen_ray.config import RATE_NAMES, TIERS, Budget, HardwareSpec, Placement, Policy
@@ -57,9 +58,9 @@ policies = st.builds(
     cpu_attention=st.sampled_from([0.0, 0.5, 1.0]),
     weight_bits=st.sampled_from([None, 4, 8]),
     cache_bits=st.sampled_from([None, 4, 8]),
-    attention_sparsity=st.sampled_from([1.0, 0.1]),
     # Tables lie somewhere as a whole: beside packed layers plain ones would be too large a piece.
 ).map(lambda it: replace(it, embedding_bits=it.weight_bits))
+policies = st.builds(with_sparsity, policies, st.sampled_from([1.0, 0.1]))
 
 
 def placed_weights(stage: StagePlan) -> Placement:

@@ -18,6 +18,7 @@ from pretend_cuda import (
     decode_launches,
     pretend_cuda,
 )
+from strategies import with_sparsity
 
 from flexgen_ray import LLM, Placement, Policy, RequestOutput, SamplingParams
 from flexgen_ray.kernels.host_kernel import load_kernel
@@ -201,18 +202,20 @@ def drawn(number: int) -> Run:
 
     return Run(
         family,
-        Policy(
-            rng.randint(2, 5),
-            rng.randint(1, 3),
-            rng.choice([3, 7, 64]),
-            placement(),
-            placement(),
-            placement(),
-            cpu_attention=rng.choice([0.0, 0.3, 0.5, 1.0]),
-            weight_bits=rng.choice([None, None, 4, 8]),
-            cache_bits=rng.choice([None, None, 4, 8]),
-            embedding_bits=rng.choice([None, None, 4, 8]),
-            attention_sparsity=rng.choice([1.0, 1.0, 0.3]),
+        with_sparsity(
+            Policy(
+                rng.randint(2, 5),
+                rng.randint(1, 3),
+                rng.choice([3, 7, 64]),
+                placement(),
+                placement(),
+                placement(),
+                cpu_attention=rng.choice([0.0, 0.3, 0.5, 1.0]),
+                weight_bits=rng.choice([None, None, 4, 8]),
+                cache_bits=rng.choice([None, None, 4, 8]),
+                embedding_bits=rng.choice([None, None, 4, 8]),
+            ),
+            rng.choice([1.0, 1.0, 0.3]),
         ),
         rng.choice(["float32", "float32", half, "bfloat16"]),
         rng.choice(["async", "async", "serial"]),

@@ -316,7 +316,7 @@ def test_no_run_is_faster_than_the_thread_that_issues_its_ops(plan, rates, is_pr
     launches, issued = 1e-3, 5e-4
     slow = replace(rates, launch_seconds=launches, issue_seconds=issued)
     ops, _, found = played(alike(plan, slow, rows, 1))
-    model, composition = CostModel(plan), Composition(rows, plan.streamed_rows - 1)
+    model, composition = CostModel(plan), Composition(rows, plan.splits)
     amounts = [model.amounts(op, composition) for op in ops]
     of_streams = [it for op, it in zip(ops, amounts, strict=True) if op.lane in ON_STREAMS]
     assert [it for it in amounts if Resource.ISSUE in it] == of_streams
