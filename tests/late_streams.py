@@ -26,7 +26,7 @@ from flexgen_ray import LLM
 from flexgen_ray.runtime import lanes, stage
 from flexgen_ray.runtime.handlers import HANDLERS, OpHandlers
 from flexgen_ray.schedule.ops import ON_STREAMS, Lane, Op
-from flexgen_ray.store import link, new_tokens
+from flexgen_ray.store import link
 from flexgen_ray.store.memory import MemoryTier
 
 CUDA = torch.device("cuda")
@@ -84,8 +84,6 @@ class LateCuda:
         patch(torch.cuda, "set_stream", lambda it: setattr(cuda._of_thread, "stream", it))
         patch(torch.cuda, "synchronize", lambda device=None: cuda.synchronize())
         patch(stage, "make_lane_workers", lambda device, *of: lanes.make_lane_workers(CUDA, *of))
-        patch(stage, "append_threads", lambda device, *of: 3)
-        patch(new_tokens, "ALONE_BYTES", 0)
         patch(stage, "device_wait", lambda device: lanes.device_wait(CUDA))
         patch(LLM, "_stages_disk", True)
         patch(link, "crosses_link", self.crosses_link)

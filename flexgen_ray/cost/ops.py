@@ -26,7 +26,7 @@ from flexgen_ray.cost.launches import (
 )
 from flexgen_ray.cost.resources import Amounts, Resource
 from flexgen_ray.layout.pages import PAGE_TOKENS, pages_of
-from flexgen_ray.layout.placement import ALONE_BYTES, COPY_PIECE, SECTOR, aligned, split_tokens
+from flexgen_ray.layout.placement import COPY_PIECE, SECTOR, aligned, split_tokens
 from flexgen_ray.layout.plan import StagePlan
 from flexgen_ray.layout.rows import NO_ROWS, Composition, PlacedRows, Row
 from flexgen_ray.layout.sizes import CHOICE_BYTES, quantized_values, streamed_bytes
@@ -272,20 +272,15 @@ class CostModel:
 
     def _store_cache(self, op: Op, composition: Composition) -> Amounts:
         placed = self._placed(op, composition)
-        tokens, plan = placed.off_device_tokens, self.plan
+        tokens, plan = sum(row.num_new_tokens for row in placed.off_device), self.plan
         if plan.stored_rows and placed.rows.are_single:
             return self._transfer(_R.D2H, tokens * plan.qkv_size * self._element)
         queries = len(placed.attended) * plan.config.q_size * self._element
         return self._transfer(_R.D2H, tokens * self._kv_token + queries)
 
     def _append_cache(self, op: Op, composition: Composition) -> Amounts:
-        placed = self._placed(op, composition)
-        tokens = placed.off_device_tokens
-        chunks = sum(it.num_new_tokens for it in placed.off_device if it.num_new_tokens > 1)
-        # Several threads place large chunks of prompts, at the memory's speed.
-        alone = tokens - (chunks if chunks * self._kv_token >= ALONE_BYTES else 0)
-        nbytes = tokens * self._kv_token
-        return {_R.HOST_MEMORY: 2 * nbytes, _R.APPEND: alone * self._kv_token}
+        nbytes = self._placed(op, composition).num_loose * self._kv_token
+        return {_R.HOST_MEMORY: 2 * nbytes, _R.APPEND: nbytes}
 
     def _write_cache(self, op: Op, composition: Composition) -> Amounts:
         on_disk = self._placed(op, composition).on_disk

@@ -33,8 +33,6 @@ from flexgen_ray.schedule.zigzag import StageLayers
 ALIGNMENT = 64  # bytes; where a tensor may start inside a flat buffer
 SECTOR = 4096  # bytes; what direct disk requests are made of
 COPY_PIECE = 16 * 2**20  # bytes after which another copy may pass on the link of a GPU
-# New keys and values of fewer bytes are placed by one thread sooner than others can be woken.
-ALONE_BYTES = 2**20
 Tensors = dict[str, Shape]
 
 

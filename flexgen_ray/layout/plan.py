@@ -235,8 +235,12 @@ class StagePlan:
 
     @property
     def stored_tokens(self) -> int:
-        """Most tokens of a pass whose keys and values leave the device."""
-        return min(self.cell_tokens, self.off_device_rows * self.workload.max_prefill_len)
+        """Most tokens of a pass that leave the device without filling pages.
+
+        A row has them before its first whole page, and after its last one.
+        """
+        most = min(self.workload.max_prefill_len, 2 * (PAGE_TOKENS - 1))
+        return min(self.cell_tokens, self.off_device_rows * most)
 
     @property
     def qkv_size(self) -> int:

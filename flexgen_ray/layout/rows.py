@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Generic, TypeVar
 
+from flexgen_ray.config import PAGE_TOKENS
 from flexgen_ray.layout.pages import Home, pages_of
 from flexgen_ray.layout.placement import RowSplit
 
@@ -47,6 +48,30 @@ class Row:
     def seq_len(self) -> int:
         """Tokens in the row's cache after this pass."""
         return self.position + self.num_new_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Neighbouring new tokens of one row; position: of the first; offset: among packed tokens."""
+
+    row: Row
+    position: int
+    offset: int
+    count: int
+
+    @property
+    def tokens(self) -> slice:
+        """Slice of the piece among the packed tokens."""
+        return slice(self.offset, self.offset + self.count)
+
+
+def cut_at_pages(row: Row) -> list[Piece]:
+    """New tokens of a row: the rest of its last page, whole pages, and the beginning of a page."""
+    start, end = row.position, row.seq_len
+    first = min(end, pages_of(start) * PAGE_TOKENS)
+    last = max(first, end // PAGE_TOKENS * PAGE_TOKENS)
+    bounds = (start, first), (first, last), (last, end)
+    return [Piece(row, a, row.offset + a - start, b - a) for a, b in bounds if a < b]
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,23 +299,28 @@ class PlacedRows:
         return self._select(lambda row, it: it.tier == "disk")
 
     @cached_property
-    def off_device_tokens(self) -> int:
-        """New tokens of rows off the device."""
-        return sum(row.num_new_tokens for row in self.off_device)
+    def _pieces(self) -> list[Piece]:
+        return [piece for row in self.off_device for piece in cut_at_pages(row)]
 
     @cached_property
-    def stored_runs(self) -> list[tuple[int, slice]]:
-        """(first place on the host, packed tokens) of what rows off the device bring, in runs."""
-        return token_runs(self.off_device)
+    def whole(self) -> list[Piece]:
+        """New tokens of rows off the device that fill pages, and leave the device as such."""
+        return [piece for piece in self._pieces if piece.count % PAGE_TOKENS == 0]
 
     @cached_property
-    def stored_places(self) -> dict[int, int]:
-        """{slot: place of its first new token on the host} of rows off the device."""
-        places, place = {}, 0
-        for row in self.off_device:
-            places[row.slot] = place
-            place += row.num_new_tokens
-        return places
+    def loose(self) -> list[Piece]:
+        """Other new tokens of rows off the device, which are placed one by one on the host."""
+        return [piece for piece in self._pieces if piece.count % PAGE_TOKENS]
+
+    @cached_property
+    def num_loose(self) -> int:
+        """Number of loose tokens."""
+        return sum(piece.count for piece in self.loose)
+
+    @cached_property
+    def loose_runs(self) -> list[tuple[int, slice]]:
+        """(first place on the host, packed tokens) of the loose tokens, in runs."""
+        return token_runs(self.loose)
 
     @cached_property
     def attended_runs(self) -> list[tuple[int, slice]]:
@@ -298,17 +328,17 @@ class PlacedRows:
         return token_runs(self.attended)
 
 
-def token_runs(rows: Iterable[Row]) -> list[tuple[int, slice]]:
-    """Runs of neighbouring packed tokens of rows: (number of tokens before the run, tokens)."""
+def token_runs(parts: Sequence[Row] | Sequence[Piece]) -> list[tuple[int, slice]]:
+    """Runs of neighbouring packed tokens: (number of tokens before the run, its tokens)."""
     runs: list[tuple[int, slice]] = []
     place = 0
-    for row in rows:
-        if runs and runs[-1][1].stop == row.offset:
-            first, tokens = runs[-1]
-            runs[-1] = first, slice(tokens.start, row.tokens.stop)
+    for tokens in (part.tokens for part in parts):
+        if runs and runs[-1][1].stop == tokens.start:
+            first, before = runs[-1]
+            runs[-1] = first, slice(before.start, tokens.stop)
         else:
-            runs.append((place, row.tokens))
-        place += row.num_new_tokens
+            runs.append((place, tokens))
+        place += tokens.stop - tokens.start
     return runs
 
 

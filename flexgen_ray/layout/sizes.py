@@ -197,13 +197,13 @@ def workspace_bytes(plan: StagePlan) -> int:
 def _dense_bytes(plan: StagePlan) -> int:
     """Bytes of copies without gaps that cross the link in place of views, on streams of their own.
 
-    A prompt's keys and values take most; queries and attention of decoding rows beside it less.
+    A prompt's pages take most; queries and attention of decoding rows beside it less.
     """
     if not plan.stages_disk:
         return 0
     vectors = plan.attended_rows * plan.config.q_size * plan.element_bytes
-    kv = 0 if plan.policy.cache_bits else plan.stored_tokens * plan.kv_bytes
-    return kv + 2 * vectors
+    tokens = min(plan.cell_tokens, plan.off_device_rows * plan.workload.max_prefill_len)
+    return tokens * plan.kv_bytes + 2 * vectors
 
 
 def arriving_bytes(plan: StagePlan) -> int:

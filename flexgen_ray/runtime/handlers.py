@@ -36,7 +36,7 @@ LogitsHook = Callable[[list[int], Tensor], None]
 class OpHandlers:
     """Runs the ops of one stage on its stores.
 
-    attend_on_host, attend_on_device: kernels for decoding rows; append_threads: see KVCache.
+    attend_on_host, attend_on_device: kernels for decoding rows.
     """
 
     def __init__(
@@ -47,7 +47,6 @@ class OpHandlers:
         tiers: Tiers,
         attend_on_host: HostKernel,
         attend_on_device: HostKernel,
-        append_threads: int = 1,
     ) -> None:
         self.plan = plan
         self.config = plan.config
@@ -55,7 +54,7 @@ class OpHandlers:
         self.device = tiers.device
         self.weights = weights
         self._attend_on_host = attend_on_host
-        self.cache = KVCache(plan, tiers, append_threads)
+        self.cache = KVCache(plan, tiers)
         self.hidden = HiddenStore(plan, tiers)
         self._attention = DeviceAttention(plan, self.cache, tiers.device, attend_on_device)
         self.on_logits: LogitsHook | None = None

@@ -294,15 +294,6 @@ def make_lane_workers(
     return workers
 
 
-def append_threads(device: torch.device, cores: Cores, attends_by_torch: bool) -> int:
-    """Number of threads that place prompts' keys and values, which the device sends to the host.
-
-    A GPU sends them faster than one thread places them. Without CUDA the other cores compute, and
-    torch's own team has the host's cores where it attends.
-    """
-    return 1 if device.type != "cuda" or attends_by_torch else cores.host
-
-
 def device_wait(device: torch.device) -> Callable[[], None] | None:
     """Function that waits until the device has run all ops launched; None for a CPU."""
     return partial(torch.cuda.synchronize, device) if device.type == "cuda" else None

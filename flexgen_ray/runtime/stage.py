@@ -42,7 +42,6 @@ from flexgen_ray.runtime.lanes import (
     LaneWorker,
     OpWatch,
     Run,
-    append_threads,
     device_wait,
     divide_cores,
     make_lane_workers,
@@ -138,10 +137,7 @@ class Stage:
                 partial(not_finite_message, dtype=plan.dtype, cache_bits=plan.policy.cache_bits),
                 Admission(spec.spaces or (plan.space,)),
             )
-            appending = append_threads(device, self._cores, self._attends_by_torch)
-            self.handlers = OpHandlers(
-                plan, weights, self.scheduler, self.tiers, attend, on_device, appending
-            )
+            self.handlers = OpHandlers(plan, weights, self.scheduler, self.tiers, attend, on_device)
             self._workers: list[LaneWorker] | None = None
             self._modelled: Modelled | None = None
             self._meter = Meter()

@@ -44,7 +44,7 @@ class OpKind(StrEnum):
     LOAD_CACHE = auto()  # rows of the cache that the device attends, to the device
     PROJECT = auto()  # norm, QKV, positions; append to the cache on the device
     STORE_CACHE = auto()  # new keys and values off the device, and queries for host attention
-    APPEND_CACHE = auto()  # the stored keys and values, to the rows' places in host memory
+    APPEND_CACHE = auto()  # stored keys and values that fill no page, to their places in memory
     WRITE_CACHE = auto()  # whole cache blocks, to disk
     CHOOSE = auto()  # the tokens whose values streamed rows need, if attention is sparse
     GATHER_VALUES = auto()  # the values of the chosen tokens, side by side in host memory
@@ -253,8 +253,8 @@ OPS: dict[OpKind, OpSpec] = {
     ),
     _K.STORE_CACHE: OpSpec(
         _L.STORE_AHEAD,
-        (_B.ROWS, _B.NEW_KV, _B.QUERY),
-        (_B.HOST_NEW_KV, _B.HOST_QUERY),
+        (_B.ROWS, _B.PAGES, _B.NEW_KV, _B.QUERY),
+        (_B.HOST_NEW_KV, _B.HOST_QUERY, _B.CACHE_CPU, _B.CACHE_OUT),
         _C.CACHE_OFF_DEVICE,
         Path.HOST,
     ),

@@ -23,6 +23,9 @@ One decoding step of a row at position 37, by the row's division:
                                         streamed, but APPEND_CACHE appends to the tail. The step at
                                         position 47 fills it: WRITE_CACHE writes a third page
 
+New tokens of a prompt that fill pages are put into that layout on the device, and STORE_CACHE
+brings them to their homes; APPEND_CACHE places the others.
+
 With sparse attention LOAD_CACHE brings only keys of decoding rows. CHOOSE then appends the new key
 and selects tokens, GATHER_VALUES puts their values side by side on the host, and LOAD_VALUES copies
 them to the streaming slot.
@@ -32,23 +35,23 @@ Knows rows, pages and bytes; not how attention is computed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from itertools import accumulate
 from math import prod
 
 import torch
 from torch import Tensor
 
-from flexgen_ray.kernels.host_threads import HostThreads
 from flexgen_ray.layout.pages import PAGE_TOKENS, Home, page_table, pages_of
 from flexgen_ray.layout.plan import StagePlan
-from flexgen_ray.layout.rows import MemoKey, PlacedRows, Row
+from flexgen_ray.layout.rows import MemoKey, Piece, PlacedRows, Row, cut_at_pages
 from flexgen_ray.layout.sizes import CHOICE_BYTES, arriving_bytes, new_kv_bytes
 from flexgen_ray.schedule.ops import CELL_SLOTS, Op
 from flexgen_ray.store import link
 from flexgen_ray.store.activations import CellBuffers
 from flexgen_ray.store.disk import Region
-from flexgen_ray.store.new_tokens import NewTokens, append_tokens
+from flexgen_ray.store.new_tokens import NewTokens, append_tokens, as_pages, page_copies
 from flexgen_ray.store.tiers import TORCH_DTYPE, MemoryTier, Tiers
 
 # New tokens of a pass and their places, for all layers.
@@ -58,14 +61,10 @@ _HOST_TOKENS = MemoKey[NewTokens]()
 
 
 class KVCache:
-    """The KV cache of a stage's layers; methods are named after the ops they run.
+    """The KV cache of a stage's layers; methods are named after the ops they run."""
 
-    threads: number of threads that place prompts' keys and values in host memory.
-    """
-
-    def __init__(self, plan: StagePlan, tiers: Tiers, threads: int = 1) -> None:
+    def __init__(self, plan: StagePlan, tiers: Tiers) -> None:
         self.plan = plan
-        self._threads = HostThreads(threads) if threads > 1 else None
         self._dtype = torch.uint8 if plan.policy.cache_bits else TORCH_DTYPE[plan.dtype]
         self._width = plan.vector_bytes // self._dtype.itemsize
         gpu, cpu, _ = plan.space.pages
@@ -111,9 +110,11 @@ class KVCache:
     def append_resident(self, op: Op, placed: PlacedRows, work: CellBuffers) -> None:
         """Append new keys and values of the rows whose cache lies on the device."""
         pool = self.device_pages(op)
-        rows = [(row, placed.home(row), row.offset) for row in placed.resident]
-        new = placed.memoized(_RESIDENT_TOKENS, partial(NewTokens, rows, pool))
-        append_tokens(pool, new, work.cached)
+
+        def make() -> NewTokens:
+            return NewTokens(_packed_pieces(placed.resident, placed.home), pool)
+
+        append_tokens(pool, placed.memoized(_RESIDENT_TOKENS, make), work.cached)
 
     def append_streamed(
         self, op: Op, placed: PlacedRows, work: CellBuffers, prefills: bool
@@ -126,7 +127,7 @@ class KVCache:
 
         def make() -> NewTokens:
             rows = (row for row in placed.streaming if row.is_prefill is prefills)
-            return NewTokens([(row, streamed_home(placed, row), row.offset) for row in rows], pool)
+            return NewTokens(_packed_pieces(rows, partial(streamed_home, placed)), pool)
 
         append_tokens(pool, placed.memoized(_STREAMED_TOKENS, make, prefills), work.cached)
 
@@ -198,52 +199,86 @@ class KVCache:
         return len(rows), self.plan.config.num_kv_heads, num_tokens, self._width
 
     def store(self, op: Op, placed: PlacedRows, work: CellBuffers) -> None:
-        """STORE_CACHE: copy new keys and values of rows off the device, and queries of rows that
-        the host attends, to the cell's host slots."""
+        """STORE_CACHE: copy new keys and values of rows off the device to the host, and queries.
+
+        What fills pages goes to its home in host memory, or to the slot from which it is written to
+        disk; the rest, and queries of rows that the host attends, to the cell's host slots.
+        """
         if self._stores_rows(placed):
-            target = self._new_rows(op, placed.off_device_tokens)
-            for place, tokens in placed.stored_runs:
+            target = self._new_rows(op, placed.num_loose)
+            for place, tokens in placed.loose_runs:
                 source = work.qkv[tokens]
                 link.copy_across(target[place : place + len(source)], source)
             return
+        self._store_pages(op, placed, work)
         target = self._new_kv(op, placed)
-        for place, tokens in placed.stored_runs:
+        for place, tokens in placed.loose_runs:
             source = work.cached[tokens]
             _copy_dense(target[place : place + len(source)], source)
         for place, tokens in placed.attended_runs:
             source = work.q[tokens]
             _copy_dense(self._host_query[op.cell_slot, place : place + len(source)], source)
 
+    def _store_pages(self, op: Op, placed: PlacedRows, work: CellBuffers) -> None:
+        pool, on_disk = self.host_pages(op), {row.slot for row in placed.on_disk}
+        for piece in placed.whole:
+            if piece.row.slot in on_disk:
+                at = self._out_place(placed, piece)
+                tokens = work.cached[piece.tokens].unflatten(0, (-1, PAGE_TOKENS))
+                target = self._out[op.cell_slot, at : at + len(tokens)]
+                source = tokens.permute(0, 2, 3, 1, 4)
+                if link.crosses_link(target, source):
+                    dense = torch.empty_like(target, device=source.device)
+                    self._tokens_of(dense).copy_(source)
+                    link.copy_across(target, dense)
+                else:
+                    self._tokens_of(target).copy_(source)
+                continue
+            for tokens, pages in page_copies(piece, placed.home(piece.row), piece.offset):
+                source = as_pages(work.cached[tokens])
+                if link.crosses_link(pool, source):
+                    source = source.contiguous()
+                for target, plane in zip(pool[:, pages], source, strict=True):
+                    link.copy_across(target, plane)
+
+    def _out_place(self, placed: PlacedRows, piece: Piece) -> int:
+        """Place in the outgoing slot of the first page that a piece of a row on disk fills."""
+        before = 0
+        for row in placed.on_disk:
+            if row.slot == piece.row.slot:
+                break
+            before += row.seq_len // PAGE_TOKENS - row.position // PAGE_TOKENS
+        return before + piece.position // PAGE_TOKENS - piece.row.position // PAGE_TOKENS
+
     def append(self, op: Op, placed: PlacedRows) -> None:
-        """APPEND_CACHE: append what STORE_CACHE brought to rows in host memory, and to tails."""
-        kv, pool, places = self._new_kv(op, placed), self.host_pages(op), placed.stored_places
+        """APPEND_CACHE: append loose tokens to rows in host memory, and to tails."""
+        kv, pool = self._new_kv(op, placed), self.host_pages(op)
+        on_disk, starts = {row.slot for row in placed.on_disk}, _starts(placed.loose)
+        pairs = list(zip(placed.loose, starts, strict=True))
 
         def make() -> NewTokens:
-            rows = [(row, placed.home(row), places[row.slot]) for row in placed.in_memory]
-            return NewTokens(rows, pool)
+            return NewTokens(
+                [
+                    (piece, placed.home(piece.row), start)
+                    for piece, start in pairs
+                    if piece.row.slot not in on_disk
+                ],
+                pool,
+            )
 
-        append_tokens(pool, placed.memoized(_HOST_TOKENS, make), kv, self._threads)
-        to_disk, filled = [], 0
-        for row in placed.on_disk:
-            start = places[row.slot]
-            new = kv[start : start + row.num_new_tokens].permute(1, 2, 0, 3)
-            tail = self._tails[self._layer(op), placed.home(row).tail]
-            out = self._out[op.cell_slot, filled:]
-            to_disk.append(partial(self._append_to_tail, row, new, tail, out))
-            filled += row.seq_len // PAGE_TOKENS - row.position // PAGE_TOKENS
-        if self._threads is not None and any(row.is_prefill for row in placed.on_disk):
-            self._threads.run(to_disk)
-        else:
-            for append in to_disk:
-                append()
+        append_tokens(pool, placed.memoized(_HOST_TOKENS, make), kv)
+        for piece, start in pairs:
+            if piece.row.slot in on_disk:
+                self._append_to_tail(op, placed, piece, kv[start : start + piece.count])
 
     def queries(self, op: Op, placed: PlacedRows) -> Tensor:
         """Queries on the host of the rows that the host attends, [rows, heads, head_dim]."""
         count = len(placed.attended)
         if not self._stores_rows(placed):
             return self._host_query[op.cell_slot, :count]
-        places = [placed.stored_places[row.slot] for row in placed.attended]
-        rows = self._new_rows(op, placed.off_device_tokens)[:, : self.plan.config.q_size]
+        of_slot = {piece.row.slot: place for place, piece in enumerate(placed.loose)}
+        places = [of_slot[row.slot] for row in placed.attended]
+        rows = self._new_rows(op, placed.num_loose)[:, : self.plan.config.q_size]
         rows = rows.unflatten(-1, self._host_query.shape[2:])
         first = places[0]
         if places == list(range(first, first + count)):
@@ -263,8 +298,8 @@ class KVCache:
         return self._new[op.cell_slot, : count * width].view(count, width)
 
     def _new_kv(self, op: Op, placed: PlacedRows) -> Tensor:
-        """New keys and values in the cell's host slot, [tokens, 2, kv_heads, width]."""
-        count = placed.off_device_tokens
+        """Loose keys and values in the cell's host slot, [tokens, 2, kv_heads, width]."""
+        count = placed.num_loose
         shape = 2, self.plan.config.num_kv_heads, self._width
         if self._stores_rows(placed):
             return self._new_rows(op, count)[:, self.plan.config.q_size :].unflatten(-1, shape)
@@ -275,20 +310,17 @@ class KVCache:
         for at, region in self._disk_runs(op, placed, filled_by):
             region.write(self._out[op.cell_slot, at])
 
-    def _append_to_tail(self, row: Row, new: Tensor, tail: Tensor, out: Tensor) -> None:
-        """Append new tokens to a row's tail; copy the tail to `out` whenever it is full.
+    def _append_to_tail(self, op: Op, placed: PlacedRows, piece: Piece, new: Tensor) -> None:
+        """Append tokens of one page to a row's tail; copy it to the outgoing slot if it is full.
 
-        new: keys and values, [2, kv_heads, tokens, width]; out: [pages, page_bytes].
+        new: keys and values, [tokens, 2, kv_heads, width].
         """
-        done, filled = 0, 0
-        while done < row.num_new_tokens:
-            start = (row.position + done) % PAGE_TOKENS
-            count = min(PAGE_TOKENS - start, row.num_new_tokens - done)
-            self._tokens_of(tail)[:, :, start : start + count] = new[:, :, done : done + count]
-            done += count
-            if start + count == PAGE_TOKENS:
-                out[filled] = tail
-                filled += 1
+        tail = self._tails[self._layer(op), placed.home(piece.row).tail]
+        start = piece.position % PAGE_TOKENS
+        target = self._tokens_of(tail)[:, :, start : start + piece.count]
+        target.copy_(new.permute(1, 2, 0, 3))
+        if start + piece.count == PAGE_TOKENS:
+            self._out[op.cell_slot, self._out_place(placed, piece)] = tail
 
     def _load_from_disk(self, op: Op, placed: PlacedRows, row: Row, arrived: int) -> None:
         """Copy a row's full pages from the cell's host slot, and the rest from its tail.
@@ -356,6 +388,18 @@ class KVCache:
     def _allocate(self, tier: MemoryTier, what: str, shape: tuple[int, ...]) -> Tensor:
         nbytes = prod(shape) * self._dtype.itemsize
         return tier.allocate(what, nbytes).view(self._dtype).view(shape)
+
+
+def _packed_pieces(
+    rows: Iterable[Row], home: Callable[[Row], Home]
+) -> list[tuple[Piece, Home, int]]:
+    """Pieces of rows with their pages, and their places among the packed tokens."""
+    return [(piece, home(row), piece.offset) for row in rows for piece in cut_at_pages(row)]
+
+
+def _starts(pieces: list[Piece]) -> list[int]:
+    """Number of tokens before each piece."""
+    return [0, *accumulate(piece.count for piece in pieces)][: len(pieces)]
 
 
 def full_before(row: Row) -> tuple[int, int]:
