@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 import json
-from threading import Barrier, BrokenBarrierError
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from flexgen_ray import LLM
 from flexgen_ray.hardware.host import default_threads, threads_set_by_user, usable_cores
-from flexgen_ray.kernels.host_threads import HostThreads
-from flexgen_ray.layout.rows import Row
-from flexgen_ray.runtime.lanes import Cores, append_threads, divide_cores
-from flexgen_ray.store import new_tokens
-from flexgen_ray.store.new_tokens import NewTokens, append_tokens
+from flexgen_ray.runtime.lanes import Cores, divide_cores
 
 JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 CORES = usable_cores()
-THREE = HostThreads(3)
 
 
 def of_job(**env_vars: str) -> str:
@@ -71,42 +64,7 @@ def test_cores_are_left_for_launching_and_copying_beside_a_gpu(num_threads, atte
     """And without one, all are used, and by no more threads than there are cores, from four on."""
     cores = divide_cores(num_threads, on_cuda=True, attends_on_host=attends)
     assert cores.host == max(1, num_threads - 2)
-    assert append_threads(torch.device("cuda"), cores, attends_by_torch=False) == cores.host
-    assert append_threads(torch.device("cuda"), cores, attends_by_torch=True) == 1
     cores = divide_cores(num_threads, on_cuda=False, attends_on_host=attends)
-    assert append_threads(torch.device("cpu"), cores, attends_by_torch=False) == 1
     if num_threads >= 4:
         assert cores.device + attends * cores.host == num_threads
     assert cores == Cores(num_threads, cores.device, cores.host)
-
-
-def test_as_many_tasks_run_at_a_time_as_there_are_threads_and_an_error_is_raised():
-    meet = Barrier(3)
-    THREE.run([meet.wait] * 6)
-    apart = Barrier(3)
-    with pytest.raises(BrokenBarrierError):
-        HostThreads(2).run([lambda: apart.wait(0.05)] * 3)
-
-
-@given(
-    lengths=st.lists(st.integers(1, 9), min_size=1, max_size=4),
-    heads=st.integers(1, 5),
-    dtype=st.sampled_from([torch.float32, torch.float16, torch.uint8]),
-)
-def test_several_threads_place_tokens_where_one_does(lengths, heads, dtype):
-    width = 4
-    total = sum(lengths)
-    rows = [
-        (Row(slot, 2, count, sum(lengths[:slot]), True, True), len(lengths) - 1 - slot)
-        for slot, count in enumerate(lengths)
-    ]
-    kv = torch.arange(total * 2 * heads * width).view(total, 2, heads, width).to(dtype)
-    alone, shared = (torch.zeros(2, len(lengths), heads, 12, width, dtype=dtype) for _ in range(2))
-    append_tokens(alone, NewTokens(rows, alone), kv)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(new_tokens, "ALONE_BYTES", 0)
-        append_tokens(shared, NewTokens(rows, shared), kv, THREE)
-    assert torch.equal(alone, shared)
-    for row, index in rows:
-        new = alone[:, index, :, 2 : row.seq_len].permute(2, 0, 1, 3)
-        assert torch.equal(new, kv[row.tokens])

@@ -319,8 +319,8 @@ class Engine:
 
 
 def _shape(plan: StagePlan) -> StagePlan:
-    """The plan without its number of requests, on which the loaded stage does not depend."""
-    return replace(plan, workload=replace(plan.workload, num_requests=1))
+    """The plan without what the loaded stage doesn't depend on: number and mean of requests."""
+    return replace(plan, workload=replace(plan.workload, num_requests=1, mean_seq_len=None))
 
 
 def _start_backend(settings: Settings, on_progress: OnProgress) -> tuple[Backend, int]:

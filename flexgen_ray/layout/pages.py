@@ -41,7 +41,7 @@ class CacheSpace:
 
     pages: pages of each tier's pool, in the order of TIERS.
     splits: number of equal rows of each batch on the tiers; the proportions that its pages keep.
-    batch_pages: pages of a batch, all tiers together; one row alone may have more.
+    batch_pages: a batch's share of the pages of all tiers together.
     streamed: pages of a batch's rows that must be streamed to the device; disk: of rows on disk.
     streams_all: True if rows in host memory must all be streamed.
     disk_rows: rows on disk, all batches together.
@@ -149,7 +149,7 @@ class StagePages:
         return self._homes[batch, slot]
 
     def room(self, batch: int) -> int:
-        """Pages that a batch may still take; other batches may have taken some of them."""
+        """Pages that a batch may still take to have its share; not all of them may be free."""
         return self._space.batch_pages - sum(self._held[batch].values())
 
     def tier_for(self, batch: int, count: int) -> str | None:
@@ -159,8 +159,6 @@ class StagePages:
         """
         held = self._held[batch]
         total = sum(held.values()) + count
-        if total > self._space.batch_pages and total > count:
-            return None
         shares = self._space.splits[batch].tiers
         lags = [
             total * share / sum(shares) - held[tier]
@@ -210,7 +208,7 @@ class Admission:
             stage.clear()
 
     def room(self, batch: int) -> int:
-        """Pages that a batch may still take in every stage."""
+        """Pages that a batch may still take to have its share in every stage; below 0 if none."""
         return min(stage.room(batch) for stage in self._stages)
 
     def enters(self, batch: int, slot: int, count: int) -> bool:

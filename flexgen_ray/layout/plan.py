@@ -29,6 +29,8 @@ class StagePlan:
     stages_disk: True if weights on disk pass through host memory, as a GPU needs; a CPU that is the
     device reads them directly into its slots. num_blocks: blocks in flight, each with its own
     cache. hops_on_device: True if hidden states go from GPU to GPU, not through the hosts.
+    pages_per_row: pages of the cache for each row of the block; None for those of a row of mean
+    length.
     """
 
     config: ModelConfig
@@ -39,6 +41,7 @@ class StagePlan:
     stages_disk: bool = True
     num_blocks: int = 1
     hops_on_device: bool = False
+    pages_per_row: int | None = None
 
     @property
     def element_bytes(self) -> int:
@@ -103,8 +106,8 @@ class StagePlan:
 
     @property
     def row_pages(self) -> int:
-        """Pages of a row of mean length."""
-        return pages_of(self.workload.mean_len)
+        """Pages of an average row."""
+        return self.pages_per_row or pages_of(self.workload.mean_len)
 
     @property
     def longest_pages(self) -> int:
@@ -128,7 +131,7 @@ class StagePlan:
         return CacheSpace(
             pages=(pages[0], pages[1], pages[2]),
             splits=splits,
-            batch_pages=max(-(-sum(pages) // len(splits)), longest),
+            batch_pages=-(-sum(pages) // len(splits)),
             streamed=max(streamed, longest) if streamed else 0,
             disk=max(on_disk, longest) if on_disk else 0,
             streams_all=self.policy.cpu_attention == 0,

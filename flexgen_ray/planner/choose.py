@@ -22,7 +22,7 @@ from flexgen_ray.hardware.known import ASSUMED
 from flexgen_ray.layout.plan import StagePlan
 from flexgen_ray.layout.sizes import check_budgets
 from flexgen_ray.models.config import ModelConfig
-from flexgen_ray.planner.fill import fill_tiers
+from flexgen_ray.planner.fill import fill_tiers, with_spare_pages
 from flexgen_ray.planner.forecast import (
     NOTHING_FITS,
     Forecast,
@@ -169,7 +169,7 @@ def choose_policy(problem: PlanningProblem, policies: StagePolicies | None = Non
     Raises ValueError, which says what is missing, if nothing fits.
     """
     try:
-        return _choose(problem, policies)
+        choice = _choose(problem, policies)
     except ValueError as error:
         longest = None
         if policies is None and problem.request_name is not None:
@@ -177,6 +177,7 @@ def choose_policy(problem: PlanningProblem, policies: StagePolicies | None = Non
         if longest is None:
             raise
         raise ValueError(f"{error}; {longest}") from error
+    return replace(choice, stages=with_spare_pages(choice.stages, problem.budgets))
 
 
 def _choose(problem: PlanningProblem, policies: StagePolicies | None) -> PolicyChoice:

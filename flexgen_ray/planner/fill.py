@@ -60,6 +60,16 @@ def fill_stage(plan: StagePlan, budget: Budget) -> StagePlan:
     return _move_up(plan, "cache", "disk", "cpu", budget)
 
 
+def with_spare_pages(plans: list[StagePlan], budgets: list[Budget]) -> list[StagePlan]:
+    """The plans with more pages for each row, up to those of the longest, as far as memory goes."""
+    low, high = plans[0].row_pages, plans[0].longest_pages
+    while low < high:
+        middle = (low + high + 1) // 2
+        wider = [replace(plan, pages_per_row=middle) for plan in plans]
+        low, high = (middle, high) if all(map(_fits, wider, budgets)) else (low, middle - 1)
+    return [replace(plan, pages_per_row=low) for plan in plans]
+
+
 def _halvings(size: int) -> Iterator[int]:
     while size >= 1:
         yield size

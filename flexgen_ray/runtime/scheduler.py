@@ -61,6 +61,7 @@ class Scheduler:
     def __post_init__(self) -> None:
         self._slots: list[dict[int, _Sequence]] = [{} for _ in range(self.num_batches)]
         self._left: list[list[int]] = [[] for _ in range(self.num_batches)]
+        self._waiting_tokens = 0
 
     def clear(self) -> None:
         """Drop the requests and results that an interrupted run left behind."""
@@ -76,6 +77,7 @@ class Scheduler:
         merged = [*self._waiting, *requests]
         merged.sort(key=lambda it: (-it.max_seq_len, -len(it.prompt_token_ids + it.generated)))
         self._waiting = deque(merged)
+        self._waiting_tokens = sum(request.max_tokens for request in merged)
 
     @property
     def is_done(self) -> bool:
@@ -186,27 +188,28 @@ class Scheduler:
             tokens = request.prompt_token_ids + request.generated
             slots[slot] = _Sequence(request, tokens, [*request.scores], len(tokens))
             entered.append((slot, pages_of(request.max_seq_len)))
+            self._waiting_tokens -= request.max_tokens
             # Removed last, so that `is_done` is not True in between.
             del self._waiting[place]
         return tuple(entered)
 
     def _next_waiting(self, batch: int, slot: int, rows: int) -> int | None:
-        """Place in the queue of the request that takes a slot, and its pages; None if none can.
+        """Place in the queue of the request that takes a slot and pages; None if none can now.
 
         It is the longest, if so many `rows` could still enter, the others being the shortest; else
-        the shortest. So batches fill their slots and their pages, and long answers begin early.
+        the shortest. So batches fill their slots and their pages. But an answer that takes longer
+        than all others together begins as soon as it can.
         """
         if self.admission is None:
             return 0
-        longest, shortest = (pages_of(self._waiting[it].max_seq_len) for it in (0, -1))
-        places = (
-            [0, -1] if longest + (rows - 1) * shortest <= self.admission.room(batch) else [-1, 0]
-        )
-        for place in places:
-            count = (longest, shortest)[place]
-            if self.admission.enters(batch, slot, count):
-                return place
-        return None
+        longest, shortest = self._waiting[0], self._waiting[-1]
+        counts = {0: pages_of(longest.max_seq_len), -1: pages_of(shortest.max_seq_len)}
+        room = self.admission.room(batch)
+        passes = self._waiting_tokens / (self.gpu_batch_size * self.num_batches)
+        is_urgent = longest.max_tokens >= passes or not self._slots[batch]
+        places = [0] if is_urgent or counts[0] + (rows - 1) * counts[-1] <= room else []
+        places += [-1] if counts[-1] <= room else []
+        return next((it for it in places if self.admission.enters(batch, slot, counts[it])), None)
 
     def _pack(self, batch: int, counts: dict[int, int]) -> Rows:
         """Rows with their tokens side by side; counts: number of tokens that each slot brings.

@@ -1,0 +1,205 @@
+"""Pages of the cache: handed out once, given back whole, the same in every stage; none is lost."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from dataclasses import replace
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import opt, policies
+
+from flexgen_ray.config import PAGE_TOKENS, TIERS, Policy, Workload
+from flexgen_ray.layout.pages import Admission, Home, PagePool, StagePages, pages_of
+from flexgen_ray.layout.plan import StagePlan
+from flexgen_ray.layout.rows import Row, cut_at_pages
+from flexgen_ray.request import Request, SamplingParams
+from flexgen_ray.runtime.scheduler import Scheduler
+from flexgen_ray.schedule.zigzag import StageLayers
+from flexgen_ray.store.new_tokens import NewTokens, append_tokens
+
+MODEL = opt(2, 32, 2)
+
+
+@given(st.integers(1, 40), st.lists(st.integers(1, 12), max_size=30), st.randoms())
+def test_a_page_has_one_owner_and_free_ones_join_their_neighbours(count, sizes, rng):
+    pool, owned = PagePool(count), []
+    for size in sizes:
+        while pool.free < size and owned:
+            pool.give(owned.pop(rng.randrange(len(owned))))
+        if pool.free >= size:
+            owned.append(pool.take(size))
+        held = [page for pages in owned for page in pages]
+        assert len(set(held)) == len(held) == count - pool.free
+        assert all(0 <= page < count for page in held)
+    for pages in owned:
+        pool.give(pages)
+    # A whole pool is one run again.
+    assert pool.take(count) == tuple(range(count))
+
+
+@given(st.lists(st.integers(0, 30), min_size=1, max_size=12, unique=True), st.data())
+def test_runs_are_the_pages_in_order(pages, data):
+    home = Home("cpu", tuple(pages))
+    first = data.draw(st.integers(0, len(pages)))
+    last = data.draw(st.integers(first, len(pages)))
+    runs = list(home.runs(first, last))
+    listed = [page + i for _, page, count in runs for i in range(count)]
+    assert listed == pages[first:last]
+    assert [index for index, _, _ in runs] == [
+        first + sum(count for _, _, count in runs[:number]) for number in range(len(runs))
+    ]
+    assert all(a[1] + a[2] != b[1] for a, b in zip(runs, runs[1:], strict=False))
+
+
+def plan_of(policy: Policy, blocks: int, longest: int, mean: float) -> StagePlan:
+    workload = Workload(99, longest // 2 + 1, longest, mean_seq_len=mean)
+    return StagePlan(MODEL, StageLayers.whole(2), policy, workload, "float32", num_blocks=blocks)
+
+
+@st.composite
+def jobs(draw) -> tuple[StagePlan, list[int]]:
+    """A plan, and the final lengths of its requests, of which one is the longest."""
+    lens = draw(st.lists(st.integers(2, 200), min_size=1, max_size=25))
+    policy = draw(policies)
+    return plan_of(policy, draw(st.integers(1, 2)), max(lens), sum(lens) / len(lens)), lens
+
+
+def request_of(index: int, length: int) -> Request:
+    prompt = [5] * max(1, length // 3)
+    return Request(index, prompt, SamplingParams(length - len(prompt), 0.0, ignore_eos=True))
+
+
+@settings(max_examples=60)
+@given(jobs(), st.randoms(use_true_random=False))
+def test_every_request_ends_and_no_pool_nor_slot_is_exceeded(job, rng):
+    """Whenever the rows' batches are composed, and whichever rows end early."""
+    plan, lens = job
+    scheduler = Scheduler(
+        plan.policy.gpu_batch_size, plan.num_batches, plan.cell_tokens, frozenset({7}),
+        admission=Admission((plan.space,)),
+    )  # fmt: skip
+    scheduler.add(request_of(*each) for each in enumerate(lens))
+    pages, held = StagePages(plan.space), {}
+    for _ in range(10 * sum(lens)):
+        if scheduler.is_done:
+            break
+        for batch in range(plan.num_batches):
+            rows = scheduler.compose(batch)
+            for slot in rows.left:
+                pages.leave(batch, slot)
+                del held[batch, slot]
+            for slot, count in rows.entered:
+                pages.enter(batch, slot, count)
+                held[batch, slot] = pages.home(batch, slot)
+            assert_within(plan, held, batch)
+            for row in rows.rows:
+                assert row.seq_len <= PAGE_TOKENS * len(held[batch, row.slot].pages)
+            slots = [row.slot for row in rows.sampled]
+            scheduler.accept(batch, slots, [rng.choice([3, 3, 3, 7]) for _ in slots])
+    assert scheduler.is_done
+    assert sorted(it.index for it in scheduler.take_finished()) == list(range(len(lens)))
+
+
+def assert_within(plan: StagePlan, held: dict[tuple[int, int], Home], batch: int) -> None:
+    owners = Counter((home.tier, page) for home in held.values() for page in home.pages)
+    assert not owners or max(owners.values()) == 1
+    for tier, count in zip(TIERS, plan.space.pages, strict=True):
+        assert all(page < count for of_tier, page in owners if of_tier == tier)
+    own = [home for (of_batch, _), home in held.items() if of_batch == batch]
+    of_tier = {tier: sum(len(it.pages) for it in own if it.tier == tier) for tier in TIERS}
+    must_stream = of_tier["disk"] + of_tier["cpu"] * (plan.policy.cpu_attention == 0)
+    assert must_stream <= plan.slot_pages and of_tier["disk"] <= plan.space.disk
+    tails = [home.tail for home in held.values() if home.tail >= 0]
+    assert len(set(tails)) == len(tails) <= plan.space.disk_rows
+
+
+@settings(max_examples=40)
+@given(policies, st.integers(1, 3), st.integers(2, 100))
+def test_equal_rows_fill_every_slot_on_the_tiers_of_the_plan(policy, blocks, length):
+    plan = plan_of(policy, blocks, length, length)
+    scheduler = Scheduler(
+        policy.gpu_batch_size, plan.num_batches, plan.cell_tokens, frozenset(),
+        admission=Admission((plan.space,)),
+    )  # fmt: skip
+    count = policy.block_size * blocks
+    scheduler.add(request_of(index, length) for index in range(count))
+    pages = StagePages(plan.space)
+    for batch, split in enumerate(plan.splits):
+        entered = scheduler.compose(batch).entered
+        assert len(entered) == policy.gpu_batch_size
+        for slot, number in entered:
+            pages.enter(batch, slot, number)
+        tiers = Counter(pages.home(batch, slot).tier for slot, _ in entered)
+        assert tuple(tiers[tier] for tier in TIERS) == split.tiers
+
+
+def test_one_long_request_leaves_the_others_their_places():
+    """Where every slot was as long as the longest, this memory held three rows."""
+    lens = [300] + [20] * 64
+    plan = plan_of(Policy(16, 2), 1, max(lens), sum(lens) / len(lens))
+    scheduler = Scheduler(16, 2, plan.cell_tokens, frozenset(), admission=Admission((plan.space,)))
+    scheduler.add(request_of(*each) for each in enumerate(lens))
+    entered = [scheduler.compose(batch).entered for batch in range(2)]
+    assert pages_of(300) in [count for _, count in entered[0]]
+    assert sum(map(len, entered)) >= 23
+    assert sum(plan.space.pages) < 4 * pages_of(300)
+
+
+@settings(max_examples=60)
+@given(
+    chunks=st.lists(st.integers(1, 50), min_size=1, max_size=6),
+    heads=st.integers(1, 3),
+    seed=st.integers(0, 99),
+    dtype=st.sampled_from([torch.float32, torch.float16, torch.uint8]),
+)
+def test_new_tokens_arrive_at_their_places_and_nowhere_else(chunks, heads, seed, dtype):
+    """However a row's tokens are cut into passes, and wherever its pages lie."""
+    count, width = sum(chunks), 3
+    needed = pages_of(count)
+    numbers = random.Random(seed).sample(range(needed + 3), needed)
+    home = Home("gpu", tuple(numbers))
+    pool = torch.zeros(2, needed + 3, heads, PAGE_TOKENS, width, dtype=dtype)
+    kv = torch.arange(count * 2 * heads * width).remainder(250).add(1)
+    kv = kv.view(count, 2, heads, width).to(dtype)
+    position = 0
+    for chunk in chunks:
+        row = Row(0, position, chunk, 0, True, True)
+        placed = [(piece, home, piece.offset) for piece in cut_at_pages(row)]
+        append_tokens(pool, NewTokens(placed, pool), kv[position : position + chunk])
+        position += chunk
+    laid = pool[:, numbers].transpose(1, 2).flatten(2, 3)
+    assert torch.equal(laid[:, :, :count], kv.permute(1, 2, 0, 3))
+    assert not laid[:, :, count:].any()
+    others = [page for page in range(needed + 3) if page not in numbers]
+    assert not pool[:, others].any()
+
+
+@given(st.integers(1, 200), st.integers(0, 60), st.integers(1, 60))
+def test_pieces_of_a_row_meet_the_bounds_of_pages(offset, position, count):
+    row = Row(0, position, count, offset, True, True)
+    pieces = cut_at_pages(row)
+    assert [x for it in pieces for x in range(it.position, it.position + it.count)] == list(
+        range(position, position + count)
+    )
+    assert all(it.offset - offset == it.position - position for it in pieces)
+    whole = [it for it in pieces if it.count % PAGE_TOKENS == 0]
+    assert all(it.position % PAGE_TOKENS == 0 for it in whole)
+    assert all(it.position // PAGE_TOKENS == (it.position + it.count - 1) // PAGE_TOKENS
+               for it in pieces if it not in whole)  # fmt: skip
+
+
+@settings(max_examples=30)
+@given(policies, policies, st.lists(st.integers(2, 120), min_size=1, max_size=12))
+def test_a_row_enters_only_if_every_stage_has_pages_for_it(one, other, lens):
+    other = replace(one, cache=other.cache, cpu_attention=other.cpu_attention)
+    plans = [plan_of(it, 1, max(lens), sum(lens) / len(lens)) for it in (one, other)]
+    admission = Admission([plan.space for plan in plans])
+    stages = [StagePages(plan.space) for plan in plans]
+    for slot, length in enumerate(lens):
+        fits = [stage.tier_for(0, pages_of(length)) is not None for stage in stages]
+        assert admission.enters(0, slot, pages_of(length)) is all(fits)
+        for stage in stages if all(fits) else ():
+            stage.enter(0, slot, pages_of(length))
