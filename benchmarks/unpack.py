@@ -30,7 +30,7 @@ from flexgen_ray.reporting.result import finish
 
 CAPABILITIES = (75, 80, 90)
 _LANES, _WARPS = 32, 4  # of a warp; of a program, Triton's default
-_INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]+)")
+INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]+)")
 
 
 def unpack(json_file: JsonOption = None) -> None:
@@ -118,24 +118,34 @@ def a_value(made: Any, counts: Counter[str]) -> float:
 
 def instructions(made: Any) -> Counter[str]:
     """{instruction: number} in the machine code of a compiled kernel, without what only pads it."""
-    assert (command := disassembler()) is not None
-    with NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(made.asm["cubin"])
-        file.flush()
-        shown = subprocess.run(
-            [command, "-c", file.name], check=True, capture_output=True, text=True
-        )
-    counts = Counter(_INSTRUCTION.findall(shown.stdout))
+    counts = Counter(INSTRUCTION.findall(machine_code(made, "nvdisasm", "-c")))
     del counts["NOP"]
     return counts
 
 
+def machine_code(made: Any, tool: str, option: str) -> str:
+    """Output of one of NVIDIA's tools about a compiled kernel."""
+    assert (command := nvidia_tool(tool)) is not None
+    with NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(made.asm["cubin"])
+        file.flush()
+        shown = subprocess.run(
+            [command, option, file.name], check=True, capture_output=True, text=True
+        )
+    return shown.stdout
+
+
 def disassembler() -> Path | None:
     """NVIDIA's disassembler, which comes with Triton; None if it isn't there."""
+    return nvidia_tool("nvdisasm")
+
+
+def nvidia_tool(name: str) -> Path | None:
+    """One of the programs of NVIDIA that come with Triton; None if it isn't there."""
     triton = find_spec("triton")
     if triton is None or triton.origin is None:
         return None
-    path = Path(triton.origin).parent / "backends/nvidia/bin/nvdisasm"
+    path = Path(triton.origin).parent / "backends/nvidia/bin" / name
     return path if path.is_file() else None
 
 

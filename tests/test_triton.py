@@ -12,6 +12,7 @@ import subprocess
 import sys
 from functools import partial
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
@@ -39,15 +40,17 @@ ODD = (0.0, -0.0, 1e-40, -6e-8, 65504.0, LARGEST, -LARGEST, math.inf, -math.inf,
 
 @compiled
 def test_the_interpreted_kernels_hold_their_laws():
-    """Those below, in a process whose kernels are interpreted."""
+    """Those below and of test_paged_cuda.py, in a process whose kernels are interpreted."""
+    pytest_options = ("-q", "--noconftest", "-p", "no:cacheprovider")
+    files = (__file__, Path(__file__).with_name("test_paged_cuda.py"))
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider", __file__],
+        [sys.executable, "-m", "pytest", *pytest_options, *files],
         env=os.environ | {"TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "11 passed" in done.stdout
+    assert "25 passed" in done.stdout
 
 
 def laid_out(shape: tuple[int, ...], dtype: torch.dtype, places) -> Tensor:

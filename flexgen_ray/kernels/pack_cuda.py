@@ -73,13 +73,13 @@ def whole_alignment(values: Tensor, packed: Tensor) -> int:
     They can where every group has GROUP values, every vector of values is aligned to 16 bytes, and
     every packed one to 4.
     """
-    if values.shape[-1] % GROUP or _divisor(values) % _VECTOR:
+    if values.shape[-1] % GROUP or address_divisor(values) % _VECTOR:
         return 0
-    alignment = gcd(_divisor(packed), _VECTOR)
+    alignment = gcd(address_divisor(packed), _VECTOR)
     return alignment if alignment >= PARAMETER_BYTES else 0
 
 
-def _divisor(x: Tensor) -> int:
+def address_divisor(x: Tensor) -> int:
     """Common divisor of the addresses of all vectors."""
     outer = zip(x.shape[:-1], x.stride()[:-1], strict=True)
     return gcd(x.data_ptr(), *(step * x.element_size() for length, step in outer if length > 1))

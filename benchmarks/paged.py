@@ -1,0 +1,164 @@
+"""Can a GPU attend to pages at its memory's speed? Instructions for each cached byte, as compiled.
+
+Claim: in the loop over a row's tokens the kernel of kernels/paged_cuda.py issues so few
+instructions that at the full speed of a T4's, an A100's and an H100's memory they take at most
+MOST_SLOTS of those that the GPU can issue: caches in float16 or bfloat16, of 8 bits and of 4, with
+1 to 8 query heads a KV head, heads of 64 and 128. Registers aren't spilled. No GPU has run the
+kernel for this: it says what memory's speed asks of the multiprocessors, and not which speed is
+reached. Needs Triton, NVIDIA's tools that come with it, and no GPU.
+
+Good: `most_slots` at most 1; `spills` 0.
+docs/results/decode-attention-instructions.json: python -m benchmarks.paged --json FILE
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from itertools import product
+from math import gcd
+from typing import Any
+
+import torch
+
+from benchmarks.command import run_as_command
+from benchmarks.unpack import CAPABILITIES, INSTRUCTION, machine_code, nvidia_tool
+from flexgen_ray import package_versions
+from flexgen_ray.cli.options import JsonOption
+from flexgen_ray.quant.packing import packed_bytes
+from flexgen_ray.reporting.result import finish
+
+_LANES, _WARPS, _VECTOR = 32, 4, 16
+_SCHEDULERS = 4  # of a multiprocessor, each of which issues an instruction a clock
+# Multiprocessors, clock in Hz at its boost, and bytes a second of the memory, by data sheets.
+_GPUS = {
+    75: ("T4", 40, 1.59e9, 320e9),
+    80: ("A100 80 GB", 108, 1.41e9, 2039e9),
+    90: ("H100 SXM", 132, 1.755e9, 3350e9),
+}
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+_LABEL = re.compile(r"^(\.L_x_\d+):")
+_BRANCH = re.compile(r"BRA\S*\s.*`\((\.L_x_\d+)\)")
+_MOVES = ("LDG", "LDS", "STS", "SHFL", "BAR", "HMMA", "HGMMA", "WARPGROUP", "FFMA", "MUFU")
+
+
+def paged(json_file: JsonOption = None) -> None:
+    """Count instructions of the kernel that attends to pages, by GPU and kind of cache.
+
+    Example: python -m benchmarks.paged
+    """
+    if not nvidia_tool("nvdisasm") or not nvidia_tool("cuobjdump"):
+        raise ValueError("NVIDIA's tools aren't there; pip install triton brings them")
+    rows = [case | figures(case) for case in cases()]
+    result = {
+        "triton": package_versions("triton")["triton"],
+        "gpus": {str(number): gpu[0] for number, gpu in _GPUS.items()},
+        "ran_on_a_gpu": False,
+        "most_slots": max(row["issue_slots"] for row in rows),
+        "spills": sum(row["spills"] for row in rows),
+        "kernels": rows,
+    }
+    finish(result, "none", json_file)
+
+
+def cases() -> Iterator[dict]:
+    """Kinds of caches by GPU: capability, bits, dtype, head_dim, and query heads a KV head."""
+    kinds = product(CAPABILITIES, (None, 8, 4), ("fp16", "bf16"), (64, 128), (1, 8))
+    for capability, bits, dtype, head_dim, sharing in kinds:
+        if dtype == "bf16" and (capability < 80 or bits):
+            continue
+        yield {
+            "capability": capability, "bits": bits, "dtype": dtype, "head_dim": head_dim,
+            "sharing": sharing,
+        }  # fmt: skip
+
+
+def figures(case: Mapping[str, Any]) -> dict:
+    """Registers, spills, shared memory and instructions of a case's kernel."""
+    made = compiled(case)
+    counts = Counter(loop(made))
+    size = tile_bytes(case, constants(case)["TILE"])
+    _, multiprocessors, clock, memory = _GPUS[case["capability"]]
+    a_byte = sum(counts.values()) * _WARPS / size
+    shown = machine_code(made, "cuobjdump", "-res-usage")
+    return {
+        "tile": constants(case)["TILE"],
+        "by": "dot" if constants(case)["BY_DOT"] else "sum",
+        "instructions_a_byte": round(a_byte, 4),
+        "issue_slots": round(a_byte * memory / (multiprocessors * clock * _SCHEDULERS), 3),
+        "registers": int(re.findall(r"REG:(\d+)", shown)[0]),
+        "spills": sum(n for name, n in counts.items() if name.startswith(("LDL", "STL"))),
+        "shared_bytes": made.metadata.shared,
+        "in_loop": {
+            kind: n for kind in _MOVES
+            if (n := sum(n for name, n in counts.items() if name.startswith(kind)))
+        },
+    }  # fmt: skip
+
+
+def tile_bytes(case: Mapping[str, Any], tokens: int) -> int:
+    """Bytes of keys and values of some tokens of a KV head."""
+    return 2 * tokens * width(case) * (1 if case["bits"] else DTYPES[case["dtype"]].itemsize)
+
+
+def width(case: Mapping[str, Any]) -> int:
+    """Elements of a cached vector."""
+    return packed_bytes(case["head_dim"], case["bits"]) if case["bits"] else case["head_dim"]
+
+
+def constants(case: Mapping[str, Any]) -> dict[str, Any]:
+    """Constants with which a case's kernel is compiled."""
+    from flexgen_ray.kernels.paged_cuda import variant
+
+    return variant(
+        case["head_dim"], DTYPES[case["dtype"]], case["bits"], case["sharing"],
+        case["capability"] >= 80,
+    )  # fmt: skip
+
+
+def compiled(case: Mapping[str, Any], is_split: bool = False, has_sinks: bool = False) -> Any:
+    """The kernel as Triton compiles it, for tensors at addresses as CUDA allocates them."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from flexgen_ray.kernels.paged_cuda import _attend
+
+    known = constants(case)
+    options = {"num_stages": known.pop("num_stages"), "num_warps": _WARPS}
+    itemsize = 1 if case["bits"] else DTYPES[case["dtype"]].itemsize
+    alignment = gcd(width(case) * itemsize, _VECTOR) // itemsize
+    known |= {"K_ALIGN": alignment, "V_ALIGN": alignment}
+    absent = [*(() if has_sinks else ("sinks",)), *(() if is_split else ("parts", "ends"))]
+    known |= dict.fromkeys(absent)
+    floats, pool = f"*{case['dtype']}", "*u8" if case["bits"] else f"*{case['dtype']}"
+    signature = dict.fromkeys(_attend.arg_names, "i32") | {
+        "q": floats, "out": floats, "keys": pool, "values": pool, "tables": "*i32",
+        "lens": "*i32", "lse": "*fp32", "sinks": "*fp32", "parts": "*fp32", "ends": "*fp32",
+    } | dict.fromkeys(known, "constexpr")  # fmt: skip
+    places = [i for i, name in enumerate(_attend.arg_names) if signature[name].startswith("*")]
+    attributes = {(place,): [["tt.divisibility", 16]] for place in places}
+    source = ASTSource(_attend, signature, known, attributes)
+    return triton.compile(
+        source, target=GPUTarget("cuda", case["capability"], _LANES), options=options
+    )
+
+
+def loop(made: Any) -> list[str]:
+    """Instructions of a kernel's longest loop, without what only pads it."""
+    labels: dict[str, int] = {}
+    code: list[str] = []
+    longest: list[str] = []
+    for line in machine_code(made, "nvdisasm", "-c").splitlines():
+        if label := _LABEL.match(line.strip()):
+            labels[label[1]] = len(code)
+        if name := INSTRUCTION.search(line):
+            code.append(name[1])
+        if (branch := _BRANCH.search(line)) and branch[1] in labels:
+            longest = max(longest, code[labels[branch[1]] :], key=len)
+    return [name for name in longest if name != "NOP"]
+
+
+if __name__ == "__main__":
+    run_as_command(paged)
