@@ -36,6 +36,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from flexgen_ray import LLM, Policy, SamplingParams
 from flexgen_ray.kernels import pack, pack_plain
+from flexgen_ray.kernels.host_kernel import load_kernel
+from flexgen_ray.runtime import device_attention
 from flexgen_ray.runtime.handlers import OpHandlers
 from flexgen_ray.schedule.ops import OPS, Op, OpKind
 
@@ -557,6 +559,13 @@ def _patch_project(patch: pytest.MonkeyPatch, device: PretendCuda) -> None:
             device.launch("unpack")
             pack_plain.unpack(_data_there(packed), bits, _data_there(out))
 
+        @staticmethod
+        def attend_pages(q, keys, values, tables, lens, out, *, most: int, window: int | None):
+            device.launch("attend_pages")
+            there = [_data_there(it) for it in (q, keys, values, tables, lens, out)]
+            assert max(there[4].tolist()) <= most
+            load_kernel("sdpa", 1)(*there[:4], there[4].tolist(), there[5], 1.0, window)
+
     run_op = OpHandlers.run
 
     def run(handlers: OpHandlers, op: Op, ready_at: float = 0.0) -> None:
@@ -565,6 +574,7 @@ def _patch_project(patch: pytest.MonkeyPatch, device: PretendCuda) -> None:
                 run_op(handlers, op, ready_at)
 
     patch.setattr(pack, "_on_device", lambda of: Kernels)
+    patch.setattr(device_attention, "page_kernel", lambda *of: Kernels)
     patch.setattr(OpHandlers, "run", run)
 
 

@@ -12,7 +12,7 @@ from flexgen_ray.schedule.ops import OpKind
 
 # Launches of ops outside decoder layers, per tile of tokens.
 LAUNCHES = {OpKind.EMBED: 3, OpKind.FINISH: 4, OpKind.SAMPLE: 8}
-LAUNCHES_OF_RUN, LAUNCHES_OF_SPARSE_RUN, LAUNCHES_OF_PROMPT = 2, 17, 2
+LAUNCHES_OF_RUN, LAUNCHES_OF_SPARSE_RUN, LAUNCHES_OF_PROMPT = 1, 17, 2
 _ROTATE, _MAKE_ROTATION = 3, 6
 _COMPOSITE_RMS_NORM = 6  # on a CPU; on a GPU it is one kernel
 
@@ -43,7 +43,7 @@ def run_launches(plan: StagePlan) -> int:
     """Launches that attend a run of decoding rows."""
     if plan.is_sparse:
         return LAUNCHES_OF_SPARSE_RUN + 2 * bool(plan.policy.cache_bits)
-    return LAUNCHES_OF_RUN + bool(plan.policy.cache_bits)
+    return LAUNCHES_OF_RUN
 
 
 def _project(config: ModelConfig, on_gpu: bool) -> int:

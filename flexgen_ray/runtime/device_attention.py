@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from flexgen_ray.kernels import attention
+from flexgen_ray.kernels.cuda_attention import page_kernel
 from flexgen_ray.kernels.host_kernel import HostKernel, walks_pages
 from flexgen_ray.kernels.indices import place_indices
 from flexgen_ray.kernels.pack import pack, unpack
@@ -59,6 +60,9 @@ class DeviceAttention:
         self._bits = plan.policy.cache_bits
         self._sparsity = plan.policy.attention_sparsity
         self._dtype = TORCH_DTYPE[plan.dtype]
+        self._on_gpu = None
+        if device.type == "cuda" and not plan.is_sparse:
+            self._on_gpu = page_kernel(device, self._dtype, plan.config.head_dim)
         self._weights: dict[int, list[Tensor]] = {}  # of selected tokens, by cell slot and run
 
     def pack(self, work: CellBuffers, num_tokens: int) -> None:
@@ -118,6 +122,10 @@ class DeviceAttention:
         self, q: Tensor, pool: Tensor, run: DecodeRows, window: int | None, out: Tensor
     ) -> None:
         """Attend a run's rows into out, [rows, heads, head_dim]."""
+        if self._on_gpu is not None:
+            how = {"most": max(run.lens), "window": window}
+            self._on_gpu.attend_pages(q, *pool, run.tables, run.num_tokens, out, **how)
+            return
         how = self._sparsity, window
         step = len(run.lens) if walks_pages(self._kernel) else self._plan.rows_at_a_time
         for at in range(0, len(run.lens), step):

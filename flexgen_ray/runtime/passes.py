@@ -344,13 +344,14 @@ class Passes:
 class DecodeRows:
     """Run of decoding rows that are neighbours among the packed tokens.
 
-    tokens: their packed tokens; tables: int32 [rows, pages], their pages in a pool, on its device;
-    lens: tokens of each row.
+    tokens: their packed tokens; tables: int32 [rows, pages], their pages in a pool; lens: tokens of
+    each row; num_tokens: int32 [rows], the same numbers. Tensors are on the pool's device.
     """
 
     tokens: slice
     tables: Tensor
     lens: list[int]
+    num_tokens: Tensor
 
 
 def find_decode_runs(
@@ -362,8 +363,7 @@ def find_decode_runs(
         lens = [row.seq_len for row in run]
         pages = [home(row).table[: pages_of(row.seq_len)] for row in run]
         tokens = slice(run[0].offset, run[0].offset + len(run))
-        tables = torch.from_numpy(page_table(pages))
-        if device.type == "cuda":
-            tables = tables.pin_memory().to(device, non_blocking=True)
-        runs.append(DecodeRows(tokens, tables, lens))
+        tables = place_indices(page_table(pages), device, torch.int32)
+        num_tokens = place_indices(lens, device, torch.int32)
+        runs.append(DecodeRows(tokens, tables, lens, num_tokens))
     return runs
