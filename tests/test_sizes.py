@@ -7,10 +7,11 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import REAL, placements, policies, with_sparsity
+from strategies import REAL, opt, placements, policies, with_sparsity
 
 from flexgen_ray import LLM, Placement, Policy, SamplingParams
 from flexgen_ray.config import TIERS, Budget, Workload
+from flexgen_ray.kernels.paged_splits import workspace_bytes
 from flexgen_ray.layout.placement import (
     place_weights,
     split_rows,
@@ -240,3 +241,17 @@ def test_sizes_read_and_write_as_people_do():
     for text in ("16 apples", "-1GiB", "", "GiB"):
         with pytest.raises(ValueError, match="16GiB"):
             parse_bytes(text)
+
+
+@given(
+    rows=st.integers(1, 2000),
+    kv_heads=st.integers(1, 64),
+    sharing=st.integers(1, 16),
+    head_dim=st.sampled_from([16, 64, 128, 256]),
+    most=st.integers(1, 200_000),
+)
+def test_partial_results_of_a_gpu_fit_what_is_counted(rows, kv_heads, sharing, head_dim, most):
+    heads = kv_heads * sharing
+    config = replace(opt(1, 64, 1), num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim)
+    needed = workspace_bytes(rows, heads, kv_heads, head_dim, most)
+    assert needed <= split_bytes(config)

@@ -11,12 +11,15 @@ from math import prod
 from flexgen_ray.config import TIERS, Budget, Policy
 from flexgen_ray.layout.placement import SECTOR, aligned
 from flexgen_ray.layout.plan import StagePlan
+from flexgen_ray.models.config import ModelConfig
 from flexgen_ray.quant.formats import PARTS
 from flexgen_ray.schedule.ops import CELL_SLOTS, LAYER_SLOTS, staging_slots
 from flexgen_ray.units import format_bytes
 
 FRAGMENTATION = 1.5  # memory that the allocator holds, over live memory; see test_memory.py
 CHOICE_BYTES = 4  # of the index of a token that sparse attention chose
+# Programs among which a GPU divides the tokens of few rows (kernels/paged_splits.py).
+SPLIT_PROGRAMS = 768
 QUERY_TILE = 512  # queries whose mask over a cached prefix is built at a time
 
 
@@ -243,12 +246,19 @@ def _op_bytes(plan: StagePlan) -> tuple[int, int]:
     attention += chunk * config.q_size * (2 * element + 4)
     attention += min(QUERY_TILE, chunk) * plan.max_seq_len * (1 + 4)
     attention += plan.rows_at_a_time * plan.attended_row_bytes
+    attention += split_bytes(config) * plan.stages_disk
     # The weights of the chosen tokens stay until their values have arrived.
     chosen_tokens = CELL_SLOTS * plan.choosing_rows * plan.max_kept_tokens
     attention += chosen_tokens * 4 * config.num_heads
     # Logits of all rows in two precisions; one row's distribution, sorted and summed in float64.
     logits = config.vocab_size * (8 * rows + 48)
     return max(projection, attention), max(tile, logits)
+
+
+def split_bytes(config: ModelConfig) -> int:
+    """Most bytes of partial results, where a GPU divides rows' tokens among programs."""
+    programs = 2 * SPLIT_PROGRAMS * config.num_heads // config.num_kv_heads
+    return programs * (config.head_dim + 2) * 4
 
 
 def tier_totals(sizes: dict[str, dict[str, int]]) -> Budget:
