@@ -20,7 +20,13 @@ from flexgen_ray.layout.placement import (
     tensor_bytes,
 )
 from flexgen_ray.layout.plan import StagePlan
-from flexgen_ray.layout.sizes import check_budget, stage_bytes, tier_totals, weight_bytes
+from flexgen_ray.layout.sizes import (
+    check_budget,
+    split_bytes,
+    stage_bytes,
+    tier_totals,
+    weight_bytes,
+)
 from flexgen_ray.planner.budgets import (
     CUDA_RESERVE,
     GPU_SHARE,
