@@ -75,9 +75,10 @@ class StandIn:
                 offload_dir=folder,
                 executor=self.executor,
                 spaces=tuple(each.space for each in self.plans),
+                number=number,
                 **emulated(rates, self.time_scale, stands_for=plan),
             )
-            for plan, rates in self._pairs()
+            for number, (plan, rates) in enumerate(self._pairs())
         ]
 
     def _pairs(self) -> list[tuple[StagePlan, HardwareSpec]]:

@@ -219,10 +219,11 @@ class Engine:
                 str(settings.offload_dir),
                 settings.seed,
                 spaces=spaces,
+                number=number,
                 **settings.execution,
             )
-            for plan, budget, machine in zip(
-                chosen.stages, self.budgets, self.machines, strict=True
+            for number, (plan, budget, machine) in enumerate(
+                zip(chosen.stages, self.budgets, self.machines, strict=True)
             )
         ]
         if settings.measures:

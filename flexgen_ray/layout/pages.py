@@ -1,9 +1,9 @@
-"""Pages of the KV cache: which row has which of them, on which tier, and who may enter.
+"""Pages of the KV cache: which row has which of them, on which tier.
 
 A page holds PAGE_TOKENS of one row's tokens, in every layer of a stage; each tier of a stage has a
-pool of them. A row has its home on one tier, with pages for as many tokens as it may come to have.
-Rows enter and leave only where a pass of their batch is composed, in program order. So every stage,
-and the first stage for all of them, derives the same homes from the same events.
+pool of them. A row has its home on one tier, with pages for the tokens that it has. Rows enter,
+grow and leave only where a pass of their batch is composed, in program order; admission.py decides
+which.
 
 Two batches of a block, in a pool of 8 pages on the GPU (g0 to g7) and 8 in host memory (c0 to c7),
 half of each batch's pages on either tier:
@@ -99,10 +99,15 @@ class PagePool:
         self.free = count
         self._runs = [(0, count)] if count else []  # [start, stop) of free pages, in order
 
-    def take(self, count: int) -> tuple[int, ...]:
-        """Take pages from the smallest run that has room, or else from the largest runs."""
+    def take(self, count: int, wanted: int | None = None) -> tuple[int, ...]:
+        """Take pages from the smallest run that has room, or else from the largest runs.
+
+        wanted: the page that is taken first if it is free and those after it suffice.
+        """
         assert 0 < count <= self.free, f"{count} pages of {self.free} that are free"
         self.free -= count
+        if wanted is not None and self._take_from(wanted, count):
+            return tuple(range(wanted, wanted + count))
         taken: list[int] = []
         while len(taken) < count:
             left = count - len(taken)
@@ -115,6 +120,16 @@ class PagePool:
             taken += range(start, end)
             self._runs[place : place + 1] = [(end, stop)] if end < stop else []
         return tuple(taken)
+
+    def _take_from(self, page: int, count: int) -> bool:
+        """Take neighbouring pages from one on; False if they aren't all free."""
+        place = bisect_left(self._runs, (page + 1, 0)) - 1
+        if place < 0 or page + count > self._runs[place][1]:
+            return False
+        start, stop = self._runs[place]
+        left = (start, page), (page + count, stop)
+        self._runs[place : place + 1] = [run for run in left if run[0] < run[1]]
+        return True
 
     def give(self, pages: Iterable[int]) -> None:
         """Give pages back, which join the free runs beside them."""
@@ -131,7 +146,7 @@ class PagePool:
 
 
 class StagePages:
-    """Homes of all rows in one stage. Its answers depend only on the order of the calls."""
+    """Homes of all rows in one stage; what it does depends only on the order of the calls."""
 
     def __init__(self, space: CacheSpace) -> None:
         self._space = space
@@ -142,88 +157,25 @@ class StagePages:
         self._pools = dict(zip(TIERS, map(PagePool, self._space.pages), strict=True))
         self._tails = list(range(self._space.disk_rows))[::-1]
         self._homes: dict[tuple[int, int], Home] = {}
-        self._held = [dict.fromkeys(TIERS, 0) for _ in self._space.splits]
 
     def home(self, batch: int, slot: int) -> Home:
         """Home of the row in a slot."""
         return self._homes[batch, slot]
 
-    def room(self, batch: int) -> int:
-        """Pages that a batch may still take to have its share; not all of them may be free."""
-        return self._space.batch_pages - sum(self._held[batch].values())
-
-    def tier_for(self, batch: int, count: int) -> str | None:
-        """Tier on which a row of the batch gets its pages; None if it can't enter now.
-
-        It is the one that lags most behind its share of the batch's pages, of those with room.
-        """
-        held = self._held[batch]
-        total = sum(held.values()) + count
-        shares = self._space.splits[batch].tiers
-        lags = [
-            total * share / sum(shares) - held[tier]
-            for share, tier in zip(shares, TIERS, strict=True)
-        ]
-        order = sorted(range(len(TIERS)), key=lambda number: -lags[number])
-        return next(
-            (TIERS[number] for number in order if self._has_room(TIERS[number], held, count)), None
-        )
-
-    def _has_room(self, tier: str, held: dict[str, int], count: int) -> bool:
-        if self._pools[tier].free < count:
-            return False
-        space = self._space
-        if tier == "disk" and (not self._tails or held["disk"] + count > space.disk):
-            return False
-        streamed = held["disk"] + held["cpu"] * space.streams_all + count
-        is_streamed = tier == "disk" or (tier == "cpu" and space.streams_all)
-        return not is_streamed or streamed <= space.streamed
-
-    def enter(self, batch: int, slot: int, count: int) -> None:
-        """Give a row its home; tier_for has said that it can enter."""
-        tier = self.tier_for(batch, count)
-        assert tier is not None, f"no room for {count} pages of batch {batch}"
+    def enter(self, batch: int, slot: int, count: int, tier: str) -> None:
+        """Give a row its home, with a number of pages."""
         tail = self._tails.pop() if tier == "disk" else -1
         self._homes[batch, slot] = Home(tier, self._pools[tier].take(count), tail)
-        self._held[batch][tier] += count
+
+    def grow(self, batch: int, slot: int, count: int) -> None:
+        """Give a row more pages, which follow its last one if that is free."""
+        home = self._homes[batch, slot]
+        more = self._pools[home.tier].take(count, home.pages[-1] + 1)
+        self._homes[batch, slot] = Home(home.tier, home.pages + more, home.tail)
 
     def leave(self, batch: int, slot: int) -> None:
         """Take back what a row had."""
         home = self._homes.pop((batch, slot))
         self._pools[home.tier].give(home.pages)
-        self._held[batch][home.tier] -= len(home.pages)
         if home.tail >= 0:
             self._tails.append(home.tail)
-
-
-class Admission:
-    """Decides for all stages of a ring which rows enter; no stage ever lacks pages then."""
-
-    def __init__(self, spaces: Sequence[CacheSpace]) -> None:
-        self._stages = [StagePages(space) for space in spaces]
-
-    def clear(self) -> None:
-        """Forget all rows."""
-        for stage in self._stages:
-            stage.clear()
-
-    def room(self, batch: int) -> int:
-        """Pages that a batch may still take to have its share in every stage; below 0 if none."""
-        return min(stage.room(batch) for stage in self._stages)
-
-    def enters(self, batch: int, slot: int, count: int) -> bool:
-        """Let a row enter if every stage has pages for it; False if one hasn't."""
-        if any(stage.tier_for(batch, count) is None for stage in self._stages):
-            return False
-        for stage in self._stages:
-            stage.enter(batch, slot, count)
-        return True
-
-    def leave(self, batch: int, slot: int) -> None:
-        """Take back what a row had in every stage."""
-        for stage in self._stages:
-            stage.leave(batch, slot)
-
-    def tier(self, batch: int, slot: int) -> int:
-        """Index in TIERS of a row's tier in the first stage."""
-        return TIERS.index(self._stages[0].home(batch, slot).tier)

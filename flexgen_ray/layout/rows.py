@@ -93,8 +93,9 @@ class Rows:
     """All rows of a pass, and their packed tokens.
 
     token_ids: empty in stages after the first, which receive hidden states.
-    left: slots whose rows left since the batch's last pass. entered: (slot, pages) of rows that
-    entered with this pass, in order, after the others had left.
+    left: slots whose rows have left since the batch's last pass. grown: (slot, pages) of what rows
+    got then. entered: (slot, pages, tier in each stage) of rows that entered after that, in order;
+    tiers are indices in TIERS.
     """
 
     rows: tuple[Row, ...]
@@ -102,7 +103,8 @@ class Rows:
     prefill_tokens: int = 0
     scored: tuple[ScoredRow, ...] = ()
     left: tuple[int, ...] = ()
-    entered: tuple[tuple[int, int], ...] = ()
+    grown: tuple[tuple[int, int], ...] = ()
+    entered: tuple[tuple[int, int, tuple[int, ...]], ...] = ()
 
     @property
     def num_tokens(self) -> int:

@@ -36,7 +36,8 @@ LogitsHook = Callable[[list[int], Tensor], None]
 class OpHandlers:
     """Runs the ops of one stage on its stores.
 
-    attend_on_host, attend_on_device: kernels for decoding rows.
+    attend_on_host, attend_on_device: kernels for decoding rows; number:
+    of the stage in its ring.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class OpHandlers:
         tiers: Tiers,
         attend_on_host: HostKernel,
         attend_on_device: HostKernel,
+        number: int = 0,
     ) -> None:
         self.plan = plan
         self.config = plan.config
@@ -58,7 +60,7 @@ class OpHandlers:
         self.hidden = HiddenStore(plan, tiers)
         self._attention = DeviceAttention(plan, self.cache, tiers.device, attend_on_device)
         self.on_logits: LogitsHook | None = None
-        self.passes = Passes(plan, scheduler, tiers.device)
+        self.passes = Passes(plan, scheduler, tiers.device, number)
         self._logits: dict[int, Tensor] = {}
         self._prompt_scores: dict[int, list[Scores]] = {}
         self._scores: dict[int, list[Scores]] = {}

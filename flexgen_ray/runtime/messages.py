@@ -29,7 +29,8 @@ _SAMPLING = tuple(each.name for each in fields(SamplingRow))
 _SCORED = tuple(each.name for each in fields(ScoredRow))
 _NUM_SCORES = ("slot", "num_scores")
 _NOT_FINITE = ("slot", "position")
-_ENTERED = ("slot", "pages")
+_GROWN = ("slot", "pages")
+_ENTERED = ("slot", "pages", "tiers")
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class Header:
             is_last=self.is_last,
             prefill_tokens=self.rows.prefill_tokens,
             left=self.rows.left,
+            grown=_table(_GROWN, self.rows.grown),
             entered=_table(_ENTERED, self.rows.entered),
             rows=_table(_ROW, map(attrgetter(*_ROW), self.rows.rows)),
             sampled=_table(("request", *_SAMPLING), ((index, *each) for index, each in sampled)),
@@ -115,12 +117,15 @@ def _header(message: dict[str, Any]) -> Header:
         table["penalties"] = tuple(each and Penalties(**each) for each in table["penalties"])
     sampled = [*_records(message, "sampled", ("request", *_SAMPLING))]
     scored = tuple(ScoredRow(*values) for values in _records(message, "scored", _SCORED))
-    entered = tuple((slot, pages) for slot, pages in _records(message, "entered", _ENTERED))
+    grown = tuple((slot, pages) for slot, pages in _records(message, "grown", _GROWN))
+    entered = tuple(
+        (slot, pages, tuple(tiers)) for slot, pages, tiers in _records(message, "entered", _ENTERED)
+    )
     left, prefill_tokens = tuple(message["left"]), message["prefill_tokens"]
     return Header(
         message["visit"],
         message["batch"],
-        Rows(tuple(rows), (), prefill_tokens, scored, left, entered),
+        Rows(tuple(rows), (), prefill_tokens, scored, left, grown, entered),
         [SamplingRow(*values) for _, *values in sampled],
         [values[0] for values in sampled],
         message["is_last"],

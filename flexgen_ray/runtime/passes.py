@@ -30,6 +30,7 @@ from math import isnan
 import torch
 from torch import Tensor
 
+from flexgen_ray.config import TIERS
 from flexgen_ray.cost.ops import sampling_share
 from flexgen_ray.kernels.indices import place_indices
 from flexgen_ray.kernels.sampling import NOT_FINITE
@@ -184,14 +185,18 @@ class Passes:
 
     Ops of several lanes call these methods; the schedule's dependencies on rows and tokens order
     the calls.
+    number: of the stage in its ring.
     channel: to the neighbours; None for a stage that is the whole model.
     ended: number of the last visit, once it is known.
     """
 
-    def __init__(self, plan: StagePlan, scheduler: Scheduler, device: torch.device) -> None:
+    def __init__(
+        self, plan: StagePlan, scheduler: Scheduler, device: torch.device, number: int = 0
+    ) -> None:
         self.channel: Channel | None = None
         self.ended: int | None = None
         self._plan = plan
+        self._number = number
         self._scheduler = scheduler
         self._device = device
         self._under_way: dict[tuple[int, int], Pass] = {}
@@ -320,8 +325,10 @@ class Passes:
         """
         for slot in rows.left:
             self._pages.leave(batch, slot)
-        for slot, count in rows.entered:
-            self._pages.enter(batch, slot, count)
+        for slot, count in rows.grown:
+            self._pages.grow(batch, slot, count)
+        for slot, count, tiers in rows.entered:
+            self._pages.enter(batch, slot, count, TIERS[tiers[self._number]])
         homes = [self._pages.home(batch, row.slot) for row in rows.rows]
         pairs = list(zip(rows.rows, homes, strict=True))
         decoding = [row for row, home in pairs if home.tier == "cpu" and not row.is_prefill]

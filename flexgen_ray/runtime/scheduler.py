@@ -1,12 +1,13 @@
 """Scheduler of requests: assigns them to slots, composes each pass, and ends finished requests.
 
 The batches of all blocks in flight have up to gpu_batch_size slots each, numbered from 0 in every
-batch. A request enters a free slot when there are pages of the cache for its final length. For each
-batch, one pass after the other:
+batch. A request enters a free slot when pages of the cache are expected to suffice for all rows
+until their ends (layout/admission.py). For each batch, one pass after the other:
 
-    compose           finished rows give their pages back, and waiting requests take free slots and
-                      pages; each decoding slot brings its newest token, and prompts fill the rest
-                      of cell_tokens, the last one perhaps in chunks
+    compose           finished rows give their pages back, rows whose pages are full get one more,
+                      and waiting requests take free slots and pages; each decoding slot brings its
+                      newest token, and prompts fill the rest of cell_tokens, the last one perhaps
+                      in chunks
     sampling_rows     settings for the slots whose last token the pass brings
     accept            appends the sampled tokens; a request with its last token leaves its slot
 
@@ -15,6 +16,7 @@ Knows tokens; no tensors, no tiers.
 
 from __future__ import annotations
 
+from bisect import insort
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -22,7 +24,8 @@ from functools import cached_property
 from itertools import islice
 
 from flexgen_ray.kernels.sampling import Penalties, SamplingRow, uniform_number
-from flexgen_ray.layout.pages import Admission, pages_of
+from flexgen_ray.layout.admission import Admission, mean_pages
+from flexgen_ray.layout.pages import pages_of
 from flexgen_ray.layout.rows import Row, Rows, ScoredRow
 from flexgen_ray.request import Finished, Request, SamplingParams, Score, SlotScores
 
@@ -42,7 +45,8 @@ class Scheduler:
     the newest token completes, or None.
     seed: for requests without a seed of their own.
     explain(position): error message for a request whose logits aren't finite at a token.
-    admission: pages that rows need; None if slots are all that they need.
+    admission: books of the pages that rows need; None if slots are all that they need.
+    recomputed_tokens: tokens of this run that were computed again, for rows that were set back.
     """
 
     gpu_batch_size: int
@@ -53,7 +57,8 @@ class Scheduler:
     seed: int = 0
     explain: Callable[[int], str] = field(default_factory=lambda: not_finite_message)
     admission: Admission | None = None
-    _waiting: deque[Request] = field(default_factory=deque)
+    recomputed_tokens: int = 0
+    _waiting: list[Request] = field(default_factory=list)
     _finished: deque[Finished] = field(default_factory=deque)
     _accepted: deque[tuple[int, int]] = field(default_factory=deque)
     _scored: deque[tuple[int, list[Score]]] = field(default_factory=deque)
@@ -61,23 +66,25 @@ class Scheduler:
     def __post_init__(self) -> None:
         self._slots: list[dict[int, _Sequence]] = [{} for _ in range(self.num_batches)]
         self._left: list[list[int]] = [[] for _ in range(self.num_batches)]
-        self._waiting_tokens = 0
+        self._waiting_tokens = self._num_entered = 0
+        self._cached_before: dict[int, int] = {}
+        self._starving: tuple[int, int] | None = None
 
     def clear(self) -> None:
         """Drop the requests and results that an interrupted run left behind."""
         for queue in (self._waiting, self._finished, self._accepted, self._scored):
             queue.clear()
-        for rows in (*self._slots, *self._left):
+        for rows in (*self._slots, *self._left, self._cached_before):
             rows.clear()
+        self._starving, self.recomputed_tokens = None, 0
         if self.admission is not None:
             self.admission.clear()
 
     def add(self, requests: Iterable[Request]) -> None:
         """Queue requests, the longest first."""
-        merged = [*self._waiting, *requests]
-        merged.sort(key=lambda it: (-it.max_seq_len, -len(it.prompt_token_ids + it.generated)))
-        self._waiting = deque(merged)
-        self._waiting_tokens = sum(request.max_tokens for request in merged)
+        self._waiting = sorted([*self._waiting, *requests], key=_longest_first)
+        left = (request.max_tokens - len(request.generated) for request in self._waiting)
+        self._waiting_tokens = sum(left)
 
     @property
     def is_done(self) -> bool:
@@ -89,19 +96,30 @@ class Scheduler:
 
         Prompts are taken in the order in which they got their slots, so at most one is in chunks.
         """
-        slots, left = self._slots[batch], tuple(self._left[batch])
-        self._left[batch].clear()
-        entered = self._fill(batch, slots, left)
-        decoding = [s for s, seq in slots.items() if len(seq.token_ids) - seq.cached == 1]
+        slots, left = self._slots[batch], self._left[batch]
+        self._left[batch] = []
+        grown: list[tuple[int, int]] = []
+        waiting_for_pages: set[int] = set()
+        if self.admission is not None:
+            for slot in left:
+                self.admission.leave(batch, slot)
+            waiting_for_pages = self._grow(batch, left, grown)
+        entered = self._fill(batch, slots)
+        decoding = [
+            slot
+            for slot, sequence in slots.items()
+            if len(sequence.token_ids) - sequence.cached == 1 and slot not in waiting_for_pages
+        ]
         room = self.cell_tokens - len(decoding)
         counts = dict.fromkeys(decoding, 1)
         for slot, sequence in slots.items():
-            if slot not in counts:
+            if slot not in counts and slot not in waiting_for_pages:
                 count = min(room, len(sequence.token_ids) - sequence.cached)
                 room -= count
                 if count:
                     counts[slot] = count
-        return replace(self._pack(batch, counts), left=left, entered=entered)
+        rows = self._pack(batch, counts)
+        return replace(rows, left=tuple(left), grown=tuple(grown), entered=entered)
 
     def sampling_rows(self, batch: int, slots: list[int]) -> list[SamplingRow]:
         """Settings that choose the next token of each slot."""
@@ -167,49 +185,123 @@ class Scheduler:
         del self._slots[batch][slot]
         self._left[batch].append(slot)
 
+    def _grow(self, batch: int, left: list[int], grown: list[tuple[int, int]]) -> set[int]:
+        """Give another page to rows whose pages are full, the oldest first.
+
+        Where none is free, the batch's youngest row on that tier is set back: it leaves, and is
+        computed again later, with its tokens so far as part of the prompt. A row older than all
+        that still lacks a page skips the pass. The oldest row of all batches is never set back, and
+        the others make room for it. So it always ends.
+
+        left, grown: the lists to which this adds. Returns the slots that skip the pass.
+        """
+        admission, slots = self._pages, self._slots[batch]
+        skipping: set[int] = set()
+        for slot in sorted(slots, key=lambda it: slots[it].age):
+            sequence = slots.get(slot)
+            if sequence is None or pages_of(sequence.num_tokens) <= admission.pages(batch, slot):
+                continue
+            while not admission.grows(batch, slot):
+                if not self._set_back_for((batch, slot), batch, left):
+                    skipping.add(slot)
+                    break
+            else:
+                grown.append((slot, 1))
+                if self._starving == (batch, slot):
+                    self._starving = None
+        if self._starving is not None and self._starving[0] != batch:
+            self._set_back_for(self._starving, batch, left)
+        if skipping:
+            oldest = min(
+                ((sequence.age, (of, slot)) for of, rows in enumerate(self._slots)
+                 for slot, sequence in rows.items())
+            )[1]  # fmt: skip
+            if oldest[0] == batch and oldest[1] in skipping:
+                self._starving = oldest
+        grown[:] = [each for each in grown if each[0] in slots]
+        return skipping
+
+    def _set_back_for(self, lacking: tuple[int, int], batch: int, left: list[int]) -> bool:
+        """Set a row of the batch back, the youngest that is younger than the lacking one and whose
+        pages help it; False if there is none."""
+        slots, admission = self._slots[batch], self._pages
+        age = self._slots[lacking[0]][lacking[1]].age
+        victims = [
+            (sequence.age, slot)
+            for slot, sequence in slots.items()
+            if sequence.age > age and admission.helps((batch, slot), lacking)
+        ]
+        if not victims:
+            return False
+        slot = max(victims)[1]
+        sequence = slots.pop(slot)
+        admission.leave(batch, slot)
+        left.append(slot)
+        self._cached_before[sequence.request.index] = sequence.cached
+        request = replace(sequence.request, generated=sequence.generated, scores=sequence.scores)
+        insort(self._waiting, request, key=_longest_first)
+        self._waiting_tokens += request.max_tokens - len(request.generated)
+        return True
+
+    @property
+    def _pages(self) -> Admission:
+        assert self.admission is not None, "asked only if rows need pages"
+        return self.admission
+
     def _fill(
-        self, batch: int, slots: dict[int, _Sequence], left: tuple[int, ...]
-    ) -> tuple[tuple[int, int], ...]:
+        self, batch: int, slots: dict[int, _Sequence]
+    ) -> tuple[tuple[int, int, tuple[int, ...]], ...]:
         """Move waiting requests into free slots; when few are left, each batch gets its share.
 
-        left: slots whose rows have left. Returns (slot, pages) of those that entered.
+        Returns (slot, pages, tiers) of those that entered, as layout.rows.Rows has them.
         """
-        for slot in left if self.admission is not None else ():
-            self.admission.leave(batch, slot)
         unfinished = len(self._waiting) + sum(map(len, self._slots))
         room = min(self.gpu_batch_size, -(-unfinished // self.num_batches)) - len(slots)
         free = (slot for slot in range(self.gpu_batch_size) if slot not in slots)
         entered = []
         for slot in list(islice(free, max(0, min(room, len(self._waiting))))):
-            place = self._next_waiting(batch, slot, room - len(entered))
-            if place is None:
+            found = self._next_waiting(batch, slot, room - len(entered))
+            if found is None:
                 break
-            request = self._waiting[place]
-            tokens = request.prompt_token_ids + request.generated
-            slots[slot] = _Sequence(request, tokens, [*request.scores], len(tokens))
-            entered.append((slot, pages_of(request.max_seq_len)))
-            self._waiting_tokens -= request.max_tokens
+            place, sequence, tiers = found
+            request, slots[slot] = sequence.request, sequence
+            self._num_entered += 1
+            entered.append((slot, pages_of(sequence.num_tokens), tiers))
+            self._waiting_tokens -= request.max_tokens - len(request.generated)
             # Removed last, so that `is_done` is not True in between.
             del self._waiting[place]
         return tuple(entered)
 
-    def _next_waiting(self, batch: int, slot: int, rows: int) -> int | None:
-        """Place in the queue of the request that takes a slot and pages; None if none can now.
+    def _next_waiting(
+        self, batch: int, slot: int, rows: int
+    ) -> tuple[int, _Sequence, tuple[int, ...]] | None:
+        """(place in the queue, sequence, tiers) of what takes a slot; None if nothing can now.
 
         It is the longest, if so many `rows` could still enter, the others being the shortest; else
         the shortest. So batches fill their slots and their pages. But an answer that takes longer
         than all others together begins as soon as it can.
         """
+        longest, shortest = (self._sequence(self._waiting[place]) for place in (0, -1))
         if self.admission is None:
-            return 0
-        longest, shortest = self._waiting[0], self._waiting[-1]
-        counts = {0: pages_of(longest.max_seq_len), -1: pages_of(shortest.max_seq_len)}
-        room = self.admission.room(batch)
+            return 0, longest, ()
+        room, least = self.admission.room(batch), mean_pages(shortest)
         passes = self._waiting_tokens / (self.gpu_batch_size * self.num_batches)
-        is_urgent = longest.max_tokens >= passes or not self._slots[batch]
-        places = [0] if is_urgent or counts[0] + (rows - 1) * counts[-1] <= room else []
-        places += [-1] if counts[-1] <= room else []
-        return next((it for it in places if self.admission.enters(batch, slot, counts[it])), None)
+        is_urgent = longest.request.max_tokens >= passes or not self._slots[batch]
+        choices = []
+        if is_urgent or mean_pages(longest) + (rows - 1) * least <= room:
+            choices.append((0, longest))
+        if least <= room:
+            choices.append((-1, shortest))
+        for place, sequence in choices:
+            tiers = self.admission.enters(batch, slot, sequence)
+            if tiers is not None:
+                return place, sequence, tiers
+        return None
+
+    def _sequence(self, request: Request) -> _Sequence:
+        """Sequence of a request that is about to enter."""
+        tokens = request.prompt_token_ids + request.generated
+        return _Sequence(request, tokens, [*request.scores], len(tokens), self._num_entered)
 
     def _pack(self, batch: int, counts: dict[int, int]) -> Rows:
         """Rows with their tokens side by side; counts: number of tokens that each slot brings.
@@ -235,7 +327,10 @@ class Scheduler:
             rows.append(row)
             scored += filter(None, [sequence.scored(row)])
             token_ids += sequence.token_ids[start:stop]
-            if start < len(sequence.request.prompt_token_ids):
+            again = self._cached_before.get(sequence.request.index, 0) - start
+            if again > 0:
+                self.recomputed_tokens += min(again, count)
+            elif start < len(sequence.request.prompt_token_ids):
                 prefill_tokens += count
             sequence.cached = stop
         return Rows(tuple(rows), tuple(token_ids), prefill_tokens, tuple(scored))
@@ -317,7 +412,8 @@ class Scheduler:
 class _Sequence:
     """A request in a slot.
 
-    token_ids: of prompt and answer; num_known: number of tokens when it took the slot.
+    token_ids: of prompt and answer; num_known: number of tokens when it took the slot; age: number
+    of sequences that entered before.
     cached: number of tokens in the cache, or on their way there.
     counts: occurrences of each token in its answer.
     """
@@ -326,6 +422,7 @@ class _Sequence:
     token_ids: list[int]
     scores: list[Score]
     num_known: int
+    age: int = 0
     cached: int = 0
     counts: Counter[int] = field(init=False)
 
@@ -336,6 +433,16 @@ class _Sequence:
         """Add a token to the answer."""
         self.token_ids.append(token)
         self.counts[token] += 1
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens for which the cache needs room."""
+        return len(self.token_ids)
+
+    @property
+    def final_tokens(self) -> int:
+        """Most tokens that it ends with."""
+        return self.request.max_seq_len
 
     @cached_property
     def prompt_tokens(self) -> tuple[int, ...]:
@@ -356,6 +463,10 @@ class _Sequence:
         token_ids = self.token_ids[position : row.seq_len + 1]
         first = row.offset + position - row.position - 1
         return ScoredRow(row.slot, first, tuple(token_ids), request.top) if token_ids else None
+
+
+def _longest_first(request: Request) -> tuple[int, int]:
+    return -request.max_seq_len, -len(request.prompt_token_ids) - len(request.generated)
 
 
 def _penalties(sequence: _Sequence) -> Penalties:

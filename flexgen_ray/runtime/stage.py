@@ -26,7 +26,8 @@ from flexgen_ray.kernels.host_kernel import (
     takes_torch_threads,
 )
 from flexgen_ray.layout.active_ops import ActiveOps
-from flexgen_ray.layout.pages import Admission, CacheSpace
+from flexgen_ray.layout.admission import Admission
+from flexgen_ray.layout.pages import CacheSpace
 from flexgen_ray.layout.plan import StagePlan
 from flexgen_ray.layout.sizes import check_budget, host_workspace_bytes, workspace_bytes
 from flexgen_ray.models.checkpoint import Checkpoint
@@ -72,7 +73,7 @@ class StageSpec:
     run_wrapper: runs the ops in place of Modelled; needs hardware.
     keeps_spans: record when each op ran.
     spaces: room for cached rows in every stage of the ring; empty for a stage that is the whole
-    model.
+    model. number: of the stage among them.
     """
 
     model: str | None
@@ -86,6 +87,7 @@ class StageSpec:
     run_wrapper: RunWrapper | None = None
     keeps_spans: bool = False
     spaces: tuple[CacheSpace, ...] = ()
+    number: int = 0
 
 
 class Stage:
@@ -137,7 +139,9 @@ class Stage:
                 partial(not_finite_message, dtype=plan.dtype, cache_bits=plan.policy.cache_bits),
                 Admission(spec.spaces or (plan.space,)),
             )
-            self.handlers = OpHandlers(plan, weights, self.scheduler, self.tiers, attend, on_device)
+            self.handlers = OpHandlers(
+                plan, weights, self.scheduler, self.tiers, attend, on_device, spec.number
+            )
             self._workers: list[LaneWorker] | None = None
             self._modelled: Modelled | None = None
             self._meter = Meter()

@@ -1,0 +1,216 @@
+"""Admission: which rows enter a batch, and which grow, so that pages suffice in every stage.
+
+A row has pages for the tokens that it has, and takes another when these are full. So rows may enter
+whose final lengths together would not fit, as long as some of them end before the others are that
+long. `peak_pages` looks ahead: with rows of 16 and 48 tokens so far, which end with 64 and 64,
+
+    tokens from now on     0    16 (the second ends)    48 (the first ends)
+    pages of the first     1     2                       4
+    pages of the second    3     4                       -
+    together               4     6                       4         so the peak is 6 pages, not 8
+
+The first stage keeps the books of all stages, for the homes of a row differ from stage to stage.
+Knows rows by their lengths; neither requests nor the numbers of pages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from flexgen_ray.config import PAGE_TOKENS, TIERS
+from flexgen_ray.layout.pages import CacheSpace, pages_of
+
+POINTS = 32  # ends of rows at which the pages of all are added up
+_GPU, _CPU, _DISK = range(len(TIERS))
+Key = tuple[int, int]  # batch and slot
+
+
+class GrowingRow(Protocol):
+    """A row as admission sees it: its tokens now, and those that it ends with at most."""
+
+    @property
+    def num_tokens(self) -> int: ...
+    @property
+    def final_tokens(self) -> int: ...
+
+
+def peak_pages(rows: Iterable[GrowingRow]) -> int:
+    """Most pages that rows have at a time, if each gets one token a pass until its end.
+
+    Where there are more than POINTS ends, it may be a few pages too many; never too few.
+    """
+    pairs = [(row.num_tokens, row.final_tokens) for row in rows]
+    if not pairs:
+        return 0
+    now, final = np.array(pairs).T
+    left = final - now
+    ends = np.unique(left)
+    if len(ends) > POINTS:
+        ends = ends[np.linspace(0, len(ends) - 1, POINTS).round().astype(int)]
+    before = np.concatenate(([-1], ends[:-1]))
+    tokens = np.minimum(now[:, None] + ends, final[:, None])
+    pages = -(-tokens // PAGE_TOKENS) * (left[:, None] > before)
+    return int(pages.sum(0).max())
+
+
+@dataclass
+class _Entry:
+    """A row that has entered, with its pages and its tier."""
+
+    row: GrowingRow
+    tier: int
+    pages: int
+
+
+class _Books:
+    """Pages of one stage: those that rows have, and those that are free."""
+
+    def __init__(self, space: CacheSpace) -> None:
+        self._space = space
+        self.clear()
+
+    def clear(self) -> None:
+        self.entries: dict[Key, _Entry] = {}
+        self._free = [*self._space.pages]
+        self._free_tails = self._space.disk_rows
+
+    def room(self, batch: int) -> float:
+        """Pages that a batch may still take to have its share, of rows half grown."""
+        rows = (it.row for (of, _), it in self.entries.items() if of == batch)
+        return self._space.batch_pages - sum(map(mean_pages, rows))
+
+    def tier_for(self, batch: int, row: GrowingRow) -> int | None:
+        """Tier on which a row gets pages now, and can grow later; None if there is none.
+
+        It is the one that lags most behind its share of the batch's pages.
+        """
+        held = [0, 0, 0]
+        for (of, _), entry in self.entries.items():
+            held[entry.tier] += entry.pages * (of == batch)
+        count = pages_of(row.num_tokens)
+        shares, total = self._space.splits[batch].tiers, sum(held) + count
+        lags = [total * shares[it] / sum(shares) - held[it] for it in range(len(TIERS))]
+        order = sorted(range(len(TIERS)), key=lambda it: -lags[it])
+        return next((it for it in order if self._has_room(batch, it, count, row)), None)
+
+    def _has_room(self, batch: int, tier: int, count: int, row: GrowingRow) -> bool:
+        space = self._space
+        if self._free[tier] < count or (tier == _DISK and not self._free_tails):
+            return False
+        streamed = self._streamed_tiers
+        limits = [(space.pages[tier], self._rows((tier,)))]
+        limits += [(space.streamed, self._rows(streamed, batch))] * (tier in streamed)
+        limits += [(space.disk, self._rows((_DISK,), batch))] * (tier == _DISK)
+        return all(_fit(limit, [*rows, row]) for limit, rows in limits)
+
+    @property
+    def _streamed_tiers(self) -> tuple[int, ...]:
+        """Tiers whose rows must all be streamed."""
+        return (_CPU, _DISK) if self._space.streams_all else (_DISK,)
+
+    def _rows(self, tiers: Sequence[int], batch: int | None = None) -> list[GrowingRow]:
+        pairs = self.entries.items()
+        return [it.row for (of, _), it in pairs if it.tier in tiers and batch in (None, of)]
+
+    def enter(self, key: Key, row: GrowingRow, tier: int) -> None:
+        count = pages_of(row.num_tokens)
+        self.entries[key] = _Entry(row, tier, count)
+        self._free[tier] -= count
+        self._free_tails -= tier == _DISK
+
+    def can_grow(self, key: Key) -> bool:
+        """True if the row can have one page more."""
+        entry, space = self.entries[key], self._space
+        if not self._free[entry.tier]:
+            return False
+        streamed, own = (
+            self._streamed_tiers,
+            [it for (of, _), it in self.entries.items() if of == key[0]],
+        )
+        if entry.tier in streamed:
+            used = sum(it.pages for it in own if it.tier in streamed)
+            if used >= space.streamed:
+                return False
+        return entry.tier != _DISK or sum(it.pages for it in own if it.tier == _DISK) < space.disk
+
+    def grow(self, key: Key) -> None:
+        self.entries[key].pages += 1
+        self._free[self.entries[key].tier] -= 1
+
+    def leave(self, key: Key) -> None:
+        entry = self.entries.pop(key)
+        self._free[entry.tier] += entry.pages
+        self._free_tails += entry.tier == _DISK
+
+
+class Admission:
+    """Decides for all stages of a ring which rows enter, and which get another page."""
+
+    def __init__(self, spaces: Sequence[CacheSpace]) -> None:
+        self._books = [_Books(space) for space in spaces]
+
+    def clear(self) -> None:
+        """Forget all rows."""
+        for books in self._books:
+            books.clear()
+
+    def room(self, batch: int) -> float:
+        """Pages that a batch may still take to have its share in every stage; below 0 if none."""
+        return min(books.room(batch) for books in self._books)
+
+    def enters(self, batch: int, slot: int, row: GrowingRow) -> tuple[int, ...] | None:
+        """Let a row enter if every stage has pages for it now, and is expected to have them later.
+
+        Returns the index in TIERS of its tier in each stage; None if it doesn't enter.
+        """
+        tiers = [books.tier_for(batch, row) for books in self._books]
+        chosen = tuple(tier for tier in tiers if tier is not None)
+        if len(chosen) < len(tiers):
+            return None
+        for books, tier in zip(self._books, chosen, strict=True):
+            books.enter((batch, slot), row, tier)
+        return chosen
+
+    def pages(self, batch: int, slot: int) -> int:
+        """Pages of a row."""
+        return self._books[0].entries[batch, slot].pages
+
+    def grows(self, batch: int, slot: int) -> bool:
+        """Give a row one page more if every stage has one; False if one hasn't."""
+        if not all(books.can_grow((batch, slot)) for books in self._books):
+            return False
+        for books in self._books:
+            books.grow((batch, slot))
+        return True
+
+    def helps(self, victim: Key, lacking: Key) -> bool:
+        """True if the pages of one row are of a tier on which another row lacks one."""
+        return any(
+            not books.can_grow(lacking)
+            and books.entries[victim].tier == books.entries[lacking].tier
+            for books in self._books
+        )
+
+    def leave(self, batch: int, slot: int) -> None:
+        """Take back what a row had in every stage."""
+        for books in self._books:
+            books.leave((batch, slot))
+
+    def tier(self, batch: int, slot: int) -> int:
+        """Index in TIERS of a row's tier in the first stage."""
+        return self._books[0].entries[batch, slot].tier
+
+
+def mean_pages(row: GrowingRow) -> float:
+    """Pages of a row at half of the growth that is left."""
+    return (pages_of(row.num_tokens) + pages_of(row.final_tokens)) / 2
+
+
+def _fit(limit: int, rows: list[GrowingRow]) -> bool:
+    if sum(pages_of(row.final_tokens) for row in rows) <= limit:
+        return True
+    return peak_pages(rows) <= limit
