@@ -218,8 +218,8 @@ class Workload:
     num_requests: sequences. max_prompt_len, max_seq_len: tokens of the longest prompt, and of the
     longest prompt with its answer. resumes: True if an interrupted answer may go on, its tokens so
     far as part of the prompt. drawn: mean work of sampling a token, as a share of sampling from all
-    tokens (cost/ops.py). mean_seq_len: mean tokens of prompt and answer; None if all are as long as
-    the longest.
+    tokens (cost/ops.py). mean_seq_len: mean tokens of a row's cache while they run; None for those
+    of the longest.
     """
 
     num_requests: int
@@ -231,7 +231,7 @@ class Workload:
 
     @property
     def mean_len(self) -> float:
-        """Mean tokens of prompt and answer."""
+        """Mean tokens of a row's cache."""
         return self.max_seq_len if self.mean_seq_len is None else self.mean_seq_len
 
     @property

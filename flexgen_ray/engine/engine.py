@@ -26,13 +26,13 @@ import time
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import fmean
 from typing import Any, cast
 
 from flexgen_ray.config import Deployment, Policy, Workload
 from flexgen_ray.engine.backend import Backend, spans, start_backend
 from flexgen_ray.hardware.known import GIVEN
 from flexgen_ray.hardware.spec import Hardware
+from flexgen_ray.layout.admission import mean_cached
 from flexgen_ray.layout.plan import StagePlan
 from flexgen_ray.models.config import ModelConfig
 from flexgen_ray.planner.budgets import library_note, settle_budgets, settle_dtype
@@ -178,15 +178,17 @@ class Engine:
     def _workload(self, requests: list[Request]) -> Workload:
         """Sizes that the stores need for these requests; with max_model_len, for any within it."""
         longest = self.settings.max_model_len
-        prompts = (len(request.prompt_token_ids) for request in requests)
+        lengths = [(len(request.prompt_token_ids), request.max_tokens) for request in requests]
         return Workload(
             # Only a policy that is chosen depends on the number of requests.
             num_requests=1 if self.settings.policies else sum(it.params.n for it in requests),
-            max_prompt_len=longest or max(prompts),
+            max_prompt_len=longest or max(prompt for prompt, _ in lengths),
             # The last token of a text that is scored needs no place in the context.
             max_seq_len=longest + 1 if longest else max(it.max_seq_len for it in requests),
             resumes=self.backend.resumes,
-            mean_seq_len=fmean(it.max_seq_len for it in requests),
+            mean_seq_len=mean_cached(
+                [(len(it.prompt_token_ids), it.max_tokens) for it in requests]
+            ),
         )
 
     @property

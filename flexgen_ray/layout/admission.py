@@ -24,6 +24,7 @@ import numpy as np
 from flexgen_ray.config import PAGE_TOKENS, TIERS
 from flexgen_ray.layout.pages import CacheSpace, pages_of
 
+MIXED = 0.25  # deviation of answers' lengths, as a share of their mean, of a mixed job
 POINTS = 32  # ends of rows at which the pages of all are added up
 _GPU, _CPU, _DISK = range(len(TIERS))
 Key = tuple[int, int]  # batch and slot
@@ -203,6 +204,21 @@ class Admission:
     def tier(self, batch: int, slot: int) -> int:
         """Index in TIERS of a row's tier in the first stage."""
         return self._books[0].entries[batch, slot].tier
+
+
+def mean_cached(lengths: Sequence[tuple[int, int]]) -> float:
+    """Mean tokens of a row's cache while a job of (prompt, answer) lengths runs.
+
+    A row that stays for longer counts for longer. Rows of a mixed job are at different points of
+    their answers, so on average half of each is there; equal ones grow together, and count whole.
+    """
+    prompts, answers = np.array(lengths, float).T
+    grown = 0.5 if answers.std() >= MIXED * answers.mean() else 1.0
+    total = answers.sum()
+    if not total:
+        return float(prompts.mean())
+    tokens = (answers * (prompts + grown * answers)).sum() / total
+    return min(float(tokens) + (grown < 1) * PAGE_TOKENS / 2, float((prompts + answers).max()))
 
 
 def mean_pages(row: GrowingRow) -> float:

@@ -271,7 +271,7 @@ def _describe_longest(problem: PlanningProblem, request_name: RequestName) -> st
         problem.workload,
         max_prompt_len=prompt_len,
         max_seq_len=usual,
-        mean_seq_len=fmean(request.max_seq_len for request in others),
+        mean_seq_len=planned_job(others).mean_seq_len,
     )
     num_without = _num_fitting(replace(problem, workload=workload))
     if not num_without:
@@ -298,13 +298,6 @@ def _num_fitting(problem: PlanningProblem) -> int:
 
 def planned_job(requests: Sequence[Request]) -> PlannedJob:
     """The job of these requests: their number, and their longest and average lengths."""
-    prompts = [len(request.prompt_token_ids) for request in requests]
-    longest = max(request.max_seq_len for request in requests)
-    return PlannedJob(
-        len(requests),
-        max(prompts),
-        max(longest - max(prompts), 1),
-        fmean(prompts),
-        fmean(request.max_tokens for request in requests),
-        fmean(sampling_share(it.params.temperature, it.params.top_k) for it in requests),
-    )
+    lengths = [(len(request.prompt_token_ids), request.max_tokens) for request in requests]
+    drawn = fmean(sampling_share(it.params.temperature, it.params.top_k) for it in requests)
+    return PlannedJob.of(lengths, drawn=drawn)

@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from flexgen_ray.config import Budget, HardwareSpec, Policy
@@ -163,27 +162,19 @@ def read_job(path: str | Path, num_requests: int | None = None) -> PlannedJob:
     num_requests: size of the job, with lengths as in the file; None takes one request a line.
     Raises ValueError, which names the line.
     """
-    prompts, outputs = [], []
+    lengths = []
     for number, row in enumerate(csv.reader(read_lines(path)), 1):
         cells = [cell.strip() for cell in row[-2:]]
         if len(cells) == 2 and all(_is_length(cell) for cell in cells):
-            prompts.append(int(cells[0]))
-            outputs.append(int(cells[1]))
+            lengths.append((int(cells[0]), int(cells[1])))
         elif number > 1 and row:
             raise ValueError(
                 f"{path}, line {number}: {row[-2:]} are no two lengths, 1 or more "
                 f"and of {_MAX_DIGITS} digits at most"
             )
-    if not prompts:
+    if not lengths:
         raise ValueError(f"{path} has no line with two lengths, of a prompt and its output")
-    longest = max(map(sum, zip(prompts, outputs, strict=True)))
-    return PlannedJob(
-        num_requests or len(prompts),
-        max(prompts),
-        longest - max(prompts) if longest > max(prompts) else 1,
-        fmean(prompts),
-        fmean(outputs),
-    )
+    return PlannedJob.of(lengths, num_requests)
 
 
 def _is_length(cell: str) -> bool:

@@ -5,14 +5,16 @@ The module knows seconds and bytes as others compute them; it chooses nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import ceil
+from statistics import fmean
 
 from flexgen_ray.config import Budget, HardwareSpec
 from flexgen_ray.cost.bound import PHASES
 from flexgen_ray.cost.resources import Resource
 from flexgen_ray.hardware.spec import Hardware
+from flexgen_ray.layout.admission import mean_cached
 from flexgen_ray.layout.plan import StagePlan
 from flexgen_ray.models.config import ModelConfig
 
@@ -31,7 +33,9 @@ class PlannedJob:
     """The job to plan for; lengths are in tokens.
 
     prompt_len, max_tokens: the longest prompt, and the tokens of the longest request after it.
-    mean_prompt_len, mean_tokens: averages. drawn: as in Workload.
+    mean_prompt_len, mean_tokens: averages. drawn: as in Workload. mean_seq_len: mean tokens of a
+    row's cache while the job runs. middle_position: of the token that an average decoding row
+    processes.
     """
 
     num_requests: int
@@ -39,21 +43,41 @@ class PlannedJob:
     max_tokens: int
     mean_prompt_len: float
     mean_tokens: float
-    drawn: float = 0.0
+    drawn: float
+    mean_seq_len: float
+    middle_position: int
 
     @staticmethod
     def uniform(num_requests: int, prompt_len: int, max_tokens: int) -> PlannedJob:
         """A job whose requests are all alike."""
-        return PlannedJob(num_requests, prompt_len, max_tokens, prompt_len, max_tokens)
+        return PlannedJob.of([(prompt_len, max_tokens)], num_requests)
+
+    @staticmethod
+    def of(
+        lengths: Sequence[tuple[int, int]], num_requests: int | None = None, drawn: float = 0.0
+    ) -> PlannedJob:
+        """The job of requests with these lengths, (prompt, answer).
+
+        num_requests: None for as many as there are lengths.
+        """
+        prompts, answers = zip(*lengths, strict=True)
+        longest = max(prompt + answer for prompt, answer in lengths)
+        # A row with a long answer decodes for longer.
+        passes = sum(answer * (prompt + answer / 2) for prompt, answer in lengths)
+        return PlannedJob(
+            num_requests or len(lengths),
+            max(prompts),
+            max(longest - max(prompts), 1),
+            fmean(prompts),
+            fmean(answers),
+            drawn,
+            mean_cached(lengths),
+            int(passes / sum(answers) if any(answers) else fmean(prompts)),
+        )
 
     @property
     def max_seq_len(self) -> int:
         return self.prompt_len + self.max_tokens
-
-    @property
-    def middle_position(self) -> int:
-        """Position of the token that an average decoding row processes."""
-        return int(self.mean_prompt_len + self.mean_tokens / 2)
 
 
 @dataclass(frozen=True)

@@ -390,14 +390,8 @@ class Planner:
 
     def _stage_plan(self, stage: StageLayers, policy: Policy) -> StagePlan:
         job, size = self.job, policy.block_size
-        mean = job.mean_prompt_len + job.mean_tokens
         workload = Workload(
-            size,
-            job.prompt_len,
-            job.max_seq_len,
-            self.resumes,
-            job.drawn,
-            min(mean, job.max_seq_len),
+            size, job.prompt_len, job.max_seq_len, self.resumes, job.drawn, job.mean_seq_len
         )
         return StagePlan(
             self.config,
