@@ -74,7 +74,7 @@ def _plans(num_blocks: int) -> list[StagePlan]:
 
 def _hardware(plan: StagePlan) -> HardwareSpec:
     """Rates: a second for a batch in a layer, HOP_LAYERS for its hop, no time for the rest."""
-    cost, rows = CostModel(plan), Composition(decoding_rows(plan, t4.PROMPT_LEN), 0)
+    cost, rows = CostModel(plan), Composition(decoding_rows(plan, t4.PROMPT_LEN), plan.splits)
 
     def amount(kind: OpKind, resource: Resource) -> float:
         return cost.amounts(Op(kind, 0, 1, 0, 0, 0), rows)[resource]

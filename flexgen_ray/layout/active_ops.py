@@ -5,7 +5,7 @@ The executor and the simulation filter ops by the same answer. Knows plans; not 
 
 from __future__ import annotations
 
-from dataclasses import astuple
+from dataclasses import astuple, replace
 
 from flexgen_ray.layout.placement import RowSplit
 from flexgen_ray.layout.plan import StagePlan
@@ -51,23 +51,31 @@ class ActiveOps:
                 return self._holds_of_cache(condition, self._split(batch))
 
     def _split(self, batch: int) -> RowSplit:
-        """Division of a batch's rows; that of all batches if unequal rows may change it."""
-        splits = self._plan.splits
-        if self._plan.row_pages == self._plan.longest_pages:
-            return splits[batch]
-        return RowSplit(*(max(part) for part in zip(*map(astuple, splits), strict=True)))
+        """Rows that a batch may have in each division, as far as they are zero or not.
+
+        Unequal rows may lie on any tier that the plan uses, and which rows in host memory are
+        attended there is chosen anew in each pass.
+        """
+        plan, splits = self._plan, self._plan.splits
+        split = splits[batch]
+        if plan.row_pages != plan.longest_pages:
+            split = RowSplit(*(max(part) for part in zip(*map(astuple, splits), strict=True)))
+        if 0 < plan.policy.cpu_attention < 1:
+            split = replace(split, attended=split.cpu, streamed=split.cpu)
+        return split
 
     def _holds_of_cache(self, condition: Condition, split: RowSplit) -> bool:
         """Conditions on how the rows of a batch are divided."""
+        off_device = split.attended + split.streamed + split.disk
         streamed = split.streamed + split.disk
         match condition:
             case Condition.CACHE_OFF_DEVICE:
-                return split.off_device > 0
+                return off_device > 0
             case Condition.CACHE_ON_DISK:
                 return split.disk > 0
             case Condition.STREAMS_CACHE:
                 # Chunked prompts are attended on the device, even if decoding rows are not.
-                return streamed > 0 or (split.off_device > 0 and self._plan.chunks_prompts)
+                return streamed > 0 or (off_device > 0 and self._plan.chunks_prompts)
             case Condition.STREAMS_CHOSEN_VALUES:
                 return self._plan.is_sparse and streamed > 0
             case Condition.ATTENDS_ON_HOST:

@@ -151,7 +151,7 @@ class StagePlan:
     @property
     def attends_on_host(self) -> bool:
         """True if the host attends some rows."""
-        return any(split.attended for split in self.splits)
+        return self.uses_host and self.policy.cpu_attention > 0
 
     @property
     def vector_bytes(self) -> int:

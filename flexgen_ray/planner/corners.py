@@ -111,7 +111,12 @@ class Corners:
     def _corners(self) -> list[dict[Quantity, tuple[float, float]]]:
         """{quantity: (amount once, amount of each layer)} at the corner of each of SHARES."""
         base = self._evaluate(SHARES[0])  # All groups on the device: the base corner of each group.
-        return [base if _is_base(share) else self._evaluate(share) for share in SHARES]
+        # Nothing lies in a place that the policy refuses.
+        unused = {Share("cache", "disk")} if self.plan.is_sparse else set()
+        return [
+            base if _is_base(share) or share in unused else self._evaluate(share)
+            for share in SHARES
+        ]
 
     def _evaluate(self, share: Share) -> dict[Quantity, tuple[float, float]]:
         """Amounts at the corner of a share.

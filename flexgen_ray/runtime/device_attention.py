@@ -123,8 +123,9 @@ class DeviceAttention:
     ) -> None:
         """Attend a run's rows into out, [rows, heads, head_dim]."""
         if self._on_gpu is not None:
-            how = {"most": max(run.lens), "window": window}
-            self._on_gpu.attend_pages(q, *pool, run.tables, run.num_tokens, out, **how)
+            self._on_gpu.attend_pages(
+                q, *pool, run.tables, run.num_tokens, out, most=max(run.lens), window=window
+            )
             return
         how = self._sparsity, window
         step = len(run.lens) if walks_pages(self._kernel) else self._plan.rows_at_a_time

@@ -74,8 +74,11 @@ class Scheduler:
         """Drop the requests and results that an interrupted run left behind."""
         for queue in (self._waiting, self._finished, self._accepted, self._scored):
             queue.clear()
-        for rows in (*self._slots, *self._left, self._cached_before):
-            rows.clear()
+        for slots in self._slots:
+            slots.clear()
+        self._cached_before.clear()
+        for left in self._left:
+            left.clear()
         self._starving, self.recomputed_tokens = None, 0
         if self.admission is not None:
             self.admission.clear()
@@ -258,7 +261,7 @@ class Scheduler:
         unfinished = len(self._waiting) + sum(map(len, self._slots))
         room = min(self.gpu_batch_size, -(-unfinished // self.num_batches)) - len(slots)
         free = (slot for slot in range(self.gpu_batch_size) if slot not in slots)
-        entered = []
+        entered: list[tuple[int, int, tuple[int, ...]]] = []
         for slot in list(islice(free, max(0, min(room, len(self._waiting))))):
             found = self._next_waiting(batch, slot, room - len(entered))
             if found is None:
