@@ -106,6 +106,8 @@ class _Books:
         limits = [(space.pages[tier], self._rows((tier,)))]
         limits += [(space.streamed, self._rows(streamed, batch))] * (tier in streamed)
         limits += [(space.disk, self._rows((_DISK,), batch))] * (tier == _DISK)
+        if any(pages_of(row.final_tokens) > limit for limit, _ in limits):
+            return False
         return all(_fit(limit, [*rows, row]) for limit, rows in limits)
 
     @property
@@ -137,6 +139,13 @@ class _Books:
             if used >= space.streamed:
                 return False
         return entry.tier != _DISK or sum(it.pages for it in own if it.tier == _DISK) < space.disk
+
+    def helps(self, victim: Key, lacking: Key) -> bool:
+        """True if the victim's pages count against the limit that the other row has reached."""
+        tiers = {self.entries[victim].tier, self.entries[lacking].tier}
+        is_one_batch = victim[0] == lacking[0]
+        shares_slot = is_one_batch and tiers <= set(self._streamed_tiers)
+        return not self.can_grow(lacking) and (len(tiers) == 1 or shares_slot)
 
     def grow(self, key: Key) -> None:
         self.entries[key].pages += 1
@@ -189,12 +198,8 @@ class Admission:
         return True
 
     def helps(self, victim: Key, lacking: Key) -> bool:
-        """True if the pages of one row are of a tier on which another row lacks one."""
-        return any(
-            not books.can_grow(lacking)
-            and books.entries[victim].tier == books.entries[lacking].tier
-            for books in self._books
-        )
+        """True if another row, which lacks a page, could have one of the victim's in some stage."""
+        return any(books.helps(victim, lacking) for books in self._books)
 
     def leave(self, batch: int, slot: int) -> None:
         """Take back what a row had in every stage."""

@@ -215,6 +215,7 @@ class Scheduler:
         if self._starving is not None and self._starving[0] != batch:
             self._set_back_for(self._starving, batch, left)
         if skipping:
+            # Until it has its page, nothing enters, and the other batches make room.
             oldest = min(
                 ((sequence.age, (of, slot)) for of, rows in enumerate(self._slots)
                  for slot, sequence in rows.items())
@@ -258,6 +259,8 @@ class Scheduler:
 
         Returns (slot, pages, tiers) of those that entered, as layout.rows.Rows has them.
         """
+        if self._starving is not None:
+            return ()
         unfinished = len(self._waiting) + sum(map(len, self._slots))
         room = min(self.gpu_batch_size, -(-unfinished // self.num_batches)) - len(slots)
         free = (slot for slot in range(self.gpu_batch_size) if slot not in slots)

@@ -1,0 +1,65 @@
+"""Runs whose rows enter, grow, are set back and end at all times give the tokens of transformers."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import pipelines, policies
+
+from flexgen_ray import LLM, Placement, Policy, SamplingParams
+from flexgen_ray.layout import admission
+from flexgen_ray.planner import choose
+
+LENGTHS = [(40, 30), (1, 45), (3, 2), (17, 16), (16, 1), (30, 33), (5, 5), (2, 31), (33, 20), (1, 1)]
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_models) -> list[list[int]]:
+    """Tokens where every row has all the pages that it may ever need."""
+    return tokens_of(tiny_models, Policy(len(LENGTHS)), "serial")
+
+
+@pytest.fixture
+def short_of_pages(monkeypatch):
+    """As many pages as rows have on average, and an admission that doesn't look ahead."""
+    monkeypatch.setattr(choose, "with_spare_pages", lambda plans, budgets: plans)
+    monkeypatch.setattr(admission, "peak_pages", lambda rows: 0)
+
+
+def tokens_of(tiny_models, policy, executor: str, **options) -> list[list[int]]:
+    folder, _ = tiny_models["llama"]
+    rng = random.Random(3)
+    prompts = [[rng.randrange(90) for _ in range(length)] for length, _ in LENGTHS]
+    params = [SamplingParams(most, temperature=0.0, ignore_eos=True) for _, most in LENGTHS]
+    options |= {"policy": policy, "executor": executor, "use_ray": False, "dtype": "float32"}
+    with LLM(folder, **options) as llm:
+        outputs = llm.generate(prompts, params)
+        again = llm.backend.workers[0].stage.scheduler.recomputed_tokens
+    tokens_of.again = again
+    return [output.outputs[0].token_ids for output in outputs]
+
+
+@settings(max_examples=8)
+@given(policy=policies, executor=st.sampled_from(["serial", "async"]))
+def test_rows_that_lack_pages_lose_no_token(
+    tiny_models, expected, short_of_pages, policy, executor
+):
+    assert tokens_of(tiny_models, policy, executor) == expected
+
+
+@settings(max_examples=5)
+@given(pipeline=pipelines(num_layers=3), executor=st.sampled_from(["serial", "async"]))
+def test_nor_in_a_pipeline(tiny_models, expected, short_of_pages, pipeline, executor):
+    stages = {"pipeline_parallel_size": len(pipeline.layers)}
+    assert tokens_of(tiny_models, pipeline, executor, **stages) == expected
+
+
+def test_rows_are_set_back_where_admission_lets_too_many_in(
+    tiny_models, expected, short_of_pages
+):
+    policy = Policy(5, 2, cache=Placement(0.5, 0.5, 0))
+    assert tokens_of(tiny_models, policy, "async") == expected
+    assert tokens_of.again > 0
