@@ -37,7 +37,10 @@ def test_every_token_passes_once_and_every_request_finishes_once(shape, job, see
             rows = batcher.compose(batch)
             assert rows.num_tokens <= batcher.cell_tokens
             slots = [row.slot for row in rows.rows]
-            assert slots == sorted(set(slots)) and all(0 <= slot < shape[0] for slot in slots)
+            # Rows that decode come first.
+            order = [(row.is_prefill, row.slot) for row in rows.rows]
+            assert order == sorted(order) and len(set(slots)) == len(slots)
+            assert all(0 <= slot < shape[0] for slot in slots)
             indices = batcher.request_indices(batch, slots)
             for row, index in zip(rows.rows, indices, strict=True):
                 assert row.position == len(passed[index])
@@ -72,7 +75,7 @@ def test_at_most_one_prompt_of_a_batch_is_under_way(shape, job):
 
 
 @given(shapes, jobs)
-def test_long_prompts_come_first_and_a_free_slot_is_taken_at_the_next_pass(shape, job):
+def test_the_longest_come_first_and_a_free_slot_is_taken_at_the_next_pass(shape, job):
     batch_size, batches, _ = shape
     batcher, requests = make((batch_size, batches, batch_size * 30), job)
     left = {request.index: len(request.prompt_token_ids) for request in requests}
@@ -92,5 +95,5 @@ def test_long_prompts_come_first_and_a_free_slot_is_taken_at_the_next_pass(shape
             batcher.accept(batch, sampled, tokens)
             for done in batcher.take_finished():
                 del left[done.index]
-    lengths = [len(requests[index].prompt_token_ids) for index in met]
+    lengths = [requests[index].max_seq_len for index in met]
     assert lengths == sorted(lengths, reverse=True)

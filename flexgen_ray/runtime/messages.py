@@ -58,7 +58,7 @@ class Header:
             batch=self.batch,
             is_last=self.is_last,
             prefill_tokens=self.rows.prefill_tokens,
-            left=self.rows.left,
+            left=self.rows.left or {},
             grown=_table(_GROWN, self.rows.grown),
             entered=_table(_ENTERED, self.rows.entered),
             rows=_table(_ROW, map(attrgetter(*_ROW), self.rows.rows)),
@@ -121,7 +121,7 @@ def _header(message: dict[str, Any]) -> Header:
     entered = tuple(
         (slot, pages, tuple(tiers)) for slot, pages, tiers in _records(message, "entered", _ENTERED)
     )
-    left, prefill_tokens = tuple(message["left"]), message["prefill_tokens"]
+    left, prefill_tokens = tuple(message.get("left", ())), message["prefill_tokens"]
     return Header(
         message["visit"],
         message["batch"],
