@@ -7,13 +7,13 @@ addresses of its tokens are listed, so nothing else knows of pages. Each (row, K
 of one thread. So results don't depend on the number of threads, on which rows are attended
 together, nor on pages. Knows no tiers.
 
-The work on one (row, KV head), with the query heads that share it (host_tiles draws a tile):
+The work on a row and some KV heads, with the query heads that share them (host_tiles draws a tile):
 
     for every tile of its query heads: _start_tile      queries scaled, sums cleared
-    for every BLOCK of cached tokens:  _attend_one
+    for every BLOCK of cached tokens:  _attend_some
         _list_block                                     addresses of keys and values
         for every tile: _score_block                    scores = keys @ queries
-        for every tile: softmax_block, add_weighted_values
+        for every tile: _add_block                      softmax, sums += weights @ values
     for every tile: _store_tile                         results = sums / sum of weights
 
 A block's keys and values come from memory for the first tile, and from the core's caches for the
@@ -347,7 +347,7 @@ def _add_block(kind, shape, memory, rows, ahead):
 def _attend_some(kind, start, row, planes, shape, memory, lists):
     """Attend a row's tokens from a start on, for some KV heads: sums and state of every tile.
 
-    row: as for _list_block; planes: of (keys, values), see _pages_of. shape: (KV heads, heads of
+    row: as for _list_block; planes: (plane, bytes to the next KV head) of keys and of values. shape: (KV heads, heads of
     each, nbytes, padded); lists: workspace, as for _attend.
     """
     group, heads, nbytes, padded = shape
