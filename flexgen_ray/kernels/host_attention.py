@@ -347,8 +347,8 @@ def _add_block(kind, shape, memory, rows, ahead):
 def _attend_some(kind, start, row, planes, shape, memory, lists):
     """Attend a row's tokens from a start on, for some KV heads: sums and state of every tile.
 
-    row: as for _list_block; planes: (plane, bytes to the next KV head) of keys and of values. shape: (KV heads, heads of
-    each, nbytes, padded); lists: workspace, as for _attend.
+    row: as for _list_block; planes: (plane, bytes to the next KV head) of keys and of values.
+    shape: (KV heads, heads of each, nbytes, padded); lists: workspace, as for _attend.
     """
     group, heads, nbytes, padded = shape
     (key_pages, key_head), (value_pages, value_head) = planes
