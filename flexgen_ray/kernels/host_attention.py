@@ -7,13 +7,13 @@ addresses of its tokens are listed, so nothing else knows of pages. Each (row, K
 of one thread. So results don't depend on the number of threads, on which rows are attended
 together, nor on pages. Knows no tiers.
 
-The work on one (row, KV head), with the query heads that share it (host_tiles draws a tile):
+The work on a row and some KV heads, with the query heads that share them (host_tiles draws a tile):
 
     for every tile of its query heads: _start_tile      queries scaled, sums cleared
-    for every BLOCK of cached tokens:  _attend_one
+    for every BLOCK of cached tokens:  _attend_some
         _list_block                                     addresses of keys and values
         for every tile: _score_block                    scores = keys @ queries
-        for every tile: softmax_block, add_weighted_values
+        for every tile: _add_block                      softmax, sums += weights @ values
     for every tile: _store_tile                         results = sums / sum of weights
 
 A block's keys and values come from memory for the first tile, and from the core's caches for the
@@ -33,7 +33,15 @@ from torch import Tensor
 
 from flexgen_ray.config import kept_tokens
 from flexgen_ray.kernels.attention import cache_bits
-from flexgen_ray.kernels.host_rows import DTYPES, collect_result, lane_order, spread_query
+from flexgen_ray.kernels.host_rows import (
+    DTYPES,
+    ROOM,
+    collect_result,
+    lane_order,
+    list_rows,
+    page_in,
+    spread_query,
+)
 from flexgen_ray.kernels.host_scores import score_heads, score_one_head
 from flexgen_ray.kernels.host_sparse import add_softmax, copy_vectors, gather_scores, keep_largest
 from flexgen_ray.kernels.host_tiles import (
@@ -57,6 +65,12 @@ from flexgen_ray.quant.packing import code_bytes
 
 # Caches smaller than this are read faster by the caller than threads can be woken.
 _ALONE_BYTES = 256 * 1024
+_LIST = BLOCK + AHEAD + ROOM
+# KV heads that a thread attends together: these lie side by side in a page, and memory that is read
+# in order is read fastest. Tokens of each head that are scored, and weighed, before the next head.
+_TOGETHER = 32
+_SCORED = 32
+_WEIGHED = 32
 _LOG2_E = 1.4426950408889634
 
 
@@ -103,18 +117,20 @@ class HostAttention:
         counts = None
         if sparsity != 1:
             counts = np.array([kept_tokens(tokens, sparsity) for tokens in spans], np.int64)
-        kind, dtype, lanes, shape = _describe(q, keys, bits)
+        group = self._group(q, keys.shape[1])
+        kind, dtype, lanes, shape = _describe(q, keys, bits, group)
         vectors = _places(q, 2), _places(out, 2), _places(lse, 2)
         planes = _places(keys, 3), _places(values, 3)
-        pool = tables.contiguous().numpy(), *planes, (len(keys), keys.shape[2])
+        tables = tables.contiguous()
+        pool = _places(tables, 1), *planes, (len(keys), keys.shape[2])
         progress = np.zeros(2, np.int64)
         rows_of = np.array(starts, np.int64), np.array(lens, np.int64)
         task = (kind, dtype, lanes, shape, progress, rows_of, counts, vectors, pool)
-        rows, kv_heads, heads, _, nbytes, padded = shape
+        rows, kv_heads, group, heads, _, nbytes, padded = shape
         small = 2 * sum(spans) * kv_heads * nbytes < _ALONE_BYTES
-        helpers = 0 if small else min(self.threads, rows * kv_heads) - 1
-        room = None if counts is None else max(spans)
-        own, *others = (_make_workspace(heads, padded, room) for _ in range(helpers + 1))
+        helpers = 0 if small else min(self.threads, rows * -(-kv_heads // group)) - 1
+        room, sizes = None if counts is None else max(spans), (group, heads, padded)
+        own, *others = (_make_workspace(sizes, room) for _ in range(helpers + 1))
         running = [self._pool.submit(_attend, *task, *other) for other in others]
         try:
             _attend(*task, *own)
@@ -124,6 +140,10 @@ class HostAttention:
         if progress[1]:
             row, pages = progress[1] - 1, len(keys)
             raise ValueError(f"tables of row {row} name a page beyond the {pages} of the cache")
+
+    def _group(self, q: Tensor, kv_heads: int) -> int:
+        """Number of KV heads that are attended together: fewer if threads would lack work."""
+        return max(1, min(_TOGETHER, kv_heads, len(q) * kv_heads // (4 * self.threads)))
 
 
 def _check(
@@ -170,11 +190,11 @@ def _places(x: Tensor | None, dims: int) -> tuple[int, ...]:
     return (x.data_ptr(), *(x.element_size() * stride for stride in x.stride()[:dims]))
 
 
-def _describe(q: Tensor, keys: Tensor, bits: int | None) -> tuple:
+def _describe(q: Tensor, keys: Tensor, bits: int | None, group: int) -> tuple:
     """Arguments of _attend that describe queries and cache: kind, dtype, lanes and shape."""
     (rows, heads, head_dim), kv_heads = q.shape, keys.shape[1]
     dtype = str(q.dtype).removeprefix("torch.")
-    shape = (rows, kv_heads, heads // kv_heads, head_dim)
+    shape = (rows, kv_heads, group, heads // kv_heads, head_dim)
     if bits is None:
         padded = -(-head_dim // LANES) * LANES
         nbytes = head_dim * q.element_size()
@@ -217,133 +237,192 @@ def _list_block(plane, row, first, into):
     """List BLOCK tokens from the first on; from the row's end on, the last one again and again.
 
     plane: address of one KV head's keys or values, bytes from page to page and from token to token.
-    row: (its table, tokens of a page, its tokens).
+    row: (address of its table, tokens of a page, its tokens). into: address.
+    Numbers and addresses only: an array's reference count is atomic, and waits for all reads.
     """
     address, page_bytes, token_bytes = plane
     table, size, end = row
-    j = 0
+    j, start = 0, address
     while j < BLOCK and first + j < end:
         token = first + j
         place = token % size
         count = min(size - place, BLOCK - j, end - token)
-        start = address + table[token // size] * page_bytes + place * token_bytes
-        for i in range(count):
-            into[j + i] = start + i * token_bytes
+        start = address + page_in(table, token // size) * page_bytes + place * token_bytes
+        list_rows(start, token_bytes, count, into + 8 * j)
+        start += (count - 1) * token_bytes
         j += count
-    into[j:] = into[j - 1]
+    list_rows(start, 0, BLOCK - j, into + 8 * j)
 
 
 @numba.njit(nogil=True)
 def _list_picks(plane, row, start, picks, into):
     """List the picked tokens, which are counted from a start; then the last one again and again.
 
-    plane, row: as for _list_block.
+    plane, row, into: as for _list_block.
     """
     address, page_bytes, token_bytes = plane
     table, size, _ = row
+    place = address
     for j in range(len(picks)):
         token = start + picks[j]
-        into[j] = address + table[token // size] * page_bytes + token % size * token_bytes
-    into[len(picks) :] = into[len(picks) - 1]
+        place = address + page_in(table, token // size) * page_bytes + token % size * token_bytes
+        list_rows(place, 0, 1, into + 8 * j)
+    list_rows(place, 0, AHEAD, into + 8 * len(picks))
+
+
+@numba.njit(nogil=True)
+def _lists_at(lists):
+    """Addresses of the three lists of a workspace."""
+    return lists, lists + 8 * _LIST, lists + 16 * _LIST
+
+
+@numba.njit(nogil=True)
+def _row_list(rows, first, head):
+    """List of a KV head's rows from one on; rows: (first KV head's, bytes to the next)."""
+    return rows[0] + 8 * first, head * rows[1]
+
+
+@numba.njit(nogil=True)
+def _rows_after(rows, ahead, turn, shape):
+    """Rows that are read after those of a KV head and chunk."""
+    (head, first), (group, tokens, chunk) = turn, shape
+    if head + 1 < group:
+        return _row_list(rows, first, head + 1)
+    if first + chunk < tokens:
+        return _row_list(rows, first + chunk, 0)
+    return _row_list(ahead, 0, 0)
 
 
 @numba.njit(nogil=True)
 def _score_block(kind, shape, memory, rows, ahead):
-    """Scores of a block's tokens for all heads; shape: (heads, tokens, nbytes, padded).
+    """Scores of a block's tokens for all heads; shape: (KV heads, heads, tokens, nbytes, padded).
 
-    rows: list of the block's keys; ahead: list of the rows that are read next.
+    rows: of the block's keys, as for _row_list; ahead: rows that are read next.
     """
-    heads, tokens, nbytes, padded = shape
-    scratch = memory + 4 * heads * _floats_per_head(padded)
-    h = 0
-    while h < heads:
-        n, q, w, _, _ = _tile_at(h, heads, padded, memory)
-        if n == 1:
-            for first in range(0, tokens, LANES):
-                count = min(LANES, tokens - first)
-                score_one_head(kind, count, nbytes, q, rows + 8 * first, scratch, w + 4 * first)
-        else:
-            score_heads(kind, n, (tokens, nbytes), q, rows, w, ahead)
-        h += n
+    group, heads, tokens, nbytes, padded = shape
+    per_head = 4 * heads * _floats_per_head(padded)
+    scratch = memory + group * per_head
+    for first in range(0, tokens, _SCORED):
+        some = min(_SCORED, tokens - first)
+        for head in range(group):
+            later = _rows_after(rows, ahead, (head, first), (group, tokens, _SCORED))
+            h = 0
+            while h < heads:
+                n, q, w, _, _ = _tile_at(h, heads, padded, memory + head * per_head)
+                if n == 1:
+                    for i in range(first, first + some, LANES):
+                        count, these = min(LANES, first + some - i), _row_list(rows, i, head)
+                        score_one_head(kind, count, nbytes, q, these, scratch, w + 4 * i)
+                else:
+                    these = _row_list(rows, first, head)
+                    score_heads(kind, n, (some, nbytes), q, these, w + 4 * n * first, later)
+                h += n
 
 
 @numba.njit(nogil=True)
-def _attend_one(kind, start, row, planes, shape, memory, lists):
-    """Attend a row's tokens from a start on, for one KV head: sums and state of every tile.
+def _add_block(kind, shape, memory, rows, ahead):
+    """Softmax of a block's scores, and weighted values; arguments as for _score_block."""
+    group, heads, tokens, nbytes, padded = shape
+    per_head = 4 * heads * _floats_per_head(padded)
+    for head in range(group):
+        h = 0
+        while h < heads:
+            n, _, scores, sums, state = _tile_at(h, heads, padded, memory + head * per_head)
+            softmax_block(n, tokens, padded, scores, sums, state)
+            h += n
+    for first in range(0, tokens, _WEIGHED):
+        some = min(_WEIGHED, tokens - first)
+        for head in range(group):
+            later = _rows_after(rows, ahead, (head, first), (group, tokens, _WEIGHED))
+            these = _row_list(rows, first, head)
+            h = 0
+            while h < heads:
+                n, _, scores, sums, _ = _tile_at(h, heads, padded, memory + head * per_head)
+                weights = scores + 4 * n * first
+                add_weighted_values(kind, n, (some, nbytes), weights, these, sums, later)
+                h += n
 
-    row, planes: as for _list_block, planes of (keys, values); shape: (heads, nbytes, padded);
-    lists: workspace, as for _attend.
+
+@numba.njit(nogil=True)
+def _attend_some(kind, start, row, planes, shape, memory, lists):
+    """Attend a row's tokens from a start on, for some KV heads: sums and state of every tile.
+
+    row: as for _list_block; planes: (plane, bytes to the next KV head) of keys and of values.
+    shape: (KV heads, heads of each, nbytes, padded); lists: workspace, as for _attend.
     """
-    heads, nbytes, padded = shape
-    keys, later, values = lists
+    group, heads, nbytes, padded = shape
+    (key_pages, key_head), (value_pages, value_head) = planes
+    keys, later, values = _lists_at(lists)
     end = row[2]
-    _list_block(planes[0], row, start, keys)
+    _list_block(key_pages, row, start, keys)
     for first in range(start, end, BLOCK):
         tokens = min(BLOCK, end - first)
-        _list_block(planes[1], row, first, values)
+        _list_block(value_pages, row, first, values)
         ahead = keys
         if first + BLOCK < end:
             ahead = later
-            _list_block(planes[0], row, first + BLOCK, ahead)
-        sizes = (heads, tokens, nbytes, padded)
-        _score_block(kind, sizes, memory, keys.ctypes.data, values.ctypes.data)
-        h = 0
-        while h < heads:
-            n, _, scores, sums, state = _tile_at(h, heads, padded, memory)
-            softmax_block(n, tokens, padded, scores, sums, state)
-            rows = values.ctypes.data
-            add_weighted_values(kind, n, (tokens, nbytes), scores, rows, sums, ahead.ctypes.data)
-            h += n
+            _list_block(key_pages, row, first + BLOCK, ahead)
+        sizes = (group, heads, tokens, nbytes, padded)
+        _score_block(kind, sizes, memory, (keys, key_head), (values, value_head))
+        _add_block(kind, sizes, memory, (values, value_head), (ahead, key_head))
         keys, later = later, keys
 
 
 @numba.njit(nogil=True)
 def _attend_selected(kind, start, count, row, planes, shape, memory, lists, spare):
-    """Attend the `count` heaviest of a row's tokens; as _attend_one otherwise.
+    """Attend the `count` heaviest of a row's tokens; as _attend_some otherwise.
 
     spare: workspace for sparse attention, from _make_workspace.
     """
-    heads, nbytes, padded = shape
+    group, heads, nbytes, padded = shape
+    (key_pages, key_head), (value_pages, value_head) = planes
+    per_head = 4 * heads * _floats_per_head(padded)
     scores, weights, selected = spare
+    score_at = scores.ctypes.data
     room, span = len(weights), row[2] - start
-    keys, later, values = lists
-    _list_block(planes[0], row, start, keys)
+    keys, later, values = _lists_at(lists)
+    _list_block(key_pages, row, start, keys)
     for first in range(0, span, BLOCK):
         tokens = min(BLOCK, span - first)
         ahead = keys
         if first + BLOCK < span:
             ahead = later
-            _list_block(planes[0], row, start + first + BLOCK, ahead)
-        sizes = (heads, tokens, nbytes, padded)
-        _score_block(kind, sizes, memory, keys.ctypes.data, ahead.ctypes.data)
-        h = 0
-        while h < heads:
-            n, _, block, _, _ = _tile_at(h, heads, padded, memory)
-            copy_vectors(block, BLOCK * n // LANES, scores[h * room + first * n :].ctypes.data)
-            h += n
+            _list_block(key_pages, row, start + first + BLOCK, ahead)
+        sizes = (group, heads, tokens, nbytes, padded)
+        _score_block(kind, sizes, memory, (keys, key_head), (ahead, key_head))
+        for head in range(group):
+            h = 0
+            while h < heads:
+                n, _, block, _, _ = _tile_at(h, heads, padded, memory + head * per_head)
+                place = (head * heads + h) * room + first * n
+                copy_vectors(block, BLOCK * n // LANES, score_at + 4 * place)
+                h += n
         keys, later = later, keys
-    weights[:] = 0
-    h = 0
-    while h < heads:
-        n = _tile_at(h, heads, padded, memory)[0]
-        add_softmax(n, span, scores[h * room :].ctypes.data, weights.ctypes.data)
-        h += n
-    num_selected = keep_largest(weights, span, count, selected)
-    if weights[0] != weights[0]:
-        num_selected = 0  # a score is NaN, and so must the result be: without tokens it is 0 / 0
-    for first in range(0, num_selected, BLOCK):
-        picks = selected[first : min(first + BLOCK, num_selected)]
-        _list_picks(
-            planes[1], row, start, selected[first : min(first + len(values), num_selected)], values
-        )
+    for head in range(group):
+        weights[:] = 0
         h = 0
         while h < heads:
-            n, _, block, sums, state = _tile_at(h, heads, padded, memory)
-            gather_scores(scores[h * room :], n, picks, block)
-            softmax_block(n, len(picks), padded, block, sums, state)
-            rows, ahead = values.ctypes.data, values[AHEAD:].ctypes.data
-            add_weighted_values(kind, n, (len(picks), nbytes), block, rows, sums, ahead)
+            n = _tile_at(h, heads, padded, memory)[0]
+            place = (head * heads + h) * room
+            add_softmax(n, span, score_at + 4 * place, weights.ctypes.data)
             h += n
+        num_selected = keep_largest(weights, span, count, selected)
+        if weights[0] != weights[0]:
+            num_selected = 0  # a score is NaN, so the result must be: without tokens it is 0 / 0
+        for first in range(0, num_selected, BLOCK):
+            picks = selected[first : min(first + BLOCK, num_selected)]
+            coming = selected[first : min(first + BLOCK + AHEAD, num_selected)]
+            _list_picks(value_pages, row, start, coming, values)
+            these = values, head * value_head
+            coming_rows = values + 8 * AHEAD, head * value_head
+            h = 0
+            while h < heads:
+                n, _, block, sums, state = _tile_at(h, heads, padded, memory + head * per_head)
+                gather_scores(scores[(head * heads + h) * room :], n, picks, block)
+                softmax_block(n, len(picks), padded, block, sums, state)
+                sizes = (len(picks), nbytes)
+                add_weighted_values(kind, n, sizes, block, these, sums, coming_rows)
+                h += n
 
 
 @numba.njit(nogil=True)
@@ -389,7 +468,7 @@ def _store_log_sums(n, state, into, step):
 def _are_pages(table, first, end, pages):
     """True if a part of a table names nothing but pages."""
     for i in range(first, end):
-        if table[i] < 0 or table[i] >= pages:
+        if page_in(table, i) < 0 or page_in(table, i) >= pages:
             return False
     return True
 
@@ -407,57 +486,67 @@ def _attend(
     _places of queries, results and their logarithms. pool: tables, _places of keys and of values,
     and (pages, tokens of a page). memory, lists, spare: _make_workspace's.
     """
-    rows, kv_heads, heads, dim, nbytes, padded = shape
+    rows, kv_heads, group, heads, dim, nbytes, padded = shape
     starts, ends = rows_of
-    memory = memory.ctypes.data
+    memory, lists = memory.ctypes.data, lists.ctypes.data
     scale = np.float32(_LOG2_E / np.sqrt(dim))
     (q, q_row, q_head), (out, out_row, out_head), (lse, lse_row, lse_head) = vectors
-    tables, (k, k_page, k_head, k_token), (v, v_page, v_head, v_token), (pages, size) = pool
+    (tables, table_bytes), (k, k_page, k_head, k_token), (v, v_page, v_head, v_token), sizes = pool
+    pages, size = sizes
+    per_row, per_head = -(-kv_heads // group), 4 * heads * _floats_per_head(padded)
     item = fetch_and_increment(progress.ctypes.data)
-    while item < rows * kv_heads:
-        row, head = item // kv_heads, item % kv_heads
-        start, place = starts[row], (tables[row], size, ends[row])
-        queries = (q + row * q_row + head * heads * q_head, q_head)
-        results = (out + row * out_row + head * heads * out_head, out_head)
-        planes = (k + head * k_head, k_page, k_token), (v + head * v_head, v_page, v_token)
+    while item < rows * per_row:
+        row, head = item // per_row, item % per_row * group
+        start, place = starts[row], (tables + row * table_bytes, size, ends[row])
         if not _are_pages(place[0], start // size, (ends[row] - 1) // size + 1, pages):
             progress[1] = row + 1
             return
-        h = 0
-        while h < heads:
-            n, first, _, sums, state = _tile_at(h, heads, padded, memory)
-            _start_tile(kind, n, dim, scale, _from(queries, h), lanes, dtype, first, sums, state)
-            h += n
-        sizes = (heads, nbytes, padded)
+        some, first = min(group, kv_heads - head), head * heads
+        queries = (q + row * q_row + first * q_head, q_head)
+        results = (out + row * out_row + first * out_head, out_head)
+        key_pages = (k + head * k_head, k_page, k_token)
+        value_pages = (v + head * v_head, v_page, v_token)
+        planes = (key_pages, k_head), (value_pages, v_head)
+        for i in range(some):
+            h = 0
+            while h < heads:
+                n, into, _, sums, state = _tile_at(h, heads, padded, memory + i * per_head)
+                these = _from(queries, i * heads + h)
+                _start_tile(kind, n, dim, scale, these, lanes, dtype, into, sums, state)
+                h += n
+        sizes = (some, heads, nbytes, padded)
         if counts is None:
-            _attend_one(kind, start, place, planes, sizes, memory, lists)
+            _attend_some(kind, start, place, planes, sizes, memory, lists)
         else:
             _attend_selected(kind, start, counts[row], place, planes, sizes, memory, lists, spare)
-        h = 0
-        while h < heads:
-            n, _, _, sums, state = _tile_at(h, heads, padded, memory)
-            _store_tile(kind, n, dim, sums, state, lanes, dtype, _from(results, h))
-            if lse != 0:
-                log_sums = lse + row * lse_row + (head * heads + h) * lse_head
-                _store_log_sums(n, state, log_sums, lse_head)
-            h += n
+        for i in range(some):
+            h = 0
+            while h < heads:
+                n, _, _, sums, state = _tile_at(h, heads, padded, memory + i * per_head)
+                these = _from(results, i * heads + h)
+                _store_tile(kind, n, dim, sums, state, lanes, dtype, these)
+                if lse != 0:
+                    log_sums = lse + row * lse_row + (first + i * heads + h) * lse_head
+                    _store_log_sums(n, state, log_sums, lse_head)
+                h += n
         item = fetch_and_increment(progress.ctypes.data)
 
 
-def _make_workspace(heads: int, padded: int, tokens: int | None) -> tuple:
+def _make_workspace(sizes: tuple[int, int, int], tokens: int | None) -> tuple:
     """Workspace of one thread, zeros: (memory, lists, spare) as for _attend.
 
     memory starts at a cache line, so that no vector lies in two lines. lists: of a block's keys,
     the next block's, and values. spare, only for sparse attention: scores, weights and positions of
     a number of tokens.
     """
-    floats = heads * _floats_per_head.py_func(padded) + LANES * LANES
+    group, heads, padded = sizes
+    floats = group * heads * _floats_per_head.py_func(padded) + LANES * LANES
     memory = np.zeros(floats + 16, np.float32)
     start = -(memory.ctypes.data // 4) % 16
     memory = memory[start : start + floats]
-    lists = tuple(np.zeros(BLOCK + AHEAD, np.int64) for _ in range(3))
+    lists = np.zeros(3 * _LIST, np.int64)
     if tokens is None:
         return memory, lists, None
     room = -(-tokens // BLOCK) * BLOCK
-    scores, weights = np.zeros(heads * room, np.float32), np.zeros(room, np.float32)
+    scores, weights = np.zeros(group * heads * room, np.float32), np.zeros(room, np.float32)
     return memory, lists, (scores, weights, np.zeros(room + 1, np.int64))

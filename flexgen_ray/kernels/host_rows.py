@@ -22,6 +22,7 @@ from numba.core import types
 
 from flexgen_ray.kernels.vectors import (
     I8,
+    I32,
     I32_VECTOR,
     I64,
     KINDS,
@@ -43,12 +44,16 @@ from flexgen_ray.kernels.vectors import (
     shuffle,
     size_in_bytes,
     smaller,
+    splat,
+    store,
     store_first,
     vector_bytes,
 )
 from flexgen_ray.quant.packing import GROUP, PARAMETER_BYTES, code_bytes, group_bytes
 
 _HALF = LANES // 2
+# Entries that a list of rows has beyond those it is for.
+ROOM = 8
 _TYPES = (types.float32, types.uint16, types.int16)
 DTYPES = {name: code for code, name in enumerate(KINDS)}
 
@@ -168,6 +173,36 @@ def loop_over_vectors(
 
     together = GROUP if is_packed(kind) else LANES
     return emit_loop(b, lanes, together, start, in_group)
+
+
+@emitted
+def page_in(context, table, index):
+    """Entry of a table, int32 at an address."""
+
+    def generate(context, b, signature, args):
+        place = element_at(b, args[0], args[1], 4)
+        return b.sext(b.load(b.inttoptr(place, I32.as_pointer())), I64)
+
+    return types.int64(types.int64, types.int64), generate
+
+
+@emitted
+def list_rows(context, address, step, count, into):
+    """into[i] = address + i * step for i < count; up to ROOM - 1 entries beyond are overwritten."""
+
+    def generate(context, b, signature, args):
+        address, step, count, into = args
+        steps = b.mul(splat(b, step, ROOM), ir.Constant(ir.VectorType(I64, ROOM), [*range(ROOM)]))
+
+        def some(i, _):
+            rows = b.add(splat(b, b.add(address, b.mul(i, step)), ROOM), steps)
+            store(b, rows, element_at(b, into, i, 8))
+            return []
+
+        emit_loop(b, count, ROOM, [], some)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 4), generate
 
 
 @emitted

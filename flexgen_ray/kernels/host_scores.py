@@ -14,6 +14,7 @@ from flexgen_ray.kernels.host_tiles import LINE, TILES, part_of_row, vectors_of_
 from flexgen_ray.kernels.vectors import (
     I64,
     LANES,
+    MATRIX,
     VECTOR_BYTES,
     ZEROS,
     Values,
@@ -39,7 +40,7 @@ _COMMON_DIMS = (64, 128)
 def score_heads(context, kind, heads, shape, queries, rows, scores, ahead):
     """scores[j, h] = rows[j] . queries[h], for two or more heads; shape: (rows, bytes of one row).
 
-    rows, ahead: lists of BLOCK rows, of which those beyond the shape's need only be readable.
+    rows, ahead: lists, with readable rows for whole vectors of scores.
 
     A vector of queries holds the same part of several heads' queries, say elements 0 to 3:
 
@@ -82,8 +83,7 @@ def score_heads(context, kind, heads, shape, queries, rows, scores, ahead):
         return context.get_dummy_value()
 
     integer = types.int64
-    shape = types.UniTuple(integer, 2)
-    return types.void(kind, integer, shape, *[integer] * 4), generate
+    return types.void(kind, integer, MATRIX, integer, MATRIX, integer, MATRIX), generate
 
 
 def _multiply(
@@ -176,4 +176,4 @@ def score_one_head(context, kind, count, nbytes, queries, rows, partial, scores)
         store(b, sum_neighbours(b, sums), scores)
         return context.get_dummy_value()
 
-    return types.void(kind, *[types.int64] * 6), generate
+    return types.void(kind, *[types.int64] * 3, MATRIX, *[types.int64] * 2), generate

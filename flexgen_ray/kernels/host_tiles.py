@@ -39,7 +39,13 @@ import math
 from llvmlite import ir
 from numba.core import types
 
-from flexgen_ray.kernels.host_rows import count_lanes, load_parameters, read_vector, vector_offset
+from flexgen_ray.kernels.host_rows import (
+    ROOM,
+    count_lanes,
+    load_parameters,
+    read_vector,
+    vector_offset,
+)
 from flexgen_ray.kernels.vectors import (
     F32,
     I64,
@@ -80,7 +86,7 @@ LINE = 64
 # the registers.
 _COLUMNS = {8: (2, 1) if WIDE else (1,), 4: (4, 1) if WIDE else (2, 1), 2: (4, 1), 1: (8, 4, 1)}
 # Distance at which picked rows are prefetched; their list is longer than a block by as many.
-AHEAD = 8
+AHEAD = ROOM
 _UNROLLED = 4
 
 
@@ -236,7 +242,7 @@ def add_weighted_values(context, kind, heads, shape, weights, values, sums, ahea
                     if c * LANES % GROUP == 0:
                         group = load_parameters(b, kind, row, nbytes, b.add(d, I64(c * LANES)))
                     v.append(read_vector(b, kind, b.add(row, b.add(at, I64(c * vector))), group))
-                for line in range(0, width, LINE):
+                for line in range(0, width if heads > 1 else 0, LINE):
                     prefetch(b, b.add(later, b.add(at, I64(line))))
                 place = element_at(b, weights, j, 4 * heads)
                 places = [b.add(place, I64(4 * h)) for h in range(heads)]
@@ -268,8 +274,8 @@ def add_weighted_values(context, kind, heads, shape, weights, values, sums, ahea
         emit_switch(b, heads, TILES, emit)
         return context.get_dummy_value()
 
-    shape, integer = types.UniTuple(types.int64, 2), types.int64
-    return types.void(kind, integer, shape, integer, integer, MATRIX, integer), generate
+    integer = types.int64
+    return types.void(kind, integer, MATRIX, integer, MATRIX, MATRIX, MATRIX), generate
 
 
 @emitted

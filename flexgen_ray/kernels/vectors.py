@@ -7,7 +7,8 @@ neither keys and values nor groups of codes.
 A *kind* is a dummy scalar whose numba type names the type that elements are stored in: float32,
 uint16 (IEEE half) or int16 (bfloat16), since numba has no 16-bit floats; uint8 or int8 for
 elements that are quantized to 8 or 4 bits. An address is an int64. A matrix is the pair
-(address, bytes from row to row); a list is the address of an array of addresses.
+(address, bytes from row to row). A list of rows is the pair (address of an array of addresses,
+bytes to add to each).
 """
 
 from __future__ import annotations
@@ -206,9 +207,10 @@ def row_at(b: ir.IRBuilder, matrix: ir.Value, index: ir.Value) -> ir.Value:
     return b.add(b.extract_value(matrix, 0), b.mul(b.extract_value(matrix, 1), index))
 
 
-def listed(b: ir.IRBuilder, addresses: ir.Value, index: ir.Value) -> ir.Value:
-    """Address with an index in a list."""
-    return b.load(b.inttoptr(element_at(b, addresses, index, 8), I64.as_pointer()))
+def listed(b: ir.IRBuilder, rows: ir.Value, index: ir.Value) -> ir.Value:
+    """Address with an index in a list of rows."""
+    place = element_at(b, b.extract_value(rows, 0), index, 8)
+    return b.add(b.load(b.inttoptr(place, I64.as_pointer())), b.extract_value(rows, 1))
 
 
 def fma(b: ir.IRBuilder, x: ir.Value, y: ir.Value, z: ir.Value) -> ir.Value:
