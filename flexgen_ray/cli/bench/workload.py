@@ -120,8 +120,8 @@ def workload(
         result |= run_figures(llm.report) | watched
     say(
         f"{wasted['slots_without_token']:.0%} of the slots gave no token in an average pass, "
-        f"{wasted['live_cache']:.0%} of the cache held tokens of requests under way; batches padded "
-        f"to their longest request would be {wasted['padding_of_batches']:.0%} padding"
+        f"{wasted['live_cache']:.0%} of the cache held tokens of requests under way; batches "
+        f"padded to their longest request would be {wasted['padding_of_batches']:.0%} padding"
     )
     finish(result, llm.report.device, json_file)
 
