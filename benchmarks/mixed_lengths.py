@@ -1,0 +1,256 @@
+"""What does one long request among short ones cost? Against another checkout, in turns.
+
+Claim: memory holds as many requests as their own lengths allow, not as the longest one allows.
+Requests of a mixture run in memory in which a cache of fixed slots, each as long as the longest
+request, has so many slots (fixed_slots.py). The engine fills that memory, or plans for it, as it
+likes. So does the engine of another checkout (--other), whose runs alternate with this one's; each
+run is a process of its own (mixed_lengths_run.py). On this machine runs a small model with random
+weights; with --emulated OPT-30B on the paper's T4 (paper_machines.py), planned and emulated.
+
+Good: a `ratio` of useful tokens/s of 3 or more to a checkout with fixed slots, at 4 and at 16 rows;
+a `recomputed_share` of at most 0.05. `live_cache` says how much of the cache's memory held tokens
+of requests under way, in an average pass. A ratio rests on no run beside which others used the
+cores.
+docs/results/mixed-lengths-cpu.json: python -m benchmarks.mixed_lengths --json FILE
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median_low
+from typing import Annotated, Any
+
+import typer
+
+from benchmarks import gate
+from benchmarks import paper_machines as t4
+from benchmarks.command import run_as_command
+from benchmarks.fixed_slots import FixedSlots
+from flexgen_ray.calibration.steady import OtherLoad
+from flexgen_ray.cli.bench.lengths import MIXTURES, Lengths, draw, scale
+from flexgen_ray.cli.bench.runs import beside, holds
+from flexgen_ray.cli.bench.workload import live_tokens, summary
+from flexgen_ray.cli.options import JsonOption
+from flexgen_ray.models.config import ModelConfig
+from flexgen_ray.models.config_files import load_config
+from flexgen_ray.models.shapes import shape_config
+from flexgen_ray.reporting.terminal import say
+
+HERE = Path(__file__).resolve().parents[1]
+RATE = "useful_tokens_per_s"
+EMULATED = "opt-30b"
+_LLAMA = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-5, "tie_word_embeddings": True, "dtype": "float32",
+}  # fmt: skip
+# Models that run on this machine, by keys of config.json: a pass of the first takes little more
+# than its ops' own time; the second is published.
+MODELS: dict[str, dict[str, Any]] = {
+    "llama-6m": {
+        "hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 8, "vocab_size": 4096,
+        "num_attention_heads": 4, "num_key_value_heads": 2,
+    },
+    "smollm2-135m": {
+        "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+        "vocab_size": 49152, "num_attention_heads": 9, "num_key_value_heads": 3,
+    },
+}  # fmt: skip
+
+
+def mixed_lengths(
+    other: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            file_okay=False,
+            exists=True,
+            help="Checkout to compare with, in turns; d1a080c or later. [default: none]",
+        ),
+    ] = None,
+    emulated: Annotated[
+        bool, typer.Option("--emulated", help="Emulate OPT-30B on a T4 in place of a real run.")
+    ] = False,
+    model: Annotated[
+        str, typer.Option(metavar="NAME", help=f"Model of a real run: {', '.join(MODELS)}.")
+    ] = "llama-6m",
+    lengths: Annotated[
+        str, typer.Option(metavar="NAME,...", help="Built-in mixtures to run.")
+    ] = ",".join(MIXTURES),
+    rows: Annotated[
+        str, typer.Option(metavar="N,...", help="Slots for which the memory is enough.")
+    ] = "4,16,64",
+    num_requests: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Number of requests to draw from a mixture.")
+    ] = 128,
+    longest: Annotated[
+        int,
+        typer.Option(
+            metavar="N", min=2, max=2048, help="Tokens to which the longest request is scaled."
+        ),
+    ] = 2048,
+    repeats: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Number of runs of each checkout.")
+    ] = 1,
+    cell_ms: Annotated[
+        float,
+        typer.Option(
+            metavar="MS",
+            help="Emulated: wall time of a decoding pass's cell (one batch in one layer), in "
+            "milliseconds.",
+        ),
+    ] = 2.0,
+    json_file: JsonOption = None,
+) -> None:
+    """Run mixed lengths in memory of so many slots; useful tokens/s, and what the cache held.
+
+    Example: python -m benchmarks.mixed_lengths --other ../old --rows 4 --lengths conversations
+    """
+    checkouts = {"this": HERE} | ({} if other is None else {"other": other.resolve()})
+    cases: dict[str, dict] = {}
+    with _model(None if emulated else model) as (name, config), _private_cache():
+        for mixture in lengths.split(","):
+            chosen = scale(draw(MIXTURES[mixture].make(), num_requests), longest)
+            for count in map(int, rows.split(",")):
+                task = _task(name, config, chosen, count, emulated)
+                task["cell_seconds"] = cell_ms / 1e3
+                cases[f"{mixture}, {count} slots"] = case = _run_in_turns(checkouts, task, repeats)
+                say(f"{mixture}, {count} slots: {case['runs']}")
+    commits = {each: _commit(folder) for each, folder in checkouts.items()}
+    settings = {"model": EMULATED if emulated else model, "checkouts": commits}
+    result = settings | {"emulated": emulated, "cases": cases}
+    gate.finish(result, "emulated T4 machine" if emulated else _device(cases), json_file)
+
+
+@contextmanager
+def _model(name: str | None) -> Iterator[tuple[str, ModelConfig]]:
+    """Folder, or built-in shape, and config of a model; None is the one that is emulated."""
+    if name is None:
+        yield EMULATED, shape_config(EMULATED)
+        return
+    if name not in MODELS:
+        raise ValueError(f"--model is {name!r}; it must be one of {', '.join(MODELS)}")
+    with tempfile.TemporaryDirectory(prefix="flexgen-bench-") as folder:
+        text = json.dumps(_LLAMA | MODELS[name])
+        (Path(folder) / "config.json").write_text(text, encoding="utf-8")
+        yield folder, load_config(folder)
+
+
+@contextmanager
+def _private_cache() -> Iterator[None]:
+    """Context in which no rates are known that this user's machine was calibrated for."""
+    before = os.environ.get("XDG_CACHE_HOME")
+    with tempfile.TemporaryDirectory(prefix="flexgen-bench-") as folder:
+        os.environ["XDG_CACHE_HOME"] = folder
+        try:
+            yield
+        finally:
+            del os.environ["XDG_CACHE_HOME"]
+            if before is not None:
+                os.environ["XDG_CACHE_HOME"] = before
+
+
+def _task(name: str, config: ModelConfig, lengths: Lengths, rows: int, is_emulated: bool) -> dict:
+    """The task of mixed_lengths_run.py: a model, lengths, and memory for so many fixed slots."""
+    longest_prompt = max(prompt_len for prompt_len, _ in lengths)
+    longest = max(map(sum, lengths))
+    slots = FixedSlots(config, rows, longest_prompt, longest, 2 if is_emulated else 4)
+    budget = budget_of(slots, is_emulated)
+    return {
+        "model": name, "is_emulated": is_emulated, "lengths": lengths, "budget": budget,
+        "fixed_slots": slots.as_dict() | {"rows": rows, "longest": longest},
+    }  # fmt: skip
+
+
+def budget_of(slots: FixedSlots, is_emulated: bool) -> dict[str, int]:
+    """{tier: bytes} that are enough for these slots, and for few more.
+
+    On this machine weights are on the device and the cache in host memory. On the T4 they share
+    what its GPU and the host have: the GPU's memory is as it is, and the host has the rest.
+    """
+    device, host = slots.device_work, slots.cache + slots.host_work
+    if not is_emulated:
+        return {"gpu": slots.weights + device, "cpu": host, "disk": 2**20}
+    gpu = t4.BUDGET.gpu
+    return {"gpu": gpu, "cpu": slots.weights + slots.weights_in_flight + device + host - gpu,
+            "disk": 0}  # fmt: skip
+
+
+def _run_in_turns(checkouts: dict[str, Path], task: dict, repeats: int) -> dict:
+    """A case: its lengths and memory, all runs, and the median ones' ratio of useful tokens/s."""
+    runs: dict[str, list[dict]] = {each: [] for each in checkouts}
+    for _ in range(repeats):
+        for each, folder in checkouts.items():
+            runs[each].append(_run(folder, task))
+    middle = {each: _median(tried) for each, tried in runs.items()}
+    ratio = gate.ratio(middle["this"], middle["other"], RATE) if "other" in runs else None
+    sizes = {"budget_bytes": task["budget"], "fixed_slots": task["fixed_slots"]}
+    return summary(task["lengths"]) | sizes | {"ratio": ratio, "runs": runs}
+
+
+def _run(checkout: Path, task: dict) -> dict:
+    """Figures of one run with a checkout's package.
+
+    Raises RuntimeError, with the last lines that it wrote, if it fails.
+    """
+    command = [sys.executable, "-P", str(HERE / "benchmarks/mixed_lengths_run.py")]
+    environment = os.environ | {"PYTHONPATH": str(checkout)}
+    text = json.dumps(task | {"checkout": str(checkout)})
+    watch = OtherLoad()
+    done = subprocess.run(command, input=text, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        lines = "\n".join(done.stderr.splitlines()[-20:])
+        raise RuntimeError(f"the run with {checkout} ended with {done.returncode}:\n{lines}")
+    return figures(task, json.loads(done.stdout.splitlines()[-1])) | beside(watch)
+
+
+def figures(task: dict, run: dict) -> dict:
+    """What a run reached. run: as mixed_lengths_run.py prints it.
+
+    recomputed_share: tokens that passes brought beyond those asked for, of those asked for.
+    """
+    lengths, seconds = [(prompt, answer) for prompt, answer in task["lengths"]], run["seconds"]
+    prompts, answers = map(sum, zip(*lengths, strict=True))
+    if run["tokens"] < answers:
+        raise RuntimeError(f"{run['tokens']} tokens came, but {answers} were asked for")
+    again = run["tokens"] + run["prompt_tokens"] - prompts - answers
+    return (
+        {
+            RATE: round(answers / seconds, 3),
+            "useful_with_prompts_per_s": round((prompts + answers) / seconds, 3),
+            "seconds": round(seconds, 3),
+            "passes": run["passes"],
+            "live_cache": round(live_tokens(lengths) / (run["passes"] * run["cache_tokens"]), 4),
+            "recomputed_share": round(again / (prompts + answers), 4),
+        }
+        | {name: run[name] for name in ("used_bytes", "policy", "device")}
+        | {name: run[name] for name in ("wall_s", "time_scale") if name in run}
+    )
+
+
+def _median(runs: list[dict]) -> dict:
+    """The run with the median rate, of those without a mark if there are any."""
+    sound = list(filter(holds, runs)) or runs
+    middle = median_low(run[RATE] for run in sound)
+    return next(run for run in sound if run[RATE] == middle)
+
+
+def _device(cases: dict[str, dict]) -> str:
+    return next(iter(cases.values()))["runs"]["this"][0]["device"]
+
+
+def _commit(checkout: Path) -> str:
+    """Commit of a checkout, or "unknown" outside of git."""
+    command = ["git", "-C", str(checkout), "describe", "--always", "--dirty"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return done.stdout.strip() or "unknown"
+
+
+if __name__ == "__main__":
+    run_as_command(mixed_lengths)
