@@ -5,7 +5,8 @@ Requests of a mixture run in memory in which a cache of fixed slots, each as lon
 request, has so many slots (fixed_slots.py). The engine fills that memory, or plans for it, as it
 likes. So does the engine of another checkout (--other), whose runs alternate with this one's; each
 run is a process of its own (mixed_lengths_run.py). On this machine runs a small model with random
-weights; with --emulated OPT-30B on the paper's T4 (paper_machines.py), planned and emulated.
+weights, in memory or, with --from-disk, mostly read from disk in each pass; with --emulated OPT-30B
+on the paper's T4 (paper_machines.py), planned and emulated.
 
 Good: a `ratio` of useful tokens/s of 3 or more to a checkout with fixed slots, at 4 and at 16 rows;
 a `recomputed_share` of at most 0.05. `live_cache` says how much of the cache's memory held tokens
@@ -46,16 +47,22 @@ from flexgen_ray.reporting.terminal import say
 HERE = Path(__file__).resolve().parents[1]
 RATE = "useful_tokens_per_s"
 EMULATED = "opt-30b"
+IN_MEMORY, FROM_DISK, EMULATED_T4 = "in memory", "weights from disk", "emulated T4"
 _LLAMA = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "max_position_embeddings": 2048,
     "rms_norm_eps": 1e-5, "tie_word_embeddings": True, "dtype": "float32",
 }  # fmt: skip
-# Models that run on this machine, by keys of config.json: a pass of the first takes little more
-# than its ops' own time; the second is published.
+# Models that run on this machine, by keys of config.json. A pass of the first takes little more than
+# the time of Python; the second has few bytes of cache for its weights, and is to be read from disk;
+# the third is published.
 MODELS: dict[str, dict[str, Any]] = {
     "llama-6m": {
         "hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 8, "vocab_size": 4096,
         "num_attention_heads": 4, "num_key_value_heads": 2,
+    },
+    "llama-50m": {
+        "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 3, "vocab_size": 4096,
+        "num_attention_heads": 16, "num_key_value_heads": 1,
     },
     "smollm2-135m": {
         "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
@@ -80,6 +87,12 @@ def mixed_lengths(
     model: Annotated[
         str, typer.Option(metavar="NAME", help=f"Model of a real run: {', '.join(MODELS)}.")
     ] = "llama-6m",
+    from_disk: Annotated[
+        bool,
+        typer.Option(
+            "--from-disk", help="Real run: room for weights on disk, and little elsewhere."
+        ),
+    ] = False,
     lengths: Annotated[
         str, typer.Option(metavar="NAME,...", help="Built-in mixtures to run.")
     ] = ",".join(MIXTURES),
@@ -114,16 +127,21 @@ def mixed_lengths(
     """
     checkouts = {"this": HERE} | ({} if other is None else {"other": other.resolve()})
     cases: dict[str, dict] = {}
-    with _model(None if emulated else model) as (name, config), _private_cache():
+    where = EMULATED_T4 if emulated else FROM_DISK if from_disk else IN_MEMORY
+    with _model(None if emulated else model) as (name, config):
         for mixture in lengths.split(","):
             chosen = scale(draw(MIXTURES[mixture].make(), num_requests), longest)
             for count in map(int, rows.split(",")):
-                task = _task(name, config, chosen, count, emulated)
-                task["cell_seconds"] = cell_ms / 1e3
+                slots = fixed_slots(config, chosen, count, 2 if emulated else 4)
+                task = {
+                    "model": name, "is_emulated": emulated, "lengths": chosen,
+                    "budget": budget_of(slots, where), "cell_seconds": cell_ms / 1e3,
+                    "fixed_slots": slots.as_dict(),
+                }  # fmt: skip
                 cases[f"{mixture}, {count} slots"] = case = _run_in_turns(checkouts, task, repeats)
                 say(f"{mixture}, {count} slots: {case['runs']}")
     commits = {each: _commit(folder) for each, folder in checkouts.items()}
-    settings = {"model": EMULATED if emulated else model, "checkouts": commits}
+    settings = {"model": EMULATED if emulated else model, "where": where, "checkouts": commits}
     result = settings | {"emulated": emulated, "cases": cases}
     gate.finish(result, "emulated T4 machine" if emulated else _device(cases), json_file)
 
@@ -142,44 +160,28 @@ def _model(name: str | None) -> Iterator[tuple[str, ModelConfig]]:
         yield folder, load_config(folder)
 
 
-@contextmanager
-def _private_cache() -> Iterator[None]:
-    """Context in which no rates are known that this user's machine was calibrated for."""
-    before = os.environ.get("XDG_CACHE_HOME")
-    with tempfile.TemporaryDirectory(prefix="flexgen-bench-") as folder:
-        os.environ["XDG_CACHE_HOME"] = folder
-        try:
-            yield
-        finally:
-            del os.environ["XDG_CACHE_HOME"]
-            if before is not None:
-                os.environ["XDG_CACHE_HOME"] = before
-
-
-def _task(name: str, config: ModelConfig, lengths: Lengths, rows: int, is_emulated: bool) -> dict:
-    """The task of mixed_lengths_run.py: a model, lengths, and memory for so many fixed slots."""
+def fixed_slots(config: ModelConfig, lengths: Lengths, rows: int, element: int) -> FixedSlots:
+    """Fixed slots for requests of these lengths. element: bytes of a value."""
     longest_prompt = max(prompt_len for prompt_len, _ in lengths)
-    longest = max(map(sum, lengths))
-    slots = FixedSlots(config, rows, longest_prompt, longest, 2 if is_emulated else 4)
-    budget = budget_of(slots, is_emulated)
-    return {
-        "model": name, "is_emulated": is_emulated, "lengths": lengths, "budget": budget,
-        "fixed_slots": slots.as_dict() | {"rows": rows, "longest": longest},
-    }  # fmt: skip
+    return FixedSlots(config, rows, longest_prompt, max(map(sum, lengths)), element)
 
 
-def budget_of(slots: FixedSlots, is_emulated: bool) -> dict[str, int]:
+def budget_of(slots: FixedSlots, where: str) -> dict[str, int]:
     """{tier: bytes} that are enough for these slots, and for few more.
 
-    On this machine weights are on the device and the cache in host memory. On the T4 they share
-    what its GPU and the host have: the GPU's memory is as it is, and the host has the rest.
+    IN_MEMORY: weights on the device, cache in host memory. FROM_DISK: slots for weights on the
+    device; host memory twice that of the cache, because an engine that fills tiers shrinks its
+    block rather than let the cache drive weights from more than half of it. EMULATED_T4: the GPU
+    has its own memory, and the host the rest of what weights, cache and buffers need.
     """
     device, host = slots.device_work, slots.cache + slots.host_work
-    if not is_emulated:
+    if where == IN_MEMORY:
         return {"gpu": slots.weights + device, "cpu": host, "disk": 2**20}
+    device += slots.weights_in_flight
+    if where == FROM_DISK:
+        return {"gpu": device, "cpu": host + slots.cache, "disk": slots.weights + 2**24}
     gpu = t4.BUDGET.gpu
-    return {"gpu": gpu, "cpu": slots.weights + slots.weights_in_flight + device + host - gpu,
-            "disk": 0}  # fmt: skip
+    return {"gpu": gpu, "cpu": slots.weights + device + host - gpu, "disk": 0}
 
 
 def _run_in_turns(checkouts: dict[str, Path], task: dict, repeats: int) -> dict:
@@ -200,10 +202,12 @@ def _run(checkout: Path, task: dict) -> dict:
     Raises RuntimeError, with the last lines that it wrote, if it fails.
     """
     command = [sys.executable, "-P", str(HERE / "benchmarks/mixed_lengths_run.py")]
-    environment = os.environ | {"PYTHONPATH": str(checkout)}
     text = json.dumps(task | {"checkout": str(checkout)})
     watch = OtherLoad()
-    done = subprocess.run(command, input=text, capture_output=True, text=True, env=environment)
+    with tempfile.TemporaryDirectory(prefix="flexgen-bench-") as cache:
+        # In a cache of its own it knows no rates that this machine was calibrated for.
+        environment = os.environ | {"PYTHONPATH": str(checkout), "XDG_CACHE_HOME": cache}
+        done = subprocess.run(command, input=text, capture_output=True, text=True, env=environment)
     if done.returncode:
         lines = "\n".join(done.stderr.splitlines()[-20:])
         raise RuntimeError(f"the run with {checkout} ended with {done.returncode}:\n{lines}")
@@ -220,18 +224,15 @@ def figures(task: dict, run: dict) -> dict:
     if run["tokens"] < answers:
         raise RuntimeError(f"{run['tokens']} tokens came, but {answers} were asked for")
     again = run["tokens"] + run["prompt_tokens"] - prompts - answers
-    return (
-        {
-            RATE: round(answers / seconds, 3),
-            "useful_with_prompts_per_s": round((prompts + answers) / seconds, 3),
-            "seconds": round(seconds, 3),
-            "passes": run["passes"],
-            "live_cache": round(live_tokens(lengths) / (run["passes"] * run["cache_tokens"]), 4),
-            "recomputed_share": round(again / (prompts + answers), 4),
-        }
-        | {name: run[name] for name in ("used_bytes", "policy", "device")}
-        | {name: run[name] for name in ("wall_s", "time_scale") if name in run}
-    )
+    kept = ("used_bytes", "policy", "device", "wall_s", "time_scale")
+    return {
+        RATE: round(answers / seconds, 3),
+        "useful_with_prompts_per_s": round((prompts + answers) / seconds, 3),
+        "seconds": round(seconds, 3),
+        "passes": run["passes"],
+        "live_cache": round(live_tokens(lengths) / (run["passes"] * run["cache_tokens"]), 4),
+        "recomputed_share": round(again / (prompts + answers), 4),
+    } | {name: run[name] for name in kept if name in run}
 
 
 def _median(runs: list[dict]) -> dict:
