@@ -70,9 +70,9 @@ class FixedSlots:
         return new + queries + max(scores, gathered, moved)
 
     def as_dict(self) -> dict[str, int]:
-        """{buffer: bytes} of all that is summed up."""
-        names = ("weights", "cache", "weights_in_flight", "device_work", "host_work")
-        return {name: getattr(self, name) for name in names}
+        """Rows, tokens of the longest request, and bytes of each part."""
+        parts = ("weights", "cache", "weights_in_flight", "device_work", "host_work")
+        return {name: getattr(self, name) for name in ("rows", "longest", *parts)}
 
     @property
     def _batch(self) -> int:

@@ -52,9 +52,9 @@ _LLAMA = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "max_position_embeddings": 2048,
     "rms_norm_eps": 1e-5, "tie_word_embeddings": True, "dtype": "float32",
 }  # fmt: skip
-# Models that run on this machine, by keys of config.json. A pass of the first takes little more than
-# the time of Python; the second has few bytes of cache for its weights, and is to be read from disk;
-# the third is published.
+# Models that run on this machine, by keys of config.json. A pass of the first takes little more
+# than the time of Python; the second has large weights and a small cache, to be read from disk; the
+# third is published.
 MODELS: dict[str, dict[str, Any]] = {
     "llama-6m": {
         "hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 8, "vocab_size": 4096,
@@ -89,9 +89,7 @@ def mixed_lengths(
     ] = "llama-6m",
     from_disk: Annotated[
         bool,
-        typer.Option(
-            "--from-disk", help="Real run: room for weights on disk, and little elsewhere."
-        ),
+        typer.Option("--from-disk", help="Real run: keep weights on disk, as far as possible."),
     ] = False,
     lengths: Annotated[
         str, typer.Option(metavar="NAME,...", help="Built-in mixtures to run.")
