@@ -46,6 +46,7 @@ from flexgen_ray.reporting.terminal import say
 
 HERE = Path(__file__).resolve().parents[1]
 RATE = "useful_tokens_per_s"
+LONG_OPS = "share_of_time_in_ops_of_1_ms_or_more"  # below a millisecond Python distorts an op
 EMULATED = "opt-30b"
 IN_MEMORY, FROM_DISK, EMULATED_T4 = "in memory", "weights from disk", "emulated T4"
 _LLAMA = {
@@ -222,7 +223,7 @@ def figures(task: dict, run: dict) -> dict:
     if run["tokens"] < answers:
         raise RuntimeError(f"{run['tokens']} tokens came, but {answers} were asked for")
     again = run["tokens"] + run["prompt_tokens"] - prompts - answers
-    kept = ("used_bytes", "policy", "device", "wall_s", "time_scale")
+    kept = ("used_bytes", "policy", "device", "wall_s", "time_scale", "mean_op_ms", LONG_OPS)
     return {
         RATE: round(answers / seconds, 3),
         "useful_with_prompts_per_s": round((prompts + answers) / seconds, 3),

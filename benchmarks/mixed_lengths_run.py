@@ -61,7 +61,7 @@ def emulated(task: dict, folder: str) -> dict:
     wall, run = time.perf_counter() - began, worker.measured()
     worker.close()
     scale = stand_in.time_scale
-    figures = _figures(plan, run.visits, run.wall / scale)
+    figures = _figures(plan, run.visits, run.wall / scale) | stand_in.op_times()
     return figures | {"device": "emulated T4", "wall_s": round(wall, 2), "time_scale": scale}
 
 
