@@ -22,7 +22,8 @@ class FixedSlots:
     """Bytes of a stage of all layers.
 
     rows: slots of the block. longest_prompt, longest: tokens of the longest prompt, and of the
-    longest request. element: bytes of a value.
+    longest request. element: bytes of a value. on_streams: True if temporaries of attention and of
+    the MLP add up, as on a GPU.
     """
 
     config: ModelConfig
@@ -30,6 +31,7 @@ class FixedSlots:
     longest_prompt: int
     longest: int
     element: int
+    on_streams: bool = False
 
     @property
     def weights(self) -> int:
@@ -55,7 +57,8 @@ class FixedSlots:
         hidden = 2 * self._cell * config.hidden_size * element
         cells = 2 * (self._cell * (config.q_size + 2 * config.kv_size) + batch * config.q_size)
         masks = 4 * batch * self.longest * element
-        temporaries = self._attention_bytes() + max(self._tile_bytes(), self._logits_bytes())
+        ahead, finishing = self._attention_bytes(), max(self._tile_bytes(), self._logits_bytes())
+        temporaries = ahead + finishing if self.on_streams else max(ahead, finishing)
         return hidden + cells * element + int(ALLOCATED * (temporaries + masks))
 
     @property

@@ -79,7 +79,8 @@ def mixed_lengths(
             metavar="FOLDER",
             file_okay=False,
             exists=True,
-            help="Checkout to compare with, in turns; d1a080c or later. [default: none]",
+            help="Checkout to compare with, in turns; d1a080c or later. It runs with the Python "
+            "of its folder .venv, if there is one, else with this one. [default: none]",
         ),
     ] = None,
     emulated: Annotated[
@@ -117,7 +118,7 @@ def mixed_lengths(
             help="Emulated: wall time of a decoding pass's cell (one batch in one layer), in "
             "milliseconds.",
         ),
-    ] = 2.0,
+    ] = 4.0,
     json_file: JsonOption = None,
 ) -> None:
     """Run mixed lengths in memory of so many slots; useful tokens/s, and what the cache held.
@@ -131,7 +132,7 @@ def mixed_lengths(
         for mixture in lengths.split(","):
             chosen = scale(draw(MIXTURES[mixture].make(), num_requests), longest)
             for count in map(int, rows.split(",")):
-                slots = fixed_slots(config, chosen, count, 2 if emulated else 4)
+                slots = fixed_slots(config, chosen, count, emulated)
                 task = {
                     "model": name, "is_emulated": emulated, "lengths": chosen,
                     "budget": budget_of(slots, where), "cell_seconds": cell_ms / 1e3,
@@ -159,10 +160,11 @@ def _model(name: str | None) -> Iterator[tuple[str, ModelConfig]]:
         yield folder, load_config(folder)
 
 
-def fixed_slots(config: ModelConfig, lengths: Lengths, rows: int, element: int) -> FixedSlots:
-    """Fixed slots for requests of these lengths. element: bytes of a value."""
-    longest_prompt = max(prompt_len for prompt_len, _ in lengths)
-    return FixedSlots(config, rows, longest_prompt, max(map(sum, lengths)), element)
+def fixed_slots(config: ModelConfig, lengths: Lengths, rows: int, is_emulated: bool) -> FixedSlots:
+    """Fixed slots for requests of these lengths: float16 on the emulated GPU, float32 elsewhere."""
+    longest_prompt, longest = max(prompt_len for prompt_len, _ in lengths), max(map(sum, lengths))
+    element = 2 if is_emulated else 4
+    return FixedSlots(config, rows, longest_prompt, longest, element, is_emulated)
 
 
 def budget_of(slots: FixedSlots, where: str) -> dict[str, int]:
@@ -200,7 +202,9 @@ def _run(checkout: Path, task: dict) -> dict:
 
     Raises RuntimeError, with the last lines that it wrote, if it fails.
     """
-    command = [sys.executable, "-P", str(HERE / "benchmarks/mixed_lengths_run.py")]
+    own = checkout / ".venv/bin/python"
+    python = str(own) if checkout != HERE and own.exists() else sys.executable
+    command = [python, "-P", str(HERE / "benchmarks/mixed_lengths_run.py")]
     text = json.dumps(task | {"checkout": str(checkout)})
     watch = OtherLoad()
     with tempfile.TemporaryDirectory(prefix="flexgen-bench-") as cache:

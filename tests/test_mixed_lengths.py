@@ -37,7 +37,7 @@ LENGTHS = scale(draw(conversations(), 128), 512)
     st.sampled_from([IN_MEMORY, FROM_DISK, EMULATED_T4]),
 )
 def test_memory_is_enough_for_the_slots_and_not_for_twice_as_many(shape, rows, where):
-    slots = fixed_slots(shape_config(shape), LENGTHS, rows, 2)
+    slots = fixed_slots(shape_config(shape), LENGTHS, rows, where == EMULATED_T4)
     twice = replace(slots, rows=2 * rows)
     assert twice.cache == 2 * slots.cache
     budget = sum(budget_of(slots, where).values())
@@ -50,7 +50,7 @@ def test_memory_is_enough_for_the_slots_and_not_for_twice_as_many(shape, rows, w
 @pytest.mark.parametrize("where", [IN_MEMORY, FROM_DISK])
 def test_an_engine_fills_that_memory_with_no_fewer_rows(rows, where):
     with mixed_lengths._model("llama-50m") as (_, config):
-        slots = fixed_slots(config, LENGTHS, rows, 4)
+        slots = fixed_slots(config, LENGTHS, rows, False)
     workload = Workload(len(LENGTHS), slots.longest_prompt, slots.longest)
     layers = StageLayers.whole(config.num_layers)
     plan = StagePlan(config, layers, Policy(), workload, "float32", stages_disk=False)
