@@ -56,16 +56,18 @@ class FixedSlots:
         config, batch, element = self.config, self._batch, self.element
         hidden = 2 * self._cell * config.hidden_size * element
         cells = 2 * (self._cell * (config.q_size + 2 * config.kv_size) + batch * config.q_size)
-        masks = 4 * batch * self.longest * element
+        # A prompt that takes several passes has a place of its own, of one layer, in both slots.
+        chunked = 4 * self.longest * config.kv_size if self._cell < self._prompts else 0
+        masks = 4 * batch * (self.longest + config.head_dim) * element
         ahead, finishing = self._attention_bytes(), max(self._tile_bytes(), self._logits_bytes())
         temporaries = ahead + finishing if self.on_streams else max(ahead, finishing)
-        return hidden + cells * element + int(ALLOCATED * (temporaries + masks))
+        return hidden + (cells + chunked) * element + int(ALLOCATED * (temporaries + masks))
 
     @property
     def host_work(self) -> int:
         """Bytes of new keys and values, queries, scores and embeddings in host memory."""
         config, element = self.config, self.element
-        new = 2 * self._cell * 2 * config.kv_size * element
+        new = 2 * self._cell * (2 * config.kv_size + config.hidden_size) * element
         queries = 4 * self._batch * config.q_size * element
         scores = self._batch * self.longest * 4 * (1 + config.num_heads)
         gathered = 3 * TILE * config.hidden_size * element
@@ -84,7 +86,12 @@ class FixedSlots:
     @property
     def _cell(self) -> int:
         """Most tokens of a batch in a pass."""
-        return max(self._batch, min(self._batch * self.longest_prompt, TILES * TILE))
+        return max(self._batch, min(self._prompts, TILES * TILE))
+
+    @property
+    def _prompts(self) -> int:
+        """Tokens of a batch's prompts, if all are as long as the longest."""
+        return self._batch * self.longest_prompt
 
     @property
     def _tied_bytes(self) -> int:
@@ -98,8 +105,9 @@ class FixedSlots:
     def _tile_bytes(self) -> int:
         """Bytes of a tile's MLP."""
         config = self.config
-        wide = config.intermediate_size * (3 if config.gated_mlp else 2) + 2 * config.hidden_size
-        return TILE * (wide * self.element + 12 * config.hidden_size)
+        wide = config.intermediate_size * (3 if config.gated_mlp else 2)
+        beside = (config.hidden_size + config.head_dim) * (2 * self.element + 12)
+        return min(TILE, self._cell) * (wide * self.element + beside)
 
     def _attention_bytes(self) -> int:
         """Bytes of a prompt's attention, with its mask, and of decoding rows' scores."""

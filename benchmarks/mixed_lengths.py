@@ -61,8 +61,8 @@ MODELS: dict[str, dict[str, Any]] = {
         "hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 8, "vocab_size": 4096,
         "num_attention_heads": 4, "num_key_value_heads": 2,
     },
-    "llama-50m": {
-        "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 3, "vocab_size": 4096,
+    "llama-90m": {
+        "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 6, "vocab_size": 4096,
         "num_attention_heads": 16, "num_key_value_heads": 1,
     },
     "smollm2-135m": {
