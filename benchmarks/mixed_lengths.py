@@ -1,4 +1,4 @@
-"""What does one long request among short ones cost? Against another checkout, in turns.
+"""Do long requests among short ones cost no more than their own memory? Beside another checkout.
 
 Claim: memory holds as many requests as their own lengths allow, not as the longest one allows.
 Requests of a mixture run in memory in which a cache of fixed slots, each as long as the longest
@@ -218,7 +218,7 @@ def _run(checkout: Path, task: dict) -> dict:
 
 
 def figures(task: dict, run: dict) -> dict:
-    """What a run reached. run: as mixed_lengths_run.py prints it.
+    """Figures of a run, of which mixed_lengths_run.py printed `run`.
 
     recomputed_share: tokens that passes brought beyond those asked for, of those asked for.
     """
@@ -227,7 +227,7 @@ def figures(task: dict, run: dict) -> dict:
     if run["tokens"] < answers:
         raise RuntimeError(f"{run['tokens']} tokens came, but {answers} were asked for")
     again = run["tokens"] + run["prompt_tokens"] - prompts - answers
-    kept = ("used_bytes", "policy", "device", "wall_s", "time_scale", "mean_op_ms", LONG_OPS)
+    also = ("used_bytes", "policy", "device", "wall_s", "time_scale", "mean_op_ms", LONG_OPS)
     return {
         RATE: round(answers / seconds, 3),
         "useful_with_prompts_per_s": round((prompts + answers) / seconds, 3),
@@ -235,7 +235,7 @@ def figures(task: dict, run: dict) -> dict:
         "passes": run["passes"],
         "live_cache": round(live_tokens(lengths) / (run["passes"] * run["cache_tokens"]), 4),
         "recomputed_share": round(again / (prompts + answers), 4),
-    } | {name: run[name] for name in kept if name in run}
+    } | {name: run[name] for name in also if name in run}
 
 
 def _median(runs: list[dict]) -> dict:
