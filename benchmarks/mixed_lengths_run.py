@@ -122,7 +122,7 @@ def _module(*names: str) -> ModuleType:
 
 
 def _either(module: ModuleType, name: str, older: str) -> Any:
-    """What a module has by this name or, in an older checkout, by the other one."""
+    """An attribute of a module by this name or, in an older checkout, by the other one."""
     return getattr(module, name) if hasattr(module, name) else getattr(module, older)
 
 
