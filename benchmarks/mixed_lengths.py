@@ -11,8 +11,8 @@ on the paper's T4 (paper_machines.py), planned and emulated.
 Good: a `ratio` of useful tokens/s of 3 or more to a checkout with fixed slots, at 4 and at 16 rows;
 a `recomputed_share` of at most 0.05. `live_cache` says how much of the cache's memory held tokens
 of requests under way, in an average pass. A ratio rests on no run beside which others used the
-cores.
-docs/results/mixed-lengths-cpu.json: python -m benchmarks.mixed_lengths --json FILE
+cores. Where others do, OMP_NUM_THREADS=1 makes runs steadier: threads that share a core wait for
+each other.
 """
 
 from __future__ import annotations
@@ -256,5 +256,10 @@ def _commit(checkout: Path) -> str:
     return done.stdout.strip() or "unknown"
 
 
+def main() -> None:
+    """Run the benchmark. `python -m benchmarks` lists it once a result of it is committed."""
+    return run_as_command(mixed_lengths)
+
+
 if __name__ == "__main__":
-    run_as_command(mixed_lengths)
+    main()
