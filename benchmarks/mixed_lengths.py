@@ -100,12 +100,22 @@ def mixed_lengths(
         str, typer.Option(metavar="N,...", help="Slots for which the memory is enough.")
     ] = "4,16,64",
     num_requests: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Number of requests to draw from a mixture.")
-    ] = 128,
+        int,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Number of requests to draw from a mixture. With few, every engine waits for the "
+            "longest answer.",
+        ),
+    ] = 512,
     longest: Annotated[
         int,
         typer.Option(
-            metavar="N", min=2, max=2048, help="Tokens to which the longest request is scaled."
+            metavar="N",
+            min=2,
+            max=2048,
+            help="Tokens to which the longest request is scaled. A run takes about as long as "
+            "that; what slots waste hardly depends on it.",
         ),
     ] = 2048,
     repeats: Annotated[
