@@ -9,8 +9,8 @@ from bench_results import bench
 from typer.testing import CliRunner
 
 from flexgen_ray.cli.bench import runs
+from flexgen_ray.cli.bench.lengths import read_lengths
 from flexgen_ray.cli.bench.scaling import RATES, compare_with_copies, decode_rate
-from flexgen_ray.cli.bench.workload import read_lengths
 from flexgen_ray.cli.main import app
 from flexgen_ray.llm import LLM
 from flexgen_ray.runtime.meter import VisitTiming
@@ -39,6 +39,13 @@ def test_a_mixture_of_lengths_is_run_whole_and_its_waste_is_told(tiny_models, tm
     slots = 6 * result["passes"]
     assert result["slots_without_token"] == pytest.approx(1 - new / slots, abs=1e-4)
     assert result["unused_cache"] == pytest.approx(1 - sum(totals) / (7 * 42), abs=0.03)
+    assert result["longest_to_mean"] == pytest.approx(42 / (sum(totals) / 7), abs=0.01)
+    # Slots are as long as the longest request; within a pass a token that came before is cached.
+    live = sum(prompt + made for prompt, new in rows for made in range(new))
+    assert result["live_cache"] == pytest.approx(live / (slots * 42), abs=1e-3)
+    assert result["useful_tokens_per_s"] == pytest.approx(new / result["wall_s"], rel=0.01)
+    both = result["useful_with_prompts_per_s"] * result["wall_s"]
+    assert both == pytest.approx(sum(totals), rel=0.01) and result["recomputed_tokens"] == 0
     padded = 3 * max(totals[:3]) + 3 * max(totals[3:6]) + totals[6]
     assert result["padding_of_batches"] == pytest.approx(1 - sum(totals) / padded, abs=1e-4)
     assert result["lengths"] == "lengths.jsonl" and {"hardware", "versions", "command"} <= set(

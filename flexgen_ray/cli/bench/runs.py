@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import random
 import socket
+import time
 from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Annotated
@@ -56,16 +57,17 @@ def synthetic_requests(llm: LLM, lengths: Iterable[tuple[int, int]]) -> list[Req
 def run_watched(llm: LLM, requests: list[Request]) -> dict:
     """Warm up, and answer all requests.
 
-    Returns how it warmed up, and what other processes did during the run, as `beside` does.
+    Returns how it warmed up, the seconds of the run (wall_s), and what other processes did during
+    it, as `beside` does.
     """
     warm = warm_up(llm, requests)
-    watch = OtherLoad(_pids_here(llm))
+    watch, began = OtherLoad(_pids_here(llm)), time.perf_counter()
     for _ in llm.stream(requests):
         pass
-    disturbed = beside(watch)
+    wall, disturbed = time.perf_counter() - began, beside(watch)
     for doubt in disturbed.get("doubtful", ()):
         say(f"doubtful: {doubt} beside this run; end other programs, and run it again")
-    return {"warm_up": warm} | disturbed
+    return {"warm_up": warm, "wall_s": round(wall, 4)} | disturbed
 
 
 def _pids_here(llm: LLM) -> list[int]:

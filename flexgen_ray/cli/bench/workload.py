@@ -1,23 +1,18 @@
 """`flexgen-ray bench workload`: requests of mixed lengths, as real jobs have them.
 
-Lengths come from a file; tokens are random, and every answer runs to its full length. Beside
-tokens/s the result says what mixed lengths waste: slots that idle while long answers finish, and
-cache that a slot reserves for the longest request. The built-in mixture is synthetic: 24 chats, 12
-summaries and 12 extractions, whose lengths were drawn from log-normal distributions around a
-typical prompt and answer of each (90 and 110 tokens, 520 and 90, 260 and 14), at most 900 and 300.
-Knows lengths and one run; not what was asked.
+Lengths come from a file or a built-in mixture (lengths.py); tokens are random, and every answer
+runs to its full length. Beside tokens/s the result says what mixed lengths waste: slots that idle
+while long answers finish, and cache that holds no token. Knows one run; not what was asked.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from flexgen_ray.batch.request_lines import BatchLine, read_lines
+from flexgen_ray.cli.bench.lengths import BUILT_IN, Lengths, lengths_to_run
 from flexgen_ray.cli.bench.runs import (
     WORKLOAD,
     ModelOrShapeOption,
@@ -37,16 +32,10 @@ from flexgen_ray.cli.options import (
     PolicyOption,
     TraceOption,
 )
-from flexgen_ray.files.input_lines import open_input
-from flexgen_ray.files.json_text import parse_object
 from flexgen_ray.llm import LLM
-from flexgen_ray.reporting.report import StageReport
+from flexgen_ray.reporting.report import Report, StageReport
 from flexgen_ray.reporting.result import finish
 from flexgen_ray.reporting.terminal import say
-from flexgen_ray.request import SamplingParams
-
-BUILT_IN = "mixed_lengths_48.jsonl"
-Lengths = list[tuple[int, int]]  # (tokens of the prompt, tokens of the answer) of each request
 
 
 def workload(
@@ -55,10 +44,33 @@ def workload(
         Path | None,
         typer.Option(
             rich_help_panel=WORKLOAD,
-            metavar="FILE",
+            metavar="FILE|NAME",
             help='JSONL file of lengths, such as {"prompt_len": 120, "max_tokens": 80}, or of '
-            "requests as for generate, whose prompts are counted with the model's tokenizer. "
-            "[default: a built-in synthetic mixture of 48 chats, summaries and extractions]",
+            "requests as for generate, whose prompts are counted with the model's tokenizer; or a "
+            "built-in mixture of 2,000: conversations (a published trace), or long-answers "
+            "(synthetic). [default: a built-in synthetic mixture of 48 chats, summaries and "
+            "extractions]",
+        ),
+    ] = None,
+    num_requests: Annotated[
+        int | None,
+        typer.Option(
+            rich_help_panel=WORKLOAD,
+            metavar="N",
+            min=1,
+            help="Number of requests to draw from --lengths, always with the longest; the same in "
+            "every run. [default: all]",
+        ),
+    ] = None,
+    longest: Annotated[
+        int | None,
+        typer.Option(
+            rich_help_panel=WORKLOAD,
+            metavar="N",
+            min=2,
+            help="Tokens of the longest request, prompt and answer together: all lengths are "
+            "scaled by one factor. [default: the model's context for conversations, and for "
+            "long-answers where it is shorter; others stay as they are]",
         ),
     ] = None,
     max_tokens: Annotated[
@@ -92,10 +104,10 @@ def workload(
         "load_format": "auto" if Path(model).is_dir() else "dummy",
     }  # fmt: skip
     with LLM(model, **options) as llm:
-        mixture = read_lengths(lengths, llm, max_tokens)
+        mixture = lengths_to_run(lengths, llm, max_tokens, num_requests, longest)
         requests = synthetic_requests(llm, mixture)
         llm.prepare(requests)
-        disturbed = run_watched(llm, requests)
+        watched = run_watched(llm, requests)
         if trace is not None:
             llm.write_trace(trace)
         for line in llm.report.lines():
@@ -104,71 +116,41 @@ def workload(
         wasted = waste(mixture, stage)
         name = BUILT_IN if lengths is None else lengths.name
         result = {"model": model, "lengths": name} | summary(mixture) | wasted
-        result |= run_figures(llm.report) | disturbed
+        result |= useful(mixture, llm.report, watched["wall_s"])
+        result |= run_figures(llm.report) | watched
     say(
         f"{wasted['slots_without_token']:.0%} of the slots gave no token in an average pass, "
-        f"{wasted['unused_cache']:.0%} of the cache was never filled; batches padded to their "
-        f"longest request would be {wasted['padding_of_batches']:.0%} padding"
+        f"{wasted['live_cache']:.0%} of the cache held tokens of requests under way; batches "
+        f"padded to their longest request would be {wasted['padding_of_batches']:.0%} padding"
     )
     finish(result, llm.report.device, json_file)
 
 
-def read_lengths(path: Path | None, llm: LLM, max_tokens: int) -> Lengths:
-    """Lengths of the requests of a file, or of the built-in mixture.
-
-    max_tokens: of requests that don't set it. Raises ValueError, with the line, for a line that is
-    neither lengths nor a request, and for a file without any.
-    """
-    if path is None:
-        shipped = resources.files("flexgen_ray.cli.bench").joinpath(BUILT_IN)
-        with resources.as_file(shipped) as built_in:
-            return read_lengths(built_in, llm, max_tokens)
-    mixture: Lengths = []
-    with open_input(path) as lines:
-        for number, raw in enumerate(lines, start=1):
-            if not raw.strip():
-                continue
-            try:
-                mixture += _lengths_of_line(raw, llm, max_tokens)
-            except ValueError as error:
-                raise ValueError(f"{path}, line {number}: {error}") from error
-    if not mixture:
-        raise ValueError(f"{path} has no requests")
-    return mixture
-
-
-def _lengths_of_line(raw: bytes, llm: LLM, max_tokens: int) -> Lengths:
-    value = parse_object(raw)
-    if "prompt_len" not in value:
-        return list(_lengths_of_request(raw, llm, max_tokens))
-    prompt_len, answer_len = value["prompt_len"], value.get("max_tokens", max_tokens)
-    for name, count in (("prompt_len", prompt_len), ("max_tokens", answer_len)):
-        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-            raise ValueError(f"{name} is {count!r}; it must be a number of tokens, from 1 up")
-    return [(prompt_len, answer_len)]
-
-
-def _lengths_of_request(raw: bytes, llm: LLM, max_tokens: int) -> Iterator[tuple[int, int]]:
-    """One pair for each prompt of a request line, or for its chat."""
-    line: BatchLine
-    (line,) = read_lines([raw], SamplingParams(max_tokens=max_tokens))
-    if line.error is not None or line.params is None:
-        raise ValueError((line.error or "not a request").removeprefix("line 1: "))
-    answer_len = line.params.max_tokens or max_tokens
-    if line.messages is not None:
-        yield len(llm.tokenizer.encode_chat(line.messages, line.chat)), answer_len
-    for prompt in line.prompts:
-        tokens = llm.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-        yield len(tokens), answer_len
-
-
 def summary(mixture: Lengths) -> dict:
-    """Number of requests, and the mean and largest length of prompts and answers."""
+    """Number of requests, mean and largest length of prompts and answers, and how unequal requests
+    are: the longest, prompt and answer together, as a multiple of the mean."""
     prompts, answers = zip(*mixture, strict=True)
+    totals = [prompt_len + answer_len for prompt_len, answer_len in mixture]
     return {
         "num_requests": len(mixture),
         "prompt_len": {"mean": round(sum(prompts) / len(prompts), 1), "max": max(prompts)},
         "max_tokens": {"mean": round(sum(answers) / len(answers), 1), "max": max(answers)},
+        "longest_to_mean": round(max(totals) * len(totals) / sum(totals), 2),
+    }
+
+
+def useful(mixture: Lengths, report: Report, wall: float) -> dict:
+    """Tokens that were asked for, by the second of the run's wall time, and tokens computed twice.
+
+    useful_tokens_per_s: tokens of answers, each counted once. useful_with_prompts_per_s: with the
+    tokens of prompts. recomputed_tokens: tokens of prompts that passes brought, beyond those that
+    the requests have.
+    """
+    prompts, answers = map(sum, zip(*mixture, strict=True))
+    return {
+        "useful_tokens_per_s": round(answers / wall, 3),
+        "useful_with_prompts_per_s": round((prompts + answers) / wall, 3),
+        "recomputed_tokens": report.prompt_tokens - prompts,
     }
 
 
@@ -177,8 +159,9 @@ def waste(mixture: Lengths, stage: StageReport) -> dict:
 
     slots_without_token: of the slots in all passes, those that gave no token: empty, or still
     reading a prompt. unused_cache: of the tokens that a slot's cache has room for, those that the
-    average request doesn't fill. padding_of_batches: for comparison, the share of padding in
-    batches of gpu_batch_size requests, in the order of the file, padded to the longest of each.
+    average request doesn't fill. live_cache: of the cache's memory, the part that holds tokens of
+    requests under way in an average pass. padding_of_batches: for comparison, the share of padding
+    in batches of gpu_batch_size requests, in the order of the file, padded to the longest of each.
     """
     policy, longest = stage.plan.policy, stage.plan.max_seq_len
     totals = [prompt_len + answer_len for prompt_len, answer_len in mixture]
@@ -191,5 +174,22 @@ def waste(mixture: Lengths, stage: StageReport) -> dict:
         "passes": len(passes),
         "slots_without_token": round(1 - tokens / slots, 4),
         "unused_cache": round(1 - sum(totals) / (len(totals) * longest), 4),
+        "live_cache": round(live_tokens(mixture) / (len(passes) * cache_tokens(stage)), 4),
         "padding_of_batches": round(1 - sum(totals) / padded, 4),
     }
+
+
+def live_tokens(mixture: Lengths) -> int:
+    """Tokens in the cache of requests under way, summed over the passes that gave a token.
+
+    A request has its prompt there in the pass of its first new token, and one token more in each
+    pass after it. Passes that only bring a part of a prompt are left out.
+    """
+    return sum(new * prompt_len + new * (new - 1) // 2 for prompt_len, new in mixture)
+
+
+def cache_tokens(stage: StageReport) -> float:
+    """Number of tokens for which a block's cache has memory, on all tiers together."""
+    plan = stage.plan
+    nbytes = sum(used.get("cache", 0) + used.get("cache tails", 0) for used in stage.used.values())
+    return nbytes / (plan.num_decoder_layers * plan.kv_bytes * plan.num_blocks)
