@@ -246,6 +246,7 @@ def plain_host_attention(monkeypatch):
     """Attention on the host without numba, which has many kernels to measure and compile."""
     plain = load_kernel("sdpa", 1)
     monkeypatch.setattr(stage, "choose_host_kernel", lambda plan, threads, nbytes: plain)
+    monkeypatch.setattr(stage, "choose_device_kernel", lambda *of: plain)
 
 
 def outputs_of(run: Run, folder, prompts, device: str, executor: str) -> list[RequestOutput]:
@@ -287,7 +288,7 @@ def check(run: Run, folder, references) -> None:
                 assert output.outputs[0].token_ids[:certain] == reference.tokens[:certain]
 
 
-# Six families, every dtype, packed weights and caches, sparse rows on disk, an exact run.
+# Six families, every dtype, packed weights and caches, sparse rows, an exact run.
 ALWAYS = range(168, 174)
 
 

@@ -128,11 +128,13 @@ class StagePlan:
         pages[largest] = max(pages[largest], longest)
         on_disk = max(split.disk for split in splits) * self.row_pages
         streamed = max(split.streamed + split.disk for split in splits) * self.row_pages
+        # Which rows of host memory are streamed is chosen in each pass.
+        may_stream = streamed or (rows[1] > 0 and self.policy.cpu_attention < 1)
         return CacheSpace(
             pages=(pages[0], pages[1], pages[2]),
             splits=splits,
             batch_pages=-(-sum(pages) // len(splits)),
-            streamed=max(streamed, longest) if streamed else 0,
+            streamed=max(streamed, longest) if may_stream else 0,
             disk=max(on_disk, longest) if on_disk else 0,
             streams_all=self.policy.cpu_attention == 0,
             disk_rows=rows[2],
