@@ -37,10 +37,13 @@ _DIMS_STEP = 16
 _VECTOR = 16  # bytes of the widest load
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _NO_WINDOW = 2**30
+# Bits of 2**23 as a float32, to which codes are added in its last bits. An argument, since as a
+# constant it would be moved into a register for each code.
+_MAGIC = 0x4B000000
 _LOG2E = 1 / log(2)
 _INTEGERS = (
     "rows", "kv_heads", "splits", "window", "table_row", "q_row", "q_head", "out_row", "out_head",
-    "lse_row", "k_page", "k_head", "k_token", "v_page", "v_head", "v_token",
+    "lse_row", "k_page", "k_head", "k_token", "v_page", "v_head", "v_token", "magic",
 )  # fmt: skip
 
 
@@ -92,7 +95,8 @@ def attend_pages(
             q, keys, values, tables, lens, out, lse, sinks, parts, ends, rows, kv_heads, splits,
             _NO_WINDOW if window is None else window, tables.stride(0), *q.stride()[:2],
             *out.stride()[:2], 0 if lse is None else lse.stride(0), *keys.stride()[:3],
-            *values.stride()[:3], K_ALIGN=_alignment(keys), V_ALIGN=_alignment(values), **known,
+            *values.stride()[:3], _MAGIC, K_ALIGN=_alignment(keys), V_ALIGN=_alignment(values),
+            **known,
         )  # fmt: skip
         if splits > 1:
             _merge[(rows * heads,)](
@@ -202,8 +206,8 @@ def _machine(device: torch.device) -> tuple[int, bool]:
 def _attend(
     q, keys, values, tables, lens, out, lse, sinks, parts, ends, rows, kv_heads, splits, window,
     table_row, q_row, q_head, out_row, out_head, lse_row, k_page, k_head, k_token, v_page, v_head,
-    v_token, K_ALIGN: tl.constexpr, V_ALIGN: tl.constexpr, SCALE: tl.constexpr, D: tl.constexpr,
-    WIDTH: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr,
+    v_token, magic, K_ALIGN: tl.constexpr, V_ALIGN: tl.constexpr, SCALE: tl.constexpr,
+    D: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr,
     SHARING: tl.constexpr, TAKEN: tl.constexpr, HEADS: tl.constexpr, TILE: tl.constexpr,
     PAGE: tl.constexpr, BY_DOT: tl.constexpr,
 ):  # fmt: skip
@@ -242,9 +246,9 @@ def _attend(
             live = live[None, :]
         place = _places(page * k_page + k_head, k_token, TILE, PAGE, K_ALIGN, BY_DOT)
         kind = q.dtype.element_ty
-        k_low, k_high = _vectors(keys, place, live, kind, D, WIDTH, BITS, GROUP, GROUPS)
+        k_low, k_high = _vectors(keys, place, live, kind, D, WIDTH, BITS, GROUP, GROUPS, magic)
         place = _places(page * v_page + v_head, v_token, TILE, PAGE, V_ALIGN, BY_DOT)
-        v_low, v_high = _vectors(values, place, live, kind, D, WIDTH, BITS, GROUP, GROUPS)
+        v_low, v_high = _vectors(values, place, live, kind, D, WIDTH, BITS, GROUP, GROUPS, magic)
         if BY_DOT:
             top, total, low, high = _add_by_dot(
                 top, total, low, high, q_low, q_high, k_low, k_high, v_low, v_high, live,
@@ -337,6 +341,8 @@ def _places(
     step: from token to token.
     """
     place = page[:, None] + (tl.arange(0, PAGE) * step)[None, :]
+    # Said twice, since the compiler drops a reshape of one page, and with it what is said of it.
+    place = tl.multiple_of(place, (ALIGN, ALIGN))
     if BY_DOT:
         place = tl.multiple_of(tl.reshape(place, (TILE,)), ALIGN)
     else:
@@ -347,14 +353,14 @@ def _places(
 @triton.jit
 def _vectors(
     pool, place, live, KIND: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
-    BITS: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr,
+    BITS: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, magic,
 ):  # fmt: skip
     """Vectors [..., columns] at offsets [...] in a pool, zero where a token isn't live.
 
     Twice the vectors, or with 4 bits the values in low nibbles and those in high ones.
     """
     if BITS:
-        low, high = _unpacked(pool, place, live, KIND, D, WIDTH, BITS, GROUP, GROUPS)
+        low, high = _unpacked(pool, place, live, KIND, D, WIDTH, BITS, GROUP, GROUPS, magic)
     else:
         column = tl.arange(0, WIDTH)
         inside = tl.expand_dims(live, -1)
@@ -368,7 +374,7 @@ def _vectors(
 @triton.jit
 def _unpacked(
     pool, place, live, KIND: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
-    BITS: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr,
+    BITS: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, magic,
 ):  # fmt: skip
     """Packed vectors as _vectors returns them; codes are taken from words of 32 bits."""
     size: tl.constexpr = D * BITS // 8
@@ -383,11 +389,11 @@ def _unpacked(
     minimum = tl.expand_dims(_float_of_half(pair & 0xFFFF), -1)
     scale = tl.expand_dims(_float_of_half(pair >> 16), -1)
     word = tl.reshape(word, pair.shape + [WIDTH // GROUPS // 4])
-    low = _values(word, minimum, scale, 0, KIND, BITS)
+    low = _values(word, minimum, scale, 0, KIND, BITS, magic)
     low = tl.reshape(low, place.shape + [WIDTH])
     high = low
     if BITS == 4:
-        high = _values(word, minimum, scale, 4, KIND, BITS)
+        high = _values(word, minimum, scale, 4, KIND, BITS, magic)
         high = tl.reshape(high, place.shape + [WIDTH])
     if size != WIDTH:
         # Beyond a vector's end lies its last group's minimum, which may be infinite.
@@ -397,28 +403,44 @@ def _unpacked(
 
 
 @triton.jit
-def _values(word, minimum, scale, SHIFT: tl.constexpr, KIND: tl.constexpr, BITS: tl.constexpr):
+def _values(
+    word,
+    minimum,
+    scale,
+    SHIFT: tl.constexpr,
+    KIND: tl.constexpr,
+    BITS: tl.constexpr,
+    magic,
+):
     """One value of each byte of words, [..., words, 2, 2]; SHIFT: bits below it in the byte."""
     odd = tl.join(
-        _value(word, minimum, scale, SHIFT + 8, KIND, BITS),
-        _value(word >> 16, minimum, scale, SHIFT + 8, KIND, BITS),
+        _value(word, minimum, scale, SHIFT + 8, KIND, BITS, magic),
+        _value(word >> 16, minimum, scale, SHIFT + 8, KIND, BITS, magic),
     )
     even = tl.join(
-        _value(word, minimum, scale, SHIFT, KIND, BITS),
-        _value(word >> 16, minimum, scale, SHIFT, KIND, BITS),
+        _value(word, minimum, scale, SHIFT, KIND, BITS, magic),
+        _value(word >> 16, minimum, scale, SHIFT, KIND, BITS, magic),
     )
     return tl.join(even, odd)
 
 
 @triton.jit
-def _value(word, minimum, scale, SHIFT: tl.constexpr, KIND: tl.constexpr, BITS: tl.constexpr):
+def _value(
+    word,
+    minimum,
+    scale,
+    SHIFT: tl.constexpr,
+    KIND: tl.constexpr,
+    BITS: tl.constexpr,
+    magic,
+):
     """Values of the codes SHIFT bits up in words.
 
-    A code isn't shifted down: its multiple is put into a float's own bits, which makes it a number
-    at full rate, and the scale is a fraction. Both are exact, and so is their product.
+    A code isn't shifted down, nor converted: its multiple is put into a float's own bits, and the
+    scale is a fraction. Both are exact, and so is their product.
     """
     multiple: tl.constexpr = 1 << SHIFT
-    code = (word & ((2**BITS - 1) * multiple)) | 0x4B000000
+    code = (word & ((2**BITS - 1) * multiple)) | magic
     code = code.to(tl.float32, bitcast=True) - 8388608.0
     return (minimum + code * (scale * (1.0 / multiple))).to(KIND)
 
