@@ -4,10 +4,12 @@ A program takes one row, one KV head and a part of the row's tokens. It follows 
 page number once for 16 tokens, and never waits for the host. Parts of a row are merged by a second
 kernel. Packed caches are unpacked in registers, to the very values of pack_cuda.
 
-Scores and sums come from tensor cores where those take the values exactly: tokens and dimensions
-are the long side of the products and query heads the short one, padded to 8. Float32 is multiplied
-and summed instead, and so is everything below sm_80, where Triton has no tensor cores and a padded
-product would cost 8 heads for each; for few heads at a time, since their sums are in registers.
+Scores and sums come from tensor cores where Triton has them, from sm_80 on: tokens and dimensions
+are the long side of the products and query heads the short one, padded to 8. Elsewhere a padded
+product costs 8 heads for each, so up to 4 heads are multiplied and summed instead, with sums for
+each place of a tile, so that no warp waits for another; and float32 everywhere, since tensor cores
+round it. More heads take products all the same, which read the cache once for 8 heads
+(docs/results/decode-attention-instructions.json counts the instructions of both).
 Needs Triton.
 """
 
@@ -83,7 +85,7 @@ def attend_pages(
     if not rows:
         return
     kv_heads = keys.shape[1]
-    multiprocessors, has_dot = _machine(q.device)
+    multiprocessors, has_dot = machine(q.device)
     splits = num_splits(rows * kv_heads, attended(most, window), multiprocessors)
     known = variant(
         head_dim, q.dtype, cache_bits(keys, head_dim), heads // kv_heads, has_dot
@@ -116,11 +118,11 @@ def variant(
     has_dot: Triton uses the GPU's tensor cores.
     """
     padded = triton.next_power_of_2(head_dim)
-    by_dot = has_dot and dtype != torch.float32
     shared = triton.next_power_of_2(sharing)
+    by_dot = dtype != torch.float32 and (has_dot or sharing > 4)
     if by_dot:
-        taken = min(shared, 32)
-        heads, tile = max(taken, 8), 64 if padded <= 128 else 32
+        taken = min(shared, 32 if has_dot else 8)
+        heads, tile = max(taken, 8), 64 if has_dot and padded <= 128 else 32
     else:
         taken = heads = min(shared, 4, max(1, 512 // padded))
         tile = min(64, max(PAGE_TOKENS, 8192 // (heads * padded)))
@@ -191,13 +193,13 @@ def _alignment(pool: Tensor) -> int:
 
 
 @cache
-def _machine(device: torch.device) -> tuple[int, bool]:
+def machine(device: torch.device) -> tuple[int, bool]:
     """Multiprocessors of a device, and whether Triton uses its tensor cores, as from sm_80 on.
 
     A CPU, on which kernels are interpreted, counts as a small GPU.
     """
     if device.type != "cuda":
-        return 4, True
+        return 2, True
     properties = torch.cuda.get_device_properties(device)
     return properties.multi_processor_count, properties.major >= 8
 
@@ -207,9 +209,9 @@ def _attend(
     q, keys, values, tables, lens, out, lse, sinks, parts, ends, rows, kv_heads, splits, window,
     table_row, q_row, q_head, out_row, out_head, lse_row, k_page, k_head, k_token, v_page, v_head,
     v_token, magic, K_ALIGN: tl.constexpr, V_ALIGN: tl.constexpr, SCALE: tl.constexpr,
-    D: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr,
-    SHARING: tl.constexpr, TAKEN: tl.constexpr, HEADS: tl.constexpr, TILE: tl.constexpr,
-    PAGE: tl.constexpr, BY_DOT: tl.constexpr,
+    D: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
+    GROUPS: tl.constexpr, SHARING: tl.constexpr, TAKEN: tl.constexpr, HEADS: tl.constexpr,
+    TILE: tl.constexpr, PAGE: tl.constexpr, BY_DOT: tl.constexpr,
 ):  # fmt: skip
     chunks: tl.constexpr = (SHARING + TAKEN - 1) // TAKEN
     pair, split = tl.program_id(0) // chunks, tl.program_id(1)
