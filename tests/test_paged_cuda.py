@@ -144,7 +144,7 @@ cases = st.builds(
 
 
 @interpreted
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(case=cases)
 def test_rows_over_pages_equal_torch(case):
     """All kinds of caches, windows and splits; beside the rows' tokens there is only NaN."""
@@ -203,7 +203,7 @@ def test_tensors_that_no_kernel_takes_are_errors():
 
 
 @compiled
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(
     rows=st.integers(1, 2000),
     kv_heads=st.integers(1, 64),

@@ -87,9 +87,8 @@ def attend_pages(
     kv_heads = keys.shape[1]
     multiprocessors, has_dot = machine(q.device)
     splits = num_splits(rows * kv_heads, attended(most, window), multiprocessors)
-    known = variant(
-        head_dim, q.dtype, cache_bits(keys, head_dim), heads // kv_heads, has_dot
-    )  # fmt: skip
+    bits = cache_bits(keys, head_dim)
+    known = variant(head_dim, q.dtype, bits, heads // kv_heads, has_dot)
     parts, ends = _partial(splits, q, workspace)
     grid = rows * kv_heads * triton.cdiv(heads // kv_heads, known["TAKEN"]), splits
     with torch.cuda.device_of(q):
@@ -123,6 +122,8 @@ def variant(
     if by_dot:
         taken = min(shared, 32 if has_dot else 8)
         heads, tile = max(taken, 8), 64 if has_dot and padded <= 128 else 32
+        if has_dot and bits and padded <= 64:
+            tile = 128  # since so few bytes are in 64 tokens
     else:
         taken = heads = min(shared, 4, max(1, 512 // padded))
         tile = min(64, max(PAGE_TOKENS, 8192 // (heads * padded)))
