@@ -39,6 +39,7 @@ _GPUS = {
     90: ("H100 SXM", 132, 1.755e9, 3350e9),
 }
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+POINTERS = ("q", "out", "keys", "values", "tables", "lens", "lse", "sinks", "parts", "ends")
 _LABEL = re.compile(r"^(\.L_x_\d+):")
 _BRANCH = re.compile(r"BRA\S*\s.*`\((\.L_x_\d+)\)")
 _KINDS = ("LDG", "LDS", "STS", "SHFL", "BAR", "HMMA", "HGMMA", "WARPGROUP", "FFMA", "MUFU")
@@ -133,27 +134,44 @@ def constants(case: Mapping[str, Any]) -> dict[str, Any]:
 
 def compiled(case: Mapping[str, Any], is_split: bool = False, has_sinks: bool = False) -> Any:
     """The kernel as Triton compiles it, for tensors at addresses as CUDA allocates them."""
+    from flexgen_ray.kernels.paged_cuda import _attend
+
+    itemsize = 1 if case["bits"] else DTYPES[case["dtype"]].itemsize
+    alignment = gcd(width(case) * itemsize, _VECTOR) // itemsize
+    known = constants(case) | {"K_ALIGN": alignment, "V_ALIGN": alignment}
+    absent = [*(() if has_sinks else ("sinks",)), *(() if is_split else ("parts", "ends"))]
+    return _compiled(_attend, case, known | dict.fromkeys(absent))
+
+
+def compiled_merge(case: Mapping[str, Any], splits: int) -> Any:
+    """The kernel that merges parts of rows, as Triton compiles it."""
+    import triton
+
+    from flexgen_ray.kernels.paged_cuda import _merge
+
+    size = case["head_dim"]
+    known = {"D": size, "WIDTH": triton.next_power_of_2(size), "SPLITS": splits}
+    return _compiled(_merge, case, known)
+
+
+def _compiled(kernel: Any, case: Mapping[str, Any], known: Mapping[str, Any]) -> Any:
+    """A kernel compiled with some of its arguments known; None for a tensor that isn't there."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from flexgen_ray.kernels.paged_cuda import _attend
-
-    known = constants(case)
-    options = {"num_stages": known.pop("num_stages"), "num_warps": _WARPS}
-    itemsize = 1 if case["bits"] else DTYPES[case["dtype"]].itemsize
-    alignment = gcd(width(case) * itemsize, _VECTOR) // itemsize
-    known |= {"K_ALIGN": alignment, "V_ALIGN": alignment}
-    absent = [*(() if has_sinks else ("sinks",)), *(() if is_split else ("parts", "ends"))]
-    known |= dict.fromkeys(absent)
-    floats, pool = f"*{case['dtype']}", "*u8" if case["bits"] else f"*{case['dtype']}"
-    signature = dict.fromkeys(_attend.arg_names, "i32") | {
-        "q": floats, "out": floats, "keys": pool, "values": pool, "tables": "*i32",
-        "lens": "*i32", "lse": "*fp32", "sinks": "*fp32", "parts": "*fp32", "ends": "*fp32",
-    } | dict.fromkeys(known, "constexpr")  # fmt: skip
-    places = [i for i, name in enumerate(_attend.arg_names) if signature[name].startswith("*")]
+    options = {"num_stages": known.get("num_stages", 2), "num_warps": _WARPS}
+    known = {name: value for name, value in known.items() if name != "num_stages"}
+    floats = f"*{case['dtype']}"
+    pointers = dict.fromkeys(("q", "out"), floats)
+    pointers |= dict.fromkeys(("keys", "values"), "*u8" if case["bits"] else floats)
+    pointers |= dict.fromkeys(("tables", "lens"), "*i32")
+    pointers |= dict.fromkeys(("lse", "sinks", "parts", "ends"), "*fp32")
+    signature = {name: pointers.get(name, "i32") for name in kernel.arg_names}
+    signature |= dict.fromkeys(known, "constexpr")
+    places = [i for i, name in enumerate(kernel.arg_names) if signature[name].startswith("*")]
     attributes = {(place,): [["tt.divisibility", 16]] for place in places}
-    source = ASTSource(_attend, signature, known, attributes)
+    source = ASTSource(kernel, signature, known, attributes)
     return triton.compile(
         source, target=GPUTarget("cuda", case["capability"], _LANES), options=options
     )
