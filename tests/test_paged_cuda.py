@@ -8,6 +8,7 @@ import importlib.util
 import math
 import os
 from dataclasses import dataclass
+from unittest import mock
 
 import pytest
 import torch
@@ -45,6 +46,7 @@ class Case:
     has_sinks: bool = False
     is_shared: bool = False  # rows begin with the same page
     loose: int = 0  # tokens by which the bound on lengths is too large
+    has_dot: bool = True  # as on a GPU whose tensor cores Triton uses
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -87,13 +89,14 @@ class Case:
         self.pool = pool.transpose(0, 1).contiguous()
 
     def attend(self, **options) -> None:
-        from flexgen_ray.kernels.paged_cuda import attend_pages
+        from flexgen_ray.kernels import paged_cuda
 
-        attend_pages(
-            self.q, *self.pool, self.tables, torch.tensor(self.lens, dtype=torch.int32), self.out,
-            most=max(self.lens) + self.loose, window=self.window, lse=self.lse, sinks=self.sinks,
-            **options,
-        )  # fmt: skip
+        with mock.patch.object(paged_cuda, "machine", lambda device: (2, self.has_dot)):
+            paged_cuda.attend_pages(
+                self.q, *self.pool, self.tables, torch.tensor(self.lens, dtype=torch.int32),
+                self.out, most=max(self.lens) + self.loose, window=self.window, lse=self.lse,
+                sinks=self.sinks, **options,
+            )  # fmt: skip
 
     def expected(self) -> tuple[Tensor, Tensor]:
         """Result and logarithm of the denominator, in float64."""
@@ -125,22 +128,23 @@ class Case:
 
 cases = st.builds(
     Case,
-    lens=st.lists(st.integers(1, 150), min_size=1, max_size=3),
+    lens=st.lists(st.integers(1, 100), min_size=1, max_size=2),
     kv_heads=st.integers(1, 2),
-    sharing=st.sampled_from([1, 2, 3, 4, 8, 9, 33]),
+    sharing=st.sampled_from([1, 2, 3, 8, 9]),
     head_dim=st.sampled_from([16, 64, 80, 96, 128, 256]),
     dtype=st.sampled_from([torch.float16, torch.float32]),
     bits=st.sampled_from([None, 4, 8]),
-    window=st.one_of(st.none(), st.integers(1, 160)),
+    window=st.one_of(st.none(), st.integers(1, 110)),
     has_sinks=st.booleans(),
     is_shared=st.booleans(),
-    loose=st.sampled_from([0, 600, 5000]),
+    loose=st.sampled_from([0, 5000]),
+    has_dot=st.booleans(),
     seed=st.integers(0, 2**20),
 )
 
 
 @interpreted
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(case=cases)
 def test_rows_over_pages_equal_torch(case):
     """All kinds of caches, windows and splits; beside the rows' tokens there is only NaN."""
@@ -151,10 +155,10 @@ def test_rows_over_pages_equal_torch(case):
 
 
 @interpreted
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_a_row_of_several_tiles_in_many_splits_equals_torch(dtype):
+@pytest.mark.parametrize("has_dot", [True, False])
+def test_a_row_of_several_tiles_in_many_splits_equals_torch(has_dot):
     """More splits than the shorter rows have tokens for; the workspace is what its bytes say."""
-    case = Case([700, 1, 65], sharing=2, dtype=dtype, has_sinks=True, loose=5000)
+    case = Case([700, 1, 65], sharing=2, has_dot=has_dot, has_sinks=True, loose=5000)
     size = paged_splits.workspace_bytes(3, 2, 1, 64, 5700)
     workspace = torch.full((size // 4,), math.nan)
     case.attend(workspace=workspace)
@@ -174,10 +178,10 @@ def test_a_row_without_tokens_gets_zeros_and_weighs_nothing(loose):
 
 @interpreted
 @pytest.mark.parametrize("loose", [0, 5000])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("has_dot", [True, False])
 @pytest.mark.parametrize("plane", [0, 1])
-def test_a_token_that_is_not_finite_shows_in_its_own_row_alone(plane, dtype, loose):
-    case = Case([40, 40], dtype=dtype, loose=loose)
+def test_a_token_that_is_not_finite_shows_in_its_own_row_alone(plane, has_dot, loose):
+    case = Case([40, 40], has_dot=has_dot, loose=loose)
     case.pool[plane, case.tables[0, 1], 0, 3] = math.nan
     case.attend()
     assert case.out[0].isnan().all() and case.out[1].isfinite().all()
@@ -199,7 +203,7 @@ def test_tensors_that_no_kernel_takes_are_errors():
 
 
 @compiled
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(
     rows=st.integers(1, 2000),
     kv_heads=st.integers(1, 64),
@@ -219,19 +223,19 @@ def test_a_workspace_holds_the_parts_of_any_gpu(rows, kv_heads, most, multiproce
 
 
 VARIANTS = (
-    {"bits": None, "dtype": "fp16", "head_dim": 128, "sharing": 8},
-    {"bits": 4, "dtype": "fp16", "head_dim": 64, "sharing": 1},
-    {"bits": 8, "dtype": "bf16", "head_dim": 80, "sharing": 4},
-    {"bits": None, "dtype": "fp32", "head_dim": 128, "sharing": 1},
+    {"capability": 75, "bits": None, "dtype": "fp16", "head_dim": 128, "sharing": 8},
+    {"capability": 75, "bits": 4, "dtype": "fp16", "head_dim": 64, "sharing": 1},
+    {"capability": 80, "bits": None, "dtype": "fp32", "head_dim": 128, "sharing": 1},
+    {"capability": 80, "bits": 8, "dtype": "bf16", "head_dim": 80, "sharing": 4},
+    {"capability": 90, "bits": None, "dtype": "fp16", "head_dim": 128, "sharing": 8},
 )
 
 
 @compiled
-@pytest.mark.parametrize("capability", made_for_gpus.CAPABILITIES)
 @pytest.mark.parametrize("nth", range(len(VARIANTS)))
-def test_the_compiler_takes_the_kernel_and_spills_nothing(nth, capability):
+def test_the_compiler_takes_the_kernel_and_spills_nothing(nth):
     """A tile's keys and values are loaded once, 16 bytes at a time where they lie so."""
-    case = VARIANTS[nth] | {"capability": capability}
+    case = VARIANTS[nth]
     made = made_for_gpus.compiled(case, is_split=nth % 2 == 0, has_sinks=nth == 1)
     assert made.asm["cubin"]
     if made_for_gpus.nvidia_tool("nvdisasm") is None:
@@ -242,3 +246,21 @@ def test_the_compiler_takes_the_kernel_and_spills_nothing(nth, capability):
         loads = sum(name.startswith(("LDG", "LDGSTS")) and ".128" in name for name in names)
         tile = made_for_gpus.constants(case)["TILE"]
         assert loads == made_for_gpus.tile_bytes(case, tile) // (16 * 32 * 4)
+
+
+@compiled
+@pytest.mark.parametrize("capability", made_for_gpus.CAPABILITIES)
+def test_the_compiler_takes_the_merge(capability):
+    case = VARIANTS[0] | {"capability": capability}
+    assert made_for_gpus.compiled_merge(case, splits=8).asm["cubin"]
+
+
+@compiled
+def test_the_kernels_know_no_number_that_changes_from_pass_to_pass():
+    """Triton would compile anew for numbers that are 1 or a multiple of 16."""
+    from flexgen_ray.kernels import paged_cuda
+
+    for kernel in (paged_cuda._attend, paged_cuda._merge):
+        for parameter in kernel.params:
+            is_tensor = parameter.name in made_for_gpus.POINTERS
+            assert parameter.is_constexpr or is_tensor or parameter.do_not_specialize

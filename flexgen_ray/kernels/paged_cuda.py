@@ -4,9 +4,12 @@ A program takes one row, one KV head and a part of the row's tokens. It follows 
 page number once for 16 tokens, and never waits for the host. Parts of a row are merged by a second
 kernel. Packed caches are unpacked in registers, to the very values of pack_cuda.
 
-Scores and sums come from tensor cores where those take the values exactly: tokens and dimensions
-are the long side of the products and query heads the short one, padded to 8. Other values (float32,
-and bfloat16 on GPUs without it) are multiplied and summed in float32, for few heads at a time.
+Scores and sums come from tensor cores where Triton has them, from sm_80 on: tokens and dimensions
+are the long side of the products and query heads the short one, padded to 8. Elsewhere a padded
+product costs 8 heads for each, so up to 4 heads are multiplied and summed instead, with sums for
+each place of a tile, so that no warp waits for another; and float32 everywhere, since tensor cores
+round it. More heads take products all the same, which read the cache once for 8 heads
+(docs/results/decode-attention-instructions.json counts the instructions of both).
 Needs Triton.
 """
 
@@ -36,10 +39,13 @@ _DIMS_STEP = 16
 _VECTOR = 16  # bytes of the widest load
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _NO_WINDOW = 2**30
+# Bits of 2**23 as a float32, to which codes are added in its last bits. An argument, since as a
+# constant it would be moved into a register for each code.
+_MAGIC = 0x4B000000
 _LOG2E = 1 / log(2)
 _INTEGERS = (
     "rows", "kv_heads", "splits", "window", "table_row", "q_row", "q_head", "out_row", "out_head",
-    "lse_row", "k_page", "k_head", "k_token", "v_page", "v_head", "v_token",
+    "lse_row", "k_page", "k_head", "k_token", "v_page", "v_head", "v_token", "magic",
 )  # fmt: skip
 
 
@@ -79,11 +85,10 @@ def attend_pages(
     if not rows:
         return
     kv_heads = keys.shape[1]
-    multiprocessors, has_bfloat16 = _machine(q.device)
+    multiprocessors, has_dot = machine(q.device)
     splits = num_splits(rows * kv_heads, attended(most, window), multiprocessors)
-    known = variant(
-        head_dim, q.dtype, cache_bits(keys, head_dim), heads // kv_heads, has_bfloat16
-    )  # fmt: skip
+    bits = cache_bits(keys, head_dim)
+    known = variant(head_dim, q.dtype, bits, heads // kv_heads, has_dot)
     parts, ends = _partial(splits, q, workspace)
     grid = rows * kv_heads * triton.cdiv(heads // kv_heads, known["TAKEN"]), splits
     with torch.cuda.device_of(q):
@@ -91,7 +96,8 @@ def attend_pages(
             q, keys, values, tables, lens, out, lse, sinks, parts, ends, rows, kv_heads, splits,
             _NO_WINDOW if window is None else window, tables.stride(0), *q.stride()[:2],
             *out.stride()[:2], 0 if lse is None else lse.stride(0), *keys.stride()[:3],
-            *values.stride()[:3], K_ALIGN=_alignment(keys), V_ALIGN=_alignment(values), **known,
+            *values.stride()[:3], _MAGIC, K_ALIGN=_alignment(keys), V_ALIGN=_alignment(values),
+            **known,
         )  # fmt: skip
         if splits > 1:
             _merge[(rows * heads,)](
@@ -103,19 +109,21 @@ def attend_pages(
 
 
 def variant(
-    head_dim: int, dtype: torch.dtype, bits: int | None, sharing: int, has_bfloat16: bool
+    head_dim: int, dtype: torch.dtype, bits: int | None, sharing: int, has_dot: bool
 ) -> dict[str, Any]:
     """Constants of the kernel for a kind of cache, its number of stages among them.
 
     bits: of a packed value, None if it isn't packed. sharing: query heads that share a KV head.
-    has_bfloat16: the GPU's tensor cores take bfloat16.
+    has_dot: Triton uses the GPU's tensor cores.
     """
     padded = triton.next_power_of_2(head_dim)
-    by_dot = dtype == torch.float16 or (dtype == torch.bfloat16 and has_bfloat16)
     shared = triton.next_power_of_2(sharing)
+    by_dot = dtype != torch.float32 and (has_dot or sharing > 4)
     if by_dot:
-        taken = min(shared, 32)
-        heads, tile = max(taken, 8), 64 if padded <= 128 else 32
+        taken = min(shared, 32 if has_dot else 8)
+        heads, tile = max(taken, 8), 64 if has_dot and padded <= 128 else 32
+        if has_dot and bits and padded <= 64:
+            tile = 128  # since so few bytes are in 64 tokens
     else:
         taken = heads = min(shared, 4, max(1, 512 // padded))
         tile = min(64, max(PAGE_TOKENS, 8192 // (heads * padded)))
@@ -186,13 +194,13 @@ def _alignment(pool: Tensor) -> int:
 
 
 @cache
-def _machine(device: torch.device) -> tuple[int, bool]:
-    """Multiprocessors of a device, and whether its tensor cores take bfloat16.
+def machine(device: torch.device) -> tuple[int, bool]:
+    """Multiprocessors of a device, and whether Triton uses its tensor cores, as from sm_80 on.
 
     A CPU, on which kernels are interpreted, counts as a small GPU.
     """
     if device.type != "cuda":
-        return 4, True
+        return 2, True
     properties = torch.cuda.get_device_properties(device)
     return properties.multi_processor_count, properties.major >= 8
 
@@ -201,10 +209,10 @@ def _machine(device: torch.device) -> tuple[int, bool]:
 def _attend(
     q, keys, values, tables, lens, out, lse, sinks, parts, ends, rows, kv_heads, splits, window,
     table_row, q_row, q_head, out_row, out_head, lse_row, k_page, k_head, k_token, v_page, v_head,
-    v_token, K_ALIGN: tl.constexpr, V_ALIGN: tl.constexpr, SCALE: tl.constexpr, D: tl.constexpr,
-    WIDTH: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr,
-    SHARING: tl.constexpr, TAKEN: tl.constexpr, HEADS: tl.constexpr, TILE: tl.constexpr,
-    PAGE: tl.constexpr, BY_DOT: tl.constexpr,
+    v_token, magic, K_ALIGN: tl.constexpr, V_ALIGN: tl.constexpr, SCALE: tl.constexpr,
+    D: tl.constexpr, WIDTH: tl.constexpr, BITS: tl.constexpr, GROUP: tl.constexpr,
+    GROUPS: tl.constexpr, SHARING: tl.constexpr, TAKEN: tl.constexpr, HEADS: tl.constexpr,
+    TILE: tl.constexpr, PAGE: tl.constexpr, BY_DOT: tl.constexpr,
 ):  # fmt: skip
     chunks: tl.constexpr = (SHARING + TAKEN - 1) // TAKEN
     pair, split = tl.program_id(0) // chunks, tl.program_id(1)
@@ -236,11 +244,14 @@ def _attend(
         following = _pages(table, start + TILE, end, TILE, PAGE)
         token = start + tl.arange(0, TILE)
         live = (token >= begin) & (token < end)
-        place = _places(page * k_page + k_head, k_token, TILE, PAGE, K_ALIGN)
+        if not BY_DOT:
+            # A dimension for heads, of which the loads choose the layout.
+            live = live[None, :]
+        place = _places(page * k_page + k_head, k_token, TILE, PAGE, K_ALIGN, BY_DOT)
         kind = q.dtype.element_ty
-        k_low, k_high = _vectors(keys, place, live, kind, D, WIDTH, BITS, GROUP, GROUPS)
-        place = _places(page * v_page + v_head, v_token, TILE, PAGE, V_ALIGN)
-        v_low, v_high = _vectors(values, place, live, kind, D, WIDTH, BITS, GROUP, GROUPS)
+        k_low, k_high = _vectors(keys, place, live, kind, D, WIDTH, BITS, GROUP, GROUPS, magic)
+        place = _places(page * v_page + v_head, v_token, TILE, PAGE, V_ALIGN, BY_DOT)
+        v_low, v_high = _vectors(values, place, live, kind, D, WIDTH, BITS, GROUP, GROUPS, magic)
         if BY_DOT:
             top, total, low, high = _add_by_dot(
                 top, total, low, high, q_low, q_high, k_low, k_high, v_low, v_high, live,
@@ -325,54 +336,116 @@ def _pages(table, start, end, TILE: tl.constexpr, PAGE: tl.constexpr):
 
 
 @triton.jit
-def _places(page, step, TILE: tl.constexpr, PAGE: tl.constexpr, ALIGN: tl.constexpr):
-    """Offsets of a tile's vectors, from those of its pages; step: from token to token."""
+def _places(
+    page, step, TILE: tl.constexpr, PAGE: tl.constexpr, ALIGN: tl.constexpr, BY_DOT: tl.constexpr
+):
+    """Offsets of a tile's vectors, [TILE] or [1, TILE], from those of its pages.
+
+    step: from token to token.
+    """
     place = page[:, None] + (tl.arange(0, PAGE) * step)[None, :]
-    return tl.multiple_of(tl.reshape(place, (TILE,)), ALIGN)
+    # Said twice, since the compiler drops a reshape of one page, and with it what is said of it.
+    place = tl.multiple_of(place, (ALIGN, ALIGN))
+    if BY_DOT:
+        place = tl.multiple_of(tl.reshape(place, (TILE,)), ALIGN)
+    else:
+        place = tl.multiple_of(tl.reshape(place, (1, TILE)), (ALIGN, ALIGN))
+    return place
 
 
 @triton.jit
 def _vectors(
     pool, place, live, KIND: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
-    BITS: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr,
+    BITS: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, magic,
 ):  # fmt: skip
-    """Vectors [tokens, columns] at offsets in a pool, zero where a token isn't live.
+    """Vectors [..., columns] at offsets [...] in a pool, zero where a token isn't live.
 
     Twice the vectors, or with 4 bits the values in low nibbles and those in high ones.
     """
-    size: tl.constexpr = D * BITS // 8 if BITS else D
-    column = tl.arange(0, WIDTH)[None, :]
-    inside = live[:, None]
-    if size != WIDTH:
-        inside = inside & (column < size)
-    x = tl.load(pool + place[:, None] + column, mask=inside, other=0)
-    low, high = x, x
     if BITS:
-        group = tl.arange(0, GROUPS)[None, :]
-        has_group = live[:, None] & (group * GROUP < D)
-        pairs = (pool + size + place).to(tl.pointer_type(tl.uint32))
-        pair = tl.load(pairs[:, None] + group, mask=has_group, other=0)
-        minimum = _float_of_half(pair & 0xFFFF)[:, :, None]
-        scale = _float_of_half(pair >> 16)[:, :, None]
-        code = tl.reshape(x, (x.shape[0], GROUPS, WIDTH // GROUPS)).to(tl.uint32)
-        if BITS == 4:
-            low = _value(code & 15, minimum, scale, KIND)
-            high = _value(code >> 4, minimum, scale, KIND)
-        else:
-            low = _value(code, minimum, scale, KIND)
-            high = low
-        low, high = tl.reshape(low, x.shape), tl.reshape(high, x.shape)
-        if size != WIDTH:
-            # Beyond a vector's end lies its last group's minimum, which may be infinite.
-            low, high = tl.where(inside, low, 0.0), tl.where(inside, high, 0.0)
+        low, high = _unpacked(pool, place, live, KIND, D, WIDTH, BITS, GROUP, GROUPS, magic)
+    else:
+        column = tl.arange(0, WIDTH)
+        inside = tl.expand_dims(live, -1)
+        if D != WIDTH:
+            inside = inside & (column < D)
+        low = tl.load(pool + (tl.expand_dims(place, -1) + column), mask=inside, other=0.0)
+        high = low
     return low, high
 
 
 @triton.jit
-def _value(code, minimum, scale, KIND: tl.constexpr):
-    """Values of codes below 2**23, which a float's own bits turn into a number at full rate."""
-    code = (code | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
-    return (minimum + code * scale).to(KIND)
+def _unpacked(
+    pool, place, live, KIND: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
+    BITS: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, magic,
+):  # fmt: skip
+    """Packed vectors as _vectors returns them; codes are taken from words of 32 bits."""
+    size: tl.constexpr = D * BITS // 8
+    is_live, start = tl.expand_dims(live, -1), pool + tl.expand_dims(place, -1)
+    nth, group = tl.arange(0, WIDTH // 4), tl.arange(0, GROUPS)
+    has_word = is_live
+    if size != WIDTH:
+        has_word = has_word & (nth * 4 < size)
+    word = tl.load(start.to(tl.pointer_type(tl.uint32)) + nth, mask=has_word, other=0)
+    pairs = (start + size).to(tl.pointer_type(tl.uint32)) + group
+    pair = tl.load(pairs, mask=is_live & (group * GROUP < D), other=0)
+    minimum = tl.expand_dims(_float_of_half(pair & 0xFFFF), -1)
+    scale = tl.expand_dims(_float_of_half(pair >> 16), -1)
+    word = tl.reshape(word, pair.shape + [WIDTH // GROUPS // 4])
+    low = _values(word, minimum, scale, 0, KIND, BITS, magic)
+    low = tl.reshape(low, place.shape + [WIDTH])
+    high = low
+    if BITS == 4:
+        high = _values(word, minimum, scale, 4, KIND, BITS, magic)
+        high = tl.reshape(high, place.shape + [WIDTH])
+    if size != WIDTH:
+        # Beyond a vector's end lies its last group's minimum, which may be infinite.
+        inside = is_live & (tl.arange(0, WIDTH) < size)
+        low, high = tl.where(inside, low, 0.0), tl.where(inside, high, 0.0)
+    return low, high
+
+
+@triton.jit
+def _values(
+    word,
+    minimum,
+    scale,
+    SHIFT: tl.constexpr,
+    KIND: tl.constexpr,
+    BITS: tl.constexpr,
+    magic,
+):
+    """One value of each byte of words, [..., words, 2, 2]; SHIFT: bits below it in the byte."""
+    odd = tl.join(
+        _value(word, minimum, scale, SHIFT + 8, KIND, BITS, magic),
+        _value(word >> 16, minimum, scale, SHIFT + 8, KIND, BITS, magic),
+    )
+    even = tl.join(
+        _value(word, minimum, scale, SHIFT, KIND, BITS, magic),
+        _value(word >> 16, minimum, scale, SHIFT, KIND, BITS, magic),
+    )
+    return tl.join(even, odd)
+
+
+@triton.jit
+def _value(
+    word,
+    minimum,
+    scale,
+    SHIFT: tl.constexpr,
+    KIND: tl.constexpr,
+    BITS: tl.constexpr,
+    magic,
+):
+    """Values of the codes SHIFT bits up in words.
+
+    A code isn't shifted down, nor converted: its multiple is put into a float's own bits, and the
+    scale is a fraction. Both are exact, and so is their product.
+    """
+    multiple: tl.constexpr = 1 << SHIFT
+    code = (word & ((2**BITS - 1) * multiple)) | magic
+    code = code.to(tl.float32, bitcast=True) - 8388608.0
+    return (minimum + code * (scale * (1.0 / multiple))).to(KIND)
 
 
 @triton.jit
@@ -409,19 +482,20 @@ def _add_by_sum(
     SCALE: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
     """Sums of heads and places with a tile's tokens added, in float32."""
-    scores = tl.sum(k_low.to(tl.float32)[None] * q_low[:, None, :], 2)
+    products = k_low.to(tl.float32) * q_low[:, None, :]
     if BITS == 4:
-        scores += tl.sum(k_high.to(tl.float32)[None] * q_high[:, None, :], 2)
-    scores = tl.where(live[None, :], scores * SCALE, float("-inf"))
+        products += k_high.to(tl.float32) * q_high[:, None, :]
+    scores = tl.sum(products, 2)
+    scores = tl.where(live, scores * SCALE, float("-inf"))
     new = tl.maximum(top, scores)
     by = _finite(new)
     weights = tl.exp2(scores - by)
     factor = tl.exp2(top - by)
     total = total * factor + weights
     weights, factor = weights[:, :, None], factor[:, :, None]
-    low = low * factor + weights * v_low.to(tl.float32)[None]
+    low = low * factor + weights * v_low.to(tl.float32)
     if BITS == 4:
-        high = high * factor + weights * v_high.to(tl.float32)[None]
+        high = high * factor + weights * v_high.to(tl.float32)
     return new, total, low, high
 
 
