@@ -42,7 +42,7 @@ class GrowingRow(Protocol):
 def peak_pages(rows: Iterable[GrowingRow]) -> int:
     """Most pages that rows have at a time, if each gets one token a pass until its end.
 
-    Where there are more than POINTS ends, it may be a few pages too many; never too few.
+    Rows with more than POINTS different ends may count as a few pages too many; never too few.
     """
     pairs = [(row.num_tokens, row.final_tokens) for row in rows]
     if not pairs:

@@ -128,7 +128,7 @@ class StagePlan:
         pages[largest] = max(pages[largest], longest)
         on_disk = max(split.disk for split in splits) * self.row_pages
         streamed = max(split.streamed + split.disk for split in splits) * self.row_pages
-        # Which rows of host memory are streamed is chosen in each pass.
+        # Rows of host memory that are streamed are chosen in each pass.
         may_stream = streamed or (rows[1] > 0 and self.policy.cpu_attention < 1)
         return CacheSpace(
             pages=(pages[0], pages[1], pages[2]),
@@ -194,11 +194,10 @@ class StagePlan:
 
     @property
     def attended_row_bytes(self) -> int:
-        """Bytes that attending a decoding row takes beside its cache, where no kernel walks pages.
+        """Bytes that attending a decoding row takes beside its cache, if no kernel walks pages.
 
-        Its pages are copied side by side, and take a mask and scores; a quantized cache takes its
-        keys and values dequantized too, and sparse attention keys in float32, the weights and their
-        order.
+        Pages are copied side by side, and take a mask and scores; a quantized cache takes keys and
+        values dequantized too, and sparse attention keys in float32, the weights and their order.
         """
         config = self.config
         dequantized = 2 * config.kv_size * self.element_bytes if self.policy.cache_bits else 0

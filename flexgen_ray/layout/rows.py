@@ -167,7 +167,7 @@ class Composition:
 
 @dataclass(frozen=True, slots=True)
 class Division:
-    """How one row's cache is kept and attended.
+    """Division of one row: where its cache lies, and who attends it.
 
     tier: where it lies; on_host: True if the host attends it there. home: its pages, None if only
     costs are asked for.

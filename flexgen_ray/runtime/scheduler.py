@@ -191,7 +191,7 @@ class Scheduler:
     def _grow(self, batch: int, left: list[int], grown: list[tuple[int, int]]) -> set[int]:
         """Give another page to rows whose pages are full, the oldest first.
 
-        Where none is free, the batch's youngest row on that tier is set back: it leaves, and is
+        If none is free, the batch's youngest row on that tier is set back: it leaves, and is
         computed again later, with its tokens so far as part of the prompt. A row older than all
         that still lacks a page skips the pass. The oldest row of all batches is never set back, and
         the others make room for it. So it always ends.
@@ -266,10 +266,10 @@ class Scheduler:
         free = (slot for slot in range(self.gpu_batch_size) if slot not in slots)
         entered: list[tuple[int, int, tuple[int, ...]]] = []
         for slot in list(islice(free, max(0, min(room, len(self._waiting))))):
-            found = self._next_waiting(batch, slot, room - len(entered))
-            if found is None:
+            chosen = self._next_waiting(batch, slot, room - len(entered))
+            if chosen is None:
                 break
-            place, sequence, tiers = found
+            place, sequence, tiers = chosen
             request, slots[slot] = sequence.request, sequence
             self._num_entered += 1
             entered.append((slot, pages_of(sequence.num_tokens), tiers))

@@ -201,8 +201,8 @@ class KVCache:
     def store(self, op: Op, placed: PlacedRows, work: CellBuffers) -> None:
         """STORE_CACHE: copy new keys and values of rows off the device to the host, and queries.
 
-        What fills pages goes to its home in host memory, or to the slot from which it is written to
-        disk; the rest, and queries of rows that the host attends, to the cell's host slots.
+        New tokens that fill pages go home to host memory, or to the slot from which they are
+        written to disk; the others, and queries of rows that the host attends, to host slots.
         """
         if self._stores_rows(placed):
             target = self._new_rows(op, placed.num_loose)

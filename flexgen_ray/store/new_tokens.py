@@ -8,9 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flexgen_ray.config import PAGE_TOKENS
 from flexgen_ray.kernels.indices import place_indices
-from flexgen_ray.layout.pages import Home
+from flexgen_ray.layout.pages import PAGE_TOKENS, Home
 from flexgen_ray.layout.rows import Piece
 
 
