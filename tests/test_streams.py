@@ -10,7 +10,7 @@ from engine_runs import assert_same, greedy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from late_streams import LateCuda, StreamWatch
-from strategies import pipelines, policies, sparse
+from strategies import pipelines, policies, sparse, with_sparsity
 
 from flexgen_ray.runtime.handlers import HANDLERS
 from flexgen_ray.schedule.ops import ON_STREAMS, Lane, OpKind
@@ -90,7 +90,8 @@ def test_no_op_uses_a_tensor_that_another_stream_made(
 ):
     """The allocator would give its memory away in the order of the stream that made it alone."""
     folder, references = tiny_models["llama"]
-    policy = replace(policy_of_all, max_batch_tokens=4, **options)
+    policy = with_sparsity(policy_of_all, options.get("attention_sparsity", 1.0))
+    policy = replace(policy, max_batch_tokens=4, **options)
     assert not shared(folder, references[:3], policy, monkeypatch)
 
 

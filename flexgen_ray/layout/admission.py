@@ -76,7 +76,6 @@ class _Books:
 
     def clear(self) -> None:
         self.entries: dict[Key, _Entry] = {}
-        self._free = [*self._space.pages]
         self._free_tails = self._space.disk_rows
 
     def room(self, batch: int) -> float:
@@ -99,62 +98,52 @@ class _Books:
         return next((it for it in order if self._has_room(batch, it, count, row)), None)
 
     def _has_room(self, batch: int, tier: int, count: int, row: GrowingRow) -> bool:
-        space = self._space
-        if self._free[tier] < count or (tier == _DISK and not self._free_tails):
+        """True if a row finds pages now, alone fits at its end, and with the others at the peak."""
+        if tier == _DISK and not self._free_tails:
             return False
-        streamed = self._streamed_tiers
-        limits = [(space.pages[tier], self._rows((tier,)))]
-        limits += [(space.streamed, self._rows(streamed, batch))] * (tier in streamed)
-        limits += [(space.disk, self._rows((_DISK,), batch))] * (tier == _DISK)
-        if any(pages_of(row.final_tokens) > limit for limit, _ in limits):
-            return False
-        return all(_fit(limit, [*rows, row]) for limit, rows in limits)
+        for limit, entries in self._limits(batch, tier):
+            if sum(it.pages for it in entries) + count > limit:
+                return False
+            if pages_of(row.final_tokens) > limit or not _fit(limit, entries, row):
+                return False
+        return True
 
-    @property
-    def _streamed_tiers(self) -> tuple[int, ...]:
-        """Tiers whose rows must all be streamed."""
-        return (_CPU, _DISK) if self._space.streams_all else (_DISK,)
+    def _limits(self, batch: int, tier: int) -> list[tuple[int, list[_Entry]]]:
+        """(limit in pages, rows that count against it) of what a batch's row on a tier takes."""
+        space, streamed = self._space, (_CPU, _DISK) if self._space.streams_all else (_DISK,)
+        limits = [(space.pages[tier], self._entries((tier,)))]
+        if tier in streamed:
+            limits.append((space.streamed, self._entries(streamed, batch)))
+        if tier == _DISK:
+            limits.append((space.disk, self._entries((_DISK,), batch)))
+        return limits
 
-    def _rows(self, tiers: Sequence[int], batch: int | None = None) -> list[GrowingRow]:
+    def _entries(self, tiers: Sequence[int], batch: int | None = None) -> list[_Entry]:
         pairs = self.entries.items()
-        return [it.row for (of, _), it in pairs if it.tier in tiers and batch in (None, of)]
+        return [it for (of, _), it in pairs if it.tier in tiers and batch in (None, of)]
 
     def enter(self, key: Key, row: GrowingRow, tier: int) -> None:
-        count = pages_of(row.num_tokens)
-        self.entries[key] = _Entry(row, tier, count)
-        self._free[tier] -= count
+        self.entries[key] = _Entry(row, tier, pages_of(row.num_tokens))
         self._free_tails -= tier == _DISK
 
     def can_grow(self, key: Key) -> bool:
         """True if the row can have one page more."""
-        entry, space = self.entries[key], self._space
-        if not self._free[entry.tier]:
-            return False
-        streamed, own = (
-            self._streamed_tiers,
-            [it for (of, _), it in self.entries.items() if of == key[0]],
-        )
-        if entry.tier in streamed:
-            used = sum(it.pages for it in own if it.tier in streamed)
-            if used >= space.streamed:
-                return False
-        return entry.tier != _DISK or sum(it.pages for it in own if it.tier == _DISK) < space.disk
+        limits = self._limits(key[0], self.entries[key].tier)
+        return all(sum(it.pages for it in entries) < limit for limit, entries in limits)
 
     def helps(self, victim: Key, lacking: Key) -> bool:
-        """True if the victim's pages count against the limit that the other row has reached."""
-        tiers = {self.entries[victim].tier, self.entries[lacking].tier}
-        is_one_batch = victim[0] == lacking[0]
-        shares_slot = is_one_batch and tiers <= set(self._streamed_tiers)
-        return not self.can_grow(lacking) and (len(tiers) == 1 or shares_slot)
+        """True if the victim's pages count against a limit that the other row has reached."""
+        own = self.entries[victim]
+        for limit, entries in self._limits(lacking[0], self.entries[lacking].tier):
+            if sum(it.pages for it in entries) >= limit and any(it is own for it in entries):
+                return True
+        return False
 
     def grow(self, key: Key) -> None:
         self.entries[key].pages += 1
-        self._free[self.entries[key].tier] -= 1
 
     def leave(self, key: Key) -> None:
-        entry = self.entries.pop(key)
-        self._free[entry.tier] += entry.pages
-        self._free_tails += entry.tier == _DISK
+        self._free_tails += self.entries.pop(key).tier == _DISK
 
 
 class Admission:
@@ -231,7 +220,7 @@ def mean_pages(row: GrowingRow) -> float:
     return (pages_of(row.num_tokens) + pages_of(row.final_tokens)) / 2
 
 
-def _fit(limit: int, rows: list[GrowingRow]) -> bool:
-    if sum(pages_of(row.final_tokens) for row in rows) <= limit:
-        return True
-    return peak_pages(rows) <= limit
+def _fit(limit: int, entries: list[_Entry], row: GrowingRow) -> bool:
+    """True if rows stay within a limit, this one among them."""
+    rows = [*(it.row for it in entries), row]
+    return sum(pages_of(it.final_tokens) for it in rows) <= limit or peak_pages(rows) <= limit
