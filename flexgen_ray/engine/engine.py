@@ -179,17 +179,14 @@ class Engine:
         """Sizes that the stores need for these requests; with max_model_len, for any within it."""
         longest = self.settings.max_model_len
         lengths = [(len(request.prompt_token_ids), request.max_tokens) for request in requests]
-        # The last token of a text that is scored needs no place in the context.
-        most = longest + 1 if longest else max(map(sum, lengths))
-        mean = mean_cached(lengths)
         return Workload(
             # Only a policy that is chosen depends on the number of requests.
             num_requests=1 if self.settings.policies else sum(it.params.n for it in requests),
             max_prompt_len=longest or max(prompt for prompt, _ in lengths),
-            max_seq_len=most,
-            # A row that was set back is prefilled with its answer so far, too.
-            resumes=self.backend.resumes or mean < most,
-            mean_seq_len=mean,
+            # The last token of a text that is scored needs no place in the context.
+            max_seq_len=longest + 1 if longest else max(map(sum, lengths)),
+            resumes=self.backend.resumes,
+            mean_seq_len=mean_cached(lengths),
         )
 
     @property

@@ -78,6 +78,12 @@ class StagePlan:
         return self.workload.max_seq_len
 
     @property
+    def max_prefill_len(self) -> int:
+        """Tokens of the longest prefill; a row that was set back brings its answer so far, too."""
+        may_lack_pages = self.row_pages < self.longest_pages
+        return self.max_seq_len if may_lack_pages else self.workload.max_prefill_len
+
+    @property
     def cell_tokens(self) -> int:
         """Most tokens of one batch in one pass; prompts with more take several passes."""
         batch = self.policy.gpu_batch_size
@@ -97,7 +103,7 @@ class StagePlan:
     @property
     def chunks_prompts(self) -> bool:
         """True if a batch's prompts may not fit one pass."""
-        return self.policy.gpu_batch_size * self.workload.max_prefill_len > self.cell_tokens
+        return self.policy.gpu_batch_size * self.max_prefill_len > self.cell_tokens
 
     @cached_property
     def splits(self) -> tuple[RowSplit, ...]:
@@ -219,7 +225,7 @@ class StagePlan:
         Chunks of a prompt whose row the host otherwise attends need room of their own.
         """
         spare = self.chunks_prompts and self.attends_on_host
-        return self.space.streamed + spare * pages_of(self.workload.max_prefill_len)
+        return self.space.streamed + spare * pages_of(self.max_prefill_len)
 
     @property
     def choosing_rows(self) -> int:
@@ -243,7 +249,7 @@ class StagePlan:
 
         A row has them before its first whole page, and after its last one.
         """
-        most = min(self.workload.max_prefill_len, 2 * (PAGE_TOKENS - 1))
+        most = min(self.max_prefill_len, 2 * (PAGE_TOKENS - 1))
         return min(self.cell_tokens, self.off_device_rows * most)
 
     @property

@@ -205,7 +205,7 @@ def _dense_bytes(plan: StagePlan) -> int:
     if not plan.stages_disk:
         return 0
     vectors = plan.attended_rows * plan.config.q_size * plan.element_bytes
-    tokens = min(plan.cell_tokens, plan.off_device_rows * plan.workload.max_prefill_len)
+    tokens = min(plan.cell_tokens, plan.off_device_rows * plan.max_prefill_len)
     return tokens * plan.kv_bytes + 2 * vectors
 
 
@@ -242,7 +242,7 @@ def _op_bytes(plan: StagePlan) -> tuple[int, int]:
     rows = plan.policy.gpu_batch_size
     # Grouped-query prefill repeats the keys and values of one row for every query head.
     attention = plan.max_seq_len * (config.q_size + config.kv_size) * 2 * element
-    chunk = min(plan.cell_tokens, plan.workload.max_prefill_len)
+    chunk = min(plan.cell_tokens, plan.max_prefill_len)
     attention += chunk * config.q_size * (2 * element + 4)
     attention += min(QUERY_TILE, chunk) * plan.max_seq_len * (1 + 4)
     attention += plan.rows_at_a_time * plan.attended_row_bytes

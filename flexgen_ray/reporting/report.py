@@ -193,6 +193,11 @@ class Report:
     def tokens_per_s(self) -> float:
         return self.new_tokens / self.seconds if self.seconds else 0.0
 
+    @property
+    def recomputed_tokens(self) -> int:
+        """Tokens that were computed again, because rows lacked pages of the cache."""
+        return self.stages[0].measured.recomputed_tokens if self.stages else 0
+
     def add(self, progress: Progress) -> None:
         """Count one pass."""
         self.prompt_tokens += progress.prefill_tokens
@@ -217,6 +222,11 @@ class Report:
                 f"{self.cut[kind]:,} at {name}" for kind, name in _LIMITS.items() if self.cut[kind]
             )
             lines.append(f"answers cut: {parts}")
+        if self.recomputed_tokens:
+            lines.append(
+                f"{self.recomputed_tokens:,} tokens were computed again, because rows lacked pages "
+                "of the KV cache"
+            )
         if self.stages:
             lines.append(block_line(self.stages[0].plan))
         for number, stage in enumerate(self.stages):
@@ -250,6 +260,8 @@ class Report:
         }
         if self.cut:
             result["answers_cut"] = dict(self.cut)
+        if self.recomputed_tokens:
+            result["recomputed_tokens"] = self.recomputed_tokens
         if self.forecast is not None:
             result["predicted_tokens_per_s"] = round(self.forecast.tokens_per_s, 3)
         if self.recoveries:

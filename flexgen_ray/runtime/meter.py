@@ -51,7 +51,8 @@ class StageMeasurements:
     one; cores: core seconds of all lanes, divided by the number of cores, if the device is a CPU.
     is_emulated: True if times are those of emulated hardware.
     peak_gpu_bytes: most GPU memory that torch reserved; sampling: busy seconds of the device in
-    which tokens were sampled.
+    which tokens were sampled. recomputed_tokens: those of rows that were set back, in the first
+    stage.
     """
 
     wall: float = 0.0
@@ -64,6 +65,7 @@ class StageMeasurements:
     visits: list[VisitTiming] = field(default_factory=list)
     peak_gpu_bytes: int = 0
     sampling: float = 0.0
+    recomputed_tokens: int = 0
 
     @property
     def binding_lane(self) -> str:

@@ -195,6 +195,7 @@ class Stage:
                 visits=self._visits,
                 peak_gpu_bytes=peak,
                 sampling=self._meter.sampling,
+                recomputed_tokens=self.scheduler.recomputed_tokens,
             )
         lanes = self._modelled.lanes()
         return StageMeasurements(
@@ -208,6 +209,7 @@ class Stage:
             visits=self._visits,
             peak_gpu_bytes=peak,
             sampling=self._meter.sampling,
+            recomputed_tokens=self.scheduler.recomputed_tokens,
         )
 
     def busy(self) -> dict[str, float]:

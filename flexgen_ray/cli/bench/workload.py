@@ -143,14 +143,13 @@ def useful(mixture: Lengths, report: Report, wall: float) -> dict:
     """Tokens that were asked for, by the second of the run's wall time, and tokens computed twice.
 
     useful_tokens_per_s: tokens of answers, each counted once. useful_with_prompts_per_s: with the
-    tokens of prompts. recomputed_tokens: tokens of prompts that passes brought, beyond those that
-    the requests have.
+    tokens of prompts. recomputed_tokens: tokens of rows that were set back, computed again.
     """
     prompts, answers = map(sum, zip(*mixture, strict=True))
     return {
         "useful_tokens_per_s": round(answers / wall, 3),
         "useful_with_prompts_per_s": round((prompts + answers) / wall, 3),
-        "recomputed_tokens": report.prompt_tokens - prompts,
+        "recomputed_tokens": report.recomputed_tokens,
     }
 
 
