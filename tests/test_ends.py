@@ -145,17 +145,21 @@ def job(model, tmp_path, run_here):
     """Runs `generate` on lines; its answers by custom_id, and what it said."""
     (model / "chat_template.jinja").write_text("{{ messages[0].content }}")
 
-    def call(lines: list[dict], *options: object):
+    def run(lines: list[dict], *options: object):
         (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, lines)))
         files = ("--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl")
-        done = run_here(
+        return run_here(
             "generate", "--no-use-ray", "--dtype", "float32", "--model", model, *files,
             "--report", tmp_path / "report.json", *options,
         )  # fmt: skip
+
+    def call(lines: list[dict], *options: object):
+        done = run(lines, *options)
         rows = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
         answers = {it["custom_id"]: it["response"]["body"] for it in rows}
         return answers, done, tmp_path / "report.json"
 
+    call.run = run
     return call
 
 
@@ -207,7 +211,7 @@ def test_a_long_line_leaves_the_block_its_size_and_is_named_where_it_does_not_fi
     """With its need, and how many sequences would fit without it."""
     lines = [{"custom_id": f"r{i}", "prompt": "Hello", "max_tokens": 4} for i in range(15)]
     outlier = {"custom_id": "long\x1b[2J", "prompt": "Hello", "max_tokens": 150, "stop": "a"}
-    memory = ("--gpu-memory", "250KiB", "--cpu-memory", "400KiB", "--disk-memory", "2MiB")
+    memory = ("--gpu-memory", "600KiB", "--cpu-memory", "800KiB", "--disk-memory", "2MiB")
     sizes = []
     for most in (150, 4):
         _, done, _ = job([*lines, outlier | {"max_tokens": most}], *memory, "--overwrite")
@@ -215,7 +219,7 @@ def test_a_long_line_leaves_the_block_its_size_and_is_named_where_it_does_not_fi
         found = re.search(r"block of (\d+) x (\d+) seq", done.stderr).groups()
         sizes.append(int(found[0]) * int(found[1]))
     assert 2 * sizes[0] >= sizes[1]
-    _, done, _ = job([*lines, outlier], "--overwrite", *memory, "--gpu-memory", "190KiB")
+    done = job.run([*lines, outlier], "--overwrite", *memory, "--gpu-memory", "250KiB")
     assert done.returncode == 1
     assert re.search(
         r"line 16 \(custom_id 'long\\x1b\[2J'\) \(5 prompt tokens, max_tokens 150\) is the "
