@@ -334,6 +334,8 @@ class CostModel:
     def _runs(self, rows: list[Row]) -> int:
         """Runs of decoding rows that are attended together, if they are neighbours."""
         decoding = sum(not row.is_prefill for row in rows)
+        if self.plan.walks_pages:
+            return min(decoding, 1)
         return -(-decoding // self.plan.rows_at_a_time)
 
     def _scored(self, rows: list[Row], layer: int) -> Amounts:

@@ -213,8 +213,19 @@ class StagePlan:
         return self.longest_pages * PAGE_TOKENS * each
 
     @property
+    def walks_pages(self) -> bool:
+        """True if there are kernels that attend all decoding rows where their pages lie."""
+        head_dim = self.config.head_dim
+        return not self.is_sparse and head_dim % 16 == 0 and head_dim <= 256
+
+    @property
     def rows_at_a_time(self) -> int:
-        """Decoding rows that are attended at a time where no kernel walks pages."""
+        """Decoding rows that are attended at a time where no kernel walks pages.
+
+        It is one on a GPU whose kernel does, unless Triton fails there.
+        """
+        if self.stages_disk and self.walks_pages:
+            return 1
         rows, each = self.policy.gpu_batch_size, self.attended_row_bytes
         return max(1, min(rows, ATTENTION_WORKSPACE // each))
 
