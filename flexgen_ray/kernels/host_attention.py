@@ -420,8 +420,8 @@ def _attend_selected(kind, start, count, row, planes, shape, memory, lists, spar
                 n, _, block, sums, state = _tile_at(h, heads, padded, memory + head * per_head)
                 gather_scores(scores[(head * heads + h) * room :], n, picks, block)
                 softmax_block(n, len(picks), padded, block, sums, state)
-                sizes = (len(picks), nbytes)
-                add_weighted_values(kind, n, sizes, block, these, sums, coming_rows)
+                picked = (len(picks), nbytes)
+                add_weighted_values(kind, n, picked, block, these, sums, coming_rows)
                 h += n
 
 
