@@ -14,6 +14,7 @@ from flexgen_ray.checks import Check, instance, integer, number, one_of, optiona
 from flexgen_ray.config import (
     DEVICES,
     DTYPE_BYTES,
+    PAGE_TOKENS,
     TRANSPORTS,
     Faults,
     HardwareSpec,
@@ -34,7 +35,7 @@ _REVISION = (
 )
 _FOLDER = "the tokenizer is read from the model's folder; put its files there"
 _NEVER_REMOTE = "code from a model's folder is never run; leave it out"
-_ALL_PAGED = "the KV cache has no pages here; leave it out"
+_PAGE_SIZE = f"a page of the KV cache always has {PAGE_TOKENS} tokens; leave it out"
 _EMULATION = "hardware is emulated by benchmarks/emulation.py, in a checkout"
 
 # Options of vLLM's LLM and of Hugging Face that have another name here, or none: the remedy.
@@ -60,7 +61,7 @@ ELSEWHERE: Mapping[str, str] = {
     "max_num_batched_tokens": "a policy's max_batch_tokens sets it",
     "enable_chunked_prefill": "long prompts are always cut by the policy's max_batch_tokens; leave "
     "it out",
-    "block_size": _ALL_PAGED,
+    "block_size": _PAGE_SIZE,
     "enable_prefix_caching": "prefixes are not shared between prompts; leave it out",
     "trust_remote_code": _NEVER_REMOTE,
     "tokenizer": _FOLDER,

@@ -40,12 +40,12 @@ class OpKind(StrEnum):
     LOAD_WEIGHTS = auto()  # a part of the next layer's streamed weights, to the device
     READ_HIDDEN = auto()  # hidden states on disk, into a host slot
     LOAD_HIDDEN = auto()  # hidden states off the device, to the device
-    READ_CACHE = auto()  # cache blocks on disk, into a host slot
+    READ_CACHE = auto()  # pages of the cache on disk, into a host slot
     LOAD_CACHE = auto()  # rows of the cache that the device attends, to the device
     PROJECT = auto()  # norm, QKV, positions; append to the cache on the device
     STORE_CACHE = auto()  # new keys and values off the device, and queries for host attention
     APPEND_CACHE = auto()  # stored keys and values that fill no page, to their places in memory
-    WRITE_CACHE = auto()  # whole cache blocks, to disk
+    WRITE_CACHE = auto()  # full pages of the cache, to disk
     CHOOSE = auto()  # the tokens whose values streamed rows need, if attention is sparse
     GATHER_VALUES = auto()  # the values of the chosen tokens, side by side in host memory
     LOAD_VALUES = auto()  # the gathered values, to the device
