@@ -222,9 +222,9 @@ class StagePlan:
     def rows_at_a_time(self) -> int:
         """Decoding rows that are attended at a time where no kernel walks pages.
 
-        It is one on a GPU whose kernel does, unless Triton fails there.
+        It is one where a kernel does, in case that Triton fails on a GPU.
         """
-        if self.stages_disk and self.walks_pages:
+        if self.walks_pages:
             return 1
         rows, each = self.policy.gpu_batch_size, self.attended_row_bytes
         return max(1, min(rows, ATTENTION_WORKSPACE // each))

@@ -313,9 +313,10 @@ def _choose_kernel(plan: StagePlan, threads: int, nbytes: int) -> HostKernel:
         plan.dtype, *heads, plan.policy.cache_bits, plan.policy.attention_sparsity
     )
     with _torch_threads(threads):
-        return compiled_kernel(
-            choose_kernel(shape, threads, calibration_dir(), nbytes), threads, shape
-        )
+        name = "numba"
+        if not plan.walks_pages:
+            name = choose_kernel(shape, threads, calibration_dir(), nbytes)
+        return compiled_kernel(name, threads, shape)
 
 
 def _weight_source(spec: StageSpec) -> WeightSource:
