@@ -26,12 +26,17 @@ def expected(tiny_models) -> list[list[int]]:
 
 @pytest.fixture
 def short_of_pages(monkeypatch):
-    """As many pages as rows have on average, and an admission that doesn't look ahead."""
+    """Runs have as many pages as rows take on average, and let rows in without looking ahead."""
     monkeypatch.setattr(choose, "with_spare_pages", lambda plans, budgets: plans)
     monkeypatch.setattr(admission, "peak_pages", lambda rows: 0)
 
 
 def tokens_of(tiny_models, policy, executor: str, **options) -> list[list[int]]:
+    return run(tiny_models, policy, executor, **options)[0]
+
+
+def run(tiny_models, policy, executor: str, **options) -> tuple[list[list[int]], int]:
+    """Tokens of the answers, and the number of tokens that were computed again."""
     folder, _ = tiny_models["llama"]
     rng = random.Random(3)
     prompts = [[rng.randrange(90) for _ in range(length)] for length, _ in LENGTHS]
@@ -39,9 +44,8 @@ def tokens_of(tiny_models, policy, executor: str, **options) -> list[list[int]]:
     options |= {"policy": policy, "executor": executor, "use_ray": False, "dtype": "float32"}
     with LLM(folder, **options) as llm:
         outputs = llm.generate(prompts, params)
-        again = llm.backend.workers[0].stage.scheduler.recomputed_tokens
-    tokens_of.again = again
-    return [output.outputs[0].token_ids for output in outputs]
+        again = llm.report.recomputed_tokens
+    return [output.outputs[0].token_ids for output in outputs], again
 
 
 @settings(max_examples=8)
@@ -61,5 +65,6 @@ def test_nor_in_a_pipeline(tiny_models, expected, short_of_pages, pipeline, exec
 
 def test_rows_are_set_back_where_admission_lets_too_many_in(tiny_models, expected, short_of_pages):
     policy = Policy(2, 2, cache=Placement(0.5, 0.5, 0))
-    assert tokens_of(tiny_models, policy, "async") == expected
-    assert tokens_of.again > 0
+    tokens, again = run(tiny_models, policy, "async")
+    assert tokens == expected
+    assert again > 0

@@ -85,7 +85,7 @@ def scheduler_of(plans: list[StagePlan], ends: frozenset[int] = frozenset()) -> 
 
 
 class Homes:
-    """What a stage makes of the events of the passes."""
+    """Homes of a stage's rows, as the events of the passes say."""
 
     def __init__(self, plan: StagePlan, number: int = 0) -> None:
         self.plan, self.number = plan, number

@@ -40,7 +40,7 @@ ODD = (0.0, -0.0, 1e-40, -6e-8, 65504.0, LARGEST, -LARGEST, math.inf, -math.inf,
 
 @compiled
 def test_the_interpreted_kernels_hold_their_laws():
-    """Those below and of test_paged_cuda.py, in a process whose kernels are interpreted."""
+    """In a process whose kernels are interpreted, the tests of this file and of test_paged_cuda."""
     pytest_options = ("-q", "--noconftest", "-p", "no:cacheprovider")
     files = (__file__, Path(__file__).with_name("test_paged_cuda.py"))
     done = subprocess.run(

@@ -11,7 +11,7 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -89,9 +89,15 @@ def load_kernel(name: str, threads: int) -> HostKernel:
     raise ValueError(f"there is no host attention kernel {name!r}; there are {KERNELS}")
 
 
-def walks_pages(kernel: HostKernel) -> bool:
-    """True if the kernel reads pages where they lie; others copy them side by side."""
-    return kernel is not _sdpa
+def rows_together(kernel: HostKernel, count: int, most: int) -> Iterator[slice]:
+    """Yield the rows that a call of the kernel attends: all of `count`, or `most` at a time.
+
+    most: for a kernel that copies pages side by side, which takes memory; others read pages where
+    they lie.
+    """
+    step = most if kernel is _sdpa else max(count, 1)
+    for at in range(0, count, step):
+        yield slice(at, min(at + step, count))
 
 
 def takes_torch_threads(kernel: HostKernel) -> bool:

@@ -24,14 +24,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flexgen_ray.config import PAGE_TOKENS
 from flexgen_ray.kernels.attention import cache_bits
 from flexgen_ray.kernels.pack_cuda import _float_of_half, address_divisor
-from flexgen_ray.kernels.paged_splits import (
-    PAGE_TOKENS,
-    attended,
-    num_splits,
-    partial_floats,
-)
+from flexgen_ray.kernels.paged_splits import attended, num_splits, partial_floats
 from flexgen_ray.quant.packing import GROUP, PARAMETER_BYTES, num_groups
 
 MOST_DIM = 256

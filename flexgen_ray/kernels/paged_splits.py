@@ -1,11 +1,12 @@
-"""Among how many programs of a GPU each row's tokens are divided, and the memory which that takes.
+"""Division of rows' tokens among the programs of a GPU, and the memory that it takes.
 
-Knows no tensors and needs no torch, so that what sizes a run may ask here.
+Knows numbers; no tensors, and needs no torch.
 """
 
 from __future__ import annotations
 
-PAGE_TOKENS = 16
+from flexgen_ray.config import PAGE_TOKENS
+
 PROGRAMS = 4  # of a multiprocessor, which then has loads under way while others compute
 # Of a GPU. Larger ones get as many programs as one of this size, which bounds the workspace.
 MOST_MULTIPROCESSORS = 192

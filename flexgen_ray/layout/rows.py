@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate
 from typing import Any, Generic, TypeVar
 
 from flexgen_ray.config import PAGE_TOKENS
@@ -318,6 +319,22 @@ class PlacedRows:
     def num_loose(self) -> int:
         """Number of loose tokens."""
         return sum(piece.count for piece in self.loose)
+
+    @cached_property
+    def loose_places(self) -> list[tuple[Piece, int]]:
+        """(piece, place of its first token on the host) of the loose tokens, side by side."""
+        starts = accumulate((piece.count for piece in self.loose), initial=0)
+        return list(zip(self.loose, starts, strict=False))
+
+    @cached_property
+    def attended_places(self) -> list[int]:
+        """Places on the host of the rows that the host attends, if every row brings one token."""
+        of_slot = {piece.row.slot: place for piece, place in self.loose_places}
+        return [of_slot[row.slot] for row in self.attended]
+
+    def is_on_disk(self, row: Row) -> bool:
+        """True if a row's cache lies on disk."""
+        return self._of_slot[row.slot].tier == "disk"
 
     @cached_property
     def loose_runs(self) -> list[tuple[int, slice]]:

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from flexgen_ray.kernels import attention
 from flexgen_ray.kernels.cuda_attention import page_kernel
-from flexgen_ray.kernels.host_kernel import HostKernel, walks_pages
+from flexgen_ray.kernels.host_kernel import HostKernel, rows_together
 from flexgen_ray.kernels.indices import place_indices
 from flexgen_ray.kernels.pack import pack, unpack
 from flexgen_ray.layout.pages import Home, page_table
@@ -128,9 +128,7 @@ class DeviceAttention:
             )
             return
         how = self._sparsity, window
-        step = len(run.lens) if walks_pages(self._kernel) else self._plan.rows_at_a_time
-        for at in range(0, len(run.lens), step):
-            some = slice(at, at + step)
+        for some in rows_together(self._kernel, len(run.lens), self._plan.rows_at_a_time):
             tables, lens = run.tables[some], run.lens[some]
             self._kernel(q[some], pool[0], pool[1], tables, lens, out[some], *how)
 

@@ -12,7 +12,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from flexgen_ray.kernels.host_kernel import HostKernel, walks_pages
+from flexgen_ray.kernels.host_kernel import HostKernel, rows_together
 from flexgen_ray.kernels.sampling import NOT_FINITE, Scores, sample, score
 from flexgen_ray.layout.pages import page_table, pages_of
 from flexgen_ray.layout.plan import StagePlan
@@ -199,9 +199,7 @@ class OpHandlers:
         keys, values = self.cache.host_pages(op)
         queries, out = self.cache.queries(op, placed), self.cache.host_attention[op.cell_slot]
         how = self.plan.policy.attention_sparsity, self.config.window(op.layer)
-        step = len(rows) if walks_pages(self._attend_on_host) else self.plan.rows_at_a_time
-        for at in range(0, len(rows), step):
-            some = slice(at, min(at + step, len(rows)))
+        for some in rows_together(self._attend_on_host, len(rows), self.plan.rows_at_a_time):
             self._attend_on_host(
                 queries[some], keys, values, tables[some], lens[some], out[some], *how
             )

@@ -17,17 +17,17 @@ Knows tokens; no tensors, no tiers.
 from __future__ import annotations
 
 from bisect import insort
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from itertools import islice
 
-from flexgen_ray.kernels.sampling import Penalties, SamplingRow, uniform_number
+from flexgen_ray.kernels.sampling import SamplingRow, uniform_number
 from flexgen_ray.layout.admission import Admission, mean_pages
 from flexgen_ray.layout.pages import pages_of
 from flexgen_ray.layout.rows import Row, Rows, ScoredRow
 from flexgen_ray.request import Finished, Request, SamplingParams, Score, SlotScores
+from flexgen_ray.runtime.sequence import Sequence
 
 # Exceeds any vocabulary; messages hold no integer of more than 64 bits.
 _ALL_TOKENS = 2**31 - 1
@@ -64,7 +64,7 @@ class Scheduler:
     _scored: deque[tuple[int, list[Score]]] = field(default_factory=deque)
 
     def __post_init__(self) -> None:
-        self._slots: list[dict[int, _Sequence]] = [{} for _ in range(self.num_batches)]
+        self._slots: list[dict[int, Sequence]] = [{} for _ in range(self.num_batches)]
         self._left: list[list[int]] = [[] for _ in range(self.num_batches)]
         self._waiting_tokens = self._num_entered = 0
         self._cached_before: dict[int, int] = {}
@@ -191,10 +191,10 @@ class Scheduler:
     def _grow(self, batch: int, left: list[int], grown: list[tuple[int, int]]) -> set[int]:
         """Give another page to rows whose pages are full, the oldest first.
 
-        If none is free, the batch's youngest row on that tier is set back: it leaves, and is
-        computed again later, with its tokens so far as part of the prompt. A row older than all
-        that still lacks a page skips the pass. The oldest row of all batches is never set back, and
-        the others make room for it. So it always ends.
+        If none is free, the youngest row whose pages would help is set back: it leaves the batch,
+        and is computed again later, with its tokens so far as part of the prompt. A row for which
+        no younger one can be set back skips the pass. The oldest row of all batches is never set
+        back, and the others make room for it, so every request ends.
 
         left, grown: the lists to which this adds. Returns the slots that skip the pass.
         """
@@ -226,8 +226,10 @@ class Scheduler:
         return skipping
 
     def _set_back_for(self, lacking: tuple[int, int], batch: int, left: list[int]) -> bool:
-        """Set a row of the batch back, the youngest that is younger than the lacking one and whose
-        pages help it; False if there is none."""
+        """Set back the batch's youngest row whose pages help an older one, which lacks a page.
+
+        lacking: (batch, slot) of the older one. Returns False if there is no such row.
+        """
         slots, admission = self._slots[batch], self._pages
         age = self._slots[lacking[0]][lacking[1]].age
         victims = [
@@ -253,7 +255,7 @@ class Scheduler:
         return self.admission
 
     def _fill(
-        self, batch: int, slots: dict[int, _Sequence]
+        self, batch: int, slots: dict[int, Sequence]
     ) -> tuple[tuple[int, int, tuple[int, ...]], ...]:
         """Move waiting requests into free slots; when few are left, each batch gets its share.
 
@@ -280,7 +282,7 @@ class Scheduler:
 
     def _next_waiting(
         self, batch: int, slot: int, rows: int
-    ) -> tuple[int, _Sequence, tuple[int, ...]] | None:
+    ) -> tuple[int, Sequence, tuple[int, ...]] | None:
         """(place in the queue, sequence, tiers) of what takes a slot; None if nothing can now.
 
         It is the longest, if so many `rows` could still enter, the others being the shortest; else
@@ -304,10 +306,10 @@ class Scheduler:
                 return place, sequence, tiers
         return None
 
-    def _sequence(self, request: Request) -> _Sequence:
+    def _sequence(self, request: Request) -> Sequence:
         """Sequence of a request that is about to enter."""
         tokens = request.prompt_token_ids + request.generated
-        return _Sequence(request, tokens, [*request.scores], len(tokens), self._num_entered)
+        return Sequence(request, tokens, [*request.scores], len(tokens), self._num_entered)
 
     def _pack(self, batch: int, counts: dict[int, int]) -> Rows:
         """Rows with their tokens side by side; counts: number of tokens that each slot brings.
@@ -341,7 +343,7 @@ class Scheduler:
             sequence.cached = stop
         return Rows(tuple(rows), tuple(token_ids), prefill_tokens, tuple(scored))
 
-    def _sampling_row(self, sequence: _Sequence) -> SamplingRow:
+    def _sampling_row(self, sequence: Sequence) -> SamplingRow:
         """Settings that choose a sequence's next token."""
         request, params = sequence.request, sequence.request.params
         position = len(sequence.generated)
@@ -365,12 +367,12 @@ class Scheduler:
             min(max(params.top_k, 0), _ALL_TOKENS),
             params.min_p,
             self._banned(sequence),
-            _penalties(sequence) if params.has_penalties else None,
+            sequence.penalties() if params.has_penalties else None,
             params.allowed_token_ids,
             tuple(params.logit_bias.items()) if params.logit_bias else (),
         )
 
-    def _banned(self, sequence: _Sequence) -> tuple[int, ...]:
+    def _banned(self, sequence: Sequence) -> tuple[int, ...]:
         """Tokens that may not follow: ends before min_tokens, and those that complete bad words."""
         params, position = sequence.request.params, len(sequence.generated)
         banned = {*self._ends(params)} if position < params.min_tokens else set()
@@ -388,7 +390,7 @@ class Scheduler:
         ends = frozenset(params.stop_token_ids)
         return ends if params.ignore_eos else ends | self.eos_token_ids
 
-    def _finished_by(self, sequence: _Sequence, token: int) -> Finished | None:
+    def _finished_by(self, sequence: Sequence, token: int) -> Finished | None:
         """Result of the request if its newest token is its last, else None."""
         request, params, count = sequence.request, sequence.request.params, len(sequence.generated)
         reason = "length" if count >= request.max_tokens else None
@@ -404,7 +406,7 @@ class Scheduler:
             return None
         return Finished(request.index, sequence.generated, reason, sequence.scores, stop)
 
-    def _newest_stop(self, sequence: _Sequence, count: int) -> str | None:
+    def _newest_stop(self, sequence: Sequence, count: int) -> str | None:
         """Stop string that the newest token completes, if any."""
         request, params = sequence.request, sequence.request.params
         if not params.stop or count <= params.min_tokens:
@@ -414,77 +416,8 @@ class Scheduler:
         return self.find_stop(sequence.token_ids, begin, params)
 
 
-@dataclass
-class _Sequence:
-    """A request in a slot.
-
-    token_ids: of prompt and answer; num_known: number of tokens when it took the slot; age: number
-    of sequences that entered before.
-    cached: number of tokens in the cache, or on their way there.
-    counts: occurrences of each token in its answer.
-    """
-
-    request: Request
-    token_ids: list[int]
-    scores: list[Score]
-    num_known: int
-    age: int = 0
-    cached: int = 0
-    counts: Counter[int] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.counts = Counter(self.generated)
-
-    def append(self, token: int) -> None:
-        """Add a token to the answer."""
-        self.token_ids.append(token)
-        self.counts[token] += 1
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens for which the cache needs room."""
-        return len(self.token_ids)
-
-    @property
-    def final_tokens(self) -> int:
-        """Most tokens that it ends with."""
-        return self.request.max_seq_len
-
-    @cached_property
-    def prompt_tokens(self) -> tuple[int, ...]:
-        """Distinct tokens of the prompt."""
-        return tuple(sorted(set(self.request.prompt_token_ids)))
-
-    @property
-    def generated(self) -> list[int]:
-        """Tokens of the answer so far."""
-        return self.token_ids[len(self.request.prompt_token_ids) :]
-
-    def scored(self, row: Row) -> ScoredRow | None:
-        """Known tokens that follow the row's tokens and have no score yet, if any."""
-        request = self.request
-        if request.scored_from is None:
-            return None
-        position = max(row.position + 1, request.scored_from + len(request.scores))
-        token_ids = self.token_ids[position : row.seq_len + 1]
-        first = row.offset + position - row.position - 1
-        return ScoredRow(row.slot, first, tuple(token_ids), request.top) if token_ids else None
-
-
 def _longest_first(request: Request) -> tuple[int, int]:
     return -request.max_seq_len, -len(request.prompt_token_ids) - len(request.generated)
-
-
-def _penalties(sequence: _Sequence) -> Penalties:
-    """Penalties on the tokens that a sequence has so far."""
-    params = sequence.request.params
-    return Penalties(
-        params.presence_penalty,
-        params.frequency_penalty,
-        float(params.repetition_penalty),  # could be an integer of more than 64 bits
-        sequence.prompt_tokens if params.repetition_penalty != 1 else (),
-        tuple(sequence.counts.items()),
-    )
 
 
 _REMEDIES = {

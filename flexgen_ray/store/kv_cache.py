@@ -28,7 +28,7 @@ brings them to their homes; APPEND_CACHE places the others.
 
 With sparse attention LOAD_CACHE brings only keys of decoding rows. CHOOSE then appends the new key
 and selects tokens, GATHER_VALUES puts their values side by side on the host, and LOAD_VALUES copies
-them to the streaming slot.
+them to the device.
 
 Knows rows, pages and bytes; not how attention is computed.
 """
@@ -37,7 +37,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from itertools import accumulate
 from math import prod
 
 import torch
@@ -220,19 +219,11 @@ class KVCache:
             _copy_dense(self._host_query[op.cell_slot, place : place + len(source)], source)
 
     def _store_pages(self, op: Op, placed: PlacedRows, work: CellBuffers) -> None:
-        pool, on_disk = self.host_pages(op), {row.slot for row in placed.on_disk}
+        """Bring new tokens that fill pages to host memory, or to the slot of pages for the disk."""
+        pool = self.host_pages(op)
         for piece in placed.whole:
-            if piece.row.slot in on_disk:
-                at = self._out_place(placed, piece)
-                tokens = work.cached[piece.tokens].unflatten(0, (-1, PAGE_TOKENS))
-                target = self._out[op.cell_slot, at : at + len(tokens)]
-                source = tokens.permute(0, 2, 3, 1, 4)
-                if link.crosses_link(target, source):
-                    dense = torch.empty_like(target, device=source.device)
-                    self._tokens_of(dense).copy_(source)
-                    link.copy_across(target, dense)
-                else:
-                    self._tokens_of(target).copy_(source)
+            if placed.is_on_disk(piece.row):
+                self._store_for_disk(op, placed, piece, work)
                 continue
             for tokens, pages in page_copies(piece, placed.home(piece.row), piece.offset):
                 source = as_pages(work.cached[tokens])
@@ -241,34 +232,39 @@ class KVCache:
                 for target, plane in zip(pool[:, pages], source, strict=True):
                     link.copy_across(target, plane)
 
+    def _store_for_disk(self, op: Op, placed: PlacedRows, piece: Piece, work: CellBuffers) -> None:
+        """Bring whole pages to the outgoing slot, where the planes of a page lie together."""
+        at = self._out_place(placed, piece)
+        target = self._out[op.cell_slot, at : at + piece.count // PAGE_TOKENS]
+        source = as_pages(work.cached[piece.tokens]).transpose(0, 1)
+        if not link.crosses_link(target, source):
+            self._tokens_of(target).copy_(source)
+            return
+        dense = torch.empty_like(target, device=source.device)
+        self._tokens_of(dense).copy_(source)
+        link.copy_across(target, dense)
+
     def _out_place(self, placed: PlacedRows, piece: Piece) -> int:
         """Place in the outgoing slot of the first page that a piece of a row on disk fills."""
         before = 0
         for row in placed.on_disk:
+            first, last = filled_by(row)
             if row.slot == piece.row.slot:
-                break
-            before += row.seq_len // PAGE_TOKENS - row.position // PAGE_TOKENS
-        return before + piece.position // PAGE_TOKENS - piece.row.position // PAGE_TOKENS
+                return before + piece.position // PAGE_TOKENS - first
+            before += last - first
+        raise AssertionError(f"{piece} is not of a row on disk")
 
     def append(self, op: Op, placed: PlacedRows) -> None:
         """APPEND_CACHE: append loose tokens to rows in host memory, and to tails."""
         kv, pool = self._new_kv(op, placed), self.host_pages(op)
-        on_disk, starts = {row.slot for row in placed.on_disk}, _starts(placed.loose)
-        pairs = list(zip(placed.loose, starts, strict=True))
 
         def make() -> NewTokens:
-            return NewTokens(
-                [
-                    (piece, placed.home(piece.row), start)
-                    for piece, start in pairs
-                    if piece.row.slot not in on_disk
-                ],
-                pool,
-            )
+            pairs = [pair for pair in placed.loose_places if not placed.is_on_disk(pair[0].row)]
+            return NewTokens([(it, placed.home(it.row), start) for it, start in pairs], pool)
 
         append_tokens(pool, placed.memoized(_HOST_TOKENS, make), kv)
-        for piece, start in pairs:
-            if piece.row.slot in on_disk:
+        for piece, start in placed.loose_places if placed.on_disk else ():
+            if placed.is_on_disk(piece.row):
                 self._append_to_tail(op, placed, piece, kv[start : start + piece.count])
 
     def queries(self, op: Op, placed: PlacedRows) -> Tensor:
@@ -276,8 +272,7 @@ class KVCache:
         count = len(placed.attended)
         if not self._stores_rows(placed):
             return self._host_query[op.cell_slot, :count]
-        of_slot = {piece.row.slot: place for place, piece in enumerate(placed.loose)}
-        places = [of_slot[row.slot] for row in placed.attended]
+        places = placed.attended_places
         rows = self._new_rows(op, placed.num_loose)[:, : self.plan.config.q_size]
         rows = rows.unflatten(-1, self._host_query.shape[2:])
         first = places[0]
@@ -395,11 +390,6 @@ def _packed_pieces(
 ) -> list[tuple[Piece, Home, int]]:
     """Pieces of rows with their pages, and their places among the packed tokens."""
     return [(piece, home(row), piece.offset) for row in rows for piece in cut_at_pages(row)]
-
-
-def _starts(pieces: list[Piece]) -> list[int]:
-    """Number of tokens before each piece."""
-    return [0, *accumulate(piece.count for piece in pieces)][: len(pieces)]
 
 
 def full_before(row: Row) -> tuple[int, int]:

@@ -1,0 +1,82 @@
+"""Sequence of a request in a slot: its tokens, scores and penalties so far.
+
+Knows one request; neither batches nor passes.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from flexgen_ray.kernels.sampling import Penalties
+from flexgen_ray.layout.rows import Row, ScoredRow
+from flexgen_ray.request import Request, Score
+
+
+@dataclass
+class Sequence:
+    """A request in a slot.
+
+    token_ids: of prompt and answer; num_known: number of tokens when it took the slot; age: number
+    of sequences that entered before.
+    cached: number of tokens in the cache, or on their way there.
+    counts: occurrences of each token in its answer.
+    """
+
+    request: Request
+    token_ids: list[int]
+    scores: list[Score]
+    num_known: int
+    age: int = 0
+    cached: int = 0
+    counts: Counter[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.counts = Counter(self.generated)
+
+    def append(self, token: int) -> None:
+        """Add a token to the answer."""
+        self.token_ids.append(token)
+        self.counts[token] += 1
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens for which the cache needs room."""
+        return len(self.token_ids)
+
+    @property
+    def final_tokens(self) -> int:
+        """Most tokens that it ends with."""
+        return self.request.max_seq_len
+
+    @cached_property
+    def prompt_tokens(self) -> tuple[int, ...]:
+        """Distinct tokens of the prompt."""
+        return tuple(sorted(set(self.request.prompt_token_ids)))
+
+    @property
+    def generated(self) -> list[int]:
+        """Tokens of the answer so far."""
+        return self.token_ids[len(self.request.prompt_token_ids) :]
+
+    def scored(self, row: Row) -> ScoredRow | None:
+        """Known tokens that follow the row's tokens and have no score yet, if any."""
+        request = self.request
+        if request.scored_from is None:
+            return None
+        position = max(row.position + 1, request.scored_from + len(request.scores))
+        token_ids = self.token_ids[position : row.seq_len + 1]
+        first = row.offset + position - row.position - 1
+        return ScoredRow(row.slot, first, tuple(token_ids), request.top) if token_ids else None
+
+    def penalties(self) -> Penalties:
+        """Penalties on the tokens so far."""
+        params = self.request.params
+        return Penalties(
+            params.presence_penalty,
+            params.frequency_penalty,
+            float(params.repetition_penalty),  # could be an integer of more than 64 bits
+            self.prompt_tokens if params.repetition_penalty != 1 else (),
+            tuple(self.counts.items()),
+        )
