@@ -254,8 +254,7 @@ class LLM(Engine):
         Chats are formatted with the model's chat template.
         messages: one chat, a list of {"role": ..., "content": ...}, or an iterable of chats.
         sampling_params, errors, use_tqdm: see `generate`. If neither sampling_params nor the
-            model's generation_config.json sets max_tokens, it is None: the rest of the context, up
-            to 2,048 tokens.
+            model's generation_config.json sets max_tokens, it is None: the rest of the context.
         add_generation_prompt: end the prompt with the header of an answer. None (the default) is
             True, unless the final message is continued.
         continue_final_message: let the answer continue the final message; False by default.

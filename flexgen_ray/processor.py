@@ -15,7 +15,6 @@ from itertools import chain, count
 
 from flexgen_ray.models.config import ModelConfig
 from flexgen_ray.request import (
-    MAX_TOKENS_UNSET,
     CompletionOutput,
     Finished,
     Logprob,
@@ -180,7 +179,7 @@ def generation_request(
 
     index: place of the prompt in its call. limit: tokens that prompt and answer may have together.
     bad_words: token ids of the bad words of `params`.
-    With max_tokens=None the answer has at most 2,048 tokens; with 0 the prompt is scored instead.
+    With max_tokens=None the answer may fill the context; with 0 the prompt is scored instead.
     Raises ValueError for a prompt that doesn't fit, and for tokens outside the vocabulary.
     """
     if not token_ids:
@@ -202,15 +201,19 @@ def generation_request(
         _check_choice(params, bad_words, config)
     first = 1 if params.prompt_logprobs is not None else len(token_ids)
     tops = [top for top in (params.logprobs, params.prompt_logprobs) if top is not None]
-    wanted, left = params.max_tokens or MAX_TOKENS_UNSET, limit - len(token_ids)
-    limited_by = "default" if params.max_tokens is None else "max_tokens"
-    limited_by = "context" if left < wanted else limited_by
-    most = min(wanted, left)
-    params = replace(params, max_tokens=most, min_tokens=min(params.min_tokens, most))
-    if not tops:
-        return Request(index, token_ids, params, limit=limited_by, bad_words=bad_words)
-    top = max(tops)
-    return Request(index, token_ids, params, [], first, top, limit=limited_by, bad_words=bad_words)
+    wanted, left = params.max_tokens, limit - len(token_ids)
+    fills_context = wanted is None or wanted > left
+    most = left if wanted is None else min(wanted, left)
+    return Request(
+        index,
+        token_ids,
+        replace(params, max_tokens=most, min_tokens=min(params.min_tokens, most)),
+        scored_from=first if tops else None,
+        top=max(tops, default=0),
+        limit="context" if fills_context else "max_tokens",
+        bad_words=bad_words,
+        is_open=wanted is None,
+    )
 
 
 def scoring_request(

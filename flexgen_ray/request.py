@@ -46,7 +46,10 @@ _PLAIN = {int, float, bool, str, tuple, list, dict, type(None)}
 MAX_LOGPROBS = 20
 MAX_SAMPLES = 128
 DEFAULT_MAX_TOKENS = 16  # default of vLLM, and of OpenAI's completions
-MAX_TOKENS_UNSET = 2048  # most tokens of an answer with max_tokens=None
+# Tokens that a plan expects of an answer that may fill the context. Recorded chats have answers of
+# 211 on average (cli/bench/conversations_2000.csv), answers with reasoning some 1,450
+# (cli/bench/lengths.py); this is about the geometric mean of the two.
+EXPECTED_TOKENS = 512
 
 
 @explains_unknown(_ELSEWHERE)
@@ -59,7 +62,7 @@ class SamplingParams:
     Length and end
 
     max_tokens: maximum tokens of the answer; 16 by default. None is the rest of the model's
-        context, up to 2,048. 0 generates nothing, and is allowed with prompt_logprobs.
+        context. 0 generates nothing, and is allowed with prompt_logprobs.
     min_tokens: tokens before which the answer can't end; 0 by default. Until then, end tokens and
         stop_token_ids can't be chosen, and stop strings are not looked for.
     stop: text, or list of texts, that end the answer. Empty by default.
@@ -297,9 +300,10 @@ class Request:
     generated, scores: tokens of the answer, and scores from scored_from on, that are known already;
         the request goes on after them.
     sample, first: number of this answer among several to one request, and that request's index.
-    limit: name of what sets the answer's length: "max_tokens", "default" or "context", in files
-        also "line" or "job".
+    limit: name of what sets the answer's length: "max_tokens" or "context", in files also "line",
+        "job" or "default".
     bad_words: token ids of each sequence that the answer never has.
+    is_open: True if max_tokens was not set, so that only the context limits the answer.
     """
 
     index: int
@@ -314,6 +318,7 @@ class Request:
     first: int | None = None
     limit: str = "max_tokens"
     bad_words: tuple[tuple[int, ...], ...] = ()
+    is_open: bool = False
 
     def __post_init__(self) -> None:
         assert self.scored_from is None or self.scored_from > 0
@@ -328,6 +333,16 @@ class Request:
         """Maximum tokens of the answer, within the model's context."""
         assert self.params.max_tokens is not None
         return self.params.max_tokens
+
+    @property
+    def expected_tokens(self) -> int:
+        """Tokens of the answer that a plan expects: max_tokens, or a guess where it was not set."""
+        return min(self.max_tokens, EXPECTED_TOKENS) if self.is_open else self.max_tokens
+
+    @property
+    def expected_lengths(self) -> tuple[int, int]:
+        """Tokens of the prompt, and of the answer that a plan expects."""
+        return len(self.prompt_token_ids), self.expected_tokens
 
 
 @dataclass(frozen=True)

@@ -90,12 +90,16 @@ def _input_line(lines: list[BatchLine], num_answered: int, errors: dict[str, str
 
 def _tokens_line(requests: list[Request], is_guess: bool) -> str:
     prompts = [len(request.prompt_token_ids) for request in requests]
-    answers = [request.max_tokens for request in requests]
+    answers = [request.expected_tokens for request in requests]
+    num_open = sum(request.is_open for request in requests)
+    most = f"at most {sum(answers):,} tokens, the longest {max(answers):,}"
+    if num_open:
+        most = f"some {sum(answers):,} tokens; {num_open:,} of them may fill the context"
     about = "about " if is_guess else ""
     guess = " (estimated as 4 bytes per token, without a tokenizer)" if is_guess else ""
     return (
         f"prompts: {about}{sum(prompts):,} tokens, the longest {max(prompts):,}{guess}; answers: "
-        f"at most {sum(answers):,} tokens, the longest {max(answers):,}"
+        f"{most}"
     )
 
 

@@ -200,7 +200,7 @@ MaxTokensOption = Annotated[
         metavar="N",
         rich_help_panel=SAMPLING,
         help="Maximum tokens of an answer. [default: the model's generation_config.json; else 16 "
-        "for prompts, and for chats the rest of the context, up to 2,048]",
+        "for prompts, and for chats the rest of the context]",
     ),
 ]
 TemperatureOption = Annotated[

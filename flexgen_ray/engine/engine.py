@@ -178,15 +178,14 @@ class Engine:
     def _workload(self, requests: list[Request]) -> Workload:
         """Sizes that the stores need for these requests; with max_model_len, for any within it."""
         longest = self.settings.max_model_len
-        lengths = [(len(request.prompt_token_ids), request.max_tokens) for request in requests]
         return Workload(
             # Only a policy that is chosen depends on the number of requests.
             num_requests=1 if self.settings.policies else sum(it.params.n for it in requests),
-            max_prompt_len=longest or max(prompt for prompt, _ in lengths),
+            max_prompt_len=longest or max(len(it.prompt_token_ids) for it in requests),
             # The last token of a text that is scored needs no place in the context.
-            max_seq_len=longest + 1 if longest else max(map(sum, lengths)),
+            max_seq_len=longest + 1 if longest else max(it.max_seq_len for it in requests),
             resumes=self.backend.resumes,
-            mean_seq_len=mean_cached(lengths),
+            mean_seq_len=mean_cached([it.expected_lengths for it in requests]),
         )
 
     @property

@@ -33,7 +33,7 @@ from flexgen_ray.planner.grid import SearchSpace
 from flexgen_ray.planner.pipeline_plan import ModelRates, PipelinePlan, PlannedJob, StageDevice
 from flexgen_ray.planner.search import Infeasible, Planner, find_best_plan
 from flexgen_ray.planner.stage_policies import StagePolicies, split_layers_evenly
-from flexgen_ray.request import Request
+from flexgen_ray.request import EXPECTED_TOKENS, Request
 from flexgen_ray.runtime.worker import Machine
 from flexgen_ray.schedule.zigzag import StageLayers
 from flexgen_ray.units import format_seconds
@@ -171,12 +171,14 @@ def choose_policy(problem: PlanningProblem, policies: StagePolicies | None = Non
     try:
         choice = _choose(problem, policies)
     except ValueError as error:
-        longest = None
-        if policies is None and problem.request_name is not None:
-            longest = _describe_longest(problem, problem.request_name)
-        if longest is None:
+        why = None
+        if problem.request_name is not None:
+            why = _describe_open(problem, policies, problem.request_name)
+            if why is None and policies is None:
+                why = _describe_longest(problem, problem.request_name)
+        if why is None:
             raise
-        raise ValueError(f"{error}; {longest}") from error
+        raise ValueError(f"{error}; {why}") from error
     return replace(choice, stages=with_spare_pages(choice.stages, problem.budgets))
 
 
@@ -258,6 +260,32 @@ def _suggest_compression(problem: PlanningProblem, forecast: Forecast) -> str | 
     return suggest_compression(forecast, Forecast.of(planner.simulate(plan), problem.answers))
 
 
+def _describe_open(
+    problem: PlanningProblem, policies: StagePolicies | None, request_name: RequestName
+) -> str | None:
+    """A line for people if all fits but an answer without max_tokens at its longest; else None."""
+    without = [request for request in problem.requests if request.is_open]
+    longest = max(sum(request.expected_lengths) for request in problem.requests)
+    workload = replace(problem.workload, max_seq_len=longest)
+    if not without or not _fits(replace(problem, workload=workload), policies):
+        return None
+    have = f" and {len(without) - 1:,} more have" if len(without) > 1 else " has"
+    return (
+        f"{request_name(without[0].index)}{have} no max_tokens, so memory must suffice for an "
+        f"answer that fills the context of {without[0].max_seq_len:,} tokens; set max_tokens (with "
+        f"{EXPECTED_TOKENS} they would fit) or max_model_len"
+    )
+
+
+def _fits(problem: PlanningProblem, policies: StagePolicies | None) -> bool:
+    """True if the given policies fit; without any, if filled tiers do."""
+    try:
+        _filled_stages(problem) if policies is None else _given_stages(problem, policies)
+    except ValueError:
+        return False
+    return True
+
+
 def _describe_longest(problem: PlanningProblem, request_name: RequestName) -> str | None:
     """A line for people if something fits without the longest requests; else None."""
     requests = problem.requests
@@ -297,7 +325,8 @@ def _num_fitting(problem: PlanningProblem) -> int:
 
 
 def planned_job(requests: Sequence[Request]) -> PlannedJob:
-    """The job of these requests: their number, and their longest and average lengths."""
-    lengths = [(len(request.prompt_token_ids), request.max_tokens) for request in requests]
+    """The job of these requests: their number, and their longest and expected lengths."""
     drawn = fmean(sampling_share(it.params.temperature, it.params.top_k) for it in requests)
-    return PlannedJob.of(lengths, drawn=drawn)
+    job = PlannedJob.of([request.expected_lengths for request in requests], drawn=drawn)
+    longest = max(request.max_seq_len for request in requests)
+    return replace(job, max_tokens=max(longest - job.prompt_len, 1))

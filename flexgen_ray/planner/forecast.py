@@ -25,21 +25,24 @@ MIN_SPEEDUP = 1.5  # Suggest a lossy way only if it is faster by this factor.
 
 @dataclass(frozen=True)
 class Forecast:
-    """The predicted times of a job if every answer gets as long as it may.
+    """The predicted times of a job if every answer gets as long as it may, or is expected to be.
 
-    new_tokens: of all answers. shortest_answer: in tokens.
+    new_tokens: of all answers. shortest_answer: in tokens. is_bound: False if an answer without
+    max_tokens is among them.
     """
 
     plan: PipelinePlan
     num_answers: int
     new_tokens: int
     shortest_answer: int
+    is_bound: bool = True
 
     @staticmethod
     def of(plan: PipelinePlan, answers: Sequence[Request]) -> Forecast:
         """The forecast for these requests, one for each answer."""
-        lengths = [request.max_tokens for request in answers]
-        return Forecast(plan, len(answers), sum(lengths), min(lengths))
+        lengths = [request.expected_tokens for request in answers]
+        is_bound = not any(request.is_open for request in answers)
+        return Forecast(plan, len(answers), sum(lengths), min(lengths), is_bound)
 
     @property
     def seconds(self) -> float:
@@ -56,8 +59,9 @@ class Forecast:
     def line(self, machine: Machine) -> str:
         """The forecast in one line for people; machine: the one whose rates it rests on."""
         answers = "1 answer" if self.num_answers == 1 else f"{self.num_answers:,} answers"
+        most = "at most" if self.is_bound else "some"
         return (
-            f"predicted: {answers} with at most {self.new_tokens:,} new tokens take about "
+            f"predicted: {answers} with {most} {self.new_tokens:,} new tokens take about "
             f"{format_seconds(self.seconds)} ({self.new_tokens / self.seconds:.3g} new tokens/s), "
             f"the first arrive after {format_seconds(self.first_answer_seconds)}; "
             f"{_describe_rates(machine)}"

@@ -202,10 +202,11 @@ def _describe(event: Event, seconds: float) -> str:
 
 
 def _describe_counts(standing: RunCounts) -> str:
+    most = "at most" if standing.is_bound else "about"
     parts = [
         f"{standing.requests_done:,} of {standing.num_requests:,} requests",
         f"{standing.prompt_tokens:,} prompt and {standing.new_tokens:,} new tokens "
-        f"({standing.tokens / max(standing.most_tokens, 1):.0%} of at most "
+        f"({standing.tokens / max(standing.most_tokens, 1):.0%} of {most} "
         f"{standing.most_tokens:,})",
         f"{standing.tokens_per_s:.3g} new tokens/s",
     ]

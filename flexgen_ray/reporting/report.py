@@ -20,7 +20,7 @@ from flexgen_ray.layout.plan import StagePlan
 from flexgen_ray.layout.sizes import weight_bytes
 from flexgen_ray.planner.pipeline_plan import PipelinePlan
 from flexgen_ray.reporting.wording import block_line, resource_name
-from flexgen_ray.request import DEFAULT_MAX_TOKENS, MAX_TOKENS_UNSET
+from flexgen_ray.request import DEFAULT_MAX_TOKENS
 from flexgen_ray.runtime.events import Progress, Recovery
 from flexgen_ray.runtime.meter import StageMeasurements
 from flexgen_ray.runtime.worker import Machine
@@ -34,7 +34,7 @@ _LIMITS = {
     "max_tokens": "max_tokens",
     "line": "their line's max_tokens",
     "job": "the job's max_tokens (--max-tokens or the model's generation_config.json)",
-    "default": f"the default length ({DEFAULT_MAX_TOKENS} tokens, or {MAX_TOKENS_UNSET} for chats)",
+    "default": f"the default length ({DEFAULT_MAX_TOKENS} tokens)",
     "context": "the end of the context",
 }
 _TIER_NAMES = {"gpu": "GPU memory", "cpu": "host memory", "disk": "disk"}

@@ -51,13 +51,15 @@ class ProgressTracker:
         self._most: dict[int, int] = {}
         self._unanswered: Counter[int] = Counter()
         self._prompt_left = self._new_left = 0
+        self._is_bound = True
         for request in requests:
             owner = request.index if request.first is None else request.first
             self._owner[request.index] = owner
             self._unanswered[owner] += 1
-            self._most[request.index] = request.max_tokens
+            self._most[request.index] = request.expected_tokens
+            self._is_bound &= not request.is_open
             self._prompt_left += len(request.prompt_token_ids)
-            self._new_left += request.max_tokens - len(request.generated)
+            self._new_left += max(request.expected_tokens - len(request.generated), 0)
         self._num_requests = len(self._unanswered)
         self._prompt = self._new = self._decoded = 0
         self._prefill_seconds = self._decode_seconds = 0.0
@@ -91,10 +93,11 @@ class ProgressTracker:
             self._prompt + self._new + self._prompt_left + self._new_left,
             self._new / seconds if seconds else 0.0,
             self._seconds_left(),
+            self._is_bound,
         )
 
     def _finish(self, finished: Finished) -> None:
-        """Count a finished answer; the rest of its max_tokens is no longer expected."""
+        """Count a finished answer; the rest of what was expected of it no longer is."""
         most, length = self._most[finished.index], len(finished.token_ids)
         owner = self._owner[finished.index]
         self._unanswered[owner] -= 1
@@ -135,7 +138,7 @@ class ProgressTracker:
 
     @property
     def _used_share(self) -> float:
-        """Mean share of max_tokens that finished answers took; 1 until enough have finished."""
+        """Finished answers' tokens per expected one; 1 until enough have finished."""
         if self._answers < MIN_ANSWERS or not self._allowed:
             return 1.0
         return self._answered / self._allowed

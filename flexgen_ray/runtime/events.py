@@ -13,7 +13,8 @@ from flexgen_ray.request import Score
 class RunCounts:
     """Progress of a run in numbers.
 
-    most_tokens: tokens of all prompts and answers if no further answer ends early.
+    most_tokens: tokens of all prompts and answers if no further answer ends early; those of answers
+        without max_tokens are expected (is_bound is False), and there may be more.
     seconds_left: an estimate; None while nothing is known.
     """
 
@@ -24,6 +25,7 @@ class RunCounts:
     most_tokens: int
     tokens_per_s: float
     seconds_left: float | None
+    is_bound: bool = True
 
     @property
     def tokens(self) -> int:
