@@ -27,7 +27,7 @@ def expected(tiny_models) -> list[list[int]]:
 @pytest.fixture
 def short_of_pages(monkeypatch):
     """Runs have as many pages as rows take on average, and let rows in without looking ahead."""
-    monkeypatch.setattr(choose, "with_spare_pages", lambda plans, budgets: plans)
+    monkeypatch.setattr(choose, "with_spare_pages", lambda plans, *others: plans)
     monkeypatch.setattr(admission, "peak_pages", lambda rows: 0)
 
 

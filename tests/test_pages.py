@@ -13,12 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import opt, policies
 
-from flexgen_ray.config import PAGE_TOKENS, TIERS, Policy, Workload
+from flexgen_ray.config import PAGE_TOKENS, TIERS, Budget, Policy, Workload
 from flexgen_ray.layout import admission
 from flexgen_ray.layout.admission import Admission
 from flexgen_ray.layout.pages import Home, PagePool, StagePages, pages_of
 from flexgen_ray.layout.plan import StagePlan
 from flexgen_ray.layout.rows import Row, Rows, cut_at_pages
+from flexgen_ray.layout.sizes import check_budget, stage_bytes, tier_totals
+from flexgen_ray.planner.fill import with_spare_pages
 from flexgen_ray.request import Request, SamplingParams
 from flexgen_ray.runtime.scheduler import Scheduler
 from flexgen_ray.schedule.zigzag import StageLayers
@@ -69,6 +71,21 @@ def jobs(draw) -> tuple[StagePlan, list[int]]:
     lens = draw(st.lists(st.integers(2, 200), min_size=1, max_size=25))
     policy = draw(policies)
     return plan_of(policy, draw(st.integers(1, 2)), max(lens), sum(lens) / len(lens)), lens
+
+
+@given(jobs())
+def test_memory_that_is_left_holds_what_the_longest_rows_under_way_become_and_no_more(job):
+    plan, lens = job
+    rows, ample = plan.num_batches * plan.policy.gpu_batch_size, [Budget(2**60, 2**60, 2**60)]
+    needed = sum(sorted(map(pages_of, lens))[-rows:])
+    (roomy,) = with_spare_pages([plan], ample, lens)
+    assert sum(roomy.space.pages) >= needed
+    assert roomy.row_pages == max(plan.row_pages, min(-(-needed // rows), plan.longest_pages))
+    (unknown,) = with_spare_pages([plan], ample)
+    assert unknown.row_pages == plan.longest_pages
+    none_left = tier_totals(stage_bytes(plan))
+    (tight,) = with_spare_pages([plan], [none_left], lens)
+    check_budget(tight, none_left)
 
 
 def request_of(index: int, length: int) -> Request:

@@ -39,6 +39,7 @@ from flexgen_ray.schedule.zigzag import StageLayers
 from flexgen_ray.units import format_seconds
 
 USUAL_SHARE = 0.9  # A request is long if it is longer than this share of all requests.
+OPEN_GROWTH = 4  # spare memory is for answers without max_tokens of up to so many times the guess
 LONG_SECONDS = 600  # Suggest lossy options only for runs that take longer.
 
 RequestName = Callable[[int], str]
@@ -108,6 +109,18 @@ class PlanningProblem:
     def answers(self) -> list[Request]:
         """The requests, each as often as it has answers."""
         return [request for request in self.requests for _ in range(request.params.n)]
+
+    @property
+    def final_lengths(self) -> list[int]:
+        """Tokens that each answer's sequence may end with, as far as memory is worth its while.
+
+        One without max_tokens counts with OPEN_GROWTH times its expected length.
+        """
+        return [
+            min(answer.max_seq_len, prompt_len + OPEN_GROWTH * expected)
+            for answer in self.answers
+            for prompt_len, expected in [answer.expected_lengths]
+        ]
 
     def stage_plans(self, policies: StagePolicies) -> list[StagePlan]:
         """A plan for each stage by these policies; budgets are not checked.
@@ -179,7 +192,9 @@ def choose_policy(problem: PlanningProblem, policies: StagePolicies | None = Non
         if why is None:
             raise
         raise ValueError(f"{error}; {why}") from error
-    return replace(choice, stages=with_spare_pages(choice.stages, problem.budgets))
+    # With max_model_len, later calls may have other lengths.
+    final = None if problem.request_name is None else problem.final_lengths
+    return replace(choice, stages=with_spare_pages(choice.stages, problem.budgets, final))
 
 
 def _choose(problem: PlanningProblem, policies: StagePolicies | None) -> PolicyChoice:

@@ -6,10 +6,12 @@ speeds; where rates are known, search.py finds better policies.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from heapq import nlargest
 
 from flexgen_ray.config import Budget, Placement
+from flexgen_ray.layout.pages import pages_of
 from flexgen_ray.layout.plan import StagePlan
 from flexgen_ray.layout.sizes import check_budgets, stage_bytes, tier_totals
 
@@ -60,9 +62,19 @@ def fill_stage(plan: StagePlan, budget: Budget) -> StagePlan:
     return _move_up(plan, "cache", "disk", "cpu", budget)
 
 
-def with_spare_pages(plans: list[StagePlan], budgets: list[Budget]) -> list[StagePlan]:
-    """The plans with more pages for each row, up to those of the longest, as far as memory goes."""
+def with_spare_pages(
+    plans: list[StagePlan], budgets: list[Budget], final_lengths: Sequence[int] | None = None
+) -> list[StagePlan]:
+    """The plans with more pages for rows to grow into, as far as memory goes.
+
+    final_lengths: tokens of each sequence at its end; all together, the longest of those that can
+    be under way at once need no more. None for any up to the longest that the plans allow.
+    """
     low, high = plans[0].row_pages, plans[0].longest_pages
+    if final_lengths is not None:
+        rows = plans[0].num_batches * plans[0].policy.gpu_batch_size
+        pages = sum(map(pages_of, nlargest(rows, final_lengths)))
+        high = min(high, -(-pages // rows))
     while low < high:
         middle = (low + high + 1) // 2
         wider = [replace(plan, pages_per_row=middle) for plan in plans]
