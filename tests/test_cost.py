@@ -19,8 +19,8 @@ from flexgen_ray.schedule.zigzag import StageLayers
 from flexgen_ray.store.disk import Region
 
 
-@pytest.mark.parametrize("name", ["opt", "llama"])
-@settings(max_examples=15)
+@pytest.mark.parametrize("name", ["opt", "llama", "gemma3"])
+@settings(max_examples=10)
 @given(policy=policies)
 def test_modelled_disk_bytes_are_those_that_were_asked_for(tiny_models, name, policy, monkeypatch):
     """Serially, so that nothing is fetched for a visit that never comes but the first weights."""

@@ -21,7 +21,7 @@ from flexgen_ray.schedule.ops import OPS, Lane, OpKind
 from flexgen_ray.schedule.zigzag import StageLayers, zigzag
 
 
-@pytest.mark.parametrize("name", ["opt", "llama", "opt-350m-like"])
+@pytest.mark.parametrize("name", ["opt", "llama", "opt-350m-like", "gemma3"])
 @settings(max_examples=5)
 @given(policy=policies)
 def test_async_equals_serial_bit_for_bit(tiny_models, name, policy, monkeypatch):

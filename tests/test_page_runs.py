@@ -18,26 +18,29 @@ LENGTHS = [
 ]  # fmt: skip
 
 
+NAMES = ["llama", "gemma3", "phi3"]  # layers without windows, of both kinds, and with windows
+
+
 @pytest.fixture(scope="module")
-def expected(tiny_models) -> list[list[int]]:
+def expected(tiny_models) -> dict[str, list[list[int]]]:
     """Tokens where every row has all the pages that it may ever need."""
-    return tokens_of(tiny_models, Policy(len(LENGTHS)), "serial")
+    return {name: tokens_of(tiny_models, name, Policy(len(LENGTHS)), "serial") for name in NAMES}
 
 
 @pytest.fixture
 def short_of_pages(monkeypatch):
     """Runs have as many pages as rows take on average, and let rows in without looking ahead."""
     monkeypatch.setattr(choose, "with_spare_pages", lambda plans, *others: plans)
-    monkeypatch.setattr(admission, "peak_pages", lambda rows: 0)
+    monkeypatch.setattr(admission, "peak_pages", lambda *_: 0)
 
 
-def tokens_of(tiny_models, policy, executor: str, **options) -> list[list[int]]:
-    return run(tiny_models, policy, executor, **options)[0]
+def tokens_of(tiny_models, name: str, policy, executor: str, **options) -> list[list[int]]:
+    return run(tiny_models, name, policy, executor, **options)[0]
 
 
-def run(tiny_models, policy, executor: str, **options) -> tuple[list[list[int]], int]:
+def run(tiny_models, name: str, policy, executor: str, **options) -> tuple[list[list[int]], int]:
     """Tokens of the answers, and the number of tokens that were computed again."""
-    folder, _ = tiny_models["llama"]
+    folder, _ = tiny_models[name]
     rng = random.Random(3)
     prompts = [[rng.randrange(90) for _ in range(length)] for length, _ in LENGTHS]
     params = [SamplingParams(most, temperature=0.0, ignore_eos=True) for _, most in LENGTHS]
@@ -48,23 +51,30 @@ def run(tiny_models, policy, executor: str, **options) -> tuple[list[list[int]],
     return [output.outputs[0].token_ids for output in outputs], again
 
 
-@settings(max_examples=8)
-@given(policy=policies, executor=st.sampled_from(["serial", "async"]))
+@settings(max_examples=10)
+@given(name=st.sampled_from(NAMES), policy=policies, executor=st.sampled_from(["serial", "async"]))
 def test_rows_that_lack_pages_lose_no_token(
-    tiny_models, expected, short_of_pages, policy, executor
+    tiny_models, expected, short_of_pages, name, policy, executor
 ):
-    assert tokens_of(tiny_models, policy, executor) == expected
+    assert tokens_of(tiny_models, name, policy, executor) == expected[name]
 
 
 @settings(max_examples=5)
-@given(pipeline=pipelines(num_layers=3), executor=st.sampled_from(["serial", "async"]))
-def test_nor_in_a_pipeline(tiny_models, expected, short_of_pages, pipeline, executor):
+@given(
+    name=st.sampled_from(["llama", "gemma3"]),
+    pipeline=pipelines(num_layers=3),
+    executor=st.sampled_from(["serial", "async"]),
+)
+def test_nor_in_a_pipeline(tiny_models, expected, short_of_pages, name, pipeline, executor):
     stages = {"pipeline_parallel_size": len(pipeline.layers)}
-    assert tokens_of(tiny_models, pipeline, executor, **stages) == expected
+    assert tokens_of(tiny_models, name, pipeline, executor, **stages) == expected[name]
 
 
-def test_rows_are_set_back_where_admission_lets_too_many_in(tiny_models, expected, short_of_pages):
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_rows_are_set_back_where_admission_lets_too_many_in(
+    tiny_models, expected, short_of_pages, name
+):
     policy = Policy(2, 2, cache=Placement(0.5, 0.5, 0))
-    tokens, again = run(tiny_models, policy, "async")
-    assert tokens == expected
+    tokens, again = run(tiny_models, name, policy, "async")
+    assert tokens == expected[name]
     assert again > 0

@@ -16,7 +16,7 @@ from strategies import opt, policies
 from flexgen_ray.config import PAGE_TOKENS, TIERS, Budget, Policy, Workload
 from flexgen_ray.layout import admission
 from flexgen_ray.layout.admission import Admission
-from flexgen_ray.layout.pages import Home, PagePool, StagePages, pages_of
+from flexgen_ray.layout.pages import ALL_PAGES, Home, LayerKind, PagePool, StagePages, pages_of
 from flexgen_ray.layout.plan import StagePlan
 from flexgen_ray.layout.rows import Row, Rows, cut_at_pages
 from flexgen_ray.layout.sizes import check_budget, stage_bytes, tier_totals
@@ -27,6 +27,12 @@ from flexgen_ray.schedule.zigzag import StageLayers
 from flexgen_ray.store.new_tokens import NewTokens, append_tokens
 
 MODEL = opt(2, 32, 2)
+# Layers that attend all tokens, that attend within a window, and one of each.
+MODELS = (
+    MODEL,
+    replace(MODEL, sliding_window=20),
+    replace(MODEL, sliding_window=20, full_attention_layers=(1,)),
+)
 
 
 @given(st.integers(1, 40), st.lists(st.integers(1, 12), max_size=30), st.randoms())
@@ -60,17 +66,17 @@ def test_runs_are_the_pages_in_order(pages, data):
     assert all(a[1] + a[2] != b[1] for a, b in zip(runs, runs[1:], strict=False))
 
 
-def plan_of(policy: Policy, blocks: int, longest: int, mean: float) -> StagePlan:
+def plan_of(policy: Policy, blocks: int, longest: int, mean: float, model=MODEL) -> StagePlan:
     workload = Workload(99, longest // 2 + 1, longest, mean_seq_len=mean)
-    return StagePlan(MODEL, StageLayers.whole(2), policy, workload, "float32", num_blocks=blocks)
+    return StagePlan(model, StageLayers.whole(2), policy, workload, "float32", num_blocks=blocks)
 
 
 @st.composite
 def jobs(draw) -> tuple[StagePlan, list[int]]:
     """A plan, and the final lengths of its requests, of which one is the longest."""
     lens = draw(st.lists(st.integers(2, 200), min_size=1, max_size=25))
-    policy = draw(policies)
-    return plan_of(policy, draw(st.integers(1, 2)), max(lens), sum(lens) / len(lens)), lens
+    policy, blocks, model = draw(policies), draw(st.integers(1, 2)), draw(st.sampled_from(MODELS))
+    return plan_of(policy, blocks, max(lens), sum(lens) / len(lens), model), lens
 
 
 @given(jobs())
@@ -107,7 +113,7 @@ class Homes:
     def __init__(self, plan: StagePlan, number: int = 0) -> None:
         self.plan, self.number = plan, number
         self.pages = StagePages(plan.space)
-        self.held: dict[tuple[int, int], Home] = {}
+        self.held: dict[tuple[int, int], tuple[Home, ...]] = {}
 
     def apply(self, batch: int, rows: Rows) -> None:
         for slot in rows.left:
@@ -118,16 +124,18 @@ class Homes:
         for slot, count, tiers in rows.entered:
             self.pages.enter(batch, slot, count, TIERS[tiers[self.number]])
         for slot, *_ in (*rows.grown, *rows.entered):
-            self.held[batch, slot] = self.pages.home(batch, slot)
-        for row in rows.rows:
-            assert row.seq_len <= PAGE_TOKENS * len(self.held[batch, row.slot].pages)
-        self._assert_within(batch)
+            self.held[batch, slot] = self.pages.homes(batch, slot)
+        for kind in self.plan.kinds:
+            for row in rows.rows:
+                pages = len(self.held[batch, row.slot][kind.number].pages)
+                assert kind.pages_of(row.seq_len) <= pages <= kind.most_pages
+            self._assert_within(batch, kind.number)
 
-    def _assert_within(self, batch: int) -> None:
-        plan, held = self.plan, self.held
+    def _assert_within(self, batch: int, kind: int) -> None:
+        plan, held = self.plan, {key: homes[kind] for key, homes in self.held.items()}
         owners = Counter((home.tier, page) for home in held.values() for page in home.pages)
         assert not owners or max(owners.values()) == 1
-        for tier, count in zip(TIERS, plan.space.pages, strict=True):
+        for tier, count in zip(TIERS, plan.space.pools[kind], strict=True):
             assert all(page < count for of_tier, page in owners if of_tier == tier)
         own = [home for (of_batch, _), home in held.items() if of_batch == batch]
         of_tier = {tier: sum(len(it.pages) for it in own if it.tier == tier) for tier in TIERS}
@@ -149,7 +157,7 @@ def test_every_request_ends_and_no_pool_nor_slot_is_exceeded(job, other, rng, ar
     tokens = Counter()
     with pytest.MonkeyPatch.context() as patch:
         if are_misjudged:
-            patch.setattr(admission, "peak_pages", lambda rows: 0)
+            patch.setattr(admission, "peak_pages", lambda *_: 0)
         for _ in range(40 * sum(lens)):
             if scheduler.is_done:
                 break
@@ -185,24 +193,27 @@ def test_nothing_is_computed_again_if_lengths_are_known(job):
     assert not scheduler.recomputed_tokens
 
 
-@given(st.lists(st.tuples(st.integers(1, 300), st.integers(0, 300)), min_size=1, max_size=60))
-def test_the_peak_is_never_underrated(pairs):
+@given(
+    st.lists(st.tuples(st.integers(1, 300), st.integers(0, 300)), min_size=1, max_size=60),
+    st.sampled_from([ALL_PAGES, 3]),
+)
+def test_the_peak_is_never_underrated(pairs, most):
     rows = [SimpleNamespace(num_tokens=now, final_tokens=now + more) for now, more in pairs]
     peak = max(
-        sum(pages_of(it.num_tokens + after) for it in rows
+        sum(min(pages_of(it.num_tokens + after), most) for it in rows
             if it.num_tokens + after <= it.final_tokens)
         for after in range(301)
     )  # fmt: skip
-    found = admission.peak_pages(rows)
+    found = admission.peak_pages(rows, most)
     assert found >= peak
     if len({more for _, more in pairs}) <= admission.POINTS:
         assert found == peak
 
 
 @settings(max_examples=40)
-@given(policies, st.integers(1, 3), st.integers(2, 100))
-def test_equal_rows_fill_every_slot_on_the_tiers_of_the_plan(policy, blocks, length):
-    plan = plan_of(policy, blocks, length, length)
+@given(policies, st.integers(1, 3), st.integers(2, 100), st.sampled_from(MODELS))
+def test_equal_rows_fill_every_slot_on_the_tiers_of_the_plan(policy, blocks, length, model):
+    plan = plan_of(policy, blocks, length, length, model)
     scheduler, homes = scheduler_of([plan]), Homes(plan)
     count = policy.block_size * blocks
     scheduler.add(request_of(index, length) for index in range(count))
@@ -210,7 +221,7 @@ def test_equal_rows_fill_every_slot_on_the_tiers_of_the_plan(policy, blocks, len
         rows = scheduler.compose(batch)
         homes.apply(batch, rows)
         assert len(rows.entered) == policy.gpu_batch_size
-        tiers = Counter(homes.held[batch, slot].tier for slot, *_ in rows.entered)
+        tiers = Counter(homes.held[batch, slot][0].tier for slot, *_ in rows.entered)
         assert tuple(tiers[tier] for tier in TIERS) == split.tiers
 
 
@@ -253,6 +264,34 @@ def test_new_tokens_arrive_at_their_places_and_nowhere_else(chunks, heads, seed,
     assert not laid[:, :, count:].any()
     others = [page for page in range(needed + 3) if page not in numbers]
     assert not pool[:, others].any()
+
+
+@settings(max_examples=60)
+@given(
+    window=st.integers(1, 60),
+    chunks=st.lists(st.one_of(st.just(1), st.integers(1, 90)), min_size=1, max_size=40),
+    seed=st.integers(0, 99),
+)
+def test_pages_taken_in_turn_keep_the_window_of_the_next_token(window, chunks, seed):
+    """Chunks of prompts and single tokens; no page is written that a token still attends."""
+    kind, count = LayerKind(0, window), sum(chunks)
+    numbers = random.Random(seed).sample(range(20), min(kind.most_pages, pages_of(count)))
+    home = Home("gpu", tuple(numbers), most=kind.most_pages)
+    pool = torch.zeros(2, 20, 1, PAGE_TOKENS, 1)
+    kv = torch.arange(1.0, count + 1).view(-1, 1, 1, 1).expand(-1, 2, 1, 1)
+    position = 0
+    for chunk in chunks:
+        row = Row(0, position, chunk, 0, True, True)
+        placed = [(piece, home, piece.offset) for piece in cut_at_pages(row, kind)]
+        append_tokens(pool, NewTokens(placed, pool), kv[position : position + chunk])
+        position += chunk
+        seen = torch.arange(max(0, position - window), position)
+        table = torch.from_numpy(home.table(pages_of(position))).long()
+        assert torch.equal(
+            pool[0, table[seen // PAGE_TOKENS], 0, seen % PAGE_TOKENS, 0], seen + 1.0
+        )
+        used = range(kind.first_page(position - 1), pages_of(position))
+        assert len({home.page(index) for index in used}) == len(used)
 
 
 @given(st.integers(1, 200), st.integers(0, 60), st.integers(1, 60))

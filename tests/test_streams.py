@@ -32,7 +32,12 @@ def late(folder, references, policy, monkeypatch, cuda, **options):
 
 
 @settings(max_examples=6)
-@given(name=st.sampled_from(["opt", "llama"]), policy=policies, cuda=cudas, executor=executors)
+@given(
+    name=st.sampled_from(["opt", "llama", "gemma3"]),
+    policy=policies,
+    cuda=cudas,
+    executor=executors,
+)
 def test_early_and_late_streams_give_the_tokens_of_transformers(
     tiny_models, name, policy, cuda, executor, monkeypatch
 ):

@@ -25,7 +25,7 @@ from flexgen_ray.cost.launches import (
     run_launches,
 )
 from flexgen_ray.cost.resources import Amounts, Resource
-from flexgen_ray.layout.pages import PAGE_TOKENS, pages_of
+from flexgen_ray.layout.pages import pages_of
 from flexgen_ray.layout.placement import COPY_PIECE, SECTOR, aligned, split_tokens
 from flexgen_ray.layout.plan import StagePlan
 from flexgen_ray.layout.rows import NO_ROWS, Composition, PlacedRows, Row
@@ -177,16 +177,11 @@ class CostModel:
         parameters = config.hidden_size * (config.q_size + 2 * config.kv_size)
         product = self._linear(tokens, parameters)
         amounts = product | self._dequantize(op) | self._small_ops(op, tokens)
-        resident = self._placed(op, composition).resident
-        amounts[_R.DEVICE_OPS] += self._appends(resident) + bool(self.plan.policy.cache_bits)
+        appends = any(not row.is_prefill for row in self._placed(op, composition).resident)
+        amounts[_R.DEVICE_OPS] += appends + bool(self.plan.policy.cache_bits)
         if not composition.rows.are_single:
             amounts[_R.DEVICE_OPS] += rotation_launches(config) * self._tiles(tokens)
         return amounts
-
-    def _appends(self, rows: list[Row]) -> int:
-        """Launches that append new tokens to rows: one for each chunk, one for all other rows."""
-        chunks = sum(row.num_new_tokens > 1 for row in rows)
-        return chunks + (chunks < len(rows))
 
     def _finish(self, op: Op, composition: Composition) -> Amounts:
         config, tokens = self.plan.config, composition.rows.num_tokens
@@ -252,7 +247,7 @@ class CostModel:
 
     def _read_cache(self, op: Op, composition: Composition) -> Amounts:
         placed = self._placed(op, composition)
-        pages = sum(row.position // PAGE_TOKENS for row in placed.on_disk)
+        pages = sum(last - first for first, last in map(placed.full_before, placed.on_disk))
         return self._transfer(_R.DISK_READ, pages * self.plan.disk_page_bytes)
 
     def _load_cache(self, op: Op, composition: Composition) -> Amounts:
@@ -263,7 +258,9 @@ class CostModel:
         )
         # A GPU gets pages from disk as they lie there.
         page = self.plan.disk_page_bytes if self.plan.stages_disk else page
-        nbytes += page * sum(pages_of(row.position) for row in placed.on_disk)
+        first_page = placed.kind.first_page
+        on_disk = ((row.position, first_page(row.position)) for row in placed.on_disk)
+        nbytes += page * sum(pages_of(position) - first for position, first in on_disk)
         return self._transfer(_R.H2D, nbytes)
 
     def _share_loaded(self, prefills: bool) -> float:
@@ -272,7 +269,7 @@ class CostModel:
 
     def _store_cache(self, op: Op, composition: Composition) -> Amounts:
         placed = self._placed(op, composition)
-        tokens, plan = sum(row.num_new_tokens for row in placed.off_device), self.plan
+        tokens, plan = placed.num_stored, self.plan
         if plan.stored_rows and placed.rows.are_single:
             return self._transfer(_R.D2H, tokens * plan.qkv_size * self._element)
         queries = len(placed.attended) * plan.config.q_size * self._element
@@ -283,8 +280,8 @@ class CostModel:
         return {_R.HOST_MEMORY: 2 * nbytes, _R.APPEND: nbytes}
 
     def _write_cache(self, op: Op, composition: Composition) -> Amounts:
-        on_disk = self._placed(op, composition).on_disk
-        filled = sum(it.seq_len // PAGE_TOKENS - it.position // PAGE_TOKENS for it in on_disk)
+        placed = self._placed(op, composition)
+        filled = sum(last - first for first, last in map(placed.filled_by, placed.on_disk))
         return self._transfer(_R.DISK_WRITE, filled * self.plan.disk_page_bytes)
 
     # Attention
@@ -323,7 +320,8 @@ class CostModel:
         runs = self._runs(placed.resident) + self._runs(streamed)
         prompts = sum(row.is_prefill for row in rows)
         passed = elementwise_values(self.plan, OpKind.ATTEND_DEVICE)
-        appended = self._appends(placed.streaming)
+        chunks = sum(row.is_prefill for row in placed.resident)
+        appended = chunks + any(not row.is_prefill for row in placed.streaming)
         attended = run_launches(self.plan) * runs + prompt_launches(self.plan) * prompts
         small = {
             _R.DEVICE_OPS: appended + attended,
@@ -371,7 +369,7 @@ class CostModel:
         return self._transfer(_R.H2D, len(attended) * self.plan.config.q_size * self._element)
 
     def _placed(self, op: Op, composition: Composition) -> PlacedRows:
-        return composition.placed(op.batch)
+        return composition.placed(op.batch, self.plan.kind_of(op.layer))
 
     def _transfer(self, resource: Resource, nbytes: float) -> Amounts:
         """Bytes that cross a link, the disk's bus or the network also cross host memory."""

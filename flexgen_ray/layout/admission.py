@@ -22,7 +22,7 @@ from typing import Protocol
 import numpy as np
 
 from flexgen_ray.config import PAGE_TOKENS, TIERS
-from flexgen_ray.layout.pages import CacheSpace, pages_of
+from flexgen_ray.layout.pages import ALL_PAGES, CacheSpace, pages_of
 
 MIXED = 0.25  # deviation of answers' lengths, as a share of their mean, of a mixed job
 POINTS = 32  # ends of rows at which the pages of all are added up
@@ -39,9 +39,10 @@ class GrowingRow(Protocol):
     def final_tokens(self) -> int: ...
 
 
-def peak_pages(rows: Iterable[GrowingRow]) -> int:
+def peak_pages(rows: Iterable[GrowingRow], most: int = ALL_PAGES) -> int:
     """Most pages that rows have at a time, if each gets one token a pass until its end.
 
+    most: most pages of a row.
     Rows with more than POINTS different ends may count as a few pages too many; never too few.
     """
     pairs = [(row.num_tokens, row.final_tokens) for row in rows]
@@ -54,17 +55,51 @@ def peak_pages(rows: Iterable[GrowingRow]) -> int:
         ends = ends[np.linspace(0, len(ends) - 1, POINTS).round().astype(int)]
     before = np.concatenate(([-1], ends[:-1]))
     tokens = np.minimum(now[:, None] + ends, final[:, None])
-    pages = -(-tokens // PAGE_TOKENS) * (left[:, None] > before)
+    pages = np.minimum(-(-tokens // PAGE_TOKENS), most) * (left[:, None] > before)
     return int(pages.sum(0).max())
 
 
 @dataclass
 class _Entry:
-    """A row that has entered, with its pages and its tier."""
+    """A row that has entered.
+
+    pages: of the row in layers that attend all tokens; mean: their mean until its end, in the first
+    kind of layers.
+    """
 
     row: GrowingRow
     tier: int
     pages: int
+    mean: float
+
+
+@dataclass
+class _Limit:
+    """Pages that rows may have in layers of a kind.
+
+    most: most pages of a row; entries: rows whose pages count.
+    """
+
+    pages: int
+    most: int
+    entries: list[_Entry]
+
+    @property
+    def held(self) -> int:
+        """Pages that the rows have."""
+        return sum(min(it.pages, self.most) for it in self.entries)
+
+    def fits(self, row: GrowingRow) -> bool:
+        """True if the rows stay within the limit until their ends, this one among them."""
+        rows = [*(it.row for it in self.entries), row]
+        final = [min(pages_of(it.final_tokens), self.most) for it in rows]
+        if final[-1] > self.pages:
+            return False
+        return sum(final) <= self.pages or peak_pages(rows, self.most) <= self.pages
+
+    def stops(self, entry: _Entry) -> bool:
+        """True if a row that is counted would take another page, and there is none."""
+        return entry.pages < self.most and self.held >= self.pages
 
 
 class _Books:
@@ -78,44 +113,58 @@ class _Books:
         self.entries: dict[Key, _Entry] = {}
         self._free_tails = self._space.disk_rows
 
-    def room(self, batch: int) -> float:
-        """Pages that a batch may still take to have its share, of rows half grown."""
-        rows = (it.row for (of, _), it in self.entries.items() if of == batch)
-        return self._space.batch_pages - sum(map(mean_pages, rows))
+    def has_share(self, batch: int, rows: Sequence[tuple[GrowingRow, int]]) -> bool:
+        """True if a batch has no more than its share of pages with (row, number of such rows).
+
+        Each counts as half grown.
+        """
+        held = sum(it.mean for (of, _), it in self.entries.items() if of == batch)
+        more = sum(count * self.mean_pages(row) for row, count in rows)
+        return held + more <= self._space.batch_pages
+
+    def mean_pages(self, row: GrowingRow) -> float:
+        """Pages of a row, in the first kind of layers, at half of the growth that is left."""
+        most = self._space.kinds[0].most_pages
+        return (min(pages_of(row.num_tokens), most) + min(pages_of(row.final_tokens), most)) / 2
 
     def tier_for(self, batch: int, row: GrowingRow) -> int | None:
         """Tier on which a row gets pages now, and can grow later; None if there is none.
 
         It is the one that lags most behind its share of the batch's pages.
         """
-        held = [0, 0, 0]
+        held, most = [0, 0, 0], self._space.kinds[0].most_pages
         for (of, _), entry in self.entries.items():
-            held[entry.tier] += entry.pages * (of == batch)
-        count = pages_of(row.num_tokens)
+            held[entry.tier] += min(entry.pages, most) * (of == batch)
+        count = min(pages_of(row.num_tokens), most)
         shares, total = self._space.splits[batch].tiers, sum(held) + count
         lags = [total * shares[it] / sum(shares) - held[it] for it in range(len(TIERS))]
         order = sorted(range(len(TIERS)), key=lambda it: -lags[it])
-        return next((it for it in order if self._has_room(batch, it, count, row)), None)
+        return next((it for it in order if self._has_room(batch, it, row)), None)
 
-    def _has_room(self, batch: int, tier: int, count: int, row: GrowingRow) -> bool:
+    def _has_room(self, batch: int, tier: int, row: GrowingRow) -> bool:
         """True if a row finds pages now, alone fits at its end, and with the others at the peak."""
         if tier == _DISK and not self._free_tails:
             return False
-        for limit, entries in self._limits(batch, tier):
-            if sum(it.pages for it in entries) + count > limit:
-                return False
-            if pages_of(row.final_tokens) > limit or not _fit(limit, entries, row):
-                return False
-        return True
+        now = pages_of(row.num_tokens)
+        limits = self._limits(batch, tier)
+        return all(it.held + min(now, it.most) <= it.pages and it.fits(row) for it in limits)
 
-    def _limits(self, batch: int, tier: int) -> list[tuple[int, list[_Entry]]]:
-        """(limit in pages, rows that count against it) of what a batch's row on a tier takes."""
+    def _limits(self, batch: int, tier: int) -> list[_Limit]:
+        """Limits of what a batch's row on a tier takes.
+
+        Rows that are streamed, and those on disk, are limited in the first kind of layers, for in
+        the second they take no more.
+        """
         space, streamed = self._space, (_CPU, _DISK) if self._space.streams_all else (_DISK,)
-        limits = [(space.pages[tier], self._entries((tier,)))]
+        most, entries = space.kinds[0].most_pages, self._entries((tier,))
+        limits = [
+            _Limit(pages[tier], kind.most_pages, entries)
+            for kind, pages in zip(space.kinds, space.pools, strict=True)
+        ]
         if tier in streamed:
-            limits.append((space.streamed, self._entries(streamed, batch)))
+            limits.append(_Limit(space.streamed, most, self._entries(streamed, batch)))
         if tier == _DISK:
-            limits.append((space.disk, self._entries((_DISK,), batch)))
+            limits.append(_Limit(space.disk, most, self._entries((_DISK,), batch)))
         return limits
 
     def _entries(self, tiers: Sequence[int], batch: int | None = None) -> list[_Entry]:
@@ -123,21 +172,19 @@ class _Books:
         return [it for (of, _), it in pairs if it.tier in tiers and batch in (None, of)]
 
     def enter(self, key: Key, row: GrowingRow, tier: int) -> None:
-        self.entries[key] = _Entry(row, tier, pages_of(row.num_tokens))
+        self.entries[key] = _Entry(row, tier, pages_of(row.num_tokens), self.mean_pages(row))
         self._free_tails -= tier == _DISK
 
     def can_grow(self, key: Key) -> bool:
-        """True if the row can have one page more."""
-        limits = self._limits(key[0], self.entries[key].tier)
-        return all(sum(it.pages for it in entries) < limit for limit, entries in limits)
+        """True if the row can have one page more, wherever it takes another."""
+        entry = self.entries[key]
+        return not any(it.stops(entry) for it in self._limits(key[0], entry.tier))
 
     def helps(self, victim: Key, lacking: Key) -> bool:
         """True if the victim's pages count against a limit that the other row has reached."""
-        own = self.entries[victim]
-        for limit, entries in self._limits(lacking[0], self.entries[lacking].tier):
-            if sum(it.pages for it in entries) >= limit and any(it is own for it in entries):
-                return True
-        return False
+        own, entry = self.entries[victim], self.entries[lacking]
+        limits = self._limits(lacking[0], entry.tier)
+        return any(it.stops(entry) and any(own is each for each in it.entries) for it in limits)
 
     def grow(self, key: Key) -> None:
         self.entries[key].pages += 1
@@ -157,9 +204,9 @@ class Admission:
         for books in self._books:
             books.clear()
 
-    def room(self, batch: int) -> float:
-        """Pages that a batch may still take to have its share in every stage; below 0 if none."""
-        return min(books.room(batch) for books in self._books)
+    def has_share(self, batch: int, *rows: tuple[GrowingRow, int]) -> bool:
+        """True if with (row, number of such rows) a batch has no more than its share of pages."""
+        return all(books.has_share(batch, rows) for books in self._books)
 
     def enters(self, batch: int, slot: int, row: GrowingRow) -> tuple[int, ...] | None:
         """Let a row enter if every stage has pages for it now, and is expected to have them later.
@@ -175,7 +222,7 @@ class Admission:
         return chosen
 
     def pages(self, batch: int, slot: int) -> int:
-        """Pages of a row."""
+        """Pages of a row in layers that attend all tokens."""
         return self._books[0].entries[batch, slot].pages
 
     def grows(self, batch: int, slot: int) -> bool:
@@ -213,14 +260,3 @@ def mean_cached(lengths: Sequence[tuple[int, int]]) -> float:
         return float(prompts.mean())
     tokens = (answers * (prompts + grown * answers)).sum() / total
     return min(float(tokens) + (grown < 1) * PAGE_TOKENS / 2, float((prompts + answers).max()))
-
-
-def mean_pages(row: GrowingRow) -> float:
-    """Pages of a row at half of the growth that is left."""
-    return (pages_of(row.num_tokens) + pages_of(row.final_tokens)) / 2
-
-
-def _fit(limit: int, entries: list[_Entry], row: GrowingRow) -> bool:
-    """True if rows stay within a limit, this one among them."""
-    rows = [*(it.row for it in entries), row]
-    return sum(pages_of(it.final_tokens) for it in rows) <= limit or peak_pages(rows) <= limit

@@ -1,9 +1,9 @@
 """Pages of the KV cache: which row has which of them, on which tier.
 
-A page holds PAGE_TOKENS of one row's tokens, in every layer of a stage; each tier of a stage has a
-pool of them. A row has its home on one tier, with pages for the tokens that it has. Rows enter,
-grow and leave only where a pass of their batch is composed, in program order; admission.py decides
-which.
+A page holds PAGE_TOKENS of one row's tokens, in every layer of a kind; each tier of a stage has a
+pool of them for each kind. A row has its home on one tier, with pages for the tokens that it has.
+Rows enter, grow and leave only where a pass of their batch is composed, in program order;
+admission.py decides which.
 
 Two batches of a block, in a pool of 8 pages on the GPU (g0 to g7) and 8 in host memory (c0 to c7),
 half of each batch's pages on either tier:
@@ -12,6 +12,10 @@ half of each batch's pages on either tier:
               row of 60 tokens   4 pages   c0 c1 c2 c3
     batch 1   row of 70 tokens   5 pages   g3 g4 g5 g6 g7
               row of 20 tokens   2 pages   c4 c5
+
+In layers with a window of 20 tokens a row has 3 pages at most, for a window touches no more. Then
+it takes them again in turn: the row of 70 tokens has g3 g4 g5, its tokens 48 to 63 lie in g3, where
+those of 0 to 15 lay, and tokens 64 to 69 in g4.
 
 Knows numbers of pages and rows; no tokens, bytes or tensors.
 """
@@ -29,6 +33,8 @@ import numpy as np
 from flexgen_ray.config import PAGE_TOKENS, TIERS
 from flexgen_ray.layout.placement import RowSplit
 
+ALL_PAGES = 2**31 - 1  # more than a row ever has
+
 
 def pages_of(tokens: float) -> int:
     """Pages that so many tokens of one row take."""
@@ -36,18 +42,49 @@ def pages_of(tokens: float) -> int:
 
 
 @dataclass(frozen=True)
+class LayerKind:
+    """Kind of decoder layers, in which rows have pages of their own.
+
+    number: of the kind in its stage. window: number of tokens that a token attends, itself
+    included; None for all.
+    """
+
+    number: int = 0
+    window: int | None = None
+
+    @cached_property
+    def most_pages(self) -> int:
+        """Most pages of a row, which takes them again in turn; a window touches no more."""
+        return ALL_PAGES if self.window is None else pages_of(self.window - 1) + 1
+
+    def pages_of(self, tokens: float) -> int:
+        """Pages that so many tokens of one row take."""
+        return min(pages_of(tokens), self.most_pages)
+
+    def first_page(self, position: int) -> int:
+        """First of a row's pages that the token at a position attends."""
+        return 0 if self.window is None else max(0, position + 1 - self.window) // PAGE_TOKENS
+
+
+FULL = LayerKind()
+
+
+@dataclass(frozen=True)
 class CacheSpace:
     """Room of a stage for cached rows, in pages.
 
-    pages: pages of each tier's pool, in the order of TIERS.
+    kinds: of the stage's layers; rows have the most pages in the first. pools: by kind, the pages
+    of each tier's pool, in the order of TIERS.
     splits: number of equal rows of each batch on the tiers; the proportions that its pages keep.
-    batch_pages: a batch's share of the pages of all tiers together.
-    streamed: pages of a batch's rows that must be streamed to the device; disk: of rows on disk.
+    batch_pages: a batch's share of the pages of all tiers together, in the first kind.
+    streamed: pages of a batch's rows that must be streamed to the device; disk: of rows on disk;
+    both in the first kind, and the others take no more.
     streams_all: True if rows in host memory must all be streamed.
     disk_rows: rows on disk, all batches together.
     """
 
-    pages: tuple[int, int, int]
+    kinds: tuple[LayerKind, ...]
+    pools: tuple[tuple[int, int, int], ...]
     splits: tuple[RowSplit, ...]
     batch_pages: int
     streamed: int
@@ -55,33 +92,51 @@ class CacheSpace:
     streams_all: bool
     disk_rows: int
 
+    @property
+    def pages(self) -> tuple[int, int, int]:
+        """Pages of each tier's pool in the first kind, in the order of TIERS."""
+        return self.pools[0]
+
 
 class Home:
-    """Place of a row's cache in a stage.
+    """Place of a row's cache in a stage, in the layers of one kind.
 
     tier: one of TIERS; pages: the row's pages in the tier's pool, in the order of its tokens; tail:
-    place of a row on disk for its newest page, which is in host memory, else -1.
+    place of a row on disk for its newest page, which is in host memory, else -1. most: number of
+    pages after which they are taken again in turn.
     """
 
-    def __init__(self, tier: str, pages: tuple[int, ...], tail: int = -1) -> None:
+    def __init__(
+        self, tier: str, pages: tuple[int, ...], tail: int = -1, most: int = ALL_PAGES
+    ) -> None:
         self.tier = tier
         self.pages = pages
         self.tail = tail
+        self._most = most
+
+    def page(self, index: int) -> int:
+        """Page with the row's tokens from PAGE_TOKENS * index on."""
+        return self.pages[index % self._most]
 
     @cached_property
-    def table(self) -> np.ndarray:
-        """The pages as an int32 array."""
+    def _table(self) -> np.ndarray:
         return np.array(self.pages, np.int32)
+
+    def table(self, count: int) -> np.ndarray:
+        """Pages of the row's tokens up to PAGE_TOKENS * count, int32 [count]."""
+        table = self._table
+        return table[:count] if count <= len(table) else table[np.arange(count) % self._most]
 
     def runs(self, first: int, last: int) -> Iterator[tuple[int, int, int]]:
         """Yield (index of the first, page, count) of neighbouring pages among pages first..last."""
-        start = first
-        for index, (page, following) in enumerate(pairwise(self.pages[first:last]), first + 1):
+        pages = [self.page(index) for index in range(first, last)]
+        start = 0
+        for index, (page, following) in enumerate(pairwise(pages), 1):
             if following != page + 1:
-                yield start, self.pages[start], index - start
+                yield first + start, pages[start], index - start
                 start = index
-        if start < last:
-            yield start, self.pages[start], last - start
+        if pages:
+            yield first + start, pages[start], len(pages) - start
 
 
 def page_table(tables: Sequence[np.ndarray]) -> np.ndarray:
@@ -154,28 +209,43 @@ class StagePages:
 
     def clear(self) -> None:
         """Forget all rows."""
-        self._pools = dict(zip(TIERS, map(PagePool, self._space.pages), strict=True))
+        self._pools = [
+            dict(zip(TIERS, map(PagePool, pages), strict=True)) for pages in self._space.pools
+        ]
         self._tails = list(range(self._space.disk_rows))[::-1]
-        self._homes: dict[tuple[int, int], Home] = {}
+        self._homes: dict[tuple[int, int], tuple[Home, ...]] = {}
 
-    def home(self, batch: int, slot: int) -> Home:
-        """Home of the row in a slot."""
+    def homes(self, batch: int, slot: int) -> tuple[Home, ...]:
+        """Homes of the row in a slot, by kind of layer; all on one tier, with one tail."""
         return self._homes[batch, slot]
 
     def enter(self, batch: int, slot: int, count: int, tier: str) -> None:
-        """Give a row its home, with a number of pages."""
+        """Give a row its homes, with pages for as many tokens as `count` pages hold."""
         tail = self._tails.pop() if tier == "disk" else -1
-        self._homes[batch, slot] = Home(tier, self._pools[tier].take(count), tail)
+        self._homes[batch, slot] = tuple(
+            Home(tier, pools[tier].take(min(count, kind.most_pages)), tail, kind.most_pages)
+            for kind, pools in zip(self._space.kinds, self._pools, strict=True)
+        )
 
     def grow(self, batch: int, slot: int, count: int) -> None:
-        """Give a row more pages, which follow its last one if that is free."""
-        home = self._homes[batch, slot]
-        more = self._pools[home.tier].take(count, home.pages[-1] + 1)
-        self._homes[batch, slot] = Home(home.tier, home.pages + more, home.tail)
+        """Give a row more pages, which follow its last one if that is free.
+
+        In kinds in which it has all that it may have, it gets none.
+        """
+        grown = []
+        pairs = zip(self._space.kinds, self._homes[batch, slot], self._pools, strict=True)
+        for kind, home, pools in pairs:
+            more = min(count, kind.most_pages - len(home.pages))
+            if more:
+                pages = home.pages + pools[home.tier].take(more, home.pages[-1] + 1)
+                home = Home(home.tier, pages, home.tail, kind.most_pages)
+            grown.append(home)
+        self._homes[batch, slot] = tuple(grown)
 
     def leave(self, batch: int, slot: int) -> None:
         """Take back what a row had."""
-        home = self._homes.pop((batch, slot))
-        self._pools[home.tier].give(home.pages)
-        if home.tail >= 0:
-            self._tails.append(home.tail)
+        homes = self._homes.pop((batch, slot))
+        for home, pools in zip(homes, self._pools, strict=True):
+            pools[home.tier].give(home.pages)
+        if homes[0].tail >= 0:
+            self._tails.append(homes[0].tail)

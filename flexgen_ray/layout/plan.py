@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from flexgen_ray.config import DTYPE_BYTES, TIERS, Policy, Workload, kept_tokens
-from flexgen_ray.layout.pages import PAGE_TOKENS, CacheSpace, pages_of
+from flexgen_ray.layout.pages import PAGE_TOKENS, CacheSpace, LayerKind, pages_of
 from flexgen_ray.layout.placement import SECTOR, RowSplit, aligned, split_rows, split_tokens
 from flexgen_ray.layout.weights import WeightLayout, lay_out_weights
 from flexgen_ray.models.config import ModelConfig
@@ -112,13 +112,50 @@ class StagePlan:
 
     @property
     def row_pages(self) -> int:
-        """Pages of an average row."""
+        """Pages of an average row, in layers that attend all tokens."""
         return self.pages_per_row or pages_of(self.workload.mean_len)
 
     @property
     def longest_pages(self) -> int:
-        """Pages of the longest row."""
+        """Pages of the longest row, in layers that attend all tokens."""
         return pages_of(self.max_seq_len)
+
+    @property
+    def most_pages(self) -> int:
+        """Most pages that a row has in a layer."""
+        return self.kinds[0].pages_of(self.max_seq_len)
+
+    @cached_property
+    def kinds(self) -> tuple[LayerKind, ...]:
+        """Kinds of the stage's decoder layers: those that attend all tokens come first.
+
+        Layers whose window touches as many pages as the longest row has are of that kind, too.
+        """
+        windows = dict.fromkeys(self._kept_windows.values()) or {None: None}
+        ordered = sorted(windows, key=lambda window: window is not None)
+        return tuple(LayerKind(number, window) for number, window in enumerate(ordered))
+
+    @cached_property
+    def _kept_windows(self) -> dict[int, int | None]:
+        """{decoder layer: last tokens of a row for which it has pages}; None for all."""
+        windows = {layer: self.config.window(layer) for layer in self.stage.decoders}
+        return {
+            layer: window if LayerKind(0, window).most_pages < self.longest_pages else None
+            for layer, window in windows.items()
+        }
+
+    @cached_property
+    def _kind_of_layer(self) -> dict[int, LayerKind]:
+        kinds = {kind.window: kind for kind in self.kinds}
+        return {layer: kinds[window] for layer, window in self._kept_windows.items()}
+
+    def kind_of(self, layer: int) -> LayerKind:
+        """Kind of a decoder layer."""
+        return self._kind_of_layer[layer]
+
+    def layers_of(self, kind: LayerKind) -> list[int]:
+        """Decoder layers of a kind, in order."""
+        return [layer for layer, it in self._kind_of_layer.items() if it == kind]
 
     @cached_property
     def space(self) -> CacheSpace:
@@ -127,24 +164,32 @@ class StagePlan:
         The largest pool has room for the longest row, and so has the streaming slot, if the rows
         of that pool are streamed.
         """
-        splits, longest = self.splits, self.longest_pages
+        splits = self.splits
         rows = [sum(split.tiers[number] for split in splits) for number in range(len(TIERS))]
-        pages = [count * self.row_pages for count in rows]
-        largest = pages.index(max(pages))
-        pages[largest] = max(pages[largest], longest)
-        on_disk = max(split.disk for split in splits) * self.row_pages
-        streamed = max(split.streamed + split.disk for split in splits) * self.row_pages
+        pools = [self._pool_pages(kind, rows) for kind in self.kinds]
+        each = min(self.row_pages, self.kinds[0].most_pages)
+        on_disk = max(split.disk for split in splits) * each
+        streamed = max(split.streamed + split.disk for split in splits) * each
         # Rows of host memory that are streamed are chosen in each pass.
         may_stream = streamed or (rows[1] > 0 and self.policy.cpu_attention < 1)
         return CacheSpace(
-            pages=(pages[0], pages[1], pages[2]),
+            kinds=self.kinds,
+            pools=tuple(pools),
             splits=splits,
-            batch_pages=-(-sum(pages) // len(splits)),
-            streamed=max(streamed, longest) if may_stream else 0,
-            disk=max(on_disk, longest) if on_disk else 0,
+            batch_pages=-(-sum(pools[0]) // len(splits)),
+            streamed=max(streamed, self.most_pages) if may_stream else 0,
+            disk=max(on_disk, self.most_pages) if on_disk else 0,
             streams_all=self.policy.cpu_attention == 0,
             disk_rows=rows[2],
         )
+
+    def _pool_pages(self, kind: LayerKind, rows: list[int]) -> tuple[int, int, int]:
+        """Pages of each tier's pool of a kind of layers; rows: rows of mean length by tier."""
+        gpu, cpu, disk = (count * min(self.row_pages, kind.most_pages) for count in rows)
+        largest, most = rows.index(max(rows)), kind.pages_of(self.max_seq_len)
+        pages = [gpu, cpu, disk]
+        pages[largest] = max(pages[largest], most)
+        return pages[0], pages[1], pages[2]
 
     @property
     def uses_host(self) -> bool:
@@ -236,7 +281,7 @@ class StagePlan:
         Chunks of a prompt whose row the host otherwise attends need room of their own.
         """
         spare = self.chunks_prompts and self.attends_on_host
-        return self.space.streamed + spare * pages_of(self.max_prefill_len)
+        return self.space.streamed + spare * self.kinds[0].pages_of(self.max_prefill_len)
 
     @property
     def choosing_rows(self) -> int:

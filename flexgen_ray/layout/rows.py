@@ -17,7 +17,7 @@ from itertools import accumulate
 from typing import Any, Generic, TypeVar
 
 from flexgen_ray.config import PAGE_TOKENS
-from flexgen_ray.layout.pages import Home, pages_of
+from flexgen_ray.layout.pages import FULL, Home, LayerKind, pages_of
 from flexgen_ray.layout.placement import RowSplit
 
 T = TypeVar("T")
@@ -66,13 +66,17 @@ class Piece:
         return slice(self.offset, self.offset + self.count)
 
 
-def cut_at_pages(row: Row) -> list[Piece]:
-    """New tokens of a row: the rest of its last page, whole pages, and the beginning of a page."""
-    start, end = row.position, row.seq_len
+def cut_at_pages(row: Row, kind: LayerKind = FULL) -> list[Piece]:
+    """New tokens of a row: the rest of its last page, whole pages, and the beginning of a page.
+
+    Tokens of pages that lie behind the window of the row's last token are left out.
+    """
+    end = row.seq_len
+    start = max(row.position, PAGE_TOKENS * kind.first_page(end - 1))
     first = min(end, pages_of(start) * PAGE_TOKENS)
     last = max(first, end // PAGE_TOKENS * PAGE_TOKENS)
     bounds = (start, first), (first, last), (last, end)
-    return [Piece(row, a, row.offset + a - start, b - a) for a, b in bounds if a < b]
+    return [Piece(row, a, row.offset + a - row.position, b - a) for a, b in bounds if a < b]
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,19 +154,20 @@ class Composition:
     def __init__(self, rows: Rows, splits: Sequence[RowSplit]) -> None:
         self.rows = rows
         self._splits = splits
-        self._placed: dict[RowSplit, PlacedRows] = {}
+        self._placed: dict[tuple[RowSplit, LayerKind], PlacedRows] = {}
 
     @property
     def drawn(self) -> float | None:
         """Sum of the sampled tokens' `sampling_share` (cost/ops.py); None if it is not known."""
         return None
 
-    def placed(self, batch: int) -> PlacedRows:
+    def placed(self, batch: int, kind: LayerKind) -> PlacedRows:
         """The rows as a batch divides them; derived once for all batches with an equal division."""
-        split = self._splits[batch]
-        placed = self._placed.get(split)
+        key = self._splits[batch], kind
+        placed = self._placed.get(key)
         if placed is None:
-            placed = self._placed[split] = PlacedRows(self.rows, divided(self.rows, split))
+            placed = PlacedRows(self.rows, divided(self.rows, key[0]), kind)
+            self._placed[key] = placed
         return placed
 
 
@@ -194,7 +199,7 @@ def divided(rows: Rows, split: RowSplit) -> list[Division]:
 
 @dataclass(frozen=True)
 class PlacedRows:
-    """Rows of a pass by where their cache lies and who attends it.
+    """Rows of a pass by where their cache lies and who attends it, in layers of a kind.
 
     divisions: of each row. memo: results that stores derive from the rows, by key and variant (see
     `memoized`).
@@ -202,6 +207,7 @@ class PlacedRows:
 
     rows: Rows
     divisions: Sequence[Division]
+    kind: LayerKind = FULL
     memo: dict[tuple[MemoKey, Hashable], Any] = field(default_factory=dict, compare=False)
 
     def memoized(self, key: MemoKey[T], make: Callable[[], T], variant: Hashable = None) -> T:
@@ -257,12 +263,12 @@ class PlacedRows:
         places, page = {}, 0
         for row in self.streaming:
             places[row.slot] = page
-            page += pages_of(row.seq_len)
+            page += streamed_pages_of(row, self.kind)
         return places
 
     @cached_property
     def streamed_copies(self) -> list[tuple[int, int, int, bool]]:
-        """Copies that bring streamed rows' pages from host memory, neighbours in one copy.
+        """Copies that bring the pages that streamed rows attend, neighbours in one copy.
 
         (place in the streaming slot, page, number of pages, whether the row prefills).
         """
@@ -271,12 +277,12 @@ class PlacedRows:
             division, place = self._of_slot[row.slot], self.streamed_pages[row.slot]
             if division.tier != "cpu" or not row.position:
                 continue
-            pages = pages_of(row.position)
+            first, last = self.kind.first_page(row.position), pages_of(row.position)
             if division.home is None:
-                copies.append((place, 0, pages, row.is_prefill))
+                copies.append((place, 0, last - first, row.is_prefill))
                 continue
-            for index, page, count in division.home.runs(0, pages):
-                copies.append((place + index, page, count, row.is_prefill))
+            for index, page, count in division.home.runs(first, last):
+                copies.append((place + index - first, page, count, row.is_prefill))
         return copies
 
     def choosing_runs(self, most: int) -> list[tuple[int, list[Row]]]:
@@ -303,7 +309,21 @@ class PlacedRows:
 
     @cached_property
     def _pieces(self) -> list[Piece]:
-        return [piece for row in self.off_device for piece in cut_at_pages(row)]
+        return [piece for row in self.off_device for piece in cut_at_pages(row, self.kind)]
+
+    @cached_property
+    def num_stored(self) -> int:
+        """Number of new tokens that leave the device."""
+        return sum(piece.count for piece in self._pieces)
+
+    def full_before(self, row: Row) -> tuple[int, int]:
+        """First and last of a row's pages that were full before the pass and are attended in it."""
+        return self.kind.first_page(row.position), row.position // PAGE_TOKENS
+
+    def filled_by(self, row: Row) -> tuple[int, int]:
+        """First and last of a row's pages that the pass fills and leaves within the window."""
+        first = max(row.position // PAGE_TOKENS, self.kind.first_page(row.seq_len - 1))
+        return first, row.seq_len // PAGE_TOKENS
 
     @cached_property
     def whole(self) -> list[Piece]:
@@ -345,6 +365,11 @@ class PlacedRows:
     def attended_runs(self) -> list[tuple[int, slice]]:
         """(first place on the host, packed tokens) of the rows that the host attends, in runs."""
         return token_runs(self.attended)
+
+
+def streamed_pages_of(row: Row, kind: LayerKind) -> int:
+    """Pages that a row takes in the streaming slot: of what it had, and of a decoded token."""
+    return kind.pages_of(row.position if row.is_prefill else row.seq_len)
 
 
 def token_runs(parts: Sequence[Row] | Sequence[Piece]) -> list[tuple[int, slice]]:

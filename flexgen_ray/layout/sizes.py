@@ -100,7 +100,11 @@ def stage_bytes(plan: StagePlan) -> dict[str, dict[str, int]]:
 
 def _cache_bytes(plan: StagePlan) -> dict[str, dict[str, int]]:
     space, page, layers = plan.space, plan.page_bytes, plan.num_decoder_layers
-    gpu, cpu, disk = (layers * pages for pages in space.pages)
+    counts = [len(plan.layers_of(kind)) for kind in space.kinds]
+    gpu, cpu, disk = (
+        sum(count * pages for count, pages in zip(counts, pools, strict=True))
+        for pools in zip(*space.pools, strict=True)
+    )
     disk_page = plan.disk_page_bytes
     new_kv = new_kv_bytes(plan)
     vectors = plan.attended_rows * plan.config.q_size * plan.element_bytes
@@ -139,7 +143,7 @@ def host_workspace_bytes(plan: StagePlan) -> int:
     and beside these the indices of the values that sparse attention gathers.
     """
     attention = plan.rows_at_a_time * plan.attended_row_bytes if plan.attends_on_host else 0
-    moved = plan.longest_pages * plan.page_bytes if plan.off_device_rows else 0
+    moved = plan.most_pages * plan.page_bytes if plan.off_device_rows else 0
     chosen_vectors = plan.choosing_rows * plan.max_kept_tokens * plan.config.num_kv_heads
     gathered = 3 * plan.tile_tokens * plan.config.hidden_size * plan.element_bytes
     return max(attention, moved, gathered if _gathers(plan) else 0) + 2 * 8 * chosen_vectors
@@ -187,7 +191,7 @@ def workspace_bytes(plan: StagePlan) -> int:
     """Most bytes of temporaries on the device: a tile's MLP or projection, attention, logits."""
     # Tables of pages and rotations are made once a pass.
     config, rows = plan.config, plan.policy.gpu_batch_size
-    tables = 2 * rows * (plan.longest_pages + 1) * 4
+    tables = 2 * len(plan.kinds) * rows * (plan.longest_pages + 1) * 4
     ropes = {config.rope_of(layer) for layer in plan.stage.decoders} - {None}
     rotations = len(ropes) * rows * config.head_dim * plan.element_bytes
     of_passes = 2 * plan.num_batches * (tables + rotations)
@@ -211,7 +215,7 @@ def _dense_bytes(plan: StagePlan) -> int:
 
 def arriving_bytes(plan: StagePlan) -> int:
     """Bytes of the device memory in which a row from disk arrives as it lies there."""
-    return plan.longest_pages * plan.disk_page_bytes if plan.stages_disk and plan.uses_disk else 0
+    return plan.most_pages * plan.disk_page_bytes if plan.stages_disk and plan.uses_disk else 0
 
 
 def scored_tokens_at_a_time(plan: StagePlan, top: int) -> int:

@@ -9,8 +9,8 @@ ATTEND_DEVICE of a cell with 3 decoding rows and a prompt's chunk of 5 tokens, f
     decoding rows    rows that are neighbours among the packed tokens form a run, say all 3
                      (passes.find_decode_runs); one call of a kernel walks the pages of their
                      tables and gives [3, 32, 128]
-    prompt's chunk   its pages are gathered, then attention.prefill over [5, 32, 128], row by row:
-                     cached keys and values, then causally its own
+    prompt's chunk   what it sees of its pages is gathered, then attention.prefill over
+                     [5, 32, 128], row by row: cached keys and values, then causally its own
 
 FINISH projects the results. They replace the queries in q, or go to a buffer of their own if each
 row brings one token. Streamed rows under sparse attention take three ops: CHOOSE selects tokens by
@@ -31,7 +31,7 @@ from flexgen_ray.kernels.cuda_attention import page_kernel
 from flexgen_ray.kernels.host_kernel import HostKernel, rows_together
 from flexgen_ray.kernels.indices import place_indices
 from flexgen_ray.kernels.pack import pack, unpack
-from flexgen_ray.layout.pages import Home, page_table
+from flexgen_ray.layout.pages import Home, page_table, pages_of
 from flexgen_ray.layout.plan import StagePlan
 from flexgen_ray.layout.rows import MemoKey, PlacedRows, Row, token_runs
 from flexgen_ray.layout.sizes import QUERY_TILE
@@ -76,12 +76,13 @@ class DeviceAttention:
     def choose(self, op: Op, placed: PlacedRows, work: CellBuffers) -> None:
         """CHOOSE: select the tokens that streamed rows attend, by their loaded keys."""
         cache, window = self._cache, self._config.window(op.layer)
-        cache.append_streamed(op, placed, work, prefills=False)
+        cache.append_streamed(op, placed, work)
         self._weights[op.cell_slot] = []
         keys = cache.streamed_pages(op)[0]
         for first, rows in placed.choosing_runs(self._plan.rows_at_a_time):
             lens = [row.seq_len for row in rows]
-            tables = page_table([streamed_home(placed, row).table for row in rows])
+            homes = [(streamed_home(placed, row), pages_of(row.seq_len)) for row in rows]
+            tables = page_table([home.table(count) for home, count in homes])
             tokens = attention.span(lens, window)
             k = attention.gather_pages(keys, self._on_device(tables), tokens)
             q = torch.cat([work.q[row.tokens] for row in rows])
@@ -91,14 +92,17 @@ class DeviceAttention:
             self._weights[op.cell_slot].append(selected.weights)
 
     def attend(self, op: Op, placed: PlacedRows, work: CellBuffers) -> None:
-        """ATTEND_DEVICE: put the attention of resident and streamed rows where FINISH takes it."""
+        """ATTEND_DEVICE: put the attention of resident and streamed rows where FINISH takes it.
+
+        A prompt's chunk attends what its row had, and itself; then it is appended. Within a window
+        its tokens may take the pages of those that its first ones attend.
+        """
         cache, window = self._cache, self._config.window(op.layer)
         target = work.attention(placed.rows)
-        cache.append_streamed(op, placed, work, prefills=True)
         if self._plan.is_sparse:
             self._attend_chosen(op, placed, target)
         else:
-            cache.append_streamed(op, placed, work, prefills=False)
+            cache.append_streamed(op, placed, work)
         for key, rows, pool, home in (
             (_RESIDENT_RUNS, placed.resident, cache.device_pages(op), placed.home),
             (
@@ -117,6 +121,7 @@ class DeviceAttention:
                 if row.is_prefill:
                     pages = home(row) if row.position else None
                     target[row.tokens].copy_(self._prefill(work, row, pool, pages, window))
+        cache.append_resident(op, placed, work, prefills=True)
 
     def _decode(
         self, q: Tensor, pool: Tensor, run: DecodeRows, window: int | None, out: Tensor
@@ -150,15 +155,18 @@ class DeviceAttention:
         home: pages of the row in the pool, None for a first chunk. Returns [tokens, heads,
         head_dim].
         """
-        if home is None:
-            k, v = self._dequantized(work.cached[row.tokens].permute(1, 2, 0, 3))
-        else:
-            tables = self._on_device(home.table[None])
-            span = slice(0, row.seq_len)
+        cached, first = work.cached[row.tokens].permute(1, 2, 0, 3), row.position
+        k, v = cached
+        if home is not None:
+            first = max(0, row.position + 1 - window) if window is not None else 0
+            tables = self._on_device(home.table(pages_of(row.position))[None])
+            span = slice(first, row.position)
             k, v = (
-                self._dequantized(attention.gather_pages(plane, tables, span))[0] for plane in pool
+                torch.cat((attention.gather_pages(plane, tables, span)[0], new), dim=1)
+                for plane, new in zip(pool, cached, strict=True)
             )
-        return attention.prefill(work.q[row.tokens], k, v, row.position, QUERY_TILE, window)
+        k, v = self._dequantized(k), self._dequantized(v)
+        return attention.prefill(work.q[row.tokens], k, v, row.position - first, QUERY_TILE, window)
 
     def _on_device(self, tables: np.ndarray) -> Tensor:
         return place_indices(tables, self._device, torch.int32)

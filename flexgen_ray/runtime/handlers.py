@@ -94,7 +94,7 @@ class OpHandlers:
 
     def placed(self, op: Op) -> PlacedRows:
         """Rows of the op's pass, divided by where the op's layer has their cache."""
-        return self._pass(op).placed(op.batch)
+        return self._pass(op).placed(op.batch, self.plan.kind_of(op.layer))
 
     def composition(self, op: Op) -> Composition | None:
         """Composition of the op's pass; None for ops without rows."""
@@ -160,7 +160,7 @@ class OpHandlers:
             rotation = self._rotation(op, tile)
             self.family.project(self.config, tensors, hidden[tile], rotation, work.qkv[tile])
         self._attention.pack(work, rows.num_tokens)
-        self.cache.append_resident(op, self.placed(op), work)
+        self.cache.append_resident(op, self.placed(op), work, prefills=False)
 
     def _rotation(self, op: Op, tile: slice) -> Tensor | None:
         """Rotation of a tile's queries and keys by their positions; None without a rope."""
@@ -299,7 +299,7 @@ class OpHandlers:
 def host_tables(placed: PlacedRows) -> tuple[Tensor, list[int]]:
     """Tables of the pages of rows that the host attends, int32 [rows, pages], and their lengths."""
     lens = [row.seq_len for row in placed.attended]
-    pages = [placed.home(row).table[: pages_of(row.seq_len)] for row in placed.attended]
+    pages = [placed.home(row).table(pages_of(row.seq_len)) for row in placed.attended]
     return torch.from_numpy(page_table(pages)), lens
 
 

@@ -34,7 +34,7 @@ from flexgen_ray.config import TIERS
 from flexgen_ray.cost.ops import sampling_share
 from flexgen_ray.kernels.indices import place_indices
 from flexgen_ray.kernels.sampling import NOT_FINITE
-from flexgen_ray.layout.pages import Home, StagePages, page_table, pages_of
+from flexgen_ray.layout.pages import Home, LayerKind, StagePages, page_table, pages_of
 from flexgen_ray.layout.placement import TokenShare
 from flexgen_ray.layout.plan import StagePlan
 from flexgen_ray.layout.rows import (
@@ -45,6 +45,7 @@ from flexgen_ray.layout.rows import (
     Row,
     Rows,
     decoding_runs,
+    streamed_pages_of,
 )
 from flexgen_ray.models.config import Rope
 from flexgen_ray.models.layers import rotation
@@ -58,19 +59,19 @@ from flexgen_ray.schedule.ops import Op
 class Pass(Composition):
     """Rows of one pass with their homes, their sampling settings, and the index tensors of its ops.
 
-    divisions: of each row, the same in every layer.
+    placed: the rows by where their cache lies, for each kind of layer.
     """
 
-    def __init__(self, header: Header, divisions: list[Division], device: torch.device) -> None:
+    def __init__(self, header: Header, placed: list[PlacedRows], device: torch.device) -> None:
         super().__init__(header.rows, ())
         self.header = header
-        self._placed_rows = PlacedRows(header.rows, divisions)
+        self._placed_rows = placed
         self._device = device
         self._rotations: dict[Rope, Tensor] = {}
 
-    def placed(self, batch: int) -> PlacedRows:
+    def placed(self, batch: int, kind: LayerKind) -> PlacedRows:
         """The rows by where their cache lies; the pass belongs to one batch."""
-        return self._placed_rows
+        return self._placed_rows[kind.number]
 
     @cached_property
     def token_ids(self) -> Tensor:
@@ -309,42 +310,55 @@ class Passes:
 
     def _begin_pass(self, op: Op, header: Header) -> None:
         rows = header.rows
-        divisions = self._divide(op.batch, rows)
-        self._under_way[op.turn, op.batch] = Pass(header, divisions, self._device)
+        placed = self._place(op.batch, rows)
+        self._under_way[op.turn, op.batch] = Pass(header, placed, self._device)
         counts = self._counts.setdefault(op.visit, [0, 0])
         counts[0] += len(rows.sampled)
         counts[1] += rows.prefill_tokens
         if not rows.rows:
             self._num_empty[op.visit] = self._num_empty.get(op.visit, 0) + 1
 
-    def _divide(self, batch: int, rows: Rows) -> list[Division]:
-        """Take pages back, hand pages out, and divide a pass's rows by their homes.
-
-        The host attends its share of the tokens of rows in its memory, and more if the streaming
-        slot is too small for the others.
-        """
+    def _place(self, batch: int, rows: Rows) -> list[PlacedRows]:
+        """Take pages back, hand pages out, and divide a pass's rows, for each kind of layer."""
         for slot in rows.left:
             self._pages.leave(batch, slot)
         for slot, count in rows.grown:
             self._pages.grow(batch, slot, count)
         for slot, count, tiers in rows.entered:
             self._pages.enter(batch, slot, count, TIERS[tiers[self._number]])
-        homes = [self._pages.home(batch, row.slot) for row in rows.rows]
+        homes = [self._pages.homes(batch, row.slot) for row in rows.rows]
+        on_host = self._attended_by_host(rows, [each[0].tier for each in homes])
         pairs = list(zip(rows.rows, homes, strict=True))
-        decoding = [row for row, home in pairs if home.tier == "cpu" and not row.is_prefill]
+        placed = []
+        for kind in self._plan.kinds:
+            own = ((row.slot in on_host, each[kind.number]) for row, each in pairs)
+            divisions = [Division(home.tier, takes, home) for takes, home in own]
+            placed.append(PlacedRows(rows, divisions, kind))
+        return placed
+
+    def _attended_by_host(self, rows: Rows, tiers: list[str]) -> set[int]:
+        """Slots of the rows that the host attends where their cache lies; tiers: of each row.
+
+        They are its share of the tokens of rows in its memory, and more if the streaming slot is
+        too small for the others.
+        """
+        pairs = list(zip(rows.rows, tiers, strict=True))
+        decoding = [row for row, tier in pairs if tier == "cpu" and not row.is_prefill]
         chosen = self._on_host.choose([row.seq_len for row in decoding])
         on_host = {row.slot for row, takes in zip(decoding, chosen, strict=True) if takes}
-        if self._plan.attends_on_host:
-            room = self._plan.slot_pages
-            for row, home in pairs:
-                if home.tier != "gpu" and (home.tier == "disk" or row.is_prefill) and row.position:
-                    room -= pages_of(row.seq_len)
-            for row in decoding:
-                if row.slot not in on_host:
-                    count = pages_of(row.seq_len)
-                    on_host |= {row.slot} if count > room else set()
-                    room -= count if count <= room else 0
-        return [Division(home.tier, row.slot in on_host, home) for row, home in pairs]
+        if not self._plan.attends_on_host:
+            return on_host
+        # Rows have the most pages in the first kind of layers.
+        room, kind = self._plan.slot_pages, self._plan.kinds[0]
+        for row, tier in pairs:
+            if tier != "gpu" and (tier == "disk" or row.is_prefill) and row.position:
+                room -= streamed_pages_of(row, kind)
+        for row in decoding:
+            if row.slot not in on_host:
+                count = streamed_pages_of(row, kind)
+                on_host |= {row.slot} if count > room else set()
+                room -= count if count <= room else 0
+        return on_host
 
 
 @dataclass(frozen=True)
@@ -368,7 +382,7 @@ def find_decode_runs(
     runs = []
     for run in decoding_runs(row for row in rows if not row.is_prefill):
         lens = [row.seq_len for row in run]
-        pages = [home(row).table[: pages_of(row.seq_len)] for row in run]
+        pages = [home(row).table(pages_of(row.seq_len)) for row in run]
         tokens = slice(run[0].offset, run[0].offset + len(run))
         tables = place_indices(page_table(pages), device, torch.int32)
         num_tokens = place_indices(lens, device, torch.int32)

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 
 from flexgen_ray.kernels.sampling import SamplingRow, uniform_number
-from flexgen_ray.layout.admission import Admission, mean_pages
+from flexgen_ray.layout.admission import Admission
 from flexgen_ray.layout.pages import pages_of
 from flexgen_ray.layout.rows import Row, Rows, ScoredRow
 from flexgen_ray.request import Finished, Request, SamplingParams, Score, SlotScores
@@ -292,13 +292,13 @@ class Scheduler:
         longest, shortest = (self._sequence(self._waiting[place]) for place in (0, -1))
         if self.admission is None:
             return 0, longest, ()
-        room, least = self.admission.room(batch), mean_pages(shortest)
+        has_share = self.admission.has_share
         passes = self._waiting_tokens / (self.gpu_batch_size * self.num_batches)
         is_urgent = longest.request.max_tokens >= passes or not self._slots[batch]
         choices = []
-        if is_urgent or mean_pages(longest) + (rows - 1) * least <= room:
+        if is_urgent or has_share(batch, (longest, 1), (shortest, rows - 1)):
             choices.append((0, longest))
-        if least <= room:
+        if has_share(batch, (shortest, 1)):
             choices.append((-1, shortest))
         for place, sequence in choices:
             tiers = self.admission.enters(batch, slot, sequence)

@@ -42,14 +42,14 @@ class OpKind(StrEnum):
     LOAD_HIDDEN = auto()  # hidden states off the device, to the device
     READ_CACHE = auto()  # pages of the cache on disk, into a host slot
     LOAD_CACHE = auto()  # rows of the cache that the device attends, to the device
-    PROJECT = auto()  # norm, QKV, positions; append to the cache on the device
+    PROJECT = auto()  # norm, QKV, positions; append decoded tokens to the cache on the device
     STORE_CACHE = auto()  # new keys and values off the device, and queries for host attention
     APPEND_CACHE = auto()  # stored keys and values that fill no page, to their places in memory
     WRITE_CACHE = auto()  # full pages of the cache, to disk
     CHOOSE = auto()  # the tokens whose values streamed rows need, if attention is sparse
     GATHER_VALUES = auto()  # the values of the chosen tokens, side by side in host memory
     LOAD_VALUES = auto()  # the gathered values, to the device
-    ATTEND_DEVICE = auto()  # attend rows that are on the device, or were streamed to it
+    ATTEND_DEVICE = auto()  # attend rows on the device, or streamed to it; append prompts' tokens
     ATTEND_HOST = auto()  # attend rows in host memory, where their cache lies
     LOAD_ATTENTION = auto()  # results of ATTEND_HOST, to the device
     FINISH = auto()  # output projection and MLP; the head's logits
@@ -296,7 +296,7 @@ OPS: dict[OpKind, OpSpec] = {
     _K.ATTEND_DEVICE: OpSpec(
         _L.DEVICE_AHEAD,
         (_B.ROWS, _B.QUERY, _B.NEW_KV, _B.CACHE_GPU, _B.STREAMED_CACHE, _B.CHOICE),
-        (_B.ATTENTION, _B.STREAMED_CACHE),
+        (_B.ATTENTION, _B.STREAMED_CACHE, _B.CACHE_GPU),
         path=Path.DEVICE,
     ),
     _K.ATTEND_HOST: OpSpec(

@@ -1,16 +1,17 @@
 """The KV cache of a stage's rows, in pages on three tiers, and the moves between them.
 
-A row's pages lie on one tier, its home (layout/pages.py), with the same numbers in every layer. In
-memory a tier's pages are one tensor [layer, key or value, page, kv_head, token, width]; a vector of
-`width` elements is one token's key, or value, in one head, as it is computed or as it is quantized
-(quant/packing.py). On disk a page is [key or value, kv_head, token, width], in whole sectors; a
-row's newest page waits in a tail in host memory until it is full. Layers with an attention window
-keep all tokens, as others do.
+A row's pages lie on one tier, its home (layout/pages.py), with the same numbers in every layer of a
+kind. In memory a tier's pages of a kind are one tensor [layer, key or value, page, kv_head, token,
+width]; a vector of `width` elements is one token's key, or value, in one head, as it is computed or
+as it is quantized (quant/packing.py). On disk a page is [key or value, kv_head, token, width], in
+whole sectors; a row's newest page waits in a tail in host memory until it is full. Layers with an
+attention window keep the pages that it touches: a token then overwrites one that lies behind it.
 
 One decoding step of a row at position 37, by the row's division:
 
     division   before the step          the step
-    gpu        37 tokens on the device  PROJECT appends token 37 there (append_resident);
+    gpu        37 tokens on the device  PROJECT appends token 37 there (append_resident; of prompts
+                                        ATTEND_DEVICE does, when it has attended);
                                         ATTEND_DEVICE attends it in place
     attended   37 tokens in memory      STORE_CACHE copies token 37 and the query to the host,
                                         APPEND_CACHE appends it; ATTEND_HOST attends it in place
@@ -44,7 +45,14 @@ from torch import Tensor
 
 from flexgen_ray.layout.pages import PAGE_TOKENS, Home, page_table, pages_of
 from flexgen_ray.layout.plan import StagePlan
-from flexgen_ray.layout.rows import MemoKey, Piece, PlacedRows, Row, cut_at_pages
+from flexgen_ray.layout.rows import (
+    MemoKey,
+    Piece,
+    PlacedRows,
+    Row,
+    cut_at_pages,
+    streamed_pages_of,
+)
 from flexgen_ray.layout.sizes import CHOICE_BYTES, arriving_bytes, new_kv_bytes
 from flexgen_ray.schedule.ops import CELL_SLOTS, Op
 from flexgen_ray.store import link
@@ -66,9 +74,7 @@ class KVCache:
         self.plan = plan
         self._dtype = torch.uint8 if plan.policy.cache_bits else TORCH_DTYPE[plan.dtype]
         self._width = plan.vector_bytes // self._dtype.itemsize
-        gpu, cpu, _ = plan.space.pages
-        self._gpu = self._allocate_pages(tiers.gpu, "cache", plan.num_decoder_layers, gpu)
-        self._cpu = self._allocate_pages(tiers.cpu, "cache", plan.num_decoder_layers, cpu)
+        self._gpu, self._cpu, self._disk_layers = self._allocate_layers(tiers)
         self._streamed = self._allocate_pages(
             tiers.gpu, "cache in flight", CELL_SLOTS, plan.slot_pages
         )
@@ -96,43 +102,44 @@ class KVCache:
 
     def device_pages(self, op: Op) -> Tensor:
         """[2, pages, kv_heads, PAGE_TOKENS, width]: pages of the op's layer on the device."""
-        return self._gpu[self._layer(op)]
+        return self._gpu[op.layer]
 
     def host_pages(self, op: Op) -> Tensor:
         """[2, pages, kv_heads, PAGE_TOKENS, width]: pages of the op's layer in host memory."""
-        return self._cpu[self._layer(op)]
+        return self._cpu[op.layer]
 
     def streamed_pages(self, op: Op) -> Tensor:
         """[2, pages, kv_heads, PAGE_TOKENS, width]: the cell's streaming slot."""
         return self._streamed[op.cell_slot]
 
-    def append_resident(self, op: Op, placed: PlacedRows, work: CellBuffers) -> None:
-        """Append new keys and values of the rows whose cache lies on the device."""
-        pool = self.device_pages(op)
-
-        def make() -> NewTokens:
-            return NewTokens(_packed_pieces(placed.resident, placed.home), pool)
-
-        append_tokens(pool, placed.memoized(_RESIDENT_TOKENS, make), work.cached)
-
-    def append_streamed(
+    def append_resident(
         self, op: Op, placed: PlacedRows, work: CellBuffers, prefills: bool
     ) -> None:
-        """Append new keys and values of streamed rows to what LOAD_CACHE brought.
+        """Append new keys and values of rows whose cache lies on the device.
 
         prefills: append those of the rows that prefill, or else of the rows that decode.
         """
+        pool = self.device_pages(op)
+
+        def make() -> NewTokens:
+            rows = (row for row in placed.resident if row.is_prefill is prefills)
+            return NewTokens(_packed_pieces(placed, rows, placed.home), pool)
+
+        append_tokens(pool, placed.memoized(_RESIDENT_TOKENS, make, prefills), work.cached)
+
+    def append_streamed(self, op: Op, placed: PlacedRows, work: CellBuffers) -> None:
+        """Append new keys and values of decoding rows to what LOAD_CACHE brought."""
         pool = self.streamed_pages(op)
 
         def make() -> NewTokens:
-            rows = (row for row in placed.streaming if row.is_prefill is prefills)
-            return NewTokens(_packed_pieces(rows, partial(streamed_home, placed)), pool)
+            rows = (row for row in placed.streaming if not row.is_prefill)
+            return NewTokens(_packed_pieces(placed, rows, partial(streamed_home, placed)), pool)
 
-        append_tokens(pool, placed.memoized(_STREAMED_TOKENS, make, prefills), work.cached)
+        append_tokens(pool, placed.memoized(_STREAMED_TOKENS, make), work.cached)
 
     def read(self, op: Op, placed: PlacedRows) -> None:
         """READ_CACHE: read the full pages of rows on disk into the cell's host slot."""
-        for at, region in self._disk_runs(op, placed, full_before):
+        for at, region in self._disk_runs(op, placed, placed.full_before):
             region.read_into(self._in[op.cell_slot, at])
 
     def load(self, op: Op, placed: PlacedRows) -> None:
@@ -150,7 +157,8 @@ class KVCache:
         for row in placed.on_disk:
             if row.position:
                 self._load_from_disk(op, placed, row, arrived)
-            arrived += row.position // PAGE_TOKENS
+            first, last = placed.full_before(row)
+            arrived += last - first
 
     def _loaded_planes(self, prefills: bool) -> int:
         """Number of [keys, values] that LOAD_CACHE copies: both, or only the keys."""
@@ -172,7 +180,9 @@ class KVCache:
             shape = self._chosen_shape(op, rows)
             tokens = _prefix_view(self._chosen[op.cell_slot], first, shape[:-1]).long()
             values = _prefix_view(self._chosen_values[op.cell_slot], first, shape)
-            pages = torch.from_numpy(page_table([placed.home(row).table for row in rows])).long()
+            homes = [(placed.home(row), pages_of(row.seq_len)) for row in rows]
+            tables = page_table([home.table(count) for home, count in homes])
+            pages = torch.from_numpy(tables).long()
             page = pages[torch.arange(len(rows))[:, None, None], tokens // PAGE_TOKENS]
             heads = torch.arange(kv_heads)[None, :, None]
             lines = (page * kv_heads + heads) * PAGE_TOKENS + tokens % PAGE_TOKENS
@@ -248,7 +258,7 @@ class KVCache:
         """Place in the outgoing slot of the first page that a piece of a row on disk fills."""
         before = 0
         for row in placed.on_disk:
-            first, last = filled_by(row)
+            first, last = placed.filled_by(row)
             if row.slot == piece.row.slot:
                 return before + piece.position // PAGE_TOKENS - first
             before += last - first
@@ -302,7 +312,7 @@ class KVCache:
 
     def write(self, op: Op, placed: PlacedRows) -> None:
         """WRITE_CACHE: write the pages that this pass filled to disk."""
-        for at, region in self._disk_runs(op, placed, filled_by):
+        for at, region in self._disk_runs(op, placed, placed.filled_by):
             region.write(self._out[op.cell_slot, at])
 
     def _append_to_tail(self, op: Op, placed: PlacedRows, piece: Piece, new: Tensor) -> None:
@@ -322,7 +332,8 @@ class KVCache:
 
         arrived: number of pages of other rows before it in the host slot.
         """
-        pages, place = row.position // PAGE_TOKENS, placed.streamed_pages[row.slot]
+        first, last = placed.full_before(row)
+        pages, place = last - first, placed.streamed_pages[row.slot]
         sources = [(self._in[op.cell_slot, arrived : arrived + pages], place)]
         tail = self._tails[self._layer(op), placed.home(row).tail][None]
         sources.append((tail[: row.position % PAGE_TOKENS > 0], place + pages))
@@ -350,13 +361,31 @@ class KVCache:
 
         span: the first and last of a row's pages that are moved; rows lie side by side in the slot.
         """
-        nbytes, at = self.plan.disk_page_bytes, 0
-        first_page = self._layer(op) * self.plan.space.pages[2]
+        nbytes, at, first_page = self.plan.disk_page_bytes, 0, self._disk_layers[op.layer]
         for row in placed.on_disk:
             for _, page, count in placed.home(row).runs(*span(row)):
                 region = self._disk.part((first_page + page) * nbytes, count * nbytes)
                 yield slice(at, at + count), region
                 at += count
+
+    def _allocate_layers(
+        self, tiers: Tiers
+    ) -> tuple[dict[int, Tensor], dict[int, Tensor], dict[int, int]]:
+        """{layer: its pages} on the device and in host memory, {layer: its first page on disk}."""
+        plan, pages_before = self.plan, 0
+        on_device: dict[int, Tensor] = {}
+        on_host: dict[int, Tensor] = {}
+        on_disk: dict[int, int] = {}
+        for kind, (gpu, cpu, disk) in zip(plan.kinds, plan.space.pools, strict=True):
+            layers = plan.layers_of(kind)
+            device_pages = self._allocate_pages(tiers.gpu, "cache", len(layers), gpu)
+            host_pages = self._allocate_pages(tiers.cpu, "cache", len(layers), cpu)
+            on_device |= dict(zip(layers, device_pages, strict=True))
+            on_host |= dict(zip(layers, host_pages, strict=True))
+            on_disk |= {layer: pages_before + at * disk for at, layer in enumerate(layers)}
+            pages_before += len(layers) * disk
+        self._disk = tiers.disk.allocate("cache", pages_before * plan.disk_page_bytes)
+        return on_device, on_host, on_disk
 
     def _allocate_pages(self, tier: MemoryTier, what: str, layers: int, pages: int) -> Tensor:
         shape = (
@@ -365,12 +394,10 @@ class KVCache:
         return self._allocate(tier, what, shape)
 
     def _allocate_disk(self, tiers: Tiers) -> None:
-        """Tails and slots in host memory, and the pages on disk."""
+        """Tails and slots in host memory of rows on disk."""
         plan, nbytes = self.plan, self.plan.disk_page_bytes
         shape = plan.num_decoder_layers, plan.space.disk_rows, nbytes
         self._tails = tiers.cpu.allocate("cache tails", prod(shape)).view(shape)
-        pages = plan.num_decoder_layers * plan.space.pages[2]
-        self._disk = tiers.disk.allocate("cache", pages * nbytes)
         flight = (2, CELL_SLOTS, plan.space.disk, nbytes)
         self._in, self._out = tiers.cpu.allocate("cache in flight", prod(flight)).view(flight)
 
@@ -386,26 +413,22 @@ class KVCache:
 
 
 def _packed_pieces(
-    rows: Iterable[Row], home: Callable[[Row], Home]
+    placed: PlacedRows, rows: Iterable[Row], home: Callable[[Row], Home]
 ) -> list[tuple[Piece, Home, int]]:
     """Pieces of rows with their pages, and their places among the packed tokens."""
-    return [(piece, home(row), piece.offset) for row in rows for piece in cut_at_pages(row)]
-
-
-def full_before(row: Row) -> tuple[int, int]:
-    """First and last page of a row that were full before the pass."""
-    return 0, row.position // PAGE_TOKENS
-
-
-def filled_by(row: Row) -> tuple[int, int]:
-    """First and last page of a row that the pass fills."""
-    return row.position // PAGE_TOKENS, row.seq_len // PAGE_TOKENS
+    pieces = ((row, piece) for row in rows for piece in cut_at_pages(row, placed.kind))
+    return [(piece, home(row), piece.offset) for row, piece in pieces]
 
 
 def streamed_home(placed: PlacedRows, row: Row) -> Home:
-    """Pages of a streamed row in the streaming slot."""
-    first = placed.streamed_pages[row.slot]
-    return Home("gpu", tuple(range(first, first + pages_of(row.seq_len))))
+    """Pages of a streamed row in the streaming slot.
+
+    They lie there in the order of its tokens, from the first that it attends on.
+    """
+    kind, start = placed.kind, placed.streamed_pages[row.slot]
+    count, first = streamed_pages_of(row, kind), kind.first_page(row.position)
+    pages = (start + (number - first) % count for number in range(count))
+    return Home("gpu", tuple(pages), most=kind.most_pages)
 
 
 def _prefix_view(slot: Tensor, first: int, shape: Sequence[int]) -> Tensor:

@@ -30,7 +30,7 @@ class NewTokens:
                 self.pages += page_copies(piece, home, start)
                 continue
             page, place = divmod(piece.position, PAGE_TOKENS)
-            vector = home.pages[page] * kv_heads * PAGE_TOKENS + place
+            vector = home.page(page) * kv_heads * PAGE_TOKENS + place
             vectors = range(vector, vector + piece.count)
             if runs and runs[-1][0] + len(runs[-1][1]) == start:
                 runs[-1][1].extend(vectors)
