@@ -83,9 +83,11 @@ def jobs(draw) -> tuple[StagePlan, list[int]]:
 def test_memory_that_is_left_holds_what_the_longest_rows_under_way_become_and_no_more(job):
     plan, lens = job
     rows, ample = plan.num_batches * plan.policy.gpu_batch_size, [Budget(2**60, 2**60, 2**60)]
-    needed = sum(sorted(map(pages_of, lens))[-rows:])
+    longest = sorted(map(pages_of, lens))[-rows:]
+    needed = sum(longest)
     (roomy,) = with_spare_pages([plan], ample, lens)
-    assert sum(roomy.space.pages) >= needed
+    for kind, pools in zip(roomy.kinds, roomy.space.pools, strict=True):
+        assert sum(pools) >= sum(min(pages, kind.most_pages) for pages in longest)
     assert roomy.row_pages == max(plan.row_pages, min(-(-needed // rows), plan.longest_pages))
     (unknown,) = with_spare_pages([plan], ample)
     assert unknown.row_pages == plan.longest_pages
