@@ -150,7 +150,7 @@ def mixed_lengths(
                 }  # fmt: skip
                 cases[f"{mixture}, {count} slots"] = case = _run_in_turns(checkouts, task, repeats)
                 say(f"{mixture}, {count} slots: {case['runs']}")
-    commits = {each: _commit(folder) for each, folder in checkouts.items()}
+    commits = {each: commit_of(folder) for each, folder in checkouts.items()}
     settings = {"model": EMULATED if emulated else model, "where": where, "checkouts": commits}
     result = settings | {"emulated": emulated, "cases": cases}
     gate.finish(result, "emulated T4 machine" if emulated else _device(cases), json_file)
@@ -200,14 +200,14 @@ def _run_in_turns(checkouts: dict[str, Path], task: dict, repeats: int) -> dict:
     runs: dict[str, list[dict]] = {each: [] for each in checkouts}
     for _ in range(repeats):
         for each, folder in checkouts.items():
-            runs[each].append(_run(folder, task))
-    middle = {each: _median(tried) for each, tried in runs.items()}
+            runs[each].append(run_once(folder, task))
+    middle = {each: median_run(tried) for each, tried in runs.items()}
     ratio = gate.ratio(middle["this"], middle["other"], RATE) if "other" in runs else None
     sizes = {"budget_bytes": task["budget"], "fixed_slots": task["fixed_slots"]}
     return summary(task["lengths"]) | sizes | {"ratio": ratio, "runs": runs}
 
 
-def _run(checkout: Path, task: dict) -> dict:
+def run_once(checkout: Path, task: dict) -> dict:
     """Figures of one run with a checkout's package.
 
     Raises RuntimeError, with the last lines that it wrote, if it fails.
@@ -248,7 +248,7 @@ def figures(task: dict, run: dict) -> dict:
     } | {name: run[name] for name in also if name in run}
 
 
-def _median(runs: list[dict]) -> dict:
+def median_run(runs: list[dict]) -> dict:
     """The run with the median rate, of those without a mark if there are any."""
     sound = list(filter(holds, runs)) or runs
     middle = median_low(run[RATE] for run in sound)
@@ -259,7 +259,7 @@ def _device(cases: dict[str, dict]) -> str:
     return next(iter(cases.values()))["runs"]["this"][0]["device"]
 
 
-def _commit(checkout: Path) -> str:
+def commit_of(checkout: Path) -> str:
     """Commit of a checkout, or "unknown" outside of git."""
     command = ["git", "-C", str(checkout), "describe", "--always", "--dirty"]
     done = subprocess.run(command, capture_output=True, text=True)

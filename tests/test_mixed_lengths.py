@@ -79,7 +79,7 @@ def test_a_case_is_run_by_both_checkouts_in_turns(tmp_path, monkeypatch):
         ran = figures(task, mixed_lengths_run.measured(task, str(tmp_path)))
         return ran | {"cores_elsewhere": 0.0}
 
-    monkeypatch.setattr(mixed_lengths, "_run", run)
+    monkeypatch.setattr(mixed_lengths, "run_once", run)
     result = benchmark(
         "mixed_lengths", "--other", tmp_path, "--lengths", "conversations", "--rows", 4,
         "--num-requests", 8, "--longest", 64, "--repeats", 2,
@@ -112,3 +112,18 @@ def test_a_run_by_another_checkout_than_asked_for_is_refused(tmp_path):
         command, input=text, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)}
     )
     assert done.returncode == 1 and f"not of {tmp_path}" in done.stderr
+
+
+def test_one_long_prompt_is_run_in_turns_with_none_and_the_ratio_is_of_seconds(monkeypatch):
+    done: list[int] = []
+
+    def run(checkout, task):
+        done.append(len(task["lengths"]))
+        assert sum(prompt for prompt, _ in task["lengths"]) == 2560 + 1500 * (done[-1] == 65)
+        return {"seconds": 2.0 if done[-1] == 64 else 3.0 + len(done), "device": "any",
+                "useful_tokens_per_s": 10 - len(done)}  # fmt: skip
+
+    monkeypatch.setattr(mixed_lengths, "run_once", run)
+    result = benchmark("one_long", "--repeats", 3)
+    assert done == [64, 65] * 3
+    assert result["ratio"] == {"this": 3.5}
