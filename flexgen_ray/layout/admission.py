@@ -9,6 +9,9 @@ long. `peak_pages` looks ahead: with rows of 16 and 48 tokens so far, which end 
     pages of the second    3     4                       -
     together               4     6                       4         so the peak is 6 pages, not 8
 
+Rows count with the ends that are expected of them (answers.py). Equal rows would all be longest at
+the same time; where many wait, they enter one by one (`Admission.pace`).
+
 The first stage keeps the books of all stages, for the homes of a row differ from stage to stage.
 Knows rows by their lengths; neither requests nor the numbers of pages.
 """
@@ -25,52 +28,70 @@ from flexgen_ray.config import PAGE_TOKENS, TIERS
 from flexgen_ray.layout.pages import ALL_PAGES, CacheSpace, pages_of
 
 MIXED = 0.25  # deviation of answers' lengths, as a share of their mean, of a mixed job
-POINTS = 32  # ends of rows at which the pages of all are added up
+PACE = 0.98  # of the pace at which rows that enter one by one would need every page
 _GPU, _CPU, _DISK = range(len(TIERS))
 Key = tuple[int, int]  # batch and slot
 
 
 class GrowingRow(Protocol):
-    """A row as admission sees it: its tokens now, and those that it ends with at most."""
+    """A row: its tokens now, those that it is expected to end with, and ends with at most."""
 
     @property
     def num_tokens(self) -> int: ...
     @property
+    def expected_tokens(self) -> int: ...
+    @property
     def final_tokens(self) -> int: ...
 
 
-def peak_pages(rows: Iterable[GrowingRow], most: int = ALL_PAGES) -> int:
-    """Most pages that rows have at a time, if each gets one token a pass until its end.
+@dataclass
+class RowSeen:
+    """A row as it was when its batch was composed last.
 
-    most: most pages of a row.
-    Rows with more than POINTS different ends may count as a few pages too many; never too few.
+    Tokens of other batches arrive meanwhile, sooner or later; decisions must not depend on that.
     """
-    pairs = [(row.num_tokens, row.final_tokens) for row in rows]
+
+    num_tokens: int
+    expected_tokens: int
+    final_tokens: int
+
+
+def peak_pages(rows: Iterable[GrowingRow], most: int = ALL_PAGES) -> int:
+    """Most pages that rows have at a time, if each gets one token a pass until its expected end.
+
+    most: most pages of a row. Rows that come to have them count as if they had them now, which may
+    be a few pages too many; never too few.
+    """
+    pairs = [(row.num_tokens, row.expected_tokens) for row in rows]
     if not pairs:
         return 0
     now, final = np.array(pairs).T
-    left = final - now
-    ends = np.unique(left)
-    if len(ends) > POINTS:
-        ends = ends[np.linspace(0, len(ends) - 1, POINTS).round().astype(int)]
-    before = np.concatenate(([-1], ends[:-1]))
-    tokens = np.minimum(now[:, None] + ends, final[:, None])
-    pages = np.minimum(-(-tokens // PAGE_TOKENS), most) * (left[:, None] > before)
-    return int(pages.sum(0).max())
+    order = np.argsort(now - final)
+    # Before the pass at which a row ends, it and those before it in this order are under way.
+    now, passes, final = now[order], (final - now)[order], final[order]
+    grows = final <= most * PAGE_TOKENS
+    count = grows.cumsum()
+    whole = (np.where(grows, now // PAGE_TOKENS, most)).cumsum() + count * (passes // PAGE_TOKENS)
+    # Of the last page, a row has `now % PAGE_TOKENS` tokens now, and so many more at the end.
+    more = passes % PAGE_TOKENS
+    has_at_most = grows[:, None] & (now[:, None] % PAGE_TOKENS <= np.arange(PAGE_TOKENS))
+    at_most = has_at_most.cumsum(0)
+    begun = np.where(more, count, count - at_most[:, 0])
+    begun += np.where(more, count - at_most[np.arange(len(now)), -more], 0)
+    return int((whole + begun).max())
 
 
 @dataclass
 class _Entry:
     """A row that has entered.
 
-    pages: of the row in layers that attend all tokens; mean: their mean until its end, in the first
-    kind of layers.
+    pages: of the row in layers that attend all tokens, and first_pages, those that it had at first.
     """
 
-    row: GrowingRow
+    row: RowSeen
     tier: int
     pages: int
-    mean: float
+    first_pages: int
 
 
 @dataclass
@@ -90,12 +111,15 @@ class _Limit:
         return sum(min(it.pages, self.most) for it in self.entries)
 
     def fits(self, row: GrowingRow) -> bool:
-        """True if the rows stay within the limit until their ends, this one among them."""
-        rows = [*(it.row for it in self.entries), row]
-        final = [min(pages_of(it.final_tokens), self.most) for it in rows]
-        if final[-1] > self.pages:
+        """True if the rows stay within the limit until their expected ends, this one among them.
+
+        It alone must stay within it until its last possible one.
+        """
+        if min(pages_of(row.final_tokens), self.most) > self.pages:
             return False
-        return sum(final) <= self.pages or peak_pages(rows, self.most) <= self.pages
+        rows = [*(it.row for it in self.entries), row]
+        ends = sum(min(pages_of(it.expected_tokens), self.most) for it in rows)
+        return ends <= self.pages or peak_pages(rows, self.most) <= self.pages
 
     def stops(self, entry: _Entry) -> bool:
         """True if a row that is counted would take another page, and there is none."""
@@ -118,14 +142,22 @@ class _Books:
 
         Each counts as half grown.
         """
-        held = sum(it.mean for (of, _), it in self.entries.items() if of == batch)
-        more = sum(count * self.mean_pages(row) for row, count in rows)
+        own = [it for (of, _), it in self.entries.items() if of == batch]
+        held = sum(self._mean_pages(it.first_pages, it.row) for it in own)
+        more = sum(count * self._mean_pages(pages_of(row.num_tokens), row) for row, count in rows)
         return held + more <= self._space.batch_pages
 
-    def mean_pages(self, row: GrowingRow) -> float:
-        """Pages of a row, in the first kind of layers, at half of the growth that is left."""
+    def num_rows(self, row: GrowingRow) -> tuple[float, float]:
+        """Rows like this one for which there are pages, if they enter together, and one by one."""
+        pages, most = sum(self._space.pages), self._space.kinds[0].most_pages
+        together = min(pages_of(row.expected_tokens), most)
+        # Of its last page a row has half, on average.
+        return pages / together, pages / (self._mean_pages(pages_of(row.num_tokens), row) + 0.5)
+
+    def _mean_pages(self, first: int, row: GrowingRow) -> float:
+        """Pages of a row that had `first` at first, on average, in the first kind of layers."""
         most = self._space.kinds[0].most_pages
-        return (min(pages_of(row.num_tokens), most) + min(pages_of(row.final_tokens), most)) / 2
+        return (min(first, most) + min(pages_of(row.expected_tokens), most)) / 2
 
     def tier_for(self, batch: int, row: GrowingRow) -> int | None:
         """Tier on which a row gets pages now, and can grow later; None if there is none.
@@ -171,8 +203,9 @@ class _Books:
         pairs = self.entries.items()
         return [it for (of, _), it in pairs if it.tier in tiers and batch in (None, of)]
 
-    def enter(self, key: Key, row: GrowingRow, tier: int) -> None:
-        self.entries[key] = _Entry(row, tier, pages_of(row.num_tokens), self.mean_pages(row))
+    def enter(self, key: Key, row: RowSeen, tier: int) -> None:
+        count = pages_of(row.num_tokens)
+        self.entries[key] = _Entry(row, tier, count, count)
         self._free_tails -= tier == _DISK
 
     def can_grow(self, key: Key) -> bool:
@@ -198,15 +231,31 @@ class Admission:
 
     def __init__(self, spaces: Sequence[CacheSpace]) -> None:
         self._books = [_Books(space) for space in spaces]
+        self._rows: dict[Key, RowSeen] = {}
 
     def clear(self) -> None:
         """Forget all rows."""
+        self._rows.clear()
         for books in self._books:
             books.clear()
 
     def has_share(self, batch: int, *rows: tuple[GrowingRow, int]) -> bool:
         """True if with (row, number of such rows) a batch has no more than its share of pages."""
         return all(books.has_share(batch, rows) for books in self._books)
+
+    def pace(self, row: GrowingRow, waiting: int, slots: int) -> float | None:
+        """Rows that enter all batches in a pass if they should enter one by one, else None.
+
+        row: like it are all that wait. waiting: number of them. slots: of all batches.
+        Rows of equal lengths that enter together need their last pages together. If they enter one
+        by one, pages suffice for as many as if each were half grown; but fewer are under way until
+        the first ends, and after the last entered. So it pays where many wait.
+        """
+        pairs = [books.num_rows(row) for books in self._books]
+        together, apart = (min(slots, *counts) for counts in zip(*pairs, strict=True))
+        if waiting / together <= waiting / apart + 1:
+            return None
+        return PACE * apart / (row.expected_tokens - row.num_tokens + 1)
 
     def enters(self, batch: int, slot: int, row: GrowingRow) -> tuple[int, ...] | None:
         """Let a row enter if every stage has pages for it now, and is expected to have them later.
@@ -217,9 +266,21 @@ class Admission:
         chosen = tuple(tier for tier in tiers if tier is not None)
         if len(chosen) < len(tiers):
             return None
+        seen = RowSeen(row.num_tokens, row.expected_tokens, row.final_tokens)
+        self._rows[batch, slot] = seen
         for books, tier in zip(self._books, chosen, strict=True):
-            books.enter((batch, slot), row, tier)
+            books.enter((batch, slot), seen, tier)
         return chosen
+
+    def see(self, batch: int, slot: int, row: GrowingRow) -> None:
+        """Take note of what a row has become."""
+        seen = self._rows[batch, slot]
+        seen.num_tokens, seen.expected_tokens = row.num_tokens, row.expected_tokens
+
+    @property
+    def oldest(self) -> Key:
+        """Batch and slot of the row that entered first."""
+        return next(iter(self._rows))
 
     def pages(self, batch: int, slot: int) -> int:
         """Pages of a row in layers that attend all tokens."""
@@ -239,6 +300,7 @@ class Admission:
 
     def leave(self, batch: int, slot: int) -> None:
         """Take back what a row had in every stage."""
+        del self._rows[batch, slot]
         for books in self._books:
             books.leave((batch, slot))
 
@@ -247,14 +309,21 @@ class Admission:
         return self._books[0].entries[batch, slot].tier
 
 
-def mean_cached(lengths: Sequence[tuple[int, int]]) -> float:
+def are_alike(answers: Iterable[float]) -> bool:
+    """True if answers of these lengths, begun together, end together."""
+    lengths = np.fromiter(answers, float)
+    return not len(lengths) or bool(lengths.std() < MIXED * lengths.mean())
+
+
+def mean_cached(lengths: Sequence[tuple[int, int]], are_apart: bool = False) -> float:
     """Mean tokens of a row's cache while a job of (prompt, answer) lengths runs.
 
     A row that stays for longer counts for longer. Rows of a mixed job are at different points of
-    their answers, so on average half of each is there; equal ones grow together, and count whole.
+    their answers, so on average half of each is there; equal ones grow together, and count whole,
+    unless `are_apart` says that they enter one by one.
     """
     prompts, answers = np.array(lengths, float).T
-    grown = 0.5 if answers.std() >= MIXED * answers.mean() else 1.0
+    grown = 1.0 if are_alike(answers) and not are_apart else 0.5
     total = answers.sum()
     if not total:
         return float(prompts.mean())

@@ -314,7 +314,7 @@ def _describe_longest(problem: PlanningProblem, request_name: RequestName) -> st
         problem.workload,
         max_prompt_len=prompt_len,
         max_seq_len=usual,
-        mean_seq_len=planned_job(others).mean_seq_len,
+        mean_seq_len=planned_job(others).together_len,
     )
     num_without = _num_fitting(replace(problem, workload=workload))
     if not num_without:

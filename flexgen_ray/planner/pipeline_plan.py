@@ -33,9 +33,9 @@ class PlannedJob:
     """The job to plan for; lengths are in tokens.
 
     prompt_len, max_tokens: the longest prompt, and the tokens of the longest request after it.
-    mean_prompt_len, mean_tokens: averages. drawn: as in Workload. mean_seq_len: mean tokens of a
-    row's cache while the job runs. middle_position: of the token that an average decoding row
-    processes.
+    mean_prompt_len, mean_tokens: averages. drawn: as in Workload. together_len, apart_len: mean
+    tokens of a row's cache while the job runs, if rows enter as soon as they can, and if equal
+    ones enter one by one. middle_position: of the token that an average decoding row processes.
     """
 
     num_requests: int
@@ -44,7 +44,8 @@ class PlannedJob:
     mean_prompt_len: float
     mean_tokens: float
     drawn: float
-    mean_seq_len: float
+    together_len: float
+    apart_len: float
     middle_position: int
 
     @staticmethod
@@ -72,12 +73,22 @@ class PlannedJob:
             fmean(answers),
             drawn,
             mean_cached(lengths),
+            mean_cached(lengths, are_apart=True),
             int(passes / sum(answers) if any(answers) else fmean(prompts)),
         )
 
     @property
     def max_seq_len(self) -> int:
         return self.prompt_len + self.max_tokens
+
+    def mean_seq_len(self, rows: int) -> float:
+        """Mean tokens of a row's cache if so many are under way.
+
+        Rows enter one by one (layout/admission.py) if, for want of pages, it would take them more
+        than one answer longer to have entered together, block after block.
+        """
+        saved = self.num_requests * (self.together_len / self.apart_len - 1)
+        return self.apart_len if saved > rows else self.together_len
 
 
 @dataclass(frozen=True)

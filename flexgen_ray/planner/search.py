@@ -390,9 +390,8 @@ class Planner:
 
     def _stage_plan(self, stage: StageLayers, policy: Policy) -> StagePlan:
         job, size = self.job, policy.block_size
-        workload = Workload(
-            size, job.prompt_len, job.max_seq_len, self.resumes, job.drawn, job.mean_seq_len
-        )
+        mean = job.mean_seq_len(size * (policy.blocks_in_flight or 1))
+        workload = Workload(size, job.prompt_len, job.max_seq_len, self.resumes, job.drawn, mean)
         return StagePlan(
             self.config,
             stage,

@@ -20,10 +20,12 @@ from bisect import insort
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from itertools import islice
+from itertools import chain, islice
+from math import ceil
 
 from flexgen_ray.kernels.sampling import SamplingRow, uniform_number
-from flexgen_ray.layout.admission import Admission
+from flexgen_ray.layout.admission import Admission, are_alike
+from flexgen_ray.layout.answers import AnswerLengths
 from flexgen_ray.layout.pages import pages_of
 from flexgen_ray.layout.rows import Row, Rows, ScoredRow
 from flexgen_ray.request import Finished, Request, SamplingParams, Score, SlotScores
@@ -66,6 +68,15 @@ class Scheduler:
     def __post_init__(self) -> None:
         self._slots: list[dict[int, Sequence]] = [{} for _ in range(self.num_batches)]
         self._left: list[list[int]] = [[] for _ in range(self.num_batches)]
+        # Rows that are due to enter, of each batch; batches take turns.
+        self._due = [1.0 - batch / self.num_batches for batch in range(self.num_batches)]
+        self._are_alike = True
+        self._answers = AnswerLengths()
+        # Decisions rest on what each batch was when it was composed last, for tokens of the others
+        # may arrive sooner or later: tokens of its answers, and (tokens, was cut) of those that
+        # ended since.
+        self._under_way: list[list[int]] = [[] for _ in range(self.num_batches)]
+        self._ended: list[list[tuple[int, bool]]] = [[] for _ in range(self.num_batches)]
         self._waiting_tokens = self._num_entered = 0
         self._cached_before: dict[int, int] = {}
         self._starving: tuple[int, int] | None = None
@@ -77,8 +88,9 @@ class Scheduler:
         for slots in self._slots:
             slots.clear()
         self._cached_before.clear()
-        for left in self._left:
-            left.clear()
+        self._answers.clear()
+        for batch in range(self.num_batches):
+            self._left[batch], self._ended[batch], self._under_way[batch] = [], [], []
         self._starving, self.recomputed_tokens = None, 0
         if self.admission is not None:
             self.admission.clear()
@@ -86,8 +98,9 @@ class Scheduler:
     def add(self, requests: Iterable[Request]) -> None:
         """Queue requests, the longest first."""
         self._waiting = sorted([*self._waiting, *requests], key=_longest_first)
-        left = (request.max_tokens - len(request.generated) for request in self._waiting)
+        left = [request.max_tokens - len(request.generated) for request in self._waiting]
         self._waiting_tokens = sum(left)
+        self._are_alike = are_alike(left)
 
     @property
     def is_done(self) -> bool:
@@ -106,8 +119,10 @@ class Scheduler:
         if self.admission is not None:
             for slot in left:
                 self.admission.leave(batch, slot)
+            self._look_at(batch)
             waiting_for_pages = self._grow(batch, left, grown)
         entered = self._fill(batch, slots)
+        self._under_way[batch] = [sequence.num_generated for sequence in slots.values()]
         decoding = [
             slot
             for slot, sequence in slots.items()
@@ -161,6 +176,7 @@ class Scheduler:
             self._accepted.append((sequence.request.index, token))
             done = self._finished_by(sequence, token)
             if done is not None:
+                self._ended[batch].append((len(done.token_ids), done.finish_reason == "length"))
                 self._finished.append(done)
                 self._leave(batch, slot)
         self._scored.extend((sequence.request.index, values) for sequence, values in scored)
@@ -187,6 +203,30 @@ class Scheduler:
         """Free a slot; its pages are given back where the batch's next pass is composed."""
         del self._slots[batch][slot]
         self._left[batch].append(slot)
+
+    def _look_at(self, batch: int) -> None:
+        """Learn from answers that ended, and take note of the batch's rows and of their ends."""
+        for tokens, was_cut in self._ended[batch]:
+            self._answers.add(tokens, was_cut)
+        self._ended[batch].clear()
+        self._answers.update(chain(*self._under_way))
+        for slot, sequence in self._slots[batch].items():
+            sequence.expected_tokens = self._expected(sequence.request, sequence.num_tokens)
+            self._pages.see(batch, slot, sequence)
+
+    def _expected(self, request: Request, tokens: int) -> int:
+        """Tokens that a request is expected to end with, which has so many now.
+
+        An answer that only the context limits is expected to be as long as a plan expects it, and
+        then no longer than it is, once more.
+        """
+        prompt_len = len(request.prompt_token_ids)
+        answer, most = tokens - prompt_len, request.max_tokens
+        if request.is_open:
+            most = min(most, max(request.expected_tokens, 2 * answer))
+        if self._answers.are_known and self._may_end(request):
+            return prompt_len + ceil(self._answers.expected(answer, most))
+        return prompt_len + most
 
     def _grow(self, batch: int, left: list[int], grown: list[tuple[int, int]]) -> set[int]:
         """Give another page to rows whose pages are full, the oldest first.
@@ -216,10 +256,7 @@ class Scheduler:
             self._set_back_for(self._starving, batch, left)
         if skipping:
             # Until it has its page, nothing enters, and the other batches make room.
-            oldest = min(
-                ((sequence.age, (of, slot)) for of, rows in enumerate(self._slots)
-                 for slot, sequence in rows.items())
-            )[1]  # fmt: skip
+            oldest = admission.oldest
             if oldest[0] == batch and oldest[1] in skipping:
                 self._starving = oldest
         grown[:] = [each for each in grown if each[0] in slots]
@@ -263,8 +300,10 @@ class Scheduler:
         """
         if self._starving is not None:
             return ()
-        unfinished = len(self._waiting) + sum(map(len, self._slots))
+        others = sum(len(answers) for of, answers in enumerate(self._under_way) if of != batch)
+        unfinished = len(self._waiting) + len(slots) + others
         room = min(self.gpu_batch_size, -(-unfinished // self.num_batches)) - len(slots)
+        room = min(room, self._entries_due(batch))
         free = (slot for slot in range(self.gpu_batch_size) if slot not in slots)
         entered: list[tuple[int, int, tuple[int, ...]]] = []
         for slot in list(islice(free, max(0, min(room, len(self._waiting))))):
@@ -274,11 +313,28 @@ class Scheduler:
             place, sequence, tiers = chosen
             request, slots[slot] = sequence.request, sequence
             self._num_entered += 1
+            self._due[batch] -= 1
             entered.append((slot, pages_of(sequence.num_tokens), tiers))
             self._waiting_tokens -= request.max_tokens - len(request.generated)
             # Removed last, so that `is_done` is not True in between.
             del self._waiting[place]
         return tuple(entered)
+
+    def _entries_due(self, batch: int) -> int:
+        """Most rows that enter a batch in this pass; equal ones may have to enter one by one."""
+        if self.admission is None or not self._waiting or not self._are_alike:
+            return self.gpu_batch_size
+        usual, slots = self._waiting[len(self._waiting) // 2], self.gpu_batch_size
+        if self._may_end(usual) and not self._answers.reach_their_most:
+            return slots
+        pace = self.admission.pace(
+            self._sequence(usual), len(self._waiting), slots * self.num_batches
+        )
+        if pace is None:
+            return slots
+        # An entry for which there are no pages isn't made up for: rows would be side by side.
+        self._due[batch] = min(self._due[batch], 1.0) + pace / self.num_batches
+        return max(int(self._due[batch]), not self._slots[batch])
 
     def _next_waiting(
         self, batch: int, slot: int, rows: int
@@ -309,7 +365,11 @@ class Scheduler:
     def _sequence(self, request: Request) -> Sequence:
         """Sequence of a request that is about to enter."""
         tokens = request.prompt_token_ids + request.generated
-        return Sequence(request, tokens, [*request.scores], len(tokens), self._num_entered)
+        expected = self._expected(request, len(tokens))
+        scores = [*request.scores]
+        return Sequence(
+            request, tokens, scores, len(tokens), self._num_entered, expected_tokens=expected
+        )
 
     def _pack(self, batch: int, counts: dict[int, int]) -> Rows:
         """Rows with their tokens side by side; counts: number of tokens that each slot brings.
@@ -384,6 +444,10 @@ class Scheduler:
             ):
                 banned.add(last)
         return tuple(sorted(banned))
+
+    def _may_end(self, request: Request) -> bool:
+        """True if an answer may end before max_tokens."""
+        return bool(request.params.stop or self._ends(request.params))
 
     def _ends(self, params: SamplingParams) -> frozenset[int]:
         """Tokens that end an answer."""

@@ -21,6 +21,7 @@ class Sequence:
     token_ids: of prompt and answer; num_known: number of tokens when it took the slot; age: number
     of sequences that entered before.
     cached: number of tokens in the cache, or on their way there.
+    expected_tokens: those that it is expected to end with; 0 for the most.
     counts: occurrences of each token in its answer.
     """
 
@@ -30,10 +31,12 @@ class Sequence:
     num_known: int
     age: int = 0
     cached: int = 0
+    expected_tokens: int = 0
     counts: Counter[int] = field(init=False)
 
     def __post_init__(self) -> None:
         self.counts = Counter(self.generated)
+        self.expected_tokens = self.expected_tokens or self.final_tokens
 
     def append(self, token: int) -> None:
         """Add a token to the answer."""
@@ -57,8 +60,13 @@ class Sequence:
 
     @property
     def generated(self) -> list[int]:
-        """Tokens of the answer so far."""
+        """Ids of the answer's tokens so far."""
         return self.token_ids[len(self.request.prompt_token_ids) :]
+
+    @property
+    def num_generated(self) -> int:
+        """Tokens of the answer so far."""
+        return len(self.token_ids) - len(self.request.prompt_token_ids)
 
     def scored(self, row: Row) -> ScoredRow | None:
         """Known tokens that follow the row's tokens and have no score yet, if any."""
