@@ -1,5 +1,7 @@
-"""The Triton kernel that attends to pages, without a GPU: interpreted, it gives what torch gives of
-the same tokens; and it compiles. tests/test_triton.py starts the interpreted ones.
+"""The Triton kernel that attends to pages: it gives what torch gives of the same tokens in float64.
+
+On a GPU it does so compiled. Without one it is interpreted, in a process that tests/test_triton.py
+starts; and it compiles.
 """
 
 from __future__ import annotations
@@ -7,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from unittest import mock
 
 import pytest
@@ -27,9 +29,14 @@ pytestmark = pytest.mark.skipif(
 )
 interpreted = pytest.mark.skipif(not IS_INTERPRETED, reason="runs in a process of its own")
 compiled = pytest.mark.skipif(IS_INTERPRETED, reason="compiles")
+needs_gpu = pytest.mark.skipif(
+    IS_INTERPRETED or not torch.cuda.is_available(), reason="needs a CUDA device"
+)
 
 PAGE = paged_splits.PAGE_TOKENS
 ELSEWHERE = 2**30  # a page far beyond every pool
+# Weights are rounded to the values' own precision where tensor cores multiply them.
+ERROR = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
 
 @dataclass
@@ -48,16 +55,19 @@ class Case:
     loose: int = 0  # tokens by which the bound on lengths is too large
     has_dot: bool = True  # as on a GPU whose tensor cores Triton uses
     seed: int = 0
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
         random = torch.Generator().manual_seed(self.seed)
         heads = self.kv_heads * self.sharing
         # Room beside the dense dimension: nothing may rely on contiguous queries and results.
         shape = (len(self.lens), heads + 1, self.head_dim + 16)
-        self.q = torch.randn(shape, generator=random).to(self.dtype)[:, :heads, : self.head_dim]
-        self.out = torch.full(shape, 7.0, dtype=self.dtype)[:, 1:, : self.head_dim]
-        self.lse = torch.full((len(self.lens), heads + 1), 7.0)[:, :heads]
-        self.sinks = torch.randn(heads, generator=random) * 3 if self.has_sinks else None
+        q, sinks = torch.randn(shape, generator=random), torch.randn(heads, generator=random) * 3
+        self.q = q.to(self.device, self.dtype)[:, :heads, : self.head_dim]
+        out = torch.full(shape, 7.0, dtype=self.dtype, device=self.device)
+        self.out = out[:, 1:, : self.head_dim]
+        self.lse = torch.full((len(self.lens), heads + 1), 7.0, device=self.device)[:, :heads]
+        self.sinks = sinks.to(self.device) if self.has_sinks else None
         self.lay_out(random)
 
     def lay_out(self, random: torch.Generator) -> None:
@@ -86,29 +96,33 @@ class Case:
         garbage = math.nan if self.bits is None else 255  # as float16 both are NaN
         pool[~is_valid[:, None, None].expand(pool.shape[:-1])] = garbage
         # Planes apart, as pages of a layer lie.
-        self.pool = pool.transpose(0, 1).contiguous()
+        self.pool = pool.transpose(0, 1).contiguous().to(self.device)
 
     def attend(self, **options) -> None:
         from flexgen_ray.kernels import paged_cuda
 
-        with mock.patch.object(paged_cuda, "machine", lambda device: (2, self.has_dot)):
+        multiprocessors, has_dot = paged_cuda.machine(self.q.device)
+        machine = multiprocessors, has_dot and self.has_dot
+        lens = torch.tensor(self.lens, dtype=torch.int32, device=self.device)
+        with mock.patch.object(paged_cuda, "machine", lambda device: machine):
             paged_cuda.attend_pages(
-                self.q, *self.pool, self.tables, torch.tensor(self.lens, dtype=torch.int32),
-                self.out, most=max(self.lens) + self.loose, window=self.window, lse=self.lse,
+                self.q, *self.pool, self.tables.to(self.device), lens, self.out,
+                most=max(self.lens) + self.loose, window=self.window, lse=self.lse,
                 sinks=self.sinks, **options,
             )  # fmt: skip
 
     def expected(self) -> tuple[Tensor, Tensor]:
         """Result and logarithm of the denominator, in float64."""
-        outs, ends = [], []
+        outs, ends, queries = [], [], self.q.cpu().double()
+        sinks = None if self.sinks is None else self.sinks[:, None].cpu().double()
         for row, length in enumerate(self.lens):
             tokens = torch.arange(max(0, length - (self.window or length)), length)
             pages = self.tables[row, tokens // PAGE].long()
             k, v = self.values_of[pages, :, :, tokens % PAGE].double().permute(1, 2, 0, 3)
-            q = self.q[row].double().view(self.kv_heads, self.sharing, -1)
+            q = queries[row].view(self.kv_heads, self.sharing, -1)
             scores = (q @ k.transpose(-1, -2) / self.head_dim**0.5).flatten(0, 1)
-            if self.sinks is not None:
-                scores = torch.cat((scores, self.sinks[:, None].double()), -1)
+            if sinks is not None:
+                scores = torch.cat((scores, sinks), -1)
             ends.append(scores.logsumexp(-1))
             weights = scores.softmax(-1)[:, : len(tokens)]
             weights = weights.view(self.kv_heads, self.sharing, -1)
@@ -117,22 +131,19 @@ class Case:
 
     def check(self) -> None:
         out, lse = self.expected()
-        # Weights are rounded to the values' own precision where tensor cores multiply them.
-        error = 2e-6 if self.dtype == torch.float32 else 2e-3
-        torch.testing.assert_close(self.out.double(), out, rtol=error, atol=error)
-        torch.testing.assert_close(self.lse.double(), lse, rtol=1e-5, atol=1e-5)
+        # A GPU's powers of two are approximate.
+        error = ERROR[self.dtype] * (1 if self.device == "cpu" else 2)
+        torch.testing.assert_close(self.out.cpu().double(), out, rtol=error, atol=error)
+        torch.testing.assert_close(self.lse.cpu().double(), lse, rtol=1e-5, atol=1e-5)
         assert (self.lse._base[:, -1] == 7).all()
         assert (self.out._base[:, 0] == 7).all()
         assert (self.out._base[..., self.head_dim :] == 7).all()
 
 
-cases = st.builds(
-    Case,
-    lens=st.lists(st.integers(1, 100), min_size=1, max_size=2),
+CASES = dict(
     kv_heads=st.integers(1, 2),
     sharing=st.sampled_from([1, 2, 3, 8, 9]),
     head_dim=st.sampled_from([16, 64, 80, 96, 128, 256]),
-    dtype=st.sampled_from([torch.float16, torch.float32]),
     bits=st.sampled_from([None, 4, 8]),
     window=st.one_of(st.none(), st.integers(1, 110)),
     has_sinks=st.booleans(),
@@ -141,17 +152,44 @@ cases = st.builds(
     has_dot=st.booleans(),
     seed=st.integers(0, 2**20),
 )
+# The interpreter rounds to bfloat16 otherwise than compiled code, and takes its time for a row.
+few = st.builds(
+    Case,
+    lens=st.lists(st.integers(1, 100), min_size=1, max_size=2),
+    dtype=st.sampled_from([torch.float16, torch.float32]),
+    **CASES,
+)
+many = st.builds(
+    Case,
+    lens=st.lists(st.integers(1, 1500), min_size=1, max_size=40),
+    dtype=st.sampled_from([*ERROR]),
+    device=st.just("cuda"),
+    **CASES,
+)
 
 
-@interpreted
-@settings(max_examples=12, deadline=None)
-@given(case=cases)
-def test_rows_over_pages_equal_torch(case):
+def check_rows_over_pages(case: Case) -> None:
     """All kinds of caches, windows and splits; beside the rows' tokens there is only NaN."""
     if case.window is not None:
         case.is_shared = False
     case.attend()
     case.check()
+
+
+@interpreted
+@settings(max_examples=12, deadline=None)
+@given(case=few)
+def test_rows_over_pages_equal_torch(case):
+    check_rows_over_pages(case)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@settings(max_examples=40, deadline=None)
+@given(case=st.one_of(few.map(lambda case: replace(case, device="cuda")), many))
+def test_rows_over_pages_equal_torch_on_a_gpu(case):
+    """Each kind of cache and heads is compiled once."""
+    check_rows_over_pages(case)
 
 
 @interpreted
