@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from strategies import REAL, llama, policies
 
 from flexgen_ray import LLM, Placement, Policy, SamplingParams
+from flexgen_ray.cli.bench.workload import live_tokens
 from flexgen_ray.config import PAGE_TOKENS, Budget, Workload
 from flexgen_ray.layout.plan import StagePlan
 from flexgen_ray.layout.sizes import stage_bytes
@@ -83,6 +84,12 @@ def test_the_same_memory_holds_more_rows():
 
     some, more, most = map(rows, (shape, mixed, windowed))
     assert 10 <= some and more >= 3 * some and most >= 6 * some
+
+
+@given(st.integers(1, 40), st.integers(1, 40), st.none() | st.integers(1, 60))
+def test_live_tokens_are_those_that_layers_keep(prompt, new, window):
+    live = [min(prompt + count, window or 99) for count in range(new)]
+    assert live_tokens([(prompt, new)], window) == sum(live)
 
 
 @pytest.mark.parametrize("name", ["mistral", "gemma3"])

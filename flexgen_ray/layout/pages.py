@@ -129,7 +129,9 @@ class Home:
 
     def runs(self, first: int, last: int) -> Iterator[tuple[int, int, int]]:
         """Yield (index of the first, page, count) of neighbouring pages among pages first..last."""
-        pages = [self.page(index) for index in range(first, last)]
+        pages: Sequence[int] = self.pages[first:last]
+        if last > len(self.pages):
+            pages = [self.page(index) for index in range(first, last)]
         start = 0
         for index, (page, following) in enumerate(pairwise(pages), 1):
             if following != page + 1:

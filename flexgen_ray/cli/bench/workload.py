@@ -162,29 +162,39 @@ def waste(mixture: Lengths, stage: StageReport) -> dict:
     requests under way in an average pass. padding_of_batches: for comparison, the share of padding
     in batches of gpu_batch_size requests, in the order of the file, padded to the longest of each.
     """
-    policy, longest = stage.plan.policy, stage.plan.max_seq_len
+    plan = stage.plan
+    policy, longest = plan.policy, plan.max_seq_len
     totals = [prompt_len + answer_len for prompt_len, answer_len in mixture]
     size = policy.gpu_batch_size
     batches = [totals[start : start + size] for start in range(0, len(totals), size)]
     padded = sum(len(batch) * max(batch) for batch in batches)
     passes = [each for each in stage.measured.visits if each.new_tokens or each.prefill_tokens]
     tokens, slots = sum(each.new_tokens for each in passes), policy.block_size * len(passes)
+    windows = [(len(plan.layers_of(kind)), kind.window) for kind in plan.kinds]
+    live = sum(count * live_tokens(mixture, window) for count, window in windows)
+    room = len(passes) * plan.num_decoder_layers * cache_tokens(stage)
     return {
         "passes": len(passes),
         "slots_without_token": round(1 - tokens / slots, 4),
         "unused_cache": round(1 - sum(totals) / (len(totals) * longest), 4),
-        "live_cache": round(live_tokens(mixture) / (len(passes) * cache_tokens(stage)), 4),
+        "live_cache": round(live / room, 4),
         "padding_of_batches": round(1 - sum(totals) / padded, 4),
     }
 
 
-def live_tokens(mixture: Lengths) -> int:
+def live_tokens(mixture: Lengths, window: int | None = None) -> int:
     """Tokens in the cache of requests under way, summed over the passes that gave a token.
 
     A request has its prompt there in the pass of its first new token, and one token more in each
-    pass after it. Passes that only bring a part of a prompt are left out.
+    pass after it; in a layer with a window no more than that. Passes that only bring a part of a
+    prompt are left out.
     """
-    return sum(new * prompt_len + new * (new - 1) // 2 for prompt_len, new in mixture)
+    tokens = 0
+    for prompt_len, new in mixture:
+        growing = new if window is None else min(max(window - prompt_len, 0), new)
+        tokens += growing * prompt_len + growing * (growing - 1) // 2
+        tokens += (new - growing) * (window or 0)
+    return tokens
 
 
 def cache_tokens(stage: StageReport) -> float:
