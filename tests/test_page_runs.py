@@ -11,6 +11,7 @@ from strategies import pipelines, policies
 
 from flexgen_ray import LLM, Placement, Policy, SamplingParams
 from flexgen_ray.layout import admission
+from flexgen_ray.layout.pages import StagePages
 from flexgen_ray.planner import choose
 
 LENGTHS = [
@@ -68,6 +69,22 @@ def test_rows_that_lack_pages_lose_no_token(
 def test_nor_in_a_pipeline(tiny_models, expected, short_of_pages, name, pipeline, executor):
     stages = {"pipeline_parallel_size": len(pipeline.layers)}
     assert tokens_of(tiny_models, name, pipeline, executor, **stages) == expected[name]
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+@pytest.mark.parametrize("executor", ["serial", "async"])
+@pytest.mark.parametrize("stages", [1, 2])
+def test_rows_that_move_to_other_batches_lose_no_token(
+    tiny_models, expected, monkeypatch, name, executor, stages
+):
+    moves, move = [], StagePages.move
+    monkeypatch.setattr(StagePages, "move", lambda *args: (moves.append(args), move(*args)))
+    # A cache in host memory keeps two batches for each stage; here it leaves enough to gather.
+    cache = Placement(1, 0, 0) if stages == 1 else Placement(0.4, 0.6, 0)
+    policy = Policy(2, 5, cache=cache, cpu_attention=0.5)
+    options = {} if stages == 1 else {"pipeline_parallel_size": stages}
+    assert tokens_of(tiny_models, name, policy, executor, **options) == expected[name]
+    assert moves
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3"])

@@ -121,6 +121,9 @@ class Homes:
         for slot in rows.left:
             self.pages.leave(batch, slot)
             del self.held[batch, slot]
+        for slot, *there in rows.moved:
+            self.pages.move(tuple(there), (batch, slot))
+            self.held[batch, slot] = self.held.pop(tuple(there))
         for slot, count in rows.grown:
             self.pages.grow(batch, slot, count)
         for slot, count, tiers in rows.entered:
@@ -339,3 +342,31 @@ def test_equal_rows_enter_one_by_one_where_that_is_faster(batches, rows, blocks_
     scheduler.add(requests[:slots])
     together = min(slots, plan.space.pages[1] // pages_of(prompt_len + answer))
     assert sum(len(scheduler.compose(batch).entered) for batch in range(batches)) == together
+
+
+@pytest.mark.parametrize("least", [1, 2])
+def test_few_rows_that_are_left_gather_in_few_batches(least):
+    """Of four batches with four rows each, all rows but one end soon."""
+    plan = plan_of(Policy(4, 4), 1, 100, 100)
+    scheduler, homes = scheduler_of([plan], frozenset({7})), Homes(plan)
+    scheduler.least_batches = least
+    params = SamplingParams(67, 0.0)
+    scheduler.add(Request(index, [5] * 33, params) for index in range(16))
+    batches, tokens, long = [], Counter(), set()
+    while not scheduler.is_done:
+        with_rows = 0
+        for batch in range(plan.num_batches):
+            rows = scheduler.compose(batch)
+            homes.apply(batch, rows)
+            slots = [row.slot for row in rows.sampled]
+            indices = scheduler.request_indices(batch, slots)
+            long |= {index for index in indices[:1] if not batches}
+            ends = [index not in long and tokens[index] == 13 for index in indices]
+            tokens.update(indices)
+            scheduler.accept(batch, slots, [7 if end else 3 for end in ends])
+            with_rows += bool(slots)
+        batches.append(with_rows)
+    assert batches[0] == 4 and batches[40] == least
+    assert tokens == Counter({index: 67 if index in long else 14 for index in range(16)})
+    # A row that moves misses no more than a pass for each batch.
+    assert len(batches) <= 67 + 4

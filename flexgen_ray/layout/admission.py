@@ -72,7 +72,7 @@ def peak_pages(rows: Iterable[GrowingRow], most: int = ALL_PAGES) -> int:
     grows = final <= most * PAGE_TOKENS
     count = grows.cumsum()
     whole = (np.where(grows, now // PAGE_TOKENS, most)).cumsum() + count * (passes // PAGE_TOKENS)
-    # Of the last page, a row has `now % PAGE_TOKENS` tokens now, and so many more at the end.
+    # A row has `now % PAGE_TOKENS` tokens of its last page now, and so many more at the end.
     more = passes % PAGE_TOKENS
     has_at_most = grows[:, None] & (now[:, None] % PAGE_TOKENS <= np.arange(PAGE_TOKENS))
     at_most = has_at_most.cumsum(0)
@@ -151,7 +151,7 @@ class _Books:
         """Rows like this one for which there are pages, if they enter together, and one by one."""
         pages, most = sum(self._space.pages), self._space.kinds[0].most_pages
         together = min(pages_of(row.expected_tokens), most)
-        # Of its last page a row has half, on average.
+        # A row has half of its last page, on average.
         return pages / together, pages / (self._mean_pages(pages_of(row.num_tokens), row) + 0.5)
 
     def _mean_pages(self, first: int, row: GrowingRow) -> float:
@@ -222,6 +222,13 @@ class _Books:
     def grow(self, key: Key) -> None:
         self.entries[key].pages += 1
 
+    def may_move(self, key: Key) -> bool:
+        """True if a row may change its batch, whose slots limit no pages of such rows."""
+        return len(self._limits(key[0], self.entries[key].tier)) == len(self._space.kinds)
+
+    def move(self, before: Key, after: Key) -> None:
+        self.entries[after] = self.entries.pop(before)
+
     def leave(self, key: Key) -> None:
         self._free_tails += self.entries.pop(key).tier == _DISK
 
@@ -276,6 +283,22 @@ class Admission:
         """Take note of what a row has become."""
         seen = self._rows[batch, slot]
         seen.num_tokens, seen.expected_tokens = row.num_tokens, row.expected_tokens
+
+    def may_move(self, batch: int) -> bool:
+        """True if the rows of a batch may go to others."""
+        keys = [key for key in self._rows if key[0] == batch]
+        return all(books.may_move(key) for books in self._books for key in keys)
+
+    def free_slots(self, batch: int, size: int) -> list[int]:
+        """Slots of a batch without a row, of `size`."""
+        taken = {slot for of, slot in self._rows if of == batch}
+        return [slot for slot in range(size) if slot not in taken]
+
+    def move(self, before: Key, after: Key) -> None:
+        """Give a row another batch and slot; it stays where it lies."""
+        self._rows = {after if key == before else key: row for key, row in self._rows.items()}
+        for books in self._books:
+            books.move(before, after)
 
     @property
     def oldest(self) -> Key:

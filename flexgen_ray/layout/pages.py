@@ -244,6 +244,10 @@ class StagePages:
             grown.append(home)
         self._homes[batch, slot] = tuple(grown)
 
+    def move(self, before: tuple[int, int], after: tuple[int, int]) -> None:
+        """Note that a row with its pages is in another (batch, slot)."""
+        self._homes[after] = self._homes.pop(before)
+
     def leave(self, batch: int, slot: int) -> None:
         """Take back what a row had."""
         homes = self._homes.pop((batch, slot))

@@ -100,7 +100,7 @@ class Rows:
     token_ids: empty in stages after the first, which receive hidden states.
     left: slots whose rows have left since the batch's last pass. grown: (slot, pages) of what rows
     got then. entered: (slot, pages, tier in each stage) of rows that entered after that, in order;
-    tiers are indices in TIERS.
+    tiers are indices in TIERS. moved: (slot, other batch, slot there) of rows that came from there.
     """
 
     rows: tuple[Row, ...]
@@ -110,6 +110,7 @@ class Rows:
     left: tuple[int, ...] = ()
     grown: tuple[tuple[int, int], ...] = ()
     entered: tuple[tuple[int, int, tuple[int, ...]], ...] = ()
+    moved: tuple[tuple[int, int, int], ...] = ()
 
     @property
     def num_tokens(self) -> int:

@@ -280,7 +280,7 @@ class OpHandlers:
         tokens = sample(logits, current.header.sampling_rows)
         if current.prefills:
             fails = self._not_finite[op.batch][current.sampled_slots].isnan()
-            tokens.masked_fill_(fails, NOT_FINITE)
+            tokens.masked_fill_(fails & current.sampled_prompts, NOT_FINITE)
         self._chosen[slot, : len(tokens)].copy_(tokens, non_blocking=True)
         if current.scores_sampled:
             self._scores[slot].append(score(logits, tokens.clamp(min=0), current.top))

@@ -31,6 +31,7 @@ _NUM_SCORES = ("slot", "num_scores")
 _NOT_FINITE = ("slot", "position")
 _GROWN = ("slot", "pages")
 _ENTERED = ("slot", "pages", "tiers")
+_MOVED = ("slot", "from_batch", "from_slot")
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ class Header:
             left=self.rows.left or {},
             grown=_table(_GROWN, self.rows.grown),
             entered=_table(_ENTERED, self.rows.entered),
+            moved=_table(_MOVED, self.rows.moved),
             rows=_table(_ROW, map(attrgetter(*_ROW), self.rows.rows)),
             sampled=_table(("request", *_SAMPLING), ((index, *each) for index, each in sampled)),
             scored=_table(_SCORED, map(attrgetter(*_SCORED), self.rows.scored)),
@@ -122,10 +124,11 @@ def _header(message: dict[str, Any]) -> Header:
         (slot, pages, tuple(tiers)) for slot, pages, tiers in _records(message, "entered", _ENTERED)
     )
     left, prefill_tokens = tuple(message.get("left", ())), message["prefill_tokens"]
+    moved = tuple((slot, of, there) for slot, of, there in _records(message, "moved", _MOVED))
     return Header(
         message["visit"],
         message["batch"],
-        Rows(tuple(rows), (), prefill_tokens, scored, left, grown, entered),
+        Rows(tuple(rows), (), prefill_tokens, scored, left, grown, entered, moved),
         [SamplingRow(*values) for _, *values in sampled],
         [values[0] for values in sampled],
         message["is_last"],

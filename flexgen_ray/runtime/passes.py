@@ -122,6 +122,11 @@ class Pass(Composition):
         return self._indices([row.slot for row in self.rows.sampled])
 
     @cached_property
+    def sampled_prompts(self) -> Tensor:
+        """True for each sampled row that brings tokens of its prompt, bool [sampled rows]."""
+        return self._indices([int(row.is_prefill) for row in self.rows.sampled]).bool()
+
+    @cached_property
     def scored_tokens(self) -> Tensor:
         """Index of the packed token before each scored token, [scored tokens]."""
         scored = self.rows.scored
@@ -322,6 +327,8 @@ class Passes:
         """Take pages back, hand pages out, and divide a pass's rows, for each kind of layer."""
         for slot in rows.left:
             self._pages.leave(batch, slot)
+        for slot, *there in rows.moved:
+            self._pages.move((there[0], there[1]), (batch, slot))
         for slot, count in rows.grown:
             self._pages.grow(batch, slot, count)
         for slot, count, tiers in rows.entered:

@@ -49,6 +49,7 @@ class Scheduler:
     explain(position): error message for a request whose logits aren't finite at a token.
     admission: books of the pages that rows need; None if slots are all that they need.
     recomputed_tokens: tokens of this run that were computed again, for rows that were set back.
+    least_batches: batches that overlap; when few rows are left, they gather in no fewer.
     """
 
     gpu_batch_size: int
@@ -60,6 +61,7 @@ class Scheduler:
     explain: Callable[[int], str] = field(default_factory=lambda: not_finite_message)
     admission: Admission | None = None
     recomputed_tokens: int = 0
+    least_batches: int = 1
     _waiting: list[Request] = field(default_factory=list)
     _finished: deque[Finished] = field(default_factory=deque)
     _accepted: deque[tuple[int, int]] = field(default_factory=deque)
@@ -80,6 +82,9 @@ class Scheduler:
         self._waiting_tokens = self._num_entered = 0
         self._cached_before: dict[int, int] = {}
         self._starving: tuple[int, int] | None = None
+        # Rows on their way to another batch, by that one: (slot, batch, slot there), sequence.
+        self._moving: list[list[tuple[tuple[int, int, int], Sequence]]]
+        self._moving = [[] for _ in range(self.num_batches)]
 
     def clear(self) -> None:
         """Drop the requests and results that an interrupted run left behind."""
@@ -91,6 +96,7 @@ class Scheduler:
         self._answers.clear()
         for batch in range(self.num_batches):
             self._left[batch], self._ended[batch], self._under_way[batch] = [], [], []
+            self._moving[batch] = []
         self._starving, self.recomputed_tokens = None, 0
         if self.admission is not None:
             self.admission.clear()
@@ -105,7 +111,7 @@ class Scheduler:
     @property
     def is_done(self) -> bool:
         """True if no further pass has rows; may be asked from any thread."""
-        return not self._waiting and not any(self._slots)
+        return not self._waiting and not any(self._slots) and not any(self._moving)
 
     def compose(self, batch: int) -> Rows:
         """Rows of a batch's next pass: each decoding row's token, then prompts as far as they fit.
@@ -116,11 +122,15 @@ class Scheduler:
         self._left[batch] = []
         grown: list[tuple[int, int]] = []
         waiting_for_pages: set[int] = set()
+        arrived = self._moving[batch]
+        slots.update((slot, sequence) for (slot, *_), sequence in arrived)
+        self._moving[batch] = []
         if self.admission is not None:
             for slot in left:
                 self.admission.leave(batch, slot)
             self._look_at(batch)
             waiting_for_pages = self._grow(batch, left, grown)
+            self._give_rows(batch)
         entered = self._fill(batch, slots)
         self._under_way[batch] = [sequence.num_generated for sequence in slots.values()]
         decoding = [
@@ -137,7 +147,8 @@ class Scheduler:
                 if count:
                     counts[slot] = count
         rows = self._pack(batch, counts)
-        return replace(rows, left=tuple(left), grown=tuple(grown), entered=entered)
+        moved = tuple(places for places, _ in arrived)
+        return replace(rows, left=tuple(left), grown=tuple(grown), entered=entered, moved=moved)
 
     def sampling_rows(self, batch: int, slots: list[int]) -> list[SamplingRow]:
         """Settings that choose the next token of each slot."""
@@ -290,6 +301,38 @@ class Scheduler:
     def _pages(self) -> Admission:
         assert self.admission is not None, "asked only if rows need pages"
         return self.admission
+
+    def _give_rows(self, batch: int) -> None:
+        """Give all rows of the emptiest batch to others, if none waits and they have the slots.
+
+        Each batch takes its time however few its rows are. The rows wait for the others' next
+        passes with their pages, which none of this batch's ops under way touch any more.
+        """
+        admission, slots = self._pages, self._slots[batch]
+        sizes = {of: len(answers) for of, answers in enumerate(self._under_way) if answers}
+        sizes[batch] = len(slots)
+        others = [of for of in sizes if of != batch]
+        if (
+            not slots
+            or self._waiting
+            or self._starving
+            or any(self._moving)
+            or len(others) < self.least_batches
+            or any(len(it.token_ids) - it.cached != 1 for it in slots.values())
+            or any((len(slots), batch) > (sizes[of], of) for of in others)
+            or not admission.may_move(batch)
+        ):
+            return
+        free = {of: admission.free_slots(of, self.gpu_batch_size) for of in others}
+        if sum(map(len, free.values())) < len(slots):
+            return
+        for slot, sequence in sorted(slots.items()):
+            # The batch with the most room comes first, so that batches stay alike.
+            of = max(others, key=lambda it: (len(free[it]), -it))
+            place = free[of].pop(0)
+            admission.move((batch, slot), (of, place))
+            self._moving[of].append(((place, batch, slot), sequence))
+        slots.clear()
 
     def _fill(
         self, batch: int, slots: dict[int, Sequence]

@@ -138,6 +138,7 @@ class Stage:
                 spec.seed,
                 partial(not_finite_message, dtype=plan.dtype, cache_bits=plan.policy.cache_bits),
                 Admission(spec.spaces or (plan.space,)),
+                least_batches=_overlapping_batches(plan, len(spec.spaces)),
             )
             self.handlers = OpHandlers(
                 plan, weights, self.scheduler, self.tiers, attend, on_device, spec.number
@@ -279,6 +280,12 @@ class Stage:
         """Free the offload files."""
         self.tiers.disk.close()
         self.tiers.cpu.close()
+
+
+def _overlapping_batches(plan: StagePlan, num_stages: int) -> int:
+    """Batches that keep all stages busy, each also while it waits for the host or the link."""
+    is_resident = plan.hidden_stays and not plan.uses_host and not plan.uses_disk
+    return max(num_stages, 1) * (1 if is_resident else 2)
 
 
 def cores_for(plan: StagePlan, device: torch.device) -> Cores:
