@@ -10,7 +10,7 @@ from copies import Copies
 from engine_runs import assert_same, greedy
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import REAL, llama, policies
+from strategies import REAL, UNIT, llama, policies
 
 from flexgen_ray import LLM, Placement, Policy, SamplingParams
 from flexgen_ray.cli.bench.workload import live_tokens
@@ -94,14 +94,20 @@ def test_live_tokens_are_those_that_layers_keep(prompt, new, window):
 
 @pytest.mark.parametrize("name", ["mistral", "gemma3"])
 def test_the_link_carries_the_pages_that_windows_touch(long_windows, name, monkeypatch):
-    """Prompts and then five tokens of rows of many lengths, all in host memory and streamed."""
+    """Prompts and then five tokens of rows of many lengths, all in host memory and streamed.
+
+    The cost model says the same.
+    """
     folder, _ = long_windows[name]
     policy = Policy(len(PROMPTS), max_batch_tokens=512, cache=Placement(0, 1, 0), cpu_attention=0.0)
     copies = Copies(monkeypatch)
-    with LLM(folder, policy=policy, dtype="float32", use_ray=False, executor="serial") as llm:
+    options = {"dtype": "float32", "use_ray": False, "executor": "serial", "hardware": UNIT}
+    with LLM(folder, policy=policy, **options) as llm:
         llm.generate(PROMPTS, SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True))
         (plan,) = llm._plans
+        modelled = llm.report.stages[0].measured.modelled_resources
     layers = [plan.config.window(layer) for layer in plan.stage.decoders]
+    loaded = 0
     for step in range(1, 6):
         pages = 0
         for window in layers:
@@ -109,9 +115,13 @@ def test_the_link_carries_the_pages_that_windows_touch(long_windows, name, monke
                 first = max(0, position + 1 - (window or position + 1)) // PAGE_TOKENS
                 pages += -(-position // PAGE_TOKENS) - first
         assert copies.moved[OpKind.LOAD_CACHE, step] == pages * plan.page_bytes
+        loaded += pages * plan.page_bytes
+    assert modelled["h2d"] == loaded
     stored = 0
     for window in layers:
         for length in map(len, PROMPTS):
             first = max(0, length - (window or length)) // PAGE_TOKENS
             stored += length - PAGE_TOKENS * first
     assert copies.moved[OpKind.STORE_CACHE, 0] == stored * plan.kv_bytes
+    decoded = 5 * len(PROMPTS) * len(layers) * plan.qkv_size * plan.element_bytes
+    assert modelled["d2h"] == stored * plan.kv_bytes + decoded

@@ -5,6 +5,7 @@ Sizes, costs and stores all derive from it. Knows no bytes of buffers (sizes.py)
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -156,6 +157,15 @@ class StagePlan:
     def layers_of(self, kind: LayerKind) -> list[int]:
         """Decoder layers of a kind, in order."""
         return [layer for layer, it in self._kind_of_layer.items() if it == kind]
+
+    def attended_tokens(self, tokens: int) -> int:
+        """Tokens that the last of a row's `tokens` attends, summed over the stage's layers."""
+        return sum(count * min(tokens, window or tokens) for window, count in self._windows.items())
+
+    @cached_property
+    def _windows(self) -> Counter[int | None]:
+        """Number of the stage's decoder layers with each window."""
+        return Counter(self.config.window(layer) for layer in self.stage.decoders)
 
     @cached_property
     def space(self) -> CacheSpace:

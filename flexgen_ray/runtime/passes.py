@@ -346,12 +346,13 @@ class Passes:
     def _attended_by_host(self, rows: Rows, tiers: list[str]) -> set[int]:
         """Slots of the rows that the host attends where their cache lies; tiers: of each row.
 
-        They are its share of the tokens of rows in its memory, and more if the streaming slot is
-        too small for the others.
+        They are its share of the tokens that rows in its memory attend, and more if the streaming
+        slot is too small for the others.
         """
         pairs = list(zip(rows.rows, tiers, strict=True))
         decoding = [row for row, tier in pairs if tier == "cpu" and not row.is_prefill]
-        chosen = self._on_host.choose([row.seq_len for row in decoding])
+        attended = self._plan.attended_tokens
+        chosen = self._on_host.choose([attended(row.seq_len) for row in decoding])
         on_host = {row.slot for row, takes in zip(decoding, chosen, strict=True) if takes}
         if not self._plan.attends_on_host:
             return on_host
