@@ -113,19 +113,20 @@ class Home:
         self.pages = pages
         self.tail = tail
         self._most = most
+        self._table: np.ndarray | None = None
 
     def page(self, index: int) -> int:
         """Page with the row's tokens from PAGE_TOKENS * index on."""
         return self.pages[index % self._most]
 
-    @cached_property
-    def _table(self) -> np.ndarray:
-        return np.array(self.pages, np.int32)
-
     def table(self, count: int) -> np.ndarray:
         """Pages of the row's tokens up to PAGE_TOKENS * count, int32 [count]."""
-        table = self._table
-        return table[:count] if count <= len(table) else table[np.arange(count) % self._most]
+        if self._table is None:
+            self._table = np.array(self.pages, np.int32)
+        if count > len(self._table):
+            # All pages are taken, and again in turn; a little further than is asked for now.
+            self._table = np.tile(self._table, 1 + -(-count // len(self._table)))
+        return self._table[:count]
 
     def runs(self, first: int, last: int) -> Iterator[tuple[int, int, int]]:
         """Yield (index of the first, page, count) of neighbouring pages among pages first..last."""
