@@ -34,7 +34,11 @@ Key = tuple[int, int]  # batch and slot
 
 
 class GrowingRow(Protocol):
-    """A row: its tokens now, those that it is expected to end with, and ends with at most."""
+    """A row: its tokens now, those that it is expected to end with, and ends with at most.
+
+    While it is under way, these change only where its own batch is composed: tokens of other
+    batches arrive sooner or later, and decisions must not depend on that.
+    """
 
     @property
     def num_tokens(self) -> int: ...
@@ -42,18 +46,6 @@ class GrowingRow(Protocol):
     def expected_tokens(self) -> int: ...
     @property
     def final_tokens(self) -> int: ...
-
-
-@dataclass
-class RowSeen:
-    """A row as it was when its batch was composed last.
-
-    Tokens of other batches arrive meanwhile, sooner or later; decisions must not depend on that.
-    """
-
-    num_tokens: int
-    expected_tokens: int
-    final_tokens: int
 
 
 def peak_pages(rows: Iterable[GrowingRow], most: int = ALL_PAGES) -> int:
@@ -88,54 +80,80 @@ class _Entry:
     pages: of the row in layers that attend all tokens, and first_pages, those that it had at first.
     """
 
-    row: RowSeen
+    row: GrowingRow
     tier: int
     pages: int
     first_pages: int
 
 
-@dataclass
 class _Limit:
-    """Pages that rows may have in layers of a kind.
+    """Pages that rows may have in layers of a kind, and the rows whose pages count.
 
-    most: most pages of a row; entries: rows whose pages count.
+    most: most pages of a row.
     """
 
-    pages: int
-    most: int
-    entries: list[_Entry]
+    def __init__(self, pages: int, most: int) -> None:
+        self.pages, self.most = pages, most
+        self.held = 0
+        self.entries: dict[Key, _Entry] = {}
 
-    @property
-    def held(self) -> int:
-        """Pages that the rows have."""
-        return sum(min(it.pages, self.most) for it in self.entries)
+    def enter(self, key: Key, entry: _Entry) -> None:
+        self.entries[key] = entry
+        self.held += min(entry.pages, self.most)
 
-    def fits(self, row: GrowingRow) -> bool:
-        """True if the rows stay within the limit until their expected ends, this one among them.
+    def leave(self, key: Key) -> None:
+        self.held -= min(self.entries.pop(key).pages, self.most)
 
-        It alone must stay within it until its last possible one.
-        """
+    def has_room(self, row: GrowingRow) -> bool:
+        """True if a row finds pages now, alone fits at its end, and with the others at the peak."""
+        if self.held + min(pages_of(row.num_tokens), self.most) > self.pages:
+            return False
         if min(pages_of(row.final_tokens), self.most) > self.pages:
             return False
-        rows = [*(it.row for it in self.entries), row]
+        rows = [*(it.row for it in self.entries.values()), row]
         ends = sum(min(pages_of(it.expected_tokens), self.most) for it in rows)
         return ends <= self.pages or peak_pages(rows, self.most) <= self.pages
 
     def stops(self, entry: _Entry) -> bool:
         """True if a row that is counted would take another page, and there is none."""
-        return entry.pages < self.most and self.held >= self.pages
+        return self.held >= self.pages and entry.pages < self.most
 
 
 class _Books:
-    """Pages of one stage: those that rows have, and those that are free."""
+    """Pages of one stage: those that rows have, and those that are free.
+
+    A row counts against the pool of its tier, in each kind of layers; if it is streamed, against
+    its batch's slot too, and if it is on disk, against what its batch may have there. These two are
+    counted in the first kind of layers, for in the second they take no more.
+    """
 
     def __init__(self, space: CacheSpace) -> None:
         self._space = space
         self.clear()
 
     def clear(self) -> None:
+        """Forget all rows."""
+        space = self._space
         self.entries: dict[Key, _Entry] = {}
-        self._free_tails = self._space.disk_rows
+        self._free_tails = space.disk_rows
+        first, batches = space.kinds[0].most_pages, len(space.splits)
+        streamed = [_Limit(space.streamed, first) for _ in range(batches)]
+        on_disk = [_Limit(space.disk, first) for _ in range(batches)]
+        pools = [
+            [_Limit(pages[tier], kind.most_pages)
+             for kind, pages in zip(space.kinds, space.pools, strict=True)]
+            for tier in range(len(TIERS))
+        ]  # fmt: skip
+        in_memory = [*pools[_CPU]]
+        self._limits = [
+            (
+                pools[_GPU],
+                [*in_memory, streamed[batch]] if space.streams_all else in_memory,
+                [*pools[_DISK], streamed[batch], on_disk[batch]],
+            )
+            for batch in range(batches)
+        ]
+        self._held = [[0] * len(TIERS) for _ in range(batches)]  # by batch, in the first kind
 
     def has_share(self, batch: int, rows: Sequence[tuple[GrowingRow, int]]) -> bool:
         """True if a batch has no more than its share of pages with (row, number of such rows).
@@ -164,73 +182,62 @@ class _Books:
 
         It is the one that lags most behind its share of the batch's pages.
         """
-        held, most = [0, 0, 0], self._space.kinds[0].most_pages
-        for (of, _), entry in self.entries.items():
-            held[entry.tier] += min(entry.pages, most) * (of == batch)
-        count = min(pages_of(row.num_tokens), most)
+        held = self._held[batch]
+        count = min(pages_of(row.num_tokens), self._space.kinds[0].most_pages)
         shares, total = self._space.splits[batch].tiers, sum(held) + count
         lags = [total * shares[it] / sum(shares) - held[it] for it in range(len(TIERS))]
         order = sorted(range(len(TIERS)), key=lambda it: -lags[it])
         return next((it for it in order if self._has_room(batch, it, row)), None)
 
     def _has_room(self, batch: int, tier: int, row: GrowingRow) -> bool:
-        """True if a row finds pages now, alone fits at its end, and with the others at the peak."""
         if tier == _DISK and not self._free_tails:
             return False
-        now = pages_of(row.num_tokens)
-        limits = self._limits(batch, tier)
-        return all(it.held + min(now, it.most) <= it.pages and it.fits(row) for it in limits)
+        return all(limit.has_room(row) for limit in self._limits[batch][tier])
 
-    def _limits(self, batch: int, tier: int) -> list[_Limit]:
-        """Limits of what a batch's row on a tier takes.
-
-        Rows that are streamed, and those on disk, are limited in the first kind of layers, for in
-        the second they take no more.
-        """
-        space, streamed = self._space, (_CPU, _DISK) if self._space.streams_all else (_DISK,)
-        most, entries = space.kinds[0].most_pages, self._entries((tier,))
-        limits = [
-            _Limit(pages[tier], kind.most_pages, entries)
-            for kind, pages in zip(space.kinds, space.pools, strict=True)
-        ]
-        if tier in streamed:
-            limits.append(_Limit(space.streamed, most, self._entries(streamed, batch)))
-        if tier == _DISK:
-            limits.append(_Limit(space.disk, most, self._entries((_DISK,), batch)))
-        return limits
-
-    def _entries(self, tiers: Sequence[int], batch: int | None = None) -> list[_Entry]:
-        pairs = self.entries.items()
-        return [it for (of, _), it in pairs if it.tier in tiers and batch in (None, of)]
-
-    def enter(self, key: Key, row: RowSeen, tier: int) -> None:
+    def enter(self, key: Key, row: GrowingRow, tier: int) -> None:
         count = pages_of(row.num_tokens)
-        self.entries[key] = _Entry(row, tier, count, count)
-        self._free_tails -= tier == _DISK
+        self._put(key, _Entry(row, tier, count, count))
+
+    def _put(self, key: Key, entry: _Entry) -> None:
+        self.entries[key] = entry
+        self._free_tails -= entry.tier == _DISK
+        self._held[key[0]][entry.tier] += min(entry.pages, self._space.kinds[0].most_pages)
+        for limit in self._limits[key[0]][entry.tier]:
+            limit.enter(key, entry)
+
+    def leave(self, key: Key) -> _Entry:
+        entry = self.entries.pop(key)
+        self._free_tails += entry.tier == _DISK
+        self._held[key[0]][entry.tier] -= min(entry.pages, self._space.kinds[0].most_pages)
+        for limit in self._limits[key[0]][entry.tier]:
+            limit.leave(key)
+        return entry
+
+    def move(self, before: Key, after: Key) -> None:
+        self._put(after, self.leave(before))
 
     def can_grow(self, key: Key) -> bool:
         """True if the row can have one page more, wherever it takes another."""
         entry = self.entries[key]
-        return not any(it.stops(entry) for it in self._limits(key[0], entry.tier))
+        return not any(it.stops(entry) for it in self._limits[key[0]][entry.tier])
+
+    def grow(self, key: Key) -> None:
+        entry = self.entries[key]
+        self._held[key[0]][entry.tier] += entry.pages < self._space.kinds[0].most_pages
+        for limit in self._limits[key[0]][entry.tier]:
+            limit.held += entry.pages < limit.most
+        entry.pages += 1
 
     def helps(self, victim: Key, lacking: Key) -> bool:
         """True if the victim's pages count against a limit that the other row has reached."""
-        own, entry = self.entries[victim], self.entries[lacking]
-        limits = self._limits(lacking[0], entry.tier)
-        return any(it.stops(entry) and any(own is each for each in it.entries) for it in limits)
-
-    def grow(self, key: Key) -> None:
-        self.entries[key].pages += 1
+        entry = self.entries[lacking]
+        limits = self._limits[lacking[0]][entry.tier]
+        return any(it.stops(entry) and victim in it.entries for it in limits)
 
     def may_move(self, key: Key) -> bool:
         """True if a row may change its batch, whose slots limit no pages of such rows."""
-        return len(self._limits(key[0], self.entries[key].tier)) == len(self._space.kinds)
-
-    def move(self, before: Key, after: Key) -> None:
-        self.entries[after] = self.entries.pop(before)
-
-    def leave(self, key: Key) -> None:
-        self._free_tails += self.entries.pop(key).tier == _DISK
+        tier = self.entries[key].tier
+        return len(self._limits[key[0]][tier]) == len(self._space.kinds)
 
 
 class Admission:
@@ -238,7 +245,7 @@ class Admission:
 
     def __init__(self, spaces: Sequence[CacheSpace]) -> None:
         self._books = [_Books(space) for space in spaces]
-        self._rows: dict[Key, RowSeen] = {}
+        self._rows: dict[Key, GrowingRow] = {}
 
     def clear(self) -> None:
         """Forget all rows."""
@@ -273,16 +280,10 @@ class Admission:
         chosen = tuple(tier for tier in tiers if tier is not None)
         if len(chosen) < len(tiers):
             return None
-        seen = RowSeen(row.num_tokens, row.expected_tokens, row.final_tokens)
-        self._rows[batch, slot] = seen
+        self._rows[batch, slot] = row
         for books, tier in zip(self._books, chosen, strict=True):
-            books.enter((batch, slot), seen, tier)
+            books.enter((batch, slot), row, tier)
         return chosen
-
-    def see(self, batch: int, slot: int, row: GrowingRow) -> None:
-        """Take note of what a row has become."""
-        seen = self._rows[batch, slot]
-        seen.num_tokens, seen.expected_tokens = row.num_tokens, row.expected_tokens
 
     def may_move(self, batch: int) -> bool:
         """True if the rows of a batch may go to others."""

@@ -35,6 +35,7 @@ class AnswerLengths:
         self._longer = np.ones(1)  # share of the answers that have more tokens than so many
         self._area = np.arange(2.0)  # sum of these shares up to so many tokens
         self._has_news = False
+        self.version = 0  # of the estimate
 
     @property
     def are_known(self) -> bool:
@@ -53,21 +54,18 @@ class AnswerLengths:
         (self._cut if was_cut else self._ended)[tokens] += 1
         self._has_news |= not was_cut
 
-    def update(self, under_way: Iterable[int]) -> bool:
-        """Estimate anew if an answer has ended since; True if so.
-
-        under_way: tokens of each answer that goes on.
-        """
+    def update(self, under_way: Iterable[int]) -> None:
+        """Estimate anew if an answer has ended since; under_way: tokens of each that goes on."""
         if not self._has_news:
-            return False
+            return
         self._has_news = False
+        self.version += 1
         size = len(self._ended)
         going_on = np.minimum(np.fromiter(under_way, int), size - 1)
         whole = self._ended + self._cut + np.bincount(going_on, minlength=size)
         had = whole[::-1].cumsum()[::-1]
         self._longer = np.cumprod(1 - self._ended / np.maximum(had, 1))
         self._area = np.concatenate(([0.0], self._longer.cumsum()))
-        return True
 
     def expected(self, tokens: int, most: int) -> float:
         """Expected length of an answer that has so many tokens, and at most `most`."""

@@ -23,6 +23,7 @@ from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from math import ceil
 
+from flexgen_ray.config import PAGE_TOKENS
 from flexgen_ray.kernels.sampling import SamplingRow, uniform_number
 from flexgen_ray.layout.admission import Admission, are_alike
 from flexgen_ray.layout.answers import AnswerLengths
@@ -79,6 +80,7 @@ class Scheduler:
         # ended since.
         self._under_way: list[list[int]] = [[] for _ in range(self.num_batches)]
         self._ended: list[list[tuple[int, bool]]] = [[] for _ in range(self.num_batches)]
+        self._learned = [0] * self.num_batches  # version of what was learned by then
         self._waiting_tokens = self._num_entered = 0
         self._cached_before: dict[int, int] = {}
         self._starving: tuple[int, int] | None = None
@@ -96,7 +98,7 @@ class Scheduler:
         self._answers.clear()
         for batch in range(self.num_batches):
             self._left[batch], self._ended[batch], self._under_way[batch] = [], [], []
-            self._moving[batch] = []
+            self._moving[batch], self._learned[batch] = [], 0
         self._starving, self.recomputed_tokens = None, 0
         if self.admission is not None:
             self.admission.clear()
@@ -221,9 +223,13 @@ class Scheduler:
             self._answers.add(tokens, was_cut)
         self._ended[batch].clear()
         self._answers.update(chain(*self._under_way))
-        for slot, sequence in self._slots[batch].items():
-            sequence.expected_tokens = self._expected(sequence.request, sequence.num_tokens)
-            self._pages.see(batch, slot, sequence)
+        has_news = self._learned[batch] != self._answers.version
+        self._learned[batch] = self._answers.version
+        for sequence in self._slots[batch].values():
+            sequence.num_tokens = len(sequence.token_ids)
+            if has_news or sequence.num_tokens >= sequence.expected_tokens:
+                request, count = sequence.request, sequence.num_tokens
+                sequence.expected_tokens = self._expected(request, count)
 
     def _expected(self, request: Request, tokens: int) -> int:
         """Tokens that a request is expected to end with, which has so many now.
@@ -251,7 +257,9 @@ class Scheduler:
         """
         admission, slots = self._pages, self._slots[batch]
         skipping: set[int] = set()
-        for slot in sorted(slots, key=lambda it: slots[it].age):
+        # A row takes one token in a pass, so it needs a page with the first token of one.
+        full = [it for it in slots if slots[it].num_tokens % PAGE_TOKENS == 1]
+        for slot in sorted(full, key=lambda it: slots[it].age):
             sequence = slots.get(slot)
             if sequence is None or pages_of(sequence.num_tokens) <= admission.pages(batch, slot):
                 continue

@@ -21,6 +21,7 @@ class Sequence:
     token_ids: of prompt and answer; num_known: number of tokens when it took the slot; age: number
     of sequences that entered before.
     cached: number of tokens in the cache, or on their way there.
+    num_tokens: those for which the cache needed room when its batch was composed last.
     expected_tokens: those that it is expected to end with; 0 for the most.
     counts: occurrences of each token in its answer.
     """
@@ -32,21 +33,18 @@ class Sequence:
     age: int = 0
     cached: int = 0
     expected_tokens: int = 0
+    num_tokens: int = 0
     counts: Counter[int] = field(init=False)
 
     def __post_init__(self) -> None:
         self.counts = Counter(self.generated)
         self.expected_tokens = self.expected_tokens or self.final_tokens
+        self.num_tokens = len(self.token_ids)
 
     def append(self, token: int) -> None:
         """Add a token to the answer."""
         self.token_ids.append(token)
         self.counts[token] += 1
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens for which the cache needs room."""
-        return len(self.token_ids)
 
     @property
     def final_tokens(self) -> int:
