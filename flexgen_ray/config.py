@@ -395,6 +395,7 @@ _DEPLOYMENT_CHECKS: dict[str, Check] = {
 
 
 PAGE_TOKENS = 16  # tokens of a page: their keys and values lie together in a cache
+PART_TOKENS = 1024  # tokens of a row that one thread of the host attends at a time
 
 
 def kept_tokens(tokens: int, sparsity: float) -> int:

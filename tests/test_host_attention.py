@@ -41,12 +41,14 @@ cases = st.builds(
 )
 
 
-@given(case=cases)
+@given(case=cases, part_tokens=st.sampled_from([1, 7, 64, 100, 1024]))
 @settings(max_examples=60, deadline=None)
-def test_equals_a_float64_reference_and_reads_only_what_is_valid(case):
+def test_equals_a_float64_reference_and_reads_only_what_is_valid(case, part_tokens):
+    """However rows are divided in parts."""
     expected, log_sums = exact(case)
     lse = torch.full(case.q.shape[:2], torch.nan)
-    error = (case.run(lse=lse).double() - expected).abs().max()
+    attend = HostAttention(threads=1, part_tokens=part_tokens)
+    error = (case.run(attend, lse=lse).double() - expected).abs().max()
     assert error <= TOLERANCE[case.q.dtype] * max(1.0, expected.abs().max())
     torch.testing.assert_close(lse.double(), log_sums, atol=1e-5, rtol=1e-6)
 
@@ -139,10 +141,13 @@ def test_a_kernel_is_cached_for_the_sources_of_attention_and_quantization():
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_the_number_of_threads_and_the_company_of_a_row_change_no_bit(dtype):
-    case = make_case(dtype, kv_heads=3, group=15, head_dim=80, lens=[700, 1, 63, 64, 65, 1024])
+    lens = [700, 1, 63, 64, 65, 1024, 2500]
+    case = make_case(dtype, kv_heads=3, group=15, head_dim=80, lens=lens)
     alone = case.run()
     for threads in (2, 3):
         assert torch.equal(case.run(HostAttention(threads)), alone)
+    divided = case.run(HostAttention(threads=1, part_tokens=100))
+    assert all(torch.equal(case.run(HostAttention(5, 100)), divided) for _ in range(5))
     for row, end in enumerate(case.lens):
         part = slice(row, row + 1)
         single = Case(case.q[part], case.k[part], case.v[part], [end])

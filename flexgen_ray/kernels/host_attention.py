@@ -3,18 +3,21 @@
 Keys and values are read once, as they are stored, packed or not, however many query heads share
 them; arithmetic is float32 with an online softmax over blocks of tokens (Milakov and Gimelshein,
 2018). Tokens lie in pages that a row's table names, in any order; before a block is attended, the
-addresses of its tokens are listed, so nothing else knows of pages. Each (row, KV head) is the work
-of one thread. So results don't depend on the number of threads, on which rows are attended
-together, nor on pages. Knows no tiers.
+addresses of its tokens are listed, so nothing else knows of pages. A row is attended in parts of
+PART_TOKENS tokens, so that threads have equal work however long rows are; each part and KV head is
+the work of one thread, and the one that ends a row's last part merges them, in the order of tokens.
+So results don't depend on the number of threads, on which rows are attended together, nor on pages.
+Knows no tiers.
 
-The work on a row and some KV heads, with the query heads that share them (host_tiles draws a tile):
+The work on a part and some KV heads, with the query heads that share them (a tile of host_tiles):
 
     for every tile of its query heads: _start_tile      queries scaled, sums cleared
     for every BLOCK of cached tokens:  _attend_some
         _list_block                                     addresses of keys and values
         for every tile: _score_block                    scores = keys @ queries
         for every tile: _add_block                      softmax, sums += weights @ values
-    for every tile: _store_tile                         results = sums / sum of weights
+    if the row has several parts:      keep_tiles, and after the last merge_tiles
+    for every tile: _store_tiles                        results = sums / sum of weights
 
 A block's keys and values come from memory for the first tile, and from the core's caches for the
 others. Sparse attention (_attend_selected) scores all tokens first, selects those with the largest
@@ -31,8 +34,9 @@ import torch
 from numba import carray
 from torch import Tensor
 
-from flexgen_ray.config import kept_tokens
+from flexgen_ray.config import PART_TOKENS, kept_tokens
 from flexgen_ray.kernels.attention import cache_bits
+from flexgen_ray.kernels.host_parts import divide_rows, keep_tiles, make_partial, merge_tiles
 from flexgen_ray.kernels.host_rows import (
     DTYPES,
     ROOM,
@@ -47,11 +51,12 @@ from flexgen_ray.kernels.host_sparse import add_softmax, copy_vectors, gather_sc
 from flexgen_ray.kernels.host_tiles import (
     AHEAD,
     BLOCK,
-    TILES,
     add_weighted_values,
+    floats_per_head,
     softmax_block,
     start_tile,
     store_results,
+    tile_at,
 )
 from flexgen_ray.kernels.vectors import (
     KINDS,
@@ -75,10 +80,13 @@ _LOG2_E = 1.4426950408889634
 
 
 class HostAttention:
-    """Host attention on a number of threads, of which the caller's is one."""
+    """Host attention on a number of threads, of which the caller's is one.
 
-    def __init__(self, threads: int) -> None:
-        self.threads = threads
+    part_tokens: tokens of a row that a thread attends at a time; results depend on it by rounding.
+    """
+
+    def __init__(self, threads: int, part_tokens: int = PART_TOKENS) -> None:
+        self.threads, self.part_tokens = threads, part_tokens
         self._pool = ThreadPoolExecutor(max(threads - 1, 1), "host-attention")
 
     def __call__(
@@ -117,7 +125,10 @@ class HostAttention:
         counts = None
         if sparsity != 1:
             counts = np.array([kept_tokens(tokens, sparsity) for tokens in spans], np.int64)
-        group = self._group(q, keys.shape[1])
+        # Sparse attention chooses among all tokens of a row, so it takes the row whole.
+        most = self.part_tokens if counts is None else max(spans)
+        parts = divide_rows(spans, most)
+        group = self._group(len(parts[0]), keys.shape[1])
         kind, dtype, lanes, shape = _describe(q, keys, bits, group)
         vectors = _places(q, 2), _places(out, 2), _places(lse, 2)
         planes = _places(keys, 3), _places(values, 3)
@@ -125,10 +136,12 @@ class HostAttention:
         pool = _places(tables, 1), *planes, (len(keys), keys.shape[2])
         progress = np.zeros(2, np.int64)
         rows_of = np.array(starts, np.int64), np.array(lens, np.int64)
-        task = (kind, dtype, lanes, shape, progress, rows_of, counts, vectors, pool)
-        rows, kv_heads, group, heads, _, nbytes, padded = shape
+        _, kv_heads, group, heads, _, nbytes, padded = shape
+        items = len(parts[0]) * -(-kv_heads // group)
+        several = most, *parts, *make_partial(parts, kv_heads, heads * (padded + 2 * LANES))
+        task = (kind, dtype, lanes, shape, progress, rows_of, counts, several, vectors, pool)
         small = 2 * sum(spans) * kv_heads * nbytes < _ALONE_BYTES
-        helpers = 0 if small else min(self.threads, rows * -(-kv_heads // group)) - 1
+        helpers = 0 if small else min(self.threads, items) - 1
         room, sizes = None if counts is None else max(spans), (group, heads, padded)
         own, *others = (_make_workspace(sizes, room) for _ in range(helpers + 1))
         running = [self._pool.submit(_attend, *task, *other) for other in others]
@@ -141,9 +154,9 @@ class HostAttention:
             row, pages = progress[1] - 1, len(keys)
             raise ValueError(f"tables of row {row} name a page beyond the {pages} of the cache")
 
-    def _group(self, q: Tensor, kv_heads: int) -> int:
+    def _group(self, parts: int, kv_heads: int) -> int:
         """Number of KV heads that are attended together: fewer if threads would lack work."""
-        return max(1, min(_TOGETHER, kv_heads, len(q) * kv_heads // (4 * self.threads)))
+        return max(1, min(_TOGETHER, kv_heads, parts * kv_heads // (4 * self.threads)))
 
 
 def _check(
@@ -207,29 +220,6 @@ def _describe(q: Tensor, keys: Tensor, bits: int | None, group: int) -> tuple:
 def _from(matrix, row):
     """Matrix that begins at a row."""
     return matrix[0] + row * matrix[1], matrix[1]
-
-
-@numba.njit(nogil=True)
-def _tile_at(head, heads, padded, memory):
-    """Tile that begins at a head, as wide as the heads that are left allow.
-
-    Returns its number of heads, the addresses of its queries and scores, the matrix of its sums,
-    and the address of its state.
-    """
-    count = 1
-    for count in TILES:
-        if head + count <= heads:
-            break
-    queries = memory + 4 * head * _floats_per_head(padded)
-    scores = queries + 4 * count * padded
-    sums = scores + 4 * count * BLOCK
-    return count, queries, scores, (sums, 4 * padded), sums + 4 * count * padded
-
-
-@numba.njit(nogil=True)
-def _floats_per_head(padded):
-    """Workspace for one head's queries, scores and sums, and for the state of its tile."""
-    return 2 * padded + BLOCK + 2 * LANES
 
 
 @numba.njit(nogil=True)
@@ -300,7 +290,7 @@ def _score_block(kind, shape, memory, rows, ahead):
     rows: of the block's keys, as for _row_list; ahead: rows that are read next.
     """
     group, heads, tokens, nbytes, padded = shape
-    per_head = 4 * heads * _floats_per_head(padded)
+    per_head = 4 * heads * floats_per_head(padded)
     scratch = memory + group * per_head
     for first in range(0, tokens, _SCORED):
         some = min(_SCORED, tokens - first)
@@ -308,7 +298,7 @@ def _score_block(kind, shape, memory, rows, ahead):
             later = _rows_after(rows, ahead, (head, first), (group, tokens, _SCORED))
             h = 0
             while h < heads:
-                n, q, w, _, _ = _tile_at(h, heads, padded, memory + head * per_head)
+                n, q, w, _, _ = tile_at(h, heads, padded, memory + head * per_head)
                 if n == 1:
                     for i in range(first, first + some, LANES):
                         count, these = min(LANES, first + some - i), _row_list(rows, i, head)
@@ -323,11 +313,11 @@ def _score_block(kind, shape, memory, rows, ahead):
 def _add_block(kind, shape, memory, rows, ahead):
     """Softmax of a block's scores, and weighted values; arguments as for _score_block."""
     group, heads, tokens, nbytes, padded = shape
-    per_head = 4 * heads * _floats_per_head(padded)
+    per_head = 4 * heads * floats_per_head(padded)
     for head in range(group):
         h = 0
         while h < heads:
-            n, _, scores, sums, state = _tile_at(h, heads, padded, memory + head * per_head)
+            n, _, scores, sums, state = tile_at(h, heads, padded, memory + head * per_head)
             softmax_block(n, tokens, padded, scores, sums, state)
             h += n
     for first in range(0, tokens, _WEIGHED):
@@ -337,7 +327,7 @@ def _add_block(kind, shape, memory, rows, ahead):
             these = _row_list(rows, first, head)
             h = 0
             while h < heads:
-                n, _, scores, sums, _ = _tile_at(h, heads, padded, memory + head * per_head)
+                n, _, scores, sums, _ = tile_at(h, heads, padded, memory + head * per_head)
                 weights = scores + 4 * n * first
                 add_weighted_values(kind, n, (some, nbytes), weights, these, sums, later)
                 h += n
@@ -376,7 +366,7 @@ def _attend_selected(kind, start, count, row, planes, shape, memory, lists, spar
     """
     group, heads, nbytes, padded = shape
     (key_pages, key_head), (value_pages, value_head) = planes
-    per_head = 4 * heads * _floats_per_head(padded)
+    per_head = 4 * heads * floats_per_head(padded)
     scores, weights, selected = spare
     score_at = scores.ctypes.data
     room, span = len(weights), row[2] - start
@@ -393,7 +383,7 @@ def _attend_selected(kind, start, count, row, planes, shape, memory, lists, spar
         for head in range(group):
             h = 0
             while h < heads:
-                n, _, block, _, _ = _tile_at(h, heads, padded, memory + head * per_head)
+                n, _, block, _, _ = tile_at(h, heads, padded, memory + head * per_head)
                 place = (head * heads + h) * room + first * n
                 copy_vectors(block, BLOCK * n // LANES, score_at + 4 * place)
                 h += n
@@ -402,7 +392,7 @@ def _attend_selected(kind, start, count, row, planes, shape, memory, lists, spar
         weights[:] = 0
         h = 0
         while h < heads:
-            n = _tile_at(h, heads, padded, memory)[0]
+            n = tile_at(h, heads, padded, memory)[0]
             place = (head * heads + h) * room
             add_softmax(n, span, score_at + 4 * place, weights.ctypes.data)
             h += n
@@ -417,7 +407,7 @@ def _attend_selected(kind, start, count, row, planes, shape, memory, lists, spar
             coming_rows = values + 8 * AHEAD, head * value_head
             h = 0
             while h < heads:
-                n, _, block, sums, state = _tile_at(h, heads, padded, memory + head * per_head)
+                n, _, block, sums, state = tile_at(h, heads, padded, memory + head * per_head)
                 gather_scores(scores[(head * heads + h) * room :], n, picks, block)
                 softmax_block(n, len(picks), padded, block, sums, state)
                 picked = (len(picks), nbytes)
@@ -473,32 +463,71 @@ def _are_pages(table, first, end, pages):
     return True
 
 
+@numba.njit(nogil=True)
+def _start_tiles(kind, shape, scale, rows, lanes, dtype, memory):
+    """Prepare the tiles of some KV heads; shape: (KV heads, heads of each, head_dim, padded)."""
+    group, heads, dim, padded = shape
+    per_head = 4 * heads * floats_per_head(padded)
+    for i in range(group):
+        h = 0
+        while h < heads:
+            n, into, _, sums, state = tile_at(h, heads, padded, memory + i * per_head)
+            _start_tile(
+                kind, n, dim, scale, _from(rows, i * heads + h), lanes, dtype, into, sums, state
+            )
+            h += n
+
+
+@numba.njit(nogil=True)
+def _store_tiles(kind, shape, memory, lanes, dtype, rows, log_sums):
+    """Write the results of some KV heads' tiles, and their logarithms unless their address is 0.
+
+    shape as above; rows, log_sums: matrices of the query heads' results and logarithms.
+    """
+    group, heads, dim, padded = shape
+    per_head = 4 * heads * floats_per_head(padded)
+    for i in range(group):
+        h = 0
+        while h < heads:
+            n, _, _, sums, state = tile_at(h, heads, padded, memory + i * per_head)
+            _store_tile(kind, n, dim, sums, state, lanes, dtype, _from(rows, i * heads + h))
+            if log_sums[0] != 0:
+                _store_log_sums(n, state, _from(log_sums, i * heads + h)[0], log_sums[1])
+            h += n
+
+
 @compiled
 def _attend(
-    kind, dtype, lanes, shape, progress, rows_of, counts, vectors, pool, memory, lists, spare
+    kind, dtype, lanes, shape, progress, rows_of, counts, parts, vectors, pool, memory, lists, spare
 ):
-    """Takes (row, KV head) after (row, KV head) until none is left.
+    """Takes (part of a row, KV heads) after (part, KV heads) until none is left.
 
     dtype: of queries and results. lanes: the lane_order of a packed row's elements, or else None.
     shape: rows, KV heads, heads of each, head_dim, bytes of a row, its vectors' lanes.
     progress: pairs taken; and, if its table is wrong, a row plus one. rows_of: each row's first
-    token that counts, and where they end; counts: how many of these are kept, or None. vectors:
+    token that counts, and where they end; counts: how many of these are kept, or None. parts:
+    their tokens, and divide_rows's and make_partial's arrays. vectors:
     _places of queries, results and their logarithms. pool: tables, _places of keys and of values,
     and (pages, tokens of a page). memory, lists, spare: _make_workspace's.
     """
-    rows, kv_heads, group, heads, dim, nbytes, padded = shape
-    starts, ends = rows_of
+    _, kv_heads, group, heads, dim, nbytes, padded = shape
+    (starts, ends), (most, row_of, first_part, first_place, partial, done) = rows_of, parts
     memory, lists = memory.ctypes.data, lists.ctypes.data
     scale = np.float32(_LOG2_E / np.sqrt(dim))
     (q, q_row, q_head), (out, out_row, out_head), (lse, lse_row, lse_head) = vectors
     (tables, table_bytes), (k, k_page, k_head, k_token), (v, v_page, v_head, v_token), sizes = pool
     pages, size = sizes
-    per_row, per_head = -(-kv_heads // group), 4 * heads * _floats_per_head(padded)
+    per_part, kept_bytes = -(-kv_heads // group), 4 * heads * (padded + 2 * LANES)
     item = fetch_and_increment(progress.ctypes.data)
-    while item < rows * per_row:
-        row, head = item // per_row, item % per_row * group
-        start, place = starts[row], (tables + row * table_bytes, size, ends[row])
-        if not _are_pages(place[0], start // size, (ends[row] - 1) // size + 1, pages):
+    while item < len(row_of) * per_part:
+        part, head = item // per_part, item % per_part * group
+        row = row_of[part]
+        nth, several = part - first_part[row], first_part[row + 1] - first_part[row]
+        start, end = starts[row] + nth * most, ends[row]
+        if nth + 1 < several:
+            end = start + most
+        place = (tables + row * table_bytes, size, end)
+        if not _are_pages(place[0], start // size, (end - 1) // size + 1, pages):
             progress[1] = row + 1
             return
         some, first = min(group, kv_heads - head), head * heads
@@ -507,28 +536,25 @@ def _attend(
         key_pages = (k + head * k_head, k_page, k_token)
         value_pages = (v + head * v_head, v_page, v_token)
         planes = (key_pages, k_head), (value_pages, v_head)
-        for i in range(some):
-            h = 0
-            while h < heads:
-                n, into, _, sums, state = _tile_at(h, heads, padded, memory + i * per_head)
-                these = _from(queries, i * heads + h)
-                _start_tile(kind, n, dim, scale, these, lanes, dtype, into, sums, state)
-                h += n
-        sizes = (some, heads, nbytes, padded)
+        tiles, sizes = (some, heads, dim, padded), (some, heads, nbytes, padded)
+        _start_tiles(kind, tiles, scale, queries, lanes, dtype, memory)
         if counts is None:
             _attend_some(kind, start, place, planes, sizes, memory, lists)
         else:
             _attend_selected(kind, start, counts[row], place, planes, sizes, memory, lists, spare)
-        for i in range(some):
-            h = 0
-            while h < heads:
-                n, _, _, sums, state = _tile_at(h, heads, padded, memory + i * per_head)
-                these = _from(results, i * heads + h)
-                _store_tile(kind, n, dim, sums, state, lanes, dtype, these)
-                if lse != 0:
-                    log_sums = lse + row * lse_row + (first + i * heads + h) * lse_head
-                    _store_log_sums(n, state, log_sums, lse_head)
-                h += n
+        finished = 0
+        if several > 1:
+            copies = partial.ctypes.data + (first_place[row] * kv_heads + head) * kept_bytes
+            step = kv_heads * kept_bytes
+            keep_tiles(tiles, memory, copies + nth * step)
+            finished = fetch_and_increment(done.ctypes.data + 8 * (row * kv_heads + head))
+            if finished + 1 == several:
+                merge_tiles(tiles, memory, copies, step, several)
+        if finished + 1 == several:
+            log_sums = lse
+            if lse != 0:
+                log_sums += row * lse_row + first * lse_head
+            _store_tiles(kind, tiles, memory, lanes, dtype, results, (log_sums, lse_head))
         item = fetch_and_increment(progress.ctypes.data)
 
 
@@ -540,7 +566,7 @@ def _make_workspace(sizes: tuple[int, int, int], tokens: int | None) -> tuple:
     a number of tokens.
     """
     group, heads, padded = sizes
-    floats = group * heads * _floats_per_head.py_func(padded) + LANES * LANES
+    floats = group * heads * floats_per_head.py_func(padded) + LANES * LANES
     memory = np.zeros(floats + 16, np.float32)
     start = -(memory.ctypes.data // 4) % 16
     memory = memory[start : start + floats]

@@ -36,6 +36,7 @@ from __future__ import annotations
 
 import math
 
+import numba
 from llvmlite import ir
 from numba.core import types
 
@@ -99,6 +100,29 @@ def vectors_of_queries(kind: types.Type, heads: int) -> int:
 def part_of_row(kind: types.Type, heads: int) -> int:
     """Number of a row's elements that a vector of queries holds for each of its heads."""
     return LANES * vectors_of_queries(kind, heads) // heads
+
+
+@numba.njit(nogil=True)
+def tile_at(head, heads, padded, memory):
+    """Tile that begins at a head, as wide as the heads that are left allow.
+
+    Returns its number of heads, the addresses of its queries and scores, the matrix of its sums,
+    and the address of its state.
+    """
+    count = 1
+    for count in TILES:
+        if head + count <= heads:
+            break
+    queries = memory + 4 * head * floats_per_head(padded)
+    scores = queries + 4 * count * padded
+    sums = scores + 4 * count * BLOCK
+    return count, queries, scores, (sums, 4 * padded), sums + 4 * count * padded
+
+
+@numba.njit(nogil=True)
+def floats_per_head(padded):
+    """Workspace for one head's queries, scores and sums, and for the state of its tile."""
+    return 2 * padded + BLOCK + 2 * LANES
 
 
 @emitted

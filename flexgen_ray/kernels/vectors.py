@@ -325,10 +325,13 @@ def floats_at(context, address):
 
 @emitted
 def fetch_and_increment(context, address):
-    """Add one to the int64 at an address, atomically; returns the number before."""
+    """Add one to the int64 at an address, atomically; returns the number before.
+
+    The caller that gets a number sees all that others wrote before they got theirs.
+    """
 
     def generate(context, b, signature, args):
         pointer = b.inttoptr(args[0], I64.as_pointer())
-        return b.atomic_rmw("add", pointer, I64(1), "monotonic")
+        return b.atomic_rmw("add", pointer, I64(1), "acq_rel")
 
     return types.int64(types.int64), generate

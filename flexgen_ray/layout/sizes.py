@@ -8,7 +8,7 @@ from __future__ import annotations
 from functools import reduce
 from math import prod
 
-from flexgen_ray.config import TIERS, Budget, Policy
+from flexgen_ray.config import PAGE_TOKENS, PART_TOKENS, TIERS, Budget, Policy
 from flexgen_ray.layout.placement import SECTOR, aligned
 from flexgen_ray.layout.plan import StagePlan
 from flexgen_ray.models.config import ModelConfig
@@ -142,7 +142,7 @@ def host_workspace_bytes(plan: StagePlan) -> int:
     The largest of: what attending some rows takes, one moved row, one tile's gathered embeddings;
     and beside these the indices of the values that sparse attention gathers.
     """
-    attention = plan.rows_at_a_time * plan.attended_row_bytes if plan.attends_on_host else 0
+    attention = _decoding_bytes(plan, on_cpu=True) if plan.attends_on_host else 0
     moved = plan.most_pages * plan.page_bytes if plan.off_device_rows else 0
     chosen_vectors = plan.choosing_rows * plan.max_kept_tokens * plan.config.num_kv_heads
     gathered = 3 * plan.tile_tokens * plan.config.hidden_size * plan.element_bytes
@@ -249,7 +249,7 @@ def _op_bytes(plan: StagePlan) -> tuple[int, int]:
     chunk = min(plan.cell_tokens, plan.max_prefill_len)
     attention += chunk * config.q_size * (2 * element + 4)
     attention += min(QUERY_TILE, chunk) * plan.max_seq_len * (1 + 4)
-    attention += plan.rows_at_a_time * plan.attended_row_bytes
+    attention += _decoding_bytes(plan, on_cpu=not plan.stages_disk)
     attention += split_bytes(config) * plan.stages_disk
     # The weights of the chosen tokens stay until their values have arrived.
     chosen_tokens = CELL_SLOTS * plan.choosing_rows * plan.max_kept_tokens
@@ -257,6 +257,21 @@ def _op_bytes(plan: StagePlan) -> tuple[int, int]:
     # Logits of all rows in two precisions; one row's distribution, sorted and summed in float64.
     logits = config.vocab_size * (8 * rows + 48)
     return max(projection, attention), max(tile, logits)
+
+
+def _decoding_bytes(plan: StagePlan, on_cpu: bool) -> int:
+    """Most bytes of temporaries of attending decoding rows, but for those of a GPU's kernel.
+
+    On a CPU they are those of some rows that are copied, or the kernel's results of long rows'
+    parts: heads of each part, with 64 numbers at most beside each head's own.
+    """
+    copied, parts = plan.rows_at_a_time * plan.attended_row_bytes, 0
+    if on_cpu and not plan.is_sparse and plan.max_seq_len > PART_TOKENS:
+        # A row of several parts has half a part's tokens in each, or more.
+        cached = sum(plan.space.pages) * PAGE_TOKENS
+        rows = plan.policy.gpu_batch_size * -(-plan.max_seq_len // PART_TOKENS)
+        parts = min(rows, 2 * cached // PART_TOKENS)
+    return max(copied, parts * plan.config.num_heads * (plan.config.head_dim + 64) * 4)
 
 
 def split_bytes(config: ModelConfig) -> int:
