@@ -120,7 +120,7 @@ def _run(plan: StagePlan, middle: int, cell_seconds: float) -> dict:
 
 
 def _whole_job(runs: dict[str, dict], count: int) -> float:
-    """How many times as fast a job of so many requests is if they enter one by one."""
+    """Speed of a job of so many requests, one by one, over that if they enter together."""
     together, apart = runs["together"], runs["one by one"]
     blocks = -(-count // together["slots"])
     passes = count * ANSWER / apart["rows"] + ANSWER

@@ -20,7 +20,7 @@ from flexgen_ray.layout.sizes import stage_bytes, tier_totals
 from flexgen_ray.models.shapes import shape_config
 from flexgen_ray.planner.comparison import HardwareNode, devices_of
 from flexgen_ray.planner.corners import ON_DEVICE, Corners, policy_of, shares_of
-from flexgen_ray.planner.grid import BATCHES, SearchSpace
+from flexgen_ray.planner.grid import BATCHES, Grid, SearchSpace
 from flexgen_ray.planner.lp import round_layers
 from flexgen_ray.planner.pipeline_plan import ISSUING, ONE_BATCH, SCHEDULE, PlannedJob, StageDevice
 from flexgen_ray.planner.search import Infeasible, Planner, find_best_plan
@@ -366,3 +366,13 @@ def test_sixteen_batches_are_chosen_where_they_are_better():
     )
     assert more.stages[0].policy.num_gpu_batches == 16 == max(BATCHES)
     assert more.tokens_per_s > few.tokens_per_s
+
+
+def test_batch_sizes_that_the_grid_lacks_are_tried_at_last():
+    """Memory that doesn't take the grid's next batch size takes some of the rows up to it."""
+    shape = Policy(gpu_batch_size=64, num_gpu_batches=2, blocks_in_flight=1)
+    sizes = [each.gpu_batch_size for each in Grid(SearchSpace(), JOB, 1).between(shape)]
+    few = replace(JOB, num_requests=150)
+    assert sizes == [72, 80, 88]
+    assert [each.gpu_batch_size for each in Grid(SearchSpace(), few, 1).between(shape)] == [72]
+    assert not [*Grid(SearchSpace(), JOB, 1).between(replace(shape, gpu_batch_size=128))]

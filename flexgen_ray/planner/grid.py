@@ -17,6 +17,7 @@ from flexgen_ray.planner.pipeline_plan import PlannedJob
 BATCH_SIZES = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
 BATCHES = (1, 2, 3, 4, 6, 8, 12, 16)
 TILES = (512, 2048)
+STEPS = 4  # into which the way to the next batch size is divided at last
 COARSE_STRIDE = 2  # the coarse grid has every second batch size and number of batches
 
 
@@ -87,6 +88,21 @@ class Grid:
         for shape in shapes:
             if shape.gpu_batch_size * self.job.prompt_len > self.search.tiles[0]:
                 yield from (replace(shape, max_batch_tokens=it) for it in self.search.tiles[1:])
+
+    def between(self, shape: Policy) -> Iterator[Policy]:
+        """Shapes with batches between this one's and the next larger ones of the whole grid.
+
+        Memory that is too small for the next size may take a good part of the rows up to it.
+        """
+        sizes, size = self.search.batch_sizes, shape.gpu_batch_size
+        larger = [each for each in sizes if each > size][:1]
+        blocks = shape.num_gpu_batches * (shape.blocks_in_flight or 1)
+        most = -(-self.job.num_requests // blocks)
+        for each in larger:
+            steps = {size + (each - size) * step // STEPS for step in range(1, STEPS)}
+            for count in sorted(steps - {size}):
+                if count <= most:
+                    yield replace(shape, gpu_batch_size=count)
 
     def smallest(self) -> Iterator[Policy]:
         """Blocks of one request and of two, in one batch."""

@@ -151,7 +151,7 @@ class Planner:
         """The fastest candidates first, from part of the grid.
 
         Estimates a coarse grid, then the neighbours of its best shapes as long as that finds better
-        ones, then every tile size for the best.
+        ones, then every tile size for the best, and at last batch sizes that the grid lacks.
         on_estimate: called with the best of the first few.
         """
         grid = self._grid
@@ -170,7 +170,10 @@ class Planner:
             tried |= neighbours
         best = [candidate.shape for candidate in candidates[:CENTRES]]
         larger_tiles = self._estimate_all(grid.with_larger_tiles(best))
-        return _fastest_first(candidates, larger_tiles) or self._estimate_all(grid.smallest())
+        candidates = _fastest_first(candidates, larger_tiles)
+        best = [candidate.shape for candidate in candidates[:CENTRES]]
+        between = self._estimate_all(chain.from_iterable(map(grid.between, best)))
+        return _fastest_first(candidates, between) or self._estimate_all(grid.smallest())
 
     def all_candidates(self) -> list[Candidate]:
         """The fastest candidates first, from the whole grid; slower than the promising ones."""
