@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -11,6 +12,7 @@ from strategies import pipelines, policies
 
 from flexgen_ray import LLM, Placement, Policy, SamplingParams
 from flexgen_ray.layout import admission
+from flexgen_ray.layout.admission import Admission
 from flexgen_ray.layout.pages import StagePages
 from flexgen_ray.planner import choose
 
@@ -95,3 +97,29 @@ def test_rows_are_set_back_where_admission_lets_too_many_in(
     tokens, again = run(tiny_models, name, policy, "async")
     assert tokens == expected[name]
     assert again > 0
+
+
+@pytest.mark.parametrize("executor", ["serial", "async"])
+def test_equal_rows_that_enter_one_by_one_lose_no_token(tiny_models, monkeypatch, executor):
+    folder, _ = tiny_models["llama"]
+    rng = random.Random(4)
+    prompts = [[rng.randrange(90) for _ in range(4)] for _ in range(36)]
+    params = SamplingParams(60, temperature=0.0, ignore_eos=True)
+    options = {"policy": Policy(4, 2), "executor": executor, "use_ray": False, "dtype": "float32"}
+    with LLM(folder, **options) as llm:
+        expected = [output.outputs[0].token_ids for output in llm.generate(prompts, params)]
+    paces, pace = [], Admission.pace
+    monkeypatch.setattr(
+        Admission, "pace", lambda *args: paces.append(pace(*args)) or paces[-1]
+    )  # fmt: skip
+    # Rows of 4 pages at their end have 3 each.
+    monkeypatch.setattr(
+        choose,
+        "with_spare_pages",
+        lambda plans, *others: [replace(plan, pages_per_row=3) for plan in plans],
+    )
+    with LLM(folder, **options) as llm:
+        tokens = [output.outputs[0].token_ids for output in llm.generate(prompts, params)]
+        assert not llm.report.recomputed_tokens
+    assert tokens == expected
+    assert any(paces)
