@@ -121,7 +121,7 @@ def _fitting(planner: Planner) -> Iterator[PipelinePlan]:
 
 def _compared(planner: Planner, plan: PipelinePlan, cell_seconds: float) -> dict:
     """Tokens/s of a policy, predicted and from an emulated run, which is repeated if doubtful."""
-    predicted = plan.tokens_per_s
+    predicted = plan.block_tokens_per_s
 
     def run() -> dict:
         measured, disturbed = _run(plan, cell_seconds)

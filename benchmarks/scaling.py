@@ -139,7 +139,7 @@ def run_plan(plan: PipelinePlan, hardware: list[HardwareSpec]) -> dict:
     stand_in = StandIn(plan.stages, hardware, plan.job.middle_position, CELL_SECONDS)
     predicted = {
         "predicted_decode_tokens_per_s": round(plan.decode_tokens_per_s, 3),
-        "predicted_generation_tokens_per_s": round(plan.tokens_per_s, 3),
+        "predicted_generation_tokens_per_s": round(plan.block_tokens_per_s, 3),
         "predicted_busy_share": round(predicted_busy_share(plan), 4),
     }
     return gate.attempt(lambda: run(stand_in) | predicted, judge) | stand_in.op_times()

@@ -125,7 +125,7 @@ def _describe(plan: PipelinePlan) -> dict:
         "gpu_batch_size": policy.gpu_batch_size,
         "num_gpu_batches": policy.num_gpu_batches,
         "blocks_in_flight": policy.blocks_in_flight,
-        "predicted_generation_tokens_per_s": round(plan.tokens_per_s, 3),
+        "predicted_generation_tokens_per_s": round(plan.block_tokens_per_s, 3),
         "predicted_decode_tokens_per_s": round(plan.decode_tokens_per_s, 3),
     }
 

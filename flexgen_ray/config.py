@@ -219,7 +219,7 @@ class Workload:
     longest prompt with its answer. resumes: True if an interrupted answer may go on, its tokens so
     far as part of the prompt. drawn: mean work of sampling a token, as a share of sampling from all
     tokens (cost/ops.py). mean_seq_len: mean tokens of a row's cache while they run; None for those
-    of the longest.
+    of the longest. mean_prompt_len: mean tokens of a prompt; None for those of the longest.
     """
 
     num_requests: int
@@ -228,6 +228,7 @@ class Workload:
     resumes: bool = False
     drawn: float = 0.0
     mean_seq_len: float | None = None
+    mean_prompt_len: float | None = None
 
     @property
     def mean_len(self) -> float:

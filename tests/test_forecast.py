@@ -160,12 +160,12 @@ def test_four_bits_are_suggested_where_they_are_much_faster():
     assert len(fits.notes) == 1
 
 
-def test_a_forecast_counts_whole_blocks():
-    found = settled("opt-1.3b", 4, 32, StagePolicies((Policy(gpu_batch_size=2),)))
+def test_a_forecast_counts_the_whole_job():
+    found = settled("opt-1.3b", 5, 32, StagePolicies((Policy(gpu_batch_size=2),)))
     plan = found.forecast
     requests = [Request(i, [1] * 100, SamplingParams(max_tokens=32)) for i in range(5)]
     forecast = Forecast.of(plan, requests)
-    assert forecast.seconds == 3 * plan.block_seconds
+    assert 2.5 * plan.block_seconds < forecast.seconds < 3.1 * plan.block_seconds
     assert forecast.first_answer_seconds <= plan.block_seconds
     requests[0] = Request(0, [1] * 100, SamplingParams(max_tokens=1))
     assert Forecast.of(plan, requests).first_answer_seconds < forecast.first_answer_seconds

@@ -357,7 +357,7 @@ def test_without_overlap_lanes_add_up():
 
 def test_sixteen_batches_are_chosen_where_they_are_better():
     """OPT-175B on one of the paper's machines, which holds that many sequences."""
-    config, job = shape_config("opt-175b"), PlannedJob.uniform(1024, 512, 32)
+    config, job = shape_config("opt-175b"), PlannedJob.uniform(10_000, 128, 128)
     few, more = (
         find_best_plan(
             Planner(config, t4.machines(1), job, "float16", SearchSpace(Policy(), sizes, batches))

@@ -30,6 +30,7 @@ from flexgen_ray.schedule.ops import OPS, Path
 from flexgen_ray.schedule.zigzag import zigzag
 
 PHASES = ("prefill", "decode")
+LEAST = "least"  # a visit in which one row of each batch decodes
 # The ways of one batch through a stage: ops that wait for each other, with rows attended on the
 # device or on the host. Weights and caches are prefetched, and no op awaits writes to disk.
 PATHS = ("path by the device", "path by the host")
@@ -56,20 +57,24 @@ def visit_seconds(plan: StagePlan, hardware: HardwareSpec, rows: Rows) -> dict[s
     return resources | {name: max(lanes[name], resources.get(name, 0.0)) for name in lanes}
 
 
-def decoding_rows(plan: StagePlan, position: int) -> Rows:
-    """Rows of a decoding pass: every slot of a batch brings one token, at this position."""
-    slots = range(plan.policy.gpu_batch_size)
+def decoding_rows(plan: StagePlan, position: int, count: int | None = None) -> Rows:
+    """Rows of a decoding pass, each of which brings one token, at this position.
+
+    count: None for a row in every slot of a batch.
+    """
+    slots = range(plan.policy.gpu_batch_size if count is None else count)
     return Rows(tuple(Row(slot, position, 1, slot, True, False) for slot in slots), ())
 
 
 def prefilling_rows(plan: StagePlan) -> tuple[Rows, float]:
     """Rows of a prefill pass, and the number of such passes that a batch takes.
 
-    A pass has the longest prompts, of as many slots as it has room for.
+    A pass has prompts of mean length, of as many slots as it has room for.
     """
-    longest = plan.workload.max_prompt_len
-    count = max(1, min(plan.policy.gpu_batch_size, plan.cell_tokens // longest))
-    rows = tuple(Row(slot, 0, longest, slot * longest, True, True) for slot in range(count))
+    workload = plan.workload
+    length = round(workload.mean_prompt_len or workload.max_prompt_len) or 1
+    count = max(1, min(plan.policy.gpu_batch_size, plan.cell_tokens // length))
+    rows = tuple(Row(slot, 0, length, slot * length, True, True) for slot in range(count))
     return Rows(rows, ()), plan.policy.gpu_batch_size / count
 
 
@@ -87,7 +92,7 @@ class VisitTerms:
 def visit_terms(
     plan: StagePlan, hardware: HardwareSpec, position: int
 ) -> dict[Quantity, VisitTerms]:
-    """Terms of a visit's seconds, by (phase, lane, resource or path).
+    """Terms of a visit's seconds, by (phase or LEAST, lane, resource or path).
 
     plan: one with one decoder layer and two batches; position: of the rows that decode.
     """
@@ -127,14 +132,18 @@ class _VisitOp:
 
 @lru_cache(maxsize=4096)
 def _visit_ops(plan: StagePlan, position: int) -> dict[str, list[_VisitOp]]:
-    """{phase: ops of a visit}, the same for any machine's rates."""
+    """{phase or LEAST: ops of a visit}, the same for any machine's rates."""
     is_active = ActiveOps(plan, in_ring=not plan.stage.is_whole)
     ops = [op for op in zigzag(plan.stage, 2, range(1)) if not op.visit and is_active(op)]
     model, visit_ops = CostModel(plan), {}
-    rows_of = {"prefill": prefilling_rows(plan)[0], "decode": decoding_rows(plan, position)}
+    rows_of = {
+        "prefill": prefilling_rows(plan)[0],
+        "decode": decoding_rows(plan, position),
+        LEAST: decoding_rows(plan, position, 1),
+    }
     for phase, rows in rows_of.items():
         composition = Composition(rows, plan.splits)
-        attends_on_host = phase == "decode" and plan.attends_on_host
+        attends_on_host = phase != "prefill" and plan.attends_on_host
         visit_ops[phase] = [
             _VisitOp(
                 op.lane.worker.value,

@@ -22,6 +22,7 @@ class ActiveOps:
         self._plan = plan
         self._in_ring = in_ring
         self._answers: dict[tuple[OpKind, int, int], bool] = {}
+        self._splits: dict[int, RowSplit] = {}
 
     def __call__(self, op: Op) -> bool:
         key = op.kind, op.layer, op.batch
@@ -48,7 +49,9 @@ class ActiveOps:
             case Condition.HIDDEN_ON_DISK:
                 return plan.policy.activations.disk > 0
             case _:
-                return self._holds_of_cache(condition, self._split(batch))
+                if batch not in self._splits:
+                    self._splits[batch] = self._split(batch)
+                return self._holds_of_cache(condition, self._splits[batch])
 
     def _split(self, batch: int) -> RowSplit:
         """Rows that a batch may have in each division, as far as they are zero or not.

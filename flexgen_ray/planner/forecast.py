@@ -5,7 +5,6 @@ The module knows predictions and requests; it plans nothing.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -46,9 +45,8 @@ class Forecast:
 
     @property
     def seconds(self) -> float:
-        """Seconds that all blocks of the job take, each counted as full."""
-        sequences = self.plan.num_blocks * self.plan.block_size
-        return math.ceil(self.num_answers / sequences) * self.plan.block_seconds
+        """Seconds that the whole job takes."""
+        return self.plan.job_seconds
 
     @property
     def first_answer_seconds(self) -> float:

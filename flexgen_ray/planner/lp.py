@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from flexgen_ray.config import TIERS, Budget
-from flexgen_ray.cost.bound import PATHS, PHASES, Quantity
+from flexgen_ray.cost.bound import PATHS, Quantity
 from flexgen_ray.layout.plan import StagePlan
 from flexgen_ray.layout.sizes import stage_bytes, tier_totals
 from flexgen_ray.planner.corners import GROUPS, SHARES, Corners, Share
@@ -64,30 +64,28 @@ class StageProblem:
 
 @dataclass(frozen=True)
 class Objective:
-    """The objective: seconds of all visits of a block.
+    """The objective: seconds of all visits.
 
-    prefill_visits, decode_visits: visits of a block that process prompts, and that don't.
-    num_blocks: blocks in flight. max_seconds: limit on the block's visits, None for no limit.
+    visits: {kind: number of such visits}. mixes: {kind: {phase or LEAST: times that it counts}},
+    as in visits.Visits.mix: a visit that decodes and brings prompts keeps every lane busy with
+    both. num_blocks: blocks in flight. max_seconds: limit on the block's visits, None for no limit.
     shares: the places that the program may use.
     overlaps: True if lanes work in parallel; False adds up their seconds.
     """
 
-    prefill_visits: float
-    decode_visits: float
+    visits: dict[str, float]
+    mixes: dict[str, dict[str, float]]
     num_blocks: int = 1
     max_seconds: float | None = None
     shares: tuple[Share, ...] = SHARES
     overlaps: bool = True
-
-    def visits(self, phase: str) -> float:
-        return self.prefill_visits if phase == "prefill" else self.decode_visits
 
 
 @dataclass(frozen=True)
 class Solution:
     """An optimum of the program, in fractions of layers.
 
-    seconds: {phase: seconds that a visit takes on the slowest stage}.
+    seconds: {kind: seconds that a visit takes on the slowest stage}.
     shares: {share: number of layers} of each stage. layers: number of layers of each stage.
     """
 
@@ -134,8 +132,8 @@ class _LinearProgram:
     The columns, in an example of two stages on one node, with the 10 places of SHARES:
 
         column   variable
-        0        seconds of the slowest stage's visit in prefill (T of prefill)
-        1        seconds of the slowest stage's visit in decode (T of decode)
+        0        seconds of the slowest stage's visit of the first kind, such as prefill (its T)
+        1        seconds of the slowest stage's visit of the second kind, such as decode
         2..11    stage 0: layers whose weights lie on the GPU, in host memory, on disk; whose cache
                  is on the GPU, attended on the host, streamed, on disk; and so on, as in SHARES
         12       stage 0: number of layers (fixed if StageProblem.layers is)
@@ -149,20 +147,21 @@ class _LinearProgram:
                     sum of its shares - layers = 0; layers of all stages = the model's
         budgets     for each GPU, and for each node's host memory and disk:
                     GB in use - GB of the budget <= 0
-        time        for each phase and each lane or resource of a stage, and for what the node's
-                    stages share: T of the phase - its seconds >= 0
-        latency     for each phase and both ways of attending a batch:
-                    T of the phase - seconds of one batch through all stages / num_blocks >= 0
+        time        for each kind of visits and each lane or resource of a stage, and for what
+                    the node's stages share: T of the kind - its seconds >= 0
+        latency     for each kind and both ways of attending a batch:
+                    T of the kind - seconds of one batch through all stages / num_blocks >= 0
 
-    The objective is prefill_visits * T of prefill + decode_visits * T of decode.
+    The objective is the sum over kinds of visits * T of the kind.
     """
 
     def __init__(self, stages: list[StageProblem], num_layers: int, objective: Objective) -> None:
         self._stages = stages
         self._num_layers = num_layers
         self._objective = objective
+        self._kinds = list(objective.visits)
         self._columns_per_stage = len(objective.shares) + 1
-        self._first_slack = len(PHASES) + len(stages) * self._columns_per_stage
+        self._first_slack = len(self._kinds) + len(stages) * self._columns_per_stage
         self._num_columns = (
             self._first_slack + len(stages) + len(SHARED_TIERS) * len(self._stages_of_node)
         )
@@ -170,12 +169,12 @@ class _LinearProgram:
     def solve(self) -> Solution | None:
         objective = self._objective
         busy = list(self._busy_seconds())
-        total = self._sum(objective.visits(phase) * self._time(phase) for phase in PHASES)
-        all_lanes = self._sum(objective.visits(phase) * seconds for phase, seconds in busy)
+        total = self._sum(objective.visits[kind] * self._time(kind) for kind in self._kinds)
+        all_lanes = self._sum(objective.visits[kind] * seconds for kind, seconds in busy)
         rows = [*self._placement_constraints()]
         rows += [(excess, -inf, 0.0) for excess, _, _ in self._budget_excess()]
-        rows += [(self._time(phase) - seconds, 0.0, inf) for phase, seconds in busy]
-        rows += [(self._time(phase) - it, 0.0, inf) for phase, it in self._batch_latencies()]
+        rows += [(self._time(kind) - seconds, 0.0, inf) for kind, seconds in busy]
+        rows += [(self._time(kind) - it, 0.0, inf) for kind, it in self._batch_latencies()]
         if objective.max_seconds is not None:
             rows.append((total, -inf, objective.max_seconds))
         values = minimise(total + SPARE_WEIGHT * all_lanes, rows, *self._bounds)
@@ -183,7 +182,7 @@ class _LinearProgram:
             return None
         numbers = range(len(self._stages))
         return Solution(
-            {phase: float(self._time(phase) @ values) for phase in PHASES},
+            {kind: float(self._time(kind) @ values) for kind in self._kinds},
             [
                 {share: float(self._share(number, share) @ values) for share in objective.shares}
                 for number in numbers
@@ -229,7 +228,7 @@ class _LinearProgram:
 
     def _column(self, stage: int, number: int) -> int:
         """Column of a stage's variable; number: among those of the stage."""
-        return len(PHASES) + stage * self._columns_per_stage + number
+        return len(self._kinds) + stage * self._columns_per_stage + number
 
     def _sum(self, functions: Iterable[Linear]) -> Linear:
         return sum(functions, np.zeros(self._num_columns + 1))
@@ -240,8 +239,8 @@ class _LinearProgram:
         function[column] = 1
         return function
 
-    def _time(self, phase: str) -> Linear:
-        return self._variable(PHASES.index(phase))
+    def _time(self, kind: str) -> Linear:
+        return self._variable(self._kinds.index(kind))
 
     def _share(self, stage: int, share: Share) -> Linear:
         return self._variable(self._column(stage, self._objective.shares.index(share)))
@@ -278,36 +277,36 @@ class _LinearProgram:
         return excess / _GB
 
     def _busy_seconds(self) -> Iterator[tuple[str, Linear]]:
-        """(phase, seconds that a lane or a resource is busy in a visit): lower bounds of T."""
-        for phase in PHASES:
+        """(kind, seconds that a lane or a resource is busy in a visit): lower bounds of T."""
+        for kind in self._kinds:
             for number, stage in enumerate(self._stages):
-                yield from ((phase, it) for it in self._stage_seconds(phase, number, stage))
+                yield from ((kind, it) for it in self._stage_seconds(kind, number, stage))
             for numbers in self._stages_of_node.values():
                 for name in SHARED_SECONDS if len(numbers) > 1 else ():
-                    yield phase, self._sum(self._quantity(it, (phase, name)) for it in numbers)
+                    yield kind, self._sum(self._quantity(it, (kind, name)) for it in numbers)
 
-    def _stage_seconds(self, phase: str, number: int, stage: StageProblem) -> Iterator[Linear]:
+    def _stage_seconds(self, kind: str, number: int, stage: StageProblem) -> Iterator[Linear]:
         """Seconds of each of the stage's lanes and resources, or of all lanes one by one."""
         names = [
             name
-            for of_phase, name in stage.corners.quantities
-            if of_phase == phase and name not in PATHS
+            for of_kind, name in self._coefficients[number]
+            if of_kind == kind and name not in PATHS
         ]
         if self._objective.overlaps:
-            yield from (self._quantity(number, (phase, name)) for name in names)
+            yield from (self._quantity(number, (kind, name)) for name in names)
         else:
-            yield self._sum(self._quantity(number, (phase, it)) for it in names if it in LANES)
+            yield self._sum(self._quantity(number, (kind, it)) for it in names if it in LANES)
         if stage.core_shares:
             shares = stage.core_shares.items()
-            yield self._sum(cores * self._quantity(number, (phase, it)) for it, cores in shares)
+            yield self._sum(cores * self._quantity(number, (kind, it)) for it, cores in shares)
 
     def _batch_latencies(self) -> Iterator[tuple[str, Linear]]:
-        """(phase, seconds of one batch through all stages, divided by the blocks in flight)."""
-        for phase in PHASES if self._objective.overlaps else ():
+        """(kind, seconds of one batch through all stages, divided by the blocks in flight)."""
+        for kind in self._kinds if self._objective.overlaps else ():
             for way in PATHS:
                 stages = range(len(self._stages))
-                latency = self._sum(self._quantity(it, (phase, way)) for it in stages)
-                yield phase, latency / self._objective.num_blocks
+                latency = self._sum(self._quantity(it, (kind, way)) for it in stages)
+                yield kind, latency / self._objective.num_blocks
 
     def _quantity(self, number: int, quantity: Quantity) -> Linear:
         """A quantity of a stage as a function of its layers and shares; zero if it never counts."""
@@ -322,9 +321,21 @@ class _LinearProgram:
 
     @cached_property
     def _coefficients(self) -> list[dict[Quantity, np.ndarray]]:
-        """Each stage's quantities, as `Corners.linear` orders their coefficients."""
+        """Each stage's bytes, and its seconds of a visit of each kind.
+
+        Coefficients are ordered as those of `Corners.linear`.
+        """
         usual = self._num_layers / len(self._stages)
-        return [stage.corners.linear(stage.layers or usual) for stage in self._stages]
+        result = []
+        for stage in self._stages:
+            linear = stage.corners.linear(stage.layers or usual)
+            own = {it: row for it, row in linear.items() if it[0] == "bytes"}
+            for kind, mix in self._objective.mixes.items():
+                for (phase, name), row in linear.items():
+                    if mix.get(phase):
+                        own[kind, name] = own.get((kind, name), 0.0) + mix[phase] * row
+            result.append(own)
+        return result
 
     @cached_property
     def _coefficient_order(self) -> list[int]:

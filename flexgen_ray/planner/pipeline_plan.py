@@ -6,17 +6,16 @@ The module knows seconds and bytes as others compute them; it chooses nothing.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from math import ceil
+from dataclasses import dataclass, field
 from statistics import fmean
 
 from flexgen_ray.config import Budget, HardwareSpec
-from flexgen_ray.cost.bound import PHASES
 from flexgen_ray.cost.resources import Resource
 from flexgen_ray.hardware.spec import Hardware
 from flexgen_ray.layout.admission import mean_cached
 from flexgen_ray.layout.plan import StagePlan
 from flexgen_ray.models.config import ModelConfig
+from flexgen_ray.planner.visits import spread
 
 # Two entries among a plan's seconds that are neither a lane nor a resource: the simulated schedule,
 # and the latency of one batch through all stages, on which its ops wait for each other.
@@ -24,6 +23,7 @@ SCHEDULE = "the schedule"
 ONE_BATCH = "one batch"
 ISSUING = Resource.ISSUE.name.lower()  # seconds of the thread that issues a GPU's ops
 NEARLY = 0.85
+MOST_LENGTHS = 4096
 # Rates of a device, from the rows of its matrix products in decode and in prefill.
 Rates = Callable[[int, int], HardwareSpec]
 
@@ -36,6 +36,8 @@ class PlannedJob:
     mean_prompt_len, mean_tokens: averages. drawn: as in Workload. together_len, apart_len: mean
     tokens of a row's cache while the job runs, if rows enter as soon as they can, and if equal
     ones enter one by one. middle_position: of the token that an average decoding row processes.
+    lengths: (prompt, answer) of at most MOST_LENGTHS requests, the longest first, which stand for
+    all.
     """
 
     num_requests: int
@@ -47,6 +49,7 @@ class PlannedJob:
     together_len: float
     apart_len: float
     middle_position: int
+    lengths: tuple[tuple[int, int], ...]
 
     @staticmethod
     def uniform(num_requests: int, prompt_len: int, max_tokens: int) -> PlannedJob:
@@ -75,6 +78,7 @@ class PlannedJob:
             mean_cached(lengths),
             mean_cached(lengths, are_apart=True),
             int(passes / sum(answers) if any(answers) else fmean(prompts)),
+            _longest_first(lengths),
         )
 
     @property
@@ -89,6 +93,13 @@ class PlannedJob:
         """
         saved = self.num_requests * (self.together_len / self.apart_len - 1)
         return self.apart_len if saved > rows else self.together_len
+
+
+def _longest_first(lengths: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """Lengths that stand for all; an answer of no tokens takes a visit, too."""
+    ordered = sorted(lengths, key=lambda it: (-sum(it), -it[0]))
+    some = spread(ordered, min(len(ordered), MOST_LENGTHS))
+    return tuple((prompt, max(answer, 1)) for prompt, answer in some)
 
 
 @dataclass(frozen=True)
@@ -131,14 +142,17 @@ class ModelRates:
 class PipelinePlan:
     """A plan for each stage of a pipeline, and how long its visits take.
 
-    seconds: {phase: {lane or resource: seconds of a visit}} of each stage.
+    seconds: {phase or kind of visits: {lane or resource: seconds of a visit}} of each stage.
     prefill_visits: visits of a block in which prompts are processed.
+    kinds: {kind: visits of the job}, for each block in flight; empty if it is one block, whose
+    requests begin and end together.
     """
 
     job: PlannedJob
     stages: list[StagePlan]
     seconds: list[dict[str, dict[str, float]]]
     prefill_visits: float
+    kinds: dict[str, float] = field(default_factory=dict)
 
     @property
     def block_size(self) -> int:
@@ -164,7 +178,7 @@ class PipelinePlan:
 
     @property
     def bottleneck(self) -> tuple[int, str]:
-        """The bottleneck over a whole block: a stage, and its busiest lane or resource.
+        """The bottleneck over the whole job: a stage, and its busiest lane or resource.
 
         Ops of few rows keep their lane for as long as they take to issue, so the issuing thread is
         named if it is nearly as busy.
@@ -197,22 +211,26 @@ class PipelinePlan:
 
     @property
     def tokens_per_s(self) -> float:
-        """Throughput in generated tokens per second of prefill and decode, as FlexGen counts.
+        """Throughput in generated tokens per second of prefill and decode.
 
-        A block counts no more sequences than the job has.
+        The whole job counts, its end too, when blocks are no longer full.
         """
+        return self.job.num_requests * self.job.mean_tokens / self.job_seconds
+
+    @property
+    def block_tokens_per_s(self) -> float:
+        """The throughput of blocks whose requests begin and end together, as FlexGen counts."""
         sequences = min(self.num_blocks * self.block_size, self.job.num_requests)
         return sequences * self.job.mean_tokens / self.block_seconds
 
     @property
     def job_seconds(self) -> float:
-        """Seconds that the whole job takes, in whole rounds of blocks."""
-        return self.num_rounds * self.block_seconds
-
-    @property
-    def num_rounds(self) -> int:
-        """Number of times that all blocks in flight are filled with requests."""
-        return ceil(self.job.num_requests / (self.num_blocks * self.block_size))
+        """Seconds that the whole job takes."""
+        if not self.kinds:
+            return self.block_seconds
+        filling = (len(self.stages) - 1) * self.visit_seconds("decode")
+        visits = sum(count * self.visit_seconds(kind) for kind, count in self.kinds.items())
+        return self.num_blocks * visits + filling
 
     @property
     def decode_tokens_per_s(self) -> float:
@@ -224,6 +242,6 @@ class PipelinePlan:
         return visits * self.visit_seconds(phase)
 
     def _busy_seconds(self, stage: int, name: str) -> float:
-        """Seconds of one lane or resource of a stage over all visits of a block."""
-        seconds = self.seconds[stage]
-        return sum(self.visits[phase] * seconds[phase].get(name, 0.0) for phase in PHASES)
+        """Seconds of one lane or resource of a stage over all visits of a block, or of the job."""
+        seconds, visits = self.seconds[stage], self.kinds or self.visits
+        return sum(count * seconds[each].get(name, 0.0) for each, count in visits.items())

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 
 from flexgen_ray.config import Budget, HardwareSpec, Policy, Workload
-from flexgen_ray.cost.bound import PATHS, PHASES, decoding_rows, prefilling_rows
+from flexgen_ray.cost.bound import LEAST, PATHS, PHASES, decoding_rows, prefilling_rows
 from flexgen_ray.cost.steady import pipeline_visit_seconds
 from flexgen_ray.layout.plan import StagePlan
 from flexgen_ray.models.config import ModelConfig
@@ -44,6 +44,7 @@ from flexgen_ray.planner.lp import (
     tighten_budget,
 )
 from flexgen_ray.planner.pipeline_plan import SCHEDULE, PipelinePlan, PlannedJob, StageDevice
+from flexgen_ray.planner.visits import Visits, kinds_of
 from flexgen_ray.schedule.zigzag import StageLayers
 
 FIRST_ESTIMATE_STRIDE = 4  # every fourth shape of the coarse grid makes the first estimate
@@ -185,7 +186,8 @@ class Planner:
         if solution is None:
             return None
         objective = self._objective(shape)
-        seconds = sum(objective.visits(phase) * solution.seconds[phase] for phase in PHASES)
+        visits = objective.visits
+        seconds = sum(count * solution.seconds[kind] for kind, count in visits.items())
         return Candidate(seconds / shape.block_size, seconds * (shape.blocks_in_flight or 1), shape)
 
     def plan(self, shape: Policy) -> PipelinePlan | None:
@@ -220,19 +222,27 @@ class Planner:
             self._stage_seconds(number, count, policy)
             for number, (count, policy) in enumerate(zip(layers, policies, strict=True))
         ]
-        for phase in PHASES:
+        kinds = self._kinds(stages[0])
+        for own in seconds:
+            own |= {kind: _mixed(own, each.mix(stages[0])) for kind, each in kinds.items()}
+            del own[LEAST]
+        for phase in seconds[0]:
             of_stages = [stage[phase] for stage in seconds]
             if self.search.overlaps:
                 add_batch_latency(of_stages, stages[0].num_blocks)
             add_shared_seconds(self.devices, of_stages, self.search.overlaps)
-        return PipelinePlan(self.job, stages, seconds, self._prefill_visits(stages[0]))
+        counts = {kind: each.count for kind, each in kinds.items()}
+        return PipelinePlan(self.job, stages, seconds, self._prefill_visits(stages[0]), counts)
+
+    def _kinds(self, stage: StagePlan) -> dict[str, Visits]:
+        return kinds_of(stage, self.job.lengths, self.job.num_requests)
 
     def _stage_seconds(
         self, number: int, layers: int, policy: Policy
     ) -> dict[str, dict[str, float]]:
-        """{phase: {lane, resource or way: seconds of a visit}} of one stage."""
+        """{phase or LEAST: {lane, resource or way: seconds of a visit}} of one stage."""
         corners, shares = self._corners(number, policy), shares_of(policy, layers)
-        seconds: dict[str, dict[str, float]] = {phase: {} for phase in PHASES}
+        seconds: dict[str, dict[str, float]] = {phase: {} for phase in (*PHASES, LEAST)}
         for phase, name in corners.quantities:
             if phase in seconds and (name not in PATHS or self.search.overlaps):
                 seconds[phase][name] = corners.value((phase, name), layers, shares, layers)
@@ -246,7 +256,7 @@ class Planner:
         """
         rates = self.rates(plan.stages[0].policy)
         core_shares = [device.core_shares for device in self.devices]
-        seconds = [{phase: dict(stage[phase]) for phase in PHASES} for stage in plan.seconds]
+        seconds = [{phase: dict(stage[phase]) for phase in stage} for stage in plan.seconds]
         rows = {
             "prefill": prefilling_rows(plan.stages[0])[0],
             "decode": decoding_rows(plan.stages[0], self.job.middle_position),
@@ -260,6 +270,12 @@ class Planner:
             if short is not plan:
                 visit *= plan.bound_seconds(phase) / short.bound_seconds(phase)
             seconds[-1][phase][SCHEDULE] = visit
+        last = seconds[-1]
+        slower = {phase: last[phase][SCHEDULE] / plan.bound_seconds(phase) for phase in PHASES}
+        for kind, each in self._kinds(plan.stages[0]).items():
+            prompts = min(each.mix(plan.stages[0])["prefill"], 1.0)
+            factor = prompts * slower["prefill"] + (1 - prompts) * slower["decode"]
+            last[kind][SCHEDULE] = factor * plan.bound_seconds(kind)
         return replace(plan, seconds=seconds)
 
     def _shortened(self, plan: PipelinePlan, max_cells: int | None) -> PipelinePlan:
@@ -345,21 +361,33 @@ class Planner:
         shares = self.search.shares
         if shape.attention_sparsity < 1:
             shares = tuple(share for share in shares if share != CACHE_ON_DISK)
+        visits, mixes = self._visits(self._stage_plan(whole_model, shape))
         return Objective(
-            self._prefill_visits(self._stage_plan(whole_model, shape)),
-            max(self.job.mean_tokens - 1, 0),
+            visits,
+            mixes,
             blocks,
             None if limit is None else limit / blocks,
             shares,
             self.search.overlaps,
         )
 
-    def _prefill_visits(self, stage: StagePlan) -> float:
-        """Visits that a block's prompts take if each has the mean length.
+    def _visits(self, stage: StagePlan) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+        """{kind: number} of the visits that a full block takes of the job's, and their mixes.
 
-        `prefilling` counts those of prompts of the longest length.
+        With a limit on latency, a block is counted as beginning and ending together.
         """
-        return max(prefilling_rows(stage)[1] * self.job.mean_prompt_len / self.job.prompt_len, 1)
+        kinds = {} if self.search.max_seconds is not None else self._kinds(stage)
+        if not kinds:
+            decode = max(self.job.mean_tokens - 1, 0)
+            visits = {"prefill": self._prefill_visits(stage), "decode": decode}
+            return visits, {phase: {phase: 1.0} for phase in PHASES}
+        share = stage.num_blocks * stage.policy.block_size / self.job.num_requests
+        visits = {kind: share * each.count for kind, each in kinds.items()}
+        return visits, {kind: each.mix(stage) for kind, each in kinds.items()}
+
+    def _prefill_visits(self, stage: StagePlan) -> float:
+        """Visits that a block's prompts take."""
+        return prefilling_rows(stage)[1]
 
     def _stage_problems(
         self, shape: Policy, budgets: list[Budget], layers: tuple[int, ...] | None
@@ -394,7 +422,8 @@ class Planner:
     def _stage_plan(self, stage: StageLayers, policy: Policy) -> StagePlan:
         job, size = self.job, policy.block_size
         mean = job.mean_seq_len(size * (policy.blocks_in_flight or 1))
-        workload = Workload(size, job.prompt_len, job.max_seq_len, self.resumes, job.drawn, mean)
+        lengths = job.prompt_len, job.max_seq_len
+        workload = Workload(size, *lengths, self.resumes, job.drawn, mean, job.mean_prompt_len)
         return StagePlan(
             self.config,
             stage,
@@ -405,6 +434,15 @@ class Planner:
             policy.blocks_in_flight or 1,
             self.hops_on_device,
         )
+
+
+def _mixed(seconds: dict[str, dict[str, float]], mix: dict[str, float]) -> dict[str, float]:
+    """{name: seconds} of a visit that is a sum of phases."""
+    names = dict.fromkeys(name for phase in mix for name in seconds[phase])
+    return {
+        name: sum(share * seconds[phase].get(name, 0.0) for phase, share in mix.items())
+        for name in names
+    }
 
 
 def _fastest_first(*candidates: list[Candidate]) -> list[Candidate]:

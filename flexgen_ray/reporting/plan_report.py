@@ -50,16 +50,16 @@ class PlanReport:
         """The whole report in plain text, the headline first."""
         plan = self.comparison.plan
         prefill, decode = map(format_seconds, (plan.prefill_seconds, plan.decode_seconds))
-        rounds = "1 round" if plan.num_rounds == 1 else f"{plan.num_rounds:,} rounds"
         lines = [
             headline(self.model, self.hardware, plan),
             f"sizes: weights {format_bytes(self._weight_bytes)}, KV cache "
             f"{format_bytes(self._cache_bytes_per_token)} per token",
             f"batches: {block_line(plan.stages[0])}",
             *(self._stage(number, stage) for number, stage in enumerate(plan.stages)),
-            f"time: {rounds} of {plan.num_blocks * plan.block_size:,} requests, each prefill "
+            f"time: {plan.num_blocks * plan.block_size:,} requests at a time take prefill "
             f"{prefill} and decode {decode} (decode alone {_rate(plan.decode_tokens_per_s)} "
-            f"tokens/s); {format_seconds(plan.job_seconds)} for {plan.job.num_requests:,} requests",
+            f"tokens/s); {format_seconds(plan.job_seconds)} for {plan.job.num_requests:,} requests"
+            + (", which enter as others end" if plan.kinds else ""),
             *self._price(),
             f"bottleneck: {self._bottleneck()}",
         ]

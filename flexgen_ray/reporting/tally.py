@@ -145,7 +145,8 @@ class ProgressTracker:
 
 
 def _pace(plan: PipelinePlan) -> tuple[float, float]:
-    """Predicted seconds for each prompt token and for each new one."""
-    sequences = plan.num_blocks * plan.block_size
-    prompt = plan.prefill_seconds / (sequences * plan.job.mean_prompt_len)
-    return prompt, plan.decode_seconds / (sequences * plan.job.mean_tokens)
+    """Predicted seconds for each prompt token and for each new one, as they divide a block's."""
+    job = plan.job
+    of_block = plan.job_seconds / plan.block_seconds / job.num_requests
+    prompt = of_block * plan.prefill_seconds / job.mean_prompt_len
+    return prompt, of_block * plan.decode_seconds / job.mean_tokens
