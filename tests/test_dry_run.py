@@ -133,3 +133,21 @@ def test_given_hardware_plans_a_run_on_this_machine(text_model):
         assert any(line.startswith("predicted") for line in llm.report.lines())
     with pytest.raises(ValueError, match="hardware t4 has a GPU"):
         LLM(text_model, plan_for="t4", **options)
+
+
+def test_a_plan_for_rows_that_enter_one_by_one_fits_its_budget_also_when_it_is_given():
+    """Where many equal requests wait, rows are half grown on average, and more of them fit."""
+
+    def policy_of(**options):
+        with LLM(
+            "opt-1.3b", load_format="dummy", plan_for="t4", dry_run=True, gpu_memory="4GiB",
+            cpu_memory="8GiB", disk_memory="1GiB", **options,
+        ) as llm:  # fmt: skip
+            params = SamplingParams(max_tokens=512)
+            llm.prepare([llm.request(i, [1] * 100, params) for i in range(3000)])
+            (plan,) = llm.plans
+            assert plan.workload.mean_len < 100 + 512
+            return plan.policy
+
+    planned = policy_of()
+    assert policy_of(policy=planned) == planned

@@ -250,7 +250,13 @@ def _predict(problem: PlanningProblem, policies: StagePolicies, planner: Planner
 
 
 def _given_stages(problem: PlanningProblem, policies: StagePolicies) -> list[StagePlan]:
+    """Plans by these policies, for rows as they enter blocks of this size."""
     stages = problem.stage_plans(policies)
+    if problem.workload.mean_seq_len is not None:
+        rows = stages[0].num_blocks * stages[0].policy.block_size
+        mean = planned_job(problem.answers).mean_seq_len(rows)
+        workload = replace(problem.workload, mean_seq_len=mean)
+        stages = [replace(stage, workload=workload) for stage in stages]
     check_budgets(stages, problem.budgets)
     return stages
 
