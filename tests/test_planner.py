@@ -28,6 +28,8 @@ from flexgen_ray.planner.search import Infeasible, Planner, find_best_plan
 GIB = 2**30
 OPT = shape_config("opt-1.3b")
 LLAMA = replace(shape_config("llama-3-70b"), sliding_window=100)
+# Two layers of three have windows; more would take as many pages as full attention.
+MIXED = replace(LLAMA, num_layers=48, sliding_window=40, full_attention_layers=(*range(3, 49, 3),))
 JOB = PlannedJob.uniform(1000, 128, 32)
 FEW_SHAPES = SearchSpace(batch_sizes=(1, 4, 16), batches=(2, 4), tiles=(512,), extra_blocks=(0,))
 # A machine that a model of 1.3B parameters doesn't fit.
@@ -72,7 +74,7 @@ def placed_weights(stage: StagePlan) -> Placement:
     return Placement(*(nbytes[tier] / sum(nbytes.values()) for tier in TIERS))
 
 
-@pytest.mark.parametrize("config", [OPT, LLAMA], ids=["opt", "llama"])
+@pytest.mark.parametrize("config", [OPT, LLAMA, MIXED], ids=["opt", "windows", "mixed"])
 @settings(max_examples=8)
 @given(policy=policies)
 def test_corners_foretell_the_bytes_and_seconds_of_any_placement(config, policy):

@@ -7,7 +7,8 @@ layers; runs are compared with this bound.
 planners that try many shapes: the visit of a model with L layers and B batches consists of the ops
 of one layer's first batch (L times), of a further batch in one layer (L * (B - 1) times), of the
 layers at the model's ends, and of the weights, which cross the link once. So the amounts are
-derived once from a plan with one layer and two batches, for the rates of any machine:
+derived once from a plan with one layer and two batches, for the rates of any machine. (Where layers
+differ, one pattern of them stands in for the layer, and L counts patterns.)
 
     seconds = fixed + L * per_layer + (B - 1) * (per_batch + L * per_layer_batch)
 
@@ -94,7 +95,8 @@ def visit_terms(
 ) -> dict[Quantity, VisitTerms]:
     """Terms of a visit's seconds, by (phase or LEAST, lane, resource or path).
 
-    plan: one with one decoder layer and two batches; position: of the rows that decode.
+    plan: one with two batches, and one decoder layer or one pattern of layers. position: of the
+    rows that decode.
     """
     terms = {}
     for phase, ops in _visit_ops(plan, position).items():

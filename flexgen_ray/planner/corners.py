@@ -3,7 +3,9 @@
 Costs and sizes add up over layers, and over the shares of weights, cache and hidden states on each
 tier. A *corner* keeps all of one thing in one place. The amounts at each corner, for one layer and
 for two, therefore give the amounts of any number of layers and any division, up to the rounding to
-whole tensors and rows. The amounts come from the functions that cost real ops and size real
+whole tensors and rows. Where layers that attend all tokens alternate with layers that have windows,
+one pattern and two of them stand in for one layer and two, and a layer takes the pattern's mean.
+The amounts come from the functions that cost real ops and size real
 buffers, so no formula is written twice.
 
 An example with the weights alone. A stage of one layer takes 110 ms a visit with its weights on the
@@ -25,8 +27,10 @@ from flexgen_ray.config import TIERS, HardwareSpec, Placement, Policy
 from flexgen_ray.cost.bound import Quantity, visit_terms
 from flexgen_ray.layout.plan import StagePlan
 from flexgen_ray.layout.sizes import stage_bytes, staged_bytes, tier_totals
+from flexgen_ray.models.config import ModelConfig
 from flexgen_ray.schedule.zigzag import StageLayers
 
+MOST_PATTERN = 8
 _ALL_ON = {tier: Placement(*(float(it == tier) for it in TIERS)) for tier in TIERS}
 
 
@@ -121,13 +125,14 @@ class Corners:
     def _evaluate(self, share: Share) -> dict[Quantity, tuple[float, float]]:
         """Amounts at the corner of a share.
 
-        Bytes are those of one layer and of two, so the second minus the first is a layer's, and
-        the rest is taken once. Seconds come divided in this way from the cost model.
+        Bytes are those of one pattern and of two, so the second minus the first is a pattern's,
+        and the rest is taken once. Seconds come divided in this way from the cost model.
         """
-        policy = corner_policy(self.plan.policy, share)
+        policy, length = corner_policy(self.plan.policy, share), len(pattern_of(self.plan.config))
         one, two = (_tier_bytes(_small_stage(self.plan, it, policy)) for it in (1, 2))
         amounts: dict[Quantity, tuple[float, float]] = {
-            ("bytes", tier): (2 * one[tier] - two[tier], two[tier] - one[tier]) for tier in TIERS
+            ("bytes", tier): (2 * one[tier] - two[tier], (two[tier] - one[tier]) / length)
+            for tier in TIERS
         }
         # A further batch takes the same amounts, however many batches and blocks there are; with
         # these numbers fixed, the cached costs of one shape serve others.
@@ -137,7 +142,7 @@ class Corners:
         for key, taken in visit_terms(stage, self.hardware, self.position).items():
             amounts[key] = (
                 taken.fixed + more * taken.per_batch,
-                taken.per_layer + more * taken.per_layer_batch,
+                (taken.per_layer + more * taken.per_layer_batch) / length,
             )
         return amounts
 
@@ -196,19 +201,36 @@ def _is_base(share: Share) -> bool:
     return share.place == GROUPS[share.group][0]
 
 
-def _small_stage(plan: StagePlan, layers: int, policy: Policy) -> StagePlan:
-    """A stage of the plan's kind with one layer or two.
+@lru_cache(maxsize=64)
+def pattern_of(config: ModelConfig) -> tuple[int | None, ...]:
+    """The windows of the model's shortest pattern of layers, None for a layer without.
 
-    If only some of the model's layers attend within a window, none does here, so no layer is
-    counted too low.
+    A model without a pattern of MOST_PATTERN layers at most counts as one without windows, so no
+    layer is counted too low.
     """
+    windows = tuple(map(config.window, range(1, config.num_layers + 1)))
+    for length in range(1, MOST_PATTERN + 1):
+        if windows[length:] == windows[:-length]:
+            return windows[:length]
+    return (None,)
+
+
+def _small_stage(plan: StagePlan, patterns: int, policy: Policy) -> StagePlan:
+    """A stage of the plan's kind with one pattern of layers or two."""
+    pattern = pattern_of(plan.config)
+    layers = patterns * len(pattern)
     before, after = not plan.stage.is_first, not plan.stage.is_last
     count = layers + before + after
     first = 2 if before else 0
     last = before + layers + (not after)
-    mixed = bool(plan.config.full_attention_layers)
-    window = None if mixed else plan.config.sliding_window
-    config = replace(plan.config, num_layers=count, sliding_window=window)
+    window = next(filter(None, pattern), None)
+    full = [before + at + 1 for at in range(layers) if pattern[at % len(pattern)] is None]
+    config = replace(
+        plan.config,
+        num_layers=count,
+        sliding_window=window,
+        full_attention_layers=tuple(full) if window else (),
+    )
     stage, workload = StageLayers(first, last, count), replace(plan.workload, num_requests=1)
     return replace(plan, config=config, stage=stage, policy=policy, workload=workload)
 

@@ -28,7 +28,15 @@ from flexgen_ray.cost.bound import LEAST, PATHS, PHASES, decoding_rows, prefilli
 from flexgen_ray.cost.steady import pipeline_visit_seconds
 from flexgen_ray.layout.plan import StagePlan
 from flexgen_ray.models.config import ModelConfig
-from flexgen_ray.planner.corners import GROUPS, ON_DEVICE, Corners, Share, policy_of, shares_of
+from flexgen_ray.planner.corners import (
+    GROUPS,
+    ON_DEVICE,
+    Corners,
+    Share,
+    pattern_of,
+    policy_of,
+    shares_of,
+)
 from flexgen_ray.planner.grid import Grid, SearchSpace
 from flexgen_ray.planner.lp import (
     Infeasible,
@@ -285,7 +293,11 @@ class Planner:
         if max_cells is None or sum(counts) * batches <= max_cells:
             return plan
         fraction = max(max_cells / batches, MIN_SIMULATED_LAYERS) / sum(counts)
-        layers = tuple(min(count, max(1, round(count * fraction))) for count in counts)
+        # A stage alone keeps whole patterns of layers.
+        whole = len(pattern_of(self.config)) if len(counts) == 1 else 1
+        layers = tuple(
+            min(count, max(1, round(count * fraction / whole)) * whole) for count in counts
+        )
         config = replace(self.config, num_layers=sum(layers))
         short = replace(self, config=config, search=replace(self.search, layers=None))
         return short.evaluate(layers, [stage.policy for stage in plan.stages])
