@@ -6,16 +6,22 @@ from dataclasses import replace
 from functools import partial
 
 import pytest
+from engine_runs import assert_same, greedy
 from hypothesis import given
 from hypothesis import strategies as st
 
 from flexgen_ray import LLM, Placement, Policy, SamplingParams
+from flexgen_ray.config import PAGE_TOKENS, Workload
+from flexgen_ray.kernels import attention
+from flexgen_ray.layout import plan as layout_plan
 from flexgen_ray.layout.admission import mean_cached
 from flexgen_ray.layout.plan import StagePlan
+from flexgen_ray.layout.sizes import workspace_bytes
 from flexgen_ray.models.shapes import shape_config
 from flexgen_ray.planner.choose import planned_job
 from flexgen_ray.processor import generation_request
 from flexgen_ray.request import EXPECTED_TOKENS, Request
+from flexgen_ray.schedule.zigzag import StageLayers
 
 CONFIG = shape_config("llama-3-8b")
 OPEN = SamplingParams(max_tokens=None)
@@ -71,3 +77,28 @@ def test_where_one_answer_that_fills_the_context_does_not_fit_the_error_says_wha
     with pytest.raises(ValueError, match="budget is 1") as refused:
         small(OPEN, gpu_memory="1MiB")
     assert "max_tokens" not in str(refused.value)
+
+
+def test_a_prompt_s_heads_and_queries_may_be_attended_few_at_a_time(tiny_models, monkeypatch):
+    """As they are of rows so long that all together would take too much memory."""
+    folder, references = tiny_models["llama"]
+    prompts, policy = [reference.prompt for reference in references], Policy(4, 2, 16)
+    monkeypatch.setattr(layout_plan, "ATTENTION_WORKSPACE", 1)
+    prefill, calls = attention.prefill, []
+
+    def counted(q, k, *others):
+        calls.append((len(k), others[2]))
+        return prefill(q, k, *others)
+
+    monkeypatch.setattr(attention, "prefill", counted)
+    assert_same(greedy(folder, prompts, policy, use_ray=False), references)
+    assert set(calls) == {(1, PAGE_TOKENS)}
+
+
+def test_memory_for_prompts_of_long_rows_is_that_of_few_heads():
+    """In Llama 3 8B, 40 times the tokens take less than 25 times the memory."""
+    layers = StageLayers.whole(CONFIG.num_layers)
+    loads = (Workload(8, 100, tokens) for tokens in (3276, 131_072))
+    plans = (StagePlan(CONFIG, layers, Policy(8, 1), load, "float16") for load in loads)
+    short, long = map(workspace_bytes, plans)
+    assert long < 25 * short

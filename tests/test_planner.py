@@ -19,7 +19,14 @@ from flexgen_ray.layout.plan import StagePlan
 from flexgen_ray.layout.sizes import stage_bytes, tier_totals
 from flexgen_ray.models.shapes import shape_config
 from flexgen_ray.planner.comparison import HardwareNode, devices_of
-from flexgen_ray.planner.corners import ON_DEVICE, Corners, policy_of, shares_of
+from flexgen_ray.planner.corners import (
+    ON_DEVICE,
+    SHARES,
+    Corners,
+    Share,
+    policy_of,
+    shares_of,
+)
 from flexgen_ray.planner.grid import BATCHES, Grid, SearchSpace
 from flexgen_ray.planner.lp import round_layers
 from flexgen_ray.planner.pipeline_plan import ISSUING, ONE_BATCH, SCHEDULE, PlannedJob, StageDevice
@@ -243,6 +250,17 @@ def test_no_policy_of_a_grid_is_played_faster_than_the_choice(
         # No plan is played faster than its lanes are.
         if fits and plan.tokens_per_s > chosen.tokens_per_s:
             assert chosen.tokens_per_s >= 0.95 * planner.simulate(plan).tokens_per_s
+
+
+def test_a_row_longer_than_the_gpu_s_memory_leaves_the_gpu_to_the_weights():
+    """Llama-3-8B on an RTX 4090, for answers of 512 tokens that may fill the context."""
+    config = shape_config("llama-3-8b")
+    devices = devices_of([HardwareNode(Hardware.preset("rtx4090"))], config, "float16")
+    job = replace(PlannedJob.uniform(1000, 100, 512), max_tokens=config.max_seq_len - 100)
+    planner = Planner(config, devices, job, "float16")
+    beside = planner.within(tuple(share for share in SHARES if share != Share("cache", "gpu")))
+    plain = beside.simulate(beside.plan(Policy(48, 2, 512)), 500)
+    assert find_best_plan(planner).tokens_per_s >= 0.8 * plain.tokens_per_s
 
 
 def test_a_model_that_fits_the_gpu_is_planned_in_one_batch_if_that_is_faster():

@@ -19,8 +19,11 @@ from flexgen_ray.quant.packing import packed_bytes
 from flexgen_ray.schedule.zigzag import StageLayers
 
 PREFILL_TILES = 8  # a batch takes at most this many tiles of max_batch_tokens in a pass
-# Most bytes that attention of several decoding rows takes beside their cache.
+# Most bytes that attention of several decoding rows takes beside their cache; that a prompt's
+# repeated keys and values take, if those of one KV head don't take more; and that its mask does.
 ATTENTION_WORKSPACE = 64 * 2**20
+QUERY_TILE = 512  # most queries whose mask over a cached prefix is built at a time
+MASK_BYTES = 1 + 4  # of a query and key: the mask, and what torch makes of it
 
 
 @dataclass(frozen=True)
@@ -283,6 +286,22 @@ class StagePlan:
             return 1
         rows, each = self.policy.gpu_batch_size, self.attended_row_bytes
         return max(1, min(rows, ATTENTION_WORKSPACE // each))
+
+    def repeated_bytes(self, tokens: int) -> int:
+        """Bytes of a KV head's keys and values of a row's tokens, repeated for its query heads."""
+        config = self.config
+        repeats = config.num_heads // config.num_kv_heads
+        return 2 * repeats * tokens * config.head_dim * self.element_bytes if repeats > 1 else 0
+
+    def heads_at_a_time(self, tokens: int) -> int:
+        """KV heads with which a prompt of so many tokens is attended at a time."""
+        most = ATTENTION_WORKSPACE // max(self.repeated_bytes(tokens), 1)
+        return max(1, min(self.config.num_kv_heads, most))
+
+    def queries_at_a_time(self, tokens: int) -> int:
+        """Queries of a prompt's chunk that are attended at a time, if a row has so many tokens."""
+        most = ATTENTION_WORKSPACE // (tokens * MASK_BYTES)
+        return max(PAGE_TOKENS, min(QUERY_TILE, most))
 
     @property
     def slot_pages(self) -> int:

@@ -10,7 +10,7 @@ from math import prod
 
 from flexgen_ray.config import PAGE_TOKENS, PART_TOKENS, TIERS, Budget, Policy
 from flexgen_ray.layout.placement import SECTOR, aligned
-from flexgen_ray.layout.plan import StagePlan
+from flexgen_ray.layout.plan import ATTENTION_WORKSPACE, MASK_BYTES, QUERY_TILE, StagePlan
 from flexgen_ray.models.config import ModelConfig
 from flexgen_ray.quant.formats import PARTS
 from flexgen_ray.schedule.ops import CELL_SLOTS, LAYER_SLOTS, staging_slots
@@ -20,7 +20,6 @@ FRAGMENTATION = 1.5  # memory that the allocator holds, over live memory; see te
 CHOICE_BYTES = 4  # of the index of a token that sparse attention chose
 # Programs among which a GPU divides the tokens of few rows (kernels/paged_splits.py).
 SPLIT_PROGRAMS = 768
-QUERY_TILE = 512  # queries whose mask over a cached prefix is built at a time
 
 
 def weight_bytes(plan: StagePlan) -> dict[str, int]:
@@ -244,11 +243,14 @@ def _op_bytes(plan: StagePlan) -> tuple[int, int]:
         for wide in (max(3 * config.q_size, normed), mlp)
     )
     rows = plan.policy.gpu_batch_size
-    # Grouped-query prefill repeats the keys and values of one row for every query head.
-    attention = plan.max_seq_len * (config.q_size + config.kv_size) * 2 * element
-    chunk = min(plan.cell_tokens, plan.max_prefill_len)
+    longest, chunk = plan.max_seq_len, min(plan.cell_tokens, plan.max_prefill_len)
+    # Keys and values of one row are gathered, and those of some KV heads repeated.
+    attention = longest * 4 * config.kv_size * element
+    one_head, one_page = plan.repeated_bytes(longest), PAGE_TOKENS * longest * MASK_BYTES
+    attention += min(config.num_kv_heads * one_head, max(ATTENTION_WORKSPACE, one_head))
     attention += chunk * config.q_size * (2 * element + 4)
-    attention += min(QUERY_TILE, chunk) * plan.max_seq_len * (1 + 4)
+    mask = min(QUERY_TILE, chunk) * longest * MASK_BYTES
+    attention += min(mask, max(ATTENTION_WORKSPACE, one_page))
     attention += _decoding_bytes(plan, on_cpu=not plan.stages_disk)
     attention += split_bytes(config) * plan.stages_disk
     # The weights of the chosen tokens stay until their values have arrived.

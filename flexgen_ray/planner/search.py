@@ -19,7 +19,7 @@ The module knows rates and sizes; it runs nothing and draws nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 
@@ -63,6 +63,8 @@ MAX_SIMULATED = 4  # rounded plans that are simulated
 MIN_GAIN = 1.01  # simulate a plan only if it might be this much faster than the best so far
 # Fewest layers to simulate, of all stages together; with fewer, the model's ends weigh too much.
 MIN_SIMULATED_LAYERS = 12
+CACHE_ON_DEVICE = Share("cache", "gpu")
+LONG = 8  # times the mean length, from which the longest row is planned for apart
 CACHE_ON_DISK = Share("cache", "disk")
 ROW_BY_ROW = (*(Share("weights", place) for place in GROUPS["weights"]), *ON_DEVICE[1:])
 
@@ -107,22 +109,32 @@ def find_best_plan(planner: Planner, on_estimate: OnEstimate = _ignore) -> Pipel
     while plans and left and _throughput(plans[-1]) > MIN_GAIN * _throughput(best):
         best = max(best, planner.simulate(plans.pop(), max_cells), key=_throughput)
         left -= 1
-    resident = None if planner.keeps_all_on_device else _find_resident_plan(planner)
-    return max(filter(None, (best, resident)), key=_throughput)
+    others = (
+        [] if planner.keeps_all_on_device else list(map(planner.within, _simple_places(planner)))
+    )
+    return max(filter(None, (best, *map(_find_simple_plan, others))), key=_throughput)
 
 
-def _find_resident_plan(planner: Planner) -> PipelinePlan | None:
-    """The fastest plan that keeps everything on the devices, simulated; None if nothing fits.
+def _simple_places(planner: Planner) -> Iterator[tuple[Share, ...]]:
+    """Places to which plans are held that the program may overlook.
 
     The program counts a share of what an op costs for a share of the rows. But issuing an op takes
-    as long with few rows, so a little of the cache in host memory may cost more than it gains.
+    as long with few rows, so a little of the cache in host memory may cost more than it gains. And
+    it counts pages of average rows, but one tier must have pages for the longest row: if that is
+    the device, budgets are tightened by all of them.
     """
-    on_device = replace(planner, search=replace(planner.search, shares=ON_DEVICE))
-    if not any(map(on_device.estimate, on_device.smallest_shapes)):
+    yield ON_DEVICE
+    if planner.job.max_seq_len > LONG * planner.job.together_len:
+        yield tuple(share for share in planner.search.shares if share != CACHE_ON_DEVICE)
+
+
+def _find_simple_plan(planner: Planner) -> PipelinePlan | None:
+    """The fastest plan within the planner's places, simulated; None if nothing fits."""
+    if not any(map(planner.estimate, planner.smallest_shapes)):
         return None
-    shapes = (candidate.shape for candidate in on_device.promising_candidates())
-    plan = next(filter(None, map(on_device.plan, shapes)), None)
-    return plan and on_device.simulate(plan, planner.search.max_cells)
+    shapes = (candidate.shape for candidate in planner.promising_candidates())
+    plan = next(filter(None, map(planner.plan, shapes)), None)
+    return plan and planner.simulate(plan, planner.search.max_cells)
 
 
 def _throughput(plan: PipelinePlan) -> float:
@@ -321,6 +333,10 @@ class Planner:
         problems = self._stage_problems(smallest, self._budgets, self._fixed_layers)
         objective = self._objective(smallest)
         return Infeasible(explain_infeasible(problems, self.config.num_layers, objective))
+
+    def within(self, shares: tuple[Share, ...]) -> Planner:
+        """A planner that uses these places only."""
+        return replace(self, search=replace(self.search, shares=shares))
 
     @property
     def keeps_all_on_device(self) -> bool:

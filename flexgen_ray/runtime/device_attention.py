@@ -34,7 +34,6 @@ from flexgen_ray.kernels.pack import pack, unpack
 from flexgen_ray.layout.pages import Home, page_table, pages_of
 from flexgen_ray.layout.plan import StagePlan
 from flexgen_ray.layout.rows import MemoKey, PlacedRows, Row, token_runs
-from flexgen_ray.layout.sizes import QUERY_TILE
 from flexgen_ray.runtime.passes import DecodeRows, find_decode_runs
 from flexgen_ray.schedule.ops import Op
 from flexgen_ray.store.activations import CellBuffers
@@ -120,7 +119,7 @@ class DeviceAttention:
             for row in rows:
                 if row.is_prefill:
                     pages = home(row) if row.position else None
-                    target[row.tokens].copy_(self._prefill(work, row, pool, pages, window))
+                    self._prefill(work, row, pool, pages, window, target[row.tokens])
         cache.append_resident(op, placed, work, prefills=True)
 
     def _decode(
@@ -148,12 +147,17 @@ class DeviceAttention:
                 target[tokens].copy_(attended[place : place + count])
 
     def _prefill(
-        self, work: CellBuffers, row: Row, pool: Tensor, home: Home | None, window: int | None
-    ) -> Tensor:
-        """Attend a prompt's chunk; the first chunk needs no cache, because all its keys are new.
+        self,
+        work: CellBuffers,
+        row: Row,
+        pool: Tensor,
+        home: Home | None,
+        window: int | None,
+        out: Tensor,
+    ) -> None:
+        """Attend a prompt's chunk into out; the first chunk needs no cache: all its keys are new.
 
-        home: pages of the row in the pool, None for a first chunk. Returns [tokens, heads,
-        head_dim].
+        home: pages of the row in the pool, None for a first chunk. out: [tokens, heads, head_dim].
         """
         cached, first = work.cached[row.tokens].permute(1, 2, 0, 3), row.position
         k, v = cached
@@ -166,7 +170,16 @@ class DeviceAttention:
                 for plane, new in zip(pool, cached, strict=True)
             )
         k, v = self._dequantized(k), self._dequantized(v)
-        return attention.prefill(work.q[row.tokens], k, v, row.position - first, QUERY_TILE, window)
+        q, start, tokens = work.q[row.tokens], row.position - first, k.shape[1]
+        sharing, some = q.shape[1] // len(k), self._plan.heads_at_a_time(tokens)
+        tile = self._plan.queries_at_a_time(tokens)
+        for head in range(0, len(k), some):
+            these, queries = (
+                slice(head, head + some),
+                slice(head * sharing, (head + some) * sharing),
+            )
+            attended = attention.prefill(q[:, queries], k[these], v[these], start, tile, window)
+            out[:, queries].copy_(attended)
 
     def _on_device(self, tables: np.ndarray) -> Tensor:
         return place_indices(tables, self._device, torch.int32)
