@@ -13,6 +13,8 @@ a `recomputed_share` of at most 0.05. `live_cache` says how much of the cache's 
 of requests under way, in an average pass. A ratio rests on no run beside which others used the
 cores. Where others do, OMP_NUM_THREADS=1 makes runs steadier: threads that share a core wait for
 each other.
+docs/results/mixed-lengths-cpu.json: python -m benchmarks.mixed_lengths --other FOLDER --lengths
+conversations --num-requests 1000 --json FILE, and three files with other options (docs/results.md)
 """
 
 from __future__ import annotations
@@ -266,10 +268,5 @@ def commit_of(checkout: Path) -> str:
     return done.stdout.strip() or "unknown"
 
 
-def main() -> None:
-    """Run the benchmark. `python -m benchmarks` lists it once a result of it is committed."""
-    return run_as_command(mixed_lengths)
-
-
 if __name__ == "__main__":
-    main()
+    run_as_command(mixed_lengths)

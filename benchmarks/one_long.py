@@ -9,6 +9,7 @@ turns, each in a process of its own (mixed_lengths_run.py), with --other by that
 Good: a `ratio` of seconds with the long prompt to those without it of at most 2. Slots as long as
 the longest request shrink the block from 2 x 16 requests to one, and take 6.4 times as long. A
 ratio rests on no run beside which others used the cores.
+docs/results/one-long-cpu.json: python -m benchmarks.one_long --repeats 2 --json FILE
 """
 
 from __future__ import annotations
@@ -77,10 +78,5 @@ def _ratio(jobs: dict[str, list[dict]]) -> float | None:
     return gate.ratio(middle[WITH], middle[WITHOUT], "seconds")
 
 
-def main() -> None:
-    """Run the benchmark. `python -m benchmarks` lists it once a result of it is committed."""
-    return run_as_command(one_long)
-
-
 if __name__ == "__main__":
-    main()
+    run_as_command(one_long)

@@ -202,7 +202,7 @@ def test_without_the_solver_a_plan_is_refused_with_the_remedy(monkeypatch):
 def test_a_block_answers_within_the_latency_that_is_asked_for():
     free = find_best_plan(Planner(OPT, (device(),), JOB, "float16", FEW_SHAPES))
     candidates = Planner(OPT, (device(),), JOB, "float16", FEW_SHAPES).all_candidates()
-    limit = 1.5 * min(it.block_seconds for it in candidates)
+    limit = 1.2 * min(it.block_seconds for it in candidates)
     assert free.block_seconds > limit
     search = replace(FEW_SHAPES, max_seconds=limit)
     quick = find_best_plan(Planner(OPT, (device(),), JOB, "float16", search))
@@ -393,6 +393,8 @@ def test_batch_sizes_that_the_grid_lacks_are_tried_at_last():
     shape = Policy(gpu_batch_size=64, num_gpu_batches=2, blocks_in_flight=1)
     sizes = [each.gpu_batch_size for each in Grid(SearchSpace(), JOB, 1).between(shape)]
     few = replace(JOB, num_requests=150)
-    assert sizes == [72, 80, 88]
-    assert [each.gpu_batch_size for each in Grid(SearchSpace(), few, 1).between(shape)] == [72]
-    assert not [*Grid(SearchSpace(), JOB, 1).between(replace(shape, gpu_batch_size=128))]
+    assert sizes == [52, 56, 60, 72, 80, 88]
+    sizes = [each.gpu_batch_size for each in Grid(SearchSpace(), few, 1).between(shape)]
+    assert sizes == [52, 56, 60, 72]
+    small = replace(shape, gpu_batch_size=1)
+    assert not [*Grid(SearchSpace(batch_sizes=(1, 2)), JOB, 1).between(small)]

@@ -8,7 +8,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, product
+from itertools import chain, pairwise, product
 
 from flexgen_ray.config import Policy
 from flexgen_ray.planner.corners import SHARES, Share
@@ -90,19 +90,24 @@ class Grid:
                 yield from (replace(shape, max_batch_tokens=it) for it in self.search.tiles[1:])
 
     def between(self, shape: Policy) -> Iterator[Policy]:
-        """Shapes with batches between this one's and the next larger ones of the whole grid.
+        """Shapes with batches between this one's and its neighbours on the whole grid.
 
         Memory that is too small for the next size may take a good part of the rows up to it.
         """
-        sizes, size = self.search.batch_sizes, shape.gpu_batch_size
-        larger = [each for each in sizes if each > size][:1]
-        blocks = shape.num_gpu_batches * (shape.blocks_in_flight or 1)
-        most = -(-self.job.num_requests // blocks)
-        for each in larger:
-            steps = {size + (each - size) * step // STEPS for step in range(1, STEPS)}
-            for count in sorted(steps - {size}):
-                if count <= most:
-                    yield replace(shape, gpu_batch_size=count)
+        size, grid = shape.gpu_batch_size, self.search.batch_sizes
+        smaller, larger = (
+            [it for it in grid if it < size][-1:],
+            [it for it in grid if it > size][:1],
+        )
+        ends = [*smaller, size, *larger]
+        steps = range(1, STEPS)
+        counts = {
+            low + (high - low) * step // STEPS for low, high in pairwise(ends) for step in steps
+        }
+        most = -(-self.job.num_requests // (shape.num_gpu_batches * (shape.blocks_in_flight or 1)))
+        for count in sorted(counts - set(ends)):
+            if count <= most:
+                yield replace(shape, gpu_batch_size=count)
 
     def smallest(self) -> Iterator[Policy]:
         """Blocks of one request and of two, in one batch."""

@@ -61,6 +61,9 @@ MAX_ROUNDINGS = 6  # rounds of tightening budgets until whole tensors and rows f
 MAX_ROUNDED = 10  # most promising candidates that are rounded
 MAX_SIMULATED = 4  # rounded plans that are simulated
 MIN_GAIN = 1.01  # simulate a plan only if it might be this much faster than the best so far
+# A larger size than the grid's best must be so much faster; for less, estimates don't tell.
+# A smaller one needs less memory, so rounding to tensors and rows may make it the fastest.
+MIN_BETWEEN = 1.03
 # Fewest layers to simulate, of all stages together; with fewer, the model's ends weigh too much.
 MIN_SIMULATED_LAYERS = 12
 CACHE_ON_DEVICE = Share("cache", "gpu")
@@ -193,7 +196,12 @@ class Planner:
         larger_tiles = self._estimate_all(grid.with_larger_tiles(best))
         candidates = _fastest_first(candidates, larger_tiles)
         best = [candidate.shape for candidate in candidates[:CENTRES]]
-        between = self._estimate_all(chain.from_iterable(map(grid.between, best)))
+        between = [
+            each
+            for each in self._estimate_all(chain.from_iterable(map(grid.between, best)))
+            if each.shape.gpu_batch_size < candidates[0].shape.gpu_batch_size
+            or each.seconds_per_sequence * MIN_BETWEEN < candidates[0].seconds_per_sequence
+        ]
         return _fastest_first(candidates, between) or self._estimate_all(grid.smallest())
 
     def all_candidates(self) -> list[Candidate]:
