@@ -4,8 +4,8 @@ Claim: rows that enter one by one are half grown on average, so memory holds nea
 The paper's T4 generates 512 tokens after prompts of 32. The planner plans for a job with as many
 requests as memory has slots of that length, which enter together, as in a cache of slots, and for
 one with so many that they enter one by one. Both are emulated: the first for its 512 passes, the
-second from the pass at which its first answer ends, for as many. So this is the rate that a job has
-once it is under way; until its first answer ends, and after its last request entered, a job has
+second for half as many, from the pass at which its first answer ends. So this is the rate that a
+job has once it is under way; until its first answer ends, and after its last request entered, a job has
 fewer rows, which costs it the time of an answer. `whole_job` says how many times as fast a job of
 so many requests is, if both parts are counted.
 
@@ -49,13 +49,13 @@ def one_by_one(
     slots: Annotated[
         int, typer.Option(metavar="N", min=1, help="Slots for which memory is enough.")
     ] = 64,
-    cell_ms: Annotated[
+    layer_ms: Annotated[
         float,
         typer.Option(
             metavar="MS",
-            help="Wall time of a decoding pass's cell (one batch in one layer), in milliseconds.",
+            help="Wall time of a layer, all batches, of a decoding pass, in milliseconds.",
         ),
-    ] = 4.0,
+    ] = 12.0,
     json_file: JsonOption = None,
 ) -> None:
     """Emulate equal requests that enter together, and one by one; the ratio of tokens/s.
@@ -69,7 +69,7 @@ def one_by_one(
         job = PlannedJob.uniform(count, PROMPT, ANSWER)
         device = StageDevice(lambda *rows: t4.MACHINE, Budget(**budget))
         (plan,) = find_best_plan(Planner(config, (device,), job, "float16")).stages
-        runs[name] = gate.attempt(partial(_run, plan, job.middle_position, cell_ms / 1e3))
+        runs[name] = gate.attempt(partial(_run, plan, job.middle_position, layer_ms / 1e3))
         say(f"{name}: {runs[name]}")
     result = {
         "emulated": True, "model": MODEL, "prompt_len": PROMPT, "max_tokens": ANSWER,
@@ -81,34 +81,35 @@ def one_by_one(
     gate.finish(result, "emulated T4 machine", json_file)
 
 
-def _run(plan: StagePlan, middle: int, cell_seconds: float) -> dict:
-    """Figures of ANSWER passes with a block under way, and what others did meanwhile."""
+def _run(plan: StagePlan, middle: int, layer_seconds: float) -> dict:
+    """Figures of passes with a block under way, and what others did meanwhile."""
+    cell_seconds = layer_seconds / plan.policy.num_gpu_batches
     stand_in = StandIn([plan], [t4.MACHINE], middle, cell_seconds)
     rows, enters_together = plan.policy.block_size, plan.row_pages == plan.longest_pages
     # Rows that enter one by one do so only while more wait than would fit together.
     count = rows if enters_together else 5 * rows
-    first = 0 if enters_together else ANSWER
+    first, passes = (0, ANSWER) if enters_together else (ANSWER, ANSWER // 2)
     worker = Worker()
     with tempfile.TemporaryDirectory(prefix="flexgen-bench-", dir=memory_folder()) as folder:
         worker.load(stand_in.specs(folder)[0])
         worker.add(alike_requests(count, PROMPT, ANSWER))
         watch = OtherLoad()
         for _ in worker.run():
-            if len(worker.measured().visits) > first + ANSWER:
+            if len(worker.measured().visits) > first + passes:
                 break
         disturbed, measured = beside(watch), worker.measured()
         worker.close()
-    visits = measured.visits[: first + ANSWER]
-    assert len(visits) == first + ANSWER, "the run ended before its last pass"
+    visits = measured.visits[: first + passes]
+    assert len(visits) == first + passes, "the run ended before its last pass"
     began = visits[first - 1].ended if first else visits[-1].ended - measured.wall
     seconds = (visits[-1].ended - began) / stand_in.time_scale
     tokens = sum(visit.new_tokens for visit in visits[first:])
     return (
         {
             RATE: round(tokens / seconds, 3),
-            "rows": round(tokens / ANSWER, 1),
+            "rows": round(tokens / passes, 1),
             "slots": rows,
-            "seconds_per_pass": round(seconds / ANSWER, 4),
+            "seconds_per_pass": round(seconds / passes, 4),
             "longest_pages": plan.longest_pages,
             "mean_pages": plan.row_pages,
             "time_scale": stand_in.time_scale,
