@@ -5,13 +5,14 @@ The paper's T4 generates 512 tokens after prompts of 32. The planner plans for a
 requests as memory has slots of that length, which enter together, as in a cache of slots, and for
 one with so many that they enter one by one. Both are emulated: the first for its 512 passes, the
 second for half as many, from the pass at which its first answer ends. So this is the rate that a
-job has once it is under way; until its first answer ends, and after its last request entered, a job has
-fewer rows, which costs it the time of an answer. `whole_job` says how many times as fast a job of
-so many requests is, if both parts are counted.
+job has once it is under way; until its first answer ends, and after its last request entered, a job
+has fewer rows, which costs it the time of an answer. `whole_job` says how many times as fast a job
+of so many requests is, if both parts are counted.
 
 Good: a `ratio` of tokens/s of 1.6 or more. It can't exceed `bound`, the longest row's pages over
 the mean ones, and is below it where the host's attention takes as long as the weights' way to the
 GPU. Memory of the host is what so many slots need (--slots).
+docs/results/one-by-one-emulated.json: python -m benchmarks.one_by_one --slots 16 --json FILE
 """
 
 from __future__ import annotations
@@ -129,10 +130,5 @@ def _whole_job(runs: dict[str, dict], count: int) -> float:
     return round(blocks * ANSWER * together["seconds_per_pass"] / seconds, 3)
 
 
-def main() -> None:
-    """Run the benchmark. `python -m benchmarks` lists it once a result of it is committed."""
-    return run_as_command(one_by_one)
-
-
 if __name__ == "__main__":
-    main()
+    run_as_command(one_by_one)
