@@ -74,17 +74,20 @@ MODELS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+OtherOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FOLDER",
+        file_okay=False,
+        exists=True,
+        help="Checkout to compare with, in turns; d1a080c or later. It runs with the Python "
+        "of its folder .venv, if there is one, else with this one. [default: none]",
+    ),
+]
+
+
 def mixed_lengths(
-    other: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FOLDER",
-            file_okay=False,
-            exists=True,
-            help="Checkout to compare with, in turns; d1a080c or later. It runs with the Python "
-            "of its folder .venv, if there is one, else with this one. [default: none]",
-        ),
-    ] = None,
+    other: OtherOption = None,
     emulated: Annotated[
         bool, typer.Option("--emulated", help="Emulate OPT-30B on a T4 in place of a real run.")
     ] = False,
@@ -137,7 +140,7 @@ def mixed_lengths(
 
     Example: python -m benchmarks.mixed_lengths --other ../old --rows 4 --lengths conversations
     """
-    checkouts = {"this": HERE} | ({} if other is None else {"other": other.resolve()})
+    checkouts = checkouts_with(other)
     cases: dict[str, dict] = {}
     where = EMULATED_T4 if emulated else FROM_DISK if from_disk else IN_MEMORY
     with _model(None if emulated else model) as (name, config):
@@ -156,6 +159,11 @@ def mixed_lengths(
     settings = {"model": EMULATED if emulated else model, "where": where, "checkouts": commits}
     result = settings | {"emulated": emulated, "cases": cases}
     gate.finish(result, "emulated T4 machine" if emulated else _device(cases), json_file)
+
+
+def checkouts_with(other: Path | None) -> dict[str, Path]:
+    """{name: folder} of this checkout, and of the other one if there is one."""
+    return {"this": HERE} | ({} if other is None else {"other": other.resolve()})
 
 
 @contextmanager

@@ -14,7 +14,6 @@ docs/results/one-long-cpu.json: python -m benchmarks.one_long --repeats 2 --json
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -35,15 +34,7 @@ MEMORY = {"gpu": 450 * 2**20, "cpu": 230 * 2**20, "disk": 2**30}
 
 
 def one_long(
-    other: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FOLDER",
-            file_okay=False,
-            exists=True,
-            help="Checkout to compare with, in turns; d1a080c or later. [default: none]",
-        ),
-    ] = None,
+    other: mixed_lengths.OtherOption = None,
     repeats: Annotated[
         int, typer.Option(metavar="N", min=1, help="Number of runs of each job.")
     ] = 3,
@@ -53,8 +44,7 @@ def one_long(
 
     Example: python -m benchmarks.one_long --repeats 5
     """
-    here = mixed_lengths.HERE
-    checkouts = {"this": here} | ({} if other is None else {"other": other.resolve()})
+    checkouts = mixed_lengths.checkouts_with(other)
     runs: dict[str, dict[str, list[dict]]] = {each: {job: [] for job in JOBS} for each in checkouts}
     for _ in range(repeats):
         for job, lengths in JOBS.items():

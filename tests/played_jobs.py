@@ -28,7 +28,7 @@ from flexgen_ray.schedule.zigzag import zigzag
 
 @dataclass(frozen=True)
 class PlayedJob:
-    """What a job took: modelled seconds, visits, and the passes' rows, one number a pass."""
+    """Modelled seconds and visits of a job, and the number of rows of each pass."""
 
     seconds: float
     visits: int

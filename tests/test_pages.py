@@ -313,6 +313,33 @@ def test_pieces_of_a_row_meet_the_bounds_of_pages(offset, position, count):
                for it in pieces if it not in whole)  # fmt: skip
 
 
+def passes_of(scheduler: Scheduler, batches: int) -> int:
+    """Passes of a run in which no answer ends before max_tokens."""
+    passes = 0
+    while not scheduler.is_done:
+        for batch in range(batches):
+            sampled = [row.slot for row in scheduler.compose(batch).sampled]
+            scheduler.accept(batch, sampled, [3] * len(sampled))
+        passes += 1
+    return passes
+
+
+def test_rows_that_entered_together_delay_none_that_enter_one_by_one():
+    """Answers that may end enter together, until some are whole and none has ended early."""
+    lengths, batches = (32, 256), 2
+    mean = admission.mean_cached([lengths], are_apart=True)
+    plan = plan_of(Policy(14, batches, 512, cache=Placement(0, 1, 0)), 1, sum(lengths), mean)
+    scheduler, passes = scheduler_of([plan], frozenset({7})), []
+    for ends_at_most in (True, False, True):
+        params = SamplingParams(lengths[1], 0.0, ignore_eos=ends_at_most)
+        scheduler.clear()
+        scheduler.add(Request(index, [5] * lengths[0], params) for index in range(128))
+        passes.append(passes_of(scheduler, batches))
+    assert passes[0] == passes[2]
+    # Until its first answers are whole, the second run has no more rows than fit together.
+    assert passes[1] <= passes[0] + lengths[1]
+
+
 @pytest.mark.parametrize("batches, rows, blocks_of_slots", [(2, 16, 8), (3, 24, 8), (4, 4, 12)])
 def test_equal_rows_enter_one_by_one_where_that_is_faster(batches, rows, blocks_of_slots):
     """A cache of slots has `rows` in each batch; pages of as much memory have more."""
@@ -326,14 +353,7 @@ def test_equal_rows_enter_one_by_one_where_that_is_faster(batches, rows, blocks_
     requests = [Request(index, [5] * prompt_len, params) for index in range(count)]
     scheduler = scheduler_of([plan])
     scheduler.add(requests)
-    passes, entered = 0, []
-    while not scheduler.is_done:
-        for batch in range(batches):
-            taken = scheduler.compose(batch)
-            entered.append(len(taken.entered))
-            sampled = [row.slot for row in taken.sampled]
-            scheduler.accept(batch, sampled, [3] * len(sampled))
-        passes += 1
+    passes = passes_of(scheduler, batches)
     # As long as the cache of slots, less what half grown rows save, and once the time of an answer.
     bound = answer * (count / (size * batches) + 1)
     assert passes <= 1.04 * bound and not scheduler.recomputed_tokens
@@ -346,7 +366,7 @@ def test_equal_rows_enter_one_by_one_where_that_is_faster(batches, rows, blocks_
 
 @pytest.mark.parametrize("least", [1, 2])
 def test_few_rows_that_are_left_gather_in_few_batches(least):
-    """Of four batches with four rows each, all rows but one end soon."""
+    """In each of four batches with four rows, all rows but one end soon."""
     plan = plan_of(Policy(4, 4), 1, 100, 100)
     scheduler, homes = scheduler_of([plan], frozenset({7})), Homes(plan)
     scheduler.least_batches = least

@@ -110,7 +110,7 @@ def test_no_visit_holds_more_than_the_block_and_nothing_is_lost(lengths, rows, t
 @settings(max_examples=40)
 @given(some_lengths, st.integers(1, 8))
 def test_a_job_so_many_times_as_large_takes_that_much_longer_in_its_middle(lengths, times):
-    """Of a large job the beginning and the end are as they are of a smaller one."""
+    """A large job begins and ends as a smaller one does."""
     ordered = tuple(sorted(lengths, key=lambda it: (-sum(it), -it[0])))
     count = 1000 * len(ordered)
     once, more = (

@@ -71,8 +71,7 @@ class Scheduler:
     def __post_init__(self) -> None:
         self._slots: list[dict[int, Sequence]] = [{} for _ in range(self.num_batches)]
         self._left: list[list[int]] = [[] for _ in range(self.num_batches)]
-        # Rows that are due to enter, of each batch; batches take turns.
-        self._due = [1.0 - batch / self.num_batches for batch in range(self.num_batches)]
+        self._due = self._due_at_first()
         self._are_alike = True
         self._answers = AnswerLengths()
         # Decisions rest on what each batch was when it was composed last, for tokens of the others
@@ -99,9 +98,14 @@ class Scheduler:
         for batch in range(self.num_batches):
             self._left[batch], self._ended[batch], self._under_way[batch] = [], [], []
             self._moving[batch], self._learned[batch] = [], 0
+        self._due = self._due_at_first()
         self._starving, self.recomputed_tokens = None, 0
         if self.admission is not None:
             self.admission.clear()
+
+    def _due_at_first(self) -> list[float]:
+        """Rows that are due to enter each batch, if they enter one by one; batches take turns."""
+        return [1.0 - batch / self.num_batches for batch in range(self.num_batches)]
 
     def add(self, requests: Iterable[Request]) -> None:
         """Queue requests, the longest first."""
@@ -234,8 +238,8 @@ class Scheduler:
     def _expected(self, request: Request, tokens: int) -> int:
         """Tokens that a request is expected to end with, which has so many now.
 
-        An answer that only the context limits is expected to be as long as a plan expects it, and
-        then no longer than it is, once more.
+        An answer that only the context limits is expected to be as long as a plan expects it; once
+        it is longer, it is expected to become twice as long as it is.
         """
         prompt_len = len(request.prompt_token_ids)
         answer, most = tokens - prompt_len, request.max_tokens
@@ -383,8 +387,9 @@ class Scheduler:
         )
         if pace is None:
             return slots
-        # An entry for which there are no pages isn't made up for: rows would be side by side.
-        self._due[batch] = min(self._due[batch], 1.0) + pace / self.num_batches
+        # An entry for which there are no pages isn't made up for: rows would be side by side. And
+        # of rows that entered together before, no more than one is held against those that wait.
+        self._due[batch] = max(-1.0, min(self._due[batch], 1.0)) + pace / self.num_batches
         return max(int(self._due[batch]), not self._slots[batch])
 
     def _next_waiting(
