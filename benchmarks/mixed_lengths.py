@@ -9,12 +9,12 @@ weights, in memory or, with --from-disk, mostly read from disk in each pass; wit
 on the paper's T4 (paper_machines.py), planned and emulated.
 
 Good: a `ratio` of useful tokens/s of 3 or more to a checkout with fixed slots, at 4 and at 16 rows;
-a `recomputed_share` of at most 0.05. `live_cache` says how much of the cache's memory held tokens
-of requests under way, in an average pass. A ratio rests on no run beside which others used the
-cores. Where others do, OMP_NUM_THREADS=1 makes runs steadier: threads that share a core wait for
-each other.
+0.98 or more where all requests are alike; a `recomputed_share` of at most 0.05. `live_cache` says
+how much of the cache's memory held tokens of requests under way, in an average pass. A ratio rests
+on no run beside which others used the cores. Where others do, OMP_NUM_THREADS=1 makes runs
+steadier: threads that share a core wait for each other.
 docs/results/mixed-lengths-cpu.json: python -m benchmarks.mixed_lengths --other FOLDER --lengths
-conversations --num-requests 1000 --json FILE, and three files with other options (docs/results.md)
+conversations --num-requests 1000 --json FILE, and five files with other options (docs/results.md)
 """
 
 from __future__ import annotations
@@ -99,7 +99,11 @@ def mixed_lengths(
         typer.Option("--from-disk", help="Real run: keep weights on disk, as far as possible."),
     ] = False,
     lengths: Annotated[
-        str, typer.Option(metavar="NAME,...", help="Built-in mixtures to run.")
+        str,
+        typer.Option(
+            metavar="NAME,...",
+            help="Built-in mixtures to run; or tokens of all prompts and answers, as 512+32.",
+        ),
     ] = ",".join(MIXTURES),
     rows: Annotated[
         str, typer.Option(metavar="N,...", help="Slots for which the memory is enough.")
@@ -145,7 +149,7 @@ def mixed_lengths(
     where = EMULATED_T4 if emulated else FROM_DISK if from_disk else IN_MEMORY
     with _model(None if emulated else model) as (name, config):
         for mixture in lengths.split(","):
-            chosen = scale(draw(MIXTURES[mixture].make(), num_requests), longest)
+            chosen = _lengths(mixture, num_requests, longest)
             for count in map(int, rows.split(",")):
                 slots = fixed_slots(config, chosen, count, emulated)
                 task = {
@@ -159,6 +163,14 @@ def mixed_lengths(
     settings = {"model": EMULATED if emulated else model, "where": where, "checkouts": commits}
     result = settings | {"emulated": emulated, "cases": cases}
     gate.finish(result, "emulated T4 machine" if emulated else _device(cases), json_file)
+
+
+def _lengths(mixture: str, num_requests: int, longest: int) -> Lengths:
+    """Lengths of requests of a mixture, or of equal ones."""
+    if mixture in MIXTURES:
+        return scale(draw(MIXTURES[mixture].make(), num_requests), longest)
+    prompt_len, answer_len = map(int, mixture.split("+"))
+    return [(prompt_len, answer_len)] * num_requests
 
 
 def checkouts_with(other: Path | None) -> dict[str, Path]:
