@@ -220,6 +220,7 @@ class Workload:
     far as part of the prompt. drawn: mean work of sampling a token, as a share of sampling from all
     tokens (cost/ops.py). mean_seq_len: mean tokens of a row's cache while they run; None for those
     of the longest. mean_prompt_len: mean tokens of a prompt; None for those of the longest.
+    sharing: what their prompts share; mean_seq_len is without it. None for nothing.
     """
 
     num_requests: int
@@ -229,6 +230,7 @@ class Workload:
     drawn: float = 0.0
     mean_seq_len: float | None = None
     mean_prompt_len: float | None = None
+    sharing: Sharing | None = None
 
     @property
     def mean_len(self) -> float:
@@ -247,7 +249,35 @@ class Workload:
             and self.max_prompt_len >= other.max_prompt_len
             and self.max_seq_len >= other.max_seq_len
             and self.resumes >= other.resumes
+            and (other.sharing is None or self.sharing is not None)
         )
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """Amount of a set's prompts that lies in prefixes that several of them share (prefixes.py).
+
+    num_requests: sequences. tokens: of all prefixes together. most_tokens: of the prefixes of one
+    prompt, at most.
+    mean_tokens: of the prefixes of a prompt, on average. levels: mean number of a prompt's
+    prefixes.
+    """
+
+    num_requests: int
+    tokens: int
+    most_tokens: int
+    mean_tokens: float
+    levels: float
+
+    def pages(self, rows: int) -> int:
+        """Pages of the prefixes that so many rows use at a time.
+
+        Rows of a group follow each other. Two groups may be there in part, and the next one's
+        prefixes are computed ahead.
+        """
+        share = min(1.0, rows / self.num_requests)
+        at_a_time = ceil(self.tokens * share) + 2 * self.most_tokens
+        return min(self.tokens, at_a_time) // PAGE_TOKENS
 
 
 @explains_unknown()

@@ -45,6 +45,7 @@ from flexgen_ray.planner.choose import (
 )
 from flexgen_ray.planner.other_machines import HardwareFileBackend
 from flexgen_ray.planner.stage_policies import StagePolicies
+from flexgen_ray.prefixes import NOTHING_SHARED, find_prefixes, measure_sharing
 from flexgen_ray.processor import Samples
 from flexgen_ray.reporting.report import Report, StageReport
 from flexgen_ray.reporting.tally import ProgressTracker, RequestTimes
@@ -74,6 +75,7 @@ class Settings:
     hardware: hardware whose rates are planned with, and in a dry run its memory too.
     max_seconds: longest time that a block may take.
     is_dry: plan, but load and run nothing.
+    shares_prefixes: compute what prompts share once.
     """
 
     weights: str | None
@@ -90,6 +92,7 @@ class Settings:
     hardware: Hardware | None = None
     max_seconds: float | None = None
     is_dry: bool = False
+    shares_prefixes: bool = True
 
 
 class Engine:
@@ -111,6 +114,7 @@ class Engine:
         self.settings = settings
         self.on_progress = on_progress
         self._plans: list[StagePlan] | None = None
+        self._shared = NOTHING_SHARED
         self._is_closed = False
         self._run: Generator[Finished | Progress] | None = None
         self.report = Report()
@@ -157,6 +161,7 @@ class Engine:
             settings.max_seconds,
             self._stages_disk,
             hops_on_device=self._uses_nccl,
+            shared=self._shared,
             # With max_model_len, the requests' lengths don't decide how much memory one takes.
             request_name=name if settings.max_model_len is None else None,
         )
@@ -178,14 +183,22 @@ class Engine:
     def _workload(self, requests: list[Request]) -> Workload:
         """Sizes that the stores need for these requests; with max_model_len, for any within it."""
         longest = self.settings.max_model_len
+        answers = [request for request in requests for _ in range(request.params.n)]
+        self._shared = find_prefixes(answers) if self.settings.shares_prefixes else NOTHING_SHARED
+        lengths = [
+            (prompt_len - self._shared.before(request), answer_len)
+            for request in answers
+            for prompt_len, answer_len in [request.expected_lengths]
+        ]
         return Workload(
             # Only a policy that is chosen depends on the number of requests.
-            num_requests=1 if self.settings.policies else sum(it.params.n for it in requests),
+            num_requests=1 if self.settings.policies else len(answers),
             max_prompt_len=longest or max(len(it.prompt_token_ids) for it in requests),
             # The last token of a text that is scored needs no place in the context.
             max_seq_len=longest + 1 if longest else max(it.max_seq_len for it in requests),
             resumes=self.backend.resumes,
-            mean_seq_len=mean_cached([it.expected_lengths for it in requests]),
+            mean_seq_len=mean_cached(lengths),
+            sharing=measure_sharing(answers, self._shared),
         )
 
     @property

@@ -78,7 +78,8 @@ class ActiveOps:
                 return split.disk > 0
             case Condition.STREAMS_CACHE:
                 # Chunked prompts are attended on the device, even if decoding rows are not.
-                return streamed > 0 or (off_device > 0 and self._plan.chunks_prompts)
+                chunks = off_device > 0 and self._plan.chunks_prompts
+                return streamed > 0 or chunks or self._plan.space.prefix_slot > 0
             case Condition.STREAMS_CHOSEN_VALUES:
                 return self._plan.is_sparse and streamed > 0
             case Condition.ATTENDS_ON_HOST:

@@ -244,12 +244,39 @@ class Admission:
     """Decides for all stages of a ring which rows enter, and which get another page."""
 
     def __init__(self, spaces: Sequence[CacheSpace]) -> None:
+        self._spaces = spaces
         self._books = [_Books(space) for space in spaces]
+        self._prefixes: set[Key] = set()
         self._rows: dict[Key, GrowingRow] = {}
+
+    @property
+    def prefix_pages(self) -> int:
+        """Pages that prefixes may have in every stage, beside those of rows."""
+        return min(space.prefix_pages for space in self._spaces)
+
+    @property
+    def prefix_slot(self) -> int | None:
+        """Pages of prefixes that a batch may have streamed to the devices; None if none are."""
+        slots = [space.prefix_slot for space in self._spaces if space.prefix_tier == "cpu"]
+        return min(slots, default=None)
+
+    @property
+    def prefix_tiers(self) -> tuple[int, ...]:
+        """Index in TIERS of the prefixes' tier in each stage."""
+        return tuple(TIERS.index(space.prefix_tier) for space in self._spaces)
+
+    def begin_prefix(self, batch: int, slot: int) -> None:
+        """Note that a slot is taken by a prefix, whose pages count nowhere here."""
+        self._prefixes.add((batch, slot))
+
+    def end_prefix(self, batch: int, slot: int) -> None:
+        """Note that the slot of a prefix is free."""
+        self._prefixes.remove((batch, slot))
 
     def clear(self) -> None:
         """Forget all rows."""
         self._rows.clear()
+        self._prefixes.clear()
         for books in self._books:
             books.clear()
 
@@ -292,7 +319,7 @@ class Admission:
 
     def free_slots(self, batch: int, size: int) -> list[int]:
         """Slots of a batch without a row, of `size`."""
-        taken = {slot for of, slot in self._rows if of == batch}
+        taken = {slot for of, slot in [*self._rows, *self._prefixes] if of == batch}
         return [slot for slot in range(size) if slot not in taken]
 
     def move(self, before: Key, after: Key) -> None:
@@ -330,6 +357,8 @@ class Admission:
 
     def tier(self, batch: int, slot: int) -> int:
         """Index in TIERS of a row's tier in the first stage."""
+        if (batch, slot) in self._prefixes:
+            return self.prefix_tiers[0]
         return self._books[0].entries[batch, slot].tier
 
 

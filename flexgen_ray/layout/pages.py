@@ -81,6 +81,8 @@ class CacheSpace:
     both in the first kind, and the others take no more.
     streams_all: True if rows in host memory must all be streamed.
     disk_rows: rows on disk, all batches together.
+    prefix_pages: pages of prefixes that rows share, in each kind and beyond `pools`. prefix_tier:
+    the tier of these; prefix_slot: pages of them that a batch has streamed to the device.
     """
 
     kinds: tuple[LayerKind, ...]
@@ -91,6 +93,17 @@ class CacheSpace:
     disk: int
     streams_all: bool
     disk_rows: int
+    prefix_pages: int = 0
+    prefix_tier: str = "gpu"
+    prefix_slot: int = 0
+
+    @property
+    def all_pools(self) -> tuple[tuple[int, int, int], ...]:
+        """By kind, the pages of each tier's pool with those of prefixes."""
+        more = tuple(self.prefix_pages * (tier == self.prefix_tier) for tier in TIERS)
+        return tuple(
+            (gpu + more[0], cpu + more[1], disk + more[2]) for gpu, cpu, disk in self.pools
+        )
 
     @property
     def pages(self) -> tuple[int, int, int]:
@@ -112,12 +125,12 @@ class Home:
         self.tier = tier
         self.pages = pages
         self.tail = tail
-        self._most = most
+        self.most = most
         self._table: np.ndarray | None = None
 
     def page(self, index: int) -> int:
         """Page with the row's tokens from PAGE_TOKENS * index on."""
-        return self.pages[index % self._most]
+        return self.pages[index % self.most]
 
     def table(self, count: int) -> np.ndarray:
         """Pages of the row's tokens up to PAGE_TOKENS * count, int32 [count]."""
@@ -203,8 +216,24 @@ class PagePool:
             self._runs.insert(place, (start, stop))
 
 
+@dataclass(frozen=True)
+class SharedHome:
+    """Place of a prefix that rows share, in the layers of one kind.
+
+    number: of the prefix. start, end: tokens before it, and those up to its end. home: its pages.
+    """
+
+    number: int
+    start: int
+    end: int
+    home: Home
+
+
 class StagePages:
-    """Homes of all rows in one stage; what it does depends only on the order of the calls."""
+    """Homes of all rows in one stage; what it does depends only on the order of the calls.
+
+    A prefix that rows share is computed as a row of its own, which then is kept without a slot.
+    """
 
     def __init__(self, space: CacheSpace) -> None:
         self._space = space
@@ -213,8 +242,10 @@ class StagePages:
     def clear(self) -> None:
         """Forget all rows."""
         self._pools = [
-            dict(zip(TIERS, map(PagePool, pages), strict=True)) for pages in self._space.pools
+            dict(zip(TIERS, map(PagePool, pages), strict=True)) for pages in self._space.all_pools
         ]
+        self._chains: dict[tuple[int, int], tuple[int, ...]] = {}
+        self._prefixes: dict[int, tuple[SharedHome, ...]] = {}
         self._tails = list(range(self._space.disk_rows))[::-1]
         self._homes: dict[tuple[int, int], tuple[Home, ...]] = {}
 
@@ -222,8 +253,20 @@ class StagePages:
         """Homes of the row in a slot, by kind of layer; all on one tier, with one tail."""
         return self._homes[batch, slot]
 
-    def enter(self, batch: int, slot: int, count: int, tier: str) -> None:
-        """Give a row its homes, with pages for as many tokens as `count` pages hold."""
+    def prefixes(self, batch: int, slot: int) -> tuple[tuple[SharedHome, ...], ...]:
+        """By kind of layer, the prefixes that precede a row's own tokens, in their order."""
+        shared = [self._prefixes[number] for number in self._chains.get((batch, slot), ())]
+        return tuple(zip(*shared, strict=True)) or ((),) * len(self._space.kinds)
+
+    def enter(
+        self, batch: int, slot: int, count: int, tier: str, chain: tuple[int, ...] = ()
+    ) -> None:
+        """Give a row its homes, with pages for as many tokens as `count` pages hold.
+
+        chain: numbers of the prefixes that precede its own tokens.
+        """
+        if chain:
+            self._chains[batch, slot] = chain
         tail = self._tails.pop() if tier == "disk" else -1
         self._homes[batch, slot] = tuple(
             Home(tier, pools[tier].take(min(count, kind.most_pages)), tail, kind.most_pages)
@@ -248,10 +291,27 @@ class StagePages:
     def move(self, before: tuple[int, int], after: tuple[int, int]) -> None:
         """Note that a row with its pages is in another (batch, slot)."""
         self._homes[after] = self._homes.pop(before)
+        if before in self._chains:
+            self._chains[after] = self._chains.pop(before)
+
+    def keep(self, batch: int, slot: int, number: int, tokens: int) -> None:
+        """Keep a row as the prefix of this number, which has so many tokens of its own."""
+        chain = self._chains.pop((batch, slot), ())
+        start = self._prefixes[chain[-1]][0].end if chain else 0
+        homes = self._homes.pop((batch, slot))
+        self._prefixes[number] = tuple(
+            SharedHome(number, start, start + tokens, home) for home in homes
+        )
+
+    def drop(self, number: int) -> None:
+        """Take back the pages of a prefix."""
+        for shared, pools in zip(self._prefixes.pop(number), self._pools, strict=True):
+            pools[shared.home.tier].give(shared.home.pages)
 
     def leave(self, batch: int, slot: int) -> None:
         """Take back what a row had."""
         homes = self._homes.pop((batch, slot))
+        self._chains.pop((batch, slot), None)
         for home, pools in zip(homes, self._pools, strict=True):
             pools[home.tier].give(home.pages)
         if homes[0].tail >= 0:

@@ -34,7 +34,7 @@ class StagePlan:
     device reads them directly into its slots. num_blocks: blocks in flight, each with its own
     cache. hops_on_device: True if hidden states go from GPU to GPU, not through the hosts.
     pages_per_row: pages of the cache for each row of the block; None for those of a row of mean
-    length.
+    length. prefix_tier: "gpu" or "cpu", where prefixes lie that rows share.
     """
 
     config: ModelConfig
@@ -46,6 +46,7 @@ class StagePlan:
     num_blocks: int = 1
     hops_on_device: bool = False
     pages_per_row: int | None = None
+    prefix_tier: str = "gpu"
 
     @property
     def element_bytes(self) -> int:
@@ -194,7 +195,29 @@ class StagePlan:
             disk=max(on_disk, self.most_pages) if on_disk else 0,
             streams_all=self.policy.cpu_attention == 0,
             disk_rows=rows[2],
+            prefix_pages=self.prefix_pages,
+            prefix_tier=self.prefix_tier,
+            prefix_slot=self._prefix_slot,
         )
+
+    @cached_property
+    def prefix_pages(self) -> int:
+        """Pages of prefixes that rows share; 0 with sparse attention, which chooses by row."""
+        sharing = self.workload.sharing
+        if sharing is None or self.is_sparse:
+            return 0
+        batches = self.num_batches + 1  # prefixes are computed ahead for one batch
+        rows = batches * self.policy.gpu_batch_size
+        return sharing.pages(rows)
+
+    @property
+    def _prefix_slot(self) -> int:
+        """Pages of prefixes that a batch has streamed to the device."""
+        sharing = self.workload.sharing
+        if not self.prefix_pages or sharing is None or self.prefix_tier == "gpu":
+            return 0
+        pages = sharing.pages(self.policy.gpu_batch_size)
+        return min(pages, self.prefix_pages)
 
     def _pool_pages(self, kind: LayerKind, rows: list[int]) -> tuple[int, int, int]:
         """Pages of each tier's pool of a kind of layers; rows: rows of mean length by tier."""

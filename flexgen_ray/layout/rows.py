@@ -17,7 +17,7 @@ from itertools import accumulate
 from typing import Any, Generic, TypeVar
 
 from flexgen_ray.config import PAGE_TOKENS
-from flexgen_ray.layout.pages import FULL, Home, LayerKind, pages_of
+from flexgen_ray.layout.pages import FULL, Home, LayerKind, SharedHome, pages_of
 from flexgen_ray.layout.placement import RowSplit
 
 T = TypeVar("T")
@@ -27,10 +27,10 @@ T = TypeVar("T")
 class Row:
     """Part of a pass that belongs to one slot.
 
-    position: tokens in the row's cache before this pass; offset: index of its first new token among
-    the packed tokens; is_sampled: True if a token is to be sampled after its last new one;
+    position: tokens in the row's own cache before this pass; offset: index of its first new token
+    among the packed tokens; is_sampled: True if a token is to be sampled after its last new one;
     is_prefill: True if its new tokens were known when the sequence took the slot, even if this pass
-    brings only one of them.
+    brings only one of them. before: tokens of prefixes that it shares, which precede its own.
     """
 
     slot: int
@@ -39,6 +39,7 @@ class Row:
     offset: int
     is_sampled: bool
     is_prefill: bool
+    before: int = 0
 
     @property
     def tokens(self) -> slice:
@@ -47,7 +48,7 @@ class Row:
 
     @property
     def seq_len(self) -> int:
-        """Tokens in the row's cache after this pass."""
+        """Tokens in the row's own cache after this pass."""
         return self.position + self.num_new_tokens
 
 
@@ -99,8 +100,11 @@ class Rows:
 
     token_ids: empty in stages after the first, which receive hidden states.
     left: slots whose rows have left since the batch's last pass. grown: (slot, pages) of what rows
-    got then. entered: (slot, pages, tier in each stage) of rows that entered after that, in order;
-    tiers are indices in TIERS. moved: (slot, other batch, slot there) of rows that came from there.
+    got then. entered: (slot, pages, tier in each stage, prefixes) of rows that entered after that,
+    in order; tiers are indices in TIERS, prefixes the numbers of those that precede the row's own
+    tokens. moved: (slot, other batch, slot there) of rows that came from there.
+    kept: (slot, prefix, its tokens) of rows that are prefixes, and were complete before this pass.
+    dropped: prefixes whose pages are taken back after that, before rows enter.
     """
 
     rows: tuple[Row, ...]
@@ -109,8 +113,10 @@ class Rows:
     scored: tuple[ScoredRow, ...] = ()
     left: tuple[int, ...] = ()
     grown: tuple[tuple[int, int], ...] = ()
-    entered: tuple[tuple[int, int, tuple[int, ...]], ...] = ()
+    entered: tuple[tuple[int, int, tuple[int, ...], tuple[int, ...]], ...] = ()
     moved: tuple[tuple[int, int, int], ...] = ()
+    kept: tuple[tuple[int, int, int], ...] = ()
+    dropped: tuple[int, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -124,7 +130,8 @@ class Rows:
     @cached_property
     def positions(self) -> list[int]:
         """Position of each packed token in its sequence."""
-        return [p for row in self.rows for p in range(row.position, row.seq_len)]
+        spans = ((row.before + row.position, row.before + row.seq_len) for row in self.rows)
+        return [p for first, last in spans for p in range(first, last)]
 
     @cached_property
     def sampled(self) -> list[Row]:
@@ -177,12 +184,13 @@ class Division:
     """Division of one row: where its cache lies, and who attends it.
 
     tier: where it lies; on_host: True if the host attends it there. home: its pages, None if only
-    costs are asked for.
+    costs are asked for. prefixes: those that precede its own tokens, in their order.
     """
 
     tier: str
     on_host: bool = False
     home: Home | None = None
+    prefixes: tuple[SharedHome, ...] = ()
 
 
 _KINDS = Division("gpu"), Division("cpu", on_host=True), Division("cpu"), Division("disk")
@@ -228,6 +236,63 @@ class PlacedRows:
         home = self._of_slot[row.slot].home
         assert home is not None, "rows of a plan have no pages"
         return home
+
+    def prefixes(self, row: Row) -> tuple[SharedHome, ...]:
+        """Prefixes that precede a row's own tokens, in their order."""
+        return self._of_slot[row.slot].prefixes
+
+    @cached_property
+    def _all_prefixes(self) -> list[SharedHome]:
+        """Every prefix of the pass once."""
+        shared = (it for division in self.divisions for it in division.prefixes)
+        return list({it.number: it for it in shared}.values())
+
+    @cached_property
+    def places(self) -> dict[int, int]:
+        """{slot: place} of the decoding rows among themselves, in the order of their tokens."""
+        decoding = (row.slot for row in self.rows.rows if not row.is_prefill)
+        return {slot: place for place, slot in enumerate(decoding)}
+
+    @cached_property
+    def sharing(self) -> list[Row]:
+        """Decoding rows that share prefixes."""
+        return self._select(lambda row, it: bool(it.prefixes) and not row.is_prefill)
+
+    def shared(self, window: int | None) -> list[tuple[SharedHome, list[Row]]]:
+        """Each prefix with the decoding rows that attend any of its tokens, in their order.
+
+        window: of the layer; None for all tokens.
+        """
+        users: dict[int, tuple[SharedHome, list[Row]]] = {}
+        for row in self.sharing:
+            first = first_attended(row, window)
+            for shared in self.prefixes(row):
+                if first < shared.end:
+                    users.setdefault(shared.number, (shared, []))[1].append(row)
+        return list(users.values())
+
+    @cached_property
+    def prefix_copies(self) -> list[tuple[int, int, int]]:
+        """(place in the slot for prefixes, page, number of pages) of those in host memory."""
+        copies, place = [], 0
+        for shared in self._all_prefixes:
+            if shared.home.tier == "cpu":
+                for index, page, count in shared.home.runs(0, len(shared.home.pages)):
+                    copies.append((place + index, page, count))
+                place += len(shared.home.pages)
+        return copies
+
+    @cached_property
+    def loaded_prefixes(self) -> dict[int, Home]:
+        """{prefix: its pages in the slot for prefixes} of those in host memory."""
+        homes, place = {}, 0
+        for shared in self._all_prefixes:
+            count = len(shared.home.pages)
+            if shared.home.tier == "cpu":
+                pages = tuple(range(place, place + count))
+                homes[shared.number] = Home("gpu", pages, most=shared.home.most)
+                place += count
+        return homes
 
     def _select(self, accepts: Callable[[Row, Division], bool]) -> list[Row]:
         pairs = zip(self.rows.rows, self.divisions, strict=True)
@@ -366,6 +431,11 @@ class PlacedRows:
     def attended_runs(self) -> list[tuple[int, slice]]:
         """(first place on the host, packed tokens) of the rows that the host attends, in runs."""
         return token_runs(self.attended)
+
+
+def first_attended(row: Row, window: int | None) -> int:
+    """First token, prefixes included, that a row's first new token attends."""
+    return 0 if window is None else max(0, row.before + row.position + 1 - window)
 
 
 def streamed_pages_of(row: Row, kind: LayerKind) -> int:

@@ -18,6 +18,7 @@ from flexgen_ray.units import format_bytes
 
 FRAGMENTATION = 1.5  # memory that the allocator holds, over live memory; see test_memory.py
 CHOICE_BYTES = 4  # of the index of a token that sparse attention chose
+PREFIX_TILE = 1024  # tokens of a prefix that are attended at a time
 # Programs among which a GPU divides the tokens of few rows (kernels/paged_splits.py).
 SPLIT_PROGRAMS = 768
 
@@ -102,13 +103,14 @@ def _cache_bytes(plan: StagePlan) -> dict[str, dict[str, int]]:
     counts = [len(plan.layers_of(kind)) for kind in space.kinds]
     gpu, cpu, disk = (
         sum(count * pages for count, pages in zip(counts, pools, strict=True))
-        for pools in zip(*space.pools, strict=True)
+        for pools in zip(*space.all_pools, strict=True)
     )
     disk_page = plan.disk_page_bytes
     new_kv = new_kv_bytes(plan)
     vectors = plan.attended_rows * plan.config.q_size * plan.element_bytes
     chosen = plan.choosing_rows * plan.max_kept_tokens * plan.config.num_kv_heads
-    slot = plan.slot_pages * page + chosen * plan.vector_bytes
+    slot = (plan.slot_pages + space.prefix_slot) * page + chosen * plan.vector_bytes
+    sums = plan.attended_rows * plan.config.num_heads * 4 if plan.prefix_pages else 0
     return {
         "gpu": {
             "cache": gpu * page,
@@ -119,7 +121,7 @@ def _cache_bytes(plan: StagePlan) -> dict[str, dict[str, int]]:
             "cache tails": layers * space.disk_rows * disk_page,
             "cache in flight": CELL_SLOTS * (2 * space.disk * disk_page + new_kv)
             + CELL_SLOTS * chosen * (plan.vector_bytes + CHOICE_BYTES),
-            "host attention": 2 * CELL_SLOTS * vectors,
+            "host attention": CELL_SLOTS * (2 * vectors + sums),
             "workspace": host_workspace_bytes(plan),
         },
         "disk": {"cache": disk * disk_page},
@@ -165,7 +167,7 @@ def _hidden_bytes(plan: StagePlan) -> dict[str, dict[str, int]]:
         "gpu": {
             **hops["gpu"],
             "hidden states": slots * gpu * token,
-            "cell": CELL_SLOTS * (work * plan.element_bytes + packed),
+            "cell": CELL_SLOTS * (work * plan.element_bytes + packed + merged_bytes(plan)),
         },
         "cpu": {
             "hidden states": slots * cpu * token,
@@ -174,6 +176,17 @@ def _hidden_bytes(plan: StagePlan) -> dict[str, dict[str, int]]:
         },
         "disk": {"hidden states": slots * aligned(disk * token, SECTOR)},
     }
+
+
+def merged_bytes(plan: StagePlan) -> int:
+    """Bytes of a cell by which parts of attention merge.
+
+    They are the queries of rows that share prefixes, the attention to these and the sums of both
+    parts, the last in float32.
+    """
+    vectors = plan.policy.gpu_batch_size * plan.config.num_heads
+    each = (plan.config.head_dim + 2) * 4 + plan.config.head_dim * plan.element_bytes
+    return vectors * each if plan.prefix_pages else 0
 
 
 def _has_arrivals(plan: StagePlan) -> bool:
@@ -253,6 +266,10 @@ def _op_bytes(plan: StagePlan) -> tuple[int, int]:
     attention += min(mask, max(ATTENTION_WORKSPACE, one_page))
     attention += _decoding_bytes(plan, on_cpu=not plan.stages_disk)
     attention += split_bytes(config) * plan.stages_disk
+    if plan.prefix_pages:
+        # Keys and values of a tile, gathered, dequantized and in float32; scores of some queries.
+        attention += PREFIX_TILE * config.kv_size * (4 * element + 2 * 4)
+        attention += 2 * prefix_rows_at_a_time(config) * config.num_heads * (PREFIX_TILE + 64) * 4
     # The weights of the chosen tokens stay until their values have arrived.
     chosen_tokens = CELL_SLOTS * plan.choosing_rows * plan.max_kept_tokens
     attention += chosen_tokens * 4 * config.num_heads
@@ -274,6 +291,11 @@ def _decoding_bytes(plan: StagePlan, on_cpu: bool) -> int:
         rows = plan.policy.gpu_batch_size * -(-plan.max_seq_len // PART_TOKENS)
         parts = min(rows, 2 * cached // PART_TOKENS)
     return max(copied, parts * plan.config.num_heads * (plan.config.head_dim + 64) * 4)
+
+
+def prefix_rows_at_a_time(config: ModelConfig) -> int:
+    """Rows whose scores of a tile of a prefix's tokens are computed at a time."""
+    return max(1, ATTENTION_WORKSPACE // (2 * config.num_heads * PREFIX_TILE * 4))
 
 
 def split_bytes(config: ModelConfig) -> int:

@@ -22,7 +22,7 @@ from flexgen_ray.hardware.known import ASSUMED
 from flexgen_ray.layout.plan import StagePlan
 from flexgen_ray.layout.sizes import check_budgets
 from flexgen_ray.models.config import ModelConfig
-from flexgen_ray.planner.fill import fill_tiers, with_spare_pages
+from flexgen_ray.planner.fill import fill_tiers, place_prefixes, with_spare_pages
 from flexgen_ray.planner.forecast import (
     NOTHING_FITS,
     Forecast,
@@ -33,6 +33,7 @@ from flexgen_ray.planner.grid import SearchSpace
 from flexgen_ray.planner.pipeline_plan import ModelRates, PipelinePlan, PlannedJob, StageDevice
 from flexgen_ray.planner.search import Infeasible, Planner, find_best_plan
 from flexgen_ray.planner.stage_policies import StagePolicies, split_layers_evenly
+from flexgen_ray.prefixes import NOTHING_SHARED, SharedPrompts
 from flexgen_ray.request import EXPECTED_TOKENS, Request
 from flexgen_ray.runtime.worker import Machine
 from flexgen_ray.schedule.zigzag import StageLayers
@@ -84,7 +85,8 @@ class PlanningProblem:
     requests: the job's requests. request_name: gives a request's name for people, from its index;
     if not None, the choice says how much memory the longest requests cost.
     base: the parts of a policy that are never chosen, its lossy options.
-    max_seconds: limit on a block's latency.
+    max_seconds: limit on a block's latency. shared: prefixes of the requests' prompts, which are
+    computed once.
     """
 
     config: ModelConfig
@@ -98,6 +100,7 @@ class PlanningProblem:
     stages_disk: bool = False
     hops_on_device: bool = False
     request_name: RequestName | None = None
+    shared: SharedPrompts = NOTHING_SHARED
 
     @property
     def has_rates(self) -> bool:
@@ -153,7 +156,7 @@ class PlanningProblem:
         # Plan for average lengths, but with room for the longest that the workload allows.
         longest, prompt_len = self.workload.max_seq_len, self.workload.max_prompt_len
         job = replace(
-            planned_job(self.answers),
+            planned_job(self.answers, self.shared),
             prompt_len=prompt_len,
             max_tokens=max(longest - prompt_len, 1),
         )
@@ -254,15 +257,17 @@ def _given_stages(problem: PlanningProblem, policies: StagePolicies) -> list[Sta
     stages = problem.stage_plans(policies)
     if problem.workload.mean_seq_len is not None:
         rows = stages[0].num_blocks * stages[0].policy.block_size
-        mean = planned_job(problem.answers).mean_seq_len(rows)
+        mean = planned_job(problem.answers, problem.shared).mean_seq_len(rows)
         workload = replace(problem.workload, mean_seq_len=mean)
         stages = [replace(stage, workload=workload) for stage in stages]
+    stages = place_prefixes(stages, problem.budgets)
     check_budgets(stages, problem.budgets)
     return stages
 
 
 def _filled_stages(problem: PlanningProblem) -> list[StagePlan]:
-    stages = fill_tiers(problem.stage_plans(StagePolicies((problem.base,))), problem.budgets)
+    plans = problem.stage_plans(StagePolicies((problem.base,)))
+    stages = place_prefixes(fill_tiers(plans, problem.budgets), problem.budgets)
     check_budgets(stages, problem.budgets)
     return stages
 
@@ -320,7 +325,7 @@ def _describe_longest(problem: PlanningProblem, request_name: RequestName) -> st
         problem.workload,
         max_prompt_len=prompt_len,
         max_seq_len=usual,
-        mean_seq_len=planned_job(others).together_len,
+        mean_seq_len=planned_job(others, problem.shared).together_len,
     )
     num_without = _num_fitting(replace(problem, workload=workload))
     if not num_without:
@@ -345,9 +350,17 @@ def _num_fitting(problem: PlanningProblem) -> int:
     return plan.num_blocks * plan.policy.num_gpu_batches * plan.policy.gpu_batch_size
 
 
-def planned_job(requests: Sequence[Request]) -> PlannedJob:
-    """The job of these requests: their number, and their longest and expected lengths."""
+def planned_job(requests: Sequence[Request], shared: SharedPrompts = NOTHING_SHARED) -> PlannedJob:
+    """The job of these requests: their number, and their longest and expected lengths.
+
+    shared: prefixes of their prompts, whose tokens don't count.
+    """
     drawn = fmean(sampling_share(it.params.temperature, it.params.top_k) for it in requests)
-    job = PlannedJob.of([request.expected_lengths for request in requests], drawn=drawn)
+    lengths = [
+        (prompt_len - shared.before(request), answer_len)
+        for request in requests
+        for prompt_len, answer_len in [request.expected_lengths]
+    ]
+    job = PlannedJob.of(lengths, drawn=drawn)
     longest = max(request.max_seq_len for request in requests)
     return replace(job, max_tokens=max(longest - job.prompt_len, 1))

@@ -20,7 +20,10 @@ ATTEND_DEVICE weighs them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from operator import itemgetter
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -31,9 +34,11 @@ from flexgen_ray.kernels.cuda_attention import page_kernel
 from flexgen_ray.kernels.host_kernel import HostKernel, rows_together
 from flexgen_ray.kernels.indices import place_indices
 from flexgen_ray.kernels.pack import pack, unpack
-from flexgen_ray.layout.pages import Home, page_table, pages_of
+from flexgen_ray.kernels.prefix_attention import attend_shared, merge_part
+from flexgen_ray.layout.pages import Home, SharedHome, page_table, pages_of
 from flexgen_ray.layout.plan import StagePlan
-from flexgen_ray.layout.rows import MemoKey, PlacedRows, Row, token_runs
+from flexgen_ray.layout.rows import MemoKey, PlacedRows, Row, first_attended, token_runs
+from flexgen_ray.layout.sizes import PREFIX_TILE, prefix_rows_at_a_time
 from flexgen_ray.runtime.passes import DecodeRows, find_decode_runs
 from flexgen_ray.schedule.ops import Op
 from flexgen_ray.store.activations import CellBuffers
@@ -43,6 +48,23 @@ from flexgen_ray.store.tiers import TORCH_DTYPE
 _Runs = list[DecodeRows]
 _RESIDENT_RUNS = MemoKey[_Runs]()
 _STREAMED_RUNS = MemoKey[_Runs]()
+_SHARING = MemoKey[tuple[Tensor, Tensor]]()
+
+
+class _Tile(NamedTuple):
+    """Tokens of a prefix that are attended at a time, from `first` to before `last`.
+
+    rows: (packed tokens, places, starts) of some of the decoding rows that attend any of them;
+    starts: the first that each attends, counted from `first`, or None for all.
+    """
+
+    shared: SharedHome
+    first: int
+    last: int
+    rows: list[tuple[Tensor, Tensor, Tensor | None]]
+
+
+_TILES = MemoKey[list[_Tile]]()
 
 
 class DeviceAttention:
@@ -112,29 +134,101 @@ class DeviceAttention:
             ),
         ):
             if key is _RESIDENT_RUNS or not self._plan.is_sparse:
-                make = partial(find_decode_runs, rows, home, self._device)
+                make = partial(find_decode_runs, placed, rows, home, self._device)
                 for run in placed.memoized(key, make):
-                    q, out = work.q[run.tokens], target[run.tokens]
-                    self._decode(q, pool, run, window, out)
-            for row in rows:
-                if row.is_prefill:
-                    pages = home(row) if row.position else None
-                    self._prefill(work, row, pool, pages, window, target[row.tokens])
+                    sums = work.own_sums[run.places] if placed.sharing else None
+                    self._decode(work.q[run.tokens], pool, run, window, target[run.tokens], sums)
+            self._prefill_rows(op, placed, work, rows, pool, home)
+        if placed.sharing:
+            self._attend_prefixes(op, placed, work)
         cache.append_resident(op, placed, work, prefills=True)
 
     def _decode(
-        self, q: Tensor, pool: Tensor, run: DecodeRows, window: int | None, out: Tensor
+        self,
+        q: Tensor,
+        pool: Tensor,
+        run: DecodeRows,
+        window: int | None,
+        out: Tensor,
+        sums: Tensor | None,
     ) -> None:
-        """Attend a run's rows into out, [rows, heads, head_dim]."""
+        """Attend a run's rows into out, [rows, heads, head_dim]; sums: as HostAttention's lse."""
         if self._on_gpu is not None:
+            most = max(run.lens)
             self._on_gpu.attend_pages(
-                q, *pool, run.tables, run.num_tokens, out, most=max(run.lens), window=window
+                q, *pool, run.tables, run.num_tokens, out, most=most, window=window, lse=sums
             )
             return
         how = self._sparsity, window
         for some in rows_together(self._kernel, len(run.lens), self._plan.rows_at_a_time):
             tables, lens = run.tables[some], run.lens[some]
-            self._kernel(q[some], pool[0], pool[1], tables, lens, out[some], *how)
+            lse = None if sums is None else sums[some]
+            self._kernel(q[some], pool[0], pool[1], tables, lens, out[some], *how, lse)
+
+    def _attend_prefixes(self, op: Op, placed: PlacedRows, work: CellBuffers) -> None:
+        """Attend the prefixes that decoding rows share, those of rows that the host attends too.
+
+        A tile of a prefix is read once for all of its rows.
+        """
+        count, window = len(placed.places), self._config.window(op.layer)
+        out, sums = work.of_prefixes[:count], work.prefix_sums[:count]
+        out.zero_()
+        sums.fill_(-torch.inf)
+        for tile in placed.memoized(_TILES, lambda: self._find_tiles(placed, window), window):
+            k, v = self._prefix_tokens(op, placed, tile.shared, tile.first, tile.last)
+            k, v = self._dequantized(k), self._dequantized(v)
+            for tokens, places, starts in tile.rows:
+                q = work.q[tokens] if placed.rows.are_single else work.sharing_q[places]
+                merge_part(out, sums, places, attend_shared(q, k, v, starts))
+
+    def _find_tiles(self, placed: PlacedRows, window: int | None) -> list[_Tile]:
+        """Tiles of all prefixes that decoding rows of a pass attend, each with some of the rows."""
+        tiles, most = [], prefix_rows_at_a_time(self._config)
+        for shared, rows in placed.shared(window):
+            firsts = [(row, first_attended(row, window)) for row in rows]
+            begin = max(shared.start, min(first for _, first in firsts))
+            for first in range(begin, shared.end, PREFIX_TILE):
+                last = min(first + PREFIX_TILE, shared.end)
+                users = [(row, max(0, start - first)) for row, start in firsts if start < last]
+                chunks = [users[at : at + most] for at in range(0, len(users), most)]
+                parts = [self._chunk(placed, chunk) for chunk in chunks]
+                tiles.append(_Tile(shared, first, last, parts))
+        return tiles
+
+    def _chunk(
+        self, placed: PlacedRows, users: list[tuple[Row, int]]
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Part of _Tile.rows for these rows; users: each with the first token that it attends."""
+        tokens = place_indices([row.offset for row, _ in users], self._device)
+        places = place_indices([placed.places[row.slot] for row, _ in users], self._device)
+        starts = [start for _, start in users]
+        return tokens, places, place_indices(starts, self._device) if any(starts) else None
+
+    def _prefix_tokens(
+        self, op: Op, placed: PlacedRows, shared: SharedHome, first: int, last: int
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values [kv_heads, tokens, width] of a prefix's tokens; those before it count."""
+        pool, home = self._cache.prefix_pages(op, placed, shared)
+        tokens = slice(first - shared.start, last - shared.start)
+        tables = self._on_device(home.table(pages_of(tokens.stop))[None])
+        k, v = (attention.gather_pages(plane, tables, tokens)[0] for plane in pool)
+        return k, v
+
+    def keep_queries(self, placed: PlacedRows, work: CellBuffers) -> None:
+        """Keep the queries of rows that share prefixes, if attention may replace them."""
+        if placed.sharing and not placed.rows.are_single:
+            tokens, places = placed.memoized(_SHARING, lambda: self._sharing_rows(placed))
+            work.sharing_q[places] = work.q[tokens]
+
+    def merge(self, placed: PlacedRows, work: CellBuffers) -> None:
+        """Merge what decoding rows attended of prefixes with the attention to their own tokens."""
+        if not placed.sharing:
+            return
+        tokens, places = placed.memoized(_SHARING, lambda: self._sharing_rows(placed))
+        target = work.attention(placed.rows)
+        out, sums = work.of_prefixes, work.prefix_sums
+        merge_part(out, sums, places, (target[tokens].float(), work.own_sums[places]))
+        target[tokens] = out[places].to(target.dtype)
 
     def _attend_chosen(self, op: Op, placed: PlacedRows, target: Tensor) -> None:
         """Weigh the values that LOAD_VALUES brought for streamed rows that decode."""
@@ -146,31 +240,58 @@ class DeviceAttention:
                 count = tokens.stop - tokens.start
                 target[tokens].copy_(attended[place : place + count])
 
-    def _prefill(
-        self,
-        work: CellBuffers,
-        row: Row,
-        pool: Tensor,
-        home: Home | None,
-        window: int | None,
-        out: Tensor,
-    ) -> None:
-        """Attend a prompt's chunk into out; the first chunk needs no cache: all its keys are new.
+    def _sharing_rows(self, placed: PlacedRows) -> tuple[Tensor, Tensor]:
+        """Packed tokens of the decoding rows that share prefixes, and their places."""
+        tokens = [row.offset for row in placed.sharing]
+        places = [placed.places[row.slot] for row in placed.sharing]
+        return place_indices(tokens, self._device), place_indices(places, self._device)
 
-        home: pages of the row in the pool, None for a first chunk. out: [tokens, heads, head_dim].
+    def _prefill_rows(
+        self,
+        op: Op,
+        placed: PlacedRows,
+        work: CellBuffers,
+        rows: list[Row],
+        pool: Tensor,
+        home: Callable[[Row], Home],
+    ) -> None:
+        """Attend prompts' chunks; rows that share prefixes follow each other, which read them once.
+
+        A row's first chunk needs no cache of its own: all its keys are new.
         """
-        cached, first = work.cached[row.tokens].permute(1, 2, 0, 3), row.position
-        k, v = cached
-        if home is not None:
-            first = max(0, row.position + 1 - window) if window is not None else 0
-            tables = self._on_device(home.table(pages_of(row.position))[None])
-            span = slice(first, row.position)
-            k, v = (
-                torch.cat((attention.gather_pages(plane, tables, span)[0], new), dim=1)
-                for plane, new in zip(pool, cached, strict=True)
-            )
+        window, target = self._config.window(op.layer), work.attention(placed.rows)
+        prompts = [(tuple(it.number for it in placed.prefixes(row)), row) for row in rows]
+        loaded: tuple[tuple, list[Tensor]] = (), []
+        for chain, row in sorted((it for it in prompts if it[1].is_prefill), key=itemgetter(0)):
+            first = first_attended(row, window)
+            if loaded[0] != (chain, first):
+                parts = [
+                    self._prefix_tokens(op, placed, it, max(first, it.start), it.end)
+                    for it in placed.prefixes(row)
+                    if first < it.end
+                ]
+                loaded = (chain, first), [torch.cat(plane, 1) for plane in zip(*parts, strict=True)]
+            own = max(0, first - row.before)
+            k, v = work.cached[row.tokens].permute(1, 2, 0, 3)
+            if own < row.position:
+                tables = self._on_device(home(row).table(pages_of(row.position))[None])
+                tokens = slice(own, row.position)
+                before = [attention.gather_pages(plane, tables, tokens)[0] for plane in pool]
+                k, v = torch.cat((before[0], k), 1), torch.cat((before[1], v), 1)
+            if loaded[1]:
+                k, v = torch.cat((loaded[1][0], k), 1), torch.cat((loaded[1][1], v), 1)
+            start = k.shape[1] - row.num_new_tokens
+            self._prefill(work.q[row.tokens], k, v, start, window, target[row.tokens])
+
+    def _prefill(
+        self, q: Tensor, k: Tensor, v: Tensor, start: int, window: int | None, out: Tensor
+    ) -> None:
+        """Attend a prompt's chunk into out, [tokens, heads, head_dim].
+
+        k, v: [kv_heads, start + tokens, width] as the cache keeps them; start: tokens before it.
+        """
         k, v = self._dequantized(k), self._dequantized(v)
-        q, start, tokens = work.q[row.tokens], row.position - first, k.shape[1]
+        tokens = k.shape[1]
         sharing, some = q.shape[1] // len(k), self._plan.heads_at_a_time(tokens)
         tile = self._plan.queries_at_a_time(tokens)
         for head in range(0, len(k), some):

@@ -160,6 +160,7 @@ class OpHandlers:
             rotation = self._rotation(op, tile)
             self.family.project(self.config, tensors, hidden[tile], rotation, work.qkv[tile])
         self._attention.pack(work, rows.num_tokens)
+        self._attention.keep_queries(self.placed(op), work)
         self.cache.append_resident(op, self.placed(op), work, prefills=False)
 
     def _rotation(self, op: Op, tile: slice) -> Tensor | None:
@@ -199,21 +200,27 @@ class OpHandlers:
         keys, values = self.cache.host_pages(op)
         queries, out = self.cache.queries(op, placed), self.cache.host_attention[op.cell_slot]
         how = self.plan.policy.attention_sparsity, self.config.window(op.layer)
+        sums = self.cache.host_sums[op.cell_slot] if placed.sharing else None
         for some in rows_together(self._attend_on_host, len(rows), self.plan.rows_at_a_time):
+            lse = None if sums is None else sums[some]
             self._attend_on_host(
-                queries[some], keys, values, tables[some], lens[some], out[some], *how
+                queries[some], keys, values, tables[some], lens[some], out[some], *how, lse
             )
 
     def _load_attention(self, op: Op) -> None:
-        rows = self.rows(op)
+        rows, placed = self.rows(op), self.placed(op)
         target = self._work(op).attention(rows)
-        for place, tokens in self.placed(op).attended_runs:
+        for place, tokens in placed.attended_runs:
             count = tokens.stop - tokens.start
             result = self.cache.host_attention[op.cell_slot, place : place + count]
             if not rows.are_single:
                 # Between queries lie gaps: they are filled on the device, from a dense copy.
                 result = result.to(self.device, non_blocking=True)
             copy_across(target[tokens], result)
+            if placed.sharing:
+                first = placed.places[placed.attended[place].slot]
+                sums = self.cache.host_sums[op.cell_slot, place : place + count]
+                copy_across(self._work(op).own_sums[first : first + count], sums)
 
     def _finish(self, op: Op) -> None:
         kind = self.plan.stage.kind(op.layer)
@@ -221,6 +228,7 @@ class OpHandlers:
 
     def _finish_decoder(self, op: Op) -> None:
         rows, hidden, tensors = self.rows(op), self.hidden.of_cell(op), self.weights.tensors(op)
+        self._attention.merge(self.placed(op), self._work(op))
         attention = self._work(op).attention(rows).flatten(1)
         for tile in self.plan.tiles(rows.num_tokens):
             self.family.finish(self.config, tensors, hidden[tile], attention[tile])

@@ -24,13 +24,14 @@ T = TypeVar("T")
 Table = dict[str, tuple]
 
 # A row's offset follows from the rows before it.
-_ROW = ("slot", "position", "num_new_tokens", "is_sampled", "is_prefill")
+_ROW = ("slot", "position", "num_new_tokens", "is_sampled", "is_prefill", "before")
 _SAMPLING = tuple(each.name for each in fields(SamplingRow))
 _SCORED = tuple(each.name for each in fields(ScoredRow))
 _NUM_SCORES = ("slot", "num_scores")
 _NOT_FINITE = ("slot", "position")
 _GROWN = ("slot", "pages")
-_ENTERED = ("slot", "pages", "tiers")
+_ENTERED = ("slot", "pages", "tiers", "prefixes")
+_KEPT = ("slot", "prefix", "tokens")
 _MOVED = ("slot", "from_batch", "from_slot")
 
 
@@ -60,6 +61,8 @@ class Header:
             is_last=self.is_last,
             prefill_tokens=self.rows.prefill_tokens,
             left=self.rows.left or {},
+            dropped=self.rows.dropped or {},
+            kept=_table(_KEPT, self.rows.kept),
             grown=_table(_GROWN, self.rows.grown),
             entered=_table(_ENTERED, self.rows.entered),
             moved=_table(_MOVED, self.rows.moved),
@@ -112,8 +115,8 @@ class SampledTokens:
 def _header(message: dict[str, Any]) -> Header:
     """Header from the fields of its message."""
     rows, offset = [], 0
-    for slot, position, count, is_sampled, is_prefill in _records(message, "rows", _ROW):
-        rows.append(Row(slot, position, count, offset, is_sampled, is_prefill))
+    for slot, position, count, *marks in _records(message, "rows", _ROW):
+        rows.append(Row(slot, position, count, offset, *marks))
         offset += count
     if table := message.get("sampled"):
         table["penalties"] = tuple(each and Penalties(**each) for each in table["penalties"])
@@ -121,14 +124,27 @@ def _header(message: dict[str, Any]) -> Header:
     scored = tuple(ScoredRow(*values) for values in _records(message, "scored", _SCORED))
     grown = tuple((slot, pages) for slot, pages in _records(message, "grown", _GROWN))
     entered = tuple(
-        (slot, pages, tuple(tiers)) for slot, pages, tiers in _records(message, "entered", _ENTERED)
+        (slot, pages, tuple(tiers), tuple(prefixes))
+        for slot, pages, tiers, prefixes in _records(message, "entered", _ENTERED)
     )
-    left, prefill_tokens = tuple(message.get("left", ())), message["prefill_tokens"]
+    left, dropped = tuple(message.get("left", ())), tuple(message.get("dropped", ()))
     moved = tuple((slot, of, there) for slot, of, there in _records(message, "moved", _MOVED))
+    kept = tuple((slot, of, tokens) for slot, of, tokens in _records(message, "kept", _KEPT))
     return Header(
         message["visit"],
         message["batch"],
-        Rows(tuple(rows), (), prefill_tokens, scored, left, grown, entered, moved),
+        Rows(
+            tuple(rows),
+            (),
+            message["prefill_tokens"],
+            scored,
+            left,
+            grown,
+            entered,
+            moved,
+            kept,
+            dropped,
+        ),  # fmt: skip
         [SamplingRow(*values) for _, *values in sampled],
         [values[0] for values in sampled],
         message["is_last"],

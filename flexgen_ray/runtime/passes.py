@@ -173,13 +173,16 @@ class Pass(Composition):
         token_ids: chosen for the sampled rows; scores: from slot_scores.
         """
         sampled = zip(self.rows.sampled, token_ids, strict=True)
-        places = {row.slot: row.seq_len for row, token in sampled if token == NOT_FINITE}
+        places = {
+            row.slot: row.before + row.seq_len for row, token in sampled if token == NOT_FINITE
+        }
         rows = {row.slot: row for row in self.rows.rows} if self.rows.scored else {}
         for scored, (slot, values) in zip(self.rows.scored, scores, strict=False):
             bad = next((i for i, score in enumerate(values) if isnan(score.logprob)), None)
             if bad is not None:
                 row = rows[slot]
-                places[slot] = row.position + scored.first - row.offset + 1 + bad
+                position = row.before + row.position
+                places[slot] = position + scored.first - row.offset + 1 + bad
         return places
 
     def _indices(self, values: list[int]) -> Tensor:
@@ -331,15 +334,21 @@ class Passes:
             self._pages.move((there[0], there[1]), (batch, slot))
         for slot, count in rows.grown:
             self._pages.grow(batch, slot, count)
-        for slot, count, tiers in rows.entered:
-            self._pages.enter(batch, slot, count, TIERS[tiers[self._number]])
+        for slot, number, tokens in rows.kept:
+            self._pages.keep(batch, slot, number, tokens)
+        for number in rows.dropped:
+            self._pages.drop(number)
+        for slot, count, tiers, chain in rows.entered:
+            self._pages.enter(batch, slot, count, TIERS[tiers[self._number]], chain)
         homes = [self._pages.homes(batch, row.slot) for row in rows.rows]
         on_host = self._attended_by_host(rows, [each[0].tier for each in homes])
-        pairs = list(zip(rows.rows, homes, strict=True))
+        shared = [self._pages.prefixes(batch, row.slot) for row in rows.rows]
+        triples = list(zip(rows.rows, homes, shared, strict=True))
         placed = []
         for kind in self._plan.kinds:
-            own = ((row.slot in on_host, each[kind.number]) for row, each in pairs)
-            divisions = [Division(home.tier, takes, home) for takes, home in own]
+            number = kind.number
+            own = ((row.slot in on_host, each[number], of[number]) for row, each, of in triples)
+            divisions = [Division(home.tier, takes, home, of) for takes, home, of in own]
             placed.append(PlacedRows(rows, divisions, kind))
         return placed
 
@@ -373,20 +382,22 @@ class Passes:
 class DecodeRows:
     """Run of decoding rows that are neighbours among the packed tokens.
 
-    tokens: their packed tokens; tables: int32 [rows, pages], their pages in a pool; lens: tokens of
-    each row; num_tokens: int32 [rows], the same numbers. Tensors are on the pool's device.
+    tokens: their packed tokens; places: among the decoding rows of the pass. tables: int32 [rows,
+    pages], their pages in a pool; lens: tokens of each row; num_tokens: int32 [rows], the same
+    numbers. Tensors are on the pool's device.
     """
 
     tokens: slice
+    places: slice
     tables: Tensor
     lens: list[int]
     num_tokens: Tensor
 
 
 def find_decode_runs(
-    rows: list[Row], home: Callable[[Row], Home], device: torch.device
+    placed: PlacedRows, rows: list[Row], home: Callable[[Row], Home], device: torch.device
 ) -> list[DecodeRows]:
-    """Runs of the decoding rows among rows; home: pages of a row."""
+    """Runs of the decoding rows among some rows of a pass; home: pages of a row."""
     runs = []
     for run in decoding_runs(row for row in rows if not row.is_prefill):
         lens = [row.seq_len for row in run]
@@ -394,5 +405,7 @@ def find_decode_runs(
         tokens = slice(run[0].offset, run[0].offset + len(run))
         tables = place_indices(page_table(pages), device, torch.int32)
         num_tokens = place_indices(lens, device, torch.int32)
-        runs.append(DecodeRows(tokens, tables, lens, num_tokens))
+        first = placed.places[run[0].slot]
+        places = slice(first, first + len(run))
+        runs.append(DecodeRows(tokens, places, tables, lens, num_tokens))
     return runs

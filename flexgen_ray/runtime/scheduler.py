@@ -16,7 +16,7 @@ Knows tokens; no tensors, no tiers.
 
 from __future__ import annotations
 
-from bisect import insort
+from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -29,13 +29,17 @@ from flexgen_ray.layout.admission import Admission, are_alike
 from flexgen_ray.layout.answers import AnswerLengths
 from flexgen_ray.layout.pages import pages_of
 from flexgen_ray.layout.rows import Row, Rows, ScoredRow
+from flexgen_ray.prefixes import Prefix, rank_groups
 from flexgen_ray.request import Finished, Request, SamplingParams, Score, SlotScores
+from flexgen_ray.runtime.prefix_book import PrefixBook
 from flexgen_ray.runtime.sequence import Sequence
 
 # Exceeds any vocabulary; messages hold no integer of more than 64 bits.
 _ALL_TOKENS = 2**31 - 1
 
 FindStop = Callable[[list[int], int, SamplingParams], str | None]
+Entered = tuple[int, int, tuple[int, ...], tuple[int, ...]]  # as layout.rows.Rows has them
+MOST_GROUPS = 16  # groups among which a row is looked for; others wait for their prefixes
 
 
 @dataclass
@@ -69,6 +73,11 @@ class Scheduler:
     _scored: deque[tuple[int, list[Score]]] = field(default_factory=deque)
 
     def __post_init__(self) -> None:
+        pages = self.admission
+        self._prefixes = PrefixBook(
+            pages.prefix_pages if pages else 0, pages.prefix_slot if pages else None
+        )
+        self._ranks: dict[int, int] = {}  # of requests, by index: groups follow each other
         self._slots: list[dict[int, Sequence]] = [{} for _ in range(self.num_batches)]
         self._left: list[list[int]] = [[] for _ in range(self.num_batches)]
         self._due = self._due_at_first()
@@ -95,6 +104,7 @@ class Scheduler:
             slots.clear()
         self._cached_before.clear()
         self._answers.clear()
+        self._prefixes.clear()
         for batch in range(self.num_batches):
             self._left[batch], self._ended[batch], self._under_way[batch] = [], [], []
             self._moving[batch], self._learned[batch] = [], 0
@@ -108,8 +118,11 @@ class Scheduler:
         return [1.0 - batch / self.num_batches for batch in range(self.num_batches)]
 
     def add(self, requests: Iterable[Request]) -> None:
-        """Queue requests, the longest first."""
-        self._waiting = sorted([*self._waiting, *requests], key=_longest_first)
+        """Queue requests: those that share prefixes one after the other, the longest first."""
+        added = list(requests)
+        self._prefixes.add(added)
+        self._ranks |= rank_groups(added, self._prefixes.of)
+        self._waiting = sorted([*self._waiting, *added], key=self._order)
         left = [request.max_tokens - len(request.generated) for request in self._waiting]
         self._waiting_tokens = sum(left)
         self._are_alike = are_alike(left)
@@ -123,6 +136,8 @@ class Scheduler:
         """Rows of a batch's next pass: each decoding row's token, then prompts as far as they fit.
 
         Prompts are taken in the order in which they got their slots, so at most one is in chunks.
+        A prefix is a prompt of its own. It is there for rows that enter from the next time on that
+        its batch is composed, which waits for the batch's last writes.
         """
         slots, left = self._slots[batch], self._left[batch]
         self._left[batch] = []
@@ -134,11 +149,14 @@ class Scheduler:
         if self.admission is not None:
             for slot in left:
                 self.admission.leave(batch, slot)
+                self._prefixes.leave((batch, slot))
             self._look_at(batch)
             waiting_for_pages = self._grow(batch, left, grown)
             self._give_rows(batch)
-        entered = self._fill(batch, slots)
-        self._under_way[batch] = [sequence.num_generated for sequence in slots.values()]
+        kept = self._keep_prefixes(batch)
+        dropped = self._prefixes.take_unused()
+        entered = [*self._begin_prefixes(batch, dropped), *self._fill(batch, slots)]
+        self._under_way[batch] = [it.num_generated for it in slots.values() if not it.is_prefix]
         decoding = [
             slot
             for slot, sequence in slots.items()
@@ -154,7 +172,10 @@ class Scheduler:
                     counts[slot] = count
         rows = self._pack(batch, counts)
         moved = tuple(places for places, _ in arrived)
-        return replace(rows, left=tuple(left), grown=tuple(grown), entered=entered, moved=moved)
+        return replace(
+            rows, left=tuple(left), grown=tuple(grown), entered=tuple(entered), moved=moved,
+            kept=tuple(kept), dropped=tuple(dropped),
+        )  # fmt: skip
 
     def sampling_rows(self, batch: int, slots: list[int]) -> list[SamplingRow]:
         """Settings that choose the next token of each slot."""
@@ -230,10 +251,10 @@ class Scheduler:
         has_news = self._learned[batch] != self._answers.version
         self._learned[batch] = self._answers.version
         for sequence in self._slots[batch].values():
-            sequence.num_tokens = len(sequence.token_ids)
+            count, before = len(sequence.token_ids), sequence.before
+            sequence.num_tokens = count - before
             if has_news or sequence.num_tokens >= sequence.expected_tokens:
-                request, count = sequence.request, sequence.num_tokens
-                sequence.expected_tokens = self._expected(request, count)
+                sequence.expected_tokens = self._expected(sequence.request, count) - before
 
     def _expected(self, request: Request, tokens: int) -> int:
         """Tokens that a request is expected to end with, which has so many now.
@@ -263,6 +284,7 @@ class Scheduler:
         skipping: set[int] = set()
         # A row takes one token in a pass, so it needs a page with the first token of one.
         full = [it for it in slots if slots[it].num_tokens % PAGE_TOKENS == 1]
+        full = [it for it in full if not slots[it].is_prefix]
         for slot in sorted(full, key=lambda it: slots[it].age):
             sequence = slots.get(slot)
             if sequence is None or pages_of(sequence.num_tokens) <= admission.pages(batch, slot):
@@ -295,17 +317,21 @@ class Scheduler:
         victims = [
             (sequence.age, slot)
             for slot, sequence in slots.items()
-            if sequence.age > age and admission.helps((batch, slot), lacking)
+            if not sequence.is_prefix
+            and sequence.age > age
+            and admission.helps((batch, slot), lacking)
         ]
         if not victims:
             return False
         slot = max(victims)[1]
         sequence = slots.pop(slot)
         admission.leave(batch, slot)
+        self._prefixes.leave((batch, slot))
+        self._prefixes.wait(sequence.request)
         left.append(slot)
         self._cached_before[sequence.request.index] = sequence.cached
         request = replace(sequence.request, generated=sequence.generated, scores=sequence.scores)
-        insort(self._waiting, request, key=_longest_first)
+        insort(self._waiting, request, key=self._order)
         self._waiting_tokens += request.max_tokens - len(request.generated)
         return True
 
@@ -333,6 +359,7 @@ class Scheduler:
             or any(len(it.token_ids) - it.cached != 1 for it in slots.values())
             or any((len(slots), batch) > (sizes[of], of) for of in others)
             or not admission.may_move(batch)
+            or not self._prefixes.may_move()
         ):
             return
         free = {of: admission.free_slots(of, self.gpu_batch_size) for of in others}
@@ -343,24 +370,81 @@ class Scheduler:
             of = max(others, key=lambda it: (len(free[it]), -it))
             place = free[of].pop(0)
             admission.move((batch, slot), (of, place))
+            self._prefixes.move((batch, slot), (of, place))
             self._moving[of].append(((place, batch, slot), sequence))
         slots.clear()
 
-    def _fill(
-        self, batch: int, slots: dict[int, Sequence]
-    ) -> tuple[tuple[int, int, tuple[int, ...]], ...]:
+    def _keep_prefixes(self, batch: int) -> list[tuple[int, int, int]]:
+        """Free the slots of prefixes that are computed; as layout.rows.Rows has these."""
+        slots, kept = self._slots[batch], []
+        done = [it for it in slots if slots[it].is_prefix and not _tokens_left(slots[it])]
+        for slot in done:
+            del slots[slot]
+            self._pages.end_prefix(batch, slot)
+            prefix = self._prefixes.complete((batch, slot))
+            kept.append((slot, prefix.number, prefix.tokens))
+        return kept
+
+    def _begin_prefixes(self, batch: int, dropped: list[int]) -> list[Entered]:
+        """Compute the prefixes of requests that are about to enter, in free slots of a batch.
+
+        They are computed for as many requests as there are free slots in all batches, and for
+        those of one batch ahead. dropped: to which those are added whose pages are needed.
+        Returns what entered, as layout.rows.Rows has them.
+        """
+        if not self._prefixes.has_waiting:
+            return []
+        slots, entered = self._slots[batch], []
+        others = sum(len(answers) for of, answers in enumerate(self._under_way) if of != batch)
+        ahead = self.gpu_batch_size * (self.num_batches + 1) - others - len(slots)
+        free = [slot for slot in range(self.gpu_batch_size) if slot not in slots]
+        for start, stop in self._groups():
+            if ahead <= 0 or not free:
+                break
+            ahead -= stop - start
+            prefix = self._prefixes.of(self._waiting[start])
+            prefix = prefix and self._prefixes.next_to_compute(prefix)
+            if prefix is None or not self._prefixes.fits_batch(prefix.parent, batch):
+                continue
+            unused = self._prefixes.begin(prefix, (batch, free[0]))
+            if unused is None:
+                break
+            dropped += unused
+            slot = free.pop(0)
+            self._pages.begin_prefix(batch, slot)
+            slots[slot] = _sequence_of(prefix)
+            chain = tuple(it.number for it in prefix.chain[:-1])
+            entered.append((slot, prefix.pages, self._pages.prefix_tiers, chain))
+        return entered
+
+    def _groups(self) -> Iterator[tuple[int, int]]:
+        """(start, stop) of the waiting requests that share a prefix, or share none, in order."""
+        start = 0
+        while start < len(self._waiting):
+            rank = self._order(self._waiting[start])[0]
+            # Ranks are whole numbers, so no request has this key.
+            after: tuple[float, ...] = (rank + 0.5,)
+            stop = bisect_left(self._waiting, after, start, key=self._order)
+            yield start, stop
+            start = stop
+
+    def _order(self, request: Request) -> tuple[float, ...]:
+        tokens = len(request.prompt_token_ids) + len(request.generated)
+        return self._ranks.get(request.index, 0), -request.max_seq_len, -tokens
+
+    def _fill(self, batch: int, slots: dict[int, Sequence]) -> list[Entered]:
         """Move waiting requests into free slots; when few are left, each batch gets its share.
 
-        Returns (slot, pages, tiers) of those that entered, as layout.rows.Rows has them.
+        Returns those that entered, as layout.rows.Rows has them.
         """
         if self._starving is not None:
-            return ()
+            return []
         others = sum(len(answers) for of, answers in enumerate(self._under_way) if of != batch)
         unfinished = len(self._waiting) + len(slots) + others
         room = min(self.gpu_batch_size, -(-unfinished // self.num_batches)) - len(slots)
         room = min(room, self._entries_due(batch))
         free = (slot for slot in range(self.gpu_batch_size) if slot not in slots)
-        entered: list[tuple[int, int, tuple[int, ...]]] = []
+        entered: list[Entered] = []
         for slot in list(islice(free, max(0, min(room, len(self._waiting))))):
             chosen = self._next_waiting(batch, slot, room - len(entered))
             if chosen is None:
@@ -369,11 +453,13 @@ class Scheduler:
             request, slots[slot] = sequence.request, sequence
             self._num_entered += 1
             self._due[batch] -= 1
-            entered.append((slot, pages_of(sequence.num_tokens), tiers))
+            self._prefixes.enter(sequence.prefix, (batch, slot))
+            chain = tuple(it.number for it in sequence.prefix.chain) if sequence.prefix else ()
+            entered.append((slot, pages_of(sequence.num_tokens), tiers, chain))
             self._waiting_tokens -= request.max_tokens - len(request.generated)
             # Removed last, so that `is_done` is not True in between.
             del self._waiting[place]
-        return tuple(entered)
+        return entered
 
     def _entries_due(self, batch: int) -> int:
         """Most rows that enter a batch in this pass; equal ones may have to enter one by one."""
@@ -401,17 +487,28 @@ class Scheduler:
         the shortest. So batches fill their slots and their pages. But an answer that takes longer
         than all others together begins as soon as it can.
         """
-        longest, shortest = (self._sequence(self._waiting[place]) for place in (0, -1))
         if self.admission is None:
-            return 0, longest, ()
+            return 0, self._sequence(self._waiting[0]), ()
+        for start, stop in islice(self._groups(), MOST_GROUPS):
+            prefix = self._prefixes.of(self._waiting[start])
+            if self._prefixes.is_ready(prefix) and self._prefixes.fits_batch(prefix, batch):
+                return self._next_of_group(batch, slot, rows, (start, stop - 1))
+        return None
+
+    def _next_of_group(
+        self, batch: int, slot: int, rows: int, ends: tuple[int, int]
+    ) -> tuple[int, Sequence, tuple[int, ...]] | None:
+        """As _next_waiting, from a group; ends: places in the queue of its longest and shortest."""
+        assert self.admission is not None
+        longest, shortest = (self._sequence(self._waiting[place]) for place in ends)
         has_share = self.admission.has_share
         passes = self._waiting_tokens / (self.gpu_batch_size * self.num_batches)
         is_urgent = longest.request.max_tokens >= passes or not self._slots[batch]
         choices = []
         if is_urgent or has_share(batch, (longest, 1), (shortest, rows - 1)):
-            choices.append((0, longest))
+            choices.append((ends[0], longest))
         if has_share(batch, (shortest, 1)):
-            choices.append((-1, shortest))
+            choices.append((ends[1], shortest))
         for place, sequence in choices:
             tiers = self.admission.enters(batch, slot, sequence)
             if tiers is not None:
@@ -420,12 +517,12 @@ class Scheduler:
 
     def _sequence(self, request: Request) -> Sequence:
         """Sequence of a request that is about to enter."""
-        tokens = request.prompt_token_ids + request.generated
-        expected = self._expected(request, len(tokens))
-        scores = [*request.scores]
+        tokens, prefix = request.prompt_token_ids + request.generated, self._prefixes.of(request)
+        expected = self._expected(request, len(tokens)) - (prefix.end if prefix else 0)
         return Sequence(
-            request, tokens, scores, len(tokens), self._num_entered, expected_tokens=expected
-        )
+            request, tokens, [*request.scores], len(tokens), self._num_entered,
+            expected_tokens=expected, prefix=prefix,
+        )  # fmt: skip
 
     def _pack(self, batch: int, counts: dict[int, int]) -> Rows:
         """Rows with their tokens side by side; counts: number of tokens that each slot brings.
@@ -446,8 +543,9 @@ class Scheduler:
         for slot in sorted(counts, key=order):
             sequence, count = slots[slot], counts[slot]
             start, stop = sequence.cached, sequence.cached + count
-            is_last = stop == len(sequence.token_ids)
-            row = Row(slot, start, count, len(token_ids), is_last, start < sequence.num_known)
+            is_last = stop == len(sequence.token_ids) and not sequence.is_prefix
+            is_known, before = start < sequence.num_known, sequence.before
+            row = Row(slot, start - before, count, len(token_ids), is_last, is_known, before)
             rows.append(row)
             scored += filter(None, [sequence.scored(row)])
             token_ids += sequence.token_ids[start:stop]
@@ -536,8 +634,15 @@ class Scheduler:
         return self.find_stop(sequence.token_ids, begin, params)
 
 
-def _longest_first(request: Request) -> tuple[int, int]:
-    return -request.max_seq_len, -len(request.prompt_token_ids) - len(request.generated)
+def _tokens_left(sequence: Sequence) -> int:
+    return len(sequence.token_ids) - sequence.cached
+
+
+def _sequence_of(prefix: Prefix) -> Sequence:
+    """Sequence that brings a prefix's tokens, and is never sampled."""
+    tokens = list(prefix.token_ids)
+    request = Request(-1 - prefix.number, tokens, SamplingParams(max_tokens=1))
+    return Sequence(request, tokens, [], len(tokens), prefix=prefix.parent, is_prefix=True)
 
 
 _REMEDIES = {

@@ -11,6 +11,7 @@ from functools import cached_property
 
 from flexgen_ray.kernels.sampling import Penalties
 from flexgen_ray.layout.rows import Row, ScoredRow
+from flexgen_ray.prefixes import Prefix
 from flexgen_ray.request import Request, Score
 
 
@@ -23,6 +24,8 @@ class Sequence:
     cached: number of tokens in the cache, or on their way there.
     num_tokens: those for which the cache needed room when its batch was composed last.
     expected_tokens: those that it is expected to end with; 0 for the most.
+    prefix: the deepest one that precedes its own tokens, which alone these two numbers count.
+    is_prefix: True if it is itself a prefix that is computed for others.
     counts: occurrences of each token in its answer.
     """
 
@@ -34,12 +37,15 @@ class Sequence:
     cached: int = 0
     expected_tokens: int = 0
     num_tokens: int = 0
+    prefix: Prefix | None = None
+    is_prefix: bool = False
     counts: Counter[int] = field(init=False)
 
     def __post_init__(self) -> None:
         self.counts = Counter(self.generated)
         self.expected_tokens = self.expected_tokens or self.final_tokens
-        self.num_tokens = len(self.token_ids)
+        self.num_tokens = len(self.token_ids) - self.before
+        self.cached = max(self.cached, self.before)
 
     def append(self, token: int) -> None:
         """Add a token to the answer."""
@@ -47,9 +53,14 @@ class Sequence:
         self.counts[token] += 1
 
     @property
+    def before(self) -> int:
+        """Tokens of prefixes that precede its own."""
+        return self.prefix.end if self.prefix else 0
+
+    @property
     def final_tokens(self) -> int:
-        """Most tokens that it ends with."""
-        return self.request.max_seq_len
+        """Most tokens of its own that it ends with."""
+        return self.request.max_seq_len - self.before
 
     @cached_property
     def prompt_tokens(self) -> tuple[int, ...]:
@@ -71,9 +82,9 @@ class Sequence:
         request = self.request
         if request.scored_from is None:
             return None
-        position = max(row.position + 1, request.scored_from + len(request.scores))
-        token_ids = self.token_ids[position : row.seq_len + 1]
-        first = row.offset + position - row.position - 1
+        position = max(row.before + row.position + 1, request.scored_from + len(request.scores))
+        token_ids = self.token_ids[position : row.before + row.seq_len + 1]
+        first = row.offset + position - row.before - row.position - 1
         return ScoredRow(row.slot, first, tuple(token_ids), request.top) if token_ids else None
 
     def penalties(self) -> Penalties:

@@ -33,6 +33,11 @@ class CellBuffers:
     tensor of their own if it is quantized.
     attended: [gpu_batch_size, heads, head_dim], attention of passes whose rows bring one token
     each, without gaps, so that the link takes it. In other passes attention replaces q.
+    of_prefixes: float32 [gpu_batch_size, heads, head_dim], attention of decoding rows to prefixes
+    that they share; prefix_sums, own_sums: float32 [gpu_batch_size, heads], the logarithms of the
+    sums of exp(score) over these, and over a row's own tokens. sharing_q: [gpu_batch_size, heads,
+    head_dim], queries of decoding rows in passes in which attention replaces them. All four are
+    without rows if nothing is shared.
     """
 
     hidden: Tensor
@@ -41,6 +46,10 @@ class CellBuffers:
     kv: Tensor
     cached: Tensor
     attended: Tensor
+    of_prefixes: Tensor
+    prefix_sums: Tensor
+    own_sums: Tensor
+    sharing_q: Tensor
 
     def attention(self, rows: Rows) -> Tensor:
         """Buffer of these rows' attention, [tokens, heads, head_dim]."""
@@ -149,16 +158,16 @@ class HiddenStore:
         )
         sizes = [prod(shape) for shape in shapes]
         memory = self._allocate(tiers.gpu, "cell", (CELL_SLOTS, sum(sizes)))
-        packed = self._allocate_packed(tiers)
+        packed, merged = self._allocate_packed(tiers), self._allocate_merged(tiers)
         slots = []
-        for flat, packed_kv in zip(memory, packed, strict=True):
+        for flat, packed_kv, parts_to_merge in zip(memory, packed, merged, strict=True):
             parts = zip(flat.split(sizes), shapes, strict=True)
             hidden, qkv, attended = (part.view(shape) for part, shape in parts)
             vectors = qkv.unflatten(-1, (-1, config.head_dim))
             q, kv = vectors.split([config.num_heads, 2 * config.num_kv_heads], dim=1)
             kv = kv.unflatten(1, (2, config.num_kv_heads))
             cached = kv if packed_kv is None else packed_kv
-            slots.append(CellBuffers(hidden, qkv, q, kv, cached, attended))
+            slots.append(CellBuffers(hidden, qkv, q, kv, cached, attended, *parts_to_merge))
         return slots
 
     def _allocate_packed(self, tiers: Tiers) -> list[Tensor | None]:
@@ -168,6 +177,20 @@ class HiddenStore:
             return [None] * CELL_SLOTS
         shape = CELL_SLOTS, plan.cell_tokens, 2, plan.config.num_kv_heads, plan.vector_bytes
         return list(tiers.gpu.allocate("cell", prod(shape)).view(shape))
+
+    def _allocate_merged(self, tiers: Tiers) -> list[tuple[Tensor, ...]]:
+        """Float32 tensors of each cell slot by which parts of attention merge."""
+        plan, heads = self.plan, self.plan.config.num_heads
+        rows = plan.policy.gpu_batch_size if plan.prefix_pages else 0
+        vectors, sums = (rows, heads, plan.config.head_dim), (rows, heads)
+        shapes = [(vectors, torch.float32), (sums, torch.float32), (sums, torch.float32)]
+        shapes.append((vectors, self._dtype))
+        tensors = []
+        for shape, dtype in shapes:
+            nbytes = CELL_SLOTS * prod(shape) * dtype.itemsize
+            memory = tiers.gpu.allocate("cell", nbytes).view(dtype)
+            tensors.append(memory.view(CELL_SLOTS, *shape))
+        return list(zip(*tensors, strict=True))
 
     def _allocate(self, tier, what: str, shape: tuple[int, ...]) -> Tensor:
         nbytes = torch.Size(shape).numel() * self.plan.element_bytes

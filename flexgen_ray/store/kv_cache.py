@@ -43,7 +43,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from flexgen_ray.layout.pages import PAGE_TOKENS, Home, page_table, pages_of
+from flexgen_ray.layout.pages import PAGE_TOKENS, Home, SharedHome, page_table, pages_of
 from flexgen_ray.layout.plan import StagePlan
 from flexgen_ray.layout.rows import (
     MemoKey,
@@ -78,6 +78,9 @@ class KVCache:
         self._streamed = self._allocate_pages(
             tiers.gpu, "cache in flight", CELL_SLOTS, plan.slot_pages
         )
+        self._prefix_slots = self._allocate_pages(
+            tiers.gpu, "cache in flight", CELL_SLOTS, plan.space.prefix_slot
+        )
         # A row from disk, in its layout there; a lane of its own fills and empties it, in order.
         memory = tiers.gpu.allocate("cache in flight", arriving_bytes(plan))
         self._arriving = memory.view(-1, plan.disk_page_bytes) if memory.nbytes else None
@@ -99,6 +102,11 @@ class KVCache:
             tiers.cpu.allocate("host attention", nbytes).view(TORCH_DTYPE[plan.dtype]).view(vectors)
             for _ in range(2)
         )
+        # Logarithms of the sums of exp(score), by which results merge with those of prefixes.
+        rows = plan.attended_rows if plan.prefix_pages else 0
+        sums = CELL_SLOTS, rows, plan.config.num_heads
+        memory = tiers.cpu.allocate("host attention", 4 * prod(sums))
+        self.host_sums = memory.view(torch.float32).view(sums)
 
     def device_pages(self, op: Op) -> Tensor:
         """[2, pages, kv_heads, PAGE_TOKENS, width]: pages of the op's layer on the device."""
@@ -111,6 +119,12 @@ class KVCache:
     def streamed_pages(self, op: Op) -> Tensor:
         """[2, pages, kv_heads, PAGE_TOKENS, width]: the cell's streaming slot."""
         return self._streamed[op.cell_slot]
+
+    def prefix_pages(self, op: Op, placed: PlacedRows, shared: SharedHome) -> tuple[Tensor, Home]:
+        """Tensor of pages on the device, as device_pages, and those of a prefix among them."""
+        if shared.home.tier == "cpu":
+            return self._prefix_slots[op.cell_slot], placed.loaded_prefixes[shared.number]
+        return self.device_pages(op), shared.home
 
     def append_resident(
         self, op: Op, placed: PlacedRows, work: CellBuffers, prefills: bool
@@ -153,6 +167,9 @@ class KVCache:
             for plane in range(self._loaded_planes(prefills)):
                 source = host[plane, page : page + count]
                 link.copy_across(slot[plane, place : place + count], source)
+        for place, page, count in placed.prefix_copies:
+            for target, source in zip(self._prefix_slots[op.cell_slot], host, strict=True):
+                link.copy_across(target[place : place + count], source[page : page + count])
         arrived = 0
         for row in placed.on_disk:
             if row.position:
@@ -376,7 +393,7 @@ class KVCache:
         on_device: dict[int, Tensor] = {}
         on_host: dict[int, Tensor] = {}
         on_disk: dict[int, int] = {}
-        for kind, (gpu, cpu, disk) in zip(plan.kinds, plan.space.pools, strict=True):
+        for kind, (gpu, cpu, disk) in zip(plan.kinds, plan.space.all_pools, strict=True):
             layers = plan.layers_of(kind)
             device_pages = self._allocate_pages(tiers.gpu, "cache", len(layers), gpu)
             host_pages = self._allocate_pages(tiers.cpu, "cache", len(layers), cpu)
