@@ -560,11 +560,14 @@ def _patch_project(patch: pytest.MonkeyPatch, device: PretendCuda) -> None:
             pack_plain.unpack(_data_there(packed), bits, _data_there(out))
 
         @staticmethod
-        def attend_pages(q, keys, values, tables, lens, out, *, most: int, window: int | None):
+        def attend_pages(
+            q, keys, values, tables, lens, out, *, most: int, window: int | None, lse=None
+        ):
             device.launch("attend_pages")
             there = [_data_there(it) for it in (q, keys, values, tables, lens, out)]
             assert max(there[4].tolist()) <= most
-            load_kernel("sdpa", 1)(*there[:4], there[4].tolist(), there[5], 1.0, window)
+            sums = None if lse is None else _data_there(lse)
+            load_kernel("sdpa", 1)(*there[:4], there[4].tolist(), there[5], 1.0, window, sums)
 
     run_op = OpHandlers.run
 

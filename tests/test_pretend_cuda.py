@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from contextlib import nullcontext
+from functools import partial
 from typing import NamedTuple
 
 import pytest
@@ -22,6 +23,8 @@ from strategies import with_sparsity
 
 from flexgen_ray import LLM, Placement, Policy, RequestOutput, SamplingParams
 from flexgen_ray.kernels.host_kernel import load_kernel
+from flexgen_ray.planner import choose
+from flexgen_ray.planner.fill import place_prefixes
 from flexgen_ray.runtime import stage
 from flexgen_ray.runtime.handlers import HANDLERS
 from flexgen_ray.runtime.worker import Worker
@@ -304,6 +307,30 @@ def test_a_cuda_run_keeps_its_laws(tiny_models, plain_host_attention, number):
 @pytest.mark.parametrize("executor", ["async", "serial"])
 def test_a_cuda_run_of_two_stages_keeps_its_laws(tiny_models, policy_of_all, executor):
     check(Run("llama", policy_of_all, executor=executor, num_stages=2), *tiny_models["llama"])
+
+
+HOST = Placement(0, 1, 0)
+SHARING = [
+    (Policy(3, 2, cache=HOST), "cpu"),
+    (Policy(3, 2, 16, HOST, Placement(0.3, 0.7, 0), cpu_attention=0.5, cache_bits=8), "gpu"),
+    (Policy(3, 2, 64, HOST, Placement(0, 0.5, 0.5), HOST, cpu_attention=0.0), "cpu"),
+]
+
+
+@pytest.mark.parametrize("policy, tier", SHARING)
+def test_a_cuda_run_shares_prefixes(tiny_models, plain_host_attention, monkeypatch, policy, tier):
+    """Decoding rows beside prompts, and alone; prefixes on the device or in host memory."""
+    place = partial(place_prefixes, tiers=(tier,))
+    monkeypatch.setattr(choose, "place_prefixes", place)
+    rng = random.Random(0)
+    shared = [[rng.randrange(4, 90) for _ in range(72)] for _ in range(2)]
+    prompts = [shared[i % 2] + [rng.randrange(4, 90) for _ in range(i + 1)] for i in range(8)]
+    folder, _ = tiny_models["llama"]
+    with pretend_cuda() as device:
+        found = greedy(folder, prompts, policy, "cuda", use_ray=False, gpu_memory="1GiB")
+    assert not faults(device)
+    wanted = greedy(folder, prompts, policy, "cpu", use_ray=False, executor="serial")
+    assert [it.token_ids for it in found] == [it.token_ids for it in wanted]
 
 
 @pytest.mark.parametrize(

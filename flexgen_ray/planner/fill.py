@@ -62,16 +62,19 @@ def fill_stage(plan: StagePlan, budget: Budget) -> StagePlan:
     return _move_up(plan, "cache", "disk", "cpu", budget)
 
 
-def place_prefixes(plans: list[StagePlan], budgets: list[Budget]) -> list[StagePlan]:
-    """The plans with a tier for prefixes that rows share: the GPU if they fit there.
+def place_prefixes(
+    plans: list[StagePlan], budgets: list[Budget], tiers: Sequence[str] = ("gpu", "cpu")
+) -> list[StagePlan]:
+    """The plans with a tier for prefixes that rows share: the first that has room for them.
 
-    Else they lie in host memory, where some rows do. Where a stage has room for them on neither,
-    no stage shares any.
+    They lie in host memory only where some rows do. Where a stage has room for them on no tier, no
+    stage shares any.
     """
     placed = []
     for plan, budget in zip(plans, budgets, strict=True):
-        tiers = ("gpu", "cpu") if any(split.cpu for split in plan.splits) else ("gpu",)
-        choices = (replace(plan, prefix_tier=tier) for tier in tiers)
+        holds_rows = any(split.cpu for split in plan.splits)
+        possible = (tier for tier in tiers if tier == "gpu" or holds_rows)
+        choices = (replace(plan, prefix_tier=tier) for tier in possible)
         placed.append(next((it for it in choices if _fits(it, budget)), None))
     found = [plan for plan in placed if plan is not None]
     return found if len(found) == len(plans) else list(map(_without_prefixes, plans))
