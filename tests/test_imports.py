@@ -29,17 +29,14 @@ MAY_IMPORT = {
     "models": "config kernels quant request",
     "layout": "config models quant schedule units",
     "cost": "config layout models quant schedule",
-    "prefixes": "config request",
     "store": "kernels layout quant schedule units",
     "hardware": "config files kernels layout models paths quant store",
-    "runtime": "config cost hardware kernels layout models paths prefixes request schedule store"
-    " text",
+    "runtime": "config cost hardware kernels layout models paths request schedule store text",
     "distributed": "config hardware request runtime schedule signals",
-    "planner": "config cost files hardware layout models prefixes request runtime schedule units",
+    "planner": "config cost files hardware layout models request runtime schedule units",
     "processor": "models request text",
     "reporting": "config files hardware layout planner request runtime schedule units",
-    "engine": "checks config distributed hardware layout models planner prefixes processor"
-    " reporting request"
+    "engine": "checks config distributed hardware layout models planner processor reporting request"
     " runtime schedule text units",
     "llm": "checks config engine hardware models paths planner processor reporting request runtime"
     " text units",
@@ -55,7 +52,7 @@ MAY_IMPORT = {
 }
 WITHOUT_TORCH = {
     "checks", "paths", "signals", "units", "schedule", "request", "files", "config", "text",
-    "quant", "layout", "cost", "prefixes", "planner", "processor", "reporting", "batch",
+    "quant", "layout", "cost", "planner", "processor", "reporting", "batch",
 }  # fmt: skip
 WITH_RAY = {"distributed"}
 FREE = {"__init__", "__main__"}

@@ -45,13 +45,13 @@ from flexgen_ray.planner.choose import (
 )
 from flexgen_ray.planner.other_machines import HardwareFileBackend
 from flexgen_ray.planner.stage_policies import StagePolicies
-from flexgen_ray.prefixes import NOTHING_SHARED, find_prefixes, measure_sharing
 from flexgen_ray.processor import Samples
 from flexgen_ray.reporting.report import Report, StageReport
 from flexgen_ray.reporting.tally import ProgressTracker, RequestTimes
 from flexgen_ray.reporting.trace import write_trace
 from flexgen_ray.request import Finished, Request, RequestOutput
 from flexgen_ray.runtime.events import OnProgress, Progress, ignore_progress
+from flexgen_ray.runtime.prefixes import NOTHING_SHARED, find_prefixes, measure_sharing
 from flexgen_ray.runtime.stage import StageSpec
 from flexgen_ray.runtime.worker import Machine
 from flexgen_ray.text.tokenizer import Tokenizer

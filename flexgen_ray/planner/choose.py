@@ -33,8 +33,8 @@ from flexgen_ray.planner.grid import SearchSpace
 from flexgen_ray.planner.pipeline_plan import ModelRates, PipelinePlan, PlannedJob, StageDevice
 from flexgen_ray.planner.search import Infeasible, Planner, find_best_plan
 from flexgen_ray.planner.stage_policies import StagePolicies, split_layers_evenly
-from flexgen_ray.prefixes import NOTHING_SHARED, SharedPrompts
 from flexgen_ray.request import EXPECTED_TOKENS, Request
+from flexgen_ray.runtime.prefixes import NOTHING_SHARED, SharedPrompts
 from flexgen_ray.runtime.worker import Machine
 from flexgen_ray.schedule.zigzag import StageLayers
 from flexgen_ray.units import format_seconds

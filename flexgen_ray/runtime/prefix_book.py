@@ -12,8 +12,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
-from flexgen_ray.prefixes import Prefix, SharedPrompts, find_prefixes
 from flexgen_ray.request import Request
+from flexgen_ray.runtime.prefixes import Prefix, SharedPrompts, find_prefixes
 
 Key = tuple[int, int]  # batch and slot
 

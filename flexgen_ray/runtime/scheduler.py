@@ -29,9 +29,9 @@ from flexgen_ray.layout.admission import Admission, are_alike
 from flexgen_ray.layout.answers import AnswerLengths
 from flexgen_ray.layout.pages import pages_of
 from flexgen_ray.layout.rows import Row, Rows, ScoredRow
-from flexgen_ray.prefixes import Prefix, rank_groups
 from flexgen_ray.request import Finished, Request, SamplingParams, Score, SlotScores
 from flexgen_ray.runtime.prefix_book import PrefixBook
+from flexgen_ray.runtime.prefixes import Prefix, rank_groups
 from flexgen_ray.runtime.sequence import Sequence
 
 # Exceeds any vocabulary; messages hold no integer of more than 64 bits.

@@ -11,8 +11,8 @@ from functools import cached_property
 
 from flexgen_ray.kernels.sampling import Penalties
 from flexgen_ray.layout.rows import Row, ScoredRow
-from flexgen_ray.prefixes import Prefix
 from flexgen_ray.request import Request, Score
+from flexgen_ray.runtime.prefixes import Prefix
 
 
 @dataclass
