@@ -255,7 +255,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class Sharing:
-    """Amount of a set's prompts that lies in prefixes that several of them share (runtime/prefixes.py).
+    """Amount of prompts that lies in prefixes that several of them share (runtime/prefixes.py).
 
     num_requests: sequences. tokens: of all prefixes together. most_tokens: of the prefixes of one
     prompt, at most.
