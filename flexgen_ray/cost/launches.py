@@ -6,7 +6,10 @@ out. Knows the order of a layer's maths; no rates and no tensors.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from flexgen_ray.layout.plan import StagePlan
+from flexgen_ray.layout.prefix_tiles import PrefixTile, User
 from flexgen_ray.models.config import ModelConfig
 from flexgen_ray.schedule.ops import OpKind
 
@@ -15,6 +18,10 @@ LAUNCHES = {OpKind.EMBED: 3, OpKind.FINISH: 4, OpKind.SAMPLE: 8}
 LAUNCHES_OF_RUN, LAUNCHES_OF_SPARSE_RUN, LAUNCHES_OF_PROMPT = 1, 17, 2
 _ROTATE, _MAKE_ROTATION = 3, 6
 _COMPOSITE_RMS_NORM = 6  # on a CPU; on a GPU it is one kernel
+# A tile of a prefix is gathered; its products with some rows take queries, scores and a softmax,
+# perhaps under a mask; and each part is merged with the others (kernels/prefix_attention.py).
+_GATHER_TILE, _ATTEND_TILE, _MASK, _MERGE = 4, 11, 3, 12
+KEEP_QUERIES = 2
 
 
 def launches(plan: StagePlan, kind: OpKind) -> int:
@@ -81,3 +88,26 @@ def _norm(config: ModelConfig, on_gpu: bool) -> int:
         return 1
     converts = 4 if config.norm_offset else 0
     return (1 if on_gpu else _COMPOSITE_RMS_NORM) + converts
+
+
+def prefix_launches(plan: StagePlan, tiles: Sequence[PrefixTile]) -> int:
+    """Launches that attend the tiles of prefixes that decoding rows share."""
+    count = 2 if tiles else 0  # results are cleared first
+    for tile in tiles:
+        count += _GATHER_TILE + 2 * bool(plan.policy.cache_bits)
+        count += sum(_chunk(plan, chunk) for chunk in tile.chunks)
+    return count
+
+
+def merge_launches(plan: StagePlan) -> int:
+    """Launches that merge attention to prefixes with that to rows' own tokens."""
+    return _MERGE + 4 + 2 * (plan.element_bytes < 4)
+
+
+def _chunk(plan: StagePlan, users: Sequence[User]) -> int:
+    """Launches of some rows' products with a tile, and of merging the result."""
+    kv_heads, queries = plan.config.num_kv_heads, plan.config.num_heads // plan.config.num_kv_heads
+    transposes = len(users) > 1 and kv_heads > 1  # results, and queries of several heads
+    count = _ATTEND_TILE + transposes * (2 + (queries > 1)) + _MERGE
+    count += _MASK * any(start for _, start in users)
+    return count + 3 * (plan.element_bytes < 4)  # products are in float32

@@ -24,6 +24,15 @@ from flexgen_ray.cost.launches import (
     rotation_launches,
     run_launches,
 )
+from flexgen_ray.cost.prefixes import (
+    added,
+    attended_prefixes,
+    kept_queries,
+    loaded_pages,
+    merged_parts,
+    prefilled_prefixes,
+    sums_bytes,
+)
 from flexgen_ray.cost.resources import Amounts, Resource
 from flexgen_ray.layout.pages import pages_of
 from flexgen_ray.layout.placement import COPY_PIECE, SECTOR, aligned, split_tokens
@@ -104,7 +113,8 @@ class CostModel:
 
     def _copies_of_cache(self, op: Op, composition: Composition) -> int:
         placed = self._placed(op, composition)
-        return 2 * len(placed.streamed_copies) + LAUNCHES_OF_DISK_ROW * len(placed.on_disk)
+        copies = len(placed.streamed_copies) + len(placed.prefix_copies)
+        return 2 * copies + LAUNCHES_OF_DISK_ROW * len(placed.on_disk)
 
     def _copies_of_new_tokens(self, op: Op, composition: Composition) -> int:
         if self.plan.stored_rows and composition.rows.are_single:
@@ -114,7 +124,8 @@ class CostModel:
         return 1 + (not self.plan.policy.cache_bits) + 2 * runs
 
     def _copies_of_attention(self, op: Op, composition: Composition) -> int:
-        return len(self._placed(op, composition).attended_runs)
+        placed = self._placed(op, composition)
+        return len(placed.attended_runs) * (2 if placed.sharing else 1)
 
     def _copies_of_values(self, op: Op, composition: Composition) -> int:
         return len(self._placed(op, composition).choosing_runs(self.plan.rows_at_a_time))
@@ -181,7 +192,8 @@ class CostModel:
         amounts[_R.DEVICE_OPS] += appends + bool(self.plan.policy.cache_bits)
         if not composition.rows.are_single:
             amounts[_R.DEVICE_OPS] += rotation_launches(config) * self._tiles(tokens)
-        return amounts
+        kept = kept_queries(self.plan, self._placed(op, composition))
+        return added((amounts, kept)) if kept else amounts
 
     def _finish(self, op: Op, composition: Composition) -> Amounts:
         config, tokens = self.plan.config, composition.rows.num_tokens
@@ -193,7 +205,11 @@ class CostModel:
         else:
             mlp = config.hidden_size * config.intermediate_size * (3 if config.gated_mlp else 2)
             product = self._linear(tokens, config.q_size * config.hidden_size + mlp)
-        return product | self._dequantize(op) | self._small_ops(op, tokens)
+        amounts = product | self._dequantize(op) | self._small_ops(op, tokens)
+        if self.plan.stage.kind(op.layer) != "decoder":
+            return amounts
+        merged = merged_parts(self.plan, self._placed(op, composition))
+        return added((amounts, merged)) if merged else amounts
 
     def _sample(self, op: Op, composition: Composition) -> Amounts:
         count, drawn = len(composition.rows.sampled), composition.drawn
@@ -261,6 +277,7 @@ class CostModel:
         first_page = placed.kind.first_page
         on_disk = ((row.position, first_page(row.position)) for row in placed.on_disk)
         nbytes += page * sum(pages_of(position) - first for position, first in on_disk)
+        nbytes += loaded_pages(placed) * self.plan.page_bytes
         return self._transfer(_R.H2D, nbytes)
 
     def _share_loaded(self, prefills: bool) -> float:
@@ -327,7 +344,13 @@ class CostModel:
             _R.DEVICE_OPS: appended + attended,
             _R.ELEMENTWISE: passed * sum(row.num_new_tokens for row in rows) * self._element,
         }
-        return {resource: keys[resource] + values[resource] for resource in keys} | small
+        own = {resource: keys[resource] + values[resource] for resource in keys} | small
+        if not placed.shares:
+            return own
+        shared = [
+            prefilled_prefixes(self.plan, placed, it, layer) for it in (placed.resident, streamed)
+        ]
+        return added((own, *shared, attended_prefixes(self.plan, placed, layer)))
 
     def _runs(self, rows: list[Row]) -> int:
         """Runs of decoding rows that are attended together, if they are neighbours."""
@@ -347,8 +370,9 @@ class CostModel:
         """
         config, pairs, tokens = self.plan.config, 0.0, 0.0
         for row, share in rows:
-            window = config.attended_tokens(layer, row.seq_len)
-            pairs += share * _attended_pairs(row, window)
+            before = row.before if row.is_prefill else 0  # decoding rows attend it apart
+            window = config.attended_tokens(layer, before + row.seq_len)
+            pairs += share * _attended_pairs(row, before, window)
             tokens += share * min(row.seq_len, window + row.num_new_tokens - 1)
         amounts = {
             _R.FLOPS: 2 * config.q_size * pairs,
@@ -365,8 +389,10 @@ class CostModel:
         return {_R.HOST_ATTENTION: read, _R.HOST_MEMORY: read}
 
     def _load_attention(self, op: Op, composition: Composition) -> Amounts:
-        attended = self._placed(op, composition).attended
-        return self._transfer(_R.H2D, len(attended) * self.plan.config.q_size * self._element)
+        placed = self._placed(op, composition)
+        attended = placed.attended
+        nbytes = len(attended) * self.plan.config.q_size * self._element
+        return self._transfer(_R.H2D, nbytes + sums_bytes(self.plan, placed))
 
     def _placed(self, op: Op, composition: Composition) -> PlacedRows:
         return composition.placed(op.batch, self.plan.kind_of(op.layer))
@@ -403,14 +429,15 @@ def elementwise_values(plan: StagePlan, kind: OpKind) -> int:
     return 0
 
 
-def _attended_pairs(row: Row, window: int) -> float:
+def _attended_pairs(row: Row, before: int, window: int) -> float:
     """(query, key) pairs of a row's new tokens under a causal mask.
 
     Each token sees itself and the tokens before it, up to `window` tokens in all: a growing number
-    until the window is full, then the whole window.
+    until the window is full, then the whole window. before: tokens that precede the row's own.
     """
-    growing = min(max(window - row.position, 0), row.num_new_tokens)
-    return growing * (row.position + (growing + 1) / 2) + (row.num_new_tokens - growing) * window
+    position = before + row.position
+    growing = min(max(window - position, 0), row.num_new_tokens)
+    return growing * (position + (growing + 1) / 2) + (row.num_new_tokens - growing) * window
 
 
 # Copies of ops on the link that bring more than one piece of memory.

@@ -247,6 +247,11 @@ class PlacedRows:
         shared = (it for division in self.divisions for it in division.prefixes)
         return list({it.number: it for it in shared}.values())
 
+    @property
+    def shares(self) -> bool:
+        """True if any row shares a prefix."""
+        return bool(self._all_prefixes)
+
     @cached_property
     def places(self) -> dict[int, int]:
         """{slot: place} of the decoding rows among themselves, in the order of their tokens."""

@@ -37,8 +37,8 @@ from flexgen_ray.kernels.pack import pack, unpack
 from flexgen_ray.kernels.prefix_attention import attend_shared, merge_part
 from flexgen_ray.layout.pages import Home, SharedHome, page_table, pages_of
 from flexgen_ray.layout.plan import StagePlan
+from flexgen_ray.layout.prefix_tiles import User, prefix_tiles
 from flexgen_ray.layout.rows import MemoKey, PlacedRows, Row, first_attended, token_runs
-from flexgen_ray.layout.sizes import PREFIX_TILE, prefix_rows_at_a_time
 from flexgen_ray.runtime.passes import DecodeRows, find_decode_runs
 from flexgen_ray.schedule.ops import Op
 from flexgen_ray.store.activations import CellBuffers
@@ -183,21 +183,12 @@ class DeviceAttention:
 
     def _find_tiles(self, placed: PlacedRows, window: int | None) -> list[_Tile]:
         """Tiles of all prefixes that decoding rows of a pass attend, each with some of the rows."""
-        tiles, most = [], prefix_rows_at_a_time(self._config)
-        for shared, rows in placed.shared(window):
-            firsts = [(row, first_attended(row, window)) for row in rows]
-            begin = max(shared.start, min(first for _, first in firsts))
-            for first in range(begin, shared.end, PREFIX_TILE):
-                last = min(first + PREFIX_TILE, shared.end)
-                users = [(row, max(0, start - first)) for row, start in firsts if start < last]
-                chunks = [users[at : at + most] for at in range(0, len(users), most)]
-                parts = [self._chunk(placed, chunk) for chunk in chunks]
-                tiles.append(_Tile(shared, first, last, parts))
-        return tiles
+        return [
+            _Tile(shared, first, last, [self._chunk(placed, chunk) for chunk in chunks])
+            for shared, first, last, chunks in prefix_tiles(placed, self._config, window)
+        ]
 
-    def _chunk(
-        self, placed: PlacedRows, users: list[tuple[Row, int]]
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _chunk(self, placed: PlacedRows, users: list[User]) -> tuple[Tensor, Tensor, Tensor | None]:
         """Part of _Tile.rows for these rows; users: each with the first token that it attends."""
         tokens = place_indices([row.offset for row, _ in users], self._device)
         places = place_indices([placed.places[row.slot] for row, _ in users], self._device)

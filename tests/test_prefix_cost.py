@@ -1,0 +1,96 @@
+"""What prefixes take: the model's bytes, products and copies are those of a run."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+from copies import Copies
+from strategies import UNIT
+
+from flexgen_ray import LLM, SamplingParams
+from flexgen_ray.config import PAGE_TOKENS, Placement, Policy
+from flexgen_ray.cost.prefixes import attended_prefixes, prefilled_prefixes
+from flexgen_ray.cost.resources import Resource
+from flexgen_ray.planner import choose
+from flexgen_ray.runtime import device_attention
+from flexgen_ray.runtime.handlers import OpHandlers
+from flexgen_ray.schedule.ops import OpKind
+
+HEADER, MIDDLE = [7] * 3 * PAGE_TOKENS, [9] * 2 * PAGE_TOKENS
+# Two levels, and a prompt that shares nothing.
+PROMPTS = [
+    *(HEADER + MIDDLE + [20 + i] * (3 + i) for i in range(4)),
+    *(HEADER + [30 + i] * (5 + i) for i in range(3)),
+    [40] * 20,
+]
+CACHES = {"device": Placement(1, 0, 0), "host": Placement(0, 1, 0), "both": Placement(0.5, 0.5, 0)}
+
+
+@pytest.fixture
+def counted(monkeypatch) -> Counter[str]:
+    """Products and gathered tokens of all ops that attend, as they ran and as they are modelled."""
+    sums: Counter[str] = Counter()
+    run, attend = OpHandlers.run, device_attention.attend_shared
+    gather = device_attention.DeviceAttention._prefix_tokens
+
+    def noted(handlers: OpHandlers, op, ready_at: float = 0.0) -> None:
+        if op.kind is OpKind.ATTEND_DEVICE and not handlers.is_idle(op):
+            plan, placed = handlers.plan, handlers.placed(op)
+            decoding = attended_prefixes(plan, placed, op.layer)
+            prompts = [
+                prefilled_prefixes(plan, placed, rows, op.layer)
+                for rows in (placed.resident, placed.streamed)
+            ]
+            sums["modelled products"] += decoding[Resource.FLOPS]
+            parts = [decoding, *prompts]
+            sums["modelled bytes"] += sum(part[Resource.DEVICE_ATTENTION] for part in parts)
+        run(handlers, op, ready_at)
+
+    def attended(q, k, v, starts=None):
+        sums["products"] += 4 * q.shape[0] * q.shape[1] * q.shape[2] * k.shape[1]
+        return attend(q, k, v, starts)
+
+    def gathered(self, op, placed, shared, first, last):
+        tokens = gather(self, op, placed, shared, first, last)
+        sums["bytes"] += sum(each.nbytes for each in tokens)
+        return tokens
+
+    monkeypatch.setattr(OpHandlers, "run", noted)
+    monkeypatch.setattr(device_attention, "attend_shared", attended)
+    monkeypatch.setattr(device_attention.DeviceAttention, "_prefix_tokens", gathered)
+    return sums
+
+
+@pytest.mark.parametrize(
+    ("name", "cache", "tier"),
+    [("opt", "device", "gpu"), ("qwen2", "host", "cpu"), ("qwen2", "both", "gpu")],
+)
+def test_prefixes_are_read_and_multiplied_as_modelled(
+    tiny_models, counted, name, cache, tier, monkeypatch
+):
+    """In layers with and without windows, of rows on the device, streamed and on the host."""
+    folder, _ = tiny_models[name]
+    placed = choose.place_prefixes
+    monkeypatch.setattr(
+        choose,
+        "place_prefixes",
+        lambda *given: [replace(plan, prefix_tier=tier) for plan in placed(*given)],
+    )
+    copies = Copies(monkeypatch)
+    policy = Policy(3, 2, cache=CACHES[cache], cpu_attention=0.5 * (cache == "both"))
+    options = {"dtype": "float32", "use_ray": False, "executor": "serial", "hardware": UNIT}
+    with LLM(folder, policy=policy, **options) as llm:
+        llm.generate(PROMPTS, SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True))
+        (plan,) = llm._plans
+        modelled = llm.report.stages[0].measured.modelled_resources
+    assert plan.prefix_pages and plan.prefix_tier == tier
+    assert counted["modelled products"] == counted["products"] > 0
+    assert counted["modelled bytes"] == counted["bytes"] > 0
+    moved = Counter()
+    for (kind, _), nbytes in copies.moved.items():
+        moved[kind] += nbytes
+    # Without sparse attention and weights in flight, nothing else crosses the link.
+    crossing = moved[OpKind.LOAD_CACHE] + moved[OpKind.LOAD_ATTENTION]
+    assert modelled.get("h2d", 0) == crossing
