@@ -192,8 +192,8 @@ class CostModel:
         amounts[_R.DEVICE_OPS] += appends + bool(self.plan.policy.cache_bits)
         if not composition.rows.are_single:
             amounts[_R.DEVICE_OPS] += rotation_launches(config) * self._tiles(tokens)
-        kept = kept_queries(self.plan, self._placed(op, composition))
-        return added((amounts, kept)) if kept else amounts
+        copied = kept_queries(self.plan, self._placed(op, composition))
+        return added((amounts, copied)) if copied else amounts
 
     def _finish(self, op: Op, composition: Composition) -> Amounts:
         config, tokens = self.plan.config, composition.rows.num_tokens
@@ -347,10 +347,10 @@ class CostModel:
         own = {resource: keys[resource] + values[resource] for resource in keys} | small
         if not placed.shares:
             return own
-        shared = [
-            prefilled_prefixes(self.plan, placed, it, layer) for it in (placed.resident, streamed)
-        ]
-        return added((own, *shared, attended_prefixes(self.plan, placed, layer)))
+        parts = [own, attended_prefixes(self.plan, placed, layer)]
+        for some in (placed.resident, streamed):
+            parts.append(prefilled_prefixes(self.plan, placed, some, layer))
+        return added(parts)
 
     def _runs(self, rows: list[Row]) -> int:
         """Runs of decoding rows that are attended together, if they are neighbours."""
