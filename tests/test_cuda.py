@@ -56,6 +56,17 @@ def test_async_equals_serial_bit_for_bit(tiny_models, name, policy, monkeypatch)
     assert all(torch.equal(a, b) for a, b in zip(runs[0][1], runs[1][1], strict=True))
 
 
+@settings(max_examples=20)
+@given(policy=policies)
+def test_shared_prefixes_change_no_token(tiny_models, policy):
+    folder, references = tiny_models["llama"]
+    longest = max((reference.prompt for reference in references), key=len)
+    shared = (longest * (72 // len(longest) + 1))[:72]
+    prompts = [shared + reference.prompt for reference in references]
+    found, wanted = (greedy(folder, prompts, policy, device, use_ray=False) for device in DEVICES)
+    assert [it.token_ids for it in found] == [it.token_ids for it in wanted]
+
+
 @settings(max_examples=10)
 @given(policy=sparse)
 def test_sparse_attention_keeps_the_tokens_that_it_keeps_on_the_cpu(tiny_models, policy):
