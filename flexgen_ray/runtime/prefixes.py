@@ -102,11 +102,10 @@ def find_prefixes(requests: Iterable[Request], most_pages: int | None = None) ->
     groups = [_Group(list(requests), None, 0, 0, 0)]
     while groups:
         members, parent, start, page, level = groups.pop()
+        if len(members) > 1:
+            before, page = page, _common_pages(members, page, most_pages)
+            possible += (page - before) * (len(members) - 1) * PAGE_TOKENS
         parts = _divide(members, page, most_pages)
-        while len(parts) == 1 and len(members) > 1 and len(parts[0]) == len(members):
-            page += 1
-            possible += (len(members) - 1) * PAGE_TOKENS
-            parts = _divide(members, page, most_pages)
         # Without a prefix of its own, each part would have the group's pages once more.
         ends = len(members) - sum(map(len, parts))
         saved = (page - start) * (len(parts) + ends - 1)
@@ -174,6 +173,29 @@ def rank_groups(
     groups = sorted(set(deepest.values()), key=key)
     ranks = {prefix: rank for rank, prefix in enumerate(groups)}
     return {index: ranks[prefix] for index, prefix in deepest.items()}
+
+
+def _common_pages(requests: Sequence[Request], page: int, most_pages: int | None) -> int:
+    """Pages with which all of these prompts begin, which are known to be `page` or more."""
+    last = min(map(shareable_tokens, requests)) // PAGE_TOKENS
+    last = last if most_pages is None else min(last, most_pages)
+    first = requests[0].prompt_token_ids
+    for request in requests[1:]:
+        tokens, low = request.prompt_token_ids, page
+        while low < last and _span(first, low, last) != _span(tokens, low, last):
+            middle = (low + last) // 2
+            if _span(first, low, middle) == _span(tokens, low, middle):
+                low = middle
+                if low + 1 == last:
+                    last = low
+            else:
+                last = middle
+    return max(page, last)
+
+
+def _span(tokens: list[int], first: int, last: int) -> list[int]:
+    """Tokens of pages `first` to before `last`."""
+    return tokens[first * PAGE_TOKENS : last * PAGE_TOKENS]
 
 
 def _divide(requests: Sequence[Request], page: int, most_pages: int | None) -> list[list[Request]]:
