@@ -25,7 +25,7 @@ _OF_SCORE, _OF_RESULT, _OF_MERGE = 8, 20, 12
 def attended_prefixes(plan: StagePlan, placed: PlacedRows, layer: int) -> Amounts:
     """Attention of decoding rows to the prefixes that they share."""
     config, element = plan.config, plan.element_bytes
-    tiles = prefix_tiles(placed, config, config.window(layer))
+    tiles = prefix_tiles(placed, plan, config.window(layer))
     tokens = pairs = chunk_tokens = results = 0
     for tile in tiles:
         count = tile.last - tile.first

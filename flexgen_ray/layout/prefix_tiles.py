@@ -8,9 +8,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from flexgen_ray.layout.pages import SharedHome
+from flexgen_ray.layout.plan import StagePlan
 from flexgen_ray.layout.rows import MemoKey, PlacedRows, Row, first_attended
 from flexgen_ray.layout.sizes import PREFIX_TILE, prefix_rows_at_a_time
-from flexgen_ray.models.config import ModelConfig
 
 User = tuple[Row, int]  # a row, and the first token of a tile that it attends, counted from there
 
@@ -30,13 +30,13 @@ class PrefixTile(NamedTuple):
 _TILES = MemoKey[list[PrefixTile]]()
 
 
-def prefix_tiles(placed: PlacedRows, config: ModelConfig, window: int | None) -> list[PrefixTile]:
+def prefix_tiles(placed: PlacedRows, plan: StagePlan, window: int | None) -> list[PrefixTile]:
     """Tiles of all prefixes that the decoding rows of a pass attend; window: of the layer."""
-    return placed.memoized(_TILES, lambda: _find_tiles(placed, config, window), window)
+    return placed.memoized(_TILES, lambda: _find_tiles(placed, plan, window), window)
 
 
-def _find_tiles(placed: PlacedRows, config: ModelConfig, window: int | None) -> list[PrefixTile]:
-    tiles, most = [], prefix_rows_at_a_time(config)
+def _find_tiles(placed: PlacedRows, plan: StagePlan, window: int | None) -> list[PrefixTile]:
+    tiles, most = [], prefix_rows_at_a_time(plan)
     for shared, rows in placed.shared(window):
         firsts = [(row, first_attended(row, window)) for row in rows]
         begin = max(shared.start, min(first for _, first in firsts))

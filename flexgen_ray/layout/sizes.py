@@ -269,7 +269,7 @@ def _op_bytes(plan: StagePlan) -> tuple[int, int]:
     if plan.prefix_pages:
         # Keys and values of a tile, gathered, dequantized and in float32; scores of some queries.
         attention += PREFIX_TILE * config.kv_size * (4 * element + 2 * 4)
-        attention += 2 * prefix_rows_at_a_time(config) * config.num_heads * (PREFIX_TILE + 64) * 4
+        attention += 2 * prefix_rows_at_a_time(plan) * config.num_heads * (PREFIX_TILE + 64) * 4
     # The weights of the chosen tokens stay until their values have arrived.
     chosen_tokens = CELL_SLOTS * plan.choosing_rows * plan.max_kept_tokens
     attention += chosen_tokens * 4 * config.num_heads
@@ -293,9 +293,10 @@ def _decoding_bytes(plan: StagePlan, on_cpu: bool) -> int:
     return max(copied, parts * plan.config.num_heads * (plan.config.head_dim + 64) * 4)
 
 
-def prefix_rows_at_a_time(config: ModelConfig) -> int:
+def prefix_rows_at_a_time(plan: StagePlan) -> int:
     """Rows whose scores of a tile of a prefix's tokens are computed at a time."""
-    return max(1, ATTENTION_WORKSPACE // (2 * config.num_heads * PREFIX_TILE * 4))
+    most = ATTENTION_WORKSPACE // (2 * plan.config.num_heads * PREFIX_TILE * 4)
+    return max(1, min(most, plan.policy.gpu_batch_size))
 
 
 def split_bytes(config: ModelConfig) -> int:

@@ -11,6 +11,7 @@ The module knows machines as they were probed, and the lengths of a job's reques
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from math import ceil
@@ -22,7 +23,13 @@ from flexgen_ray.hardware.known import ASSUMED
 from flexgen_ray.layout.plan import StagePlan
 from flexgen_ray.layout.sizes import check_budgets
 from flexgen_ray.models.config import ModelConfig
-from flexgen_ray.planner.fill import fill_tiers, place_prefixes, with_spare_pages
+from flexgen_ray.planner.fill import (
+    PREFIX_TIERS,
+    fill_tiers,
+    may_hold_prefixes,
+    place_prefixes,
+    with_spare_pages,
+)
 from flexgen_ray.planner.forecast import (
     NOTHING_FITS,
     Forecast,
@@ -124,6 +131,12 @@ class PlanningProblem:
             for answer in self.answers
             for prompt_len, expected in [answer.expected_lengths]
         ]
+
+    def without_sharing(self) -> PlanningProblem:
+        """The problem in which each row has the whole prompt to itself."""
+        mean = planned_job(self.answers).together_len
+        workload = replace(self.workload, sharing=None, mean_seq_len=mean)
+        return replace(self, workload=workload, shared=NOTHING_SHARED)
 
     def stage_plans(self, policies: StagePolicies) -> list[StagePlan]:
         """A plan for each stage by these policies; budgets are not checked.
@@ -260,16 +273,25 @@ def _given_stages(problem: PlanningProblem, policies: StagePolicies) -> list[Sta
         mean = planned_job(problem.answers, problem.shared).mean_seq_len(rows)
         workload = replace(problem.workload, mean_seq_len=mean)
         stages = [replace(stage, workload=workload) for stage in stages]
-    stages = place_prefixes(stages, problem.budgets)
+    if problem.workload.sharing:
+        placed = place_prefixes(stages, problem.budgets)
+        return placed or _given_stages(problem.without_sharing(), policies)
     check_budgets(stages, problem.budgets)
     return stages
 
 
 def _filled_stages(problem: PlanningProblem) -> list[StagePlan]:
+    """Filled tiers, with what prompts share on the GPU or else in host memory, if that fits."""
     plans = problem.stage_plans(StagePolicies((problem.base,)))
-    stages = place_prefixes(fill_tiers(plans, problem.budgets), problem.budgets)
-    check_budgets(stages, problem.budgets)
-    return stages
+    for tier in PREFIX_TIERS if problem.workload.sharing else ():
+        with suppress(ValueError):
+            placed = [replace(plan, prefix_tier=tier) for plan in plans]
+            stages = fill_tiers(placed, problem.budgets)
+            if all(map(may_hold_prefixes, stages)):
+                return stages
+    if problem.workload.sharing:
+        return _filled_stages(problem.without_sharing())
+    return fill_tiers(plans, problem.budgets)
 
 
 def _suggest_compression(problem: PlanningProblem, forecast: Forecast) -> str | None:

@@ -18,6 +18,7 @@ from flexgen_ray.layout.sizes import check_budgets, stage_bytes, tier_totals
 MAX_BLOCK = 512
 MAX_GPU_BATCH = 64
 TILES = (2048, 512, 128)
+PREFIX_TIERS = "gpu", "cpu"  # for prefixes that rows share, the first choice first
 BISECTIONS = 7  # settle a fraction to within 1 %
 
 
@@ -63,25 +64,24 @@ def fill_stage(plan: StagePlan, budget: Budget) -> StagePlan:
 
 
 def place_prefixes(
-    plans: list[StagePlan], budgets: list[Budget], tiers: Sequence[str] = ("gpu", "cpu")
-) -> list[StagePlan]:
+    plans: list[StagePlan], budgets: list[Budget], tiers: Sequence[str] = PREFIX_TIERS
+) -> list[StagePlan] | None:
     """The plans with a tier for prefixes that rows share: the first that has room for them.
 
-    They lie in host memory only where some rows do. Where a stage has room for them on no tier, no
-    stage shares any.
+    They lie in host memory only where some rows do. None if a stage has room for them on no tier.
     """
     placed = []
     for plan, budget in zip(plans, budgets, strict=True):
-        holds_rows = any(split.cpu for split in plan.splits)
-        possible = (tier for tier in tiers if tier == "gpu" or holds_rows)
-        choices = (replace(plan, prefix_tier=tier) for tier in possible)
-        placed.append(next((it for it in choices if _fits(it, budget)), None))
+        choices = (replace(plan, prefix_tier=tier) for tier in tiers)
+        fitting = (it for it in choices if may_hold_prefixes(it) and _fits(it, budget))
+        placed.append(next(fitting, None))
     found = [plan for plan in placed if plan is not None]
-    return found if len(found) == len(plans) else list(map(_without_prefixes, plans))
+    return found if len(found) == len(plans) else None
 
 
-def _without_prefixes(plan: StagePlan) -> StagePlan:
-    return replace(plan, workload=replace(plan.workload, sharing=None))
+def may_hold_prefixes(plan: StagePlan) -> bool:
+    """True if prefixes that rows share may lie on the plan's tier for them."""
+    return plan.prefix_tier == "gpu" or any(split.cpu for split in plan.splits)
 
 
 def with_spare_pages(

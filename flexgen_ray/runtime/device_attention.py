@@ -185,7 +185,7 @@ class DeviceAttention:
         """Tiles of all prefixes that decoding rows of a pass attend, each with some of the rows."""
         return [
             _Tile(shared, first, last, [self._chunk(placed, chunk) for chunk in chunks])
-            for shared, first, last, chunks in prefix_tiles(placed, self._config, window)
+            for shared, first, last, chunks in prefix_tiles(placed, self._plan, window)
         ]
 
     def _chunk(self, placed: PlacedRows, users: list[User]) -> tuple[Tensor, Tensor, Tensor | None]:
