@@ -181,6 +181,7 @@ def _report(policy: Policy, job: PlannedJob, setting: Setting) -> Report:
         "gpu_memory": setting.gpu_memory,
         "load_format": "dummy",
         "use_ray": False,
+        "enable_prefix_caching": False,
     }
     with LLM(setting.model, policy=policy, **options) as llm:
         requests = synthetic_requests(llm, [(job.prompt_len, job.max_tokens)] * job.num_requests)

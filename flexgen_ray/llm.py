@@ -88,6 +88,8 @@ class LLM(Engine):
         node's cores.
     plan_for: hardware preset or YAML file whose rates the plan uses; None is this machine's.
     max_latency: limit on the planned seconds of a block of requests; None is no limit.
+    enable_prefix_caching: compute what several prompts begin with, and the prompt of `n` answers,
+        once for all of them (the default), or with each.
 
     Quantization and sparsity: lossy, off by default, and in place of the policy's own values
 
@@ -163,6 +165,7 @@ class LLM(Engine):
         plan_for: str | Path | None = None,
         max_latency: float | None = None,
         dry_run: bool = False,
+        enable_prefix_caching: bool = True,
     ) -> None:
         options = dict(locals())
         check_values(options, CHECKS)
@@ -201,6 +204,7 @@ class LLM(Engine):
             max_seconds=max_latency,
             is_dry=dry_run,
             max_model_len=max_model_len,
+            shares_prefixes=enable_prefix_caching,
         )
         tokenizer = Tokenizer(self.model, config.vocab_size)
         if dry_run and not tokenizer.exists:

@@ -181,6 +181,7 @@ WRONG = {
     "plan_for": [5, True],
     "max_latency": [0, -1.0, "60", True, float("inf")],
     "dry_run": ["yes", None, 1],
+    "enable_prefix_caching": [None, "yes", 1],
     "load_format": ["safetensors", None],
     "weight_bits": [3, 16, "4", 4.0],
     "embedding_bits": [2],

@@ -324,6 +324,14 @@ ThreadsOption = Annotated[
         "and `ray submit`); else the stage's share of the node's cores]",
     ),
 ]
+EnablePrefixCachingOption = Annotated[
+    bool,
+    typer.Option(
+        rich_help_panel=MEMORY,
+        help="Compute what several prompts begin with (headers, examples, the prompt of n answers) "
+        "once, in whole pages of 16 tokens, or with each prompt.",
+    ),
+]
 
 WeightBitsOption = Annotated[
     int | None,
@@ -444,6 +452,7 @@ def llm_options(
     disk_memory: DiskOption = None,
     offload_dir: OffloadOption = None,
     threads: ThreadsOption = None,
+    enable_prefix_caching: EnablePrefixCachingOption = True,
     weight_bits: WeightBitsOption = None,
     cache_bits: CacheBitsOption = None,
     embedding_bits: EmbeddingBitsOption = None,

@@ -62,7 +62,7 @@ ELSEWHERE: Mapping[str, str] = {
     "enable_chunked_prefill": "long prompts are always cut by the policy's max_batch_tokens; leave "
     "it out",
     "block_size": _PAGE_SIZE,
-    "enable_prefix_caching": "prefixes are not shared between prompts; leave it out",
+    "prefix_caching_hash_algo": "prompts are compared token by token; leave it out",
     "trust_remote_code": _NEVER_REMOTE,
     "tokenizer": _FOLDER,
     "tokenizer_mode": _FOLDER,
@@ -174,4 +174,5 @@ CHECKS: dict[str, Check] = {
                  "a hardware preset's name, a file's path, or None"),
     "max_latency": (optional(_above_0), "None or seconds, above 0"),
     "dry_run": _FLAG,
+    "enable_prefix_caching": _FLAG,
 }  # fmt: skip

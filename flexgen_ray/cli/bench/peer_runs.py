@@ -40,7 +40,10 @@ class Contestant(Protocol):
 
 
 class Ours:
-    """This project's LLM as a contestant, loaded for all prompts as `LLM.generate` does it."""
+    """This project's LLM as a contestant, loaded for all prompts as `LLM.generate` does it.
+
+    Computes each prompt whole, as the others do.
+    """
 
     def __init__(self, work: PeerTask) -> None:
         self._llm = LLM(
@@ -49,6 +52,7 @@ class Ours:
             device=work.device,
             offload_dir=work.scratch,
             use_ray=False,
+            enable_prefix_caching=False,
             **work.ours,  # type: ignore[arg-type]
         )
         self._llm.prepare(self._requests(work.prompts, work.max_tokens))

@@ -210,6 +210,7 @@ def peers(
     json_file: JsonOption = None,
 ) -> None:
     """Do the same work with other systems and with this project, in turns, and compare throughput.
+    All contestants compute each prompt whole, even if prompts share tokens.
 
     Example: flexgen-ray bench peers --model ./smollm2 --peers transformers,flexgen-ray --repeats 3
     """

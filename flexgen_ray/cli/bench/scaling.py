@@ -99,7 +99,8 @@ def scaling(
     machine's GPUs or a Ray cluster, and compare with one stage and with as many copies of it.
 
     A run beside which other programs used this machine's cores is marked, and compared with
-    nothing. Stages on one machine without GPUs share its cores, so there they show no gain.
+    nothing. Stages on one machine without GPUs share its cores, so there they show no gain. Each
+    prompt is computed whole, even if they share tokens.
 
     Example: flexgen-ray bench scaling --model opt-30b --pipeline-parallel-sizes 1,2,4
              --address auto
@@ -110,6 +111,7 @@ def scaling(
         "cpu_memory": cpu_memory, "disk_memory": disk_memory, "offload_dir": offload_dir,
         "threads": threads, "address": address, "transport": transport.value, "wait": wait,
         "load_format": "auto" if Path(model).is_dir() else "dummy",
+        "enable_prefix_caching": False,
     }  # fmt: skip
     runs, device_names = {}, ""
     for count in counts:

@@ -73,7 +73,8 @@ def throughput(
     json_file: JsonOption = None,
 ) -> None:
     """Measure generated tokens/s on equal prompts, and which fraction of the hardware's bound
-    that is. A short warm-up before is not timed.
+    that is. A short warm-up before is not timed. Prompts are random, and each is computed whole,
+    even if they share tokens.
 
     Example: flexgen-ray bench throughput --model opt-30b --gpu-memory 16GiB --policy 30b.yaml
     """
@@ -82,6 +83,7 @@ def throughput(
         "cpu_memory": cpu_memory, "disk_memory": disk_memory, "offload_dir": offload_dir,
         "executor": executor, "hardware": "measured", "trace": trace is not None, "use_ray": False,
         "load_format": "auto" if Path(model).is_dir() else "dummy",
+        "enable_prefix_caching": False,
     }  # fmt: skip
     with LLM(model, **options) as llm:
         count = num_prompts or (llm.policies.policies[0].block_size if llm.policies else 32)

@@ -93,7 +93,8 @@ def workload(
     json_file: JsonOption = None,
 ) -> None:
     """Measure generated tokens/s on requests of mixed lengths, the fraction of the hardware's bound
-    that is reached, and what the mixture wastes.
+    that is reached, and what the mixture wastes. Prompts are random, and each is computed whole,
+    even if they share tokens.
 
     Example: flexgen-ray bench workload --model opt-6.7b --lengths my-job.jsonl
     """
@@ -102,6 +103,7 @@ def workload(
         "cpu_memory": cpu_memory, "disk_memory": disk_memory, "offload_dir": offload_dir,
         "hardware": "measured", "trace": trace is not None, "use_ray": False,
         "load_format": "auto" if Path(model).is_dir() else "dummy",
+        "enable_prefix_caching": False,
     }  # fmt: skip
     with LLM(model, **options) as llm:
         mixture = lengths_to_run(lengths, llm, max_tokens, num_requests, longest)
