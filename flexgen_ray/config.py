@@ -269,6 +269,11 @@ class Sharing:
     mean_tokens: float
     levels: float
 
+    @property
+    def saved_tokens(self) -> int:
+        """Prompt tokens that need no computing if each prefix is computed once."""
+        return round(self.mean_tokens * self.num_requests) - self.tokens
+
     def pages(self, rows: int) -> int:
         """Pages of the prefixes that so many rows use at a time.
 

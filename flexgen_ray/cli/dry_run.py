@@ -59,6 +59,8 @@ def plan_job(
     yield _input_line(lines, len(answered), errors)
     if requests:
         yield _tokens_line(requests, llm.tokenizer.is_guess)
+        if llm.sharing_line is not None:
+            yield llm.sharing_line
         yield from _plan_lines(llm)
         yield from notes
 

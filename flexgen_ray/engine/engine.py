@@ -30,9 +30,11 @@ from typing import Any, cast
 
 from flexgen_ray.config import Deployment, Policy, Workload
 from flexgen_ray.engine.backend import Backend, spans, start_backend
+from flexgen_ray.engine.sharing import JobSharing
 from flexgen_ray.hardware.known import GIVEN
 from flexgen_ray.hardware.spec import Hardware
 from flexgen_ray.layout.admission import mean_cached
+from flexgen_ray.layout.pages import CacheSpace
 from flexgen_ray.layout.plan import StagePlan
 from flexgen_ray.models.config import ModelConfig
 from flexgen_ray.planner.budgets import library_note, settle_budgets, settle_dtype
@@ -114,7 +116,8 @@ class Engine:
         self.settings = settings
         self.on_progress = on_progress
         self._plans: list[StagePlan] | None = None
-        self._shared = NOTHING_SHARED
+        self._found = JobSharing([])
+        self._can_share = True  # False if prefixes have no room beside what is loaded
         self._is_closed = False
         self._run: Generator[Finished | Progress] | None = None
         self.report = Report()
@@ -146,28 +149,14 @@ class Engine:
         if not requests:
             return
         self.tokenizer.check()
-        settings, workload = self.settings, self._workload(requests)
-        if self._plans is not None and self._plans[0].workload.covers(workload):
+        job = self._sharing_of(requests)
+        if self._plans is not None and self._plans[0].workload.covers(self._workload(job)):
+            self._note(self._found.note_lack(self._plans) if self._can_share else None)
             return
         self.on_progress(Progress(phase="planning"))
-        problem = PlanningProblem(
-            self.config,
-            self.dtype,
-            workload,
-            self.machines,
-            self.budgets,
-            requests,
-            settings.base,
-            settings.max_seconds,
-            self._stages_disk,
-            hops_on_device=self._uses_nccl,
-            shared=self._shared,
-            # With max_model_len, the requests' lengths don't decide how much memory one takes.
-            request_name=name if settings.max_model_len is None else None,
-        )
-        choice = choose_policy(problem, settings.policies)
+        choice = self._choose(requests, job, name)
         for note in choice.notes:
-            self.on_progress(Progress(note=note))
+            self._note(note)
         if self._plans is not None and list(map(_shape, choice.stages)) == list(
             map(_shape, self._plans)
         ):
@@ -175,31 +164,88 @@ class Engine:
             return
         self._plans = None
         started = time.perf_counter()
-        if not settings.is_dry:
+        if not self.settings.is_dry:
             self._load(choice)
         self._plans = choice.stages
         self.report = Report(time.perf_counter() - started, choice.forecast)
 
-    def _workload(self, requests: list[Request]) -> Workload:
-        """Sizes that the stores need for these requests; with max_model_len, for any within it."""
+    def _note(self, note: str | None) -> None:
+        if note is not None:
+            self.on_progress(Progress(note=note))
+
+    def _sharing_of(self, requests: list[Request]) -> JobSharing:
+        """What the requests share; nothing if that can't change with the weights that are loaded.
+
+        With max_model_len weights are loaded once, for all calls.
+        """
+        if not self._found.is_of(requests):
+            self._found = JobSharing.of(requests, self.settings.shares_prefixes)
+        if self._plans is not None and self._plans[0].workload.sharing is None:
+            is_final = not self._can_share or self.settings.max_model_len is not None
+            return self._found.whole() if is_final else self._found
+        return self._found
+
+    def _choose(self, requests: list[Request], job: JobSharing, name: RequestName) -> PolicyChoice:
+        """Choose policies; where prompts share but can't, plan for whole ones, with a note."""
+        settings, whole = self.settings, job.whole()
+        policies = settings.policies.policies if settings.policies else (settings.base,)
+        sparsity = min(policy.attention_sparsity for policy in policies)
+        is_sparse = job.amount is not None and sparsity < 1
+
+        def choose(job: JobSharing) -> PolicyChoice:
+            return choose_policy(self._problem(requests, job, name), settings.policies)
+
+        choice = choose(whole if is_sparse else job)
+        note = job.note_sparse(sparsity) if is_sparse else None
+        if job.amount is not None and not is_sparse and choice.stages[0].workload.sharing is None:
+            note, choice = job.note_no_room(choice.stages), choose(whole)
+        self._can_share = note is None
+        return choice if note is None else replace(choice, notes=(*choice.notes, note))
+
+    def _problem(
+        self, requests: list[Request], job: JobSharing, name: RequestName
+    ) -> PlanningProblem:
+        """Everything that the choice of a policy for these requests depends on."""
+        settings = self.settings
+        return PlanningProblem(
+            self.config,
+            self.dtype,
+            self._workload(job),
+            self.machines,
+            self.budgets,
+            requests,
+            settings.base,
+            settings.max_seconds,
+            self._stages_disk,
+            hops_on_device=self._uses_nccl,
+            shared=job.shared,
+            # With max_model_len, the requests' lengths don't decide how much memory one takes.
+            request_name=name if settings.max_model_len is None else None,
+        )
+
+    def _workload(self, job: JobSharing) -> Workload:
+        """Sizes that the stores need for a job; with max_model_len, for any within it."""
         longest = self.settings.max_model_len
-        answers = [request for request in requests for _ in range(request.params.n)]
-        self._shared = find_prefixes(answers) if self.settings.shares_prefixes else NOTHING_SHARED
         lengths = [
-            (prompt_len - self._shared.before(request), answer_len)
-            for request in answers
+            (prompt_len - job.shared.before(request), answer_len)
+            for request in job.answers
             for prompt_len, answer_len in [request.expected_lengths]
         ]
         return Workload(
             # Only a policy that is chosen depends on the number of requests.
-            num_requests=1 if self.settings.policies else len(answers),
-            max_prompt_len=longest or max(len(it.prompt_token_ids) for it in requests),
+            num_requests=1 if self.settings.policies else len(job.answers),
+            max_prompt_len=longest or max(len(it.prompt_token_ids) for it in job.answers),
             # The last token of a text that is scored needs no place in the context.
-            max_seq_len=longest + 1 if longest else max(it.max_seq_len for it in requests),
+            max_seq_len=longest + 1 if longest else max(it.max_seq_len for it in job.answers),
             resumes=self.backend.resumes,
             mean_seq_len=mean_cached(lengths),
-            sharing=measure_sharing(answers, self._shared),
+            sharing=job.amount,
         )
+
+    @property
+    def sharing_line(self) -> str | None:
+        """One line for people on what the prompts of the last `prepare` share; None for nothing."""
+        return self._found.line(self.plans)
 
     @property
     def plans(self) -> list[StagePlan]:
@@ -264,7 +310,12 @@ class Engine:
             raise RuntimeError("this LLM only plans (dry_run=True); make one that runs")
         assert self._plans is not None, "prepare comes first"
         samples = Samples(requests)
-        tally = ProgressTracker(samples.requests, self.report.forecast)
+        if not self._found.is_of(requests):
+            self._found = JobSharing.of(requests, self.settings.shares_prefixes)
+        job, forecast = self._found, self.report.forecast
+        self.report.prompt_tokens = job.prompt_tokens
+        self.report.possible_tokens = job.shared.possible_tokens
+        tally = ProgressTracker(samples.requests, forecast, job.saved_tokens(self._plans))
         times = RequestTimes(samples.requests)
         self.backend.add(samples.requests)
         self._run = cast(Generator[Finished | Progress], self.backend.run())
@@ -331,9 +382,10 @@ class Engine:
             self._plans = None
 
 
-def _shape(plan: StagePlan) -> StagePlan:
-    """The plan without what the loaded stage doesn't depend on: number and mean of requests."""
-    return replace(plan, workload=replace(plan.workload, num_requests=1, mean_seq_len=None))
+def _shape(plan: StagePlan) -> tuple[StagePlan, CacheSpace]:
+    """The plan without what the loaded stage doesn't depend on: number and means of requests."""
+    workload = replace(plan.workload, num_requests=1, mean_seq_len=None, sharing=None)
+    return replace(plan, workload=workload), plan.space
 
 
 def _start_backend(settings: Settings, on_progress: OnProgress) -> tuple[Backend, int]:

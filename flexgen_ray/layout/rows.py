@@ -105,6 +105,9 @@ class Rows:
     tokens. moved: (slot, other batch, slot there) of rows that came from there.
     kept: (slot, prefix, its tokens) of rows that are prefixes, and were complete before this pass.
     dropped: prefixes whose pages are taken back after that, before rows enter.
+    prefill_tokens: tokens of prompts among those that the pass brings, without those of rows that
+    were set back. saved_tokens: tokens of prompts that are done without it, known to the first
+    stage alone; below 0 in a pass that computes a prefix again.
     """
 
     rows: tuple[Row, ...]
@@ -117,6 +120,7 @@ class Rows:
     moved: tuple[tuple[int, int, int], ...] = ()
     kept: tuple[tuple[int, int, int], ...] = ()
     dropped: tuple[int, ...] = ()
+    saved_tokens: int = 0
 
     @property
     def num_tokens(self) -> int:

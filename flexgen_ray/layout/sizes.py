@@ -98,6 +98,11 @@ def stage_bytes(plan: StagePlan) -> dict[str, dict[str, int]]:
     }
 
 
+def prefix_bytes(plan: StagePlan) -> int:
+    """Bytes of the cache, on the prefixes' tier, that are for prefixes which rows share."""
+    return plan.prefix_pages * plan.num_decoder_layers * plan.page_bytes
+
+
 def _cache_bytes(plan: StagePlan) -> dict[str, dict[str, int]]:
     space, page, layers = plan.space, plan.page_bytes, plan.num_decoder_layers
     counts = [len(plan.layers_of(kind)) for kind in space.kinds]

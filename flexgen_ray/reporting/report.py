@@ -163,14 +163,18 @@ class StageReport:
 class Report:
     """Tokens, seconds and bytes of one run. A pass that brings prompt tokens counts as prefill.
 
-    forecast: the prediction, if the machines' rates are known. cut: number of answers that ended at
-    a limit, by the limit's kind.
+    forecast: the prediction, if the machines' rates are known. prompt_tokens: of all requests;
+    computed_tokens: those of them that were computed, and those of prefixes; possible_tokens: those
+    that needn't be, if everything that prompts share is computed once. cut: number of answers
+    that ended at a limit, by the limit's kind.
     """
 
     load_seconds: float = 0.0
     forecast: PipelinePlan | None = None
     num_requests: int = 0
     prompt_tokens: int = 0
+    computed_tokens: int = 0
+    possible_tokens: int = 0
     new_tokens: int = 0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
@@ -198,9 +202,14 @@ class Report:
         """Tokens that were computed again, because rows lacked pages of the cache."""
         return self.stages[0].measured.recomputed_tokens if self.stages else 0
 
+    @property
+    def saved_tokens(self) -> int:
+        """Prompt tokens that were not computed, because prompts share them."""
+        return max(self.prompt_tokens - self.computed_tokens, 0) if self.possible_tokens else 0
+
     def add(self, progress: Progress) -> None:
         """Count one pass."""
-        self.prompt_tokens += progress.prefill_tokens
+        self.computed_tokens += progress.prefill_tokens
         self.new_tokens += progress.new_tokens
         if progress.is_prefill:
             self.prefill_seconds += progress.seconds
@@ -222,6 +231,11 @@ class Report:
                 f"{self.cut[kind]:,} at {name}" for kind, name in _LIMITS.items() if self.cut[kind]
             )
             lines.append(f"answers cut: {parts}")
+        if self.saved_tokens:
+            lines.append(
+                f"prompts share: {self.saved_tokens:,} of their tokens were not computed, "
+                f"{self.saved_tokens / self.possible_tokens:.0%} of what sharing can save"
+            )
         if self.recomputed_tokens:
             lines.append(
                 f"{self.recomputed_tokens:,} tokens were computed again, because rows lacked pages "
@@ -258,6 +272,9 @@ class Report:
             "decode_s": round(self.decode_seconds, 3),
             "generated_tokens_per_s": round(self.tokens_per_s, 3),
         }
+        if self.possible_tokens:
+            result["saved_prompt_tokens"] = self.saved_tokens
+            result["saved_of_possible"] = round(self.saved_tokens / self.possible_tokens, 4)
         if self.cut:
             result["answers_cut"] = dict(self.cut)
         if self.recomputed_tokens:

@@ -43,9 +43,16 @@ PRIOR = 0.02  # share of a run at which its own speed weighs as much as the pred
 
 
 class ProgressTracker:
-    """Counts the tokens and requests of one run; several answers to a request are one request."""
+    """Counts the tokens and requests of one run; several answers to a request are one request.
 
-    def __init__(self, requests: Iterable[Request], plan: PipelinePlan | None = None) -> None:
+    saved: prompt tokens that are expected not to be computed, because prompts share them. They take
+    no time, but count as done when their requests begin.
+    """
+
+    def __init__(
+        self, requests: Iterable[Request], plan: PipelinePlan | None = None, saved: int = 0
+    ) -> None:
+        self._to_save = saved
         self._pace = None if plan is None else _pace(plan)
         self._owner: dict[int, int] = {}
         self._most: dict[int, int] = {}
@@ -61,7 +68,7 @@ class ProgressTracker:
             self._prompt_left += len(request.prompt_token_ids)
             self._new_left += max(request.expected_tokens - len(request.generated), 0)
         self._num_requests = len(self._unanswered)
-        self._prompt = self._new = self._decoded = 0
+        self._prompt = self._computed = self._new = self._decoded = 0
         self._prefill_seconds = self._decode_seconds = 0.0
         self._answers = self._answered = self._allowed = 0
 
@@ -109,9 +116,12 @@ class ProgressTracker:
         self._new_left = max(self._new_left - (most - length), 0)
 
     def _add(self, event: Progress) -> None:
-        self._prompt += event.prefill_tokens
+        prompt = event.prefill_tokens + event.saved_tokens
+        self._prompt += prompt
+        self._computed += event.prefill_tokens
+        self._to_save -= event.saved_tokens
         self._new += event.new_tokens
-        self._prompt_left = max(self._prompt_left - event.prefill_tokens, 0)
+        self._prompt_left = max(self._prompt_left - prompt, 0)
         self._new_left = max(self._new_left - event.new_tokens, 0)
         if event.is_prefill:
             self._prefill_seconds += event.seconds
@@ -121,19 +131,20 @@ class ProgressTracker:
 
     def _seconds_left(self) -> float | None:
         """Estimated seconds until the run ends; None until there is something to estimate from."""
-        prompt_left, new_left = self._prompt_left, self._new_left * self._used_share
+        prompt_left = max(self._prompt_left - max(self._to_save, 0), 0)
+        new_left = self._new_left * self._used_share
         seconds = self._prefill_seconds + self._decode_seconds
         if self._pace is not None:
             prompt, new = self._pace
-            done, left = prompt * self._prompt + new * self._new, prompt * prompt_left
+            done, left = prompt * self._computed + new * self._new, prompt * prompt_left
             left += new * new_left
             prior = PRIOR * (done + left)
             return left * (seconds + prior) / (done + prior) if left else 0.0
         if self._decoded:
-            prompt = self._prefill_seconds / self._prompt if self._prompt else 0.0
+            prompt = self._prefill_seconds / self._computed if self._computed else 0.0
             return prompt * prompt_left + self._decode_seconds / self._decoded * new_left
         if self._new:
-            return seconds * (prompt_left + new_left) / (self._prompt + self._new)
+            return seconds * (prompt_left + new_left) / (self._computed + self._new)
         return None
 
     @property

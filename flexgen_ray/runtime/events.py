@@ -29,7 +29,7 @@ class RunCounts:
 
     @property
     def tokens(self) -> int:
-        """Prompt tokens and new tokens that are done."""
+        """Prompt tokens and new tokens that are done; of prompts, also those that are shared."""
         return self.prompt_tokens + self.new_tokens
 
 
@@ -37,9 +37,9 @@ class RunCounts:
 class Progress:
     """One event: a pass of a stage, a phase of other work, or a note.
 
-    Fields of a pass: new_tokens, prefill_tokens, seconds, is_prefill; tokens: (request, token) of
-    each new token; scores: (request, scores) of these tokens or earlier ones; standing: progress
-    of the run.
+    Fields of a pass: new_tokens, prefill_tokens, seconds, is_prefill; saved_tokens: of prompts,
+    done without being computed with each (layout.rows.Rows); tokens: (request, token) of each new
+    token; scores: (request, scores) of these tokens or earlier ones; standing: progress of the run.
     Fields of a phase: phase: its name, such as "loading weights"; done, total, unit: amount of
     work, 0 of 0 if unknown; detail: the part under way.
     Field of a note: note: one line for people.
@@ -58,6 +58,7 @@ class Progress:
     total: float = 0
     unit: str = ""
     detail: str = ""
+    saved_tokens: int = 0
 
     @property
     def current_phase(self) -> str:

@@ -245,11 +245,15 @@ class Passes:
             return self._scheduler.is_done and visit >= self._last_visit
         return self._has_ended(visit + 1)
 
-    def take_counts(self, visit: int) -> tuple[int, int]:
-        """Numbers of new tokens and of prompt tokens of a visit that has ended; clears them."""
-        new, prefill = self._counts.pop(visit, None) or (0, 0)
+    def take_counts(self, visit: int) -> tuple[int, int, int]:
+        """Counts of a visit that has ended, which are cleared.
+
+        Returns the numbers of new tokens, of prompt tokens that were computed, and of those that
+        were saved (layout.rows.Rows).
+        """
+        new, prefill, saved = self._counts.pop(visit, None) or (0, 0, 0)
         self._num_empty.pop(visit, None)
-        return new, prefill
+        return new, prefill, saved
 
     def compose(self, op: Op) -> None:
         """COMPOSE: decide the rows of a pass, and send its header on, in the first stage.
@@ -320,9 +324,10 @@ class Passes:
         rows = header.rows
         placed = self._place(op.batch, rows)
         self._under_way[op.turn, op.batch] = Pass(header, placed, self._device)
-        counts = self._counts.setdefault(op.visit, [0, 0])
+        counts = self._counts.setdefault(op.visit, [0, 0, 0])
         counts[0] += len(rows.sampled)
         counts[1] += rows.prefill_tokens
+        counts[2] += rows.saved_tokens
         if not rows.rows:
             self._num_empty[op.visit] = self._num_empty.get(op.visit, 0) + 1
 

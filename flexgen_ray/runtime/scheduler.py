@@ -90,7 +90,11 @@ class Scheduler:
         self._ended: list[list[tuple[int, bool]]] = [[] for _ in range(self.num_batches)]
         self._learned = [0] * self.num_batches  # version of what was learned by then
         self._waiting_tokens = self._num_entered = 0
+        # Tokens that were computed before, by index: of rows that were set back, and of prefixes.
         self._cached_before: dict[int, int] = {}
+        # Tokens of prefixes, by number, that no row has counted as part of its prompt.
+        self._unclaimed: dict[int, int] = {}
+        self._saved_tokens = 0  # since the last pass was packed
         self._starving: tuple[int, int] | None = None
         # Rows on their way to another batch, by that one: (slot, batch, slot there), sequence.
         self._moving: list[list[tuple[tuple[int, int, int], Sequence]]]
@@ -103,13 +107,14 @@ class Scheduler:
         for slots in self._slots:
             slots.clear()
         self._cached_before.clear()
+        self._unclaimed.clear()
         self._answers.clear()
         self._prefixes.clear()
         for batch in range(self.num_batches):
             self._left[batch], self._ended[batch], self._under_way[batch] = [], [], []
             self._moving[batch], self._learned[batch] = [], 0
         self._due = self._due_at_first()
-        self._starving, self.recomputed_tokens = None, 0
+        self._starving, self.recomputed_tokens, self._saved_tokens = None, 0, 0
         if self.admission is not None:
             self.admission.clear()
 
@@ -329,7 +334,8 @@ class Scheduler:
         self._prefixes.leave((batch, slot))
         self._prefixes.wait(sequence.request)
         left.append(slot)
-        self._cached_before[sequence.request.index] = sequence.cached
+        index = sequence.request.index
+        self._cached_before[index] = max(sequence.cached, self._cached_before.get(index, 0))
         request = replace(sequence.request, generated=sequence.generated, scores=sequence.scores)
         insort(self._waiting, request, key=self._order)
         self._waiting_tokens += request.max_tokens - len(request.generated)
@@ -382,6 +388,7 @@ class Scheduler:
             del slots[slot]
             self._pages.end_prefix(batch, slot)
             prefix = self._prefixes.complete((batch, slot))
+            self._note_computed(prefix)
             kept.append((slot, prefix.number, prefix.tokens))
         return kept
 
@@ -416,6 +423,19 @@ class Scheduler:
             chain = tuple(it.number for it in prefix.chain[:-1])
             entered.append((slot, prefix.pages, self._pages.prefix_tiers, chain))
         return entered
+
+    def _note_computed(self, prefix: Prefix) -> None:
+        """Count a prefix as computed; some row then has its tokens as part of its prompt."""
+        index = _index_of(prefix)
+        if index not in self._cached_before:
+            self._cached_before[index] = prefix.end
+            self._unclaimed[prefix.number] = prefix.tokens
+
+    def _note_saved(self, sequence: Sequence) -> None:
+        """Count the prompt tokens that a row needn't bring, when it enters for the first time."""
+        if sequence.prefix is not None and sequence.request.index not in self._cached_before:
+            claimed = (self._unclaimed.pop(it.number, 0) for it in sequence.prefix.chain)
+            self._saved_tokens += sequence.before - sum(claimed)
 
     def _groups(self) -> Iterator[tuple[int, int]]:
         """(start, stop) of the waiting requests that share a prefix, or share none, in order."""
@@ -454,6 +474,7 @@ class Scheduler:
             self._num_entered += 1
             self._due[batch] -= 1
             self._prefixes.enter(sequence.prefix, (batch, slot))
+            self._note_saved(sequence)
             chain = tuple(it.number for it in sequence.prefix.chain) if sequence.prefix else ()
             entered.append((slot, pages_of(sequence.num_tokens), tiers, chain))
             self._waiting_tokens -= request.max_tokens - len(request.generated)
@@ -549,13 +570,26 @@ class Scheduler:
             rows.append(row)
             scored += filter(None, [sequence.scored(row)])
             token_ids += sequence.token_ids[start:stop]
-            again = self._cached_before.get(sequence.request.index, 0) - start
-            if again > 0:
-                self.recomputed_tokens += min(again, count)
-            elif start < len(sequence.request.prompt_token_ids):
-                prefill_tokens += count
+            prefill_tokens += self._count(sequence, start, stop)
             sequence.cached = stop
-        return Rows(tuple(rows), tuple(token_ids), prefill_tokens, tuple(scored))
+        saved, self._saved_tokens = self._saved_tokens, 0
+        return Rows(
+            tuple(rows), tuple(token_ids), prefill_tokens, tuple(scored), saved_tokens=saved
+        )
+
+    def _count(self, sequence: Sequence, start: int, stop: int) -> int:
+        """Prompt tokens among a sequence's tokens from start to stop, which a pass brings.
+
+        Counts those that were computed before: as computed again if the row was set back, and as
+        not saved if a prefix is computed again.
+        """
+        request = sequence.request
+        again = max(min(self._cached_before.get(request.index, 0), stop) - start, 0)
+        if sequence.is_prefix:
+            self._saved_tokens -= again
+            return stop - start
+        self.recomputed_tokens += again
+        return max(min(stop, len(request.prompt_token_ids)) - start - again, 0)
 
     def _sampling_row(self, sequence: Sequence) -> SamplingRow:
         """Settings that choose a sequence's next token."""
@@ -638,10 +672,15 @@ def _tokens_left(sequence: Sequence) -> int:
     return len(sequence.token_ids) - sequence.cached
 
 
+def _index_of(prefix: Prefix) -> int:
+    """Index of the request that stands for a prefix; those of others are 0 or more."""
+    return -1 - prefix.number
+
+
 def _sequence_of(prefix: Prefix) -> Sequence:
     """Sequence that brings a prefix's tokens, and is never sampled."""
     tokens = list(prefix.token_ids)
-    request = Request(-1 - prefix.number, tokens, SamplingParams(max_tokens=1))
+    request = Request(_index_of(prefix), tokens, SamplingParams(max_tokens=1))
     return Sequence(request, tokens, [], len(tokens), prefix=prefix.parent, is_prefix=True)
 
 

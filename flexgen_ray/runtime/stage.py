@@ -225,12 +225,14 @@ class Stage:
     def _progress(self, visit: int, seconds: float) -> Progress:
         """Event of a visit that has ended."""
         modelled = self._modelled.end_visit(visit) if self._modelled else {}
-        new, prefill = self.handlers.passes.take_counts(visit)
+        new, prefill, saved = self.handlers.passes.take_counts(visit)
         ended = self._meter.visit_ends.pop(visit)
         self._visits.append(VisitTiming(ended, new, prefill, modelled))
         scores = tuple(self.scheduler.take_scored())
         tokens = tuple(self.scheduler.take_accepted())
-        return Progress(new, prefill, seconds, prefill > 0, tokens, scores=scores)
+        return Progress(
+            new, prefill, seconds, prefill > 0, tokens, scores=scores, saved_tokens=saved
+        )
 
     def _start(self) -> SerialExecutor | AsyncExecutor:
         """Executor of a new run, with a new meter."""
