@@ -53,7 +53,6 @@ from flexgen_ray.reporting.tally import ProgressTracker, RequestTimes
 from flexgen_ray.reporting.trace import write_trace
 from flexgen_ray.request import Finished, Request, RequestOutput
 from flexgen_ray.runtime.events import OnProgress, Progress, ignore_progress
-from flexgen_ray.runtime.prefixes import NOTHING_SHARED, find_prefixes, measure_sharing
 from flexgen_ray.runtime.stage import StageSpec
 from flexgen_ray.runtime.worker import Machine
 from flexgen_ray.text.tokenizer import Tokenizer
@@ -174,7 +173,7 @@ class Engine:
             self.on_progress(Progress(note=note))
 
     def _sharing_of(self, requests: list[Request]) -> JobSharing:
-        """What the requests share; nothing if that can't change with the weights that are loaded.
+        """Find what the requests share; nothing if the weights that are loaded allow no sharing.
 
         With max_model_len weights are loaded once, for all calls.
         """

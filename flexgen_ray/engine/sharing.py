@@ -13,8 +13,13 @@ from operator import is_
 from flexgen_ray.config import PAGE_TOKENS, Sharing
 from flexgen_ray.layout.plan import StagePlan
 from flexgen_ray.layout.sizes import prefix_bytes
-from flexgen_ray.prefixes import NOTHING_SHARED, SharedPrompts, find_prefixes, measure_sharing
 from flexgen_ray.request import Request
+from flexgen_ray.runtime.prefixes import (
+    NOTHING_SHARED,
+    SharedPrompts,
+    find_prefixes,
+    measure_sharing,
+)
 from flexgen_ray.units import format_bytes
 
 _TIERS = {"gpu": "GPU memory", "cpu": "host memory"}
@@ -23,7 +28,7 @@ SMALL_SHARE = 0.5  # of the memory that prefixes want, below which a note says s
 
 @dataclass(frozen=True)
 class JobSharing:
-    """What the prompts of some requests share.
+    """Sharing among the prompts of some requests.
 
     answers: the requests, each as often as it has answers. shared: prefixes of their prompts.
     amount: what takes part in plans; None for nothing.
@@ -35,7 +40,7 @@ class JobSharing:
 
     @classmethod
     def of(cls, requests: Sequence[Request], is_wanted: bool = True) -> JobSharing:
-        """What these requests share; nothing if it isn't wanted."""
+        """Find what these requests share; nothing if it isn't wanted."""
         answers = [request for request in requests for _ in range(request.params.n)]
         if not is_wanted:
             return cls(answers)
@@ -48,7 +53,7 @@ class JobSharing:
         return len(answers) == len(self.answers) and all(map(is_, answers, self.answers))
 
     def whole(self) -> JobSharing:
-        """The same requests if every prompt is computed whole."""
+        """Sharing of these requests if every prompt is computed whole: none."""
         return JobSharing(self.answers)
 
     @property

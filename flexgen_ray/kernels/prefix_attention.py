@@ -49,6 +49,6 @@ def merge_part(out: Tensor, lse: Tensor, rows: Tensor, part: tuple[Tensor, Tenso
     of_part, lse_of_part = part
     before = lse[rows]
     merged = torch.logaddexp(before, lse_of_part)
-    kept = out[rows].mul_((before - merged).exp_()[..., None])
-    out[rows] = kept.add_(of_part * (lse_of_part - merged).exp_()[..., None])
+    others = out[rows].mul_((before - merged).exp_()[..., None])
+    out[rows] = others.add_(of_part * (lse_of_part - merged).exp_()[..., None])
     lse[rows] = merged

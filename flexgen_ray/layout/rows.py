@@ -103,7 +103,7 @@ class Rows:
     got then. entered: (slot, pages, tier in each stage, prefixes) of rows that entered after that,
     in order; tiers are indices in TIERS, prefixes the numbers of those that precede the row's own
     tokens. moved: (slot, other batch, slot there) of rows that came from there.
-    kept: (slot, prefix, its tokens) of rows that are prefixes, and were complete before this pass.
+    completed: (slot, prefix, its tokens) of rows that are prefixes, complete before this pass.
     dropped: prefixes whose pages are taken back after that, before rows enter.
     prefill_tokens: tokens of prompts among those that the pass brings, without those of rows that
     were set back. saved_tokens: tokens of prompts that are done without it, known to the first
@@ -118,7 +118,7 @@ class Rows:
     grown: tuple[tuple[int, int], ...] = ()
     entered: tuple[tuple[int, int, tuple[int, ...], tuple[int, ...]], ...] = ()
     moved: tuple[tuple[int, int, int], ...] = ()
-    kept: tuple[tuple[int, int, int], ...] = ()
+    completed: tuple[tuple[int, int, int], ...] = ()
     dropped: tuple[int, ...] = ()
     saved_tokens: int = 0
 

@@ -75,8 +75,8 @@ def place_prefixes(
         choices = (replace(plan, prefix_tier=tier) for tier in tiers)
         fitting = (it for it in choices if may_hold_prefixes(it) and _fits(it, budget))
         placed.append(next(fitting, None))
-    found = [plan for plan in placed if plan is not None]
-    return found if len(found) == len(plans) else None
+    holding = [plan for plan in placed if plan is not None]
+    return holding if len(holding) == len(plans) else None
 
 
 def may_hold_prefixes(plan: StagePlan) -> bool:

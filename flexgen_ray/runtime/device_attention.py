@@ -257,9 +257,9 @@ class DeviceAttention:
             first = first_attended(row, window)
             if loaded[0] != (chain, first):
                 parts = [
-                    self._prefix_tokens(op, placed, it, max(first, it.start), it.end)
-                    for it in placed.prefixes(row)
-                    if first < it.end
+                    self._prefix_tokens(op, placed, shared, max(first, shared.start), shared.end)
+                    for shared in placed.prefixes(row)
+                    if first < shared.end
                 ]
                 loaded = (chain, first), [torch.cat(plane, 1) for plane in zip(*parts, strict=True)]
             own = max(0, first - row.before)

@@ -31,7 +31,7 @@ _NUM_SCORES = ("slot", "num_scores")
 _NOT_FINITE = ("slot", "position")
 _GROWN = ("slot", "pages")
 _ENTERED = ("slot", "pages", "tiers", "prefixes")
-_KEPT = ("slot", "prefix", "tokens")
+_COMPLETED = ("slot", "prefix", "tokens")
 _MOVED = ("slot", "from_batch", "from_slot")
 
 
@@ -62,7 +62,7 @@ class Header:
             prefill_tokens=self.rows.prefill_tokens,
             left=self.rows.left or {},
             dropped=self.rows.dropped or {},
-            kept=_table(_KEPT, self.rows.kept),
+            completed=_table(_COMPLETED, self.rows.completed),
             grown=_table(_GROWN, self.rows.grown),
             entered=_table(_ENTERED, self.rows.entered),
             moved=_table(_MOVED, self.rows.moved),
@@ -129,7 +129,7 @@ def _header(message: dict[str, Any]) -> Header:
     )
     left, dropped = tuple(message.get("left", ())), tuple(message.get("dropped", ()))
     moved = tuple((slot, of, there) for slot, of, there in _records(message, "moved", _MOVED))
-    kept = tuple((slot, of, tokens) for slot, of, tokens in _records(message, "kept", _KEPT))
+    completed = tuple(_records(message, "completed", _COMPLETED))
     return Header(
         message["visit"],
         message["batch"],
@@ -142,7 +142,7 @@ def _header(message: dict[str, Any]) -> Header:
             grown,
             entered,
             moved,
-            kept,
+            completed,
             dropped,
         ),  # fmt: skip
         [SamplingRow(*values) for _, *values in sampled],

@@ -339,7 +339,7 @@ class Passes:
             self._pages.move((there[0], there[1]), (batch, slot))
         for slot, count in rows.grown:
             self._pages.grow(batch, slot, count)
-        for slot, number, tokens in rows.kept:
+        for slot, number, tokens in rows.completed:
             self._pages.keep(batch, slot, number, tokens)
         for number in rows.dropped:
             self._pages.drop(number)

@@ -55,7 +55,7 @@ class Prefix:
 
     @property
     def chain(self) -> tuple[Prefix, ...]:
-        """Its parents and itself, in the order of their tokens."""
+        """Parents and the prefix itself, in the order of their tokens."""
         return (*(self.parent.chain if self.parent else ()), self)
 
 

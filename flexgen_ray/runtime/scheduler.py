@@ -158,7 +158,7 @@ class Scheduler:
             self._look_at(batch)
             waiting_for_pages = self._grow(batch, left, grown)
             self._give_rows(batch)
-        kept = self._keep_prefixes(batch)
+        completed = self._keep_prefixes(batch)
         dropped = self._prefixes.take_unused()
         entered = [*self._begin_prefixes(batch, dropped), *self._fill(batch, slots)]
         self._under_way[batch] = [it.num_generated for it in slots.values() if not it.is_prefix]
@@ -179,7 +179,7 @@ class Scheduler:
         moved = tuple(places for places, _ in arrived)
         return replace(
             rows, left=tuple(left), grown=tuple(grown), entered=tuple(entered), moved=moved,
-            kept=tuple(kept), dropped=tuple(dropped),
+            completed=tuple(completed), dropped=tuple(dropped),
         )  # fmt: skip
 
     def sampling_rows(self, batch: int, slots: list[int]) -> list[SamplingRow]:
@@ -382,15 +382,15 @@ class Scheduler:
 
     def _keep_prefixes(self, batch: int) -> list[tuple[int, int, int]]:
         """Free the slots of prefixes that are computed; as layout.rows.Rows has these."""
-        slots, kept = self._slots[batch], []
+        slots, completed = self._slots[batch], []
         done = [it for it in slots if slots[it].is_prefix and not _tokens_left(slots[it])]
         for slot in done:
             del slots[slot]
             self._pages.end_prefix(batch, slot)
             prefix = self._prefixes.complete((batch, slot))
             self._note_computed(prefix)
-            kept.append((slot, prefix.number, prefix.tokens))
-        return kept
+            completed.append((slot, prefix.number, prefix.tokens))
+        return completed
 
     def _begin_prefixes(self, batch: int, dropped: list[int]) -> list[Entered]:
         """Compute the prefixes of requests that are about to enter, in free slots of a batch.
