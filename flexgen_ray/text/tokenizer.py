@@ -218,11 +218,13 @@ class GuessedTokenizer(Tokenizer):
         """Do nothing: there are no files to load."""
 
     def encode(self, text: str) -> list[int]:
-        """Return zeros, as many as the text is expected to have tokens."""
-        return [0] * -(-len(text.encode()) // _BYTES_A_TOKEN)
+        """Return as many tokens as are expected; texts that begin alike have tokens that do."""
+        data = text.encode()
+        data += bytes(-len(data) % _BYTES_A_TOKEN)
+        return [number % (self._vocab_size or 1) for number in memoryview(data).cast("I")]
 
     def encode_chat(self, messages: Messages, options: ChatOptions | None = None) -> list[int]:
-        """Return zeros for the messages as JSON, which is about as long as a formatted chat."""
+        """Return tokens of the messages as JSON, which is about as long as a formatted chat."""
         return self.encode(json.dumps(messages, ensure_ascii=False))
 
     def round_trip(self, text: str) -> str:
