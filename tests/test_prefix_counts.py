@@ -104,9 +104,12 @@ def test_prompt_tokens_come_out_whole_and_only_those_to_be_computed_are_left(
     if not is_short:
         assert report.saved_tokens == job.saved_tokens([plan])
         left = report.computed_tokens + sum(len(each.token_ids) for each in finished)
+        has_decoded = False
         for event, counts in zip(events, seen, strict=True):
             left -= event.prefill_tokens + event.new_tokens
-            assert counts.seconds_left is None or abs(counts.seconds_left - left) < 1e-6 * left + 1
+            has_decoded |= bool(event.new_tokens) and not event.is_prefill
+            # Until then the speed of decoding is unknown.
+            assert not has_decoded or counts.seconds_left == pytest.approx(left)
 
 
 def few_shot(count: int = 20, header: int = 10) -> list[Request]:
@@ -140,7 +143,7 @@ def test_a_job_says_what_its_prompts_share_and_where_that_lies():
 
 def test_answers_to_one_prompt_share_it():
     (request, *_) = few_shot(1)
-    four = JobSharing.of([replace(request, params=replace(request.params, n=4))])
+    four = JobSharing.of([replace(request, params=replace(request.params, n=4, temperature=1.0))])
     assert four.amount.saved_tokens == 3 * 10 * PAGE_TOKENS
     assert four.is_of([four.answers[0]]) and not four.is_of([request])
 
