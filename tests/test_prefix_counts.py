@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import cycle
+from operator import attrgetter
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexgen_ray.config import PAGE_TOKENS, Budget, Placement, Policy, Workload
+from flexgen_ray.config import PAGE_TOKENS, Policy, Workload
 from flexgen_ray.engine.sharing import JobSharing
 from flexgen_ray.layout.admission import Admission
 from flexgen_ray.layout.plan import StagePlan
 from flexgen_ray.models.shapes import shape_config
-from flexgen_ray.planner.fill import place_prefixes
 from flexgen_ray.reporting.report import Report
 from flexgen_ray.reporting.tally import ProgressTracker
 from flexgen_ray.request import Finished, Request, SamplingParams
@@ -23,6 +23,7 @@ from flexgen_ray.runtime.events import Progress, RunCounts
 from flexgen_ray.runtime.scheduler import Scheduler
 from flexgen_ray.schedule.zigzag import StageLayers
 
+END = 9  # the token that ends an answer
 CONFIG = shape_config("opt-125m")
 # Of each group: pages of its header, those of two documents after it, and lengths of its ends.
 GROUPS = st.lists(
@@ -41,7 +42,7 @@ def requests_of(groups, max_tokens: int) -> list[Request]:
             tokens += [1000 * group + 1 + number % 2] * (document * PAGE_TOKENS)
             prompts.append((number, [*tokens, *[50_000 + len(prompts)] * end]))
     prompts.sort(key=lambda pair: pair[0])
-    params = SamplingParams(max_tokens, 0.0, ignore_eos=True)
+    params = SamplingParams(max_tokens, 0.0)
     return [Request(index, tokens, params) for index, (_, tokens) in enumerate(prompts)]
 
 
@@ -54,12 +55,16 @@ def plan_for(job: JobSharing, policy: Policy, mean_seq_len: float | None = None)
     return StagePlan(CONFIG, StageLayers.whole(CONFIG.num_layers), policy, workload, "float32")
 
 
-def run(scheduler: Scheduler) -> Iterator[Finished | Progress]:
-    """Events of a run in which a computed prompt token, or else a new token, takes a second."""
+def run(scheduler: Scheduler, early: int = 0) -> Iterator[Finished | Progress]:
+    """Events of a run in which a computed prompt token, or else a new token, takes a second.
+
+    early: requests of lower indices end with their first token.
+    """
     for batch in cycle(range(scheduler.num_batches)):
         rows = scheduler.compose(batch)
         slots = [row.slot for row in rows.sampled]
-        scheduler.accept(batch, slots, [7] * len(slots))
+        is_early = [index < early for index in scheduler.request_indices(batch, slots)]
+        scheduler.accept(batch, slots, [END if ends else 7 for ends in is_early])
         yield from scheduler.take_finished()
         new, prefill = len(slots), rows.prefill_tokens
         yield Progress(new, prefill, prefill or new, prefill > 0, saved_tokens=rows.saved_tokens)
@@ -78,13 +83,13 @@ def run(scheduler: Scheduler) -> Iterator[Finished | Progress]:
 def test_prompt_tokens_come_out_whole_and_only_those_to_be_computed_are_left(
     groups, size, batches, tokens, is_short
 ):
-    """Rows are set back if memory is short, and then more is computed than is counted here."""
+    """Without spare memory a prefix may be computed again, and then less is saved."""
     requests = requests_of(groups, max_tokens=24 if is_short else 3)
     job = JobSharing.of(requests)
     policy = Policy(size, batches, max_batch_tokens=tokens)
     plan = plan_for(job, policy, mean_seq_len=20.0 if is_short else None)
     scheduler = Scheduler(
-        size, batches, plan.cell_tokens, frozenset(), admission=Admission([plan.space])
+        size, batches, plan.cell_tokens, frozenset({END}), admission=Admission([plan.space])
     )
     scheduler.add(requests)
     report, seen, events = Report(), list[RunCounts](), list[Progress]()
@@ -110,6 +115,21 @@ def test_prompt_tokens_come_out_whole_and_only_those_to_be_computed_are_left(
             has_decoded |= bool(event.new_tokens) and not event.is_prefill
             # Until then the speed of decoding is unknown.
             assert not has_decoded or counts.seconds_left == pytest.approx(left)
+
+
+def test_prompt_tokens_come_out_whole_where_rows_are_set_back():
+    """Answers are much longer than those before let expect, so rows lack pages."""
+    requests = requests_of([(6, 0, [5] * 60)], max_tokens=100)
+    job = JobSharing.of(requests)
+    plan = plan_for(job, Policy(8, 2), mean_seq_len=20.0)
+    scheduler = Scheduler(
+        8, 2, plan.cell_tokens, frozenset({END}), admission=Admission([plan.space])
+    )
+    scheduler.add(requests)
+    events = [event for event in run(scheduler, early=40) if isinstance(event, Progress)]
+    prefill, saved = (sum(map(attrgetter(it), events)) for it in ("prefill_tokens", "saved_tokens"))
+    assert scheduler.recomputed_tokens
+    assert saved == job.saved_tokens([plan]) and prefill + saved == job.prompt_tokens
 
 
 def few_shot(count: int = 20, header: int = 10) -> list[Request]:
@@ -150,9 +170,9 @@ def test_answers_to_one_prompt_share_it():
 
 def test_a_note_says_why_prompts_that_share_are_computed_whole():
     job = JobSharing.of(few_shot())
-    plan = plan_for(job, Policy(4, 2, cache=Placement(1, 0, 0)))
-    (dropped,) = place_prefixes([plan], [Budget(gpu=1000, cpu=0, disk=0)])
-    assert dropped.workload.sharing is None and job.saved_tokens([dropped]) == 0
+    plan = plan_for(job, Policy(4, 2))
+    dropped = replace(plan, workload=replace(plan.workload, sharing=None))
+    assert job.saved_tokens([dropped]) == 0
     no_room = job.note_no_room([dropped])
     assert "MiB of GPU memory" in no_room and "raise --gpu-memory" in no_room
     sparse = plan_for(job, Policy(4, 2, attention_sparsity=0.5))

@@ -186,18 +186,15 @@ class Engine:
 
     def _choose(self, requests: list[Request], job: JobSharing, name: RequestName) -> PolicyChoice:
         """Choose policies; where prompts share but can't, plan for whole ones, with a note."""
-        settings, whole = self.settings, job.whole()
+        settings = self.settings
         policies = settings.policies.policies if settings.policies else (settings.base,)
         sparsity = min(policy.attention_sparsity for policy in policies)
         is_sparse = job.amount is not None and sparsity < 1
-
-        def choose(job: JobSharing) -> PolicyChoice:
-            return choose_policy(self._problem(requests, job, name), settings.policies)
-
-        choice = choose(whole if is_sparse else job)
         note = job.note_sparse(sparsity) if is_sparse else None
-        if job.amount is not None and not is_sparse and choice.stages[0].workload.sharing is None:
-            note, choice = job.note_no_room(choice.stages), choose(whole)
+        job = job.whole() if is_sparse else job
+        choice = choose_policy(self._problem(requests, job, name), settings.policies)
+        if job.amount is not None and choice.stages[0].workload.sharing is None:
+            note = job.note_no_room(choice.stages)
         self._can_share = note is None
         return choice if note is None else replace(choice, notes=(*choice.notes, note))
 
