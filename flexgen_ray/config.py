@@ -284,6 +284,11 @@ class Sharing:
         at_a_time = ceil(self.tokens * share) + 2 * self.most_tokens
         return min(self.tokens, at_a_time) // PAGE_TOKENS
 
+    def read_tokens(self, rows: int) -> float:
+        """Tokens of the prefixes that so many rows read on average, if groups are alike."""
+        others = (rows - 1) / self.num_requests * self.tokens
+        return min(self.tokens, self.mean_tokens + others)
+
 
 @explains_unknown()
 @dataclass(frozen=True)

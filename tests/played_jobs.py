@@ -35,21 +35,35 @@ class PlayedJob:
     rows: list[int]
 
 
+def requests_of(
+    lengths: Sequence[tuple[int, int]], shared: int = 0, groups: int = 1
+) -> list[Request]:
+    """Requests of these lengths, (prompt, answer), whose prompts begin with a group's tokens.
+
+    shared: of the tokens of each prompt. Groups take turns.
+    """
+    prompts = (
+        [index % groups] * shared + [groups + index] * (prompt - shared)
+        for index, (prompt, _) in enumerate(lengths)
+    )
+    return [
+        Request(index, prompt, SamplingParams(answer, 0.0, ignore_eos=True))
+        for index, (prompt, (_, answer)) in enumerate(zip(prompts, lengths, strict=True))
+    ]
+
+
 def play(
     plan: StagePlan,
     hardware: HardwareSpec,
-    lengths: Sequence[tuple[int, int]],
+    requests: Sequence[Request],
     core_shares: CoreShares = (),
 ) -> PlayedJob:
-    """Play requests of these lengths, (prompt, answer), on a stage of all layers."""
+    """Play requests on a stage of all layers."""
     scheduler = Scheduler(
         plan.policy.gpu_batch_size, plan.num_batches, plan.cell_tokens, frozenset(),
         admission=Admission([plan.space]),
     )  # fmt: skip
-    scheduler.add(
-        Request(index, [0] * prompt, SamplingParams(answer, 0.0, ignore_eos=True))
-        for index, (prompt, answer) in enumerate(lengths)
-    )
+    scheduler.add(requests)
     passes = Passes(plan, scheduler, torch.device("cpu"))
     passes.begin()
     composed: dict[tuple[int, int], Pass] = {}

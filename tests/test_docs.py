@@ -61,11 +61,12 @@ ELSEWHERE = {
     "--model_args": "of lm-eval",
 }  # fmt: skip
 SMALL = {
+    "--shared-prefix": "16", "--prefix-groups": "1",
     "--gpu-memory": "64MiB", "--cpu-memory": "64MiB", "--disk-memory": "64MiB",
     "--offload-dir": "offload", "--pipeline-parallel-size": "2", "--context": "64",
     "--stride": "32",
 }  # fmt: skip
-SMALL_JOB = ["--num-requests", "2", "--prompt-len", "16", "--max-tokens", "4"]
+SMALL_JOB = ["--num-requests", "2", "--prompt-len", "17", "--max-tokens", "4"]
 HERE = ["--device", "cpu", "--dtype", "float32", "--no-use-ray"]
 
 

@@ -90,12 +90,31 @@ def test_a_plan_for_a_machine_one_does_not_own(tmp_path):
             "--pipeline-parallel-size is 1000000; it must be 1 to 1024",
         ),
         ({"hardware": ["t4"], "workload": Path("/nowhere.csv")}, "/nowhere.csv"),
+        ({"hardware": ["t4"], "shared_prefix": 600}, "600 tokens of a prompt of 512"),
+        ({"hardware": ["t4"], "shared_prefix": 15}, "at least 16 must be"),
+        ({"hardware": ["t4"], "shared_prefix": 64, "prefix_groups": 501}, "in 501 groups"),
+        (
+            {"hardware": ["t4"], "shared_prefix": 64, "attention_sparsity": 0.5},
+            "with --attention-sparsity",
+        ),
         ({"hardware": ["t4"], "nodes": Path("/nowhere.yaml")}, "/nowhere.yaml"),
     ],
 )
 def test_what_cannot_be_planned_is_refused_by_name(options, message):
     with pytest.raises((ValueError, OSError), match=re.escape(message)):
         command(**{"model": "opt-6.7b"} | options)
+
+
+def test_a_plan_says_what_it_assumes_of_prompts_that_share():
+    (config, machine), job = a_third(), PlannedJob.uniform(60, 1000, 8, shared=820, groups=4)
+    comparison = compare(config, [machine], job, "float16", FEW)
+    report = PlanReport("opt-125m", ["a machine"], comparison)
+    text, found = "\n".join(report.lines()), report.as_dict()
+    assert "4 groups of requests share the first 816 of 1,000 prompt tokens" in text
+    assert re.search(r"every prompt computed whole: .* tokens/s, 0\.\d+ times the plan's", text)
+    assert found["sharing"]["tokens"] == 4 * 816
+    (whole,) = (it for it in found["alternatives"] if it["name"] == "every prompt computed whole")
+    assert whole["tokens_per_s"] < found["tokens_per_s"]
 
 
 def test_a_frontier_without_matplotlib_is_refused_before_any_work(monkeypatch, tmp_path):

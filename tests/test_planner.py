@@ -38,6 +38,7 @@ LLAMA = replace(shape_config("llama-3-70b"), sliding_window=100)
 # Two layers of three have windows; more would take as many pages as full attention.
 MIXED = replace(LLAMA, num_layers=48, sliding_window=40, full_attention_layers=(*range(3, 49, 3),))
 JOB = PlannedJob.uniform(1000, 128, 32)
+SHARING = PlannedJob.uniform(1000, 512, 32, shared=320, groups=60)
 FEW_SHAPES = SearchSpace(batch_sizes=(1, 4, 16), batches=(2, 4), tiles=(512,), extra_blocks=(0,))
 # A machine that a model of 1.3B parameters doesn't fit.
 SMALL = Budget(GIB, 2 * GIB, 64 * GIB)
@@ -81,13 +82,19 @@ def placed_weights(stage: StagePlan) -> Placement:
     return Placement(*(nbytes[tier] / sum(nbytes.values()) for tier in TIERS))
 
 
-@pytest.mark.parametrize("config", [OPT, LLAMA, MIXED], ids=["opt", "windows", "mixed"])
+@pytest.mark.parametrize(
+    ("config", "job", "prefix_tier"),
+    [(OPT, JOB, "gpu"), (LLAMA, JOB, "gpu"), (MIXED, JOB, "gpu"),
+     (OPT, SHARING, "gpu"), (MIXED, SHARING, "cpu")],
+    ids=["opt", "windows", "mixed", "prefixes", "prefixes on the host"],
+)  # fmt: skip
 @settings(max_examples=8)
 @given(policy=policies)
-def test_corners_foretell_the_bytes_and_seconds_of_any_placement(config, policy):
-    plan = Planner(config, (device(),), JOB, "float16").evaluate((config.num_layers,), [policy])
+def test_corners_foretell_the_bytes_and_seconds_of_any_placement(config, job, prefix_tier, policy):
+    planner = Planner(config, (device(),), job, "float16", prefix_tier=prefix_tier)
+    plan = planner.evaluate((config.num_layers,), [policy])
     (stage,) = plan.stages
-    free = Corners(stage, FREE_TO_ISSUE, JOB.middle_position)
+    free = Corners(stage, FREE_TO_ISSUE, job.middle_position)
     count, shares = config.num_layers, shares_of(policy, config.num_layers)
     need = tier_totals(stage_bytes(stage))
     # A table lies somewhere as a whole, and slots for it are there or aren't.
@@ -98,14 +105,14 @@ def test_corners_foretell_the_bytes_and_seconds_of_any_placement(config, policy)
         assert told == pytest.approx(getattr(need, tier), rel=0.05, abs=slack)
     # Seconds by where matrices came to lie, because only whole ones do.
     shares = shares_of(replace(policy, weights=placed_weights(stage)), count)
-    rows = decoding_rows(stage, JOB.middle_position)
+    rows = decoding_rows(stage, job.middle_position)
     exact = visit_seconds(stage, FREE_TO_ISSUE, rows)
     longest = max(exact.values())
     for name, seconds in exact.items():
         told = free.value(("decode", name), count, shares, count)
         assert told == pytest.approx(seconds, rel=0.03, abs=0.02 * longest)
     # Issuing an op takes as long with few rows, so a division has more of it than its parts.
-    issued = Corners(stage, RATES, JOB.middle_position).value(
+    issued = Corners(stage, RATES, job.middle_position).value(
         ("decode", ISSUING), count, shares, count
     )
     assert 0 < issued <= visit_seconds(stage, RATES, rows)[ISSUING] * 1.03 + 0.02 * longest

@@ -7,17 +7,24 @@ from dataclasses import replace
 
 import pytest
 from copies import Copies
-from strategies import UNIT
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import UNIT, opt
 
 from flexgen_ray import LLM, SamplingParams
-from flexgen_ray.config import PAGE_TOKENS, Placement, Policy
+from flexgen_ray.config import PAGE_TOKENS, Placement, Policy, Sharing, Workload
+from flexgen_ray.cost.bound import decoding_rows
 from flexgen_ray.cost.prefixes import attended_prefixes, prefilled_prefixes
 from flexgen_ray.cost.resources import Resource
+from flexgen_ray.layout.plan import StagePlan
+from flexgen_ray.layout.planned_rows import compose
 from flexgen_ray.planner import choose
 from flexgen_ray.runtime import device_attention
 from flexgen_ray.runtime.handlers import OpHandlers
 from flexgen_ray.schedule.ops import OpKind
+from flexgen_ray.schedule.zigzag import StageLayers
 
+OPT = opt(2, 64, 4)
 HEADER, MIDDLE = [7] * 3 * PAGE_TOKENS, [9] * 2 * PAGE_TOKENS
 # Two levels, and a prompt that shares nothing.
 PROMPTS = [
@@ -94,3 +101,27 @@ def test_prefixes_are_read_and_multiplied_as_modelled(
     # Without sparse attention and weights in flight, nothing else crosses the link.
     crossing = moved[OpKind.LOAD_CACHE] + moved[OpKind.LOAD_ATTENTION]
     assert modelled.get("h2d", 0) == crossing
+
+
+@given(
+    rows=st.integers(1, 40), groups=st.integers(1, 30), each=st.integers(2, 20),
+    pages=st.integers(1, 12), own=st.integers(1, 40), tier=st.sampled_from(("gpu", "cpu")),
+)  # fmt: skip
+def test_rows_of_a_plan_read_as_many_pages_as_groups_in_turn_do(
+    rows, groups, each, pages, own, tier
+):
+    """On average over where the first row stands in its group."""
+    count, tokens = groups * each, pages * PAGE_TOKENS
+    sharing = Sharing(count, groups * tokens, tokens, tokens, 1.0)
+    workload = Workload(rows, tokens + own, tokens + own + 9, mean_seq_len=own, sharing=sharing)
+    plan = StagePlan(OPT, StageLayers.whole(2), Policy(rows), workload, "float32", prefix_tier=tier)
+    composition = compose(plan, decoding_rows(plan, own))
+    placed = composition.placed(0, plan.kinds[0])
+    read = attended_prefixes(plan, placed, 1)
+    places = range(each)
+    mean = sum(len({(at + row) // each for row in range(rows)}) for at in places) / each
+    nbytes = min(mean, groups) * pages * plan.page_bytes
+    assert read[Resource.DEVICE_ATTENTION] == pytest.approx(nbytes, abs=plan.page_bytes / 2)
+    assert read[Resource.FLOPS] == 4 * OPT.q_size * rows * tokens
+    streamed = sum(copied for _, _, copied, *_ in placed.prefix_copies)
+    assert streamed * plan.page_bytes == (tier == "cpu") * read[Resource.DEVICE_ATTENTION]

@@ -12,17 +12,19 @@ from math import ceil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from played_jobs import play
+from played_jobs import play, requests_of
 
 from benchmarks import paper_machines as t4
 from flexgen_ray.cli.bench.lengths import MIXTURES, draw, scale
-from flexgen_ray.config import Budget
+from flexgen_ray.config import PAGE_TOKENS, Budget
 from flexgen_ray.hardware.spec import Hardware
 from flexgen_ray.models.shapes import shape_config
+from flexgen_ray.planner.choose import planned_job
 from flexgen_ray.planner.fill import with_spare_pages
-from flexgen_ray.planner.pipeline_plan import ModelRates, PlannedJob, StageDevice
+from flexgen_ray.planner.pipeline_plan import ModelRates, StageDevice
 from flexgen_ray.planner.search import Planner, find_best_plan
 from flexgen_ray.planner.visits import visits_of
+from flexgen_ray.runtime.prefixes import NOTHING_SHARED, find_prefixes
 
 MIB = 2**20
 GPU, WEIGHTS = 3200 * MIB, 3700 * MIB  # bytes in which three layers of OPT-30B cross the link
@@ -72,16 +74,33 @@ def test_a_job_of_a_model_in_which_some_layers_have_windows_takes_as_long_as_pre
     assert_predicted(config, preset_device("rtx4090", budget), budget, lengths)
 
 
-def assert_predicted(config, device, budget, lengths):
-    planner = Planner(config, (device,), PlannedJob.of(lengths), "float16")
+@pytest.mark.parametrize(
+    ("count", "shared", "groups", "cache"),
+    [(48, 400, 1, 40 * MIB), (48, 400, 6, 640 * MIB), (150, 96, 3, 240 * MIB)],
+)
+def test_a_job_of_prompts_that_share_takes_as_long_as_predicted(count, shared, groups, cache):
+    config = replace(shape_config("opt-30b"), num_layers=3, vocab_size=8192)
+    budget = Budget(GPU, WEIGHTS + cache, 0)
+    lengths = [(shared + 40, 12)] * count
+    stage = assert_predicted(config, t4_device(budget), budget, lengths, shared, groups)
+    assert stage.prefix_pages >= shared // PAGE_TOKENS
+
+
+def assert_predicted(config, device, budget, lengths, shared=0, groups=1):
+    requests = requests_of(lengths, shared, groups)
+    prefixes = find_prefixes(requests) if shared else NOTHING_SHARED
+    job = planned_job(requests, prefixes)
+    job = replace(job, prompt_len=max(prompt for prompt, _ in lengths))
+    planner = Planner(config, (device,), job, "float16")
     plan = find_best_plan(planner)
     (stage,) = with_spare_pages(plan.stages, [budget])
     (rates,) = planner.rates(stage.policy)
-    played = play(stage, rates, lengths, device.core_shares)
+    played = play(stage, rates, requests, device.core_shares)
     assert plan.job_seconds == pytest.approx(played.seconds, rel=0.15)
     if plan.kinds:
         # The engine gives rows the memory that is left, so the longest may begin a little earlier.
         assert sum(plan.kinds.values()) == pytest.approx(played.visits, rel=0.2)
+    return stage
 
 
 some_lengths = st.lists(

@@ -123,6 +123,25 @@ def plan(
     max_tokens: Annotated[
         int, typer.Option(min=1, metavar="N", rich_help_panel=_JOB, help="Tokens of each answer.")
     ] = 32,
+    shared_prefix: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            metavar="N",
+            rich_help_panel=_JOB,
+            help="Tokens at the beginning of each prompt that it shares with others, as a system "
+            "prompt or examples. They are computed and kept once.",
+        ),
+    ] = 0,
+    prefix_groups: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            metavar="N",
+            rich_help_panel=_JOB,
+            help="Number of different beginnings, each shared by as many prompts.",
+        ),
+    ] = 1,
     workload: Annotated[
         Path | None,
         typer.Option(
@@ -183,11 +202,18 @@ def plan(
             "--nodes describes all machines; leave --hardware and --pipeline-parallel-size out"
         )
     machines = [it.with_memory(gpu_memory, cpu_memory, disk_memory) for it in machines]
-    job = (
-        read_job(workload, num_requests)
-        if workload
-        else PlannedJob.uniform(num_requests or 1000, prompt_len, max_tokens)
-    )
+    if shared_prefix and attention_sparsity and attention_sparsity < 1:
+        raise ValueError(
+            "--shared-prefix shares nothing with --attention-sparsity, by which each request "
+            "chooses tokens of its own; leave one out"
+        )
+    if workload:
+        if shared_prefix:
+            raise ValueError("--shared-prefix is for prompts of --prompt-len; leave --workload out")
+        job = read_job(workload, num_requests)
+    else:
+        lengths = prompt_len, max_tokens, shared_prefix, prefix_groups
+        job = PlannedJob.uniform(num_requests or 1000, *lengths)
     config = _config(model)
     dtype = config.dtype if dtype == "auto" else dtype
     if job.max_seq_len > config.max_seq_len:

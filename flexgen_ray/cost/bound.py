@@ -26,7 +26,8 @@ from flexgen_ray.cost.ops import CostModel
 from flexgen_ray.cost.resources import Amounts, seconds_alone, seconds_by_resource
 from flexgen_ray.layout.active_ops import ActiveOps
 from flexgen_ray.layout.plan import StagePlan
-from flexgen_ray.layout.rows import Composition, Row, Rows
+from flexgen_ray.layout.planned_rows import compose, shared_tokens
+from flexgen_ray.layout.rows import Row, Rows
 from flexgen_ray.schedule.ops import OPS, Path
 from flexgen_ray.schedule.zigzag import zigzag
 
@@ -41,7 +42,7 @@ Quantity = tuple[str, str]
 
 def visit_seconds(plan: StagePlan, hardware: HardwareSpec, rows: Rows) -> dict[str, float]:
     """{lane or resource: seconds} of one visit of a stage whose batches all bring these rows."""
-    model, composition = CostModel(plan), Composition(rows, plan.splits)
+    model, composition = CostModel(plan), compose(plan, rows)
     is_active = ActiveOps(plan, in_ring=not plan.stage.is_whole)
     lanes: dict[str, float] = defaultdict(float)
     resources: dict[str, float] = defaultdict(float)
@@ -64,7 +65,8 @@ def decoding_rows(plan: StagePlan, position: int, count: int | None = None) -> R
     count: None for a row in every slot of a batch.
     """
     slots = range(plan.policy.gpu_batch_size if count is None else count)
-    return Rows(tuple(Row(slot, position, 1, slot, True, False) for slot in slots), ())
+    before = shared_tokens(plan)
+    return Rows(tuple(Row(slot, position, 1, slot, True, False, before) for slot in slots), ())
 
 
 def prefilling_rows(plan: StagePlan) -> tuple[Rows, float]:
@@ -75,7 +77,8 @@ def prefilling_rows(plan: StagePlan) -> tuple[Rows, float]:
     workload = plan.workload
     length = round(workload.mean_prompt_len or workload.max_prompt_len) or 1
     count = max(1, min(plan.policy.gpu_batch_size, plan.cell_tokens // length))
-    rows = tuple(Row(slot, 0, length, slot * length, True, True) for slot in range(count))
+    before = shared_tokens(plan)
+    rows = tuple(Row(slot, 0, length, slot * length, True, True, before) for slot in range(count))
     return Rows(rows, ()), plan.policy.gpu_batch_size / count
 
 
@@ -144,7 +147,7 @@ def _visit_ops(plan: StagePlan, position: int) -> dict[str, list[_VisitOp]]:
         LEAST: decoding_rows(plan, position, 1),
     }
     for phase, rows in rows_of.items():
-        composition = Composition(rows, plan.splits)
+        composition = compose(plan, rows)
         attends_on_host = phase != "prefill" and plan.attends_on_host
         visit_ops[phase] = [
             _VisitOp(

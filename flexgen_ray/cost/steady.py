@@ -17,6 +17,7 @@ from flexgen_ray.cost.resources import CORES, Amounts, Demand, Resource, demand_
 from flexgen_ray.cost.simulate import OpStream, simulate_ring
 from flexgen_ray.layout.active_ops import ActiveOps
 from flexgen_ray.layout.plan import StagePlan
+from flexgen_ray.layout.planned_rows import compose
 from flexgen_ray.layout.rows import NO_ROWS, Composition, Rows
 from flexgen_ray.schedule.dependencies import window_ops
 from flexgen_ray.schedule.ops import OPS, Lane, Op, OpKind
@@ -89,7 +90,7 @@ class OpDemands:
         self._hardware = hardware
         self._core_shares = dict(core_shares)
         self._cost = CostModel(plan)
-        self._splits = plan.splits
+        self._plan = plan
         self._rows = rows
         self._passes: dict[int, _PassDemands] = {}
         self._weights = _PassDemands(NO_ROWS, None)
@@ -118,7 +119,7 @@ class OpDemands:
         # Comparing rows would cost more than deriving the demands of equal rows again.
         known = self._passes.get(id(rows))
         if known is None:
-            composition = Composition(rows, self._splits) if rows.rows else None
+            composition = compose(self._plan, rows) if rows.rows else None
             known = self._passes[id(rows)] = _PassDemands(rows, composition)
         return known
 

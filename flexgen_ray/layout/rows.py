@@ -178,9 +178,12 @@ class Composition:
         key = self._splits[batch], kind
         placed = self._placed.get(key)
         if placed is None:
-            placed = PlacedRows(self.rows, divided(self.rows, key[0]), kind)
+            placed = PlacedRows(self.rows, self._divided(*key), kind)
             self._placed[key] = placed
         return placed
+
+    def _divided(self, split: RowSplit, kind: LayerKind) -> list[Division]:
+        return divided(self.rows, split)
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,7 +41,7 @@ from flexgen_ray.planner.pipeline_plan import ModelRates, PipelinePlan, PlannedJ
 from flexgen_ray.planner.search import Infeasible, Planner, find_best_plan
 from flexgen_ray.planner.stage_policies import StagePolicies, split_layers_evenly
 from flexgen_ray.request import EXPECTED_TOKENS, Request
-from flexgen_ray.runtime.prefixes import NOTHING_SHARED, SharedPrompts
+from flexgen_ray.runtime.prefixes import NOTHING_SHARED, SharedPrompts, measure_sharing
 from flexgen_ray.runtime.worker import Machine
 from flexgen_ray.schedule.zigzag import StageLayers
 from flexgen_ray.units import format_seconds
@@ -197,6 +197,9 @@ def choose_policy(problem: PlanningProblem, policies: StagePolicies | None = Non
 
     Raises ValueError, which says what is missing, if nothing fits.
     """
+    bases = policies.policies if policies else (problem.base,)
+    if problem.workload.sharing and any(policy.attention_sparsity < 1 for policy in bases):
+        problem = problem.without_sharing()  # each row chooses tokens of its own
     try:
         choice = _choose(problem, policies)
     except ValueError as error:
@@ -222,6 +225,8 @@ def _choose(problem: PlanningProblem, policies: StagePolicies | None) -> PolicyC
     try:
         plan = find_best_plan(planner)
     except Infeasible:
+        if problem.workload.sharing:
+            return _choose(problem.without_sharing(), policies)
         # Assumed rates come with assumed limits; without a latency bound a run can still try.
         if problem.max_seconds is not None or problem.machines[0].rates_source != ASSUMED:
             raise
@@ -234,7 +239,8 @@ def _choose(problem: PlanningProblem, policies: StagePolicies | None) -> PolicyC
     suggestion = _suggest_compression(problem, forecast)
     notes = (forecast.line(problem.machines[0]), *([suggestion] if suggestion else []))
     rates = planner.rates(plan.stages[0].policy)
-    return PolicyChoice(Origin.PLANNED, _given_stages(problem, planned), plan, rates, notes)
+    stages = _given_stages(problem, planned, plan.stages[0].prefix_tier)
+    return PolicyChoice(Origin.PLANNED, stages, plan, rates, notes)
 
 
 def _choose_without_rates(problem: PlanningProblem, policies: StagePolicies | None) -> PolicyChoice:
@@ -254,6 +260,9 @@ def _choose_without_rates(problem: PlanningProblem, policies: StagePolicies | No
 def _predict(problem: PlanningProblem, policies: StagePolicies, planner: Planner) -> PolicyChoice:
     """Given policies, with their simulated times."""
     stages = _given_stages(problem, policies)
+    if problem.workload.sharing and not stages[0].workload.sharing:
+        planner = problem.without_sharing().planner(problem.base)
+    planner = replace(planner, prefix_tier=stages[0].prefix_tier)
     layers = tuple(stage.num_decoder_layers for stage in stages)
     plan = planner.simulate(planner.evaluate(layers, [stage.policy for stage in stages]))
     if problem.max_seconds is not None and plan.block_seconds > problem.max_seconds:
@@ -265,8 +274,13 @@ def _predict(problem: PlanningProblem, policies: StagePolicies, planner: Planner
     return PolicyChoice(Origin.GIVEN, stages, plan, notes=(note,))
 
 
-def _given_stages(problem: PlanningProblem, policies: StagePolicies) -> list[StagePlan]:
-    """Plans by these policies, for rows as they enter blocks of this size."""
+def _given_stages(
+    problem: PlanningProblem, policies: StagePolicies, prefix_tier: str = "gpu"
+) -> list[StagePlan]:
+    """Plans by these policies, for rows as they enter blocks of this size.
+
+    prefix_tier: the tier where prefixes lie if they fit there.
+    """
     stages = problem.stage_plans(policies)
     if problem.workload.mean_seq_len is not None:
         rows = stages[0].num_blocks * stages[0].policy.block_size
@@ -274,7 +288,8 @@ def _given_stages(problem: PlanningProblem, policies: StagePolicies) -> list[Sta
         workload = replace(problem.workload, mean_seq_len=mean)
         stages = [replace(stage, workload=workload) for stage in stages]
     if problem.workload.sharing:
-        placed = place_prefixes(stages, problem.budgets)
+        tiers = prefix_tier, *(tier for tier in PREFIX_TIERS if tier != prefix_tier)
+        placed = place_prefixes(stages, problem.budgets, tiers)
         return placed or _given_stages(problem.without_sharing(), policies)
     check_budgets(stages, problem.budgets)
     return stages
@@ -383,6 +398,6 @@ def planned_job(requests: Sequence[Request], shared: SharedPrompts = NOTHING_SHA
         for request in requests
         for prompt_len, answer_len in [request.expected_lengths]
     ]
-    job = PlannedJob.of(lengths, drawn=drawn)
+    job = PlannedJob.of(lengths, drawn=drawn, sharing=measure_sharing(requests, shared))
     longest = max(request.max_seq_len for request in requests)
     return replace(job, max_tokens=max(longest - job.prompt_len, 1))

@@ -33,6 +33,7 @@ from flexgen_ray.units import parse_bytes
 MAX_MACHINES = 1024
 _MAX_DIGITS = 12  # of a length in tokens
 RESIDENT = "everything on the GPUs"
+WHOLE = "every prompt computed whole"
 NODE_KEYS = ("hardware", "count", "gpus")
 
 
@@ -86,6 +87,8 @@ def compare(
         alternatives.append(_plan_alternative(name, planner, devices=cpus, search=on_device))
     if len(devices) > 1:
         alternatives.append(_plan_replicas(planner))
+    if job.sharing is not None:
+        alternatives.append(_plan_alternative(WHOLE, planner, job=job.without_sharing))
     # Every upgrade is planned anew, so search only around the plan.
     near = replace(search, layers=None).near(plan.stages[0].policy)
     upgrades = [
@@ -229,7 +232,7 @@ def _plan_replicas(planner: Planner) -> Alternative:
     """A copy of the model on each GPU, each with its share of the requests and of its node."""
     devices, job = planner.devices, planner.job
     name, rates = f"{len(devices)} independent replicas", []
-    share = replace(job, num_requests=-(-job.num_requests // len(devices)))
+    share = job.part(len(devices))
     search = replace(planner.search, layers=None)
     for device, count in Counter(_alone(device, devices) for device in devices).items():
         replica = _plan_alternative(name, planner, devices=(device,), job=share, search=search)

@@ -6,10 +6,10 @@ The module knows seconds and bytes as others compute them; it chooses nothing.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import fmean
 
-from flexgen_ray.config import Budget, HardwareSpec
+from flexgen_ray.config import PAGE_TOKENS, Budget, HardwareSpec, Sharing
 from flexgen_ray.cost.resources import Resource
 from flexgen_ray.hardware.spec import Hardware
 from flexgen_ray.layout.admission import mean_cached
@@ -37,7 +37,8 @@ class PlannedJob:
     tokens of a row's cache while the job runs, if rows enter as soon as they can, and if equal
     ones enter one by one. middle_position: of the token that an average decoding row processes.
     lengths: (prompt, answer) of at most MOST_LENGTHS requests, the longest first, which stand for
-    all.
+    all. sharing: prefixes that their prompts share, beside which all lengths but prompt_len count;
+    None for nothing.
     """
 
     num_requests: int
@@ -50,17 +51,42 @@ class PlannedJob:
     apart_len: float
     middle_position: int
     lengths: tuple[tuple[int, int], ...]
+    sharing: Sharing | None = None
 
     @staticmethod
-    def uniform(num_requests: int, prompt_len: int, max_tokens: int) -> PlannedJob:
-        """A job whose requests are all alike."""
-        return PlannedJob.of([(prompt_len, max_tokens)], num_requests)
+    def uniform(
+        num_requests: int, prompt_len: int, max_tokens: int, shared: int = 0, groups: int = 1
+    ) -> PlannedJob:
+        """A job whose requests are all alike.
+
+        shared: tokens with which the prompts of each of `groups` equal groups begin, of which whole
+        pages count. Raises ValueError if there is no such page or no such group.
+        """
+        if not shared:
+            return PlannedJob.of([(prompt_len, max_tokens)], num_requests)
+        # At least one token of each prompt is its own.
+        prefix = min(shared, prompt_len - 1) // PAGE_TOKENS * PAGE_TOKENS
+        if shared >= prompt_len or not prefix:
+            raise ValueError(
+                f"{shared} tokens of a prompt of {prompt_len} can't be shared; at least "
+                f"{PAGE_TOKENS} must be, and at least one token must be its own"
+            )
+        if not 1 <= groups <= num_requests / 2:
+            raise ValueError(
+                f"{num_requests} requests don't share prefixes in {groups} groups; each needs two"
+            )
+        sharing = Sharing(num_requests, groups * prefix, prefix, prefix, levels=1.0)
+        job = PlannedJob.of([(prompt_len - prefix, max_tokens)], num_requests, sharing=sharing)
+        return replace(job, prompt_len=prompt_len)
 
     @staticmethod
     def of(
-        lengths: Sequence[tuple[int, int]], num_requests: int | None = None, drawn: float = 0.0
+        lengths: Sequence[tuple[int, int]],
+        num_requests: int | None = None,
+        drawn: float = 0.0,
+        sharing: Sharing | None = None,
     ) -> PlannedJob:
-        """The job of requests with these lengths, (prompt, answer).
+        """The job of requests with these lengths, (prompt, answer), beside what they share.
 
         num_requests: None for as many as there are lengths.
         """
@@ -79,11 +105,30 @@ class PlannedJob:
             mean_cached(lengths, are_apart=True),
             int(passes / sum(answers) if any(answers) else fmean(prompts)),
             _longest_first(lengths),
+            sharing,
         )
 
     @property
     def max_seq_len(self) -> int:
         return self.prompt_len + self.max_tokens
+
+    @property
+    def without_sharing(self) -> PlannedJob:
+        """The job if every prompt is computed whole, each with prefixes of mean length."""
+        if self.sharing is None:
+            return self
+        before = round(self.sharing.mean_tokens)
+        lengths = [(before + prompt, answer) for prompt, answer in self.lengths]
+        job = PlannedJob.of(lengths, self.num_requests, self.drawn)
+        return replace(job, prompt_len=self.prompt_len, max_tokens=self.max_tokens)
+
+    def part(self, parts: int) -> PlannedJob:
+        """The job of one of so many parts of the requests, in which groups stay together."""
+        count, sharing = -(-self.num_requests // parts), self.sharing
+        if sharing is not None:
+            tokens = max(sharing.tokens // parts, sharing.most_tokens)
+            sharing = replace(sharing, num_requests=count, tokens=tokens)
+        return replace(self, num_requests=count, sharing=sharing)
 
     def mean_seq_len(self, rows: int) -> float:
         """Mean tokens of a row's cache if so many are under way.

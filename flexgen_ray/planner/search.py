@@ -37,6 +37,7 @@ from flexgen_ray.planner.corners import (
     policy_of,
     shares_of,
 )
+from flexgen_ray.planner.fill import may_hold_prefixes
 from flexgen_ray.planner.grid import Grid, SearchSpace
 from flexgen_ray.planner.lp import (
     Infeasible,
@@ -95,9 +96,28 @@ def _ignore(candidate: Candidate) -> None:
 def find_best_plan(planner: Planner, on_estimate: OnEstimate = _ignore) -> PipelinePlan:
     """The fastest of the grid's most promising plans, simulated if lanes overlap.
 
+    Prefixes that requests share lie on the device; in host memory if that is faster for blocks
+    about as large, or if nothing fits else.
     on_estimate: called early with the best of a few shapes, about as fast as the plan will be.
     Raises Infeasible, which says what the smallest block lacks, if nothing fits.
     """
+    if planner.job.sharing is None:
+        return _find_best(planner, on_estimate)
+    on_host = replace(planner, prefix_tier="cpu")
+    try:
+        best = _find_best(planner, on_estimate)
+    except Infeasible:
+        return _find_best(on_host, on_estimate)
+    shape = best.stages[0].policy
+    near = replace(on_host, search=planner.search.near(shape))
+    ours, others = planner.estimate(shape), near.promising_candidates()
+    if ours and not (others and others[0].seconds_per_sequence < ours.seconds_per_sequence):
+        return best
+    other = near.best_of(others)
+    return max(filter(None, (best, other)), key=_throughput)
+
+
+def _find_best(planner: Planner, on_estimate: OnEstimate) -> PipelinePlan:
     candidates = planner.promising_candidates(on_estimate)
     rounded = filter(None, (planner.plan(candidate.shape) for candidate in candidates))
     plans = sorted(islice(rounded, MAX_ROUNDED), key=_throughput)
@@ -135,9 +155,7 @@ def _find_simple_plan(planner: Planner) -> PipelinePlan | None:
     """The fastest plan within the planner's places, simulated; None if nothing fits."""
     if not any(map(planner.estimate, planner.smallest_shapes)):
         return None
-    shapes = (candidate.shape for candidate in planner.promising_candidates())
-    plan = next(filter(None, map(planner.plan, shapes)), None)
-    return plan and planner.simulate(plan, planner.search.max_cells)
+    return planner.best_of(planner.promising_candidates())
 
 
 def _throughput(plan: PipelinePlan) -> float:
@@ -148,7 +166,7 @@ def _throughput(plan: PipelinePlan) -> float:
 class Planner:
     """Plans one job of one model on given devices, one stage each.
 
-    stages_disk, hops_on_device: as in StagePlan; resumes: as in Workload.
+    stages_disk, hops_on_device, prefix_tier: as in StagePlan; resumes: as in Workload.
     Raises Infeasible if there are more stages than layers.
     """
 
@@ -160,6 +178,7 @@ class Planner:
     stages_disk: bool = True
     hops_on_device: bool = False
     resumes: bool = False
+    prefix_tier: str = "gpu"
     _corners_of_kind: dict[tuple, Corners] = field(
         default_factory=dict, init=False, compare=False, repr=False
     )
@@ -238,9 +257,16 @@ class Planner:
             plan = self.evaluate(layers, list(policies))
             excess = excess_bytes(self.devices, plan.stages)
             if not any(excess):
-                return plan
+                return plan if all(map(may_hold_prefixes, plan.stages)) else None
             budgets = list(map(tighten_budget, budgets, excess))
         return None
+
+    def best_of(self, candidates: Iterable[Candidate]) -> PipelinePlan | None:
+        """The first of these that fits in whole layers, tensors and rows, simulated; or None."""
+        plan = next(filter(None, (self.plan(candidate.shape) for candidate in candidates)), None)
+        if plan is None or not self.search.overlaps:
+            return plan
+        return self.simulate(plan, self.search.max_cells)
 
     def evaluate(self, layers: tuple[int, ...], policies: list[Policy]) -> PipelinePlan:
         """The cost model's seconds for given policies; budgets are not checked."""
@@ -459,7 +485,9 @@ class Planner:
         job, size = self.job, policy.block_size
         mean = job.mean_seq_len(size * (policy.blocks_in_flight or 1))
         lengths = job.prompt_len, job.max_seq_len
-        workload = Workload(size, *lengths, self.resumes, job.drawn, mean, job.mean_prompt_len)
+        workload = Workload(
+            size, *lengths, self.resumes, job.drawn, mean, job.mean_prompt_len, job.sharing
+        )
         return StagePlan(
             self.config,
             stage,
@@ -469,6 +497,7 @@ class Planner:
             self.stages_disk,
             policy.blocks_in_flight or 1,
             self.hops_on_device,
+            prefix_tier=self.prefix_tier,
         )
 
 

@@ -22,8 +22,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil
 from statistics import fmean
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
+from flexgen_ray.config import PAGE_TOKENS
 from flexgen_ray.cost.bound import LEAST, prefilling_rows
 from flexgen_ray.layout.admission import PACE, are_alike
 from flexgen_ray.layout.pages import pages_of
@@ -69,30 +70,61 @@ def kinds_of(plan: StagePlan, lengths: Lengths, num_requests: int) -> dict[str, 
     """{name: kind} of a job's visits by a stage's plan.
 
     lengths: as in `visits_of`. Empty if all requests are alike and fit one block, which begins and
-    ends together.
+    ends together, and share nothing.
     """
     rows = plan.num_batches * plan.policy.gpu_batch_size
-    if lengths[0] == lengths[-1] and num_requests <= rows:
+    prefixes = _prefixes_of(plan)
+    if lengths[0] == lengths[-1] and num_requests <= rows and not prefixes.tokens:
         return {}
     most_tokens = plan.num_batches * plan.cell_tokens
-    kinds = visits_of(lengths, num_requests, rows, most_tokens, sum(plan.space.pages))
+    kinds = visits_of(lengths, num_requests, rows, most_tokens, sum(plan.space.pages), prefixes)
     return {f"visits {number}": visits for number, visits in enumerate(kinds)}
+
+
+class Prefixes(NamedTuple):
+    """Prefixes that requests share, and that are computed as prompts of their own.
+
+    tokens: for each request, on average. first: tokens of those that the first rows wait for;
+    visits: for which they wait, one for each level of prefixes.
+    """
+
+    tokens: float = 0.0
+    first: int = 0
+    visits: int = 0
+
+
+NO_PREFIXES = Prefixes()
+
+
+def _prefixes_of(plan: StagePlan) -> Prefixes:
+    sharing = plan.workload.sharing
+    if sharing is None or not plan.prefix_pages:
+        return NO_PREFIXES
+    first = plan.prefix_pages * PAGE_TOKENS
+    return Prefixes(sharing.tokens / sharing.num_requests, first, max(1, round(sharing.levels)))
 
 
 @lru_cache(maxsize=1024)
 def visits_of(
-    lengths: Lengths, num_requests: int, rows: int, most_tokens: int, pages: int
+    lengths: Lengths,
+    num_requests: int,
+    rows: int,
+    most_tokens: int,
+    pages: int,
+    prefixes: Prefixes = NO_PREFIXES,
 ) -> tuple[Visits, ...]:
     """Kinds of visits of a job.
 
     lengths: (prompt, answer) of some requests that stand for all num_requests, the longest first.
-    rows: of a block; most_tokens: that it brings in a visit; pages: of its cache.
+    rows: of a block; most_tokens: that it brings in a visit; pages: of its cache. prefixes: what
+    the lengths don't count.
     """
     # The longest answers begin when few requests wait; before that, and at both ends, blocks fill.
     longest, mean = max(answer for _, answer in lengths), fmean(answer for _, answer in lengths)
     enough = max(LEAST_PLAYED, ceil(rows * (2 + longest / mean)))
     played = spread(lengths, min(num_requests, enough))
     timeline = _Timeline(played, rows, most_tokens, pages)
+    timeline.prefill_first(prefixes)
     timeline.play()
     total = num_requests / len(lengths) * sum(answer for _, answer in lengths)
     return timeline.kinds(total)
@@ -114,8 +146,19 @@ class _Timeline:
         self._are_alike = are_alike(answer for _, answer in longest_first)
         self._due = 1.0  # rows that are due to enter, where equal ones enter one by one
         self._is_steady = self._has_ended = False
+        self._prefix_tokens = 0.0  # that a request brings beside its prompt
         # (is steady, kind) -> count, rows, tokens of prompts, answers' tokens
         self._sums: dict[tuple[bool, tuple[int, int]], list[float]] = {}
+
+    def prefill_first(self, prefixes: Prefixes) -> None:
+        """Process the prefixes that the first rows wait for; later ones come with the prompts."""
+        total = prefixes.tokens * len(self._waiting)
+        for _ in range(prefixes.visits):
+            tokens = min(prefixes.first / prefixes.visits, self._most_tokens)
+            self._note(1, 0, tokens, 0)
+            self._visit += 1
+            total -= tokens
+        self._prefix_tokens = max(total, 0.0) / len(self._waiting)
 
     def play(self) -> None:
         """Play until every request has ended."""
@@ -182,7 +225,7 @@ class _Timeline:
                 (prompt, answer), pages = self._waiting.pop(), shortest
             else:
                 return
-            self._entering.append([prompt, answer, pages])
+            self._entering.append([prompt + self._prefix_tokens, answer, pages])
             self._pages -= pages
             self._left -= answer
             self._due -= 1

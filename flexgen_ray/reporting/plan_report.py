@@ -54,6 +54,7 @@ class PlanReport:
             headline(self.model, self.hardware, plan),
             f"sizes: weights {format_bytes(self._weight_bytes)}, KV cache "
             f"{format_bytes(self._cache_bytes_per_token)} per token",
+            *self._prefixes(),
             f"batches: {block_line(plan.stages[0])}",
             *(self._stage(number, stage) for number, stage in enumerate(plan.stages)),
             f"time: {plan.num_blocks * plan.block_size:,} requests at a time take prefill "
@@ -80,6 +81,7 @@ class PlanReport:
             "decode_s": plan.decode_seconds,
             "block_s": plan.block_seconds,
             "hours": self.hours,
+            "sharing": plan.job.sharing and asdict(plan.job.sharing),
             "weight_bytes": self._weight_bytes,
             "cache_bytes_per_token": self._cache_bytes_per_token,
             "price_per_million_tokens": self.price_per_million_tokens,
@@ -139,6 +141,22 @@ class PlanReport:
         stage, lane = self.comparison.plan.bottleneck
         name = resource_name(lane, self.on_gpu)
         return f"{name} of stage {stage}" if len(self.comparison.plan.stages) > 1 else name
+
+    def _prefixes(self) -> list[str]:
+        """A line on what prompts are assumed to share, if they do."""
+        job, stage = self.comparison.plan.job, self.comparison.plan.stages[0]
+        sharing = job.sharing
+        if sharing is None:
+            return []
+        groups = sharing.tokens // sharing.most_tokens
+        who = "all requests" if groups == 1 else f"{groups:,} groups of requests"
+        if not stage.prefix_pages:
+            return [f"prefixes: {who} share {sharing.most_tokens:,} tokens, but are computed whole"]
+        tier = {"gpu": "GPU", "cpu": "host"}[stage.prefix_tier]
+        return [
+            f"prefixes: assumes that {who} share the first {sharing.most_tokens:,} of "
+            f"{job.prompt_len:,} prompt tokens, computed once and kept in {tier} memory"
+        ]
 
     def _price(self) -> list[str]:
         price = self.price_per_million_tokens
