@@ -6,7 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexgen_ray.kernels.attention import prefill
+from flexgen_ray.kernels.attention import gather_pages, prefill
+from flexgen_ray.kernels.prefix_attention import attend_in_parts, attend_shared
 
 
 @given(
@@ -34,3 +35,46 @@ def test_each_token_of_a_chunk_attends_itself_and_what_its_window_has(
             torch.testing.assert_close(
                 out[token, head].double(), weights @ values, atol=1e-5, rtol=0
             )
+
+
+@given(
+    before=st.integers(1, 40),
+    tokens=st.integers(1, 20),
+    kv_heads=st.integers(1, 2),
+    group=st.integers(1, 3),
+)
+@settings(max_examples=40)
+def test_a_chunk_attends_prefixes_and_its_own_tokens_apart_as_together(
+    before, tokens, kv_heads, group
+):
+    random = torch.Generator().manual_seed(before)
+    # As in a cell, attention replaces queries that lie between keys and values.
+    q = torch.randn(tokens, kv_heads * group + 1, 8, generator=random)[:, 1:]
+    k, v = torch.randn(2, kv_heads, before + tokens, 8, generator=random)
+    expected = prefill(q, k, v, before)
+    attend_in_parts(q, (k[:, :before], v[:, :before]), (k[:, before:], v[:, before:]), q)
+    torch.testing.assert_close(q, expected, atol=1e-5, rtol=0)
+
+
+@given(rows=st.integers(1, 20), tokens=st.integers(1, 40), group=st.integers(1, 3))
+@settings(max_examples=30)
+def test_rows_attend_what_they_share_alike_in_one_call_of_torch_and_in_products(
+    rows, tokens, group
+):
+    random = torch.Generator().manual_seed(rows)
+    q = torch.randn(rows, 2 * group, 8, generator=random)
+    k, v = torch.randn(2, 2, tokens, 8, generator=random)
+    in_products = attend_shared(q, k, v, torch.zeros(rows, dtype=torch.long))
+    for ours, theirs in zip(attend_shared(q, k, v), in_products, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+
+
+def test_gathered_pages_take_memory_for_these_alone():
+    pool = torch.randn(2, 1000, 4, 16, 8)
+    pages = torch.tensor([[3, 5, 700], [999, 0, 1]], dtype=torch.int32)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        gathered = gather_pages(pool[1], pages, slice(3, 40))
+    assert gathered.shape == (2, 4, 37, 8)
+    assert torch.equal(gathered[1, 2, 20], pool[1, 0, 2, 7])
+    allocated = sum(max(event.self_cpu_memory_usage, 0) for event in profile.events())
+    assert allocated <= 2 * pages.numel() * pool[0, 0].nbytes

@@ -155,9 +155,12 @@ def gather_pages(plane: Tensor, tables: Tensor, tokens: slice) -> Tensor:
     """
     pages, kv_heads, size, width = plane.shape
     first = tokens.start // size
-    tables = tables[:, first : -(-tokens.stop // size)]
-    chosen = plane.transpose(0, 1).index_select(1, tables.clamp(0, pages - 1).flatten())
-    rows = chosen.view(kv_heads, len(tables), -1, width).transpose(0, 1)
+    tables = tables[:, first : -(-tokens.stop // size)].clamp(0, pages - 1)
+    # index_select would copy a whole plane that isn't dense, so it selects heads of pages.
+    heads = torch.arange(kv_heads, dtype=tables.dtype, device=tables.device)
+    lines = tables[:, None] * kv_heads + heads[:, None]
+    chosen = plane.flatten(0, 1).index_select(0, lines.flatten())
+    rows = chosen.view(len(tables), kv_heads, -1, width)
     return rows[:, :, tokens.start - first * size : tokens.stop - first * size]
 
 

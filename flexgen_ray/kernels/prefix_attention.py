@@ -10,6 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# Attention of torch on a CPU that also returns the logarithms of the sums.
+_attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
 
 def attend_shared(
     q: Tensor, k: Tensor, v: Tensor, starts: Tensor | None = None
@@ -25,8 +28,13 @@ def attend_shared(
     kv_heads, tokens = k.shape[:2]
     sharing = heads // kv_heads
     grouped = q.view(rows, kv_heads, sharing, head_dim).transpose(0, 1).float()
+    k, v = k.float(), v.float()
+    if starts is None and q.device.type == "cpu":
+        queries = grouped.reshape(kv_heads, rows * sharing, head_dim)
+        out, lse = (part[0] for part in _attend(queries[None], k[None], v[None]))
+        return _by_rows(out, rows), _by_rows(lse[..., None], rows)[..., 0]
     queries = (grouped * head_dim**-0.5).reshape(kv_heads, rows * sharing, head_dim)
-    scores = queries @ k.float().transpose(1, 2)
+    scores = queries @ k.transpose(1, 2)
     if starts is not None:
         before = torch.arange(tokens, device=q.device) < starts[:, None]
         of_rows = scores.view(kv_heads, rows, sharing, tokens)
@@ -34,10 +42,14 @@ def attend_shared(
     most = scores.amax(-1, keepdim=True)
     weights = scores.sub_(most).exp_()
     sums = weights.sum(-1, keepdim=True)
-    out = (weights @ v.float()).div_(sums)
+    out = (weights @ v).div_(sums)
     lse = sums.log_().add_(most)
-    out, lse = (x.view(kv_heads, rows, sharing, -1).transpose(0, 1) for x in (out, lse))
-    return out.reshape(rows, heads, head_dim), lse.reshape(rows, heads)
+    return _by_rows(out, rows), _by_rows(lse, rows)[..., 0]
+
+
+def _by_rows(x: Tensor, rows: int) -> Tensor:
+    """[rows, heads, n] of [kv_heads, rows * heads of each, n]."""
+    return x.unflatten(1, (rows, -1)).transpose(0, 1).flatten(1, 2)
 
 
 def merge_part(out: Tensor, lse: Tensor, rows: Tensor, part: tuple[Tensor, Tensor]) -> None:
@@ -52,3 +64,32 @@ def merge_part(out: Tensor, lse: Tensor, rows: Tensor, part: tuple[Tensor, Tenso
     others = out[rows].mul_((before - merged).exp_()[..., None])
     out[rows] = others.add_(of_part * (lse_of_part - merged).exp_()[..., None])
     lse[rows] = merged
+
+
+def attend_in_parts(
+    q: Tensor, before: tuple[Tensor, Tensor], own: tuple[Tensor, Tensor], out: Tensor
+) -> None:
+    """Attend a prompt's first chunk to the prefixes before it, and causally to itself, on a CPU.
+
+    q, out: [tokens, heads, head_dim]; before: keys and values [kv_heads, n, head_dim] of the
+    prefixes; own: those of the chunk, [kv_heads, tokens, head_dim].
+    """
+    first, sums = _attend_chunk(q, *before)
+    second, own_sums = _attend_chunk(q, *own, is_causal=True)
+    share = (own_sums - sums).sigmoid_()[..., None]  # of the second part in the sum of both
+    merged = first.float().lerp_(second.float(), share)
+    out.unflatten(1, merged.shape[:2]).copy_(merged.permute(2, 0, 1, 3))
+
+
+def _attend_chunk(
+    q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Attention of a chunk on a CPU, and the logarithms of its sums.
+
+    q: [tokens, heads, head_dim]; k, v: [kv_heads, n, head_dim].
+    Returns [kv_heads, heads of each, tokens, head_dim], and float32 of that shape but its last.
+    """
+    kv_heads = len(k)
+    grouped = q.unflatten(1, (kv_heads, -1)).permute(1, 2, 0, 3)
+    k, v = (x[:, None].expand(-1, grouped.shape[1], -1, -1) for x in (k, v))
+    return _attend(grouped, k, v, is_causal=is_causal)

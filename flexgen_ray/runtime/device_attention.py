@@ -34,7 +34,7 @@ from flexgen_ray.kernels.cuda_attention import page_kernel
 from flexgen_ray.kernels.host_kernel import HostKernel, rows_together
 from flexgen_ray.kernels.indices import place_indices
 from flexgen_ray.kernels.pack import pack, unpack
-from flexgen_ray.kernels.prefix_attention import attend_shared, merge_part
+from flexgen_ray.kernels.prefix_attention import attend_in_parts, attend_shared, merge_part
 from flexgen_ray.layout.pages import Home, SharedHome, page_table, pages_of
 from flexgen_ray.layout.plan import StagePlan
 from flexgen_ray.layout.prefix_tiles import User, prefix_tiles
@@ -252,16 +252,11 @@ class DeviceAttention:
         """
         window, target = self._config.window(op.layer), work.attention(placed.rows)
         prompts = [(tuple(it.number for it in placed.prefixes(row)), row) for row in rows]
-        loaded: tuple[tuple, list[Tensor]] = (), []
+        loaded: tuple[tuple, tuple[Tensor, Tensor] | None] = (), None
         for chain, row in sorted((it for it in prompts if it[1].is_prefill), key=itemgetter(0)):
             first = first_attended(row, window)
             if loaded[0] != (chain, first):
-                parts = [
-                    self._prefix_tokens(op, placed, shared, max(first, shared.start), shared.end)
-                    for shared in placed.prefixes(row)
-                    if first < shared.end
-                ]
-                loaded = (chain, first), [torch.cat(plane, 1) for plane in zip(*parts, strict=True)]
+                loaded = (chain, first), self._prefix_before(op, placed, row, first)
             own = max(0, first - row.before)
             k, v = work.cached[row.tokens].permute(1, 2, 0, 3)
             if own < row.position:
@@ -269,19 +264,46 @@ class DeviceAttention:
                 tokens = slice(own, row.position)
                 before = [attention.gather_pages(plane, tables, tokens)[0] for plane in pool]
                 k, v = torch.cat((before[0], k), 1), torch.cat((before[1], v), 1)
+            k, v = self._dequantized(k), self._dequantized(v)
+            q, out = work.q[row.tokens], target[row.tokens]
+            if loaded[1] and self._in_parts(row, window):
+                attend_in_parts(q, loaded[1], (k, v), out)
+                continue
             if loaded[1]:
-                k, v = torch.cat((loaded[1][0], k), 1), torch.cat((loaded[1][1], v), 1)
-            start = k.shape[1] - row.num_new_tokens
-            self._prefill(work.q[row.tokens], k, v, start, window, target[row.tokens])
+                k, v = (torch.cat(parts, 1) for parts in zip(loaded[1], (k, v), strict=True))
+            self._prefill(q, k, v, k.shape[1] - row.num_new_tokens, window, out)
+
+    def _in_parts(self, row: Row, window: int | None) -> bool:
+        """True if a prompt's chunk attends its prefixes apart from its own tokens, on a CPU.
+
+        Then they needn't be copied side by side. All of its tokens must attend all prefixes.
+        """
+        attends_all = window is None or row.before + row.seq_len <= window
+        return self._device.type == "cpu" and not row.position and attends_all
+
+    def _prefix_before(
+        self, op: Op, placed: PlacedRows, row: Row, first: int
+    ) -> tuple[Tensor, Tensor] | None:
+        """Keys and values [kv_heads, tokens, head_dim] of a row's prefixes from a token on."""
+        parts = [
+            self._prefix_tokens(op, placed, shared, max(first, shared.start), shared.end)
+            for shared in placed.prefixes(row)
+            if first < shared.end
+        ]
+        if not parts:
+            return None
+        k, v = parts[0]
+        if len(parts) > 1:
+            k, v = (torch.cat(planes, 1) for planes in zip(*parts, strict=True))
+        return self._dequantized(k), self._dequantized(v)
 
     def _prefill(
         self, q: Tensor, k: Tensor, v: Tensor, start: int, window: int | None, out: Tensor
     ) -> None:
         """Attend a prompt's chunk into out, [tokens, heads, head_dim].
 
-        k, v: [kv_heads, start + tokens, width] as the cache keeps them; start: tokens before it.
+        k, v: [kv_heads, start + tokens, head_dim]; start: tokens before it.
         """
-        k, v = self._dequantized(k), self._dequantized(v)
         tokens = k.shape[1]
         sharing, some = q.shape[1] // len(k), self._plan.heads_at_a_time(tokens)
         tile = self._plan.queries_at_a_time(tokens)
