@@ -345,7 +345,7 @@ class CostModel:
             _R.ELEMENTWISE: passed * sum(row.num_new_tokens for row in rows) * self._element,
         }
         own = {resource: keys[resource] + values[resource] for resource in keys} | small
-        if not placed.shares:
+        if not placed.rows.share_prefixes:
             return own
         parts = [own, attended_prefixes(self.plan, placed, layer)]
         for some in (placed.resident, streamed):

@@ -132,6 +132,11 @@ class Rows:
         return self.num_tokens == len(self.rows)
 
     @cached_property
+    def share_prefixes(self) -> bool:
+        """True if tokens of prefixes precede those of any row."""
+        return any(row.before for row in self.rows)
+
+    @cached_property
     def positions(self) -> list[int]:
         """Position of each packed token in its sequence."""
         spans = ((row.before + row.position, row.before + row.seq_len) for row in self.rows)
@@ -251,13 +256,10 @@ class PlacedRows:
     @cached_property
     def _all_prefixes(self) -> list[SharedHome]:
         """Every prefix of the pass once."""
+        if not self.rows.share_prefixes:
+            return []
         shared = (it for division in self.divisions for it in division.prefixes)
         return list({it.number: it for it in shared}.values())
-
-    @property
-    def shares(self) -> bool:
-        """True if any row shares a prefix."""
-        return bool(self._all_prefixes)
 
     @cached_property
     def places(self) -> dict[int, int]:
@@ -268,6 +270,8 @@ class PlacedRows:
     @cached_property
     def sharing(self) -> list[Row]:
         """Decoding rows that share prefixes."""
+        if not self.rows.share_prefixes:
+            return []
         return self._select(lambda row, it: bool(it.prefixes) and not row.is_prefill)
 
     def shared(self, window: int | None) -> list[tuple[SharedHome, list[Row]]]:

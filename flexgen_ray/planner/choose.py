@@ -197,9 +197,6 @@ def choose_policy(problem: PlanningProblem, policies: StagePolicies | None = Non
 
     Raises ValueError, which says what is missing, if nothing fits.
     """
-    bases = policies.policies if policies else (problem.base,)
-    if problem.workload.sharing and any(policy.attention_sparsity < 1 for policy in bases):
-        problem = problem.without_sharing()  # each row chooses tokens of its own
     try:
         choice = _choose(problem, policies)
     except ValueError as error:

@@ -22,6 +22,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
+from math import inf
 
 from flexgen_ray.config import Budget, HardwareSpec, Policy, Workload
 from flexgen_ray.cost.bound import LEAST, PATHS, PHASES, decoding_rows, prefilling_rows
@@ -108,13 +109,30 @@ def find_best_plan(planner: Planner, on_estimate: OnEstimate = _ignore) -> Pipel
         best = _find_best(planner, on_estimate)
     except Infeasible:
         return _find_best(on_host, on_estimate)
-    shape = best.stages[0].policy
-    near = replace(on_host, search=planner.search.near(shape))
-    ours, others = planner.estimate(shape), near.promising_candidates()
-    if ours and not (others and others[0].seconds_per_sequence < ours.seconds_per_sequence):
-        return best
-    other = near.best_of(others)
+    other = _find_with_prefixes_on_host(on_host, best, planner.estimate(best.stages[0].policy))
     return max(filter(None, (best, other)), key=_throughput)
+
+
+def _find_with_prefixes_on_host(
+    planner: Planner, best: PipelinePlan, ours: Candidate | None
+) -> PipelinePlan | None:
+    """The fastest plan among blocks about as large as the best one's, if one may be faster.
+
+    ours: the best plan's shape with its estimate, before rounding.
+    """
+    shape = best.stages[0].policy
+    near = replace(planner, search=planner.search.near(shape))
+    sizes = {shape.gpu_batch_size, *near.search.batch_sizes}
+
+    def may_be_faster(others: list[Candidate]) -> bool:
+        fastest = min((other.seconds_per_sequence for other in others), default=inf)
+        return ours is None or fastest < ours.seconds_per_sequence
+
+    some = filter(None, (near.estimate(replace(shape, gpu_batch_size=size)) for size in sizes))
+    if not may_be_faster(list(some)):
+        return None
+    others = near.promising_candidates()
+    return near.best_of(others) if may_be_faster(others) else None
 
 
 def _find_best(planner: Planner, on_estimate: OnEstimate) -> PipelinePlan:
