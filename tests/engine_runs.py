@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
 import torch
 
 from flexgen_ray import LLM, SamplingParams
+from flexgen_ray.config import PAGE_TOKENS, Sharing
+from flexgen_ray.layout import admission
+from flexgen_ray.layout.plan import StagePlan
+from flexgen_ray.planner import choose
+from flexgen_ray.runtime import prefixes
+from flexgen_ray.runtime.prefix_book import PrefixBook
+from flexgen_ray.runtime.prefixes import Prefix
 from flexgen_ray.runtime.worker import Worker
 
 MAX_TOKENS = 12
+WHOLE = {"enable_prefix_caching": False}  # options by which prompts are computed whole
 
 
 def greedy(folder, prompts, policy, device="cpu", **options):
@@ -45,3 +58,36 @@ def generate(
             outputs = llm.generate(prompts, params)
     tokens = [output.outputs[0].token_ids for output in outputs]
     return tokens, [torch.stack(seen[index]) for index in sorted(seen)]
+
+
+def placed(plan: StagePlan, tier: str) -> StagePlan:
+    return replace(plan, prefix_tier=tier if any(it.cpu for it in plan.splits) else "gpu")
+
+
+@contextmanager
+def sharing(tiers: list[str], quota: int = 99, is_short: bool = False) -> Iterator[list[Prefix]]:
+    """Runs share every page that they can; yields the list of prefixes that were computed.
+
+    tiers: of each stage's prefixes; quota: pages of all of these. is_short: rows enter without
+    looking ahead, where pages are few, so that some are set back.
+    """
+    computed: list[Prefix] = []
+    complete = PrefixBook.complete
+
+    def completed(book: PrefixBook, key) -> Prefix:
+        computed.append(complete(book, key))
+        return computed[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prefixes, "LEAST_PAGES", 1)
+        patch.setattr(PrefixBook, "complete", completed)
+        patch.setattr(Sharing, "pages", lambda it, rows: min(it.tokens // PAGE_TOKENS, quota))
+        patch.setattr(
+            choose,
+            "place_prefixes",
+            lambda plans, *others: [*map(placed, plans, tiers * len(plans))],
+        )
+        if is_short:
+            patch.setattr(choose, "with_spare_pages", lambda plans, *others: plans)
+            patch.setattr(admission, "peak_pages", lambda *_: 0)
+        yield computed

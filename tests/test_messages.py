@@ -77,7 +77,9 @@ def test_a_message_that_was_cut_is_refused(message, data):
         type(message).decode(encoded[:cut])
 
 
-ROWS = {"slot": [0, 1], "position": [3, 4], "num_new_tokens": [1], "is_sampled": [True]}
+ROWS = {
+    "slot": [0, 1], "position": [3, 4], "num_new_tokens": [1], "is_sampled": [True], "before": [0]
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import pytest
 import tiny
 import torch
 from attention_cases import Case
-from engine_runs import MAX_TOKENS
+from engine_runs import MAX_TOKENS, WHOLE, sharing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -180,6 +180,36 @@ def test_a_prompt_fails_though_its_end_does_not_see_its_beginning(poisoned, shar
     prompts = [[1, *references[0].prompt, *range(30, 60)], references[1].prompt]
     outputs, _ = generated(folder, prompts, policy)
     assert_only_they_fail(outputs, [0], references[1:2])
+
+
+@pytest.mark.parametrize("name", ["mistral", "llama3-like"])
+@settings(max_examples=4)
+@given(
+    policy=policies,
+    tier=st.sampled_from(["gpu", "cpu"]),
+    place=st.sampled_from([0, 20, 47, 50]),
+    count=st.integers(1, 3),
+    stages=st.integers(1, 2),
+)
+def test_a_prefix_that_is_not_finite_fails_all_that_share_it(
+    poisoned, name, policy, tier, place, count, stages
+):
+    """A window leaves it behind; and its pages are whole when another prefix takes them."""
+    folder, references = poisoned[name]
+    common = [*range(10, 58)]
+    bad = [*common[:place], 1, *common[place + 1 :]]
+    prompts = [[*bad, *range(60, 70 + more)] for more in range(3)]
+    prompts += [[*common, *range(60, 70 + more)] for more in range(3)]
+    prompts[count:count] = [reference.prompt for reference in references]
+    options = {"pipeline_parallel_size": stages}
+    wanted, _ = generated(folder, prompts, policy, **options, **WHOLE)
+    with sharing([tier], quota=3) as computed:
+        outputs, _ = generated(folder, prompts, policy, **options)
+    assert [it.error for it in outputs] == [it.error for it in wanted]
+    assert sum(bool(it.error) for it in outputs) == 3 and computed
+    assert_only_they_fail(
+        [it for it in outputs if it.index in range(count, count + len(references))], [], references
+    )
 
 
 def test_a_token_of_an_answer_may_fail_too(poisoned):

@@ -200,9 +200,10 @@ def _sdpa(
     if sparsity != 1:
         out.copy_(attention.decode_sparse(q, k, v, lens, sparsity, mask, window, lse))
         return
-    out.copy_(attention.decode(q, k, v, lens, mask, window))
+    # Results may replace the queries, so they come last.
     if lse is not None:
         lse.copy_(attention.log_sum_exp(q, k, mask))
+    out.copy_(attention.decode(q, k, v, lens, mask, window))
 
 
 def _dequantized(packed: Tensor, bits: int, like: Tensor) -> Tensor:

@@ -69,7 +69,8 @@ class ActiveOps:
 
     def _holds_of_cache(self, condition: Condition, split: RowSplit) -> bool:
         """Conditions on how the rows of a batch are divided."""
-        off_device = split.attended + split.streamed + split.disk
+        prefixes = self._plan.space.prefix_slot  # in host memory, whichever batch computes them
+        off_device = split.attended + split.streamed + split.disk + prefixes
         streamed = split.streamed + split.disk
         match condition:
             case Condition.CACHE_OFF_DEVICE:
@@ -79,7 +80,7 @@ class ActiveOps:
             case Condition.STREAMS_CACHE:
                 # Chunked prompts are attended on the device, even if decoding rows are not.
                 chunks = off_device > 0 and self._plan.chunks_prompts
-                return streamed > 0 or chunks or self._plan.space.prefix_slot > 0
+                return streamed + prefixes > 0 or chunks
             case Condition.STREAMS_CHOSEN_VALUES:
                 return self._plan.is_sparse and streamed > 0
             case Condition.ATTENDS_ON_HOST:

@@ -211,6 +211,11 @@ class StagePlan:
         return sharing.pages(rows)
 
     @property
+    def marked_pages(self) -> int:
+        """Pages of the tier with prefixes, which are marked if hidden states aren't finite."""
+        return self.space.all_pools[0][TIERS.index(self.prefix_tier)] if self.prefix_pages else 0
+
+    @property
     def _prefix_slot(self) -> int:
         """Pages of prefixes that a batch has streamed to the device."""
         sharing = self.workload.sharing
@@ -330,9 +335,10 @@ class StagePlan:
     def slot_pages(self) -> int:
         """Pages of the streaming slot: those of rows that decode, and of a chunked prompt.
 
-        Chunks of a prompt whose row the host otherwise attends need room of their own.
+        Chunks of a prompt whose row the host otherwise attends need room of their own, and so do
+        those of a prefix, which counts among no rows.
         """
-        spare = self.chunks_prompts and self.attends_on_host
+        spare = self.chunks_prompts and (self.attends_on_host or self.space.prefix_slot > 0)
         return self.space.streamed + spare * self.kinds[0].pages_of(self.max_prefill_len)
 
     @property

@@ -99,12 +99,12 @@ class Rows:
     """All rows of a pass, and their packed tokens.
 
     token_ids: empty in stages after the first, which receive hidden states.
-    left: slots whose rows have left since the batch's last pass. grown: (slot, pages) of what rows
-    got then. entered: (slot, pages, tier in each stage, prefixes) of rows that entered after that,
-    in order; tiers are indices in TIERS, prefixes the numbers of those that precede the row's own
-    tokens. moved: (slot, other batch, slot there) of rows that came from there.
-    completed: (slot, prefix, its tokens) of rows that are prefixes, complete before this pass.
-    dropped: prefixes whose pages are taken back after that, before rows enter.
+    moved: (slot, other batch, slot there) of rows that came from there. left: slots whose rows have
+    left since the batch's last pass. grown: (slot, pages) of what rows got then. completed: (slot,
+    prefix, its tokens) of rows that are prefixes, complete before this pass. dropped: prefixes
+    whose pages are taken back. entered: (slot, pages, tier in each stage, prefixes) of rows that
+    entered after all that, in order; tiers are indices in TIERS, prefixes the numbers of those that
+    precede the row's own tokens.
     prefill_tokens: tokens of prompts among those that the pass brings, without those of rows that
     were set back. saved_tokens: tokens of prompts that are done without it, known to the first
     stage alone; below 0 in a pass that computes a prefix again.

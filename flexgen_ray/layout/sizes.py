@@ -211,7 +211,7 @@ def workspace_bytes(plan: StagePlan) -> int:
     tables = 2 * len(plan.kinds) * rows * (plan.longest_pages + 1) * 4
     ropes = {config.rope_of(layer) for layer in plan.stage.decoders} - {None}
     rotations = len(ropes) * rows * config.head_dim * plan.element_bytes
-    of_passes = 2 * plan.num_batches * (tables + rotations)
+    of_passes = 2 * plan.num_batches * (tables + rotations) + 4 * plan.marked_pages
     # On a GPU these lanes have a stream each, and the allocator keeps a stream's memory for it.
     ahead, finishing = _op_bytes(plan)
     temporaries = ahead + finishing if plan.stages_disk else max(ahead, finishing)

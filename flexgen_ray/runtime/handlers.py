@@ -70,6 +70,8 @@ class OpHandlers:
         # NaN for a slot whose prompt has hidden states that aren't finite, else 0.
         slots = plan.num_batches, plan.policy.gpu_batch_size
         self._not_finite = torch.zeros(slots, device=self.device)
+        # The mark of a prompt, or of a prefix that others share, by its first page there.
+        self._of_pages = torch.zeros(plan.marked_pages, device=self.device)
 
     def begin(self, on_logits: LogitsHook | None) -> None:
         """Start a run, whose visits are counted from 0; on_logits: see Stage.run."""
@@ -253,12 +255,18 @@ class OpHandlers:
     def _look_at_prompts(self, op: Op) -> None:
         """Mark slots whose prompts have hidden states that aren't finite; waits for nothing.
 
-        If layers have windows, the logits of a prompt's last token don't depend on all tokens.
+        If layers have windows, the logits of a prompt's last token don't depend on all tokens. Of
+        tokens in prefixes other rows' passes made the marks, which are kept by pages.
         """
         current, not_finite = self._pass(op), self._not_finite[op.batch]
         low, high = self.hidden.of_cell(op)[: current.rows.num_tokens].aminmax(dim=-1)
         not_finite.index_fill_(0, current.new_slots, 0)
         not_finite.index_add_(0, current.slots, (low * 0 + high * 0).float())
+        if self.plan.prefix_pages:
+            slots, pages = current.users
+            not_finite.index_add_(0, slots, self._of_pages[pages])
+            slots, pages = current.first_pages(self.plan.prefix_tier)
+            self._of_pages[pages] = not_finite[slots]
 
     def _score_prompts(self, op: Op) -> list[Scores]:
         """Scores of known tokens, computed for as many at a time as there is room for logits."""

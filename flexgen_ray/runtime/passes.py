@@ -117,6 +117,25 @@ class Pass(Composition):
         return self._indices([row.slot for row in self.rows.rows if not row.position])
 
     @cached_property
+    def users(self) -> tuple[Tensor, Tensor]:
+        """Rows that begin with this pass: slot, and first page of each prefix that they share."""
+        placed = self._placed_rows[0]
+        new = [row for row in self.rows.rows if not row.position]
+        pairs = [(row.slot, it.home.pages[0]) for row in new for it in placed.prefixes(row)]
+        return self._indices([slot for slot, _ in pairs]), self._indices(
+            [page for _, page in pairs]
+        )
+
+    def first_pages(self, tier: str) -> tuple[Tensor, Tensor]:
+        """Rows on a tier that bring tokens of prompts: slot, and first page."""
+        placed = self._placed_rows[0]
+        homes = [(row.slot, placed.home(row)) for row in self.rows.rows if row.is_prefill]
+        pairs = [(slot, home.pages[0]) for slot, home in homes if home.tier == tier]
+        return self._indices([slot for slot, _ in pairs]), self._indices(
+            [page for _, page in pairs]
+        )
+
+    @cached_property
     def sampled_slots(self) -> Tensor:
         """Slots of the sampled rows, [sampled rows]."""
         return self._indices([row.slot for row in self.rows.sampled])
@@ -333,10 +352,11 @@ class Passes:
 
     def _place(self, batch: int, rows: Rows) -> list[PlacedRows]:
         """Take pages back, hand pages out, and divide a pass's rows, for each kind of layer."""
-        for slot in rows.left:
-            self._pages.leave(batch, slot)
+        # A row that comes from another batch may be set back at once.
         for slot, *there in rows.moved:
             self._pages.move((there[0], there[1]), (batch, slot))
+        for slot in rows.left:
+            self._pages.leave(batch, slot)
         for slot, count in rows.grown:
             self._pages.grow(batch, slot, count)
         for slot, number, tokens in rows.completed:

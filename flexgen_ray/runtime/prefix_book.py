@@ -10,10 +10,10 @@ tokens of rows and no tensors.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from flexgen_ray.request import Request
-from flexgen_ray.runtime.prefixes import Prefix, SharedPrompts, find_prefixes
+from flexgen_ray.runtime.prefixes import Prefix, find_prefixes
 
 Key = tuple[int, int]  # batch and slot
 
@@ -31,7 +31,9 @@ class PrefixBook:
 
     def clear(self) -> None:
         """Forget all prefixes and rows."""
-        self._shared = SharedPrompts()
+        self._of_request: dict[int, Prefix] = {}
+        self._count = 0  # of all prefixes so far
+        self._num_waiting = 0  # requests that share any
         self._free = self._most
         self._ready: dict[int, Prefix] = {}
         self._computed: dict[Key, Prefix] = {}
@@ -40,21 +42,29 @@ class PrefixBook:
         self._under_way: Counter[int] = Counter()  # rows that read a prefix
 
     def add(self, requests: Iterable[Request]) -> None:
-        """Find the prefixes of requests that wait; those of earlier ones are as they were."""
+        """Find the prefixes of requests that begin to wait; those of earlier ones stay as they are.
+
+        Requests that were added apart share none.
+        """
+        added = list(requests)
+        for request in added:
+            self._of_request.pop(request.index, None)
         most = self._most if self._slot_pages is None else min(self._most, self._slot_pages)
         if most:
-            self._shared = find_prefixes(requests, most)
-            for prefix in self._shared.of_request.values():
-                self._waiting.update(it.number for it in prefix.chain)
+            shared = find_prefixes(added, most, self._count)
+            self._count += len(shared.prefixes)
+            self._of_request |= shared.of_request
+            for request in added:
+                self.wait(request)
 
     @property
     def has_waiting(self) -> bool:
-        """True if requests that share a prefix may wait."""
-        return bool(self._shared.prefixes)
+        """True if requests that share a prefix wait."""
+        return self._num_waiting > 0
 
     def of(self, request: Request) -> Prefix | None:
         """Deepest prefix that a request shares."""
-        return self._shared.of_request.get(request.index)
+        return self._of_request.get(request.index)
 
     def is_ready(self, prefix: Prefix | None) -> bool:
         """True if a prefix and its parents are there for rows that enter."""
@@ -79,18 +89,18 @@ class PrefixBook:
                 return None if each.number in computed else each
         return None
 
-    def begin(self, prefix: Prefix, key: Key) -> list[int] | None:
+    def begin(self, prefix: Prefix, key: Key, wanted: Collection[int]) -> list[int] | None:
         """Begin to compute a prefix in a slot, if pages for it are free or can be freed.
 
+        wanted: prefixes that are not dropped, its own parents and those of requests before it.
         Returns the prefixes whose pages are taken back for that; None if they don't suffice, and
         then none is.
         """
         needed, dropped = prefix.pages - self._free, []
-        keep = {it.number for it in prefix.chain}
         for each in self._idle():
             if needed <= 0:
                 break
-            if each.number not in keep:
+            if each.number not in wanted:
                 dropped.append(each.number)
                 needed -= each.pages
         if needed > 0:
@@ -119,6 +129,7 @@ class PrefixBook:
     def enter(self, prefix: Prefix | None, key: Key) -> None:
         """Note that a waiting request is a row now."""
         if prefix is not None:
+            self._num_waiting -= 1
             self._waiting.subtract(it.number for it in prefix.chain)
             self._rows[key] = prefix
             self._use(prefix.chain, 1)
@@ -130,9 +141,10 @@ class PrefixBook:
             self._use(prefix.chain, -1)
 
     def wait(self, request: Request) -> None:
-        """Note that a request waits again."""
+        """Note that a request waits, perhaps again."""
         prefix = self.of(request)
         if prefix is not None:
+            self._num_waiting += 1
             self._waiting.update(it.number for it in prefix.chain)
 
     def move(self, before: Key, after: Key) -> None:

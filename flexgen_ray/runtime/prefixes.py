@@ -91,10 +91,13 @@ class _Group(NamedTuple):
     level: int
 
 
-def find_prefixes(requests: Iterable[Request], most_pages: int | None = None) -> SharedPrompts:
+def find_prefixes(
+    requests: Iterable[Request], most_pages: int | None = None, first_number: int = 0
+) -> SharedPrompts:
     """Prefixes that the prompts of these requests share.
 
-    most_pages: pages of a prompt's prefixes together; None for any number.
+    most_pages: pages of a prompt's prefixes together; None for any number. first_number: of the
+    first prefix, from which on they are numbered.
     """
     of_request: dict[int, Prefix] = {}
     prefixes: list[Prefix] = []
@@ -111,7 +114,8 @@ def find_prefixes(requests: Iterable[Request], most_pages: int | None = None) ->
         saved = (page - start) * (len(parts) + ends - 1)
         if saved >= LEAST_PAGES and level < MOST_LEVELS:
             tokens = tuple(members[0].prompt_token_ids[: page * PAGE_TOKENS])
-            parent = Prefix(len(prefixes), parent, start * PAGE_TOKENS, tokens, len(members))
+            number = first_number + len(prefixes)
+            parent = Prefix(number, parent, start * PAGE_TOKENS, tokens, len(members))
             prefixes.append(parent)
             start, level = page, level + 1
             of_request |= dict.fromkeys((request.index for request in members), parent)

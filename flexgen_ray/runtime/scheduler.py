@@ -77,7 +77,8 @@ class Scheduler:
         self._prefixes = PrefixBook(
             pages.prefix_pages if pages else 0, pages.prefix_slot if pages else None
         )
-        self._ranks: dict[int, int] = {}  # of requests, by index: groups follow each other
+        # Ranks of prefixes, by number, and of none (-1): so groups of requests follow each other.
+        self._ranks: dict[int, int] = {}
         self._slots: list[dict[int, Sequence]] = [{} for _ in range(self.num_batches)]
         self._left: list[list[int]] = [[] for _ in range(self.num_batches)]
         self._due = self._due_at_first()
@@ -110,6 +111,7 @@ class Scheduler:
         self._unclaimed.clear()
         self._answers.clear()
         self._prefixes.clear()
+        self._ranks.clear()
         for batch in range(self.num_batches):
             self._left[batch], self._ended[batch], self._under_way[batch] = [], [], []
             self._moving[batch], self._learned[batch] = [], 0
@@ -126,7 +128,10 @@ class Scheduler:
         """Queue requests: those that share prefixes one after the other, the longest first."""
         added = list(requests)
         self._prefixes.add(added)
-        self._ranks |= rank_groups(added, self._prefixes.of)
+        ranks = rank_groups(added, self._prefixes.of)
+        first = 1 + max(self._ranks.values(), default=-1)
+        for request in added:
+            self._ranks.setdefault(self._group(request), first + ranks[request.index])
         self._waiting = sorted([*self._waiting, *added], key=self._order)
         left = [request.max_tokens - len(request.generated) for request in self._waiting]
         self._waiting_tokens = sum(left)
@@ -161,7 +166,7 @@ class Scheduler:
         completed = self._keep_prefixes(batch)
         dropped = self._prefixes.take_unused()
         entered = [*self._begin_prefixes(batch, dropped), *self._fill(batch, slots)]
-        self._under_way[batch] = [it.num_generated for it in slots.values() if not it.is_prefix]
+        self._under_way[batch] = [it.num_generated for it in self._rows_of(batch)]
         decoding = [
             slot
             for slot, sequence in slots.items()
@@ -403,17 +408,20 @@ class Scheduler:
             return []
         slots, entered = self._slots[batch], []
         others = sum(len(answers) for of, answers in enumerate(self._under_way) if of != batch)
-        ahead = self.gpu_batch_size * (self.num_batches + 1) - others - len(slots)
+        ahead = self.gpu_batch_size * (self.num_batches + 1) - others - len(self._rows_of(batch))
         free = [slot for slot in range(self.gpu_batch_size) if slot not in slots]
+        # Groups that come first keep what is there for them, or none would ever find all of it.
+        wanted: set[int] = set()
         for start, stop in self._groups():
             if ahead <= 0 or not free:
                 break
             ahead -= stop - start
-            prefix = self._prefixes.of(self._waiting[start])
-            prefix = prefix and self._prefixes.next_to_compute(prefix)
+            deepest = self._prefixes.of(self._waiting[start])
+            wanted |= {it.number for it in deepest.chain} if deepest else set()
+            prefix = deepest and self._prefixes.next_to_compute(deepest)
             if prefix is None or not self._prefixes.fits_batch(prefix.parent, batch):
                 continue
-            unused = self._prefixes.begin(prefix, (batch, free[0]))
+            unused = self._prefixes.begin(prefix, (batch, free[0]), wanted)
             if unused is None:
                 break
             dropped += unused
@@ -450,7 +458,16 @@ class Scheduler:
 
     def _order(self, request: Request) -> tuple[float, ...]:
         tokens = len(request.prompt_token_ids) + len(request.generated)
-        return self._ranks.get(request.index, 0), -request.max_seq_len, -tokens
+        return self._ranks[self._group(request)], -request.max_seq_len, -tokens
+
+    def _group(self, request: Request) -> int:
+        """Number of the deepest prefix that a request shares; -1 for none."""
+        prefix = self._prefixes.of(request)
+        return prefix.number if prefix else -1
+
+    def _rows_of(self, batch: int) -> list[Sequence]:
+        """Rows of a batch that are under way, without prefixes that it computes."""
+        return [it for it in self._slots[batch].values() if not it.is_prefix]
 
     def _fill(self, batch: int, slots: dict[int, Sequence]) -> list[Entered]:
         """Move waiting requests into free slots; when few are left, each batch gets its share.
@@ -460,9 +477,9 @@ class Scheduler:
         if self._starving is not None:
             return []
         others = sum(len(answers) for of, answers in enumerate(self._under_way) if of != batch)
-        unfinished = len(self._waiting) + len(slots) + others
-        room = min(self.gpu_batch_size, -(-unfinished // self.num_batches)) - len(slots)
-        room = min(room, self._entries_due(batch))
+        rows = len(self._rows_of(batch))
+        share = -(-(len(self._waiting) + rows + others) // self.num_batches)
+        room = min(self.gpu_batch_size - len(slots), share - rows, self._entries_due(batch))
         free = (slot for slot in range(self.gpu_batch_size) if slot not in slots)
         entered: list[Entered] = []
         for slot in list(islice(free, max(0, min(room, len(self._waiting))))):
@@ -497,7 +514,7 @@ class Scheduler:
         # An entry for which there are no pages isn't made up for: rows would be side by side. And
         # of rows that entered together before, no more than one is held against those that wait.
         self._due[batch] = max(-1.0, min(self._due[batch], 1.0)) + pace / self.num_batches
-        return max(int(self._due[batch]), not self._slots[batch])
+        return max(int(self._due[batch]), not self._rows_of(batch))
 
     def _next_waiting(
         self, batch: int, slot: int, rows: int
@@ -524,7 +541,7 @@ class Scheduler:
         longest, shortest = (self._sequence(self._waiting[place]) for place in ends)
         has_share = self.admission.has_share
         passes = self._waiting_tokens / (self.gpu_batch_size * self.num_batches)
-        is_urgent = longest.request.max_tokens >= passes or not self._slots[batch]
+        is_urgent = longest.request.max_tokens >= passes or not self._rows_of(batch)
         choices = []
         if is_urgent or has_share(batch, (longest, 1), (shortest, rows - 1)):
             choices.append((ends[0], longest))
