@@ -16,7 +16,6 @@ from flexgen_ray.layout.placement import (
     place_weights,
     split_rows,
     split_tokens,
-    stored_tensors,
     tensor_bytes,
 )
 from flexgen_ray.layout.plan import StagePlan
@@ -73,12 +72,11 @@ def test_weight_fractions_hold_within_one_percent_or_one_tensor(name, placement,
     kept = WeightFormat("float16", bits)
     tiers = place_weights(config, stage, placement, kept)
     given_bytes, largest = dict.fromkeys(TIERS, 0), 0
-    for layer, names in tiers.items():
-        shapes = stored_tensors(config, stage, layer)
-        sizes = {tensor: tensor_bytes(tensor, shapes[tensor], kept) for tensor in names}
-        largest = max(largest, *sizes.values())
-        for tensor, tier in names.items():
-            given_bytes[tier] += sizes[tensor]
+    for cuts in tiers.values():
+        sizes = {cut: tensor_bytes(cut.name, cut.shape, kept) for cut in cuts}
+        largest = max(largest, *(sizes[cut] for cut in cuts if cut.first is None))
+        for cut, tier in cuts.items():
+            given_bytes[tier] += sizes[cut]
     total = sum(given_bytes.values())
     slack = max(0.01, largest / total if largest / total > 0.05 else 0)
     for tier, fraction in zip(TIERS, placement.fractions, strict=True):

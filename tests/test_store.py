@@ -50,7 +50,7 @@ class RandomWeights:
         for name, shape in tensors.items():
             self.tensors[layer, name] = torch.randn(shape)
 
-    def read_into(self, layer: int, name: str, destination: torch.Tensor) -> None:
+    def read_into(self, layer: int, name: str, destination: torch.Tensor, first: int = 0) -> None:
         destination.copy_(self.tensors[layer, name])
 
 
@@ -215,10 +215,10 @@ def test_a_file_that_was_cut_short_is_an_error_that_names_the_folder(requests, t
 
 def test_a_failing_source_ends_the_filling_with_its_error(tmp_path):
     class Broken(RandomWeights):
-        def read_into(self, layer, name, destination):
+        def read_into(self, layer, name, destination, first=0):
             if layer == 2:
                 raise OSError(5, "Input/output error", "/data/model")
-            super().read_into(layer, name, destination)
+            super().read_into(layer, name, destination, first)
 
     config = model(tied=True, mlp=32)
     policy = Policy(weights=Placement(0, 0, 1))

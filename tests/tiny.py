@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -17,12 +17,16 @@ from transformers import (
     GemmaConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     Olmo2Config,
+    OlmoeConfig,
     OPTConfig,
     Phi3Config,
     PreTrainedTokenizerFast,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 VOCABULARY = 97
@@ -97,6 +101,31 @@ CONFIGS = {
         },
     ),
 }  # fmt: skip
+# Mixtures of experts, in some of whose layers there are none.
+MIXTURES = {
+    "qwen2-moe": Qwen2MoeConfig(
+        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, intermediate_size=48, max_position_embeddings=CONTEXT,
+        num_experts=5, num_experts_per_tok=2, moe_intermediate_size=16,
+        shared_expert_intermediate_size=24, decoder_sparse_step=2,
+    ),
+    "qwen3-moe": Qwen3MoeConfig(
+        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, intermediate_size=48, max_position_embeddings=CONTEXT,
+        num_experts=9, num_experts_per_tok=4, moe_intermediate_size=12, norm_topk_prob=True,
+        mlp_only_layers=[1],
+    ),
+    "mixtral": MixtralConfig(
+        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, intermediate_size=24, max_position_embeddings=CONTEXT,
+        num_local_experts=4, num_experts_per_tok=2,
+    ),
+    "olmoe": OlmoeConfig(
+        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, intermediate_size=16, max_position_embeddings=CONTEXT,
+        num_experts=8, num_experts_per_tok=3,
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -106,13 +135,15 @@ class Reference:
     prompt: list[int]
     tokens: list[int]
     logits: torch.Tensor
+    routed_len: int | None = None  # tokens before a router's choice is too close to call
 
     def certain_len(self, close_by: float = 1e-4) -> int:
         """Tokens before the first whose two best logits are too close to call (docs/design.md): by
         this much of their standard deviation."""
         best = self.logits.topk(2, dim=-1).values
         close = (best[:, 0] - best[:, 1]) < close_by * self.logits.std(dim=-1)
-        return int(close.float().argmax()) if close.any() else len(self.tokens)
+        certain = int(close.float().argmax()) if close.any() else len(self.tokens)
+        return certain if self.routed_len is None else min(certain, self.routed_len)
 
 
 def save(name: str, folder: Path, max_shard_size: str = "5GB", **changes) -> Path:
@@ -121,7 +152,7 @@ def save(name: str, folder: Path, max_shard_size: str = "5GB", **changes) -> Pat
     changes: to the config of that name.
     """
     torch.manual_seed(len(name))
-    config = copy.deepcopy(CONFIGS[name])
+    config = copy.deepcopy((CONFIGS | MIXTURES)[name])
     config.update(changes)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
@@ -131,7 +162,7 @@ def save(name: str, folder: Path, max_shard_size: str = "5GB", **changes) -> Pat
                 parameter.copy_(noise / 4 / config.hidden_size**0.5)
             elif "embed" in key or "lm_head" in key:
                 parameter.copy_(noise)
-            elif parameter.dim() == 2:
+            elif parameter.dim() in (2, 3):
                 parameter.copy_(1.5 * noise / parameter.shape[-1] ** 0.5)
             else:
                 is_norm = "norm" in key and key.endswith("weight")
@@ -161,7 +192,34 @@ def prompts(count: int, longest: int, seed: int = 0) -> list[list[int]]:
 def references(folder: Path, some_prompts: list[list[int]], max_tokens: int) -> list[Reference]:
     """transformers' greedy generate, one prompt at a time, without end tokens."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    return [generate(model, prompt, max_tokens) for prompt in some_prompts]
+    made = [generate(model, prompt, max_tokens) for prompt in some_prompts]
+    return with_routes(model, made)
+
+
+def with_routes(model, made: list[Reference]) -> list[Reference]:
+    """The same with `routed_len`, if the model is a mixture: by float64, a choice of experts is too
+    close to call if the last one chosen is ahead of the next by 1e-6 of scores' deviation."""
+    if not hasattr(model.config, "num_experts"):
+        return made
+    model = copy.deepcopy(model).double()
+    model.set_experts_implementation("eager")  # others have no float64
+    scores: list[torch.Tensor] = []
+    routers = [it for it in model.modules() if type(it).__name__.endswith("TopKRouter")]
+    for router in routers:
+        router.register_forward_hook(lambda _, __, out: scores.append(out[0]))
+    for number, reference in enumerate(made):
+        scores.clear()
+        with torch.no_grad():
+            model(torch.tensor([reference.prompt + reference.tokens[:-1]]))
+        closest = torch.full((len(scores[0]),), torch.inf, dtype=torch.float64)
+        for router, of_layer in zip(routers, scores, strict=True):
+            best = of_layer.topk(router.top_k + 1, dim=-1).values
+            closest = closest.minimum((best[:, -2] - best[:, -1]) / of_layer.std(dim=-1))
+        close = (closest < 1e-6).nonzero().flatten().tolist()
+        first = close[0] if close else len(closest)
+        length = min(max(first - len(reference.prompt) + 1, 0), len(reference.tokens))
+        made[number] = replace(reference, routed_len=length)
+    return made
 
 
 def generate(model, prompt: list[int], max_tokens: int, **options) -> Reference:

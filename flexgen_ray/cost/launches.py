@@ -17,6 +17,9 @@ from flexgen_ray.schedule.ops import OpKind
 LAUNCHES = {OpKind.EMBED: 3, OpKind.FINISH: 4, OpKind.SAMPLE: 8}
 LAUNCHES_OF_RUN, LAUNCHES_OF_SPARSE_RUN, LAUNCHES_OF_PROMPT = 1, 17, 2
 _ROTATE, _MAKE_ROTATION = 3, 6
+# Of mixtures: a router, its scores and the best of them; choices by expert; products and activation
+# of one part of the experts; their sum; an expert for all.
+_CHOOSE, _SORT, _OF_PART, _COMBINE, _SHARED = 3, 5, 5, 2, 6
 _COMPOSITE_RMS_NORM = 6  # on a CPU; on a GPU it is one kernel
 # A tile of a prefix is gathered; its products with some rows take queries, scores and a softmax,
 # perhaps under a mask; and each part is merged with the others (kernels/prefix_attention.py).
@@ -24,7 +27,7 @@ _GATHER_TILE, _ATTEND_TILE, _MASK, _MERGE = 4, 11, 3, 12
 KEEP_QUERIES = 2
 
 
-def launches(plan: StagePlan, kind: OpKind) -> int:
+def launches(plan: StagePlan, kind: OpKind, layer: int) -> int:
     """Launches of a decoder layer's PROJECT or FINISH for each tile of tokens.
 
     Appending to the cache, and moves of hidden states, are not in it.
@@ -32,6 +35,8 @@ def launches(plan: StagePlan, kind: OpKind) -> int:
     on_gpu = plan.stages_disk
     if kind is OpKind.PROJECT:
         return _project(plan.config, on_gpu)
+    if plan.config.has_experts(layer):
+        return _finish_mixture(plan, layer)
     return _finish(plan.config, on_gpu)
 
 
@@ -80,6 +85,19 @@ def _finish(config: ModelConfig, on_gpu: bool) -> int:
     if not norms_branches:
         count += (config.output_bias or not on_gpu) + (config.mlp_bias or not on_gpu)
     return count
+
+
+def _finish_mixture(plan: StagePlan, layer: int) -> int:
+    """Output projection, norm, the router's choice, and experts, however many there are.
+
+    Each part of the experts, on a tier of its own, has its two products.
+    """
+    config, on_gpu = plan.config, plan.stages_disk
+    names = plan.weights.cuts[layer].values()
+    parts = sum(cut.name == "gate_up_experts.weight" for cut in names)
+    count = 1 + (not on_gpu) + _norm(config, on_gpu)
+    count += _CHOOSE + 2 * config.norm_topk + _SORT + _OF_PART * parts + _COMBINE
+    return count + (_SHARED if config.shared_expert_size else 0)
 
 
 def _norm(config: ModelConfig, on_gpu: bool) -> int:

@@ -39,6 +39,7 @@ from flexgen_ray.layout.placement import COPY_PIECE, SECTOR, aligned, split_toke
 from flexgen_ray.layout.plan import StagePlan
 from flexgen_ray.layout.rows import NO_ROWS, Composition, PlacedRows, Row
 from flexgen_ray.layout.sizes import CHOICE_BYTES, quantized_values, streamed_bytes
+from flexgen_ray.models.config import ModelConfig
 from flexgen_ray.quant.formats import part_of_op
 from flexgen_ray.schedule.ops import ON_STREAMS, OPS, Lane, Op, OpKind
 
@@ -83,7 +84,7 @@ class CostModel:
         self._quantized_values = cache(lambda *part: quantized_values(plan, *part))
         self._quantized_matrices = cache(
             lambda layer, part: len(
-                plan.weight_format.quantized_weights(plan.config.tensors(layer), part)
+                plan.weight_format.quantized_weights(plan.weights.shapes(layer), part)
             )
         )
 
@@ -202,6 +203,8 @@ class CostModel:
         elif op.layer == config.head_layer:
             head = config.vocab_size * config.embedding_size
             product = self._linear(composition.rows.num_logits, head)
+        elif config.has_experts(op.layer):
+            product = self._mixture(tokens)
         else:
             mlp = config.hidden_size * config.intermediate_size * (3 if config.gated_mlp else 2)
             product = self._linear(tokens, config.q_size * config.hidden_size + mlp)
@@ -224,6 +227,23 @@ class CostModel:
         moved = parameters * tiles + 4 * tokens * config.hidden_size
         flops = _R.DECODE_FLOPS if tokens <= self.plan.policy.gpu_batch_size else _R.FLOPS
         return {flops: 2 * tokens * parameters, _R.DEVICE_MEMORY: moved * self._element}
+
+    def _mixture(self, tokens: int) -> Amounts:
+        """Products of a mixture: each tile reads the experts that its tokens choose."""
+        config, tile = self.plan.config, self.plan.tile_tokens
+        hidden = config.hidden_size
+        for_all = config.q_size + config.num_experts + 3 * config.shared_expert_size
+        amounts = self._linear(tokens, hidden * for_all)
+        expert, choices = 3 * hidden * config.expert_size, config.experts_per_token
+        read = tokens // tile * touched_experts(config, tile) + touched_experts(
+            config, tokens % tile
+        )
+        more = {
+            _R.DECODE_FLOPS: 2 * tokens * choices * expert,
+            _R.FLOPS: 2 * tokens * choices * expert,
+            _R.DEVICE_MEMORY: (read * expert + 4 * tokens * choices * hidden) * self._element,
+        }
+        return {resource: amount + more[resource] for resource, amount in amounts.items()}
 
     def _copy(self, tokens: int) -> Amounts:
         return {_R.DEVICE_MEMORY: 2 * tokens * self._hidden_token}
@@ -249,10 +269,10 @@ class CostModel:
         plan, tiles = self.plan, self._tiles(tokens)
         if plan.stage.kind(op.layer) != "decoder":
             return {_R.DEVICE_OPS: LAUNCHES[op.kind] * tiles}
-        values = elementwise_values(plan, op.kind)
+        values = elementwise_values(plan, op.kind, op.layer)
         moves = int(0 < plan.policy.activations.gpu < 1)
         return {
-            _R.DEVICE_OPS: launches(plan, op.kind) * tiles + moves,
+            _R.DEVICE_OPS: launches(plan, op.kind, op.layer) * tiles + moves,
             _R.ELEMENTWISE: values * tokens * self._element,
         }
 
@@ -336,7 +356,7 @@ class CostModel:
         values = self._attended(((row, 1.0 if row.is_prefill else share) for row in rows), layer)
         runs = self._runs(placed.resident) + self._runs(streamed)
         prompts = sum(row.is_prefill for row in rows)
-        passed = elementwise_values(self.plan, OpKind.ATTEND_DEVICE)
+        passed = elementwise_values(self.plan, OpKind.ATTEND_DEVICE, op.layer)
         chunks = sum(row.is_prefill for row in placed.resident)
         appended = chunks + any(not row.is_prefill for row in placed.streaming)
         attended = run_launches(self.plan) * runs + prompt_launches(self.plan) * prompts
@@ -405,7 +425,13 @@ class CostModel:
         return {}
 
 
-def elementwise_values(plan: StagePlan, kind: OpKind) -> int:
+def touched_experts(config: ModelConfig, tokens: int) -> float:
+    """Experts of a layer that at least one of so many tokens chooses, if all are as likely."""
+    missed = (1 - config.experts_per_token / config.num_experts) ** tokens
+    return config.num_experts * (1 - missed)
+
+
+def elementwise_values(plan: StagePlan, kind: OpKind, layer: int) -> int:
     """Values per token that a decoder layer's op reads or writes beside its matrix products."""
     config, on_gpu = plan.config, plan.stages_disk
     hidden, q, kv = config.hidden_size, config.q_size, config.kv_size
@@ -425,7 +451,16 @@ def elementwise_values(plan: StagePlan, kind: OpKind) -> int:
     if kind is OpKind.FINISH:
         each = _ACTIVATE + (_MULTIPLY if config.gated_mlp else 0)
         norms = norm * (config.pre_norm + 2 * (config.branch_norms or not config.pre_norm))
-        return 2 * _ADD * hidden + norms + each * config.intermediate_size
+        mlp = each * config.intermediate_size
+        if config.has_experts(layer):
+            # Choices are gathered, put back and summed.
+            choice = each * config.expert_size + (2 * _COPY + 1) * hidden
+            scores = (_ACTIVATE + 1) * config.num_experts
+            shared = each * config.shared_expert_size + _ADD * hidden * (
+                config.shared_expert_size > 0
+            )
+            mlp = config.experts_per_token * choice + scores + shared
+        return 2 * _ADD * hidden + norms + mlp
     return 0
 
 

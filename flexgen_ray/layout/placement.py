@@ -1,4 +1,4 @@
-"""Placement: turns a policy's fractions into whole tensors and whole rows on each tier.
+"""Placement: turns a policy's fractions into whole tensors, experts and rows on each tier.
 
 A fraction of 0.3 of ten tensors is no whole number of tensors in every layer, so pieces are handed
 out one by one and the *running totals* follow the fraction, as error diffusion does in images: a
@@ -13,7 +13,9 @@ tier takes a piece if its total lags behind its due by half of the piece or more
 
 So 4 of 14 bytes (0.286) are on the device, and the next piece corrects what is missing. Large
 pieces come first, since small ones can settle the rounding; this is the largest-remainder method
-applied along the way.
+applied along the way. A layer's experts are stacked in one tensor a matrix, and these are cut
+between experts: an expert is a piece, with all its matrices, and so many of them are handed out at
+once.
 
 This is the only place where a fraction is rounded: stores, sizes and planner read its answer.
 """
@@ -25,8 +27,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from math import floor
 
-from flexgen_ray.config import Placement, Policy
-from flexgen_ray.models.config import ModelConfig
+from flexgen_ray.config import TIERS, Placement, Policy
+from flexgen_ray.models.config import ModelConfig, experts_from
 from flexgen_ray.quant.formats import Shape, WeightFormat
 from flexgen_ray.schedule.zigzag import StageLayers
 
@@ -59,12 +61,12 @@ class FractionSplitter:
         self._assigned += size * takes
         return takes
 
-    def split(self, count: int) -> int:
-        """Divide `count` pieces of size 1; returns how many the first side takes."""
-        self._total += count
-        due = floor(self._fraction * self._total + 0.5 - self._assigned)
+    def split(self, count: int, size: float = 1.0) -> int:
+        """Divide `count` pieces of equal size; returns how many the first side takes."""
+        self._total += count * size
+        due = floor((self._fraction * self._total + size / 2 - self._assigned) / size)
         taken = min(max(due, 0), count)
-        self._assigned += taken
+        self._assigned += taken * size
         return taken
 
 
@@ -106,10 +108,10 @@ class TierSplitter:
         off_device = (1 - self._fraction) * whole
         return "cpu" if self._host.assign(size, off_device) else "disk"
 
-    def split(self, count: int) -> tuple[int, int, int]:
-        """Divide `count` pieces of size 1; returns how many the GPU, the CPU and the disk take."""
-        gpu = self._device.split(count)
-        cpu = self._host.split(count - gpu)
+    def split(self, count: int, size: float = 1.0) -> tuple[int, int, int]:
+        """Divide `count` equal pieces; returns how many the GPU, the CPU and the disk take."""
+        gpu = self._device.split(count, size)
+        cpu = self._host.split(count - gpu, size)
         return gpu, cpu, count - gpu - cpu
 
 
@@ -134,31 +136,78 @@ def stored_tensors(config: ModelConfig, stage: StageLayers, layer: int) -> Tenso
     return tensors
 
 
+@dataclass(frozen=True)
+class Cut:
+    """A weight as it lies on a tier: a whole one, or some experts of a stacked one.
+
+    name: of the whole weight; shape: of this part. first: number of its first expert; None if the
+    weight is whole.
+    """
+
+    name: str
+    shape: Shape
+    first: int | None = None
+
+    @property
+    def key(self) -> str:
+        """Name by which the maths of a model knows it."""
+        return self.name if self.first is None else experts_from(self.name, self.first)
+
+
 @lru_cache(maxsize=256)
 def place_weights(
     config: ModelConfig, stage: StageLayers, placement: Placement, weight_format: WeightFormat
-) -> dict[int, dict[str, str]]:
-    """{layer: {name: tier}} of every weight that a stage stores.
+) -> dict[int, dict[Cut, str]]:
+    """{layer: {weight, or some of its experts: tier}} of every weight that a stage stores.
 
     The order of the pieces is: the embedding, the head, then the decoder layers; within a layer the
     largest tensor first, so that small tensors settle the rounding. The two ends come first and are
     compared with the device's share of the whole stage, because keeping them there saves most: a
     streamed table needs a device slot as large as itself. The embedding's tables are one piece,
     since they are looked up together.
+    An expert is a piece; a layer's first experts are the device's, and its last the disk's.
     """
     pieces = TierSplitter(placement)
     whole = _stage_bytes(config, stage, weight_format)
-    tiers: dict[int, dict[str, str]] = {}
+    tiers: dict[int, dict[Cut, str]] = {}
     ends = [layer for layer in stage.layers if layer in (config.embedding_layer, config.head_layer)]
     for layer in ends + [layer for layer in stage.layers if layer not in ends]:
         tensors = stored_tensors(config, stage, layer)
-        sizes = {name: tensor_bytes(name, shape, weight_format) for name, shape in tensors.items()}
+        stacks = {name: shape for name, shape in tensors.items() if is_stacked(shape)}
+        sizes = {
+            Cut(name, shape): tensor_bytes(name, shape, weight_format)
+            for name, shape in tensors.items()
+            if name not in stacks
+        }
         if layer == config.embedding_layer:
             tiers[layer] = dict.fromkeys(sizes, pieces.assign(sum(sizes.values()), whole))
-        else:
-            largest_first = sorted(sizes, key=lambda name: -sizes[name])
-            known = whole if layer in ends else 0.0
-            tiers[layer] = {name: pieces.assign(sizes[name], known) for name in largest_first}
+            continue
+        expert = sum(weight_format.stored_bytes(*each) for each in stacks.items())
+        expert //= config.num_experts or 1
+        known = whole if layer in ends else 0.0
+        largest_first = sorted(sizes, key=lambda cut: -sizes[cut])
+        before = [cut for cut in largest_first if sizes[cut] >= expert]
+        tiers[layer] = {cut: pieces.assign(sizes[cut], known) for cut in before}
+        if stacks:
+            tiers[layer] |= _cut_experts(stacks, pieces.split(config.num_experts, expert))
+        after = largest_first[len(before) :]
+        tiers[layer] |= {cut: pieces.assign(sizes[cut], known) for cut in after}
+    return tiers
+
+
+def is_stacked(shape: Shape) -> bool:
+    """True for the matrices of a layer's experts, which are stacked: [experts, out, in]."""
+    return len(shape) == 3
+
+
+def _cut_experts(stacks: Tensors, counts: tuple[int, int, int]) -> dict[Cut, str]:
+    """Tiers of a layer's experts, so many on each, with all their matrices."""
+    tiers: dict[Cut, str] = {}
+    first = 0
+    for tier, count in zip(TIERS, counts, strict=True):
+        if count:
+            tiers |= {Cut(name, (count, *shape[1:]), first): tier for name, shape in stacks.items()}
+        first += count
     return tiers
 
 

@@ -18,6 +18,7 @@ from flexgen_ray.units import format_bytes
 
 FRAGMENTATION = 1.5  # memory that the allocator holds, over live memory; see test_memory.py
 CHOICE_BYTES = 4  # of the index of a token that sparse attention chose
+INDEX_BYTES = 80  # of a token's choice of an expert: its number and places, and while it is sorted
 PREFIX_TILE = 1024  # tokens of a prefix that are attended at a time
 # Programs among which a GPU divides the tokens of few rows (kernels/paged_splits.py).
 SPLIT_PROGRAMS = 768
@@ -59,7 +60,7 @@ def staged_bytes(plan: StagePlan) -> int:
 
 def quantized_values(plan: StagePlan, layer: int, part: str) -> int:
     """Number of a layer's values that are dequantized for a part (quant/formats.PARTS)."""
-    shapes = plan.weight_format.quantized_weights(plan.config.tensors(layer), part)
+    shapes = plan.weight_format.quantized_weights(plan.weights.shapes(layer), part)
     return sum(map(prod, shapes.values()))
 
 
@@ -68,7 +69,7 @@ def dequantized_bytes(plan: StagePlan) -> dict[str, int]:
     weight_format, most = plan.weight_format, dict.fromkeys(PARTS, 0)
     for layer in plan.stage.with_weights if weight_format.is_quantized else ():
         for part in PARTS:
-            shapes = weight_format.quantized_weights(plan.config.tensors(layer), part).values()
+            shapes = weight_format.quantized_weights(plan.weights.shapes(layer), part).values()
             nbytes = sum(aligned(prod(shape) * plan.element_bytes) for shape in shapes)
             most[part] = max(most[part], nbytes)
     return most
@@ -251,15 +252,13 @@ def scored_tokens_at_a_time(plan: StagePlan, top: int) -> int:
 def _op_bytes(plan: StagePlan) -> tuple[int, int]:
     """Most bytes of temporaries that one op needs on the device, of device_ahead and of device."""
     config, element = plan.config, plan.element_bytes
-    mlp = config.intermediate_size * (3 if config.gated_mlp else 2)
     # Queries and keys are normed beside the product, and with an offset in float32.
     normed = plan.qkv_size * ((4 if config.norm_offset else 2) if config.qk_norm else 1)
     angles = config.head_dim * (element + 3 * 4) if config.rope else 0
     beside = config.hidden_size * (2 * element + 3 * 4) + angles
-    projection, tile = (
-        plan.tile_tokens * (wide * element + beside)
-        for wide in (max(3 * config.q_size, normed), mlp)
-    )
+    projected = max(3 * config.q_size, normed) * element
+    finished = max((_mlp_bytes(plan, layer) for layer in plan.stage.decoders), default=0)
+    projection, tile = (plan.tile_tokens * (wide + beside) for wide in (projected, finished))
     rows = plan.policy.gpu_batch_size
     longest, chunk = plan.max_seq_len, min(plan.cell_tokens, plan.max_prefill_len)
     # Keys and values of one row are gathered, and those of some KV heads repeated.
@@ -281,6 +280,22 @@ def _op_bytes(plan: StagePlan) -> tuple[int, int]:
     # Logits of all rows in two precisions; one row's distribution, sorted and summed in float64.
     logits = config.vocab_size * (8 * rows + 48)
     return max(projection, attention), max(tile, logits)
+
+
+def _mlp_bytes(plan: StagePlan, layer: int) -> int:
+    """Most bytes that a token takes in a layer's MLP, or in its experts.
+
+    A token's choices are gathered, multiplied twice and put back: two vectors of hidden states and
+    one of both projections lie there at a time, beside some indices; and before, the scores.
+    """
+    config, element = plan.config, plan.element_bytes
+    plain = config.intermediate_size * (3 if config.gated_mlp else 2) * element
+    if not config.has_experts(layer):
+        return plain
+    choice = 2 * (config.hidden_size + config.expert_size) * element + INDEX_BYTES
+    scores = config.num_experts * (element + 4)
+    shared = (3 * config.shared_expert_size + 2 * config.hidden_size) * element
+    return max(config.experts_per_token * choice, scores, shared)
 
 
 def _decoding_bytes(plan: StagePlan, on_cpu: bool) -> int:

@@ -13,13 +13,13 @@ from functools import lru_cache
 from flexgen_ray.config import TIERS, Placement
 from flexgen_ray.layout.placement import (
     SECTOR,
+    Cut,
     aligned,
     place_weights,
-    stored_tensors,
     tensor_bytes,
 )
 from flexgen_ray.models.config import ModelConfig
-from flexgen_ray.quant.formats import WeightFormat
+from flexgen_ray.quant.formats import Shape, WeightFormat
 from flexgen_ray.schedule.zigzag import StageLayers
 
 
@@ -85,11 +85,13 @@ class StreamedWeights:
 class WeightLayout:
     """Layout of a stage's weights.
 
-    nbytes: bytes on each tier; places: {layer: {name: place}} of all weights that a layer uses;
-    streams: {layer: weights that cross the link}, of the layers whose weights may.
+    nbytes: bytes on each tier; cuts: {layer: {key: weight, or some of its experts}} of all that a
+    layer uses, and places: {layer: {key: place}} of these; streams: {layer: weights that cross the
+    link}, of the layers whose weights may.
     """
 
     nbytes: dict[str, int]
+    cuts: dict[int, dict[str, Cut]]
     places: dict[int, dict[str, Place]]
     streams: dict[int, StreamedWeights]
 
@@ -97,6 +99,10 @@ class WeightLayout:
     def embeds_on_device(self) -> bool:
         """True if a model's first stage looks embeddings up on the device."""
         return all(place.tier == "gpu" for place in self.places[0].values())
+
+    def shapes(self, layer: int) -> dict[str, Shape]:
+        """{key: shape} of all weights that a layer uses."""
+        return {key: cut.shape for key, cut in self.cuts[layer].items()}
 
     def largest(self, tier: str, num_parts: int) -> int:
         """Bytes of the largest of num_parts equal parts of any layer's bytes on this tier."""
@@ -110,26 +116,28 @@ def lay_out_weights(
 ) -> WeightLayout:
     """Lay out every weight of a stage, layer after layer on each tier."""
     nbytes = dict.fromkeys(TIERS, 0)
-    places: dict[int, dict[str, Place]] = {}
+    placed: dict[int, dict[Cut, Place]] = {}
     for layer, tiers in place_weights(config, stage, placement, weight_format).items():
-        shapes = stored_tensors(config, stage, layer)
-        places[layer] = {}
-        for name, tier in tiers.items():
-            size = tensor_bytes(name, shapes[name], weight_format)
+        placed[layer] = {}
+        for cut, tier in tiers.items():
+            size = tensor_bytes(cut.name, cut.shape, weight_format)
             place = Place(tier, nbytes[tier], size if tier == "gpu" else aligned(size, SECTOR))
-            places[layer][name] = place
+            placed[layer][cut] = place
             nbytes[tier] += place.nbytes
-    used = {layer: _used_places(config, places, layer) for layer in places}
-    streams = {layer: _stream(used[layer]) for layer in stage.with_weights}
-    return WeightLayout(nbytes, used, streams)
+    used = {layer: _used(config, placed, layer) for layer in placed}
+    cuts = {layer: {cut.key: cut for cut in places} for layer, places in used.items()}
+    places = {layer: {cut.key: own[cut] for cut in own} for layer, own in used.items()}
+    streams = {layer: _stream(places[layer]) for layer in stage.with_weights}
+    return WeightLayout(nbytes, cuts, places, streams)
 
 
-def _used_places(
-    config: ModelConfig, places: dict[int, dict[str, Place]], layer: int
-) -> dict[str, Place]:
+def _used(config: ModelConfig, placed: dict[int, dict[Cut, Place]], layer: int) -> dict[Cut, Place]:
     """Places of all weights that a layer uses; a tied head's table lies with the embedding."""
-    own = places[layer]
-    return {name: own.get(name) or places[0][name] for name in config.tensors(layer)}
+    own = placed[layer]
+    missing = config.tensors(layer).keys() - {cut.name for cut in own}
+    if not missing:
+        return own
+    return own | {cut: place for cut, place in placed[0].items() if cut.name in missing}
 
 
 def _stream(places: dict[str, Place]) -> StreamedWeights:

@@ -11,7 +11,8 @@ A weight has three names or places, and this file leads from the first to the la
 
 Some weights consist of several tensors, one above the other, as "qkv_proj.weight" of "q_proj",
 "k_proj" and "v_proj" (`parts`); each is read directly into its rows. Phi-3 has them in one tensor,
-as this project does. In a quantized checkpoint (quantized_checkpoint.py) matrices are uint8, in the
+as this project does. Experts have a tensor each and are stacked here; some checkpoints have them
+stacked, too. In a quantized checkpoint (quantized_checkpoint.py) matrices are uint8, in the
 form in which stores keep them.
 """
 
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from flexgen_ray.models.config import ModelConfig
 from flexgen_ray.models.config_files import load_config
-from flexgen_ray.models.registry import FAMILIES, checkpoint_names
+from flexgen_ray.models.registry import FAMILIES, checkpoint_names, stacked_name
 from flexgen_ray.models.tensor_files import open_tensors, stored_tensors
 from flexgen_ray.quant.formats import WeightFormat
 from flexgen_ray.quant.packing import packed_bytes
@@ -41,11 +42,19 @@ class Part:
 
     key: its name in the checkpoint. shape: shape that it should have. rows: rows of the weight that
     it fills; more than its own if it is repeated, as the norm of a head is for every head.
+    expert: place of its expert in a stacked weight; None if it has none. experts: the experts that
+    are read of a tensor that is stacked in the checkpoint; None for all.
     """
 
     key: str
     shape: tuple[int, ...]
     rows: slice
+    expert: int | None = None
+    experts: slice | None = None
+
+    def of(self, weight: Tensor) -> Tensor:
+        """Return the rows of a weight that this tensor fills."""
+        return (weight if self.expert is None else weight[self.expert])[self.rows]
 
 
 class Checkpoint:
@@ -102,29 +111,51 @@ class Checkpoint:
         """True if the checkpoint holds this weight quantized."""
         return self._tensors[self._keys(layer, name)[0]].dtype == PACKED
 
-    def read_into(self, layer: int, name: str, destination: Tensor) -> None:
+    def read_into(self, layer: int, name: str, destination: Tensor, first: int = 0) -> None:
         """Copy one weight into the destination, converting it to the destination's dtype.
 
+        first: number of the first expert, if the destination has some experts of a stacked weight.
         Raises ValueError if a value is NaN, infinite, or beyond the range of that dtype.
         """
-        for part in self.parts(layer, name, tuple(destination.shape)):
-            self.read_part(part, destination[part.rows])
+        for part in self.parts(layer, name, tuple(destination.shape), first):
+            self.read_part(part, part.of(destination))
 
     def read_part(self, part: Part, destination: Tensor) -> None:
         """Copy a tensor into the rows of a weight, more than once if they are more."""
         path = self._tensors[part.key].path
         with open_tensors(path) as file:
-            values = file.get_tensor(part.key)
+            whole = part.experts is None
+            values = file.get_tensor(part.key) if whole else file.get_slice(part.key)[part.experts]
             destination.view(-1, *values.shape).copy_(values)
             if destination.is_floating_point() and not _is_finite(values, destination):
                 raise ValueError(f"{path}: {part.key} {_fault(values, destination)}")
 
-    def parts(self, layer: int, name: str, shape: tuple[int, ...]) -> list[Part]:
+    def parts(self, layer: int, name: str, shape: tuple[int, ...], first: int = 0) -> list[Part]:
         """Return the tensors of which a weight of this shape consists, in the order of its rows.
 
+        first: number of the first expert, for some experts of a stacked weight.
         Raises ValueError if the checkpoint lacks one.
         """
-        keys, module = self._keys(layer, name), name.rpartition(".")[0]
+        if len(shape) == 3:
+            return self._expert_parts(layer, name, shape, first)
+        return self._parts(self._keys(layer, name), name, shape)
+
+    def _expert_parts(
+        self, layer: int, name: str, shape: tuple[int, ...], first: int
+    ) -> list[Part]:
+        """Return the tensors of some experts, or the one in which the checkpoint stacks all."""
+        count, *rest = shape
+        if (key := stacked_name(layer, name)) in self._tensors:
+            experts = slice(first, first + count)
+            return [Part(key, (self._config.num_experts, *rest), slice(None), None, experts)]
+        return [
+            replace(part, expert=number)
+            for number in range(count)
+            for part in self._parts(self._keys(layer, name, first + number), name, tuple(rest))
+        ]
+
+    def _parts(self, keys: list[str], name: str, shape: tuple[int, ...]) -> list[Part]:
+        module = name.rpartition(".")[0]
         counts = self._config.stacked(module) if len(keys) > 1 else shape[:1]
         is_repeated = module == "qk_norm" and self._config.qk_norm == "heads"
         parts, start = [], 0
@@ -134,12 +165,16 @@ class Checkpoint:
             start += count
         return parts
 
-    def _keys(self, layer: int, name: str) -> list[str]:
+    def _keys(self, layer: int, name: str, expert: int = 0) -> list[str]:
         """Return the names in the checkpoint of the tensors of which a weight consists.
 
+        expert: number of the one to which a stacked weight's tensors belong.
         Raises ValueError if the checkpoint lacks one.
         """
-        keys = checkpoint_names(self._config.family, layer, name)
+        stacked = stacked_name(layer, name)
+        if stacked in self._tensors:
+            return [stacked]
+        keys = checkpoint_names(self._config.family, layer, name, expert)
         return [self._find(key, name) for key in keys]
 
     def _find(self, key: str, name: str) -> str:
@@ -148,6 +183,8 @@ class Checkpoint:
         if self._config.tie_word_embeddings and name == "embed_tokens.weight":
             # A tied model may be saved with its matrix under the head's name alone.
             keys.append(f"{self._names['lm_head']}.weight")
+        # Mixtral's router, where experts are stacked.
+        keys.append(key.replace(".block_sparse_moe.", ".mlp."))
         for candidate in keys:
             # Checkpoints of the bare model, as OPT was first published, lack the prefix.
             for name_there in (candidate, candidate.removeprefix("model.")):

@@ -42,6 +42,11 @@ class ModelConfig:
     norm_offset: added to norms' weights, which then multiply in float32; None for plain weights,
     which multiply in the dtype.
     branch_norms: outputs of attention and MLP are normed too, before they are added (Gemma 3).
+    num_experts: experts of a mixture's decoder layers; 0 if the model is no mixture.
+    experts_per_token: experts that each token chooses. expert_size: elements between the two
+    products of an expert. norm_topk: the chosen experts' shares are scaled to sum to one.
+    shared_expert_size: elements of an expert that every token takes besides; 0 without one.
+    dense_layers: numbers of decoder layers, from 1, with a plain MLP in place of experts.
     position_table: number of rows of the learned position embedding; 0 without one.
     sliding_window: number of tokens, itself included, that a token attends in decoder layers other
     than full_attention_layers; None if all layers attend everything.
@@ -78,6 +83,12 @@ class ModelConfig:
     norm_offset: float | None = None
     branch_norms: bool = False
     mlp_bias: bool = False
+    num_experts: int = 0
+    experts_per_token: int = 0
+    expert_size: int = 0
+    norm_topk: bool = False
+    shared_expert_size: int = 0
+    dense_layers: tuple[int, ...] = ()
     position_table: int = 0
     rope: Rope | None = None
     window_rope: Rope | None = None
@@ -124,6 +135,11 @@ class ModelConfig:
         """
         return None if layer in self.full_attention_layers else self.sliding_window
 
+    def has_experts(self, layer: int) -> bool:
+        """True for decoder layers whose tokens choose among experts."""
+        is_decoder = self.embedding_layer < layer < self.head_layer
+        return is_decoder and self.num_experts > 0 and layer not in self.dense_layers
+
     def rope_of(self, layer: int) -> Rope | None:
         """Rotary embedding of a decoder layer; None if the model has none."""
         return self.rope if self.window(layer) is None else self.window_rope or self.rope
@@ -142,6 +158,8 @@ class ModelConfig:
             "qkv_proj": (self.q_size, self.kv_size, self.kv_size),
             "qk_norm": (self.q_size, self.kv_size),
             "gate_up_proj": (self.intermediate_size,) * 2,
+            "gate_up_experts": (self.expert_size,) * 2,
+            "shared_gate_up_proj": (self.shared_expert_size,) * 2,
         }
         return stacked.get(module, ())
 
@@ -149,11 +167,17 @@ class ModelConfig:
         """Return the shape of each weight of a layer, by this project's names.
 
         layer: 0 for the embedding, 1 to num_layers for decoder layers, then the head. A tied head
-        shares "embed_tokens.weight" with the embedding.
+        shares "embed_tokens.weight" with the embedding. Matrices of experts are stacked: [experts,
+        out, in].
         """
         if layer == self.embedding_layer:
             return self._embedding_tensors()
-        return self._head_tensors() if layer == self.head_layer else self._decoder_tensors()
+        if layer == self.head_layer:
+            return self._head_tensors()
+        has_experts = self.has_experts(layer)
+        return self._attention_tensors() | (
+            self._expert_tensors() if has_experts else self._mlp_tensors()
+        )
 
     def _embedding_tensors(self) -> dict[str, tuple[int, ...]]:
         shapes: dict[str, tuple[int, ...]] = {
@@ -165,8 +189,9 @@ class ModelConfig:
             shapes["project_in.weight"] = (self.hidden_size, self.embedding_size)
         return shapes
 
-    def _decoder_tensors(self) -> dict[str, tuple[int, ...]]:
-        hidden, mlp = self.hidden_size, self.intermediate_size
+    def _attention_tensors(self) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of a decoder layer's weights but for its MLP or experts."""
+        hidden = self.hidden_size
         shapes = self._norm("attention_norm")
         shapes |= _linear("qkv_proj", sum(self.stacked("qkv_proj")), hidden, self.attention_bias)
         if self.qk_norm is not None:
@@ -175,9 +200,27 @@ class ModelConfig:
         shapes |= self._norm("mlp_norm")
         if self.branch_norms:
             shapes |= self._norm("attention_post_norm") | self._norm("mlp_post_norm")
+        return shapes
+
+    def _mlp_tensors(self) -> dict[str, tuple[int, ...]]:
+        hidden, mlp = self.hidden_size, self.intermediate_size
         up = "gate_up_proj" if self.gated_mlp else "up_proj"
-        shapes |= _linear(up, sum(self.stacked(up)) or mlp, hidden, self.mlp_bias)
+        shapes = _linear(up, sum(self.stacked(up)) or mlp, hidden, self.mlp_bias)
         return shapes | _linear("down_proj", hidden, mlp, self.mlp_bias)
+
+    def _expert_tensors(self) -> dict[str, tuple[int, ...]]:
+        count, hidden, size = self.num_experts, self.hidden_size, self.expert_size
+        shapes: dict[str, tuple[int, ...]] = {
+            "router.weight": (count, hidden),
+            "gate_up_experts.weight": (count, 2 * size, hidden),
+            "down_experts.weight": (count, hidden, size),
+        }
+        if self.shared_expert_size:
+            shared = self.shared_expert_size
+            shapes["shared_gate.weight"] = (1, hidden)
+            shapes["shared_gate_up_proj.weight"] = (2 * shared, hidden)
+            shapes["shared_down_proj.weight"] = (hidden, shared)
+        return shapes
 
     def _head_tensors(self) -> dict[str, tuple[int, ...]]:
         shapes = self._norm("final_norm") if self.final_norm else {}
@@ -194,6 +237,11 @@ class ModelConfig:
         if self.norm_bias:
             shapes[f"{name}.bias"] = (self.hidden_size,)
         return shapes
+
+
+def experts_from(name: str, first: int) -> str:
+    """Return the name of a part of a stacked weight, whose first expert has this number."""
+    return f"{name}@{first}"
 
 
 def _linear(name: str, rows: int, columns: int, bias: bool) -> dict[str, tuple[int, ...]]:

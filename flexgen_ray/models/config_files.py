@@ -19,9 +19,12 @@ from flexgen_ray.models.config_parsers import (
     parse_gemma,
     parse_gemma3,
     parse_llama,
+    parse_mixtral,
     parse_olmo2,
+    parse_olmoe,
     parse_opt,
     parse_phi3,
+    parse_qwen_moe,
 )
 from flexgen_ray.request import SamplingParams
 
@@ -35,6 +38,10 @@ ARCHITECTURES: dict[str, Callable[[dict], ModelConfig]] = {
     "Phi3ForCausalLM": parse_phi3,
     "GemmaForCausalLM": parse_gemma,
     "Gemma3ForCausalLM": parse_gemma3,
+    "Qwen2MoeForCausalLM": parse_qwen_moe,
+    "Qwen3MoeForCausalLM": parse_qwen_moe,
+    "MixtralForCausalLM": parse_mixtral,
+    "OlmoeForCausalLM": parse_olmoe,
 }
 ACTIVATIONS = ("relu", "silu", "gelu", "gelu_new", "gelu_pytorch_tanh")  # implemented in layers.py
 # The quant_method in config.json of a checkpoint that `flexgen-ray quantize` wrote.
@@ -45,6 +52,7 @@ _LARGEST = {
     "num_layers": 2**10, "hidden_size": 2**20, "num_heads": 2**14, "num_kv_heads": 2**14,
     "head_dim": 2**14, "intermediate_size": 2**24, "vocab_size": 2**24, "max_seq_len": 2**32,
 }  # fmt: skip
+_LARGEST_OF_MIXTURES = {"num_experts": 2**14, "expert_size": 2**24}
 _MAX_CONFIG_BYTES = 2**24
 # {field of generation_config.json: field of SamplingParams}
 _FIELDS = {
@@ -119,6 +127,8 @@ def _parsed(path: Path, hf: dict) -> ModelConfig:
         raise ValueError(f"{path}: activation {config.activation!r} is not one of {known}")
     for name, largest in _LARGEST.items():
         _check_size(path, name, getattr(config, name), largest)
+    if hf.get("num_experts_per_tok") is not None:
+        _check_experts(path, config)
     if config.sliding_window is not None:
         _check_size(path, "sliding_window", config.sliding_window, _LARGEST["max_seq_len"])
     for name, value in _numbers(config):
@@ -135,6 +145,16 @@ def _parsed(path: Path, hf: dict) -> ModelConfig:
 def _check_size(path: Path, name: str, size: object, largest: int) -> None:
     if type(size) is not int or not 1 <= size <= largest:
         raise ValueError(f"{path}: {name} is {size!r}; it must be an integer, 1 to {largest}")
+
+
+def _check_experts(path: Path, config: ModelConfig) -> None:
+    """Check the sizes of a mixture of experts."""
+    for name, largest in _LARGEST_OF_MIXTURES.items():
+        _check_size(path, name, getattr(config, name), largest)
+    _check_size(path, "experts_per_token", config.experts_per_token, config.num_experts)
+    if config.shared_expert_size:
+        size = config.shared_expert_size
+        _check_size(path, "shared_expert_size", size, _LARGEST["intermediate_size"])
 
 
 def _numbers(config: ModelConfig) -> Iterator[tuple[str, object]]:

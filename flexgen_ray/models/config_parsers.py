@@ -91,7 +91,7 @@ def _windows(hf: dict, kind: str) -> dict:
     All layers of Mistral and Phi have one, and Qwen's layers from max_window_layers on.
     """
     window, count = hf.get("sliding_window"), hf["num_hidden_layers"]
-    if kind in ("mistral", "phi3"):
+    if kind in ("mistral", "mixtral", "phi3"):
         return {"sliding_window": window}
     if kind not in ("qwen2", "qwen3") or not window or not hf.get("use_sliding_window"):
         return {}
@@ -151,6 +151,65 @@ def parse_olmo2(hf: dict) -> ModelConfig:
     """Parse Hugging Face's Olmo2Config. Raises ValueError, naming it, for an unknown rope type."""
     config = parse_llama(hf)
     return replace(config, family="olmo2", pre_norm=False, qk_norm="all", norm_offset=0.0)
+
+
+def parse_mixtral(hf: dict) -> ModelConfig:
+    """Parse Hugging Face's MixtralConfig.
+
+    Raises ValueError, naming it, for an unknown rope type.
+    """
+    return replace(
+        parse_llama(hf),
+        family="mixtral",
+        expert_size=hf["intermediate_size"],
+        norm_topk=True,
+        **_choices(hf),
+    )
+
+
+def parse_olmoe(hf: dict) -> ModelConfig:
+    """Parse Hugging Face's OlmoeConfig.
+
+    Raises ValueError, naming it, for an unsupported feature.
+    """
+    _refuse(hf, "clip_qkv")
+    return replace(
+        parse_llama(hf),
+        family="olmoe",
+        qk_norm="all",
+        expert_size=hf["intermediate_size"],
+        norm_topk=hf.get("norm_topk_prob", False),
+        **_choices(hf),
+    )
+
+
+def parse_qwen_moe(hf: dict) -> ModelConfig:
+    """Parse Hugging Face's Qwen2MoeConfig or Qwen3MoeConfig.
+
+    Raises ValueError, naming it, for an unsupported feature.
+    """
+    _refuse(hf, "use_sliding_window")
+    config, is_qwen2 = parse_llama(hf), hf["model_type"] == "qwen2_moe"
+    every, plain = hf.get("decoder_sparse_step") or 1, hf.get("mlp_only_layers") or ()
+    layers = range(config.num_layers)
+    return replace(
+        config,
+        family="qwen_moe",
+        attention_bias=hf.get("qkv_bias", True) if is_qwen2 else config.attention_bias,
+        output_bias=config.output_bias and not is_qwen2,
+        qk_norm=None if is_qwen2 else "heads",
+        expert_size=hf["moe_intermediate_size"],
+        norm_topk=hf.get("norm_topk_prob", False),
+        shared_expert_size=hf["shared_expert_intermediate_size"] if is_qwen2 else 0,
+        dense_layers=tuple(it + 1 for it in layers if it in plain or (it + 1) % every),
+        **_choices(hf),
+    )
+
+
+def _choices(hf: dict) -> dict:
+    """Return ModelConfig's fields about how many experts there are, and how many a token takes."""
+    count = hf.get("num_experts") or hf["num_local_experts"]
+    return {"num_experts": count, "experts_per_token": hf["num_experts_per_tok"]}
 
 
 def parse_gemma(hf: dict) -> ModelConfig:

@@ -42,15 +42,23 @@ class DummyWeights:
         """True for weights that are quantized in the stage: they are in this source, too."""
         return (layer, name) in self._packed
 
-    def read_into(self, layer: int, name: str, destination: Tensor) -> None:
+    def read_into(self, layer: int, name: str, destination: Tensor, first: int = 0) -> None:
         """Fill a weight: norms with one, biases with zero, matrices [out, in] with N(0, 1 / in).
 
-        Quantized ones get numbers of the same variance, spread evenly around zero.
+        Quantized ones get numbers of the same variance, spread evenly around zero. Experts' stacked
+        matrices begin with that of expert `first`.
         """
+        if destination.dim() == 3:
+            for number, matrix in enumerate(destination, start=first):
+                self._fill_matrix(layer, name, matrix, number)
+            return
         if destination.dim() == 1:
             destination.fill_(float(name.endswith(".weight")))
             return
-        start = crc32(f"{layer}.{name}".encode()) % BLOCK
+        self._fill_matrix(layer, name, destination)
+
+    def _fill_matrix(self, layer: int, name: str, destination: Tensor, expert: int = 0) -> None:
+        start = (crc32(f"{layer}.{name}".encode()) + 7919 * expert) % BLOCK
         if self.is_packed(layer, name):
             self._repeat(self._codes[start : start + BLOCK], destination)
             size, bits = self._packed[layer, name]

@@ -43,7 +43,7 @@ def linear(weights: Weights, name: str, x: Tensor, out: Tensor | None = None) ->
 def add_linear(weights: Weights, name: str, x: Tensor, hidden: Tensor) -> None:
     """Add a linear layer of x, [tokens, in], to hidden states [tokens, hidden], in place."""
     weight = weights[f"{name}.weight"]
-    if f"{name}.bias" in weights or _takes_onednn(x, weight):
+    if f"{name}.bias" in weights or takes_onednn(x, weight):
         hidden += linear(weights, name, x)
     else:
         hidden.addmm_(x, weight.T)  # one launch
@@ -57,7 +57,7 @@ def product(
     out, returned: [tokens, out]; None to allocate it. In float32 on a CPU torch uses MKL; oneDNN is
     used here, which is faster on CPUs not made by Intel, but takes no `out`.
     """
-    if _onednn is not None and _takes_onednn(x, weight):
+    if _onednn is not None and takes_onednn(x, weight):
         result = _onednn(x, weight, bias, "none", [], "")
         return result if out is None else out.copy_(result)
     if out is None:
@@ -67,7 +67,7 @@ def product(
     return torch.addmm(bias, x, weight.T, out=out)
 
 
-def _takes_onednn(x: Tensor, weight: Tensor) -> bool:
+def takes_onednn(x: Tensor, weight: Tensor) -> bool:
     """True if oneDNN multiplies these."""
     is_large = weight.numel() >= _LARGE_MATRIX
     return is_large and _onednn is not None and x.dtype == torch.float32 and not x.is_cuda
@@ -136,12 +136,17 @@ def _norm_heads(config: ModelConfig, weights: Weights, qkv: Tensor) -> Tensor:
     return normed.mul_(weight).to(qkv.dtype)
 
 
-def gated(config: ModelConfig, weights: Weights, x: Tensor) -> Tensor:
-    """Apply the MLP's gate and up projections to x, [tokens, hidden].
+def gated(config: ModelConfig, weights: Weights, x: Tensor, name: str = "gate_up_proj") -> Tensor:
+    """Apply the MLP's gate and up projections, which are one weight, to x, [tokens, hidden].
 
     Returns [tokens, intermediate], which the down projection takes.
     """
-    gate, up = linear(weights, "gate_up_proj", x).chunk(2, dim=-1)
+    return gate(config, linear(weights, name, x))
+
+
+def gate(config: ModelConfig, gate_up: Tensor) -> Tensor:
+    """Multiply the up projection by the activated gate, in place. gate_up: [tokens, 2 * size]."""
+    gate, up = gate_up.chunk(2, dim=-1)
     return ACTIVATIONS[config.activation](gate).mul_(up)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from flexgen_ray.models import gemma, gemma3, llama, olmo2, opt, phi3
+from flexgen_ray.models import gemma, gemma3, llama, mixtral, olmo2, olmoe, opt, phi3, qwen_moe
 
 FAMILIES: dict[str, ModuleType] = {
     "opt": opt,
@@ -17,15 +17,34 @@ FAMILIES: dict[str, ModuleType] = {
     "phi3": phi3,
     "gemma": gemma,
     "gemma3": gemma3,
+    "qwen_moe": qwen_moe,
+    "mixtral": mixtral,
+    "olmoe": olmoe,
+}
+# Modules of a mixture whose tensors some checkpoints hold stacked, by these names, for all experts.
+_STACKED = {
+    "gate_up_experts": "model.layers.{}.mlp.experts.gate_up_proj",
+    "down_experts": "model.layers.{}.mlp.experts.down_proj",
 }
 
 
-def checkpoint_names(family: str, layer: int, name: str) -> list[str]:
+def checkpoint_names(family: str, layer: int, name: str, expert: int = 0) -> list[str]:
     """Return the checkpoint's names of a weight of a layer, such as "qkv_proj.weight".
 
     Several, if the weight consists of several tensors, one above the other (ModelConfig.stacked).
+    expert: number of the one whose tensors are named, of those that are stacked in a weight.
     """
     module, _, kind = name.rpartition(".")
     names = FAMILIES[family].WEIGHT_NAMES[module]
     each = (names,) if isinstance(names, str) else names
-    return [f"{there.format(layer - 1)}.{kind}" for there in each]
+    return [f"{there.format(layer - 1, expert)}.{kind}" for there in each]
+
+
+def stacked_name(layer: int, name: str) -> str | None:
+    """Return the name of the tensor in which a checkpoint may have all experts stacked.
+
+    Returns None for weights that no experts have.
+    name: of this project's weight, such as "down_experts.weight".
+    """
+    module = name.rpartition(".")[0]
+    return _STACKED[module].format(layer - 1) if module in _STACKED else None

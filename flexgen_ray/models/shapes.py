@@ -10,8 +10,11 @@ from flexgen_ray.models.config_parsers import (
     parse_gemma,
     parse_gemma3,
     parse_llama,
+    parse_mixtral,
+    parse_olmoe,
     parse_opt,
     parse_phi3,
+    parse_qwen_moe,
 )
 
 # (layers, hidden size, heads); `_opt_keys` derives the rest.
@@ -35,6 +38,16 @@ _LLAMA = {
 _QWEN3 = {
     "qwen3-8b": (36, 4096, 32, 12288),
     "qwen3-32b": (64, 5120, 64, 25600),
+}
+# (layers, hidden size, heads, elements of an expert and of a plain MLP); 8 of 128 experts a token.
+_QWEN3_MOE = {
+    "qwen3-30b-a3b": (48, 2048, 32, 768, 6144),
+    "qwen3-235b-a22b": (94, 4096, 64, 1536, 12288),
+}
+# (layers, hidden size, heads, elements of an expert, context length); 2 of 8 experts a token.
+_MIXTRAL = {
+    "mixtral-8x7b": (32, 4096, 32, 14336, 32768),
+    "mixtral-8x22b": (56, 6144, 48, 16384, 65536),
 }
 # One model of each other family: (parser, the keys of its config.json).
 _OTHERS = {
@@ -84,8 +97,32 @@ _OTHERS = {
             "eos_token_ids": (1,),
         },
     ),
+    "olmoe-1b-7b": (
+        parse_olmoe,
+        {
+            "num_hidden_layers": 16,
+            "hidden_size": 2048,
+            "num_attention_heads": 16,
+            "intermediate_size": 1024,
+            "num_experts": 64,
+            "num_experts_per_tok": 8,
+            "vocab_size": 50304,
+            "max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-5,
+            "eos_token_ids": (50279,),
+        },
+    ),
 }
-SHAPES = (*_OPT, *_LLAMA, *_QWEN3, *_OTHERS)
+_QWEN3_ALIKE = {
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "max_position_embeddings": 40960,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6,
+    "dtype": "bfloat16",
+    "eos_token_ids": (151645, 151643),
+}
+SHAPES = (*_OPT, *_LLAMA, *_QWEN3, *_QWEN3_MOE, *_MIXTRAL, *_OTHERS)
 
 
 def shape_config(name: str) -> ModelConfig:
@@ -99,6 +136,10 @@ def shape_config(name: str) -> ModelConfig:
         return parse_llama(_llama_keys(name))
     if name in _QWEN3:
         return parse_llama(_qwen3_keys(name))
+    if name in _QWEN3_MOE:
+        return parse_qwen_moe(_qwen3_moe_keys(name))
+    if name in _MIXTRAL:
+        return parse_mixtral(_mixtral_keys(name))
     if name in _OTHERS:
         parse, keys = _OTHERS[name]
         return parse(keys | {"dtype": "bfloat16"})
@@ -148,18 +189,47 @@ def _llama_keys(name: str) -> dict:
 
 def _qwen3_keys(name: str) -> dict:
     layers, hidden, heads, intermediate = _QWEN3[name]
-    return {
+    return _QWEN3_ALIKE | {
         "model_type": "qwen3",
         "num_hidden_layers": layers,
         "hidden_size": hidden,
         "num_attention_heads": heads,
         "num_key_value_heads": 8,
-        "head_dim": 128,
         "intermediate_size": intermediate,
-        "vocab_size": 151936,
-        "max_position_embeddings": 40960,
-        "rms_norm_eps": 1e-6,
+    }
+
+
+def _qwen3_moe_keys(name: str) -> dict:
+    layers, hidden, heads, expert, intermediate = _QWEN3_MOE[name]
+    return _QWEN3_ALIKE | {
+        "model_type": "qwen3_moe",
+        "num_hidden_layers": layers,
+        "hidden_size": hidden,
+        "num_attention_heads": heads,
+        "num_key_value_heads": 4,
+        "intermediate_size": intermediate,
+        "moe_intermediate_size": expert,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
+    }
+
+
+def _mixtral_keys(name: str) -> dict:
+    layers, hidden, heads, expert, context = _MIXTRAL[name]
+    return {
+        "model_type": "mixtral",
+        "num_hidden_layers": layers,
+        "hidden_size": hidden,
+        "num_attention_heads": heads,
+        "num_key_value_heads": 8,
+        "intermediate_size": expert,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "vocab_size": 32000,
+        "max_position_embeddings": context,
+        "rms_norm_eps": 1e-5,
         "rope_theta": 1e6,
         "dtype": "bfloat16",
-        "eos_token_ids": (151645, 151643),
+        "eos_token_ids": (2,),
     }

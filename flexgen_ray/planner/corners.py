@@ -228,6 +228,7 @@ def _small_stage(plan: StagePlan, patterns: int, policy: Policy) -> StagePlan:
     config = replace(
         plan.config,
         num_layers=count,
+        dense_layers=(),  # a mixture's layer takes more
         sliding_window=window,
         full_attention_layers=tuple(full) if window else (),
     )

@@ -1,8 +1,8 @@
 """Weight formats: which weights of a model are quantized, and in how many bits.
 
 Matrices of decoder layers, the embedding's table and the head may be quantized (packing.py has the
-layout). Biases and norms are small and stay in the model's dtype. Knows names and shapes; no
-tensors.
+layout). Biases, norms and routers are small and stay in the model's dtype. Knows names and shapes;
+no tensors.
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ from flexgen_ray.schedule.ops import OpKind
 Shape = tuple[int, ...]
 
 TABLES = ("embed_tokens.weight", "lm_head.weight")
-_PLAIN = ("embed_positions.weight", "project_in.weight", "project_out.weight")
+_PLAIN = (
+    "embed_positions.weight", "project_in.weight", "project_out.weight", "router.weight",
+    "shared_gate.weight",
+)  # fmt: skip
 PARTS = ("project", "finish", "head")  # ops whose weights are dequantized together
 
 

@@ -11,11 +11,11 @@ Knows names and bytes; not what a layer computes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from math import prod
+from math import gcd, prod
 from typing import Protocol
 
 import torch
@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.functional import embedding
 
 from flexgen_ray.kernels.pack import pack, unpack
-from flexgen_ray.layout.placement import aligned, stored_tensors
+from flexgen_ray.layout.placement import SECTOR, aligned, stored_tensors
 from flexgen_ray.layout.plan import StagePlan
 from flexgen_ray.layout.sizes import dequantized_bytes, staging_slot_bytes, weights_slot_bytes
 from flexgen_ray.layout.weights import Place
@@ -51,18 +51,22 @@ class WeightSource(Protocol):
     def is_packed(self, layer: int, name: str) -> bool:
         """True if a tensor is quantized in the source."""
 
-    def read_into(self, layer: int, name: str, destination: Tensor) -> None:
-        """Copy one tensor, converted to the destination's dtype unless it is quantized."""
+    def read_into(self, layer: int, name: str, destination: Tensor, first: int = 0) -> None:
+        """Copy one tensor, converted to the destination's dtype unless it is quantized.
+
+        first: number of the first expert, if the destination has some experts of a stacked tensor.
+        """
 
 
 @dataclass(frozen=True)
 class _Weight:
-    """A weight that the stage stores."""
+    """A weight that the stage stores, or some experts of a stacked one, the first by its number."""
 
     layer: int
     name: str
     shape: tuple[int, ...]
     place: Place
+    first: int = 0
 
 
 class WeightStore:
@@ -162,7 +166,7 @@ class WeightStore:
 
     def _view(self, layer: int, slot: int) -> dict[str, Tensor]:
         """{name: weight} of a layer on the device, the streamed ones in a device slot."""
-        views, shapes = {}, self.plan.config.tensors(layer)
+        views, shapes = {}, self._layout.shapes(layer)
         for name, place in self._layout.places[layer].items():
             if place.tier == "gpu":
                 views[name] = self._stored_view(
@@ -177,14 +181,9 @@ class WeightStore:
         """Load all weights, several at a time.
 
         Each reader has a buffer in host memory for the largest weight that goes to disk, or is
-        quantized on the way.
+        quantized on the way; experts are read one by one.
         """
-        plan, places = self.plan, self._layout.places
-        weights = [
-            _Weight(layer, name, shape, places[layer][name])
-            for layer in plan.stage.layers
-            for name, shape in stored_tensors(plan.config, plan.stage, layer).items()
-        ]
+        weights = list(self._weights())
         largest = max(map(self._fill_bytes, weights), default=0)
         buffers = [allocate_mapping(largest) for _ in range(source.num_readers)]
         done, total = 0, sum(weight.place.nbytes for weight in weights)
@@ -202,23 +201,47 @@ class WeightStore:
             # Other streams will read the weights.
             torch.cuda.synchronize(self._memory["gpu"].device)
 
+    def _weights(self) -> Iterator[_Weight]:
+        """Yield what is loaded at a time: a weight, or one expert of a stacked one.
+
+        On disk it is as many experts as fill whole sectors.
+        """
+        for layer in self.plan.stage.layers:
+            stored = stored_tensors(self.plan.config, self.plan.stage, layer)
+            for key, cut in self._layout.cuts[layer].items():
+                place = self._layout.places[layer][key]
+                if cut.name not in stored:
+                    continue
+                if cut.first is None:
+                    yield _Weight(layer, cut.name, cut.shape, place)
+                    continue
+                count, *shape = cut.shape
+                each = self._format.stored_bytes(cut.name, cut.shape) // count
+                step = SECTOR // gcd(SECTOR, each) if place.tier == "disk" else 1
+                for at in range(0, count, step):
+                    some = min(step, count - at)
+                    stop = place.nbytes if at + some == count else (at + some) * each
+                    part = Place(place.tier, place.start + at * each, stop - at * each)
+                    yield _Weight(layer, cut.name, (some, *shape), part, cut.first + at)
+
     def _fill_one(self, source: WeightSource, buffers: list[Tensor], weight: _Weight) -> int:
         """Load one weight, quantized if it is to be; returns its bytes.
 
         buffers: free host memory for weights that are not read directly into their place.
         """
         name, shape, place = weight.name, weight.shape, weight.place
+        of_source = weight.layer, name
         buffer = buffers.pop()
         try:
             on_disk, bits = place.tier == "disk", self._format.bits_of(name, shape)
             home = buffer if on_disk else self._memory[place.tier][place.start :]
             target = self._stored_view(home, 0, name, shape)
-            if bits is None or source.is_packed(weight.layer, name):
-                source.read_into(weight.layer, name, target)
+            if bits is None or source.is_packed(*of_source):
+                source.read_into(*of_source, target, weight.first)
             else:
                 values = buffer[place.nbytes :][: prod(shape) * self.dtype.itemsize]
                 values = values.view(self.dtype).view(shape)
-                source.read_into(weight.layer, name, values)
+                source.read_into(*of_source, values, weight.first)
                 packed = self._stored_view(buffer, 0, name, shape)
                 pack(values, bits, packed, least_squares=True)
                 if not on_disk:
@@ -274,7 +297,7 @@ class DequantizeWorkspace:
         self._memory = dict(zip(PARTS, memory.split(list(sizes.values())), strict=True))
         self._layer: dict[str, int] = {}  # {part: layer whose weights lie in its workspace}
         self._packed = {
-            (layer, part): plan.weight_format.quantized_weights(plan.config.tensors(layer), part)
+            (layer, part): plan.weight_format.quantized_weights(plan.weights.shapes(layer), part)
             for layer in plan.stage.with_weights
             for part in PARTS
         }

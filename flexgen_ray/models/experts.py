@@ -1,0 +1,182 @@
+"""Mixtures of experts: each token chooses a few of a layer's MLPs, by the scores of a router.
+
+Tokens are sorted by expert, so that each expert multiplies its own rows at once, and a token's
+outputs are summed in the order of its choices: results don't depend on how threads are timed. A
+layer's experts come in one part or several, each a range of them with stacked matrices, as far as
+they lie side by side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flexgen_ray.models.config import ModelConfig, experts_from
+from flexgen_ray.models.layers import (
+    Weights,
+    add_linear,
+    gate,
+    gated,
+    linear,
+    product,
+    rms_norm,
+    takes_onednn,
+)
+
+
+class Experts(NamedTuple):
+    """A range of a layer's experts.
+
+    first: number of the first. gate_up: [experts, 2 * size, hidden]; down: [experts, hidden, size].
+    """
+
+    first: int
+    gate_up: Tensor
+    down: Tensor
+
+
+def finish(config: ModelConfig, weights: Weights, hidden: Tensor, attention: Tensor) -> None:
+    """Complete a decoder layer after attention, in place: output projection, norm and experts.
+
+    hidden: [tokens, hidden]; attention: [tokens, q_size].
+    """
+    add_linear(weights, "o_proj", attention, hidden)
+    x = rms_norm(config, weights, "mlp_norm", hidden)
+    shares, chosen = choose(config, weights, x)
+    out = _outputs(config, weights, x, chosen)
+    hidden[:, None].baddbmm_(shares[:, None], out)
+    del out
+    if config.shared_expert_size:
+        inner = gated(config, weights, x, "shared_gate_up_proj")
+        out = linear(weights, "shared_down_proj", inner)
+        hidden.addcmul_(out, linear(weights, "shared_gate", x).sigmoid_())
+
+
+def choose(config: ModelConfig, weights: Weights, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Choose the experts of each token by the router's scores, in float32.
+
+    x: [tokens, hidden]. Returns shares, in x's dtype, and experts' numbers, best first: both
+    [tokens, experts_per_token]. Equal scores are ordered as torch.topk orders them.
+    """
+    scores = linear(weights, "router", x).softmax(dim=-1, dtype=torch.float32)
+    shares, chosen = scores.topk(config.experts_per_token, dim=-1)
+    if config.norm_topk:
+        shares /= shares.sum(dim=-1, keepdim=True)
+    return shares.to(x.dtype), chosen
+
+
+def _outputs(config: ModelConfig, weights: Weights, x: Tensor, chosen: Tensor) -> Tensor:
+    """Outputs of the chosen experts, [tokens, experts_per_token, hidden].
+
+    x: [tokens, hidden]; chosen: [tokens, experts_per_token].
+    """
+    by_expert, order = chosen.flatten().sort(stable=True)
+    numbers = torch.arange(config.num_experts, device=x.device)
+    ends = torch.searchsorted(by_expert, numbers, right=True, out_int32=True)
+    del by_expert
+    parts = list(_parts(weights))
+    compute = _outputs_on_gpu if _groups_on_gpu(parts) else _outputs_in_turn
+    out = compute(config, parts, x, order, ends)
+    return out.view(*chosen.shape, x.shape[-1])
+
+
+def _parts(weights: Weights) -> Iterator[Experts]:
+    """Yield the parts in which a layer's experts come."""
+    name = experts_from("gate_up_experts.weight", 0).removesuffix("0")
+    for key, gate_up in weights.items():
+        if key.startswith(name):
+            first = int(key.removeprefix(name))
+            yield Experts(first, gate_up, weights[experts_from("down_experts.weight", first)])
+
+
+def _outputs_in_turn(
+    config: ModelConfig, parts: list[Experts], x: Tensor, order: Tensor, ends: Tensor
+) -> Tensor:
+    """Outputs of all choices, [choices, hidden], one part after the other.
+
+    On a GPU the groups' ends are waited for. order: numbers of the choices, sorted by expert;
+    ends: of each expert's choices among them.
+    """
+    rows = x[order // config.experts_per_token]
+    bounds = [0, *ends.tolist()]
+    for first, gate_up, down in parts:
+        low, *high = bounds[first : first + len(gate_up) + 1]
+        if low < high[-1]:
+            own, inside = rows[low : high[-1]], [end - low for end in high]
+            inner = gate(config, _grouped(own, gate_up, inside))
+            _grouped(inner, down, inside, own)
+    return torch.empty_like(rows).index_copy_(0, order, rows)
+
+
+def _grouped(x: Tensor, matrices: Tensor, ends: list[int], out: Tensor | None = None) -> Tensor:
+    """Multiply each group of rows by its own transposed matrix.
+
+    x: [rows, in]; matrices: [groups, out, in]; ends: of each group among the rows, the last of
+    which is that of all rows. out, returned: [rows, out]; None to allocate it.
+
+    On a CPU torch's grouped product is a loop over groups, as fast as one written here; for large
+    matrices of float32 oneDNN takes a quarter less time. Padding groups to one length is slower.
+    """
+    if not x.is_cuda and not takes_onednn(x, matrices[0]) and _takes_groups(matrices):
+        offsets = torch.tensor(ends, dtype=torch.int32)
+        result = F.grouped_mm(x, matrices.transpose(1, 2), offs=offsets)
+        return result if out is None else out.copy_(result)
+    out = x.new_empty(len(x), matrices.shape[1]) if out is None else out
+    low = 0
+    for matrix, high in zip(matrices, ends, strict=True):
+        if low < high:
+            product(x[low:high], matrix, out=out[low:high])
+        low = high
+    return out
+
+
+def _takes_groups(matrices: Tensor) -> bool:
+    """True if torch multiplies ragged groups at once: rows of 16 bytes, as it needs."""
+    return hasattr(F, "grouped_mm") and matrices.shape[-1] * matrices.element_size() % 16 == 0
+
+
+def _groups_on_gpu(parts: list[Experts]) -> bool:
+    """True if the device multiplies ragged groups whose ends the host doesn't know."""
+    _, gate_up, down = parts[0]
+    return (
+        gate_up.is_cuda
+        and gate_up.dtype == torch.bfloat16
+        and _takes_groups(gate_up)
+        and _takes_groups(down)
+        and torch.cuda.get_device_capability(gate_up.device) >= (8, 0)
+    )
+
+
+def _outputs_on_gpu(
+    config: ModelConfig, parts: list[Experts], x: Tensor, order: Tensor, ends: Tensor
+) -> Tensor:
+    """Outputs of all choices, as `_outputs_in_turn`; the host waits for nothing.
+
+    A part's rows are moved to the front, for products begin there, and what is behind them is
+    undefined; a row beyond the others takes that.
+    """
+    count = len(order)
+    out = x.new_empty(count + 1, x.shape[-1])
+    places = torch.arange(count, device=x.device)
+    for first, gate_up, down in parts:
+        offsets, choices = ends, order
+        if len(gate_up) < config.num_experts:
+            low = ends[first - 1 : first] if first else 0
+            offsets = ends[first : first + len(gate_up)] - low
+            choices = order[(places + low) % count]
+        rows = torch.where(places < offsets[-1:], choices, count)
+        out[rows] = _on_gpu(config, gate_up, down, x[choices // config.experts_per_token], offsets)
+    return out[:count]
+
+
+def _on_gpu(
+    config: ModelConfig, gate_up: Tensor, down: Tensor, rows: Tensor, ends: Tensor
+) -> Tensor:
+    """Outputs of a range of experts for rows, [rows, hidden], in groups that end at `ends`."""
+    inner = gate(config, F.grouped_mm(rows, gate_up.transpose(1, 2), offs=ends))
+    del rows
+    return F.grouped_mm(inner, down.transpose(1, 2), offs=ends)

@@ -1,0 +1,346 @@
+"""Mixtures of experts: exact wherever their experts lie, and laid out however many there are."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from functools import cache as memoized
+from types import SimpleNamespace
+
+import pytest
+import tiny
+import torch
+from engine_runs import assert_same, generate, greedy
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from strategies import pipelines, placements, policies
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM
+
+from flexgen_ray import LLM, Placement, Policy, SamplingParams
+from flexgen_ray.cli.main import app
+from flexgen_ray.config import TIERS, Workload
+from flexgen_ray.cost.ops import touched_experts
+from flexgen_ray.kernels.pack import pack, unpack
+from flexgen_ray.layout.plan import StagePlan
+from flexgen_ray.layout.sizes import _op_bytes, stage_bytes
+from flexgen_ray.models import experts
+from flexgen_ray.models.checkpoint import Checkpoint
+from flexgen_ray.models.config_files import load_config
+from flexgen_ray.models.shapes import shape_config
+from flexgen_ray.quant.formats import WeightFormat
+from flexgen_ray.schedule.zigzag import StageLayers
+
+EXECUTORS = st.sampled_from(["serial", "async"])
+ROUTERS = ("mlp.gate.weight", "shared_expert_gate.weight")  # never packed
+
+
+@pytest.fixture(scope="module")
+def mixtures(tmp_path_factory):
+    """{name: (folder, references)} of each family."""
+    models = {}
+    for name in tiny.MIXTURES:
+        folder = tiny.save(name, tmp_path_factory.mktemp(name))
+        models[name] = (folder, tiny.references(folder, tiny.prompts(5, 40), 12))
+    return models
+
+
+def test_little_is_too_close_to_call(mixtures):
+    for name, (_, references) in mixtures.items():
+        assert len({token for it in references for token in it.tokens}) >= 12, name
+        assert sum(it.certain_len() for it in references) >= 5 * 12 - 6, name
+
+
+@pytest.mark.parametrize("name", tiny.MIXTURES)
+@settings(max_examples=2)
+@given(policy=policies, executor=EXECUTORS)
+def test_every_policy_generates_the_same_tokens_as_transformers(mixtures, name, policy, executor):
+    folder, references = mixtures[name]
+    prompts = [reference.prompt for reference in references]
+    assert_same(greedy(folder, prompts, policy, use_ray=False, executor=executor), references)
+
+
+@settings(max_examples=2)
+@given(name=st.sampled_from(["qwen3-moe", "qwen2-moe"]), executor=EXECUTORS, data=st.data())
+def test_every_split_generates_the_same_tokens(mixtures, name, executor, data):
+    folder, references = mixtures[name]
+    stages = data.draw(pipelines(tiny.MIXTURES[name].num_hidden_layers))
+    options = {"pipeline_parallel_size": len(stages.layers), "executor": executor}
+    prompts = [reference.prompt for reference in references]
+    assert_same(greedy(folder, prompts, stages, use_ray=False, **options), references)
+
+
+@settings(max_examples=2)
+@given(name=st.sampled_from(sorted(tiny.MIXTURES)), policy=policies)
+def test_async_equals_serial_bit_for_bit(mixtures, name, policy, monkeypatch):
+    folder, references = mixtures[name]
+    prompts = [reference.prompt for reference in references]
+    tokens, logits = generate(folder, prompts, policy, "serial", monkeypatch)
+    others, their_logits = generate(folder, prompts, policy, "async", monkeypatch)
+    assert others == tokens
+    assert all(torch.equal(a, b) for a, b in zip(their_logits, logits, strict=True))
+
+
+@memoized
+def rounded_references(folder, bits: int) -> list[tiny.Reference]:
+    """transformers' tokens with the layers' matrices rounded, but for routers."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    for key, parameter in model.named_parameters():
+        if ".layers." in key and parameter.dim() > 1 and not key.endswith(ROUTERS):
+            packed = pack(parameter.detach(), bits, least_squares=True)
+            unpack(packed, bits, parameter.data)
+    made = [tiny.generate(model, prompt, 12) for prompt in tiny.prompts(5, 40)]
+    return tiny.with_routes(model, made)
+
+
+@settings(max_examples=3)
+@given(name=st.sampled_from(sorted(tiny.MIXTURES)), bits=st.sampled_from([4, 8]), policy=policies)
+def test_packed_experts_are_those_of_the_rounded_model(mixtures, name, bits, policy):
+    folder, _ = mixtures[name]
+    wanted = rounded_references(folder, bits)
+    policy = replace(policy, weight_bits=bits)
+    assert_same(greedy(folder, [it.prompt for it in wanted], policy, use_ray=False), wanted)
+
+
+def test_a_packed_checkpoint_has_packed_experts(mixtures, tmp_path):
+    folder, _ = mixtures["qwen3-moe"]
+    app(["quantize", "--model", str(folder), "--output", str(tmp_path / "packed"),
+         "--weight-bits", "4"], standalone_mode=False)  # fmt: skip
+    wanted = rounded_references(folder, 4)
+    policy = Policy(3, 2, weights=Placement(0.3, 0.3, 0.4))
+    prompts = [it.prompt for it in wanted]
+    assert_same(greedy(tmp_path / "packed", prompts, policy, use_ray=False), wanted)
+
+
+def test_stacked_checkpoints_are_read_as_published_ones(mixtures, tmp_path):
+    """Published ones have a tensor an expert; Mixtral's have other names besides."""
+    folder, _ = mixtures["mixtral"]
+    config = load_config(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.save_pretrained(tmp_path, save_original_format=False)
+    stacked, published = Checkpoint(tmp_path, config), Checkpoint(folder, config)
+    assert any(key.endswith("mlp.experts.down_proj") for key in stacked._tensors)
+    assert any(key.endswith("experts.3.w2.weight") for key in published._tensors)
+    for name, shape in config.tensors(2).items():
+        stacked.check(2, {name: shape}, WeightFormat("float32"))
+        count = 3 if len(shape) == 3 else shape[0]
+        one, other = torch.empty(count, *shape[1:]), torch.empty(count, *shape[1:])
+        stacked.read_into(2, name, one, len(shape) == 3)
+        published.read_into(2, name, other, len(shape) == 3)
+        assert torch.equal(one, other), name
+
+
+def test_a_missing_expert_is_named(mixtures, tmp_path):
+    folder, _ = mixtures["olmoe"]
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.mlp.experts.7.up_proj.weight"]
+    save_file(tensors, tmp_path / "model.safetensors")
+    config = load_config(folder)
+    with pytest.raises(ValueError, match=r"holds the tensor model\.layers\.1\.mlp\.experts\.7\.up"):
+        Checkpoint(tmp_path, config).check(2, config.tensors(2), WeightFormat("float32"))
+
+
+@pytest.mark.parametrize(
+    "name, changes, expected",
+    [
+        ("qwen3-moe", {"mlp_only_layers": [0, 2]}, (1, 3)),
+        ("qwen3-moe", {"mlp_only_layers": None, "decoder_sparse_step": 2}, (1, 3)),
+        ("qwen3-moe", {"num_local_experts": None, "num_experts": 9}, (2,)),
+        ("qwen2-moe", {"decoder_sparse_step": 3}, (1, 2)),
+        ("mixtral", {}, ()),
+    ],
+)
+def test_layers_without_experts_are_those_of_transformers(
+    mixtures, tmp_path, name, changes, expected
+):
+    keys = json.loads((mixtures[name][0] / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(keys | changes))
+    config = load_config(tmp_path)
+    layers = range(1, config.num_layers + 1)
+    assert config.dense_layers == expected
+    assert [it for it in layers if not config.has_experts(it)] == list(expected)
+
+
+@pytest.mark.parametrize(
+    "name, changes, message",
+    [
+        ("olmoe", {"clip_qkv": 8.0}, "clip_qkv 8.0 is not supported"),
+        ("qwen3-moe", {"use_sliding_window": True}, "use_sliding_window True is not supported"),
+        ("mixtral", {"num_experts_per_tok": 5}, "experts_per_token is 5; .* integer, 1 to 4"),
+        ("qwen2-moe", {"moe_intermediate_size": 0}, "expert_size is 0"),
+    ],
+)
+def test_what_is_not_supported_is_refused_by_name(mixtures, tmp_path, name, changes, message):
+    keys = json.loads((mixtures[name][0] / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(keys | changes))
+    with pytest.raises(ValueError, match=message):
+        load_config(tmp_path)
+
+
+def layout_of(config, placement: Placement, bits: int | None = None):
+    policy = Policy(weights=placement, weight_bits=bits)
+    stage = StageLayers.whole(config.num_layers)
+    return StagePlan(config, stage, policy, Workload(1, 1, 2), "bfloat16").weights
+
+
+@settings(max_examples=30)
+@given(placement=placements(), bits=st.sampled_from([None, 4]))
+def test_experts_follow_a_placement_within_one_of_them(placement, bits):
+    config = replace(shape_config("qwen3-30b-a3b"), num_layers=6)
+    layout, weight_format = layout_of(config, placement, bits), WeightFormat("bfloat16", bits)
+    nbytes, one = dict.fromkeys(TIERS, 0), 0
+    for layer in range(config.num_layers + 2):
+        ends = {}
+        for key, cut in layout.cuts[layer].items():
+            nbytes[layout.places[layer][key].tier] += weight_format.stored_bytes(
+                cut.name, cut.shape
+            )
+            if cut.first is not None:
+                # From the first on, and whole: both matrices of an expert lie on one tier.
+                assert ends.get(cut.name, 0) == cut.first
+                ends[cut.name] = cut.first + cut.shape[0]
+                each = weight_format.stored_bytes(cut.name, (1, *cut.shape[1:]))
+                one = max(one, 2 * each)
+        assert set(ends.values()) <= {config.num_experts}
+        first, *others = [
+            [(cut.first, layout.places[layer][key].tier)
+             for key, cut in layout.cuts[layer].items() if cut.name == name]
+            for name in ("gate_up_experts.weight", "down_experts.weight")
+        ]  # fmt: skip
+        assert others == [first]
+    # Tables at both ends are larger than an expert.
+    table = weight_format.stored_bytes("lm_head.weight", (config.vocab_size, config.hidden_size))
+    total, slack = sum(nbytes.values()), one
+    in_the_middle = [tier for tier in TIERS if getattr(placement, tier) * total > 2 * table]
+    for tier, fraction in zip(TIERS, placement.fractions, strict=True):
+        assert fraction > 0 or nbytes[tier] == 0
+        if len(in_the_middle) == sum(it > 0 for it in placement.fractions):
+            assert abs(nbytes[tier] - fraction * total) <= 2 * slack
+
+
+def test_a_layout_does_not_grow_with_the_number_of_experts():
+    few = replace(shape_config("qwen3-30b-a3b"), num_layers=4)
+    many = replace(few, num_experts=8192, expert_size=8)
+    third = Placement(0.3, 0.3, 0.4)
+    for layer in (2, 3):
+        a, b = (layout_of(config, third) for config in (few, many))
+        assert a.cuts[layer].keys() >= {"router.weight"}
+        assert abs(len(a.cuts[layer]) - len(b.cuts[layer])) <= 2
+        assert len(a.streams[layer].extents) == len(b.streams[layer].extents) == 2
+
+
+@settings(max_examples=25)
+@given(
+    ends=st.lists(st.integers(1, 11), max_size=2, unique=True),
+    tokens=st.integers(1, 9),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_parts_and_groups_on_a_device_give_each_choice_its_expert(ends, tokens, dtype):
+    """The way of GPUs, which never asks how long a group is, here on the CPU."""
+    config = SimpleNamespace(num_experts=12, experts_per_token=4, activation="silu")
+    generator = torch.Generator().manual_seed(tokens)
+    x, gate_up, down = (
+        torch.randn(shape, generator=generator).to(dtype)
+        for shape in ((tokens, 32), (12, 32, 32), (12, 32, 16))
+    )
+    chosen = torch.stack([torch.randperm(12, generator=generator)[:4] for _ in range(tokens)])
+    bounds = [0, *sorted(ends), 12]
+    weights = {}
+    for first, end in zip(bounds, bounds[1:], strict=False):
+        weights[f"gate_up_experts.weight@{first}"] = gate_up[first:end]
+        weights[f"down_experts.weight@{first}"] = down[first:end]
+    in_turn = experts._outputs(config, weights, x, chosen)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experts, "_groups_on_gpu", lambda parts: True)
+        grouped = experts._outputs(config, weights, x, chosen)
+    for token, numbers in enumerate(chosen.tolist()):
+        for place, number in enumerate(numbers):
+            gate, up = (x[token] @ gate_up[number].T).chunk(2)
+            wanted = (torch.nn.functional.silu(gate) * up) @ down[number].T
+            for found in (in_turn, grouped):
+                torch.testing.assert_close(found[token, place], wanted, rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(in_turn, grouped)
+
+
+class Live(TorchDispatchMode):
+    """peak: most bytes of memory that ops took and that was in use at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._taken: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        before = {it.untyped_storage()._cdata for it in args if isinstance(it, torch.Tensor)}
+        for made in result if isinstance(result, tuple | list) else (result,):
+            storage = made.untyped_storage()
+            if storage._cdata not in before:
+                self._taken[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self._taken = {key: it for key, it in self._taken.items() if not it[0].expired()}
+        self.peak = max(self.peak, sum(nbytes for _, nbytes in self._taken.values()))
+        return result
+
+
+@pytest.mark.parametrize("shared", [0, 700])
+@pytest.mark.parametrize("on_gpu", [False, True])
+@pytest.mark.parametrize(("count", "choices", "size"), [(16, 8, 96), (4, 2, 304), (256, 1, 8)])
+def test_temporaries_are_no_more_than_a_plan_counts(
+    count, choices, size, on_gpu, shared, monkeypatch
+):
+    config = replace(
+        shape_config("qwen3-30b-a3b"), num_layers=1, hidden_size=128, num_heads=1, num_kv_heads=1,
+        num_experts=count, experts_per_token=choices, expert_size=size, shared_expert_size=shared,
+        vocab_size=8,
+    )  # fmt: skip
+    policy = Policy(1, max_batch_tokens=64)
+    plan = StagePlan(config, StageLayers.whole(1), policy, Workload(1, 64, 65), "bfloat16")
+    weights = {}
+    for cut in plan.weights.cuts[1].values():
+        shape = cut.shape
+        if cut.first is not None:
+            # In two parts.
+            half = shape[0] // 2
+            weights[f"{cut.name}@0"], weights[f"{cut.name}@{half}"] = torch.randn(
+                2, half, *shape[1:], dtype=torch.bfloat16
+            )
+        else:
+            weights[cut.name] = torch.randn(shape, dtype=torch.bfloat16)
+    hidden, attention = torch.randn(2, 64, 128, dtype=torch.bfloat16)
+    monkeypatch.setattr(experts, "_groups_on_gpu", lambda parts: on_gpu)
+    with Live() as live:
+        experts.finish(config, weights, hidden, attention)
+    counted = _op_bytes(plan)[1]
+    assert counted / 3 <= live.peak <= counted
+
+
+def test_blocks_touch_nearly_every_expert():
+    config = shape_config("qwen3-30b-a3b")
+    assert touched_experts(config, 1) == pytest.approx(8)
+    assert 0.97 < touched_experts(config, 64) / 128 < 0.99
+    assert touched_experts(shape_config("mixtral-8x7b"), 64) == pytest.approx(8, rel=1e-6)
+
+
+@settings(max_examples=6)
+@given(
+    name=st.sampled_from(sorted(tiny.MIXTURES)), policy=policies, bits=st.sampled_from([None, 4])
+)
+def test_the_stores_take_exactly_what_was_computed(mixtures, name, policy, bits):
+    folder, references = mixtures[name]
+    policy = replace(policy, weight_bits=bits)
+    with LLM(folder, policy=policy, dtype="float32", device="cpu", use_ray=False) as llm:
+        llm.generate([references[0].prompt], SamplingParams(max_tokens=2, temperature=0))
+        (stage,) = llm.report.stages
+        assert stage.used == stage_bytes(stage.plan)
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [("qwen3-30b-a3b", 30.53), ("qwen3-235b-a22b", 235.1), ("mixtral-8x7b", 46.7),
+     ("mixtral-8x22b", 140.6), ("olmoe-1b-7b", 6.92)],
+)  # fmt: skip
+def test_built_in_shapes_have_the_published_number_of_parameters(name, billions):
+    nbytes = layout_of(shape_config(name), Placement(1, 0, 0)).nbytes["gpu"]
+    assert nbytes / 2e9 == pytest.approx(billions, rel=1e-3)
