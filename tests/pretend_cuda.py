@@ -604,6 +604,11 @@ SHAPES: dict[str, dict] = {
     },
     "llama": _HEADS | _GATED | {"architectures": ["LlamaForCausalLM"], "model_type": "llama"},
     "qwen3": _HEADS | _GATED | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"},
+    "qwen3-moe": _HEADS | _GATED | {
+        "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe",
+        "num_experts": 24, "num_experts_per_tok": 8, "moe_intermediate_size": 16,
+        "norm_topk_prob": True, "torch_dtype": "bfloat16",
+    },
 }  # fmt: skip
 
 
@@ -625,7 +630,12 @@ def decode_launches(name: str, folder: Path, is_ragged: bool, **policy) -> Decod
     """
     rows, config = 6, SHAPES[name]
     (folder / "config.json").write_text(json.dumps(config))
-    options = {"device": "cuda", "dtype": "float32", "use_ray": False, "executor": "serial"}
+    options = {
+        "device": "cuda",
+        "dtype": config["torch_dtype"],
+        "use_ray": False,
+        "executor": "serial",
+    }
     memory = {"gpu_memory": GPU_BYTES // 2, "cpu_memory": GPU_BYTES // 8, "disk_memory": 0}
     with (
         pretend_cuda() as device,

@@ -17,9 +17,10 @@ from flexgen_ray.schedule.ops import OpKind
 LAUNCHES = {OpKind.EMBED: 3, OpKind.FINISH: 4, OpKind.SAMPLE: 8}
 LAUNCHES_OF_RUN, LAUNCHES_OF_SPARSE_RUN, LAUNCHES_OF_PROMPT = 1, 17, 2
 _ROTATE, _MAKE_ROTATION = 3, 6
-# Of mixtures: a router, its scores and the best of them; choices by expert; products and activation
-# of one part of the experts; their sum; an expert for all.
-_CHOOSE, _SORT, _OF_PART, _COMBINE, _SHARED = 3, 5, 5, 2, 6
+# In mixtures: a router, its scores and the best of them; choices sorted by expert; a part of the
+# experts, and its place among several; rows put in place one expert after the other; their sum; and
+# an expert that every token takes.
+_CHOOSE, _SORT, _PART, _MOVE_PART, _IN_TURN, _SUM, _SHARED = 3, 3, 7, 7, 3, 1, 7
 _COMPOSITE_RMS_NORM = 6  # on a CPU; on a GPU it is one kernel
 # A tile of a prefix is gathered; its products with some rows take queries, scores and a softmax,
 # perhaps under a mask; and each part is merged with the others (kernels/prefix_attention.py).
@@ -88,16 +89,21 @@ def _finish(config: ModelConfig, on_gpu: bool) -> int:
 
 
 def _finish_mixture(plan: StagePlan, layer: int) -> int:
-    """Output projection, norm, the router's choice, and experts, however many there are.
+    """Output projection, norm, the router's choice, and experts.
 
-    Each part of the experts, on a tier of its own, has its two products.
+    In bfloat16 a GPU multiplies all groups of a part at once, however many there are; elsewhere
+    each expert has its two products.
     """
     config, on_gpu = plan.config, plan.stages_disk
-    names = plan.weights.cuts[layer].values()
-    parts = sum(cut.name == "gate_up_experts.weight" for cut in names)
-    count = 1 + (not on_gpu) + _norm(config, on_gpu)
-    count += _CHOOSE + 2 * config.norm_topk + _SORT + _OF_PART * parts + _COMBINE
-    return count + (_SHARED if config.shared_expert_size else 0)
+    cuts = plan.weights.cuts[layer].values()
+    parts = sum(cut.name == "gate_up_experts.weight" for cut in cuts)
+    count = 1 + (not on_gpu) + _norm(config, on_gpu) + _CHOOSE + 2 * config.norm_topk
+    count += 2 * (plan.element_bytes < 4)  # scores are in float32
+    if on_gpu and plan.dtype == "bfloat16":
+        count += _SORT + _PART * parts + (_MOVE_PART * parts + 1 if parts > 1 else 0)
+    else:
+        count += _SORT + 2 * parts + 2 * config.num_experts + _IN_TURN
+    return count + _SUM + (_SHARED if config.shared_expert_size else 0)
 
 
 def _norm(config: ModelConfig, on_gpu: bool) -> int:

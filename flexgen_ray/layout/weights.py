@@ -101,8 +101,8 @@ class WeightLayout:
         return all(place.tier == "gpu" for place in self.places[0].values())
 
     def shapes(self, layer: int) -> dict[str, Shape]:
-        """{key: shape} of all weights that a layer uses."""
-        return {key: cut.shape for key, cut in self.cuts[layer].items()}
+        """{key: shape} of all weights that a layer uses; none at a stage's entry and exit."""
+        return {key: cut.shape for key, cut in self.cuts.get(layer, {}).items()}
 
     def largest(self, tier: str, num_parts: int) -> int:
         """Bytes of the largest of num_parts equal parts of any layer's bytes on this tier."""

@@ -159,17 +159,19 @@ def _outputs_on_gpu(
     A part's rows are moved to the front, for products begin there, and what is behind them is
     undefined; a row beyond the others takes that.
     """
-    count = len(order)
+    count, choices_of_token = len(order), config.experts_per_token
     out = x.new_empty(count + 1, x.shape[-1])
+    if len(parts) == 1:
+        _, gate_up, down = parts[0]
+        out[order] = _on_gpu(config, gate_up, down, x[order // choices_of_token], ends)
+        return out[:count]
     places = torch.arange(count, device=x.device)
     for first, gate_up, down in parts:
-        offsets, choices = ends, order
-        if len(gate_up) < config.num_experts:
-            low = ends[first - 1 : first] if first else 0
-            offsets = ends[first : first + len(gate_up)] - low
-            choices = order[(places + low) % count]
-        rows = torch.where(places < offsets[-1:], choices, count)
-        out[rows] = _on_gpu(config, gate_up, down, x[choices // config.experts_per_token], offsets)
+        low = ends[first - 1 : first] if first else 0
+        offsets = ends[first : first + len(gate_up)] - low
+        moved = order[(places + low) % count]
+        rows = torch.where(places < offsets[-1:], moved, count)
+        out[rows] = _on_gpu(config, gate_up, down, x[moved // choices_of_token], offsets)
     return out[:count]
 
 
