@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from flexgen_ray import LLM
 from flexgen_ray.config import PAGE_TOKENS, Policy, Workload
 from flexgen_ray.engine.sharing import JobSharing
 from flexgen_ray.layout.admission import Admission
@@ -187,3 +188,29 @@ def test_a_note_says_that_stages_were_loaded_for_prompts_that_share_less(header,
     note = later.note_lack([plan_for(first, Policy(4, 2))])
     assert (note is not None) == is_said
     assert note is None or "640" in note
+
+
+@pytest.mark.parametrize("shares", [True, False])
+def test_a_run_shares_unless_told_not_to_and_answers_the_same(text_model, shares):
+    notes: list[str] = []
+    header = [5] * (6 * PAGE_TOKENS)
+    prompts = [[*header, 7 + number] for number in range(6)]
+    params = SamplingParams(3, 0.0, ignore_eos=True)
+    options = {"use_ray": False, "dtype": "float32", "device": "cpu", "max_model_len": 128}
+    with LLM(
+        text_model, policy=Policy(4), enable_prefix_caching=shares, **options,
+        on_progress=lambda event: notes.append(event.note),
+    ) as llm:  # fmt: skip
+        whole = [llm.generate([prompt], params)[0].outputs[0].token_ids for prompt in prompts]
+        loading = llm.report.load_seconds
+        together = llm.generate(prompts, params)
+        assert [output.outputs[0].token_ids for output in together] == whole
+        # With max_model_len weights stay as they were loaded, for a prompt that shares nothing.
+        assert llm.report.load_seconds == loading and not llm.report.saved_tokens
+        assert sum("make another LLM" in note for note in notes) == shares
+    with LLM(text_model, policy=Policy(4), enable_prefix_caching=shares, **options) as llm:
+        together = llm.generate(prompts, params)
+        assert [output.outputs[0].token_ids for output in together] == whole
+        saved = 5 * len(header) if shares else 0
+        assert llm.report.saved_tokens == saved and llm.report.prompt_tokens == 6 * 97
+        assert llm.report.computed_tokens == 6 * 97 - saved
