@@ -17,6 +17,8 @@ from flexgen_ray.engine.sharing import JobSharing
 from flexgen_ray.layout.admission import Admission
 from flexgen_ray.layout.plan import StagePlan
 from flexgen_ray.models.shapes import shape_config
+from flexgen_ray.planner.choose import planned_job
+from flexgen_ray.planner.pipeline_plan import PipelinePlan
 from flexgen_ray.reporting.report import Report
 from flexgen_ray.reporting.tally import ProgressTracker
 from flexgen_ray.request import Finished, Request, SamplingParams
@@ -214,3 +216,13 @@ def test_a_run_shares_unless_told_not_to_and_answers_the_same(text_model, shares
         saved = 5 * len(header) if shares else 0
         assert llm.report.saved_tokens == saved and llm.report.prompt_tokens == 6 * 97
         assert llm.report.computed_tokens == 6 * 97 - saved
+
+
+def test_time_left_is_the_plans_before_a_token_is_there_also_if_prompts_share():
+    requests = few_shot(8)
+    job = JobSharing.of(requests)
+    plan = plan_for(job, Policy(4, 2))
+    seconds = {"prefill": {"device": 20.0}, "decode": {"device": 100.0}}
+    planned = PipelinePlan(planned_job(requests, job.shared), [plan], [seconds], 1.0)
+    tally = ProgressTracker(requests, planned, job.saved_tokens([plan]))
+    assert tally.standing().seconds_left == pytest.approx(planned.job_seconds, rel=0.02)

@@ -156,8 +156,14 @@ class ProgressTracker:
 
 
 def _pace(plan: PipelinePlan) -> tuple[float, float]:
-    """Predicted seconds for each prompt token and for each new one, as they divide a block's."""
+    """Predicted seconds for each prompt token and for each new one, as they divide a block's.
+
+    Prompt tokens are those that are computed: of prefixes that prompts share, once for all.
+    """
     job = plan.job
     of_block = plan.job_seconds / plan.block_seconds / job.num_requests
-    prompt = of_block * plan.prefill_seconds / job.mean_prompt_len
+    computed = job.mean_prompt_len
+    if job.sharing is not None:
+        computed += job.sharing.tokens / job.num_requests
+    prompt = of_block * plan.prefill_seconds / computed
     return prompt, of_block * plan.decode_seconds / job.mean_tokens
