@@ -183,7 +183,7 @@ def test_a_prompt_fails_though_its_end_does_not_see_its_beginning(poisoned, shar
 
 
 @pytest.mark.parametrize("name", ["mistral", "llama3-like"])
-@settings(max_examples=4)
+@settings(max_examples=2)
 @given(
     policy=policies,
     tier=st.sampled_from(["gpu", "cpu"]),

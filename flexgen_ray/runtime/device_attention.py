@@ -49,6 +49,7 @@ _Runs = list[DecodeRows]
 _RESIDENT_RUNS = MemoKey[_Runs]()
 _STREAMED_RUNS = MemoKey[_Runs]()
 _SHARING = MemoKey[tuple[Tensor, Tensor]]()
+_MERGED = MemoKey[tuple[Tensor, Tensor]]()
 
 
 class _Tile(NamedTuple):
@@ -215,7 +216,8 @@ class DeviceAttention:
         """Merge what decoding rows attended of prefixes with the attention to their own tokens."""
         if not placed.sharing:
             return
-        tokens, places = placed.memoized(_SHARING, lambda: self._sharing_rows(placed))
+        # Tensors of its own, for FINISH has a stream of its own.
+        tokens, places = placed.memoized(_MERGED, lambda: self._sharing_rows(placed))
         target = work.attention(placed.rows)
         out, sums = work.of_prefixes, work.prefix_sums
         merge_part(out, sums, places, (target[tokens].float(), work.own_sums[places]))
