@@ -19,7 +19,9 @@ form in which stores keep them.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -117,18 +119,18 @@ class Checkpoint:
         first: number of the first expert, if the destination has some experts of a stacked weight.
         Raises ValueError if a value is NaN, infinite, or beyond the range of that dtype.
         """
-        for part in self.parts(layer, name, tuple(destination.shape), first):
-            self.read_part(part, part.of(destination))
+        parts = self.parts(layer, name, tuple(destination.shape), first)
+        # Opening a file reads the names of all its tensors.
+        for path, some in groupby(parts, lambda part: self._tensors[part.key].path):
+            with open_tensors(path) as file:
+                for part in some:
+                    _copy(file, path, part, part.of(destination))
 
     def read_part(self, part: Part, destination: Tensor) -> None:
         """Copy a tensor into the rows of a weight, more than once if they are more."""
         path = self._tensors[part.key].path
         with open_tensors(path) as file:
-            whole = part.experts is None
-            values = file.get_tensor(part.key) if whole else file.get_slice(part.key)[part.experts]
-            destination.view(-1, *values.shape).copy_(values)
-            if destination.is_floating_point() and not _is_finite(values, destination):
-                raise ValueError(f"{path}: {part.key} {_fault(values, destination)}")
+            _copy(file, path, part, destination)
 
     def parts(self, layer: int, name: str, shape: tuple[int, ...], first: int = 0) -> list[Part]:
         """Return the tensors of which a weight of this shape consists, in the order of its rows.
@@ -219,6 +221,15 @@ def checkpoint_config(folder: Path) -> ModelConfig:
     if config.tie_word_embeddings and Checkpoint(folder, config).has_own_head():
         return replace(config, tie_word_embeddings=False)
     return config
+
+
+def _copy(file: Any, path: Path, part: Part, destination: Tensor) -> None:
+    """Copy a tensor of an open file into the rows of a weight."""
+    whole = part.experts is None
+    values = file.get_tensor(part.key) if whole else file.get_slice(part.key)[part.experts]
+    destination.view(-1, *values.shape).copy_(values)
+    if destination.is_floating_point() and not _is_finite(values, destination):
+        raise ValueError(f"{path}: {part.key} {_fault(values, destination)}")
 
 
 def _is_finite(values: Tensor, copied: Tensor) -> bool:

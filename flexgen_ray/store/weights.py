@@ -33,6 +33,7 @@ from flexgen_ray.store.link import copy_across
 from flexgen_ray.store.memory import MemoryTier, allocate_mapping
 from flexgen_ray.store.tiers import TORCH_DTYPE, Tiers
 
+EXPERTS_BYTES = 16 * 2**20  # about as many bytes of experts are loaded at a time
 OnProgress = Callable[[int, int], None]
 
 
@@ -181,7 +182,7 @@ class WeightStore:
         """Load all weights, several at a time.
 
         Each reader has a buffer in host memory for the largest weight that goes to disk, or is
-        quantized on the way; experts are read one by one.
+        quantized on the way.
         """
         weights = list(self._weights())
         largest = max(map(self._fill_bytes, weights), default=0)
@@ -202,9 +203,9 @@ class WeightStore:
             torch.cuda.synchronize(self._memory["gpu"].device)
 
     def _weights(self) -> Iterator[_Weight]:
-        """Yield what is loaded at a time: a weight, or one expert of a stacked one.
+        """Yield what is loaded at a time: a weight, or a few experts of a stacked one.
 
-        On disk it is as many experts as fill whole sectors.
+        On disk they are as many as fill whole sectors.
         """
         for layer in self.plan.stage.layers:
             stored = stored_tensors(self.plan.config, self.plan.stage, layer)
@@ -218,6 +219,7 @@ class WeightStore:
                 count, *shape = cut.shape
                 each = self._format.stored_bytes(cut.name, cut.shape) // count
                 step = SECTOR // gcd(SECTOR, each) if place.tier == "disk" else 1
+                step *= max(1, EXPERTS_BYTES // (step * prod(shape) * self.dtype.itemsize))
                 for at in range(0, count, step):
                     some = min(step, count - at)
                     stop = place.nbytes if at + some == count else (at + some) * each
