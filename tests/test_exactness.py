@@ -48,6 +48,13 @@ def test_every_policy_generates_the_same_tokens_as_transformers(
             assert (wanted - got).abs().max().item() <= 1e-4 * spread
 
 
+def test_last_rows_may_join_a_batch_that_had_none_on_their_tier(tiny_models):
+    folder, references = tiny_models["llama"]
+    policy = Policy(2, 3, 2, cache=Placement(0.1, 0.8, 0.1), cpu_attention=0.3)
+    prompts = [reference.prompt for reference in references]
+    assert_same(greedy(folder, prompts, policy, use_ray=False), references)
+
+
 @pytest.mark.parametrize("name", [pytest.param("opt", marks=pytest.mark.slow), "llama"])
 def test_a_ray_actor_generates_the_same_tokens(tiny_models, local_ray, name):
     folder, references = tiny_models[name]

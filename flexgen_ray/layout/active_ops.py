@@ -6,6 +6,7 @@ The executor and the simulation filter ops by the same answer. Knows plans; not 
 from __future__ import annotations
 
 from dataclasses import astuple, replace
+from functools import cached_property
 
 from flexgen_ray.layout.placement import RowSplit
 from flexgen_ray.layout.plan import StagePlan
@@ -21,17 +22,16 @@ class ActiveOps:
     def __init__(self, plan: StagePlan, in_ring: bool) -> None:
         self._plan = plan
         self._in_ring = in_ring
-        self._answers: dict[tuple[OpKind, int, int], bool] = {}
-        self._splits: dict[int, RowSplit] = {}
+        self._answers: dict[tuple[OpKind, int], bool] = {}
 
     def __call__(self, op: Op) -> bool:
-        key = op.kind, op.layer, op.batch
+        key = op.kind, op.layer
         answer = self._answers.get(key)
         if answer is None:
-            answer = self._answers[key] = self._holds(OPS[op.kind].condition, op.layer, op.batch)
+            answer = self._answers[key] = self._holds(OPS[op.kind].condition, op.layer)
         return answer
 
-    def _holds(self, condition: Condition, layer: int, batch: int) -> bool:
+    def _holds(self, condition: Condition, layer: int) -> bool:
         plan = self._plan
         match condition:
             case Condition.ALWAYS:
@@ -49,20 +49,17 @@ class ActiveOps:
             case Condition.HIDDEN_ON_DISK:
                 return plan.policy.activations.disk > 0
             case _:
-                if batch not in self._splits:
-                    self._splits[batch] = self._split(batch)
-                return self._holds_of_cache(condition, self._splits[batch])
+                return self._holds_of_cache(condition, self._split)
 
-    def _split(self, batch: int) -> RowSplit:
-        """Rows that a batch may have in each division, as far as they are zero or not.
+    @cached_property
+    def _split(self) -> RowSplit:
+        """Rows that any batch may have in each division, as far as they are zero or not.
 
-        Unequal rows may lie on any tier that the plan uses, and which rows in host memory are
-        attended there is chosen anew in each pass.
+        Unequal rows may lie on any tier that the plan uses, and so may rows that came from another
+        batch; which rows in host memory are attended there is chosen anew in each pass.
         """
-        plan, splits = self._plan, self._plan.splits
-        split = splits[batch]
-        if plan.row_pages != plan.longest_pages:
-            split = RowSplit(*(max(part) for part in zip(*map(astuple, splits), strict=True)))
+        plan = self._plan
+        split = RowSplit(*(max(part) for part in zip(*map(astuple, plan.splits), strict=True)))
         if 0 < plan.policy.cpu_attention < 1:
             split = replace(split, attended=split.cpu, streamed=split.cpu)
         return split
