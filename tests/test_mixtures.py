@@ -62,6 +62,16 @@ def test_every_policy_generates_the_same_tokens_as_transformers(mixtures, name, 
     assert_same(greedy(folder, prompts, policy, use_ray=False, executor=executor), references)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@settings(max_examples=6)
+@given(name=st.sampled_from(sorted(tiny.MIXTURES)), policy=policies)
+def test_a_gpu_generates_the_same_tokens_as_transformers(mixtures, name, policy):
+    folder, references = mixtures[name]
+    prompts = [reference.prompt for reference in references]
+    assert_same(greedy(folder, prompts, policy, device="cuda", use_ray=False), references)
+
+
 @settings(max_examples=2)
 @given(name=st.sampled_from(["qwen3-moe", "qwen2-moe"]), executor=EXECUTORS, data=st.data())
 def test_every_split_generates_the_same_tokens(mixtures, name, executor, data):
@@ -262,6 +272,26 @@ def test_parts_and_groups_on_a_device_give_each_choice_its_expert(ends, tokens, 
             for found in (in_turn, grouped):
                 torch.testing.assert_close(found[token, place], wanted, rtol=2e-2, atol=2e-2)
     torch.testing.assert_close(in_turn, grouped)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("bounds", [[0, 12], [0, 5, 12], [0, 1, 9, 12]])
+def test_a_gpu_gives_each_choice_its_expert(bounds, dtype):
+    config = SimpleNamespace(num_experts=12, experts_per_token=4, activation="silu")
+    generator = torch.Generator().manual_seed(0)
+    shapes = (7, 32), (12, 32, 32), (12, 32, 16)
+    x, gate_up, down = (torch.randn(it, generator=generator).to(dtype) for it in shapes)
+    chosen = torch.stack([torch.randperm(12, generator=generator)[:4] for _ in range(7)])
+    outputs = []
+    for device in ("cpu", "cuda"):
+        weights = {}
+        for first, end in zip(bounds, bounds[1:], strict=False):
+            weights[f"gate_up_experts.weight@{first}"] = gate_up[first:end].to(device)
+            weights[f"down_experts.weight@{first}"] = down[first:end].to(device)
+        outputs.append(experts._outputs(config, weights, x.to(device), chosen.to(device)).cpu())
+    torch.testing.assert_close(*outputs, rtol=2e-2, atol=5e-2)
 
 
 class Live(TorchDispatchMode):
