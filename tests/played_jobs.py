@@ -28,11 +28,15 @@ from flexgen_ray.schedule.zigzag import zigzag
 
 @dataclass(frozen=True)
 class PlayedJob:
-    """Modelled seconds and visits of a job, and the number of rows of each pass."""
+    """Modelled seconds and visits of a job, the number of rows of each pass, and each lane's work.
+
+    busy: {lane: seconds}.
+    """
 
     seconds: float
     visits: int
     rows: list[int]
+    busy: dict[str, float]
 
 
 def requests_of(
@@ -88,7 +92,7 @@ def play(
 
     demands = _Demands(plan, hardware, composed, core_shares)
     run = simulate(OpStream(ops(), demands, window_ops(plan.policy.num_gpu_batches), False))
-    return PlayedJob(run.visit_ends[-1], len(run.visit_ends), rows)
+    return PlayedJob(run.visit_ends[-1], len(run.visit_ends), rows, run.busy)
 
 
 class _Demands(OpDemands):

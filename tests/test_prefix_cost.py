@@ -9,6 +9,7 @@ import pytest
 from copies import Copies
 from hypothesis import given
 from hypothesis import strategies as st
+from played_jobs import play
 from strategies import UNIT, opt
 
 from flexgen_ray import LLM, SamplingParams
@@ -88,10 +89,17 @@ def test_prefixes_are_read_and_multiplied_as_modelled(
     copies = Copies(monkeypatch)
     policy = Policy(3, 2, cache=CACHES[cache], cpu_attention=0.5 * (cache == "both"))
     options = {"dtype": "float32", "use_ray": False, "executor": "serial", "hardware": UNIT}
+    params = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True)
     with LLM(folder, policy=policy, **options) as llm:
-        llm.generate(PROMPTS, SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True))
+        requests = [llm.request(index, prompt, params) for index, prompt in enumerate(PROMPTS)]
+        llm.prepare(requests)
+        list(llm.stream(requests))
         (plan,) = llm._plans
-        modelled = llm.report.stages[0].measured.modelled_resources
+        measured = llm.report.stages[0].measured
+    modelled, played = measured.modelled_resources, play(plan, UNIT, requests)
+    assert {lane: played.busy[lane] for lane in measured.modelled_lanes} == pytest.approx(
+        measured.modelled_lanes
+    )
     assert plan.prefix_pages and plan.prefix_tier == tier
     assert counted["modelled products"] == counted["products"] > 0
     assert counted["modelled bytes"] == counted["bytes"] > 0
