@@ -622,10 +622,13 @@ class DecodeLaunches(NamedTuple):
     other_layers: dict[OpKind, float]
 
 
-def decode_launches(name: str, folder: Path, is_ragged: bool, **policy) -> DecodeLaunches:
+def decode_launches(
+    name: str, folder: Path, is_ragged: bool, shared: int = 0, **policy
+) -> DecodeLaunches:
     """Launches of a model of SHAPES, in batches whose rows decode together.
 
-    folder: an empty one, for the model; is_ragged: if the rows' lengths differ.
+    folder: an empty one, for the model; is_ragged: if the rows' lengths differ; shared: tokens with
+    which all prompts begin.
     policy: fields of Policy; everything stays on the device unless they say otherwise.
     """
     rows, config = 6, SHAPES[name]
@@ -644,7 +647,9 @@ def decode_launches(name: str, folder: Path, is_ragged: bool, **policy) -> Decod
     ):  # fmt: skip
         lens = [9 + is_ragged * i % 5 for i in range(2 * rows)]
         params = SamplingParams(4, temperature=0.0, ignore_eos=True)
-        requests = [llm.request(i, list(range(3, 3 + n)), params) for i, n in enumerate(lens)]
+        requests = [
+            llm.request(i, [2] * shared + list(range(3, 3 + n)), params) for i, n in enumerate(lens)
+        ]
         llm.prepare(requests)
         for _ in llm.stream(requests):
             pass

@@ -24,8 +24,10 @@ _CHOOSE, _SORT, _PART, _MOVE_PART, _IN_TURN, _SUM, _SHARED = 3, 3, 7, 7, 3, 1, 7
 _COMPOSITE_RMS_NORM = 6  # on a CPU; on a GPU it is one kernel
 # A tile of a prefix is gathered; its products with some rows take queries, scores and a softmax,
 # perhaps under a mask; and each part is merged with the others (kernels/prefix_attention.py).
-_GATHER_TILE, _ATTEND_TILE, _MASK, _MERGE = 4, 11, 3, 12
-KEEP_QUERIES = 2
+# A CPU attends in one op if there is no mask.
+GATHER_TILE, _ATTEND_TILE, _MASK, _MERGE = 10, 11, 3, 12
+_ATTEND_TILE_ON_CPU = 2
+KEEP_QUERIES, MERGE_CHUNK, JOIN = 2, 5, 2
 
 
 def launches(plan: StagePlan, kind: OpKind, layer: int) -> int:
@@ -118,7 +120,7 @@ def prefix_launches(plan: StagePlan, tiles: Sequence[PrefixTile]) -> int:
     """Launches that attend the tiles of prefixes that decoding rows share."""
     count = 2 if tiles else 0  # results are cleared first
     for tile in tiles:
-        count += _GATHER_TILE + 2 * bool(plan.policy.cache_bits)
+        count += GATHER_TILE + 2 * bool(plan.policy.cache_bits)
         count += sum(_chunk(plan, chunk) for chunk in tile.chunks)
     return count
 
@@ -132,6 +134,7 @@ def _chunk(plan: StagePlan, users: Sequence[User]) -> int:
     """Launches of some rows' products with a tile, and of merging the result."""
     kv_heads, queries = plan.config.num_kv_heads, plan.config.num_heads // plan.config.num_kv_heads
     transposes = len(users) > 1 and kv_heads > 1  # results, and queries of several heads
-    count = _ATTEND_TILE + transposes * (2 + (queries > 1)) + _MERGE
-    count += _MASK * any(start for _, start in users)
+    is_masked = any(start for _, start in users)
+    products = _ATTEND_TILE if plan.stages_disk or is_masked else _ATTEND_TILE_ON_CPU
+    count = products + _MASK * is_masked + transposes * (2 + (queries > 1)) + _MERGE
     return count + 3 * (plan.element_bytes < 4)  # products are in float32

@@ -9,7 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from flexgen_ray.cost.launches import KEEP_QUERIES, merge_launches, prefix_launches
+from flexgen_ray.cost.launches import (
+    GATHER_TILE,
+    JOIN,
+    KEEP_QUERIES,
+    MERGE_CHUNK,
+    merge_launches,
+    prefix_launches,
+)
 from flexgen_ray.cost.resources import Amounts, Resource
 from flexgen_ray.layout.plan import StagePlan
 from flexgen_ray.layout.prefix_tiles import prefix_tiles
@@ -26,19 +33,23 @@ def attended_prefixes(plan: StagePlan, placed: PlacedRows, layer: int) -> Amount
     """Attention of decoding rows to the prefixes that they share."""
     config, element = plan.config, plan.element_bytes
     tiles = prefix_tiles(placed, plan, config.window(layer))
-    tokens = pairs = chunk_tokens = results = 0
+    tokens = pairs = scores = chunk_tokens = results = 0
     for tile in tiles:
         count = tile.last - tile.first
-        rows = sum(map(len, tile.chunks))
-        tokens, results = tokens + count, results + rows
-        pairs, chunk_tokens = pairs + count * rows, chunk_tokens + count * len(tile.chunks)
+        tokens += count
+        for users in tile.chunks:
+            chunk_tokens, results = chunk_tokens + count, results + len(users)
+            pairs += count * len(users)
+            # A CPU keeps no scores if there is no mask.
+            if plan.stages_disk or any(start for _, start in users):
+                scores += count * len(users) * config.num_heads
     amounts: Amounts = {
         _R.FLOPS: 4 * config.q_size * pairs,
         _R.DEVICE_ATTENTION: 2 * tokens * config.kv_size * element,
         _R.DEVICE_OPS: prefix_launches(plan, tiles),
         _R.ELEMENTWISE: 2 * tokens * 2 * config.kv_size * element  # gathered
         + (element < _FLOAT32) * chunk_tokens * 2 * config.kv_size * (element + _FLOAT32)
-        + _OF_SCORE * pairs * config.num_heads * _FLOAT32
+        + _OF_SCORE * scores * _FLOAT32
         + _OF_RESULT * results * config.q_size * _FLOAT32,
     }
     if plan.policy.cache_bits:
@@ -54,29 +65,39 @@ def prefilled_prefixes(
     Flops are those of the rows, which count them with their own tokens. rows: on one tier.
     """
     config, window = plan.config, plan.config.window(layer)
-    gathered = attended = copied = launches = 0
+    gathered = joined = launches = 0
     chains = set()
     for row in rows:
         first = first_attended(row, window)
         if not row.is_prefill or first >= row.before:
             continue
-        chain = tuple(it.number for it in placed.prefixes(row)), first
+        shared = [it.number for it in placed.prefixes(row) if first < it.end]
+        chain = tuple(shared), first
         if chain not in chains:
-            parts = sum(first < it.end for it in placed.prefixes(row))
-            gathered, launches = gathered + row.before - first, launches + 4 * parts + 2
-        chains.add(chain)
-        attended += row.before - first
-        copied += row.before - first + row.seq_len
-        launches += 2
+            chains.add(chain)
+            gathered += row.before - first
+            joined += (row.before - first) * (len(shared) > 1)
+            launches += GATHER_TILE * len(shared) + JOIN * (len(shared) > 1)
+        if _is_in_parts(plan, row, window):
+            launches += MERGE_CHUNK
+        else:
+            joined += row.before - first + row.seq_len
+            launches += JOIN
     nbytes = 2 * config.kv_size * plan.element_bytes
     amounts: Amounts = {
         _R.DEVICE_ATTENTION: gathered * nbytes,
         _R.DEVICE_OPS: launches,
-        _R.ELEMENTWISE: 2 * (2 * gathered + copied) * nbytes,
+        _R.ELEMENTWISE: 2 * (gathered + joined) * nbytes,
     }
     if plan.policy.cache_bits:
-        amounts[_R.DEQUANTIZE] = 4 * attended * config.kv_size
+        amounts[_R.DEQUANTIZE] = 4 * gathered * config.kv_size
     return amounts
+
+
+def _is_in_parts(plan: StagePlan, row: Row, window: int | None) -> bool:
+    """True if a chunk attends its prefixes apart from its own tokens; else they are joined."""
+    attends_all = window is None or row.before + row.seq_len <= window
+    return not plan.stages_disk and not row.position and attends_all
 
 
 def merged_parts(plan: StagePlan, placed: PlacedRows) -> Amounts:
