@@ -133,8 +133,9 @@ def merge_launches(plan: StagePlan) -> int:
 def _chunk(plan: StagePlan, users: Sequence[User]) -> int:
     """Launches of some rows' products with a tile, and of merging the result."""
     kv_heads, queries = plan.config.num_kv_heads, plan.config.num_heads // plan.config.num_kv_heads
-    transposes = len(users) > 1 and kv_heads > 1  # results, and queries of several heads
+    # Queries, results and sums of heads that share a KV head change their order.
+    copies = 3 * (len(users) > 1 and kv_heads > 1 and queries > 1)
     is_masked = any(start for _, start in users)
     products = _ATTEND_TILE if plan.stages_disk or is_masked else _ATTEND_TILE_ON_CPU
-    count = products + _MASK * is_masked + transposes * (2 + (queries > 1)) + _MERGE
+    count = products + _MASK * is_masked + copies + _MERGE
     return count + 3 * (plan.element_bytes < 4)  # products are in float32
