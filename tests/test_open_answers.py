@@ -55,7 +55,8 @@ def plan_of(params: SamplingParams, count: int = 300, **options) -> StagePlan:
     """The plan of some prompts of 100 tokens by filling the tiers of a machine without rates."""
     options = {"gpu_memory": "2GiB", "cpu_memory": "3GiB", "use_ray": False} | options
     with LLM("opt-1.3b", load_format="dummy", dry_run=True, device="cpu", **options) as llm:
-        llm.prepare([llm.request(i, [5] * 100, params) for i in range(count)])
+        prompts = ([5 + i, *[5] * 99] for i in range(count))  # that share nothing
+        llm.prepare([llm.request(i, prompt, params) for i, prompt in enumerate(prompts)])
         return llm.plans[0]
 
 

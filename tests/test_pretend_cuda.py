@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from contextlib import nullcontext
-from functools import partial
 from typing import NamedTuple
 
 import pytest
@@ -320,7 +319,10 @@ SHARING = [
 @pytest.mark.parametrize("policy, tier", SHARING)
 def test_a_cuda_run_shares_prefixes(tiny_models, plain_host_attention, monkeypatch, policy, tier):
     """Decoding rows beside prompts, and alone; prefixes on the device or in host memory."""
-    place = partial(place_prefixes, tiers=(tier,))
+
+    def place(plans, budgets, tiers):
+        return place_prefixes(plans, budgets, (tier,))
+
     monkeypatch.setattr(choose, "place_prefixes", place)
     rng = random.Random(0)
     shared = [[rng.randrange(4, 90) for _ in range(72)] for _ in range(2)]

@@ -108,7 +108,7 @@ def test_keys_and_the_values_kept_cross_the_link(tiny_models, bits, monkeypatch)
     """The values of 10 of 99 past tokens and a new one, instead of seven pages."""
     folder, _ = tiny_models["llama"]
     dense = Policy(4, 1, 64, cache=Placement(0, 1, 0), cpu_attention=0.0, cache_bits=bits)
-    prompts = [list(range(4, 90)) + list(range(4, 18 - i)) for i in (1, 1, 1, 1)]
+    prompts = [[4 + i, *range(5, 90), *range(4, 17)] for i in range(4)]  # that share nothing
     assert all(len(prompt) == 99 for prompt in prompts)
     moved = {
         share: counted(
