@@ -56,12 +56,16 @@ _LLAMA = {
     "rms_norm_eps": 1e-5, "tie_word_embeddings": True, "dtype": "float32",
 }  # fmt: skip
 # Models that run on this machine, by keys of config.json. A pass of the first takes little more
-# than the time of Python; the second has large weights and a small cache, to be read from disk; the
-# third is published.
+# than the time of Python; the third has large weights and a small cache, to be read from disk; the
+# last is published.
 MODELS: dict[str, dict[str, Any]] = {
     "llama-6m": {
         "hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 8, "vocab_size": 4096,
         "num_attention_heads": 4, "num_key_value_heads": 2,
+    },
+    "llama-25m": {
+        "hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8, "vocab_size": 4096,
+        "num_attention_heads": 8, "num_key_value_heads": 4,
     },
     "llama-90m": {
         "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 6, "vocab_size": 4096,
@@ -147,7 +151,7 @@ def mixed_lengths(
     checkouts = checkouts_with(other)
     cases: dict[str, dict] = {}
     where = EMULATED_T4 if emulated else FROM_DISK if from_disk else IN_MEMORY
-    with _model(None if emulated else model) as (name, config):
+    with made_up_model(None if emulated else model) as (name, config):
         for mixture in lengths.split(","):
             chosen = _lengths(mixture, num_requests, longest)
             for count in map(int, rows.split(",")):
@@ -179,7 +183,7 @@ def checkouts_with(other: Path | None) -> dict[str, Path]:
 
 
 @contextmanager
-def _model(name: str | None) -> Iterator[tuple[str, ModelConfig]]:
+def made_up_model(name: str | None) -> Iterator[tuple[str, ModelConfig]]:
     """Folder, or built-in shape, and config of a model; None is the one that is emulated."""
     if name is None:
         yield EMULATED, shape_config(EMULATED)

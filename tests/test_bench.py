@@ -14,8 +14,9 @@ from bench_results import bench, benchmark
 from typer.testing import CliRunner
 
 from benchmarks import attention as bench_attention
-from benchmarks import choice, gate
+from benchmarks import choice, few_shot, gate
 from benchmarks import paper_machines as t4
+from flexgen_ray.cli.bench import runs as bench_runs
 from flexgen_ray.cli.main import app
 from flexgen_ray.config import Policy
 
@@ -37,7 +38,7 @@ cpu_attention: 0.5
 def test_every_benchmark_says_what_it_claims_what_is_good_and_which_command_made_its_file(capsys):
     runpy.run_module("benchmarks", run_name="__main__")
     listed = re.findall(r"^python -m benchmarks\.(\w+) ", capsys.readouterr().out, re.MULTILINE)
-    assert len(listed) == 18 and "__main__" not in listed
+    assert len(listed) == 20 and "__main__" not in listed
     for name in listed:
         about = " ".join((import_module(f"benchmarks.{name}").__doc__ or "").split())
         assert re.search(r"Claims?\b", about) and "Good: " in about, name
@@ -108,6 +109,38 @@ def test_a_run_and_its_simulation_are_compared_case_by_case():
     for case in result["cases"].values():
         assert case["ratio"] == pytest.approx(case["measured_s"] / case["simulated_s"], rel=0.01)
         assert case["wall_ratio"] == pytest.approx(case["wall_s"] / case["simulated_s"], rel=0.01)
+
+
+def test_prefixes_are_counted_with_sharing_and_without(monkeypatch):
+    # Whatever else this machine does meanwhile.
+    monkeypatch.setattr(bench_runs, "name_disturbance", lambda cores: [])
+    work = ("--groups", 2, "--rows", 3, "--prompt-len", 150, "--max-tokens", 4)
+    result = benchmark("prefixes", "--cases", "resident,nothing shared", *work)
+    case, other = (result["cases"][name] for name in ("resident", "nothing shared"))
+    # 0.8 of 150 tokens are seven pages, which two of three rows need not compute.
+    saved = 2 * 2 * 7 * 16
+    assert case["saved_prompt_tokens"] == saved and case["share_of_possible_saving"] == 1
+    assert case["runs"]["without"][0]["prompt_tokens"] == 6 * 150
+    assert case["equal_answers"] == case["requests"] == 6
+    with_it, without = (case["runs"][name][0]["cache_bytes_a_pass"] for name in case["runs"])
+    token = 2 * 4 * 64 * 4 * 8  # bytes: keys and values of 4 heads of 64 numbers in 8 layers
+    assert without == pytest.approx(6 * 152 * token, rel=0.01)
+    assert without - with_it == pytest.approx(saved * token, rel=0.01)
+    assert other["saved_prompt_tokens"] == 0 and other["cache_bytes_ratio"] == 1
+    assert 0 < case["ratio"] and 0 < other["ratio"]
+
+
+def test_few_shot_jobs_are_confirmed_by_transformers(text_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_runs, "name_disturbance", lambda cores: [])
+    monkeypatch.setattr(few_shot, "GSM8K_EXAMPLES", 4)
+    lines = [json.dumps({"question": f"{i}+{i}", "answer": f"{2 * i}"}) for i in range(7)]
+    (tmp_path / "gsm8k_test.jsonl").write_text("\n".join(lines))
+    result = benchmark(
+        "few_shot", "--data", tmp_path, "--model", text_model, "--jobs", "gsm8k", "--questions", 3
+    )
+    case = result["jobs"]["gsm8k"]
+    assert case["equal_answers"] == case["confirmed"] == case["requests"] == 3
+    assert case["share_of_possible_saving"] == 1 and case["saved_prompt_tokens"] >= 2 * 4 * 16
 
 
 def test_issuing_is_measured_in_microseconds_an_op():

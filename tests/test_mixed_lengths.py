@@ -49,7 +49,7 @@ def test_memory_is_enough_for_the_slots_and_not_for_twice_as_many(shape, rows, w
 @pytest.mark.parametrize("rows", [4, 16, 64])
 @pytest.mark.parametrize("where", [IN_MEMORY, FROM_DISK])
 def test_an_engine_fills_that_memory_with_no_fewer_rows(rows, where):
-    with mixed_lengths._model("llama-90m") as (_, config):
+    with mixed_lengths.made_up_model("llama-90m") as (_, config):
         slots = fixed_slots(config, LENGTHS, rows, False)
     workload = Workload(len(LENGTHS), slots.longest_prompt, slots.longest)
     layers = StageLayers.whole(config.num_layers)
