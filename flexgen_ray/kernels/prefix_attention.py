@@ -7,11 +7,14 @@ others. In torch, on the device of the tensors; float32 within. Knows no pages a
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-# Attention of torch on a CPU that also returns the logarithms of the sums.
-_attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+# Attention of torch on a CPU that also returns the logarithms of the sums. It is no public
+# function; where torch has none, products take its place.
+_attend: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 
 
 def attend_shared(
@@ -29,7 +32,7 @@ def attend_shared(
     sharing = heads // kv_heads
     grouped = q.view(rows, kv_heads, sharing, head_dim).transpose(0, 1).float()
     k, v = k.float(), v.float()
-    if starts is None and q.device.type == "cpu":
+    if starts is None and takes_parts(q.device):
         queries = grouped.reshape(kv_heads, rows * sharing, head_dim)
         out, lse = (part[0] for part in _attend(queries[None], k[None], v[None]))
         return _by_rows(out, rows), _by_rows(lse[..., None], rows)[..., 0]
@@ -45,6 +48,11 @@ def attend_shared(
     out = (weights @ v).div_(sums)
     lse = sums.log_().add_(most)
     return _by_rows(out, rows), _by_rows(lse, rows)[..., 0]
+
+
+def takes_parts(device: torch.device) -> bool:
+    """True if torch's attention on a device returns the logarithms of the sums."""
+    return device.type == "cpu" and _attend is not None
 
 
 def _by_rows(x: Tensor, rows: int) -> Tensor:

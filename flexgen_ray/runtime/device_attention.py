@@ -34,7 +34,12 @@ from flexgen_ray.kernels.cuda_attention import page_kernel
 from flexgen_ray.kernels.host_kernel import HostKernel, rows_together
 from flexgen_ray.kernels.indices import place_indices
 from flexgen_ray.kernels.pack import pack, unpack
-from flexgen_ray.kernels.prefix_attention import attend_in_parts, attend_shared, merge_part
+from flexgen_ray.kernels.prefix_attention import (
+    attend_in_parts,
+    attend_shared,
+    merge_part,
+    takes_parts,
+)
 from flexgen_ray.layout.pages import Home, SharedHome, page_table, pages_of
 from flexgen_ray.layout.plan import StagePlan
 from flexgen_ray.layout.prefix_tiles import User, prefix_tiles
@@ -281,7 +286,7 @@ class DeviceAttention:
         Then they needn't be copied side by side. All of its tokens must attend all prefixes.
         """
         attends_all = window is None or row.before + row.seq_len <= window
-        return self._device.type == "cpu" and not row.position and attends_all
+        return takes_parts(self._device) and not row.position and attends_all
 
     def _prefix_before(
         self, op: Op, placed: PlacedRows, row: Row, first: int
