@@ -12,7 +12,8 @@ are the bytes of keys and values that decoding rows attended, a prefix once for 
 `equal_answers` have the same tokens in both; orders of summing may part where two tokens are
 equally likely. A ratio rests on no run beside which others used the cores;
 `processor_seconds` hardly depend on these where OMP_NUM_THREADS is 1.
-docs/results/prefixes-cpu.json: python -m benchmarks.prefixes --repeats 2 --json FILE
+docs/results/prefixes-cpu.json: python -m benchmarks.prefixes --repeats 2 --json FILE, and
+docs/results/prefixes-nothing-shared-cpu.json with --cases "nothing shared" --repeats 3
 """
 
 from __future__ import annotations

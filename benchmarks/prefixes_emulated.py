@@ -73,8 +73,8 @@ def prefixes_emulated(
     work = Groups(groups, rows, prompt_len, pages * PAGE_TOKENS, max_tokens)
     requests, runs = work.requests(VOCABULARY), {}
     for name in (WITH, WITHOUT):
-        found = find_prefixes(requests) if name == WITH else NOTHING_SHARED
-        job = planned_job(requests, found)
+        prefixes = find_prefixes(requests) if name == WITH else NOTHING_SHARED
+        job = planned_job(requests, prefixes)
         device = StageDevice(lambda *of: t4.MACHINE, t4.BUDGET)
         plan = find_best_plan(Planner(shape_config(MODEL), (device,), job, "float16"))
         runs[name] = gate.attempt(partial(_run, plan, requests, layer_ms / 1e3))
