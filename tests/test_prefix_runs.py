@@ -83,6 +83,22 @@ def test_tokens_are_those_of_transformers(
         assert numbers
 
 
+@pytest.mark.parametrize("tier", ["gpu", "cpu"])
+def test_fifty_groups_in_a_block(models, tier):
+    """Three levels, two rows of each group side by side; the same tokens as without sharing."""
+    folder, _ = models["llama"]
+    prompts = [
+        tokens_of(("a", 64), (f"of five {group % 10}", 64), (f"group {group}", 64), (f"own {i}", 3))
+        for i, group in enumerate(2 * [*range(50)])
+    ]
+    policy = Policy(50, 2, 512, cache=Placement(0, 1, 0))
+    with sharing([tier], 30 * 50, False) as computed:
+        found = greedy(folder, prompts, policy, use_ray=False)
+    wanted = greedy(folder, prompts, policy, use_ray=False, enable_prefix_caching=False)
+    assert [it.token_ids for it in found] == [it.token_ids for it in wanted]
+    assert len(computed) == len({it.number for it in computed}) == 1 + 10 + 50
+
+
 @settings(max_examples=3)
 @given(
     name=st.sampled_from(["llama", "gemma3"]),

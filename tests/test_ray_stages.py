@@ -13,13 +13,16 @@ from socket import gethostname
 
 import pytest
 import ray
+import tiny
 from engine_runs import assert_same
 from stage_killer import SLOW, Killer
 
 from flexgen_ray import LLM, Placement, Policy, SamplingParams
 from flexgen_ray.config import Faults
 from flexgen_ray.distributed.attempt import get_results
+from flexgen_ray.request import Request
 from flexgen_ray.runtime.events import Progress
+from flexgen_ray.runtime.prefixes import find_prefixes
 
 THIRD = Placement(0.3, 0.3, 0.4)
 POLICY = Policy(2, 2, 16, THIRD, THIRD, THIRD, 0.5)
@@ -105,7 +108,14 @@ def disturbed(folder, references, moments, num_stages=3, how=signal.SIGKILL, **f
     [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)],
 )
 def test_killed_stages_cost_no_token(tiny_models, local_ray, num_stages, unsaid):
-    folder, references = tiny_models["llama"]
+    """Prompts share prefixes, which new processes compute again."""
+    folder, known = tiny_models["llama"]
+    shared = [[4 + (place * turn) % 90 for place in range(64)] for turn in (7, 11)]
+    prompts = [shared[index % 2] + it.prompt for index, it in enumerate(known)]
+    params = SamplingParams(max_tokens=12)
+    made = [Request(index, prompt, params) for index, prompt in enumerate(prompts)]
+    assert len(find_prefixes(made).prefixes) == 2
+    references = tiny.references(folder, prompts, 12)
     recoveries, killed_at = disturbed(folder, references, [(0.3, 0)], num_stages)
     ((recovery,), (moment,)) = recoveries, killed_at
     assert recovery.stages == [0] and "process" in recovery.reason
