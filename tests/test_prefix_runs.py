@@ -88,7 +88,7 @@ def test_fifty_groups_in_a_block(models, tier):
     """Three levels, two rows of each group side by side; the same tokens as without sharing."""
     folder, _ = models["llama"]
     prompts = [
-        tokens_of(("a", 64), (f"of five {group % 10}", 64), (f"group {group}", 64), (f"own {i}", 3))
+        tokens_of(("a", 32), (f"of five {group % 10}", 32), (f"group {group}", 32), (f"own {i}", 3))
         for i, group in enumerate(2 * [*range(50)])
     ]
     policy = Policy(50, 2, 512, cache=Placement(0, 1, 0))
