@@ -24,20 +24,17 @@ from itertools import chain, islice
 from math import ceil
 
 from flexgen_ray.config import PAGE_TOKENS
-from flexgen_ray.kernels.sampling import SamplingRow, uniform_number
+from flexgen_ray.kernels.sampling import SamplingRow
 from flexgen_ray.layout.admission import Admission, are_alike
 from flexgen_ray.layout.answers import AnswerLengths
 from flexgen_ray.layout.pages import pages_of
 from flexgen_ray.layout.rows import Row, Rows, ScoredRow
 from flexgen_ray.request import Finished, Request, SamplingParams, Score, SlotScores
+from flexgen_ray.runtime.next_tokens import FindStop, NextTokens, not_finite_message
 from flexgen_ray.runtime.prefix_book import PrefixBook
 from flexgen_ray.runtime.prefixes import Prefix, rank_groups
 from flexgen_ray.runtime.sequence import Sequence
 
-# Exceeds any vocabulary; messages hold no integer of more than 64 bits.
-_ALL_TOKENS = 2**31 - 1
-
-FindStop = Callable[[list[int], int, SamplingParams], str | None]
 Entered = tuple[int, int, tuple[int, ...], tuple[int, ...]]  # as layout.rows.Rows has them
 MOST_GROUPS = 16  # groups among which a row is looked for; others wait for their prefixes
 
@@ -79,6 +76,7 @@ class Scheduler:
         )
         # Ranks of prefixes, by number, and of none (-1): so groups of requests follow each other.
         self._ranks: dict[int, int] = {}
+        self._next = NextTokens(self.eos_token_ids, self.find_stop, self.seed)
         self._slots: list[dict[int, Sequence]] = [{} for _ in range(self.num_batches)]
         self._left: list[list[int]] = [[] for _ in range(self.num_batches)]
         self._due = self._due_at_first()
@@ -189,7 +187,7 @@ class Scheduler:
 
     def sampling_rows(self, batch: int, slots: list[int]) -> list[SamplingRow]:
         """Settings that choose the next token of each slot."""
-        return [self._sampling_row(self._slots[batch][slot]) for slot in slots]
+        return [self._next.sampling_row(self._slots[batch][slot]) for slot in slots]
 
     def request_indices(self, batch: int, slots: list[int]) -> list[int]:
         """Index of the request in each slot."""
@@ -222,7 +220,7 @@ class Scheduler:
             sequence = self._slots[batch][slot]
             sequence.append(token)
             self._accepted.append((sequence.request.index, token))
-            done = self._finished_by(sequence, token)
+            done = self._next.finished_by(sequence, token)
             if done is not None:
                 self._ended[batch].append((len(done.token_ids), done.finish_reason == "length"))
                 self._finished.append(done)
@@ -276,7 +274,7 @@ class Scheduler:
         answer, most = tokens - prompt_len, request.max_tokens
         if request.is_open:
             most = min(most, max(request.expected_tokens, 2 * answer))
-        if self._answers.are_known and self._may_end(request):
+        if self._answers.are_known and self._next.may_end(request):
             return prompt_len + ceil(self._answers.expected(answer, most))
         return prompt_len + most
 
@@ -504,7 +502,7 @@ class Scheduler:
         if self.admission is None or not self._waiting or not self._are_alike:
             return self.gpu_batch_size
         usual, slots = self._waiting[len(self._waiting) // 2], self.gpu_batch_size
-        if self._may_end(usual) and not self._answers.reach_their_most:
+        if self._next.may_end(usual) and not self._answers.reach_their_most:
             return slots
         pace = self.admission.pace(
             self._sequence(usual), len(self._waiting), slots * self.num_batches
@@ -608,82 +606,6 @@ class Scheduler:
         self.recomputed_tokens += again
         return max(min(stop, len(request.prompt_token_ids)) - start - again, 0)
 
-    def _sampling_row(self, sequence: Sequence) -> SamplingRow:
-        """Settings that choose a sequence's next token."""
-        request, params = sequence.request, sequence.request.params
-        position = len(sequence.generated)
-        if params.temperature == 0:
-            number = 0.0
-        elif params.seed is not None:
-            number = uniform_number(params.seed, -1, position, request.sample)
-        else:
-            stream = request.index if request.first is None else request.first
-            number = uniform_number(self.seed, stream, position, request.sample)
-        forced = request.forced_token_ids
-        forced_token = forced[position] if position < len(forced) else None
-        first = request.scored_from
-        top = None if first is None or len(sequence.token_ids) < first else request.top
-        return SamplingRow(
-            params.temperature,
-            params.top_p,
-            number,
-            forced_token,
-            top,
-            min(max(params.top_k, 0), _ALL_TOKENS),
-            params.min_p,
-            self._banned(sequence),
-            sequence.penalties() if params.has_penalties else None,
-            params.allowed_token_ids,
-            tuple(params.logit_bias.items()) if params.logit_bias else (),
-        )
-
-    def _banned(self, sequence: Sequence) -> tuple[int, ...]:
-        """Tokens that may not follow: ends before min_tokens, and those that complete bad words."""
-        params, position = sequence.request.params, len(sequence.generated)
-        banned = {*self._ends(params)} if position < params.min_tokens else set()
-        for *before, last in sequence.request.bad_words:
-            count = len(before)
-            if (
-                count <= position
-                and sequence.token_ids[len(sequence.token_ids) - count :] == before
-            ):
-                banned.add(last)
-        return tuple(sorted(banned))
-
-    def _may_end(self, request: Request) -> bool:
-        """True if an answer may end before max_tokens."""
-        return bool(request.params.stop or self._ends(request.params))
-
-    def _ends(self, params: SamplingParams) -> frozenset[int]:
-        """Tokens that end an answer."""
-        ends = frozenset(params.stop_token_ids)
-        return ends if params.ignore_eos else ends | self.eos_token_ids
-
-    def _finished_by(self, sequence: Sequence, token: int) -> Finished | None:
-        """Result of the request if its newest token is its last, else None."""
-        request, params, count = sequence.request, sequence.request.params, len(sequence.generated)
-        reason = "length" if count >= request.max_tokens else None
-        stop: int | str | None = None
-        if count > len(request.forced_token_ids):
-            ends = token in self._ends(params)
-            stop = None if ends else self._newest_stop(sequence, count)
-            if ends or stop is not None:
-                reason = "stop"
-            if ends and (params.ignore_eos or token not in self.eos_token_ids):
-                stop = token
-        if reason is None:
-            return None
-        return Finished(request.index, sequence.generated, reason, sequence.scores, stop)
-
-    def _newest_stop(self, sequence: Sequence, count: int) -> str | None:
-        """Stop string that the newest token completes, if any."""
-        request, params = sequence.request, sequence.request.params
-        if not params.stop or count <= params.min_tokens:
-            return None
-        assert self.find_stop is not None, "stop strings need a tokenizer"
-        begin = len(request.prompt_token_ids) + len(request.forced_token_ids)
-        return self.find_stop(sequence.token_ids, begin, params)
-
 
 def _tokens_left(sequence: Sequence) -> int:
     return len(sequence.token_ids) - sequence.cached
@@ -699,24 +621,3 @@ def _sequence_of(prefix: Prefix) -> Sequence:
     tokens = list(prefix.token_ids)
     request = Request(_index_of(prefix), tokens, SamplingParams(max_tokens=1))
     return Sequence(request, tokens, [], len(tokens), prefix=prefix.parent, is_prefix=True)
-
-
-_REMEDIES = {
-    "float16": "use --dtype bfloat16 or float32",
-    "bfloat16": "use --dtype float32",
-    "float32": "its weights may be damaged, or the prompt may be one that they can't take",
-}
-
-
-def not_finite_message(place: int, dtype: str = "float32", cache_bits: int | None = None) -> str:
-    """Error message for a request whose hidden states or logits are NaN or infinite.
-
-    place: index of the token to sample or score, in prompt and answer together.
-    """
-    remedy = _REMEDIES[dtype]
-    if cache_bits is not None:
-        remedy += ", or leave out --cache-bits"
-    return (
-        f"activations are not finite (NaN or infinite) in {dtype} at token {place}, the prompt's "
-        f"counted; {remedy}"
-    )

@@ -49,8 +49,9 @@ from flexgen_ray.runtime.lanes import (
 )
 from flexgen_ray.runtime.meter import Meter, StageMeasurements, VisitTiming
 from flexgen_ray.runtime.modelled import Modelled, RunWrapper
+from flexgen_ray.runtime.next_tokens import FindStop, not_finite_message
 from flexgen_ray.runtime.ring import Channel
-from flexgen_ray.runtime.scheduler import FindStop, Scheduler, not_finite_message
+from flexgen_ray.runtime.scheduler import Scheduler
 from flexgen_ray.schedule.dependencies import window_ops
 from flexgen_ray.schedule.ops import Span
 from flexgen_ray.schedule.zigzag import zigzag
