@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -170,11 +171,14 @@ def mixed_lengths(
 
 
 def _lengths(mixture: str, num_requests: int, longest: int) -> Lengths:
-    """Lengths of requests of a mixture, or of equal ones."""
+    """Lengths of requests of a mixture, or of equal ones; ValueError for any other name."""
     if mixture in MIXTURES:
         return scale(draw(MIXTURES[mixture].make(), num_requests), longest)
-    prompt_len, answer_len = map(int, mixture.split("+"))
-    return [(prompt_len, answer_len)] * num_requests
+    equal = re.fullmatch(r"([1-9]\d*)\+([1-9]\d*)", mixture)
+    if equal is None:
+        known = ", ".join(MIXTURES)
+        raise ValueError(f"--lengths has {mixture!r}; it must be one of {known}, or as 512+32")
+    return [(int(equal[1]), int(equal[2]))] * num_requests
 
 
 def checkouts_with(other: Path | None) -> dict[str, Path]:

@@ -49,6 +49,18 @@ from flexgen_ray.schedule.ops import Op, OpKind
 RESIDENT, DISK, NOTHING_SHARED = "resident", "disk", "nothing shared"
 MODEL_OF = {RESIDENT: "llama-25m", DISK: "llama-90m", NOTHING_SHARED: "llama-25m"}
 WITH, WITHOUT = "with", "without"  # sharing
+GroupsOption = Annotated[int, typer.Option(metavar="N", min=1, help="Number of groups.")]
+RowsOption = Annotated[int, typer.Option(metavar="N", min=1, help="Requests of a group.")]
+PromptOption = Annotated[
+    int, typer.Option(metavar="N", min=PAGE_TOKENS + 1, help="Tokens of a prompt.")
+]
+SharedOption = Annotated[
+    float,
+    typer.Option(
+        metavar="SHARE", min=0, max=1, help="Share of a prompt that its group has in common."
+    ),
+]
+AnswerOption = Annotated[int, typer.Option(metavar="N", min=2, help="Tokens of an answer.")]
 SLOTS = 4  # requests for each that memory has room for, where weights come from disk
 
 
@@ -86,6 +98,11 @@ class Groups:
         return [Request(index, prompt, params) for index, prompt in enumerate(prompts)]
 
 
+def whole_pages(tokens: float) -> int:
+    """Tokens of the whole pages among so many; no more are shared."""
+    return int(tokens) // PAGE_TOKENS * PAGE_TOKENS
+
+
 @dataclass
 class CacheReads:
     """Bytes of cache that decoding rows attended, by passes of batches with any."""
@@ -119,18 +136,11 @@ def prefixes(
     cases: Annotated[
         str, typer.Option(metavar="NAME,...", help=f"Cases to run, of: {', '.join(MODEL_OF)}.")
     ] = ",".join(MODEL_OF),
-    groups: Annotated[int, typer.Option(metavar="N", min=1, help="Number of groups.")] = 4,
-    rows: Annotated[int, typer.Option(metavar="N", min=1, help="Requests of a group.")] = 16,
-    prompt_len: Annotated[
-        int, typer.Option(metavar="N", min=PAGE_TOKENS + 1, help="Tokens of a prompt.")
-    ] = 1024,
-    shared: Annotated[
-        float,
-        typer.Option(
-            metavar="SHARE", min=0, max=1, help="Share of a prompt that its group has in common."
-        ),
-    ] = 0.8,
-    max_tokens: Annotated[int, typer.Option(metavar="N", min=2, help="Tokens of an answer.")] = 32,
+    groups: GroupsOption = 4,
+    rows: RowsOption = 16,
+    prompt_len: PromptOption = 1024,
+    shared: SharedOption = 0.8,
+    max_tokens: AnswerOption = 32,
     repeats: Annotated[
         int, typer.Option(metavar="N", min=1, help="Number of runs with and without sharing.")
     ] = 1,
@@ -140,8 +150,7 @@ def prefixes(
 
     Example: python -m benchmarks.prefixes --cases resident --groups 8 --rows 8
     """
-    pages = int(shared * prompt_len) // PAGE_TOKENS
-    work = Groups(groups, rows, prompt_len, pages * PAGE_TOKENS, max_tokens)
+    work = Groups(groups, rows, prompt_len, whole_pages(shared * prompt_len), max_tokens)
     results = {}
     for case in cases.split(","):
         alike = replace(work, shared=0) if case == NOTHING_SHARED else work

@@ -24,12 +24,21 @@ import typer
 from benchmarks import gate
 from benchmarks import paper_machines as t4
 from benchmarks.command import run_as_command
-from benchmarks.prefixes import WITH, WITHOUT, Groups
+from benchmarks.prefixes import (
+    WITH,
+    WITHOUT,
+    AnswerOption,
+    Groups,
+    GroupsOption,
+    PromptOption,
+    RowsOption,
+    SharedOption,
+    whole_pages,
+)
 from benchmarks.stand_in import StandIn, memory_folder
 from flexgen_ray.calibration.steady import OtherLoad
 from flexgen_ray.cli.bench.runs import beside
 from flexgen_ray.cli.options import JsonOption
-from flexgen_ray.config import PAGE_TOKENS
 from flexgen_ray.models.shapes import shape_config
 from flexgen_ray.planner.choose import planned_job
 from flexgen_ray.planner.pipeline_plan import PipelinePlan, StageDevice
@@ -44,18 +53,11 @@ VOCABULARY = 96  # of the stand-in
 
 
 def prefixes_emulated(
-    groups: Annotated[int, typer.Option(metavar="N", min=1, help="Number of groups.")] = 4,
-    rows: Annotated[int, typer.Option(metavar="N", min=1, help="Requests of a group.")] = 50,
-    prompt_len: Annotated[
-        int, typer.Option(metavar="N", min=PAGE_TOKENS + 1, help="Tokens of a prompt.")
-    ] = 1024,
-    shared: Annotated[
-        float,
-        typer.Option(
-            metavar="SHARE", min=0, max=1, help="Share of a prompt that its group has in common."
-        ),
-    ] = 0.8,
-    max_tokens: Annotated[int, typer.Option(metavar="N", min=2, help="Tokens of an answer.")] = 32,
+    groups: GroupsOption = 4,
+    rows: RowsOption = 50,
+    prompt_len: PromptOption = 1024,
+    shared: SharedOption = 0.8,
+    max_tokens: AnswerOption = 32,
     layer_ms: Annotated[
         float,
         typer.Option(
@@ -69,8 +71,7 @@ def prefixes_emulated(
 
     Example: python -m benchmarks.prefixes_emulated --groups 2 --rows 20
     """
-    pages = int(shared * prompt_len) // PAGE_TOKENS
-    work = Groups(groups, rows, prompt_len, pages * PAGE_TOKENS, max_tokens)
+    work = Groups(groups, rows, prompt_len, whole_pages(shared * prompt_len), max_tokens)
     requests, runs = work.requests(VOCABULARY), {}
     for name in (WITH, WITHOUT):
         prefixes = find_prefixes(requests) if name == WITH else NOTHING_SHARED

@@ -257,10 +257,8 @@ class Workload:
 class Sharing:
     """Amount of prompts that lies in prefixes that several of them share (runtime/prefixes.py).
 
-    num_requests: sequences. tokens: of all prefixes together. most_tokens: of the prefixes of one
-    prompt, at most.
-    mean_tokens: of the prefixes of a prompt, on average. levels: mean number of a prompt's
-    prefixes.
+    num_requests: sequences. tokens: of all prefixes together. most_tokens, mean_tokens: of the
+    prefixes of one prompt, at most and on average. levels: mean number of a prompt's prefixes.
     """
 
     num_requests: int

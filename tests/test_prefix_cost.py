@@ -1,4 +1,4 @@
-"""What prefixes take: the model's bytes, products and copies are those of a run."""
+"""Cost of prefixes: the model's bytes, products and copies are those of a run."""
 
 from __future__ import annotations
 

@@ -197,8 +197,11 @@ def references(folder: Path, some_prompts: list[list[int]], max_tokens: int) -> 
 
 
 def with_routes(model, made: list[Reference]) -> list[Reference]:
-    """The same with `routed_len`, if the model is a mixture: by float64, a choice of experts is too
-    close to call if the last one chosen is ahead of the next by 1e-6 of scores' deviation."""
+    """References with `routed_len`, if the model is a mixture.
+
+    By float64, a choice of experts is too close to call if the last one chosen is ahead of the next
+    by less than 1e-6 of the scores' deviation.
+    """
     if not hasattr(model.config, "num_experts"):
         return made
     model = copy.deepcopy(model).double()

@@ -20,7 +20,7 @@ from flexgen_ray.cost.launches import (
 from flexgen_ray.cost.resources import Amounts, Resource
 from flexgen_ray.layout.plan import StagePlan
 from flexgen_ray.layout.prefix_tiles import prefix_tiles
-from flexgen_ray.layout.rows import PlacedRows, Row, first_attended
+from flexgen_ray.layout.rows import PlacedRows, Row, first_attended, may_attend_apart
 
 _R = Resource
 _FLOAT32 = 4
@@ -78,7 +78,7 @@ def prefilled_prefixes(
             gathered += row.before - first
             joined += (row.before - first) * (len(shared) > 1)
             launches += GATHER_TILE * len(shared) + JOIN * (len(shared) > 1)
-        if _is_in_parts(plan, row, window):
+        if not plan.stages_disk and may_attend_apart(row, window):
             launches += MERGE_CHUNK
         else:
             joined += row.before - first + row.seq_len
@@ -92,12 +92,6 @@ def prefilled_prefixes(
     if plan.policy.cache_bits:
         amounts[_R.DEQUANTIZE] = 4 * gathered * config.kv_size
     return amounts
-
-
-def _is_in_parts(plan: StagePlan, row: Row, window: int | None) -> bool:
-    """True if a chunk attends its prefixes apart from its own tokens; else they are joined."""
-    attends_all = window is None or row.before + row.seq_len <= window
-    return not plan.stages_disk and not row.position and attends_all
 
 
 def merged_parts(plan: StagePlan, placed: PlacedRows) -> Amounts:

@@ -177,11 +177,16 @@ class Engine:
 
         With max_model_len weights are loaded once, for all calls.
         """
-        if not self._found.is_of(requests):
-            self._found = JobSharing.of(requests, self.settings.shares_prefixes)
+        job = self._find_sharing(requests)
         if self._plans is not None and self._plans[0].workload.sharing is None:
             is_final = not self._can_share or self.settings.max_model_len is not None
-            return self._found.whole() if is_final else self._found
+            return job.whole() if is_final else job
+        return job
+
+    def _find_sharing(self, requests: list[Request]) -> JobSharing:
+        """Find what the requests share, once for `prepare` and `stream`."""
+        if not self._found.is_of(requests):
+            self._found = JobSharing.of(requests, self.settings.shares_prefixes)
         return self._found
 
     def _choose(self, requests: list[Request], job: JobSharing, name: RequestName) -> PolicyChoice:
@@ -222,11 +227,6 @@ class Engine:
     def _workload(self, job: JobSharing) -> Workload:
         """Sizes that the stores need for a job; with max_model_len, for any within it."""
         longest = self.settings.max_model_len
-        lengths = [
-            (prompt_len - job.shared.before(request), answer_len)
-            for request in job.answers
-            for prompt_len, answer_len in [request.expected_lengths]
-        ]
         return Workload(
             # Only a policy that is chosen depends on the number of requests.
             num_requests=1 if self.settings.policies else len(job.answers),
@@ -234,7 +234,7 @@ class Engine:
             # The last token of a text that is scored needs no place in the context.
             max_seq_len=longest + 1 if longest else max(it.max_seq_len for it in job.answers),
             resumes=self.backend.resumes,
-            mean_seq_len=mean_cached(lengths),
+            mean_seq_len=mean_cached(job.shared.own_lengths(job.answers)),
             sharing=job.amount,
         )
 
@@ -306,9 +306,7 @@ class Engine:
             raise RuntimeError("this LLM only plans (dry_run=True); make one that runs")
         assert self._plans is not None, "prepare comes first"
         samples = Samples(requests)
-        if not self._found.is_of(requests):
-            self._found = JobSharing.of(requests, self.settings.shares_prefixes)
-        job, forecast = self._found, self.report.forecast
+        job, forecast = self._find_sharing(requests), self.report.forecast
         self.report.prompt_tokens = job.prompt_tokens
         self.report.possible_tokens = job.shared.possible_tokens
         tally = ProgressTracker(samples.requests, forecast, job.saved_tokens(self._plans))

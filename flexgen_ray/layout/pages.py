@@ -232,7 +232,7 @@ class SharedHome:
 class StagePages:
     """Homes of all rows in one stage; what it does depends only on the order of the calls.
 
-    A prefix that rows share is computed as a row of its own, which then is kept without a slot.
+    A prefix that rows share is computed as a row of its own, which then needs no slot.
     """
 
     def __init__(self, space: CacheSpace) -> None:
@@ -294,8 +294,11 @@ class StagePages:
         if before in self._chains:
             self._chains[after] = self._chains.pop(before)
 
-    def keep(self, batch: int, slot: int, number: int, tokens: int) -> None:
-        """Keep a row as the prefix of this number, which has so many tokens of its own."""
+    def complete(self, batch: int, slot: int, number: int, tokens: int) -> None:
+        """Note that a row is complete as the prefix of this number, with so many tokens of its own.
+
+        It needs its slot no longer.
+        """
         chain = self._chains.pop((batch, slot), ())
         start = self._prefixes[chain[-1]][0].end if chain else 0
         homes = self._homes.pop((batch, slot))

@@ -454,6 +454,15 @@ def first_attended(row: Row, window: int | None) -> int:
     return 0 if window is None else max(0, row.before + row.position + 1 - window)
 
 
+def may_attend_apart(row: Row, window: int | None) -> bool:
+    """True if a prompt's chunk may attend its prefixes apart from its own tokens, on a CPU.
+
+    It is a first chunk, all of whose tokens attend all prefixes. window: as for first_attended.
+    """
+    attends_all = window is None or row.before + row.seq_len <= window
+    return not row.position and attends_all
+
+
 def streamed_pages_of(row: Row, kind: LayerKind) -> int:
     """Pages that a row takes in the streaming slot: of what it had, and of a decoded token."""
     return kind.pages_of(row.position if row.is_prefill else row.seq_len)

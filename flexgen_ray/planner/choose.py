@@ -390,11 +390,7 @@ def planned_job(requests: Sequence[Request], shared: SharedPrompts = NOTHING_SHA
     shared: prefixes of their prompts, whose tokens don't count.
     """
     drawn = fmean(sampling_share(it.params.temperature, it.params.top_k) for it in requests)
-    lengths = [
-        (prompt_len - shared.before(request), answer_len)
-        for request in requests
-        for prompt_len, answer_len in [request.expected_lengths]
-    ]
+    lengths = shared.own_lengths(requests)
     job = PlannedJob.of(lengths, drawn=drawn, sharing=measure_sharing(requests, shared))
     longest = max(request.max_seq_len for request in requests)
     return replace(job, max_tokens=max(longest - job.prompt_len, 1))

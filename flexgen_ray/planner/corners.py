@@ -26,7 +26,7 @@ import numpy as np
 from flexgen_ray.config import TIERS, HardwareSpec, Placement, Policy
 from flexgen_ray.cost.bound import Quantity, visit_terms
 from flexgen_ray.layout.plan import StagePlan
-from flexgen_ray.layout.sizes import stage_bytes, staged_bytes, tier_totals
+from flexgen_ray.layout.sizes import prefix_bytes, stage_bytes, staged_bytes, tier_totals
 from flexgen_ray.models.config import ModelConfig
 from flexgen_ray.schedule.zigzag import StageLayers
 
@@ -248,7 +248,8 @@ def _tier_bytes(plan: StagePlan) -> dict[str, int]:
     few = max(2, -(-plan.longest_pages // (plan.policy.gpu_batch_size * plan.row_pages)))
     some, more = (_unstaged_bytes(_with_batches(plan, number)) for number in (few, few + 1))
     nbytes = {tier: some[tier] + (batches - few) * (more[tier] - some[tier]) for tier in TIERS}
-    nbytes[plan.prefix_tier] += _prefix_bytes(plan)
+    # Their number does not grow with every batch.
+    nbytes[plan.prefix_tier] += prefix_bytes(plan)
     return nbytes | {"cpu": nbytes["cpu"] + staged_bytes(plan)}
 
 
@@ -257,13 +258,8 @@ def _unstaged_bytes(plan: StagePlan) -> dict[str, int]:
     """{tier: bytes} without the staging buffer of weights and the pages of prefixes."""
     need = tier_totals(stage_bytes(plan))
     nbytes = {tier: getattr(need, tier) for tier in TIERS}
-    nbytes[plan.prefix_tier] -= _prefix_bytes(plan)
+    nbytes[plan.prefix_tier] -= prefix_bytes(plan)
     return nbytes | {"cpu": nbytes["cpu"] - staged_bytes(plan)}
-
-
-def _prefix_bytes(plan: StagePlan) -> int:
-    """Bytes of the pages of prefixes, whose number does not grow with every batch."""
-    return plan.prefix_pages * plan.page_bytes * plan.num_decoder_layers
 
 
 def _with_batches(plan: StagePlan, batches: int) -> StagePlan:

@@ -43,7 +43,14 @@ from flexgen_ray.kernels.prefix_attention import (
 from flexgen_ray.layout.pages import Home, SharedHome, page_table, pages_of
 from flexgen_ray.layout.plan import StagePlan
 from flexgen_ray.layout.prefix_tiles import User, prefix_tiles
-from flexgen_ray.layout.rows import MemoKey, PlacedRows, Row, first_attended, token_runs
+from flexgen_ray.layout.rows import (
+    MemoKey,
+    PlacedRows,
+    Row,
+    first_attended,
+    may_attend_apart,
+    token_runs,
+)
 from flexgen_ray.runtime.passes import DecodeRows, find_decode_runs
 from flexgen_ray.schedule.ops import Op
 from flexgen_ray.store.activations import CellBuffers
@@ -273,20 +280,13 @@ class DeviceAttention:
                 k, v = torch.cat((before[0], k), 1), torch.cat((before[1], v), 1)
             k, v = self._dequantized(k), self._dequantized(v)
             q, out = work.q[row.tokens], target[row.tokens]
-            if loaded[1] and self._in_parts(row, window):
+            if loaded[1] and takes_parts(self._device) and may_attend_apart(row, window):
+                # Prefixes needn't be copied beside the chunk.
                 attend_in_parts(q, loaded[1], (k, v), out)
                 continue
             if loaded[1]:
                 k, v = (torch.cat(parts, 1) for parts in zip(loaded[1], (k, v), strict=True))
             self._prefill(q, k, v, k.shape[1] - row.num_new_tokens, window, out)
-
-    def _in_parts(self, row: Row, window: int | None) -> bool:
-        """True if a prompt's chunk attends its prefixes apart from its own tokens, on a CPU.
-
-        Then they needn't be copied side by side. All of its tokens must attend all prefixes.
-        """
-        attends_all = window is None or row.before + row.seq_len <= window
-        return takes_parts(self._device) and not row.position and attends_all
 
     def _prefix_before(
         self, op: Op, placed: PlacedRows, row: Row, first: int

@@ -360,7 +360,7 @@ class Passes:
         for slot, count in rows.grown:
             self._pages.grow(batch, slot, count)
         for slot, number, tokens in rows.completed:
-            self._pages.keep(batch, slot, number, tokens)
+            self._pages.complete(batch, slot, number, tokens)
         for number in rows.dropped:
             self._pages.drop(number)
         for slot, count, tiers, chain in rows.entered:

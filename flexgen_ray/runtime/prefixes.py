@@ -77,6 +77,11 @@ class SharedPrompts:
         prefix = self.of_request.get(request.index)
         return prefix.end if prefix else 0
 
+    def own_lengths(self, requests: Iterable[Request]) -> list[tuple[int, int]]:
+        """Tokens of each prompt without those in prefixes, and of the answer that is expected."""
+        pairs = ((request, *request.expected_lengths) for request in requests)
+        return [(prompt - self.before(request), answer) for request, prompt, answer in pairs]
+
 
 NOTHING_SHARED = SharedPrompts()
 

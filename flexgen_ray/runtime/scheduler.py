@@ -161,7 +161,7 @@ class Scheduler:
             self._look_at(batch)
             waiting_for_pages = self._grow(batch, left, grown)
             self._give_rows(batch)
-        completed = self._keep_prefixes(batch)
+        completed = self._complete_prefixes(batch)
         dropped = self._prefixes.take_unused()
         entered = [*self._begin_prefixes(batch, dropped), *self._fill(batch, slots)]
         self._under_way[batch] = [it.num_generated for it in self._rows_of(batch)]
@@ -383,7 +383,7 @@ class Scheduler:
             self._moving[of].append(((place, batch, slot), sequence))
         slots.clear()
 
-    def _keep_prefixes(self, batch: int) -> list[tuple[int, int, int]]:
+    def _complete_prefixes(self, batch: int) -> list[tuple[int, int, int]]:
         """Free the slots of prefixes that are computed; as layout.rows.Rows has these."""
         slots, completed = self._slots[batch], []
         done = [it for it in slots if slots[it].is_prefix and not _tokens_left(slots[it])]
