@@ -79,7 +79,7 @@ def sharing(tiers: list[str], quota: int = 99, is_short: bool = False) -> Iterat
         return computed[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prefixes, "LEAST_PAGES", 1)
+        patch.setattr(prefixes, "_least_saved", lambda requests: 1)
         patch.setattr(PrefixBook, "complete", completed)
         patch.setattr(Sharing, "pages", lambda it, rows: min(it.tokens // PAGE_TOKENS, quota))
         patch.setattr(

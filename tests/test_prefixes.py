@@ -81,8 +81,12 @@ def test_prefixes_are_those_of_a_tree_of_all_pages(requests, most, least, data):
         follow = Counter(pages(it)[: len(node) + 1] for it in users)
         ways = len(follow) + max(0, follow[node] - 1)
         parent = next(node[:x] for x in range(len(node) - 1, -1, -1) if node[:x] in levels)
-        saves = (len(node) - len(parent)) * (ways - 1)
-        if ways > 1 and saves >= least and levels[parent] < MOST_LEVELS:
+        own = len(node) - len(parent)
+        copies = sum(
+            1 if after != node and (own + 1) * (count - 1) >= least else count
+            for after, count in follow.items()
+        )
+        if ways > 1 and own * (copies - 1) >= least and levels[parent] < MOST_LEVELS:
             made[node], levels[node] = parent, levels[parent] + 1
             deepest |= dict.fromkeys((it.index for it in users), node)
 
@@ -90,7 +94,7 @@ def test_prefixes_are_those_of_a_tree_of_all_pages(requests, most, least, data):
         return tuple(token for page in node for token in page)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prefixes, "LEAST_PAGES", least)
+        patch.setattr(prefixes, "_least_saved", lambda some: least)
         shared = find_prefixes(requests, most, first_number=3)
     assert shared.possible_tokens == PAGE_TOKENS * sum(
         len(users) - 1 for node, users in tree.items() if node
@@ -108,6 +112,20 @@ def test_prefixes_are_those_of_a_tree_of_all_pages(requests, most, least, data):
         assert (prefix.start, prefix.end) == (len(ids(parent)), len(ids(node)))
         assert prefix.users == len(tree[node]) and prefix.pages == prefix.tokens // PAGE_TOKENS
     assert_groups_stand_together(requests, shared)
+
+
+@pytest.mark.parametrize(
+    ("users", "pages", "answer", "are_shared"),
+    [(2, 4, 1, True), (2, 3, 1, False), (9, 1, 16, True), (8, 1, 16, False),
+     (5, 1, 48, False), (48, 1, 48, True), (48, 1, 512, False), (2, 64, 512, True),
+     (2, 63, 512, False)],
+)  # fmt: skip
+def test_a_prefix_saves_enough_for_the_passes_of_its_users(users, pages, answer, are_shared):
+    """A few tokens of a chat's template are not worth products in each of many passes."""
+    some = [[7] * pages * PAGE_TOKENS + [8 + user] for user in range(users)]
+    shared = find_prefixes(requests_of(some, answer))
+    assert bool(shared.prefixes) is are_shared
+    assert shared.possible_tokens == (users - 1) * pages * PAGE_TOKENS
 
 
 def assert_groups_stand_together(requests, shared) -> None:
@@ -283,7 +301,7 @@ def test_every_request_ends_and_every_page_comes_back(data, some, seed, are_misj
         return run
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prefixes, "LEAST_PAGES", 1)
+        patch.setattr(prefixes, "_least_saved", lambda some: 1)
         if are_misjudged:
             patch.setattr(admission, "peak_pages", lambda *_: 0)
         early, late = run(False), run(True)
@@ -309,9 +327,9 @@ def test_prompt_tokens_are_computed_less_what_sharing_saves(data, some):
         replace(it, workload=replace(it.workload, sharing=quota), pages_per_row=it.longest_pages)
         for it in plans
     ]
-    run = Run(plans)
+    run, least = Run(plans), data.draw(st.integers(1, 4))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prefixes, "LEAST_PAGES", data.draw(st.integers(1, 4)))
+        patch.setattr(prefixes, "_least_saved", lambda some: least)
         requests = requests_of(some)
         shared = find_prefixes(requests)
         run.scheduler.add(requests)
@@ -320,5 +338,5 @@ def test_prompt_tokens_are_computed_less_what_sharing_saves(data, some):
     of_prefixes = sum(it.tokens for it in shared.prefixes)
     assert run.prompt_tokens == own + of_prefixes
     assert run.caches[0].computed == Counter({it.number: 1 for it in shared.prefixes})
-    if prefixes.LEAST_PAGES == 1 and all(len(it.chain) < 4 for it in shared.prefixes):
+    if least == 1 and all(len(it.chain) < 4 for it in shared.prefixes):
         assert run.prompt_tokens == sum(map(len, some)) - shared.possible_tokens

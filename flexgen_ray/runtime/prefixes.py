@@ -14,13 +14,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from math import ceil
+from statistics import fmean
 from typing import NamedTuple
 
 from flexgen_ray.config import PAGE_TOKENS, Sharing
 from flexgen_ray.request import Request
 
 MOST_LEVELS = 4  # prefixes of a prompt, one within the other; each takes products of its own
-LEAST_PAGES = 4  # that a cut has to save; products of fewer tokens cost more than they save
+# A prefix takes products of its own in each pass in which its users decode. So it must save prompt
+# tokens: so many pages at least, and so many tokens for each of a usual answer, up to a number from
+# which on decoding gains, too, for it reads less.
+LEAST_PAGES = 4
+SAVED_PER_TOKEN, ENOUGH_TOKENS = 8, 1024
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,10 +120,7 @@ def find_prefixes(
             before, page = page, _common_pages(members, page, most_pages)
             possible += (page - before) * (len(members) - 1) * PAGE_TOKENS
         parts = _divide(members, page, most_pages)
-        # Without a prefix of its own, each part would have the group's pages once more.
-        ends = len(members) - sum(map(len, parts))
-        saved = (page - start) * (len(parts) + ends - 1)
-        if saved >= LEAST_PAGES and level < MOST_LEVELS:
+        if len(members) > 1 and level < MOST_LEVELS and _is_worth(members, parts, page - start):
             tokens = tuple(members[0].prompt_token_ids[: page * PAGE_TOKENS])
             number = first_number + len(prefixes)
             parent = Prefix(number, parent, start * PAGE_TOKENS, tokens, len(members))
@@ -205,6 +208,26 @@ def _common_pages(requests: Sequence[Request], page: int, most_pages: int | None
 def _span(tokens: list[int], first: int, last: int) -> list[int]:
     """Tokens of pages `first` to before `last`."""
     return tokens[first * PAGE_TOKENS : last * PAGE_TOKENS]
+
+
+def _is_worth(requests: Sequence[Request], parts: Sequence[Sequence[Request]], pages: int) -> bool:
+    """True if requests that have so many pages in common get a prefix of these.
+
+    parts: those that have the next page in common, too. Without the prefix each request would have
+    the pages once more; but parts that are large enough get prefixes of their own.
+    """
+    least = _least_saved(requests)
+    alone = len(requests) - sum(map(len, parts))
+    copies = alone + sum(
+        1 if (pages + 1) * (len(part) - 1) >= least else len(part) for part in parts
+    )
+    return pages * (copies - 1) >= least
+
+
+def _least_saved(requests: Sequence[Request]) -> int:
+    """Pages that a prefix of these requests must save."""
+    answer = fmean(request.expected_tokens for request in requests)
+    return max(LEAST_PAGES, ceil(min(SAVED_PER_TOKEN * answer, ENOUGH_TOKENS) / PAGE_TOKENS))
 
 
 def _divide(requests: Sequence[Request], page: int, most_pages: int | None) -> list[list[Request]]:
