@@ -32,7 +32,14 @@ GEFORCE = "NVIDIA GeForce RTX 4090"
         ("NVIDIA A100-SXM4-80GB", "a100-80"),
         ("NVIDIA A100 80GB PCIe", "a100-80"),
         ("NVIDIA H100 80GB HBM3", "h100"),
-        ("NVIDIA H200", "h100"),
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA L4", "l4"),
+        ("NVIDIA A10G", "a10g"),
+        ("NVIDIA RTX A5000", "a5000"),
+        ("NVIDIA GeForce RTX 3090", "rtx3090"),
+        ("NVIDIA GeForce RTX 5090", "rtx5090"),
+        ("NVIDIA L40S", None),
+        ("NVIDIA A10", None),
         ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
         ("NVIDIA A100-SXM4-80GB MIG 1g.10gb", None),
         ("NVIDIA T400 4GB", None),
@@ -71,7 +78,7 @@ def test_a_machine_knows_the_rates_of_its_gpus_preset_unless_it_was_calibrated(
     found = with_known_rates(machine(None), tmp_path)
     assert found.hardware.name == "rtx4090" and found.rates_source == ASSUMED
     assert found.hardware.memory == MemorySizes(23 * GIB, 64 * GIB, 1000 * GIB)
-    other = with_known_rates(replace(machine(None), device_name="NVIDIA L4"), tmp_path)
+    other = with_known_rates(replace(machine(None), device_name="NVIDIA A10"), tmp_path)
     assert other.hardware is None
     calibrate.save(Hardware.preset("h100"), hardware_file())
     measured = with_known_rates(replace(machine(None), rates_source=CALIBRATED), tmp_path)

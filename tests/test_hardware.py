@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from pathlib import Path
 
 import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flexgen_ray.config import DTYPE_BYTES
 from flexgen_ray.hardware.rates import AttentionRates, GemmRates, interpolate
 from flexgen_ray.hardware.spec import Hardware
 from flexgen_ray.paths import hardware_file
@@ -32,7 +35,9 @@ def rewritten(tmp_path, **changes):
 
 
 def test_presets_are_those_that_the_readme_can_promise():
-    assert {"t4-paper", "t4", "rtx4090", "a100-80", "h100", "cpu"} <= set(PRESETS)
+    documented = (Path(__file__).parents[1] / "docs" / "planning.md").read_text()
+    (names,) = re.findall(r"with its source: (.*?)They are in", documented, re.DOTALL)
+    assert set(re.findall(r"`(.+?)`", names)) == set(PRESETS)
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -41,6 +46,12 @@ def test_a_preset_is_complete(name):
     assert hardware.name == name and hardware.source and hardware.date
     assert hardware.network is not None
     assert hardware.host.joint_bytes_per_s <= hardware.host.read_bytes_per_s
+    for entry in hardware.host.attention:
+        assert entry.busy_bytes_per_s <= entry.bytes_per_s <= hardware.host.read_bytes_per_s
+    # One row takes the time of reading the weights, or more.
+    for gemm in hardware.device.gemm:
+        weights = DTYPE_BYTES[gemm.dtype] / 2 * gemm.flops_per_s[0][1]
+        assert gemm.flops_per_s[0][0] > 1 or weights <= hardware.device.memory_bytes_per_s
     dtypes = {gemm.dtype for gemm in hardware.device.gemm}
     assert "float16" in dtypes
     for dtype in dtypes:
@@ -180,7 +191,7 @@ def test_a_case_that_is_there_twice_is_refused(tmp_path):
 def test_unknown_names_are_answered_with_those_there_are(tmp_path):
     with pytest.raises(ValueError, match="t4-paper"):
         Hardware.preset("p100")
-    with pytest.raises(FileNotFoundError, match="presets are a100-80, cpu"):
+    with pytest.raises(FileNotFoundError, match="presets are a100-80, a10g"):
         Hardware.load(tmp_path / "none.yaml")
     with pytest.raises(ValueError, match="bfloat16, only for float16"):
         Hardware.preset("t4-paper").rates("bfloat16", 1, 1, 1)

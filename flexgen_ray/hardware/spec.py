@@ -260,14 +260,19 @@ class Hardware:
         return to_yaml(self)
 
 
-# {regular expression of torch's name for a GPU, such as "NVIDIA A100-SXM4-80GB": preset}. The H200
-# has the H100's cores and more memory bandwidth. Laptops, slices of a GPU and Grace hosts differ
-# too much.
+# {regular expression of torch's name for a GPU, such as "NVIDIA A100-SXM4-80GB": preset}. Laptops,
+# slices of a GPU and Grace hosts differ too much.
 _GPUS = {
     r"(NVIDIA )?Tesla T4|NVIDIA T4": "t4",
+    r"NVIDIA L4": "l4",
+    r"NVIDIA A10G": "a10g",
+    r"NVIDIA RTX A5000": "a5000",
+    r"NVIDIA GeForce RTX 3090": "rtx3090",
     r"NVIDIA GeForce RTX 4090( D)?": "rtx4090",
+    r"NVIDIA GeForce RTX 5090": "rtx5090",
     r"NVIDIA A100[- ][-\w ]*": "a100-80",
-    r"NVIDIA H[12]00([- ][-\w ]*)?": "h100",
+    r"NVIDIA H100([- ][-\w ]*)?": "h100",
+    r"NVIDIA H200([- ][-\w ]*)?": "h200",
 }
 _CORES = 8  # cores that reach the full rate of a preset's host memory
 
