@@ -24,7 +24,7 @@ from flexgen_ray.kernels.pack_search import TURNS, WIDTHS
 from flexgen_ray.models.config_files import load_config
 from flexgen_ray.models.registry import checkpoint_names
 from flexgen_ray.quant.formats import WeightFormat
-from flexgen_ray.quant.packing import GROUP, packed_bytes
+from flexgen_ray.quant.packing import GROUP, PackedRows, packed_bytes
 
 Round = Callable[[Tensor, int], Tensor]  # (matrix, bits) -> rounded matrix
 
@@ -165,11 +165,13 @@ def round_weights(
     with torch.no_grad():
         for layer in range(config.num_layers + 2):
             for name, shape in config.tensors(layer).items():
-                bits = weight_format.bits_of(name, shape)
+                form = weight_format.format_of(name, shape)
                 for key in checkpoint_names(config.family, layer, name):
                     # A tied head is the embedding.
-                    if bits and key in parameters and key not in rounded_already:
-                        parameters[key].copy_(rounding(parameters[key], bits))
+                    if key in rounded_already or key not in parameters:
+                        continue
+                    if isinstance(form, PackedRows):
+                        parameters[key].copy_(rounding(parameters[key], form.bits))
                         rounded_already.add(key)
 
 

@@ -29,7 +29,8 @@ from math import floor
 
 from flexgen_ray.config import TIERS, Placement, Policy
 from flexgen_ray.models.config import ModelConfig, experts_from
-from flexgen_ray.quant.formats import Shape, WeightFormat
+from flexgen_ray.quant.formats import WeightFormat
+from flexgen_ray.quant.frame import Shape
 from flexgen_ray.schedule.zigzag import StageLayers
 
 ALIGNMENT = 64  # bytes; where a tensor may start inside a flat buffer

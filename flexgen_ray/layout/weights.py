@@ -19,7 +19,8 @@ from flexgen_ray.layout.placement import (
     tensor_bytes,
 )
 from flexgen_ray.models.config import ModelConfig
-from flexgen_ray.quant.formats import Shape, WeightFormat
+from flexgen_ray.quant.formats import WeightFormat
+from flexgen_ray.quant.frame import Shape
 from flexgen_ray.schedule.zigzag import StageLayers
 
 

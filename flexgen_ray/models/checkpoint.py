@@ -31,7 +31,7 @@ from flexgen_ray.models.config_files import load_config
 from flexgen_ray.models.registry import FAMILIES, checkpoint_names, stacked_name
 from flexgen_ray.models.tensor_files import open_tensors, stored_tensors
 from flexgen_ray.quant.formats import WeightFormat
-from flexgen_ray.quant.packing import packed_bytes
+from flexgen_ray.quant.frame import Format
 
 PACKED = "U8"  # safetensors' name of the dtype of quantized matrices
 _DTYPES = ("F64", "F32", "F16", "BF16", PACKED)
@@ -80,17 +80,17 @@ class Checkpoint:
         quantized already but to other bits than weight_format's.
         """
         for name, shape in tensors.items():
-            bits, is_packed = weight_format.bits_of(name, shape), self.is_packed(layer, name)
+            form, is_packed = weight_format.format_of(name, shape), self.is_packed(layer, name)
             for part in self.parts(layer, name, shape):
-                self._check_part(part, bits)
+                self._check_part(part, form)
                 if (self._tensors[part.key].dtype == PACKED) is not is_packed:
                     raise ValueError(
                         f"{self.folder}: of the tensors {', '.join(self._keys(layer, name))} some "
                         "are quantized, and some are not; download the checkpoint again"
                     )
 
-    def _check_part(self, part: Part, bits: int | None) -> None:
-        """Check the dtype and the shape of a tensor; bits: those with which it may be quantized."""
+    def _check_part(self, part: Part, form: Format | None) -> None:
+        """Check the dtype and the shape of a tensor; form: the one in which it may be quantized."""
         stored, shape = self._tensors[part.key], part.shape
         if stored.dtype not in _DTYPES:
             raise ValueError(
@@ -98,10 +98,11 @@ class Checkpoint:
                 "take the checkpoint in bfloat16, float16 or float32"
             )
         if stored.dtype == PACKED:
-            if bits is None or stored.shape != (*shape[:-1], packed_bytes(shape[-1], bits)):
+            if form is None or stored.shape != form.stored_shape(shape):
                 raise ValueError(
-                    f"{self.folder}: {part.key} is quantized to other bits than {bits}; leave the "
-                    "bits to the checkpoint, or take the original one"
+                    f"{self.folder}: {part.key} is quantized to other bits than asked for "
+                    f"({form.name if form else 'none'}); leave the bits to the checkpoint, or take "
+                    "the original one"
                 )
         elif stored.shape != shape:
             raise ValueError(

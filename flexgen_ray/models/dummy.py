@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from flexgen_ray.quant.formats import WeightFormat
-from flexgen_ray.quant.packing import code_bytes, num_groups
+from flexgen_ray.quant.frame import Format
+from flexgen_ray.quant.packing import PackedRows, code_bytes, num_groups
 
 # Number of distinct random values. A prime, so that rows of a table differ though values repeat.
 BLOCK = 2_097_143
@@ -28,15 +29,15 @@ class DummyWeights:
         self._normal = torch.randn(BLOCK, generator=generator)
         self._codes = torch.randint(256, (BLOCK,), generator=generator, dtype=torch.uint8).repeat(2)
         self._scaled: dict[tuple[int, torch.dtype], Tensor] = {}
-        self._packed: dict[tuple[int, str], tuple[int, int]] = {}  # values of a vector, bits
+        self._packed: dict[tuple[int, str], tuple[Format, int]] = {}  # and columns of a matrix
 
     def check(
         self, layer: int, tensors: dict[str, tuple[int, ...]], weight_format: WeightFormat
     ) -> None:
         """Accept any shapes, and note which are quantized."""
         for name, shape in tensors.items():
-            if bits := weight_format.bits_of(name, shape):
-                self._packed[layer, name] = shape[-1], bits
+            if form := weight_format.format_of(name, shape):
+                self._packed[layer, name] = form, shape[-1]
 
     def is_packed(self, layer: int, name: str) -> bool:
         """True for weights that are quantized in the stage: they are in this source, too."""
@@ -61,8 +62,9 @@ class DummyWeights:
         start = (crc32(f"{layer}.{name}".encode()) + 7919 * expert) % BLOCK
         if self.is_packed(layer, name):
             self._repeat(self._codes[start : start + BLOCK], destination)
-            size, bits = self._packed[layer, name]
-            destination[..., code_bytes(size, bits) :] = _parameters(size, bits)
+            form, size = self._packed[layer, name]
+            assert isinstance(form, PackedRows)
+            destination[..., code_bytes(size, form.bits) :] = _parameters(size, form.bits)
             return
         block = self._block(destination.shape[-1], destination.dtype)[start : start + BLOCK]
         self._repeat(block, destination)

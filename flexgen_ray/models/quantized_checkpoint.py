@@ -23,6 +23,7 @@ from flexgen_ray.models.config import ModelConfig
 from flexgen_ray.models.config_files import QUANT_METHOD
 from flexgen_ray.models.tensor_files import INDEX, save_tensors
 from flexgen_ray.quant.formats import WeightFormat
+from flexgen_ray.quant.packing import PackedRows
 
 _BESIDE = ("*.json", "*.model", "*.txt", "*.jinja")  # tokenizer, generation_config, templates
 
@@ -84,11 +85,13 @@ def _packed(
         # A tied head's matrix is the embedding's, which layer 0 wrote.
         if layer == config.head_layer and config.tie_word_embeddings and name in config.tensors(0):
             continue
-        bits = weight_format.bits_of(name, shape)
+        form = weight_format.format_of(name, shape)
         for part in checkpoint.parts(layer, name, shape):
             values = torch.empty(part.shape, dtype=getattr(torch, config.dtype))
             checkpoint.read_part(part, values)
-            written = values if bits is None else pack(values, bits, least_squares=True)
+            written = values
+            if isinstance(form, PackedRows):
+                written = pack(values, form.bits, least_squares=True)
             sizes[0] += values.numel() * DTYPE_BYTES[config.dtype]
             sizes[1] += written.nbytes
             packed[part.key] = written

@@ -1,8 +1,8 @@
-"""Weight formats: which weights of a model are quantized, and in how many bits.
+"""Weight formats: which weights of a model are quantized, and in which form.
 
-Matrices of decoder layers, the embedding's table and the head may be quantized (packing.py has the
-layout). Biases, norms and routers are small and stay in the model's dtype. Knows names and shapes;
-no tensors.
+Matrices of decoder layers, the embedding's table and the head may be quantized (frame.py says how
+forms differ). Biases, norms and routers are small and stay in the model's dtype. Knows names and
+shapes; no tensors.
 """
 
 from __future__ import annotations
@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from math import prod
 
 from flexgen_ray.config import DTYPE_BYTES
-from flexgen_ray.quant.packing import packed_bytes
+from flexgen_ray.quant.frame import Format, Shape
+from flexgen_ray.quant.packing import PackedRows
 from flexgen_ray.schedule.ops import OpKind
-
-Shape = tuple[int, ...]
 
 TABLES = ("embed_tokens.weight", "lm_head.weight")
 _PLAIN = (
@@ -26,7 +25,7 @@ PARTS = ("project", "finish", "head")  # ops whose weights are dequantized toget
 
 @dataclass(frozen=True)
 class WeightFormat:
-    """Format in which a model's weights are stored.
+    """Formats in which a model's weights are stored.
 
     bits: of decoder matrices; table_bits: of embedding and head; None: not quantized, as `dtype`.
     """
@@ -40,20 +39,21 @@ class WeightFormat:
         """True if any weight is quantized."""
         return bool(self.bits or self.table_bits)
 
-    def bits_of(self, name: str, shape: Shape) -> int | None:
-        """Bits of a weight; None if it is not quantized."""
-        if len(shape) < 2 or name in _PLAIN:
+    def format_of(self, name: str, shape: Shape) -> Format | None:
+        """Format of a weight; None if it is not quantized."""
+        if len(shape) < 2 or name in _PLAIN or ".bias" in name:
             return None
-        return self.table_bits if name in TABLES else self.bits
+        bits = self.table_bits if name in TABLES else self.bits
+        return PackedRows(bits) if bits else None
 
     def stored_shape(self, name: str, shape: Shape) -> Shape:
-        """Shape of a stored weight; its last dimension counts bytes if the weight is quantized."""
-        bits = self.bits_of(name, shape)
-        return (*shape[:-1], packed_bytes(shape[-1], bits)) if bits else shape
+        """Shape of a stored weight; it counts bytes if the weight is quantized."""
+        form = self.format_of(name, shape)
+        return form.stored_shape(shape) if form else shape
 
     def stored_bytes(self, name: str, shape: Shape) -> int:
         """Bytes of a stored weight."""
-        each = 1 if self.bits_of(name, shape) else DTYPE_BYTES[self.dtype]
+        each = 1 if self.format_of(name, shape) else DTYPE_BYTES[self.dtype]
         return prod(self.stored_shape(name, shape)) * each
 
     def quantized_weights(self, shapes: dict[str, Shape], part: str) -> dict[str, Shape]:
@@ -64,7 +64,7 @@ class WeightFormat:
         return {
             name: shape
             for name, shape in shapes.items()
-            if self.bits_of(name, shape) and part_of_weight(name) == part
+            if part_of_weight(name) == part and self.format_of(name, shape)
         }
 
 

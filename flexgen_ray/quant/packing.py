@@ -14,6 +14,10 @@ Knows no tensors.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+from flexgen_ray.quant.frame import Format, Shape
+
 GROUP = 64
 PARAMETER_BYTES = 4  # of a group: its minimum and its scale
 # Largest magnitude that can be packed: a scale that is rounded up to float16 adds less than 128 to
@@ -45,3 +49,19 @@ def group_bytes(values: int, bits: int) -> int:
 def num_groups(size: int) -> int:
     """Groups of a vector of `size` values; the last may be shorter."""
     return -(-size // GROUP)
+
+
+@dataclass(frozen=True)
+class PackedRows(Format):
+    """Format of weights whose rows are packed vectors of 4 or 8 bits a value."""
+
+    bits: int
+    group = 1, GROUP
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return f"{self.bits} bits"
+
+    def tensors(self, shape: Shape) -> dict[str, Shape]:
+        """One tensor, with the name of the weight: [..., rows, bytes of a row]."""
+        return {"": (*shape[:-1], packed_bytes(shape[-1], self.bits))}

@@ -22,12 +22,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
-from flexgen_ray.kernels.pack import pack, unpack
+from flexgen_ray.kernels.dequantize import dequantize
+from flexgen_ray.kernels.pack import pack
 from flexgen_ray.layout.placement import SECTOR, aligned, stored_tensors
 from flexgen_ray.layout.plan import StagePlan
 from flexgen_ray.layout.sizes import dequantized_bytes, staging_slot_bytes, weights_slot_bytes
 from flexgen_ray.layout.weights import Place
-from flexgen_ray.quant.formats import PARTS, Shape, WeightFormat, part_of_op
+from flexgen_ray.quant.formats import PARTS, WeightFormat, part_of_op
+from flexgen_ray.quant.frame import Shape
+from flexgen_ray.quant.packing import PackedRows
 from flexgen_ray.schedule.ops import LAYER_SLOTS, Op, staging_slots
 from flexgen_ray.store.link import copy_across
 from flexgen_ray.store.memory import MemoryTier, allocate_mapping
@@ -235,17 +238,18 @@ class WeightStore:
         of_source = weight.layer, name
         buffer = buffers.pop()
         try:
-            on_disk, bits = place.tier == "disk", self._format.bits_of(name, shape)
+            on_disk, form = place.tier == "disk", self._format.format_of(name, shape)
             home = buffer if on_disk else self._memory[place.tier][place.start :]
             target = self._stored_view(home, 0, name, shape)
-            if bits is None or source.is_packed(*of_source):
+            if form is None or source.is_packed(*of_source):
                 source.read_into(*of_source, target, weight.first)
             else:
                 values = buffer[place.nbytes :][: prod(shape) * self.dtype.itemsize]
                 values = values.view(self.dtype).view(shape)
                 source.read_into(*of_source, values, weight.first)
                 packed = self._stored_view(buffer, 0, name, shape)
-                pack(values, bits, packed, least_squares=True)
+                assert isinstance(form, PackedRows)
+                pack(values, form.bits, packed, least_squares=True)
                 if not on_disk:
                     target.copy_(packed)
             if on_disk:
@@ -256,18 +260,18 @@ class WeightStore:
 
     def _fill_bytes(self, weight: _Weight) -> int:
         """Bytes of buffer that loading a weight takes."""
-        is_packed = self._format.bits_of(weight.name, weight.shape) is not None
+        is_packed = self._format.format_of(weight.name, weight.shape) is not None
         own = weight.place.nbytes if is_packed or weight.place.tier == "disk" else 0
         return own + is_packed * prod(weight.shape) * self.dtype.itemsize
 
     def _dequantized(self, name: str, rows: Tensor) -> Tensor:
         """Rows of a table, dequantized if they are quantized."""
         shape = self.plan.config.tensors(0)[name]
-        bits = self._format.bits_of(name, shape)
-        if bits is None:
+        form = self._format.format_of(name, shape)
+        if form is None:
             return rows
         values = torch.empty(*rows.shape[:-1], shape[-1], dtype=self.dtype, device=rows.device)
-        unpack(rows, bits, values)
+        dequantize(rows, form, values)
         return values
 
     def _allocate_rows(self, name: str, shape: tuple[int, ...]) -> Tensor:
@@ -279,7 +283,7 @@ class WeightStore:
     def _stored_view(self, memory: Tensor, start: int, name: str, shape: tuple[int, ...]) -> Tensor:
         """View of a weight in the format in which it is stored: uint8 if it is quantized."""
         nbytes = self._format.stored_bytes(name, shape)
-        dtype = self.dtype if self._format.bits_of(name, shape) is None else torch.uint8
+        dtype = self.dtype if self._format.format_of(name, shape) is None else torch.uint8
         stored = memory[start : start + nbytes].view(dtype)
         return stored.view(self._format.stored_shape(name, shape))
 
@@ -316,9 +320,9 @@ class DequantizeWorkspace:
         views = self._views(part, shapes)
         if self._layer.get(part) != op.layer:
             for name, view in views.items():
-                bits = self._plan.weight_format.bits_of(name, shapes[name])
-                assert bits is not None
-                unpack(stored[name], bits, view)
+                form = self._plan.weight_format.format_of(name, shapes[name])
+                assert form is not None
+                dequantize(stored[name], form, view)
             self._layer[part] = op.layer
         return stored | views
 
