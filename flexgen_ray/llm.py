@@ -70,7 +70,7 @@ class LLM(Engine):
     max_model_len: limit on the tokens of a prompt and its answer together. Memory is then planned
         for that length, and weights are loaded once for all calls. None (the default) is the
         model's context, with memory for the longest request; a longer request, or without a policy
-        a larger number of requests, may load the weights again.
+        a larger number of requests, may load the weights again. It chooses longrope's factors.
     seed: seed of the random numbers, 0 by default; equal seeds give equal answers.
 
     Placement and memory
@@ -173,6 +173,7 @@ class LLM(Engine):
         self._is_dummy = load_format == "dummy"
         self.model, config = _find_model(model, self._is_dummy, dry_run)
         self.max_model_len = _context_limit(max_model_len, config)
+        config = config.within(self.max_model_len)
         stored_bits = {name: getattr(config, name) for name in ("weight_bits", "embedding_bits")}
         policies = StagePolicies.parse(policy)
         self.policies = policies and policies.compressed(**lossy).with_default_bits(**stored_bits)
@@ -212,6 +213,7 @@ class LLM(Engine):
         self._stops = StopStrings(tokenizer)
         config = config.with_end_tokens(tokenizer.eos_token_id)
         super().__init__(config, tokenizer, settings, on_progress)
+        self._note(_note_of_long_rope(config, self.max_model_len))
 
     @explains_call("generate", ELSEWHERE_IN_CALLS)
     def generate(
@@ -394,6 +396,18 @@ def _context_limit(max_model_len: int | None, config: ModelConfig) -> int:
             "tokens; lower it"
         )
     return max_model_len or config.max_seq_len
+
+
+def _note_of_long_rope(config: ModelConfig, limit: int) -> str | None:
+    """Note if longrope's long factors are taken, for short requests too; else None."""
+    if config.rope is None or not config.rope.is_long:
+        return None
+    original = config.rope.original_max_seq_len
+    return (
+        f"longrope's long factors are used for all requests, for they may have {limit:,} tokens; "
+        f"max_model_len {original} takes the short factors, with which the model answers short "
+        "requests better"
+    )
 
 
 def _warn_of_failed(outputs: list[RequestOutput]) -> None:

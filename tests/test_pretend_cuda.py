@@ -229,7 +229,7 @@ def drawn(number: int) -> Run:
 # Waits for the device that are meant, with the reason of each.
 NAMED = {
     # A table that is made once a process.
-    ("blocking", OpKind.PROJECT, "models/layers.py _frequencies"),
+    ("blocking", OpKind.PROJECT, "models/rotation.py _frequencies"),
     # Its thread issues nothing, and the scores are its result.
     ("sync", OpKind.ACCEPT, "kernels/sampling.py Scores.tolist"),
 }

@@ -70,6 +70,10 @@ CONFIGS = {
         vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, intermediate_size=48, max_position_embeddings=CONTEXT,
         tie_word_embeddings=True, use_sliding_window=True, sliding_window=9, max_window_layers=1,
+        rope_parameters={
+            "rope_type": "yarn", "rope_theta": 1000.0, "factor": 4.0,
+            "original_max_position_embeddings": CONTEXT // 4,
+        },
     ),
     "qwen3": Qwen3Config(
         vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
@@ -84,7 +88,11 @@ CONFIGS = {
     "phi3": Phi3Config(
         vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, intermediate_size=48, max_position_embeddings=CONTEXT,
-        sliding_window=30, pad_token_id=0,
+        sliding_window=30, pad_token_id=0, original_max_position_embeddings=CONTEXT,
+        rope_parameters={
+            "rope_type": "longrope", "rope_theta": 100.0, "factor": 4.0,
+            "partial_rotary_factor": 0.5, "short_factor": [1.1, 2.5], "long_factor": [3.0, 40.0],
+        },
     ),
     "gemma": GemmaConfig(
         vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,

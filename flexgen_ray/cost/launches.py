@@ -45,7 +45,9 @@ def launches(plan: StagePlan, kind: OpKind, layer: int) -> int:
 
 def rotation_launches(config: ModelConfig) -> int:
     """Launches that make the rotation of a tile of prompts' tokens; decoding makes it once."""
-    return _MAKE_ROTATION if config.rope else 0
+    if config.rope is None:
+        return 0
+    return _MAKE_ROTATION + (config.rope.attention_factor != 1)
 
 
 def prompt_launches(plan: StagePlan) -> int:
@@ -66,7 +68,7 @@ def _project(config: ModelConfig, on_gpu: bool) -> int:
     count = 1 + (_norm(config, on_gpu) if config.pre_norm else 0)
     if config.rope is None:
         return count
-    count += _ROTATE + (config.query_scale != 1)
+    count += _ROTATE + (config.rope.share < 1) + (config.query_scale != 1)
     if config.qk_norm is None:
         return count + 1  # values are copied to where rotated queries and keys are put
     if config.qk_norm == "all":

@@ -440,7 +440,8 @@ def elementwise_values(plan: StagePlan, kind: OpKind, layer: int) -> int:
     if kind is OpKind.PROJECT:
         values = norm * config.pre_norm + _COPY * 2 * kv
         if config.rope:
-            values += _ROTATE * (q + kv)
+            share = config.rope.share  # other elements of queries and keys are copied
+            values += round((_ROTATE * share + _COPY * (1 - share)) * (q + kv))
         if config.qk_norm:
             values += rms_norm * (q + 2 * kv) + _COPY * (q + kv)
         # One copy: of the values if the others are rotated, or of all that oneDNN has made.

@@ -4,24 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-
-@dataclass(frozen=True)
-class Rope:
-    """Rotary position embedding (Su et al. 2021).
-
-    theta: base of the frequencies. type: "default", "linear" or "llama3".
-    factor: linear divides all frequencies by it, llama3 the low ones.
-    low_freq_factor, high_freq_factor: llama3 scales wavelengths above original_max_seq_len /
-    low_freq_factor, leaves those below original_max_seq_len / high_freq_factor, and interpolates
-    between.
-    """
-
-    theta: float = 10000.0
-    type: str = "default"
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_seq_len: int = 8192
+from flexgen_ray.models.rope import Rope
 
 
 @dataclass(frozen=True)
@@ -127,6 +110,11 @@ class ModelConfig:
         ends = dict.fromkeys((*self.eos_token_ids, *token_ids))
         inside = [it for it in ends if it is not None and 0 <= it < self.vocab_size]
         return replace(self, eos_token_ids=tuple(inside))
+
+    def within(self, context: int) -> ModelConfig:
+        """Return a config for requests of so many tokens at most, by which longrope is chosen."""
+        rope, of_windows = (it and it.within(context) for it in (self.rope, self.window_rope))
+        return replace(self, rope=rope, window_rope=of_windows)
 
     def window(self, layer: int) -> int | None:
         """Number of tokens, itself included, that a token attends in a decoder layer;

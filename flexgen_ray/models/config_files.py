@@ -8,8 +8,8 @@ same fields that vLLM reads. Imports no torch, so that planning needs none.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import fields, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +131,8 @@ def _parsed(path: Path, hf: dict) -> ModelConfig:
         _check_experts(path, config)
     if config.sliding_window is not None:
         _check_size(path, "sliding_window", config.sliding_window, _LARGEST["max_seq_len"])
-    for name, value in _numbers(config):
+    for name in ("norm_eps", "query_scale"):
+        value = getattr(config, name)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e30:
             raise ValueError(f"{path}: {name} is {value!r}; it must be a number above 0")
     if config.num_heads % config.num_kv_heads:
@@ -155,16 +156,6 @@ def _check_experts(path: Path, config: ModelConfig) -> None:
     if config.shared_expert_size:
         size = config.shared_expert_size
         _check_size(path, "shared_expert_size", size, _LARGEST["intermediate_size"])
-
-
-def _numbers(config: ModelConfig) -> Iterator[tuple[str, object]]:
-    """Yield (name, value) of the config's real numbers, all of which must be positive."""
-    yield "norm_eps", config.norm_eps
-    yield "query_scale", config.query_scale
-    for rope in filter(None, (config.rope, config.window_rope)):
-        for field in fields(rope):
-            if field.name != "type":
-                yield field.name, getattr(rope, field.name)
 
 
 def _packed_bits(path: Path, hf: dict) -> dict[str, int | None]:

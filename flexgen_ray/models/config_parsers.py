@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from flexgen_ray.models.config import ModelConfig, Rope
+from flexgen_ray.models.config import ModelConfig
+from flexgen_ray.models.rope import parse_rope
 
 POSITION_OFFSET = 2  # OPT's position table begins with two rows that are never used
-ROPE_TYPES = ("default", "linear", "llama3")
+PARTIAL_ROTATION = ("phi3",)  # model types whose heads may be rotated in part
 
 
 def parse_opt(hf: dict) -> ModelConfig:
@@ -56,8 +57,9 @@ def parse_llama(hf: dict) -> ModelConfig:
     """
     kind = hf.get("model_type", "llama")
     bias = kind == "qwen2" or hf.get("attention_bias", False)
-    hidden, heads, rope = hf["hidden_size"], hf["num_attention_heads"], _rope(hf)
-    # Linear scaling stretches the context that max_position_embeddings names, as in vLLM.
+    hidden, heads = hf["hidden_size"], hf["num_attention_heads"]
+    rope = parse_rope(hf, kind in PARTIAL_ROTATION)
+    # Scaling stretches the context that max_position_embeddings names, as in vLLM.
     stretched = rope.factor if rope.type == "linear" else 1
     return ModelConfig(
         family="llama",
@@ -68,7 +70,7 @@ def parse_llama(hf: dict) -> ModelConfig:
         head_dim=hf.get("head_dim") or hidden // heads,
         intermediate_size=hf["intermediate_size"],
         vocab_size=hf["vocab_size"],
-        max_seq_len=int(hf["max_position_embeddings"] * stretched),
+        max_seq_len=rope.context or int(hf["max_position_embeddings"] * stretched),
         embedding_size=hidden,
         dtype=hf["dtype"],
         tie_word_embeddings=hf.get("tie_word_embeddings", False),
@@ -118,30 +120,6 @@ def _windows_of(layer_types: list[str], window: int | None) -> dict:
     return {"sliding_window": window, "full_attention_layers": tuple(full)}
 
 
-def _rope(hf: dict) -> Rope:
-    """Parse rotary embeddings: rope_parameters of transformers 5, or rope_theta and rope_scaling.
-
-    Raises ValueError, naming it, for an unsupported rope type or partial rotation.
-    """
-    parameters = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    kind = parameters.get("rope_type") or parameters.get("type") or "default"
-    if kind not in ROPE_TYPES:
-        raise ValueError(f"rope type {kind!r} is not supported; known are {', '.join(ROPE_TYPES)}")
-    partial = parameters.get("partial_rotary_factor") or hf.get("partial_rotary_factor") or 1
-    if partial != 1:
-        raise ValueError(f"partial_rotary_factor {partial} is not supported; only 1 is")
-    return Rope(
-        theta=parameters.get("rope_theta") or hf.get("rope_theta") or Rope.theta,
-        type=kind,
-        factor=parameters.get("factor", Rope.factor),
-        low_freq_factor=parameters.get("low_freq_factor", Rope.low_freq_factor),
-        high_freq_factor=parameters.get("high_freq_factor", Rope.high_freq_factor),
-        original_max_seq_len=parameters.get(
-            "original_max_position_embeddings", Rope.original_max_seq_len
-        ),
-    )
-
-
 def parse_phi3(hf: dict) -> ModelConfig:
     """Parse Hugging Face's Phi3Config. Raises ValueError, naming it, for an unknown rope type."""
     return replace(parse_llama(hf), family="phi3")
@@ -159,7 +137,7 @@ def parse_mixtral(hf: dict) -> ModelConfig:
     Raises ValueError, naming it, for an unknown rope type.
     """
     return replace(
-        parse_llama(hf),
+        parse_llama({"rope_theta": 1e6} | hf),
         family="mixtral",
         expert_size=hf["intermediate_size"],
         norm_topk=True,
@@ -253,8 +231,8 @@ def parse_gemma3(hf: dict) -> ModelConfig:
         qk_norm="heads",
         branch_norms=True,
         query_scale=(config.head_dim / hf.get("query_pre_attn_scalar", 256)) ** 0.5,
-        rope=_rope({"rope_parameters": ropes["full_attention"]}),
-        window_rope=_rope({"rope_parameters": ropes["sliding_attention"]}),
+        rope=parse_rope(hf | {"rope_scaling": ropes["full_attention"]}),
+        window_rope=parse_rope(hf | {"rope_scaling": ropes["sliding_attention"]}),
         **_windows_of(_layer_types(hf), hf["sliding_window"]),
     )
 

@@ -5,15 +5,15 @@ Knows tensors and ModelConfig; nothing of tiers, caches or the schedule.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
-from functools import lru_cache, partial
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flexgen_ray.models.config import ModelConfig, Rope
+from flexgen_ray.models.config import ModelConfig
+from flexgen_ray.models.rotation import rotate
 
 Weights = Mapping[str, Tensor]  # one layer's weights by this project's names
 # lookup(name, rows) returns these rows of a table, or all of it for None, from where it is stored.
@@ -154,40 +154,3 @@ def token_logits(config: ModelConfig, weights: Weights, x: Tensor) -> Tensor:
     """Apply the head to x, [rows, hidden]. Returns float32 logits [rows, vocabulary]."""
     name = "embed_tokens" if config.tie_word_embeddings else "lm_head"
     return linear(weights, name, x).float()
-
-
-def rotation(rope: Rope, positions: Tensor, head_dim: int, dtype: torch.dtype) -> Tensor:
-    """Return cosines and sines of rotary position embedding (Su et al. 2021) for some positions.
-
-    positions: [tokens]. Returns [2, tokens, 1, head_dim / 2].
-    """
-    angles = positions[:, None].float() * _frequencies(rope, head_dim, positions.device)
-    return torch.stack((angles.cos(), angles.sin())).to(dtype)[:, :, None]
-
-
-def rotate(rotation: Tensor, x: Tensor, out: Tensor) -> None:
-    """Rotate x, [tokens, heads, head_dim], with Hugging Face's order of halves, into out."""
-    cos, sin = rotation
-    half = x.shape[-1] // 2
-    torch.mul(x.unflatten(-1, (2, half)), cos[..., None, :], out=out.unflatten(-1, (2, half)))
-    out[..., :half].addcmul_(x[..., half:], sin, value=-1)
-    out[..., half:].addcmul_(x[..., :half], sin)
-
-
-@lru_cache(maxsize=32)
-def _frequencies(rope: Rope, head_dim: int, device: torch.device) -> Tensor:
-    """Return the rotation per position in radians, [head_dim / 2].
-
-    Type "linear" divides all frequencies by the factor; "llama3" only those of long wavelengths.
-    """
-    powers = torch.arange(0, head_dim, 2, dtype=torch.float) / head_dim
-    frequencies = 1.0 / rope.theta**powers
-    if rope.type == "linear":
-        frequencies = frequencies / rope.factor
-    elif rope.type == "llama3":
-        wavelengths = 2 * math.pi / frequencies
-        turns = rope.original_max_seq_len / wavelengths
-        smooth = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
-        smooth = smooth.clamp(0, 1)
-        frequencies = (1 - smooth) * frequencies / rope.factor + smooth * frequencies
-    return frequencies.to(device)

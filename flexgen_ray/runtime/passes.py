@@ -47,8 +47,8 @@ from flexgen_ray.layout.rows import (
     decoding_runs,
     streamed_pages_of,
 )
-from flexgen_ray.models.config import Rope
-from flexgen_ray.models.layers import rotation
+from flexgen_ray.models.rope import Rope
+from flexgen_ray.models.rotation import rotation
 from flexgen_ray.request import Score, SlotScores
 from flexgen_ray.runtime.messages import Header, SampledTokens
 from flexgen_ray.runtime.ring import Channel
