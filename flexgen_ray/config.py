@@ -104,6 +104,10 @@ class Policy:
         others are streamed to the GPU. 1.0 by default.
     blocks_in_flight: blocks that circulate through a pipeline's stages, each with its own cache.
         None (the default) is one a stage.
+    expert_batches: in a mixture of experts, the batches for whose rows a layer's experts run at
+        once, so that each expert is read once for all of them. None (the default) is all batches of
+        a block, or half of them if the host attends rows meanwhile. More than one needs activations
+        on the GPU.
 
     Lossy options, off by default:
 
@@ -124,6 +128,7 @@ class Policy:
     activations: Placement = field(default_factory=Placement)
     cpu_attention: float = 1.0
     blocks_in_flight: int | None = None
+    expert_batches: int | None = None
     weight_bits: int | None = None
     embedding_bits: int | None = None
     cache_bits: int | None = None
@@ -136,6 +141,12 @@ class Policy:
                 f"policy: attention_sparsity is {self.attention_sparsity:g} and cache.disk "
                 f"{self.cache.disk:g}, but values of chosen tokens can't be read from disk alone; "
                 "give cache.disk 0, or attention_sparsity 1"
+            )
+        if (self.expert_batches or 1) > 1 and self.activations.gpu < 1:
+            raise ValueError(
+                f"policy: expert_batches is {self.expert_batches} and activations.gpu "
+                f"{self.activations.gpu:g}, but rows wait for experts on the GPU alone; give "
+                "activations.gpu 1, or expert_batches 1"
             )
 
     @property
@@ -201,6 +212,7 @@ _POLICY_CHECKS: dict[str, Check] = {
     "num_gpu_batches": (_batches, f"an integer, 1 to {_MAX_BATCHES}"),
     "max_batch_tokens": (integer(1, _MANY), f"an integer, 1 to {_MANY}"),
     "blocks_in_flight": (optional(_batches), f"None or an integer, 1 to {_MAX_BATCHES}"),
+    "expert_batches": (optional(_batches), f"None or an integer, 1 to {_MAX_BATCHES}"),
     "weights": _placement_check,
     "cache": _placement_check,
     "activations": _placement_check,

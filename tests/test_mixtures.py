@@ -25,7 +25,13 @@ from flexgen_ray.config import TIERS, Workload
 from flexgen_ray.cost.ops import touched_experts
 from flexgen_ray.kernels.pack import pack, unpack
 from flexgen_ray.layout.plan import StagePlan
-from flexgen_ray.layout.sizes import _op_bytes, stage_bytes
+from flexgen_ray.layout.sizes import (
+    FRAGMENTATION,
+    _op_bytes,
+    experts_bytes,
+    routed_bytes,
+    stage_bytes,
+)
 from flexgen_ray.models import experts
 from flexgen_ray.models.checkpoint import Checkpoint
 from flexgen_ray.models.config_files import load_config
@@ -340,9 +346,18 @@ def test_temporaries_are_no_more_than_a_plan_counts(
             weights[cut.name] = torch.randn(shape, dtype=torch.bfloat16)
     hidden, attention = torch.randn(2, 64, 128, dtype=torch.bfloat16)
     monkeypatch.setattr(experts, "_groups_on_gpu", lambda parts: on_gpu)
+    routed = experts.Routed(
+        torch.empty_like(hidden),
+        torch.empty(64, choices, dtype=hidden.dtype),
+        torch.empty(64, choices, dtype=torch.int64),
+    )
     with Live() as live:
-        experts.finish(config, weights, hidden, attention)
+        experts.route(config, weights, hidden, attention, routed)
     counted = _op_bytes(plan)[1]
+    assert counted / 3 <= live.peak <= counted
+    with Live() as live:
+        experts.mix(config, weights, routed)
+    counted = (experts_bytes(plan) - routed_bytes(plan)) / FRAGMENTATION
     assert counted / 3 <= live.peak <= counted
 
 

@@ -18,7 +18,7 @@ Knows plans and rates; no clock, and no dependencies beyond the paths.
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from flexgen_ray.config import HardwareSpec
@@ -28,7 +28,7 @@ from flexgen_ray.layout.active_ops import ActiveOps
 from flexgen_ray.layout.plan import StagePlan
 from flexgen_ray.layout.planned_rows import compose, shared_tokens
 from flexgen_ray.layout.rows import Row, Rows
-from flexgen_ray.schedule.ops import OPS, Path
+from flexgen_ray.schedule.ops import OPS, Op, OpKind, Path
 from flexgen_ray.schedule.zigzag import zigzag
 
 PHASES = ("prefill", "decode")
@@ -46,7 +46,7 @@ def visit_seconds(plan: StagePlan, hardware: HardwareSpec, rows: Rows) -> dict[s
     is_active = ActiveOps(plan, in_ring=not plan.stage.is_whole)
     lanes: dict[str, float] = defaultdict(float)
     resources: dict[str, float] = defaultdict(float)
-    for op in zigzag(plan.stage, plan.policy.num_gpu_batches, range(1)):
+    for op in zigzag(plan.stage, plan.policy.num_gpu_batches, range(1), mixtures=plan.mixtures):
         # Weights that are prefetched for the next visit count there.
         if op.visit or not is_active(op):
             continue
@@ -105,14 +105,15 @@ def visit_terms(
     for phase, ops in _visit_ops(plan, position).items():
         resources, lanes, paths = _sums(), _sums(), _sums()
         for op in ops:
-            taken = seconds_by_resource(op.amounts, hardware)
+            whole = seconds_by_resource(op.amounts, hardware)
+            taken = {it: seconds / op.batches for it, seconds in whole.items()}
             # The index of the term in VisitTerms.
             alone, term = seconds_alone(taken), 2 * op.is_further + op.is_of_layer
             lanes[op.lane][term] += alone
             for resource, seconds in taken.items():
                 resources[resource.name.lower()][term] += seconds
             for path in op.paths if not op.is_further else ():
-                paths[path][term] += alone
+                paths[path][term] += alone * op.batches
         # A resource and a lane have the same name where the disk is concerned; the longer counts.
         longer = {name: max(lanes[name], resources.get(name, [0.0]), key=sum) for name in lanes}
         for name, each in (resources | longer | paths).items():
@@ -125,7 +126,8 @@ class _VisitOp:
     """An op with what it takes.
 
     is_of_layer: True if every decoder layer has such an op; is_further: True if only batches after
-    a block's first one bring it.
+    a block's first one bring it. batches: for how many the op works at once; a batch takes its part
+    of the amounts.
     """
 
     lane: str
@@ -133,13 +135,17 @@ class _VisitOp:
     is_of_layer: bool
     is_further: bool
     amounts: Amounts
+    batches: int
 
 
 @lru_cache(maxsize=4096)
 def _visit_ops(plan: StagePlan, position: int) -> dict[str, list[_VisitOp]]:
     """{phase or LEAST: ops of a visit}, the same for any machine's rates."""
     is_active = ActiveOps(plan, in_ring=not plan.stage.is_whole)
-    ops = [op for op in zigzag(plan.stage, 2, range(1)) if not op.visit and is_active(op)]
+    # Experts run once a part: here in each batch, for as many as in a part.
+    apart = replace(plan.mixtures, batches=1)
+    ops = zigzag(plan.stage, 2, range(1), mixtures=apart)
+    ops = [_of_part(plan, op) for op in ops if not op.visit and is_active(op)]
     model, visit_ops = CostModel(plan), {}
     rows_of = {
         "prefill": prefilling_rows(plan)[0],
@@ -156,11 +162,18 @@ def _visit_ops(plan: StagePlan, position: int) -> dict[str, list[_VisitOp]]:
                 is_of_layer=plan.stage.kind(op.layer) == "decoder",
                 is_further=op.batch > 0 and not OPS[op.kind].moves_weights,
                 amounts=amounts,
+                batches=op.batches,
             )
             for op in ops
             if any((amounts := model.amounts(op, composition)).values())
         ]
     return visit_ops
+
+
+def _of_part(plan: StagePlan, op: Op) -> Op:
+    """The op, for all batches of a part if experts run in it."""
+    size = plan.policy.expert_batches or plan.mixtures.batches
+    return replace(op, batches=size) if op.kind is OpKind.EXPERTS else op
 
 
 def _sums() -> defaultdict[str, list[float]]:

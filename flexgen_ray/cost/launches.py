@@ -21,6 +21,7 @@ _ROTATE, _MAKE_ROTATION = 3, 6
 # experts, and its place among several; rows put in place one expert after the other; their sum; and
 # an expert that every token takes.
 _CHOOSE, _SORT, _PART, _MOVE_PART, _IN_TURN, _SUM, _SHARED = 3, 3, 7, 7, 3, 1, 7
+_ENTER = 3  # a row, its shares and its choices enter the buffer of those that wait for experts
 _COMPOSITE_RMS_NORM = 6  # on a CPU; on a GPU it is one kernel
 # A tile of a prefix is gathered; its products with some rows take queries, scores and a softmax,
 # perhaps under a mask; and each part is merged with the others (kernels/prefix_attention.py).
@@ -31,16 +32,18 @@ KEEP_QUERIES, MERGE_CHUNK, JOIN = 2, 5, 2
 
 
 def launches(plan: StagePlan, kind: OpKind, layer: int) -> int:
-    """Launches of a decoder layer's PROJECT or FINISH for each tile of tokens.
+    """Launches of a decoder layer's op for each tile of tokens.
 
     Appending to the cache, and moves of hidden states, are not in it.
     """
     on_gpu = plan.stages_disk
     if kind is OpKind.PROJECT:
         return _project(plan.config, on_gpu)
-    if plan.config.has_experts(layer):
-        return _finish_mixture(plan, layer)
-    return _finish(plan.config, on_gpu)
+    if kind is OpKind.OUT:
+        return _out(plan)
+    if kind is OpKind.EXPERTS:
+        return _experts(plan, layer)
+    return 1 if kind is OpKind.COMBINE else _finish(plan.config, on_gpu)
 
 
 def rotation_launches(config: ModelConfig) -> int:
@@ -92,22 +95,25 @@ def _finish(config: ModelConfig, on_gpu: bool) -> int:
     return count
 
 
-def _finish_mixture(plan: StagePlan, layer: int) -> int:
-    """Output projection, norm, the router's choice, and experts.
+def _out(plan: StagePlan) -> int:
+    """Output projection, norm, the router's choice, and an expert that every token takes."""
+    config, on_gpu = plan.config, plan.stages_disk
+    count = 1 + (not on_gpu) + _norm(config, on_gpu) + _CHOOSE + 2 * config.norm_topk
+    count += 2 * (plan.element_bytes < 4)  # scores are in float32
+    return count + _ENTER + (_SHARED if config.shared_expert_size else 0)
+
+
+def _experts(plan: StagePlan, layer: int) -> int:
+    """Products of experts.
 
     In bfloat16 a GPU multiplies all groups of a part at once, however many there are; elsewhere
     each expert has its two products.
     """
-    config, on_gpu = plan.config, plan.stages_disk
     cuts = plan.weights.cuts[layer].values()
     parts = sum(cut.name == "gate_up_experts.weight" for cut in cuts)
-    count = 1 + (not on_gpu) + _norm(config, on_gpu) + _CHOOSE + 2 * config.norm_topk
-    count += 2 * (plan.element_bytes < 4)  # scores are in float32
-    if on_gpu and plan.dtype == "bfloat16":
-        count += _SORT + _PART * parts + (_MOVE_PART * parts + 1 if parts > 1 else 0)
-    else:
-        count += _SORT + 2 * parts + 2 * config.num_experts + _IN_TURN
-    return count + _SUM + (_SHARED if config.shared_expert_size else 0)
+    if plan.stages_disk and plan.dtype == "bfloat16":
+        return _SORT + _PART * parts + (_MOVE_PART * parts + 1 if parts > 1 else 0) + _SUM
+    return _SORT + 2 * parts + 2 * plan.config.num_experts + _IN_TURN + _SUM
 
 
 def _norm(config: ModelConfig, on_gpu: bool) -> int:

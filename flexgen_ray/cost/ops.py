@@ -45,6 +45,8 @@ from flexgen_ray.schedule.ops import ON_STREAMS, OPS, Lane, Op, OpKind
 
 LAUNCHES_OF_DISK_ROW = 4  # copies of a cache row's blocks and tail, and their way to their places
 _ISSUED = frozenset(kind for kind, spec in OPS.items() if spec.lane in ON_STREAMS)
+_KEEPS_NOTHING = (OpKind.OUT, OpKind.EXPERTS)  # hidden states go home after COMBINE
+_DEQUANTIZES = (OpKind.PROJECT, OpKind.FINISH, OpKind.OUT)
 _ON_DEVICE = frozenset(kind for kind, spec in OPS.items() if spec.lane.worker is Lane.DEVICE)
 
 # Values that a small op reads or writes for each value of its input.
@@ -88,17 +90,22 @@ class CostModel:
             )
         )
 
-    def amounts(self, op: Op, composition: Composition | None) -> Amounts:
+    def amounts(self, op: Op, composition: Composition | None, tokens_of_part: int = 0) -> Amounts:
         """Bytes and flops of an op.
 
         composition: the rows of the op's pass; None if the pass has none, and for moves of weights,
-        whose cost depends on none.
+        whose cost depends on none. tokens_of_part: of all batches that the op works for; 0 if each
+        has as many as this one.
         """
         if composition is None:
             if not OPS[op.kind].moves_weights:
                 return {}
             composition = _NO_PASS
-        amounts = COSTS[op.kind](self, op, composition)
+        if op.kind is OpKind.EXPERTS:
+            tokens = tokens_of_part or op.batches * composition.rows.num_tokens
+            amounts = self._experts(op, tokens)
+        else:
+            amounts = COSTS[op.kind](self, op, composition)
         if op.kind in _ISSUED:
             amounts[_R.ISSUE] = 1
             amounts[_R.LAUNCHES] = self._launches(op, composition, amounts)
@@ -203,8 +210,6 @@ class CostModel:
         elif op.layer == config.head_layer:
             head = config.vocab_size * config.embedding_size
             product = self._linear(composition.rows.num_logits, head)
-        elif config.has_experts(op.layer):
-            product = self._mixture(tokens)
         else:
             mlp = config.hidden_size * config.intermediate_size * (3 if config.gated_mlp else 2)
             product = self._linear(tokens, config.q_size * config.hidden_size + mlp)
@@ -228,22 +233,31 @@ class CostModel:
         flops = _R.DECODE_FLOPS if tokens <= self.plan.policy.gpu_batch_size else _R.FLOPS
         return {flops: 2 * tokens * parameters, _R.DEVICE_MEMORY: moved * self._element}
 
-    def _mixture(self, tokens: int) -> Amounts:
-        """Products of a mixture: each tile reads the experts that its tokens choose."""
-        config, tile = self.plan.config, self.plan.tile_tokens
-        hidden = config.hidden_size
+    def _out(self, op: Op, composition: Composition) -> Amounts:
+        """What a mixture does before its experts, with an expert that every token takes."""
+        config, tokens = self.plan.config, composition.rows.num_tokens
         for_all = config.q_size + config.num_experts + 3 * config.shared_expert_size
-        amounts = self._linear(tokens, hidden * for_all)
-        expert, choices = 3 * hidden * config.expert_size, config.experts_per_token
-        read = tokens // tile * touched_experts(config, tile) + touched_experts(
-            config, tokens % tile
-        )
-        more = {
-            _R.DECODE_FLOPS: 2 * tokens * choices * expert,
-            _R.FLOPS: 2 * tokens * choices * expert,
-            _R.DEVICE_MEMORY: (read * expert + 4 * tokens * choices * hidden) * self._element,
+        product = self._linear(tokens, config.hidden_size * for_all)
+        amounts = product | self._dequantize(op) | self._small_ops(op, tokens)
+        merged = merged_parts(self.plan, self._placed(op, composition))
+        return added((amounts, merged)) if merged else amounts
+
+    def _experts(self, op: Op, tokens: int) -> Amounts:
+        """Products of experts with the rows of a part: each tile reads those that it chooses."""
+        config, tile = self.plan.config, self.plan.expert_tokens
+        expert = 3 * config.hidden_size * config.expert_size
+        choices = tokens * config.experts_per_token
+        read = tokens // tile * touched_experts(config, tile)
+        read += touched_experts(config, tokens % tile)
+        decodes = tokens <= self.plan.policy.gpu_batch_size * op.batches
+        products = {
+            _R.DECODE_FLOPS if decodes else _R.FLOPS: 2 * choices * expert,
+            _R.DEVICE_MEMORY: (read * expert + 4 * choices * config.hidden_size) * self._element,
         }
-        return {resource: amount + more[resource] for resource, amount in amounts.items()}
+        return products | self._small_ops(op, tokens, tile)
+
+    def _combine(self, op: Op, composition: Composition) -> Amounts:
+        return self._small_ops(op, composition.rows.num_tokens, self.plan.cell_tokens)
 
     def _copy(self, tokens: int) -> Amounts:
         return {_R.DEVICE_MEMORY: 2 * tokens * self._hidden_token}
@@ -257,20 +271,23 @@ class CostModel:
 
     def _unpacked_matrices(self, op: Op) -> int:
         """Matrices that an op dequantizes, each by a kernel."""
-        if op.batch % self._num_parts or op.kind not in (OpKind.PROJECT, OpKind.FINISH):
+        if op.batch % self._num_parts or op.kind not in _DEQUANTIZES:
             return 0
         return self._quantized_matrices(op.layer, self._part(op))
 
     def _part(self, op: Op) -> str:
         return part_of_op(op.kind, op.layer == self.plan.config.head_layer)
 
-    def _small_ops(self, op: Op, tokens: int) -> Amounts:
-        """Launches and element-wise values beside the products."""
-        plan, tiles = self.plan, self._tiles(tokens)
+    def _small_ops(self, op: Op, tokens: int, tile: int = 0) -> Amounts:
+        """Launches and element-wise values beside the products.
+
+        tile: tokens at a time; 0 for as many as linear layers take.
+        """
+        plan, tiles = self.plan, -(-tokens // (tile or self.plan.tile_tokens))
         if plan.stage.kind(op.layer) != "decoder":
             return {_R.DEVICE_OPS: LAUNCHES[op.kind] * tiles}
-        values = elementwise_values(plan, op.kind, op.layer)
-        moves = int(0 < plan.policy.activations.gpu < 1)
+        values = elementwise_values(plan, op.kind)
+        moves = int(0 < plan.policy.activations.gpu < 1) * (op.kind not in _KEEPS_NOTHING)
         return {
             _R.DEVICE_OPS: launches(plan, op.kind, op.layer) * tiles + moves,
             _R.ELEMENTWISE: values * tokens * self._element,
@@ -356,7 +373,7 @@ class CostModel:
         values = self._attended(((row, 1.0 if row.is_prefill else share) for row in rows), layer)
         runs = self._runs(placed.resident) + self._runs(streamed)
         prompts = sum(row.is_prefill for row in rows)
-        passed = elementwise_values(self.plan, OpKind.ATTEND_DEVICE, op.layer)
+        passed = elementwise_values(self.plan, OpKind.ATTEND_DEVICE)
         chunks = sum(row.is_prefill for row in placed.resident)
         appended = chunks + any(not row.is_prefill for row in placed.streaming)
         attended = run_launches(self.plan) * runs + prompt_launches(self.plan) * prompts
@@ -431,7 +448,7 @@ def touched_experts(config: ModelConfig, tokens: int) -> float:
     return config.num_experts * (1 - missed)
 
 
-def elementwise_values(plan: StagePlan, kind: OpKind, layer: int) -> int:
+def elementwise_values(plan: StagePlan, kind: OpKind) -> int:
     """Values per token that a decoder layer's op reads or writes beside its matrix products."""
     config, on_gpu = plan.config, plan.stages_disk
     hidden, q, kv = config.hidden_size, config.q_size, config.kv_size
@@ -449,19 +466,22 @@ def elementwise_values(plan: StagePlan, kind: OpKind, layer: int) -> int:
         return values + _COPY * copied
     if kind is OpKind.ATTEND_DEVICE:
         return _COPY * (q + 2 * kv)
+    each = _ACTIVATE + (_MULTIPLY if config.gated_mlp else 0)
+    norms = norm * (config.pre_norm + 2 * (config.branch_norms or not config.pre_norm))
     if kind is OpKind.FINISH:
-        each = _ACTIVATE + (_MULTIPLY if config.gated_mlp else 0)
-        norms = norm * (config.pre_norm + 2 * (config.branch_norms or not config.pre_norm))
         mlp = each * config.intermediate_size
-        if config.has_experts(layer):
-            # Choices are gathered, put back and summed.
-            choice = each * config.expert_size + (2 * _COPY + 1) * hidden
-            scores = (_ACTIVATE + 1) * config.num_experts
-            shared = each * config.shared_expert_size + _ADD * hidden * (
-                config.shared_expert_size > 0
-            )
-            mlp = config.experts_per_token * choice + scores + shared
         return 2 * _ADD * hidden + norms + mlp
+    if kind is OpKind.OUT:
+        scores = (_ACTIVATE + 1) * config.num_experts
+        shared = each * config.shared_expert_size
+        shared += _ADD * hidden * (config.shared_expert_size > 0)
+        return _ADD * hidden + norms + _COPY * hidden + scores + shared
+    if kind is OpKind.EXPERTS:
+        # Choices are gathered, put back and summed.
+        choice = each * config.expert_size + (2 * _COPY + 1) * hidden
+        return config.experts_per_token * choice
+    if kind is OpKind.COMBINE:
+        return _ADD * hidden
     return 0
 
 
@@ -508,6 +528,8 @@ COSTS: dict[OpKind, Callable[[CostModel, Op, Composition], Amounts]] = {
     OpKind.ATTEND_HOST: CostModel._attend_host,
     OpKind.LOAD_ATTENTION: CostModel._load_attention,
     OpKind.FINISH: CostModel._finish,
+    OpKind.OUT: CostModel._out,
+    OpKind.COMBINE: CostModel._combine,
     OpKind.STORE_HIDDEN: CostModel._store_hidden,
     OpKind.WRITE_HIDDEN: CostModel._write_hidden,
     OpKind.STORE_SENT: CostModel._store_sent,

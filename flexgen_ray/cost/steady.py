@@ -73,8 +73,10 @@ def op_stream(
     """
     is_active = ActiveOps(plan, in_ring=not plan.stage.is_whole)
     batches = plan.policy.num_gpu_batches
-    ops = filter(is_active, zigzag(plan.stage, batches, range(num_visits), plan.num_blocks))
-    return OpStream(ops, OpDemands(plan, hardware, rows, core_shares), window_ops(batches))
+    ops = zigzag(plan.stage, batches, range(num_visits), plan.num_blocks, plan.mixtures)
+    return OpStream(
+        filter(is_active, ops), OpDemands(plan, hardware, rows, core_shares), window_ops(batches)
+    )
 
 
 class OpDemands:

@@ -16,13 +16,15 @@ from flexgen_ray.layout.weights import WeightLayout, lay_out_weights
 from flexgen_ray.models.config import ModelConfig
 from flexgen_ray.quant.formats import WeightFormat
 from flexgen_ray.quant.packing import packed_bytes
-from flexgen_ray.schedule.zigzag import StageLayers
+from flexgen_ray.schedule.zigzag import Mixtures, StageLayers
 
 PREFILL_TILES = 8  # a batch takes at most this many tiles of max_batch_tokens in a pass
 # Most bytes that attention of several decoding rows takes beside their cache; that a prompt's
 # repeated keys and values take, if those of one KV head don't take more; and that its mask does.
 ATTENTION_WORKSPACE = 64 * 2**20
 QUERY_TILE = 512  # most queries whose mask over a cached prefix is built at a time
+EXPERT_ROWS = 256  # rows of an expert from which on reading it takes less time than its products
+WAITING = 4096  # tokens of prompts that wait for experts, or as many as decode
 MASK_BYTES = 1 + 4  # of a query and key: the mask, and what torch makes of it
 
 
@@ -99,6 +101,37 @@ class StagePlan:
     def tile_tokens(self) -> int:
         """Most tokens that a linear layer processes at a time."""
         return min(self.policy.max_batch_tokens, self.cell_tokens)
+
+    @cached_property
+    def mixtures(self) -> Mixtures:
+        """The stage's mixtures of experts, and how many batches' rows their experts take at once.
+
+        While the host attends one half of a block, the experts take the other.
+        """
+        layers = frozenset(filter(self.config.has_experts, self.stage.decoders))
+        batches, size = self.policy.num_gpu_batches, self.policy.expert_batches
+        if size is None:
+            size = -(-batches // 2) if self.attends_on_host else batches
+        return Mixtures(layers, min(size, batches) if self.hidden_stays else 1)
+
+    @cached_property
+    def routed_tokens(self) -> int:
+        """Most tokens that wait for experts at a time: decoding rows of a part, or some prompts."""
+        mixtures = self.mixtures
+        if not mixtures.layers:
+            return 0
+        decoding = mixtures.batches * self.policy.gpu_batch_size
+        return max(
+            self.cell_tokens, min(mixtures.batches * self.cell_tokens, max(decoding, WAITING))
+        )
+
+    @cached_property
+    def expert_tokens(self) -> int:
+        """Most tokens that experts take at a time: so many that products take longer than reads."""
+        if not self.routed_tokens:
+            return 0
+        enough = EXPERT_ROWS * self.config.num_experts // self.config.experts_per_token
+        return min(self.routed_tokens, max(self.tile_tokens, enough))
 
     def tiles(self, num_tokens: int) -> list[slice]:
         """Slices of a pass's packed tokens, each of which linear layers process at a time."""

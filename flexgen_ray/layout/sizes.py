@@ -17,7 +17,9 @@ from flexgen_ray.schedule.ops import CELL_SLOTS, LAYER_SLOTS, staging_slots
 from flexgen_ray.units import format_bytes
 
 FRAGMENTATION = 1.5  # memory that the allocator holds, over live memory; see test_memory.py
+CHOSEN_BYTES = 8  # of the number of an expert that a token chose
 CHOICE_BYTES = 4  # of the index of a token that sparse attention chose
+GROUP_BYTES = 16  # of an expert: its number, and where its choices end
 INDEX_BYTES = 80  # of a token's choice of an expert: its number and places, and while it is sorted
 PREFIX_TILE = 1024  # tokens of a prefix that are attended at a time
 # Programs among which a GPU divides the tokens of few rows (kernels/paged_splits.py).
@@ -87,6 +89,7 @@ def stage_bytes(plan: StagePlan) -> dict[str, dict[str, int]]:
             "weights dequantized": sum(dequantized_bytes(plan).values()),
             **cache["gpu"],
             **hidden["gpu"],
+            "rows for experts": routed_bytes(plan),
             "workspace": workspace_bytes(plan),
         },
         "cpu": {
@@ -97,6 +100,28 @@ def stage_bytes(plan: StagePlan) -> dict[str, dict[str, int]]:
         },
         "disk": {"weights": weights["disk"], **cache["disk"], **hidden["disk"]},
     }
+
+
+def routed_bytes(plan: StagePlan) -> int:
+    """Bytes of the device memory in which rows wait for experts, with their choices and shares."""
+    choice = plan.element_bytes + CHOSEN_BYTES
+    each = plan.config.hidden_size * plan.element_bytes + plan.config.experts_per_token * choice
+    return plan.routed_tokens * each
+
+
+def experts_bytes(plan: StagePlan) -> int:
+    """Bytes that grow with the batches for which experts run at once: rows, and temporaries.
+
+    Choices are gathered, multiplied twice and put back: two vectors of hidden states and one of
+    both projections lie there at a time, beside some indices.
+    """
+    config = plan.config
+    if not plan.expert_tokens:
+        return 0
+    choice = 2 * (config.hidden_size + config.expert_size) * plan.element_bytes + INDEX_BYTES
+    temporaries = plan.expert_tokens * config.experts_per_token * choice
+    temporaries += GROUP_BYTES * config.num_experts
+    return routed_bytes(plan) + int(FRAGMENTATION * temporaries)
 
 
 def prefix_bytes(plan: StagePlan) -> int:
@@ -216,7 +241,8 @@ def workspace_bytes(plan: StagePlan) -> int:
     # On a GPU these lanes have a stream each, and the allocator keeps a stream's memory for it.
     ahead, finishing = _op_bytes(plan)
     temporaries = ahead + finishing if plan.stages_disk else max(ahead, finishing)
-    return int(FRAGMENTATION * (temporaries + of_passes + _dense_bytes(plan)))
+    others = int(FRAGMENTATION * (temporaries + of_passes + _dense_bytes(plan)))
+    return others + experts_bytes(plan) - routed_bytes(plan)
 
 
 def _dense_bytes(plan: StagePlan) -> int:
@@ -283,19 +309,14 @@ def _op_bytes(plan: StagePlan) -> tuple[int, int]:
 
 
 def _mlp_bytes(plan: StagePlan, layer: int) -> int:
-    """Most bytes that a token takes in a layer's MLP, or in its experts.
-
-    A token's choices are gathered, multiplied twice and put back: two vectors of hidden states and
-    one of both projections lie there at a time, beside some indices; and before, the scores.
-    """
+    """Most bytes that a token takes in a layer's MLP, or before its experts."""
     config, element = plan.config, plan.element_bytes
     plain = config.intermediate_size * (3 if config.gated_mlp else 2) * element
     if not config.has_experts(layer):
         return plain
-    choice = 2 * (config.hidden_size + config.expert_size) * element + INDEX_BYTES
-    scores = config.num_experts * (element + 4)
+    scores = config.num_experts * (element + 4) + config.experts_per_token * (CHOSEN_BYTES + 4)
     shared = (3 * config.shared_expert_size + 2 * config.hidden_size) * element
-    return max(config.experts_per_token * choice, scores, shared)
+    return config.hidden_size * element + max(scores, shared)
 
 
 def _decoding_bytes(plan: StagePlan, on_cpu: bool) -> int:

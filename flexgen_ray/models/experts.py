@@ -39,21 +39,46 @@ class Experts(NamedTuple):
     down: Tensor
 
 
-def finish(config: ModelConfig, weights: Weights, hidden: Tensor, attention: Tensor) -> None:
-    """Complete a decoder layer after attention, in place: output projection, norm and experts.
+class Routed(NamedTuple):
+    """Rows on their way through experts.
 
-    hidden: [tokens, hidden]; attention: [tokens, q_size].
+    x: [tokens, hidden], what experts take, and then the sum of what they gave. shares, chosen:
+    [tokens, experts_per_token], of the experts that each token chose.
+    """
+
+    x: Tensor
+    shares: Tensor
+    chosen: Tensor
+
+    def part(self, tokens: slice) -> Routed:
+        """Some of the rows."""
+        return Routed(*(each[tokens] for each in self))
+
+
+def route(
+    config: ModelConfig, weights: Weights, hidden: Tensor, attention: Tensor, routed: Routed
+) -> None:
+    """Do what comes after attention and before experts: output projection, norm, and their choice.
+
+    hidden: [tokens, hidden], changed in place. attention: [tokens, q_size]. routed: the tokens'
+    place among rows on their way. An expert that every token takes is added to hidden states here.
     """
     add_linear(weights, "o_proj", attention, hidden)
-    x = rms_norm(config, weights, "mlp_norm", hidden)
+    x = routed.x.copy_(rms_norm(config, weights, "mlp_norm", hidden))
     shares, chosen = choose(config, weights, x)
-    out = _outputs(config, weights, x, chosen)
-    hidden[:, None].baddbmm_(shares[:, None], out)
-    del out
+    routed.shares.copy_(shares)
+    routed.chosen.copy_(chosen)
     if config.shared_expert_size:
         inner = gated(config, weights, x, "shared_gate_up_proj")
         out = linear(weights, "shared_down_proj", inner)
         hidden.addcmul_(out, linear(weights, "shared_gate", x).sigmoid_())
+
+
+def mix(config: ModelConfig, weights: Weights, routed: Routed) -> None:
+    """Replace each row's x by the sum of its experts' outputs, each times its share."""
+    x, shares, chosen = routed
+    out = _outputs(config, weights, x, chosen)
+    torch.bmm(shares[:, None], out, out=x[:, None])
 
 
 def choose(config: ModelConfig, weights: Weights, x: Tensor) -> tuple[Tensor, Tensor]:

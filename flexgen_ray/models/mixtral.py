@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flexgen_ray.models import experts, llama
+from flexgen_ray.models import llama
 
 WEIGHT_NAMES = llama.WEIGHT_NAMES | {
     "router": "model.layers.{}.block_sparse_moe.gate",
@@ -12,4 +12,4 @@ WEIGHT_NAMES = llama.WEIGHT_NAMES | {
     ),
     "down_experts": "model.layers.{}.block_sparse_moe.experts.{}.w2",
 }
-embed, project, finish, head = llama.embed, llama.project, experts.finish, llama.head
+embed, project, finish, head = llama.embed, llama.project, llama.finish, llama.head

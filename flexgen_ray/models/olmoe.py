@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flexgen_ray.models import experts, llama, qwen_moe
+from flexgen_ray.models import llama, qwen_moe
 
 WEIGHT_NAMES = qwen_moe.WEIGHT_NAMES
-embed, project, finish, head = llama.embed, llama.project, experts.finish, llama.head
+embed, project, finish, head = llama.embed, llama.project, llama.finish, llama.head

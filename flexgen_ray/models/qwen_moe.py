@@ -6,11 +6,7 @@ lets them.
 
 from __future__ import annotations
 
-from torch import Tensor
-
-from flexgen_ray.models import experts, llama
-from flexgen_ray.models.config import ModelConfig
-from flexgen_ray.models.layers import Weights
+from flexgen_ray.models import llama
 
 WEIGHT_NAMES = llama.WEIGHT_NAMES | {
     "router": "model.layers.{}.mlp.gate",
@@ -26,13 +22,4 @@ WEIGHT_NAMES = llama.WEIGHT_NAMES | {
     ),
     "shared_down_proj": "model.layers.{}.mlp.shared_expert.down_proj",
 }
-embed, project, head = llama.embed, llama.project, llama.head
-
-
-def finish(config: ModelConfig, weights: Weights, hidden: Tensor, attention: Tensor) -> None:
-    """Complete a decoder layer after attention, in place: with experts, or with a plain MLP.
-
-    hidden: [tokens, hidden]; attention: [tokens, q_size].
-    """
-    complete = experts.finish if "router.weight" in weights else llama.finish
-    complete(config, weights, hidden, attention)
+embed, project, finish, head = llama.embed, llama.project, llama.finish, llama.head

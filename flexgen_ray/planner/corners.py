@@ -26,7 +26,13 @@ import numpy as np
 from flexgen_ray.config import TIERS, HardwareSpec, Placement, Policy
 from flexgen_ray.cost.bound import Quantity, visit_terms
 from flexgen_ray.layout.plan import StagePlan
-from flexgen_ray.layout.sizes import prefix_bytes, stage_bytes, staged_bytes, tier_totals
+from flexgen_ray.layout.sizes import (
+    experts_bytes,
+    prefix_bytes,
+    stage_bytes,
+    staged_bytes,
+    tier_totals,
+)
 from flexgen_ray.models.config import ModelConfig
 from flexgen_ray.schedule.zigzag import StageLayers
 
@@ -136,7 +142,8 @@ class Corners:
         }
         # A further batch takes the same amounts, however many batches and blocks there are; with
         # these numbers fixed, the cached costs of one shape serve others.
-        alike = replace(policy, num_gpu_batches=2, blocks_in_flight=None)
+        part = _small_stage(self.plan, 1, policy).mixtures.batches
+        alike = replace(policy, num_gpu_batches=2, blocks_in_flight=None, expert_batches=part)
         stage = replace(_small_stage(self.plan, 1, alike), num_blocks=1)
         more = self.plan.policy.num_gpu_batches - 1
         for key, taken in visit_terms(stage, self.hardware, self.position).items():
@@ -151,8 +158,10 @@ def corner_policy(policy: Policy, share: Share) -> Policy:
     """The policy with all of the share's group in its place, and the other groups on the device."""
     tier = {"attended": "cpu", "streamed": "cpu"}.get(share.place, share.place)
     weights, cache, activations = (_ALL_ON[tier if it == share.group else "gpu"] for it in GROUPS)
+    rows_wait = activations.gpu == 1  # for experts
     return replace(
         policy,
+        expert_batches=policy.expert_batches if rows_wait else None,
         weights=weights,
         cache=cache,
         activations=activations,
@@ -248,17 +257,19 @@ def _tier_bytes(plan: StagePlan) -> dict[str, int]:
     few = max(2, -(-plan.longest_pages // (plan.policy.gpu_batch_size * plan.row_pages)))
     some, more = (_unstaged_bytes(_with_batches(plan, number)) for number in (few, few + 1))
     nbytes = {tier: some[tier] + (batches - few) * (more[tier] - some[tier]) for tier in TIERS}
-    # Their number does not grow with every batch.
+    # These don't grow with every batch.
+    nbytes["gpu"] += experts_bytes(plan)
     nbytes[plan.prefix_tier] += prefix_bytes(plan)
     return nbytes | {"cpu": nbytes["cpu"] + staged_bytes(plan)}
 
 
 @lru_cache(maxsize=8192)
 def _unstaged_bytes(plan: StagePlan) -> dict[str, int]:
-    """{tier: bytes} without the staging buffer of weights and the pages of prefixes."""
+    """{tier: bytes} without the staging buffer of weights, prefixes, and what experts take."""
     need = tier_totals(stage_bytes(plan))
     nbytes = {tier: getattr(need, tier) for tier in TIERS}
     nbytes[plan.prefix_tier] -= prefix_bytes(plan)
+    nbytes["gpu"] -= experts_bytes(plan)
     return nbytes | {"cpu": nbytes["cpu"] - staged_bytes(plan)}
 
 

@@ -18,9 +18,11 @@ from flexgen_ray.layout.pages import page_table, pages_of
 from flexgen_ray.layout.plan import StagePlan
 from flexgen_ray.layout.rows import Composition, MemoKey, PlacedRows, Rows
 from flexgen_ray.layout.sizes import scored_tokens_at_a_time
+from flexgen_ray.models.experts import mix, route
 from flexgen_ray.models.registry import FAMILIES
 from flexgen_ray.runtime.device_attention import DeviceAttention
 from flexgen_ray.runtime.passes import Pass, Passes
+from flexgen_ray.runtime.routed import RoutedRows
 from flexgen_ray.runtime.scheduler import Scheduler
 from flexgen_ray.schedule.ops import CELL_SLOTS, OPS, Op, OpKind
 from flexgen_ray.store.activations import CellBuffers, HiddenStore
@@ -58,6 +60,7 @@ class OpHandlers:
         self._attend_on_host = attend_on_host
         self.cache = KVCache(plan, tiers)
         self.hidden = HiddenStore(plan, tiers)
+        self._routed = RoutedRows(plan, tiers)
         self._attention = DeviceAttention(plan, self.cache, tiers.device, attend_on_device)
         self.on_logits: LogitsHook | None = None
         self.passes = Passes(plan, scheduler, tiers.device, number)
@@ -88,22 +91,27 @@ class OpHandlers:
         spec = OPS[op.kind]
         if spec.moves_weights:
             return self.passes.is_empty(op.visit)
-        return spec.needs_rows and not self.rows(op).rows
+        return spec.needs_rows and self.composition(op) is None
 
     def rows(self, op: Op) -> Rows:
         """Rows of the op's pass; known when the op starts, and not when it is issued."""
         return self._pass(op).rows
+
+    def tokens_of_part(self, op: Op) -> int:
+        """Tokens of all batches that the op works for; 0 if it works for one."""
+        if op.batches == 1:
+            return 0
+        return sum(each.rows.num_tokens for each in self.passes.passes_of(op))
 
     def placed(self, op: Op) -> PlacedRows:
         """Rows of the op's pass, divided by where the op's layer has their cache."""
         return self._pass(op).placed(op.batch, self.plan.kind_of(op.layer))
 
     def composition(self, op: Op) -> Composition | None:
-        """Composition of the op's pass; None for ops without rows."""
+        """Composition of the op's pass, or of one of several; None for ops without rows."""
         if not OPS[op.kind].needs_rows:
             return None
-        current = self._pass(op)
-        return current if current.rows.rows else None
+        return next((each for each in self.passes.passes_of(op) if each.rows.rows), None)
 
     def _pass(self, op: Op) -> Pass:
         return self.passes.pass_of(op)
@@ -236,6 +244,35 @@ class OpHandlers:
             self.family.finish(self.config, tensors, hidden[tile], attention[tile])
         self.hidden.keep_resident(op, rows.num_tokens)
 
+    def _out(self, op: Op) -> None:
+        """OUT of a mixture; if there's no room for the batch's rows, those before it go first."""
+        rows, hidden, tensors = self.rows(op), self.hidden.of_cell(op), self.weights.tensors(op)
+        self._attention.merge(self.placed(op), self._work(op))
+        attention = self._work(op).attention(rows).flatten(1)
+        if not self._routed.has_room(rows.num_tokens):
+            self._experts(op)
+            for batch in self._routed.batches:
+                self._add_mixed(batch, self.hidden.of_slot(op.hidden_slot - op.batch + batch))
+        routed = self._routed.enter(op.batch, rows.num_tokens)
+        for tile in self.plan.tiles(rows.num_tokens):
+            some = routed.part(tile)
+            route(self.config, tensors, hidden[tile], attention[tile], some)
+
+    def _experts(self, op: Op) -> None:
+        tensors = self.weights.tensors(op)
+        for some in self._routed.tiles():
+            mix(self.config, tensors, some)
+
+    def _combine(self, op: Op) -> None:
+        self._add_mixed(op.batch, self.hidden.of_cell(op))
+        self.hidden.keep_resident(op, self.rows(op).num_tokens)
+
+    def _add_mixed(self, batch: int, hidden: Tensor) -> None:
+        """Add what experts gave to a batch's hidden states, unless that was done before."""
+        mixed = self._routed.leave(batch)
+        if mixed is not None:
+            hidden[: len(mixed)] += mixed
+
     def _head(self, op: Op) -> None:
         """FINISH of the head: logits of the sampled rows, and scores of tokens that are known.
 
@@ -345,6 +382,9 @@ HANDLERS: dict[OpKind, Handler] = {
     OpKind.ATTEND_HOST: OpHandlers._attend_host,
     OpKind.LOAD_ATTENTION: OpHandlers._load_attention,
     OpKind.FINISH: OpHandlers._finish,
+    OpKind.OUT: OpHandlers._out,
+    OpKind.EXPERTS: OpHandlers._experts,
+    OpKind.COMBINE: OpHandlers._combine,
     OpKind.STORE_HIDDEN: OpHandlers._store_hidden,
     OpKind.WRITE_HIDDEN: OpHandlers._write_hidden,
     OpKind.STORE_SENT: OpHandlers._store_sent,

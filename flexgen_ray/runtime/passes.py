@@ -254,6 +254,11 @@ class Passes:
         """Pass of the op's visit and batch."""
         return self._under_way[op.turn, op.batch]
 
+    def passes_of(self, op: Op) -> list[Pass]:
+        """Passes of the op's visit, of all batches that it works for."""
+        first = op.batch - op.batches + 1
+        return [self._under_way[op.turn, batch] for batch in range(first, op.batch + 1)]
+
     def is_empty(self, visit: int) -> bool:
         """True if no batch of the visit has rows, as far as is known."""
         return self._num_empty.get(visit, 0) == self._plan.policy.num_gpu_batches

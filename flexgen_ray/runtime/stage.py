@@ -168,7 +168,8 @@ class Stage:
         self.scheduler.add(requests)
         if plan.stage.is_whole and self.scheduler.is_done:
             return
-        ops = zigzag(plan.stage, plan.policy.num_gpu_batches, count(), plan.num_blocks)
+        batches, blocks = plan.policy.num_gpu_batches, plan.num_blocks
+        ops = zigzag(plan.stage, batches, count(), blocks, plan.mixtures)
         running = self._start().run(ops)
         began = started = time.perf_counter()
         with closing(running), _torch_threads(self._cores.device):

@@ -30,7 +30,7 @@ from flexgen_ray.schedule.ops import OPS, Buffer, Lane, Op, OpKind
 # Ops are issued a little ahead of those that run; issued little by little, they disturb the lanes
 # less.
 VISITS_AHEAD = 1  # visits issued beyond the oldest one that has not ended
-CELL_OPS = 16  # most ops of a cell; sparse attention may add three
+CELL_OPS = 16  # most ops of a cell; sparse attention may add three, a mixture two
 CELLS_AHEAD = 4  # cells issued beyond those of one layer, by which its weights run ahead
 
 Ticket = TypeVar("Ticket", bound=Hashable)
@@ -153,6 +153,8 @@ def _slot(
         return buffer, weights, 0
     if buffer is Buffer.HOST_WEIGHTS:
         return buffer, staging, 0
+    if buffer is Buffer.ROUTED:
+        return buffer, 0, 0
     if buffer in _PER_HIDDEN_SLOT:
         return buffer, hidden, 0
     if buffer in (Buffer.TOKENS, Buffer.PAGES):

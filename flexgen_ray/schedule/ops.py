@@ -53,6 +53,11 @@ class OpKind(StrEnum):
     ATTEND_HOST = auto()  # attend rows in host memory, where their cache lies
     LOAD_ATTENTION = auto()  # results of ATTEND_HOST, to the device
     FINISH = auto()  # output projection and MLP; the head's logits
+    OUT = (
+        auto()
+    )  # in a mixture's place: output projection, norm, and the router's choice of experts
+    EXPERTS = auto()  # experts, for the rows of several batches at once
+    COMBINE = auto()  # what the experts gave, to a batch's hidden states
     STORE_HIDDEN = auto()  # hidden states that lie off the device, to host memory
     WRITE_HIDDEN = auto()  # hidden states that lie on disk, to disk
     STORE_SENT = auto()  # hidden states for the next stage, to host memory
@@ -123,6 +128,8 @@ class Buffer(StrEnum):
     # One copy per weights slot, and one per staging slot.
     DEVICE_WEIGHTS = auto()  # streamed weights
     HOST_WEIGHTS = auto()  # a part of disk weights on its way
+    # One copy.
+    ROUTED = auto()  # rows on their way through experts
     # One copy per cell slot.
     WORK = auto()  # hidden states of a cell on the device, unless they stay in HIDDEN_GPU
     QUERY = auto()
@@ -318,6 +325,15 @@ OPS: dict[OpKind, OpSpec] = {
         (_B.ROWS, _B.DEVICE_WEIGHTS, _B.WORK, _B.ATTENTION, _B.HIDDEN_GPU),
         (_B.WORK, _B.HIDDEN_GPU, _B.LOGITS),
     ),
+    _K.OUT: OpSpec(
+        _L.DEVICE,
+        (_B.ROWS, _B.DEVICE_WEIGHTS, _B.WORK, _B.ATTENTION, _B.HIDDEN_GPU),
+        (_B.WORK, _B.HIDDEN_GPU, _B.ROUTED),
+    ),
+    _K.EXPERTS: OpSpec(_L.DEVICE, (_B.ROWS, _B.DEVICE_WEIGHTS, _B.ROUTED), (_B.ROUTED,)),
+    _K.COMBINE: OpSpec(
+        _L.DEVICE, (_B.ROWS, _B.WORK, _B.HIDDEN_GPU, _B.ROUTED), (_B.WORK, _B.HIDDEN_GPU)
+    ),
     _K.STORE_HIDDEN: OpSpec(
         _L.STORE, (_B.ROWS, _B.WORK), (_B.HIDDEN_CPU, _B.HIDDEN_OUT), _C.HIDDEN_OFF_DEVICE
     ),
@@ -333,13 +349,14 @@ OPS: dict[OpKind, OpSpec] = {
 
 @dataclass(frozen=True, slots=True)
 class Op:
-    """One step of one cell: of one batch in one layer.
+    """One step of one cell: of one batch in one layer; or of several batches (EXPERTS).
 
     visit: number of the trip that a block's batches make through the stage; layer: 0 embeds, the
     last is the head; batch: number among the batches of all blocks; part: which of num_gpu_batches
     equal parts of a layer's weights, for ops that move weights; *_slot: which copy of double-
     buffered memory the op uses; turn: which copy of what a block's next visit must not overwrite;
-    ends_visit: True for the last op of a visit.
+    ends_visit: True for the last op of a visit. batches: for how many batches the op works, of which
+    `batch` is the last.
     """
 
     kind: OpKind
@@ -353,6 +370,7 @@ class Op:
     part: int = 0
     staging_slot: int = 0
     ends_visit: bool = False
+    batches: int = 1
 
     @property
     def lane(self) -> Lane:

@@ -19,6 +19,12 @@ layers (L1, L2), two batches (b0, b1), and the next visit's ops marked ':
     4      L1' part 1          embed', L1' b0 L2 b1, head b1: the visit ends
     5      L2' part 0          embed', L1' b1 L1' b0
 
+In a mixture of experts a cell is finished in three ops: OUT of each batch, then EXPERTS once for all
+batches of a part, which reads each expert once for all their rows, then COMBINE of each batch. With
+parts of two batches, the end of the cells of a layer L is:
+
+    finish L b0: OUT b0        finish L b1: OUT b1, EXPERTS b0 and b1, COMBINE b0, COMBINE b1
+
 A batch's first cell brings it into the stage (embedding, or receiving from the stage before), and
 its last cell takes it out (head, or sending to the next stage). So visit 1 begins in step 4, while
 the last batch of visit 0 is still attended.
@@ -29,7 +35,7 @@ Knows layers, batches and their order; no rows, bytes or placement.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from flexgen_ray.schedule.ops import CELL_SLOTS, HEAD_SLOT, LAYER_SLOTS, Op, OpKind, staging_slots
@@ -51,7 +57,6 @@ _ATTENTION = (
 )
 _HIDDEN_HOME = (OpKind.STORE_HIDDEN, OpKind.WRITE_HIDDEN)
 _BEGIN = _LOADS + _ATTENTION
-_FINISH = (OpKind.FINISH, *_HIDDEN_HOME)
 _ENTER = {
     "embedding": (
         OpKind.RECV_TOKENS,
@@ -73,6 +78,25 @@ _LEAVE = {
     "head": (*_LOADS, OpKind.FINISH, OpKind.SAMPLE, OpKind.ACCEPT),
     "exit": (*_LOADS, OpKind.FINISH, OpKind.STORE_SENT, OpKind.SEND),
 }
+
+
+@dataclass(frozen=True)
+class Mixtures:
+    """Decoder layers that are mixtures of experts, in which the batches of a block form parts.
+
+    A part's experts run once, for the rows of all its batches. batches: of a part; the last part of
+    a block may have fewer.
+    """
+
+    layers: frozenset[int] = frozenset()
+    batches: int = 1
+
+    def first_of_part(self, cell: Op) -> int:
+        """Number within its block of the first batch of a cell's part."""
+        return cell.part // self.batches * self.batches if cell.layer in self.layers else cell.part
+
+
+_NO_MIXTURES = Mixtures()
 
 
 @dataclass(frozen=True)
@@ -152,7 +176,11 @@ class StageLayers:
 
 
 def zigzag(
-    stage: StageLayers, num_batches: int, visits: Iterable[int], num_blocks: int = 1
+    stage: StageLayers,
+    num_batches: int,
+    visits: Iterable[int],
+    num_blocks: int = 1,
+    mixtures: Mixtures = _NO_MIXTURES,
 ) -> Iterator[Op]:
     """Yield the ops of a stage in program order, for visits 0, 1, 2, …; endless, if `visits` is.
 
@@ -163,22 +191,24 @@ def zigzag(
     """
     weights = _WeightStream(stage, num_batches)
     yield from weights.prologue()
+    waiting: list[Op] = []
     cell: Op | None = None
     for following in _cells(stage, num_batches, visits, num_blocks):
         if cell is None:
             yield from _begin(following, stage)
         else:
             yield from weights.prefetch(cell)
-            # With one batch the next cell needs the hidden states that this one finishes.
-            if num_batches > 1:
+            # The next layer's first cell may need the hidden states that this one completes.
+            needs = not following.part and not mixtures.first_of_part(cell)
+            if not needs:
                 yield from _begin(following, stage)
-            yield from _finish(cell, stage)
-            if num_batches == 1:
+            yield from _finish(cell, stage, num_batches, mixtures, waiting)
+            if needs:
                 yield from _begin(following, stage)
         cell = following
     if cell is not None:
         yield from weights.prefetch(cell)
-        yield from _finish(cell, stage)
+        yield from _finish(cell, stage, num_batches, mixtures, waiting)
 
 
 def _cells(
@@ -213,9 +243,32 @@ def _begin(cell: Op, stage: StageLayers) -> Iterator[Op]:
     yield from _ops(cell, _BEGIN, cell.layer)
 
 
-def _finish(cell: Op, stage: StageLayers) -> Iterator[Op]:
-    """Ops after a cell's attention, and after those, in a batch's last cell, its exit."""
-    yield from _ops(cell, _FINISH, cell.layer)
+def _finish(
+    cell: Op, stage: StageLayers, num_batches: int, mixtures: Mixtures, waiting: list[Op]
+) -> Iterator[Op]:
+    """Ops after a cell's attention, and after those, in a batch's last cell, its exit.
+
+    A mixture's cells wait for the last one of their part. waiting: those of the present part.
+    """
+    if cell.layer not in mixtures.layers:
+        yield from _ops(cell, (OpKind.FINISH, *_HIDDEN_HOME), cell.layer)
+        yield from _leave(cell, stage)
+        return
+    yield from _ops(cell, (OpKind.OUT,), cell.layer)
+    waiting.append(cell)
+    if cell.part + 1 not in (mixtures.first_of_part(cell) + mixtures.batches, num_batches):
+        return
+    yield replace(cell, kind=OpKind.EXPERTS, batches=len(waiting), ends_visit=False)
+    for each in waiting:
+        # In a part of several batches hidden states lie in no cell slot.
+        yield replace(each, kind=OpKind.COMBINE, cell_slot=cell.cell_slot, ends_visit=False)
+        yield from _ops(each, _HIDDEN_HOME, cell.layer)
+        yield from _leave(each, stage)
+    waiting.clear()
+
+
+def _leave(cell: Op, stage: StageLayers) -> Iterator[Op]:
+    """Ops that take a batch out of the stage, in its last cell."""
     if cell.layer == stage.decoders[-1]:
         yield from _ops(cell, _LEAVE[stage.kind(cell.layer + 1)], cell.layer + 1)
 

@@ -90,6 +90,10 @@ class HiddenStore:
             return self._gpu[op.hidden_slot]
         return self.work[op.cell_slot].hidden
 
+    def of_slot(self, slot: int) -> Tensor:
+        """Hidden states of a slot, [cell_tokens, hidden], if all stay on the device."""
+        return self._gpu[slot]
+
     def read(self, op: Op, num_tokens: int) -> None:
         """READ_HIDDEN: read the tokens on disk into the cell's host slot."""
         count = self._split(num_tokens)[2]
