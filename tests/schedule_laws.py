@@ -9,7 +9,13 @@ from hypothesis import strategies as st
 
 from flexgen_ray.schedule.dependencies import Dependencies
 from flexgen_ray.schedule.ops import Op, OpKind
-from flexgen_ray.schedule.zigzag import StageLayers, zigzag
+from flexgen_ray.schedule.zigzag import Mixtures, StageLayers, zigzag
+
+
+def mixtures(num_layers: int = 5) -> st.SearchStrategy[Mixtures]:
+    """Some layers, of which some are mixtures, and the batches for which their experts run."""
+    layers = st.frozensets(st.integers(1, num_layers))
+    return st.builds(Mixtures, layers, st.integers(1, 4))
 
 
 @st.composite
@@ -24,7 +30,7 @@ def streams(draw) -> tuple[StageLayers, int, int, list[Op]]:
     stage = StageLayers(first, last, num_layers)
     num_batches, num_visits = draw(st.integers(1, 4)), draw(st.integers(1, 6))
     num_blocks = draw(st.integers(1, 3))
-    ops = zigzag(stage, num_batches, range(num_visits), num_blocks)
+    ops = zigzag(stage, num_batches, range(num_visits), num_blocks, draw(mixtures()))
     return stage, num_batches, num_visits, list(ops)
 
 

@@ -18,7 +18,7 @@ from flexgen_ray import LLM, Policy, SamplingParams
 from flexgen_ray.runtime.executor import AsyncExecutor, SerialExecutor
 from flexgen_ray.runtime.lanes import Cores, LaneWorker, make_lane_workers
 from flexgen_ray.schedule.ops import OPS, Lane, OpKind
-from flexgen_ray.schedule.zigzag import StageLayers, zigzag
+from flexgen_ray.schedule.zigzag import Mixtures, StageLayers, zigzag
 
 
 @pytest.mark.parametrize("name", ["opt", "llama", "opt-350m-like", "gemma3"])
@@ -76,7 +76,8 @@ def test_an_exception_in_any_lane_ends_the_run_with_it(kind, num_batches):
     executor = AsyncExecutor(recorder, lambda op: True, WORKERS)
     with pytest.raises(OSError, match=f"{kind} broke"):
         for stage in StageLayers.split(3, [1, 1, 1]):
-            list(executor.run(zigzag(stage, num_batches, range(50), 3)))
+            mixtures = Mixtures(frozenset({2}), 2)
+            list(executor.run(zigzag(stage, num_batches, range(50), 3, mixtures)))
     assert threading.active_count() == before
 
 

@@ -14,7 +14,7 @@ from flexgen_ray.kernels import host_kernel
 from flexgen_ray.runtime.handlers import OpHandlers
 from flexgen_ray.schedule.ops import OPS, Lane, OpKind
 
-MOST = {"opt": 12, "llama": 16, "qwen3": 16, "qwen3-moe": 32}
+MOST = {"opt": 12, "llama": 16, "qwen3": 16, "qwen3-moe": 28}
 POLICIES = {
     "resident": {},
     "experts in parts": {"weights": Placement(0.5, 0.5, 0)},
@@ -64,10 +64,13 @@ def modelled(monkeypatch) -> Counter[OpKind]:
 def test_a_decoding_cell_takes_few_launches_as_many_as_modelled(
     modelled, name, policy, is_ragged, shared, tmp_path
 ):
-    """With tokens that all prompts share, too: a tile of them takes a fixed number."""
+    """With tokens that all prompts share, too: a tile of them takes a fixed number.
+
+    The experts run once for both batches.
+    """
     counted = decode_launches(name, tmp_path, is_ragged, shared, **POLICIES[policy]).other_layers
     assert counted == {
         kind: sums / modelled[kind,] for kind, sums in modelled.items() if isinstance(kind, OpKind)
     }
     if policy in ("resident", "half on the host") and not shared:
-        assert sum(counted.values()) <= MOST[name]
+        assert sum(counted.values()) - counted.get(OpKind.EXPERTS, 0) / 2 <= MOST[name]

@@ -7,11 +7,11 @@ from graphlib import CycleError, TopologicalSorter
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from schedule_laws import assert_reads_what_arrived, streams
+from schedule_laws import assert_reads_what_arrived, mixtures, streams
 
 from flexgen_ray.schedule.dependencies import Buffer, Dependencies, reads
 from flexgen_ray.schedule.ops import Op, OpKind
-from flexgen_ray.schedule.zigzag import StageLayers, zigzag
+from flexgen_ray.schedule.zigzag import Mixtures, StageLayers, zigzag
 
 TELLS_ROWS = (OpKind.COMPOSE, OpKind.RECV_ROWS)
 
@@ -68,7 +68,7 @@ def test_hidden_states_at_home_are_those_of_the_layer_before(stream, seed):
     assert_reads_what_arrived(
         stream,
         seed,
-        {OpKind.EMBED, OpKind.FINISH},
+        {OpKind.EMBED, OpKind.FINISH, OpKind.COMBINE},
         lambda op: op.kind is OpKind.PROJECT,
         lambda op: op.hidden_slot,
         lambda move, op: is_same_pass(move, op) and move.layer == op.layer - 1,
@@ -86,12 +86,13 @@ def passes(ops: list[Op], kind: OpKind) -> list[tuple[int, int]]:
     return [(op.visit, op.batch) for op in ops if op.kind is kind]
 
 
-@given(rings(), st.integers(0, 2), st.integers(1, 8))
-def test_a_stage_takes_in_the_order_in_which_the_one_before_gives(ring, spare, num_visits):
+@given(rings(), st.integers(0, 2), st.integers(1, 8), mixtures())
+def test_a_stage_takes_in_the_order_in_which_the_one_before_gives(ring, spare, num_visits, parts):
     """Messages carry no address: the first stage's tokens too come in the order it expects."""
     stages, num_batches = ring
     num_blocks = len(stages) + spare
-    streams = [list(zigzag(it, num_batches, range(num_visits), num_blocks)) for it in stages]
+    visits = range(num_visits)
+    streams = [list(zigzag(it, num_batches, visits, num_blocks, parts)) for it in stages]
     composed = passes(streams[0], OpKind.COMPOSE)
     for before, after in zip(streams, streams[1:], strict=False):
         assert passes(after, OpKind.RECV_ROWS) == composed
@@ -117,7 +118,7 @@ def test_blocks_take_turns_with_batches_of_their_own(ring, num_blocks):
             assert len(turns[visit]) == 1 and turns[visit] != turns[visit + num_blocks]
 
 
-def waits(ring, num_blocks: int, num_visits: int, in_program_order: bool) -> dict:
+def waits(ring, num_blocks: int, num_visits: int, in_program_order: bool, parts=None) -> dict:
     """{(stage, op, begins or ends): what must have happened before}, in a whole ring."""
     stages, num_batches = ring
     graph: dict = {}
@@ -125,7 +126,8 @@ def waits(ring, num_blocks: int, num_visits: int, in_program_order: bool) -> dic
     for number, stage in enumerate(stages):
         dependencies: Dependencies[int] = Dependencies()
         last: dict = {}
-        for index, op in enumerate(zigzag(stage, num_batches, range(num_visits), num_blocks)):
+        ops = zigzag(stage, num_batches, range(num_visits), num_blocks, parts or Mixtures())
+        for index, op in enumerate(ops):
             place[number, op.kind, op.visit, op.batch] = number, index
             before = {last.get(None if in_program_order else op.lane)} - {None}
             before |= dependencies.add(index, op)
@@ -149,11 +151,11 @@ def waits(ring, num_blocks: int, num_visits: int, in_program_order: bool) -> dic
 
 
 @pytest.mark.parametrize("in_program_order", [True, False])
-@given(rings(), st.integers(0, 2))
+@given(rings(), st.integers(0, 2), mixtures())
 @settings(max_examples=15)
-def test_a_ring_with_a_block_a_stage_never_waits_for_itself(in_program_order, ring, spare):
+def test_a_ring_with_a_block_a_stage_never_waits_for_itself(in_program_order, ring, spare, parts):
     num_blocks = len(ring[0]) + spare
-    TopologicalSorter(waits(ring, num_blocks, 3 * num_blocks, in_program_order)).prepare()
+    TopologicalSorter(waits(ring, num_blocks, 3 * num_blocks, in_program_order, parts)).prepare()
 
 
 def test_a_ring_with_fewer_blocks_may_wait_for_itself():

@@ -14,7 +14,7 @@ from flexgen_ray.schedule.dependencies import Buffer, reads, writes
 from flexgen_ray.schedule.ops import CELL_SLOTS, WEIGHTS_SLOTS, Op, OpKind, staging_slots
 from flexgen_ray.schedule.zigzag import StageLayers, zigzag
 
-COMPUTE = (OpKind.PROJECT, OpKind.FINISH)
+COMPUTE = (OpKind.PROJECT, OpKind.FINISH, OpKind.OUT, OpKind.EXPERTS)
 
 
 @given(streams(), st.integers(0, 2**32))
@@ -122,10 +122,33 @@ def test_a_batch_passes_the_layers_in_order(stream, seed):
     times = play(ops, seed)
     finished = {}
     for op, (start, end) in zip(ops, times, strict=True):
-        if op.kind in (OpKind.PROJECT, OpKind.FINISH):
+        if op.kind in (OpKind.PROJECT, OpKind.FINISH, OpKind.OUT):
             assert finished[op.visit, op.layer - 1, op.batch] <= start
-        if op.kind in (OpKind.EMBED, OpKind.FINISH):
+        if op.kind in (OpKind.EMBED, OpKind.FINISH, OpKind.COMBINE):
             finished[op.visit, op.layer, op.batch] = end
+
+
+@given(streams(), st.integers(0, 2**32))
+@settings(max_examples=60)
+def test_experts_run_once_for_the_rows_that_a_part_has_brought(stream, seed):
+    """Each batch brings its rows, the experts take them, and it gets them back."""
+    _, num_batches, _, ops = stream
+    times = play(ops, seed)
+    brought, taken = {}, {}
+    for op, (start, end) in zip(ops, times, strict=True):
+        cell = op.visit, op.layer, op.batch
+        match op.kind:
+            case OpKind.OUT:
+                brought[cell] = end
+            case OpKind.EXPERTS:
+                assert op.batch // num_batches == (op.batch - op.batches + 1) // num_batches
+                for batch in range(op.batch - op.batches + 1, op.batch + 1):
+                    assert brought.pop((op.visit, op.layer, batch)) <= start
+                    taken[op.visit, op.layer, batch] = end
+                assert not brought
+            case OpKind.COMBINE:
+                assert taken.pop(cell) <= start
+    assert not brought and not taken
 
 
 @given(st.integers(2, 4), st.integers(2, 5))

@@ -144,8 +144,8 @@ def _visit_ops(plan: StagePlan, position: int) -> dict[str, list[_VisitOp]]:
     is_active = ActiveOps(plan, in_ring=not plan.stage.is_whole)
     # Experts run once a part: here in each batch, for as many as in a part.
     apart = replace(plan.mixtures, batches=1)
-    ops = zigzag(plan.stage, 2, range(1), mixtures=apart)
-    ops = [_of_part(plan, op) for op in ops if not op.visit and is_active(op)]
+    visit = zigzag(plan.stage, 2, range(1), mixtures=apart)
+    ops = [_of_part(plan, op) for op in visit if not op.visit and is_active(op)]
     model, visit_ops = CostModel(plan), {}
     rows_of = {
         "prefill": prefilling_rows(plan)[0],

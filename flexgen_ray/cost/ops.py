@@ -234,7 +234,7 @@ class CostModel:
         return {flops: 2 * tokens * parameters, _R.DEVICE_MEMORY: moved * self._element}
 
     def _out(self, op: Op, composition: Composition) -> Amounts:
-        """What a mixture does before its experts, with an expert that every token takes."""
+        """Work of a mixture before its experts, and an expert that every token takes."""
         config, tokens = self.plan.config, composition.rows.num_tokens
         for_all = config.q_size + config.num_experts + 3 * config.shared_expert_size
         product = self._linear(tokens, config.hidden_size * for_all)

@@ -120,10 +120,10 @@ class StagePlan:
         mixtures = self.mixtures
         if not mixtures.layers:
             return 0
-        decoding = mixtures.batches * self.policy.gpu_batch_size
-        return max(
-            self.cell_tokens, min(mixtures.batches * self.cell_tokens, max(decoding, WAITING))
+        decoding, most = (
+            mixtures.batches * each for each in (self.policy.gpu_batch_size, self.cell_tokens)
         )
+        return max(self.cell_tokens, min(most, max(decoding, WAITING)))
 
     @cached_property
     def expert_tokens(self) -> int:

@@ -1,7 +1,8 @@
 """The model families: {name: the module with its maths and weight names}.
 
 A family's module has WEIGHT_NAMES and the functions embed, project, finish and head, which work on
-one layer's weights (llama.py is the example); a mixture's layers are finished by experts.py. Its config.json is parsed by config_parsers.py.
+one layer's weights (llama.py is the example); experts.py finishes a mixture's layers. Its
+config.json is parsed by config_parsers.py.
 """
 
 from __future__ import annotations

@@ -271,7 +271,7 @@ class OpHandlers:
         """Add what experts gave to a batch's hidden states, unless that was done before."""
         mixed = self._routed.leave(batch)
         if mixed is not None:
-            hidden[: len(mixed)] += mixed
+            hidden[: len(mixed)].add_(mixed)
 
     def _head(self, op: Op) -> None:
         """FINISH of the head: logits of the sampled rows, and scores of tokens that are known.

@@ -52,7 +52,7 @@ class RoutedRows:
         return [self._rows.part(slice(at, min(at + self._step, self._filled))) for at in ends]
 
     def leave(self, batch: int) -> torch.Tensor | None:
-        """What the experts gave for a batch's rows, [tokens, hidden]; None if it has left."""
+        """Outputs of the experts for a batch's rows, [tokens, hidden]; None if it has left."""
         place = self._places.pop(batch, None)
         if not self._places:
             self._filled = 0

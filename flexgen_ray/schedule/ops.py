@@ -355,8 +355,8 @@ class Op:
     last is the head; batch: number among the batches of all blocks; part: which of num_gpu_batches
     equal parts of a layer's weights, for ops that move weights; *_slot: which copy of double-
     buffered memory the op uses; turn: which copy of what a block's next visit must not overwrite;
-    ends_visit: True for the last op of a visit. batches: for how many batches the op works, of which
-    `batch` is the last.
+    ends_visit: True for the last op of a visit; batches: for how many batches the op works, of
+    which `batch` is the last.
     """
 
     kind: OpKind

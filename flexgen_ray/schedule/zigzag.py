@@ -19,9 +19,9 @@ layers (L1, L2), two batches (b0, b1), and the next visit's ops marked ':
     4      L1' part 1          embed', L1' b0 L2 b1, head b1: the visit ends
     5      L2' part 0          embed', L1' b1 L1' b0
 
-In a mixture of experts a cell is finished in three ops: OUT of each batch, then EXPERTS once for all
-batches of a part, which reads each expert once for all their rows, then COMBINE of each batch. With
-parts of two batches, the end of the cells of a layer L is:
+In a mixture of experts a cell is finished in three ops: OUT of each batch, then EXPERTS once for
+all batches of a part, which reads each expert once for all their rows, then COMBINE of each batch.
+With parts of two batches, the cells of a layer L are finished so:
 
     finish L b0: OUT b0        finish L b1: OUT b1, EXPERTS b0 and b1, COMBINE b0, COMBINE b1
 
