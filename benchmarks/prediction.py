@@ -157,7 +157,7 @@ def _measured(setting: Setting) -> Hardware:
 def _predicted(policy: Policy, job: PlannedJob, setting: Setting, hardware: Hardware) -> dict:
     """Simulated throughput and seconds of a policy on this hardware, and the rates it has."""
     config, dtype = shape_config(setting.model), setting.dtype
-    rates = ModelRates.of(hardware, config, dtype)
+    rates = ModelRates(hardware, config, dtype)
     device = StageDevice(rates, hardware.budget, "this node", hardware.core_shares)
     # On a GPU, bytes from disk pass through host memory.
     stages_disk = not hardware.device.is_cpu

@@ -74,7 +74,7 @@ def _cluster(names: list[str], model: str, requests: int, step: int) -> dict:
         hardware = Hardware.preset(name)
         memory = hardware.memory
         budget = Budget(memory.gpu, memory.cpu, memory.disk)
-        rates = ModelRates.of(hardware, config, DTYPE)
+        rates = ModelRates(hardware, config, DTYPE)
         devices.append(StageDevice(rates, budget, f"machine {number}"))
     job = PlannedJob.uniform(requests, t4.PROMPT_LEN, t4.MAX_TOKENS)
     planner = Planner(config, tuple(devices), job, DTYPE)

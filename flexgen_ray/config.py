@@ -315,6 +315,8 @@ class HardwareSpec:
         the device, attend to alone.
     device_flops_per_s: matrix products of many tokens. device_decode_flops_per_s: products of few
         tokens, which are slower; 0 is device_flops_per_s.
+    device_expert_flops_per_s, device_decode_expert_flops_per_s: products of a mixture's experts,
+        with the rows of one each; 0 are the two rates above.
     device_bytes_per_s: the device's memory.
     dequantize_bytes_per_s: quantized values, counted as 16 bits each; 0 is half the memory's rate.
     device_ops_per_s: ops, for the constant time that each takes of the device, which a GPU's
@@ -341,6 +343,8 @@ class HardwareSpec:
     device_flops_per_s: float
     device_bytes_per_s: float
     device_decode_flops_per_s: float = 0.0
+    device_expert_flops_per_s: float = 0.0
+    device_decode_expert_flops_per_s: float = 0.0
     device_attention_bytes_per_s: float = 0.0
     dequantize_bytes_per_s: float = 0.0
     device_ops_per_s: float = 1e12
@@ -353,8 +357,11 @@ class HardwareSpec:
     has_copy_engines: bool = False
 
     def __post_init__(self) -> None:
+        decode = self.device_decode_flops_per_s or self.device_flops_per_s
         for name, usual in (
-            ("device_decode_flops_per_s", self.device_flops_per_s),
+            ("device_decode_flops_per_s", decode),
+            ("device_expert_flops_per_s", self.device_flops_per_s),
+            ("device_decode_expert_flops_per_s", decode),
             ("device_attention_bytes_per_s", self.device_bytes_per_s),
             ("dequantize_bytes_per_s", self.device_bytes_per_s / 2),
         ):

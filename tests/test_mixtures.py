@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 from flexgen_ray import LLM, Placement, Policy, SamplingParams
 from flexgen_ray.cli.main import app
 from flexgen_ray.config import TIERS, Workload
-from flexgen_ray.cost.ops import touched_experts
+from flexgen_ray.cost.experts import touched_experts
 from flexgen_ray.kernels.pack import pack, unpack
 from flexgen_ray.layout import plan as plan_module
 from flexgen_ray.layout.plan import StagePlan

@@ -49,7 +49,7 @@ def test_modelled_seconds_are_those_of_the_tokens_that_were_drawn(
 
 def test_a_plan_counts_what_its_job_draws():
     config, machine = shape_config("opt-1.3b"), Hardware.preset("cpu")
-    device = StageDevice(ModelRates.of(machine, config, "float32"), Budget(8 * GIB, 8 * GIB, 0))
+    device = StageDevice(ModelRates(machine, config, "float32"), Budget(8 * GIB, 8 * GIB, 0))
     prompt = list(range(64))
 
     def seconds(params: SamplingParams) -> tuple[float, float]:

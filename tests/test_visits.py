@@ -37,7 +37,7 @@ def t4_device(budget: Budget) -> StageDevice:
 
 def preset_device(name: str, budget: Budget) -> StageDevice:
     hardware = Hardware.preset(name)
-    rates = ModelRates.of(hardware, shape_config("llama-3-8b"), "float16")
+    rates = ModelRates(hardware, shape_config("llama-3-8b"), "float16")
     return StageDevice(rates, budget, "", hardware.core_shares)
 
 

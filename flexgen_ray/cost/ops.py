@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from functools import cache
 
+from flexgen_ray.cost.experts import expert_products
 from flexgen_ray.cost.launches import (
     LAUNCHES,
     launches,
@@ -39,7 +40,6 @@ from flexgen_ray.layout.placement import COPY_PIECE, SECTOR, aligned, split_toke
 from flexgen_ray.layout.plan import StagePlan
 from flexgen_ray.layout.rows import NO_ROWS, Composition, PlacedRows, Row
 from flexgen_ray.layout.sizes import CHOICE_BYTES, quantized_values, streamed_bytes
-from flexgen_ray.models.config import ModelConfig
 from flexgen_ray.quant.formats import part_of_op
 from flexgen_ray.schedule.ops import ON_STREAMS, OPS, Lane, Op, OpKind
 
@@ -244,16 +244,8 @@ class CostModel:
 
     def _experts(self, op: Op, tokens: int) -> Amounts:
         """Products of experts with the rows of a part: each tile reads those that it chooses."""
-        config, tile = self.plan.config, self.plan.expert_tokens
-        expert = 3 * config.hidden_size * config.expert_size
-        choices = tokens * config.experts_per_token
-        read = tokens // tile * touched_experts(config, tile)
-        read += touched_experts(config, tokens % tile)
-        decodes = tokens <= self.plan.policy.gpu_batch_size * op.batches
-        products = {
-            _R.DECODE_FLOPS if decodes else _R.FLOPS: 2 * choices * expert,
-            _R.DEVICE_MEMORY: (read * expert + 4 * choices * config.hidden_size) * self._element,
-        }
+        tile, most = self.plan.expert_tokens, self.plan.policy.gpu_batch_size * op.batches
+        products = expert_products(self.plan, tokens, tile, decodes=tokens <= most)
         return products | self._small_ops(op, tokens, tile)
 
     def _combine(self, op: Op, composition: Composition) -> Amounts:
@@ -440,12 +432,6 @@ class CostModel:
 
     def _nothing(self, _: Op, __: Composition) -> Amounts:
         return {}
-
-
-def touched_experts(config: ModelConfig, tokens: int) -> float:
-    """Experts of a layer that at least one of so many tokens chooses, if all are as likely."""
-    missed = (1 - config.experts_per_token / config.num_experts) ** tokens
-    return config.num_experts * (1 - missed)
 
 
 def elementwise_values(plan: StagePlan, kind: OpKind) -> int:

@@ -45,6 +45,8 @@ class Resource(StrEnum):
     HOST_ATTENTION = "host_attention_bytes_per_s"
     FLOPS = "device_flops_per_s"
     DECODE_FLOPS = "device_decode_flops_per_s"  # of products no larger than a decoding batch's
+    EXPERT_FLOPS = "device_expert_flops_per_s"  # of a mixture's experts, as both above
+    DECODE_EXPERT_FLOPS = "device_decode_expert_flops_per_s"
     DEVICE_ATTENTION = "device_attention_bytes_per_s"
     DEVICE_MEMORY = "device_bytes_per_s"
     DEQUANTIZE = "dequantize_bytes_per_s"

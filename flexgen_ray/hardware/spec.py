@@ -191,7 +191,7 @@ class Hardware:
             kernels.append(AttentionRates(kernel, dtype, queries_per_kv_head, *rates))
         return max(kernels, key=lambda it: it.bytes_per_s)
 
-    def gemm_flops_per_s(self, dtype: str, rows: int) -> float:
+    def gemm_flops_per_s(self, dtype: str, rows: float) -> float:
         """Rate of a matrix product with so many rows; ValueError for a dtype without figures."""
         for gemm in self.device.gemm:
             if gemm.dtype == dtype:

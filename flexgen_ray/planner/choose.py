@@ -177,7 +177,7 @@ class PlanningProblem:
         for number, (machine, budget) in enumerate(zip(self.machines, self.budgets, strict=True)):
             hardware = machine.hardware
             assert hardware is not None
-            rates = ModelRates.of(hardware, self.config, self.dtype, base.cache_bits)
+            rates = ModelRates(hardware, self.config, self.dtype, base.cache_bits)
             # Each stage is a node of its own: its budget is its share of the host's already.
             devices.append(StageDevice(rates, budget, f"stage {number}", hardware.core_shares))
         return Planner(

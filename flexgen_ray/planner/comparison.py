@@ -188,7 +188,7 @@ def devices_of(
     nodes: Sequence[HardwareNode], config: ModelConfig, dtype: str, cache_bits: int | None = None
 ) -> tuple[StageDevice, ...]:
     """A device for each GPU of each machine."""
-    rates = [ModelRates.of(node.hardware, config, dtype, cache_bits) for node in nodes]
+    rates = [ModelRates(node.hardware, config, dtype, cache_bits) for node in nodes]
     return tuple(
         StageDevice(
             rates[number], node.hardware.budget, f"node {number}", node.hardware.core_shares
@@ -279,6 +279,6 @@ class _FasterRates:
     rates: Rates
     doubled: tuple[str, ...]
 
-    def __call__(self, decode_rows: int, prefill_rows: int) -> HardwareSpec:
-        spec = self.rates(decode_rows, prefill_rows)
+    def __call__(self, *rows: int) -> HardwareSpec:
+        spec = self.rates(*rows)
         return replace(spec, **{name: 2 * getattr(spec, name) for name in self.doubled})

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from statistics import fmean
 
 from flexgen_ray.config import PAGE_TOKENS, Budget, HardwareSpec, Sharing
+from flexgen_ray.cost.experts import rows_of_expert
 from flexgen_ray.cost.resources import Resource
 from flexgen_ray.hardware.spec import Hardware
 from flexgen_ray.layout.admission import mean_cached
@@ -24,8 +25,9 @@ ONE_BATCH = "one batch"
 ISSUING = Resource.ISSUE.name.lower()  # seconds of the thread that issues a GPU's ops
 NEARLY = 0.85
 MOST_LENGTHS = 4096
-# Rates of a device, from the rows of its matrix products in decode and in prefill.
-Rates = Callable[[int, int], HardwareSpec]
+# Rates of a device, from the rows of its matrix products in decode and in prefill, and the tokens
+# whose rows a mixture's experts take at once in each.
+Rates = Callable[..., HardwareSpec]
 
 
 @dataclass(frozen=True)
@@ -167,20 +169,25 @@ class ModelRates:
     """A machine's rates for one model, from the rows of its products in decode and in prefill."""
 
     hardware: Hardware
+    config: ModelConfig
     dtype: str
-    queries_per_kv_head: int
     cache_bits: int | None = None
 
-    @staticmethod
-    def of(
-        hardware: Hardware, config: ModelConfig, dtype: str, cache_bits: int | None = None
-    ) -> ModelRates:
-        """Rates for the heads of a model."""
-        return ModelRates(hardware, dtype, config.num_heads // config.num_kv_heads, cache_bits)
-
-    def __call__(self, decode_rows: int, prefill_rows: int) -> HardwareSpec:
-        shape = self.dtype, self.queries_per_kv_head
-        return self.hardware.rates(*shape, decode_rows, prefill_rows, self.cache_bits)
+    def __call__(self, decode_rows: int, prefill_rows: int, *expert_tokens: int) -> HardwareSpec:
+        config, hardware = self.config, self.hardware
+        shape = self.dtype, config.num_heads // config.num_kv_heads
+        rates = hardware.rates(*shape, decode_rows, prefill_rows, self.cache_bits)
+        if not config.num_experts:
+            return rates
+        decode, prefill = (
+            rows_of_expert(config, tokens, on_gpu=not hardware.device.is_cpu)
+            for tokens in expert_tokens or (decode_rows, prefill_rows)
+        )
+        return replace(
+            rates,
+            device_expert_flops_per_s=hardware.gemm_flops_per_s(self.dtype, prefill),
+            device_decode_expert_flops_per_s=hardware.gemm_flops_per_s(self.dtype, decode),
+        )
 
 
 @dataclass(frozen=True)

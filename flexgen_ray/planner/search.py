@@ -369,7 +369,11 @@ class Planner:
     def rates(self, shape: Policy) -> list[HardwareSpec]:
         """The rates of each stage's device, for matrix products of the shape's sizes."""
         tokens = min(shape.max_batch_tokens, shape.gpu_batch_size * self.job.prompt_len)
-        return [device.rates(shape.gpu_batch_size, tokens) for device in self.devices]
+        rows = [shape.gpu_batch_size, tokens]
+        if self.config.num_experts:
+            plan = self._stage_plan(StageLayers.whole(self.config.num_layers), shape)
+            rows += [plan.mixtures.batches * shape.gpu_batch_size, plan.expert_tokens]
+        return [device.rates(*rows) for device in self.devices]
 
     def infeasible_error(self) -> Infeasible:
         """An error that says what the smallest block lacks."""

@@ -40,7 +40,7 @@ def predict(case: Case, run: dict, hardware: Hardware) -> dict[str, Any]:
     run: result of `flexgen-ray bench throughput`; a mark of a doubtful run is kept.
     """
     config, dtype = shape_config(case.model), "float32" if hardware.device.is_cpu else "float16"
-    rates = ModelRates.of(hardware, config, dtype, case.policy.cache_bits)
+    rates = ModelRates(hardware, config, dtype, case.policy.cache_bits)
     budget = Budget(parse_bytes(case.gpu_memory), parse_bytes(case.cpu_memory), 0)
     device = StageDevice(rates, budget, "this node", hardware.core_shares)
     job = PlannedJob.uniform(run["num_prompts"], case.prompt_len, case.max_tokens)

@@ -28,6 +28,8 @@ _NAMES = {
     "host_attention": "host attention",
     "flops": "{compute} matrix products",
     "decode_flops": "{compute} matrix products of small batches",
+    "expert_flops": "{compute} products of experts",
+    "decode_expert_flops": "{compute} products of experts with few rows",
     "device_attention": "{compute} attention",
     "device_memory": "{compute} memory bandwidth",
     "dequantize": "dequantization",
