@@ -110,6 +110,23 @@ def compiled(
     return triton.compile(source, target=GPUTarget("cuda", case["capability"], _LANES))
 
 
+def compiled_mxfp4(capability: int, dtype: str, alignment: int) -> Any:
+    """The kernel of kernels/mxfp4_cuda.py as Triton compiles it for addresses of an alignment."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from flexgen_ray.kernels.mxfp4_cuda import _dequantize
+
+    known = {"ALIGNMENT": alignment, "UNITS": 128}
+    signature = dict.fromkeys(_dequantize.arg_names, "i32") | dict.fromkeys(known, "constexpr")
+    signature |= {"blocks": "*u8", "scales": "*u8", "out": f"*{dtype}"}
+    pointers = [_dequantize.arg_names.index(name) for name in ("blocks", "out", "block_stride")]
+    even = {(place,): [["tt.divisibility", 16]] for place in pointers if alignment == 16}
+    source = ASTSource(_dequantize, signature, known, even)
+    return triton.compile(source, target=GPUTarget("cuda", capability, _LANES))
+
+
 def a_value(made: Any, counts: Counter[str]) -> float:
     """Instructions of a warp for each value of a compiled kernel's program."""
     units = made.src.constants[made.src.fn.arg_names.index("UNITS"),]

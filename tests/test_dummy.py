@@ -121,6 +121,43 @@ def test_dummy_weights_keep_activations_in_range():
     assert not torch.equal(matrix, other)
 
 
+def test_experts_in_mxfp4_are_the_same_wherever_they_lie(tmp_path, monkeypatch):
+    """Cut between experts, on three tiers; of the usual size, and no two experts alike."""
+    monkeypatch.setattr("flexgen_ray.store.weights.pack", None)
+    config = replace(
+        shape_config("qwen3-30b-a3b"), num_layers=2, num_experts=7, vocab_size=512,
+        hidden_size=256, num_heads=4, expert_size=160, expert_format="mxfp4",
+    )  # fmt: skip
+    stage = StageLayers.whole(config.num_layers)
+    plans = [
+        StagePlan(config, stage, Policy(weights=weights), Workload(1, 1, 2), "bfloat16")
+        for weights in (Placement(0.3, 0.3, 0.4), Placement(1, 0, 0))
+    ]
+    places, found = tiers(tmp_path, 100 * MIB), []
+    try:
+        for plan in plans:
+            store = WeightStore(plan, DummyWeights(), places)
+            found.append({})
+            for op in zigzag(stage, 1, range(1)):
+                if op.kind is OpKind.READ_WEIGHTS:
+                    store.read_part(op)
+                elif op.kind is OpKind.LOAD_WEIGHTS:
+                    store.load_part(op)
+                elif op.kind is OpKind.FINISH and op.layer in stage.decoders:
+                    for key, tensor in store.tensors(op).items():
+                        name, _, first = key.partition("@")
+                        for number, expert in enumerate(tensor if first else (), int(first or 0)):
+                            found[-1][op.layer, name, number] = expert.clone()
+    finally:
+        places.disk.close()
+    assert len(found[1]) == 2 * 2 * 7 and found[0].keys() == found[1].keys()
+    for key, expert in found[1].items():
+        assert torch.equal(found[0][key], expert), key
+        rows, columns = expert.shape
+        assert expert.float().std().item() == pytest.approx(columns**-0.5, rel=0.5)
+    assert len({expert.float().sum().item() for expert in found[1].values()}) == len(found[1])
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 def test_quantized_dummy_weights_are_of_the_usual_size(bits):
     """Finite, of variance 1 / inputs and mean zero, with rows that all differ."""

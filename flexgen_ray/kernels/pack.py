@@ -88,12 +88,19 @@ def unpack(packed: Tensor, bits: int, out: Tensor) -> None:
 
 @cache
 def _on_device(device: torch.device) -> ModuleType:
-    """Module that packs on a device other than the CPU: pack_cuda if Triton works, or pack_plain.
+    """Module that packs on a device other than the CPU."""
+    name = "pack_cuda" if can_use_triton(device) else "pack_plain"
+    return import_module(f"flexgen_ray.kernels.{name}")
+
+
+@cache
+def can_use_triton(device: torch.device) -> bool:
+    """True if Triton is there and can compile.
 
     Triton comes with most of torch's CUDA packages, and needs a C compiler when it runs.
     """
     if not find_spec("triton"):
-        return import_module("flexgen_ray.kernels.pack_plain")
+        return False
     fast = import_module("flexgen_ray.kernels.pack_cuda")
     try:
         pack_into = torch.empty(1, packed_bytes(1, 8), dtype=torch.uint8, device=device)
@@ -105,8 +112,8 @@ def _on_device(device: torch.device) -> ModuleType:
             "python3-dev)",
             error,
         )
-        return import_module("flexgen_ray.kernels.pack_plain")
-    return fast
+        return False
+    return True
 
 
 def _check(packed: Tensor, shape: tuple[int, ...], device: torch.device) -> None:

@@ -431,4 +431,5 @@ class StagePlan:
 
     @property
     def weight_format(self) -> WeightFormat:
-        return WeightFormat(self.dtype, self.policy.weight_bits, self.policy.embedding_bits)
+        bits = self.policy.weight_bits, self.policy.embedding_bits
+        return WeightFormat(self.dtype, *bits, self.config.expert_format)

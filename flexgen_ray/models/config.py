@@ -37,6 +37,8 @@ class ModelConfig:
     full_attention_layers: numbers of decoder layers, from 1.
     weight_bits, embedding_bits: bits of a quantized checkpoint (quant/packing.py): of its decoder
     layers, and of its embedding and head.
+    expert_format: format in which a checkpoint has its experts, such as "mxfp4"
+    (quant/formats.FORMATS); None if it has values.
     overflows_float16: activations of this family are known to exceed 65504, float16's largest.
     """
 
@@ -80,6 +82,7 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
     weight_bits: int | None = None
     embedding_bits: int | None = None
+    expert_format: str | None = None
     overflows_float16: bool = False
 
     @property

@@ -6,13 +6,16 @@ Quantized weights are made up as such, of random codes: quantizing would take mi
 
 from __future__ import annotations
 
+from math import log2
 from zlib import crc32
 
 import torch
 from torch import Tensor
 
+from flexgen_ray.kernels.dequantize import tensors_of
 from flexgen_ray.quant.formats import WeightFormat
-from flexgen_ray.quant.frame import Format
+from flexgen_ray.quant.frame import Format, Shape
+from flexgen_ray.quant.mxfp4 import MAGNITUDES
 from flexgen_ray.quant.packing import PackedRows, code_bytes, num_groups
 
 # Number of distinct random values. A prime, so that rows of a table differ though values repeat.
@@ -29,7 +32,7 @@ class DummyWeights:
         self._normal = torch.randn(BLOCK, generator=generator)
         self._codes = torch.randint(256, (BLOCK,), generator=generator, dtype=torch.uint8).repeat(2)
         self._scaled: dict[tuple[int, torch.dtype], Tensor] = {}
-        self._packed: dict[tuple[int, str], tuple[Format, int]] = {}  # and columns of a matrix
+        self._packed: dict[tuple[int, str], tuple[Format, Shape]] = {}
 
     def check(
         self, layer: int, tensors: dict[str, tuple[int, ...]], weight_format: WeightFormat
@@ -37,7 +40,7 @@ class DummyWeights:
         """Accept any shapes, and note which are quantized."""
         for name, shape in tensors.items():
             if form := weight_format.format_of(name, shape):
-                self._packed[layer, name] = form, shape[-1]
+                self._packed[layer, name] = form, shape
 
     def is_packed(self, layer: int, name: str) -> bool:
         """True for weights that are quantized in the stage: they are in this source, too."""
@@ -49,22 +52,21 @@ class DummyWeights:
         Quantized ones get numbers of the same variance, spread evenly around zero. Experts' stacked
         matrices begin with that of expert `first`.
         """
-        if destination.dim() == 3:
+        _, shape = self._packed.get((layer, name), (None, destination.shape))
+        if len(shape) == 3:
             for number, matrix in enumerate(destination, start=first):
                 self._fill_matrix(layer, name, matrix, number)
-            return
-        if destination.dim() == 1:
+        elif len(shape) == 1:
             destination.fill_(float(name.endswith(".weight")))
-            return
-        self._fill_matrix(layer, name, destination)
+        else:
+            self._fill_matrix(layer, name, destination)
 
     def _fill_matrix(self, layer: int, name: str, destination: Tensor, expert: int = 0) -> None:
         start = (crc32(f"{layer}.{name}".encode()) + 7919 * expert) % BLOCK
         if self.is_packed(layer, name):
             self._repeat(self._codes[start : start + BLOCK], destination)
-            form, size = self._packed[layer, name]
-            assert isinstance(form, PackedRows)
-            destination[..., code_bytes(size, form.bits) :] = _parameters(size, form.bits)
+            form, shape = self._packed[layer, name]
+            _fill_scales(form, shape[-2:], destination)
             return
         block = self._block(destination.shape[-1], destination.dtype)[start : start + BLOCK]
         self._repeat(block, destination)
@@ -85,6 +87,20 @@ class DummyWeights:
             scaled = (self._normal * fan_in**-0.5).to(dtype)
             self._scaled[key] = torch.cat([scaled, scaled])
         return self._scaled[key]
+
+
+def _fill_scales(form: Format, shape: Shape, stored: Tensor) -> None:
+    """Set the scales of a stored matrix of random codes, so that its values vary by 1 / columns.
+
+    shape: (rows, columns) of the values.
+    """
+    size = shape[-1]
+    if isinstance(form, PackedRows):
+        stored[..., code_bytes(size, form.bits) :] = _parameters(size, form.bits)
+        return
+    mean_square = sum(it * it for it in MAGNITUDES) / len(MAGNITUDES)
+    exponent = round(log2((size * mean_square) ** -0.5))
+    tensors_of(stored, form, shape)["_scales"].fill_(127 + exponent)
 
 
 def _parameters(size: int, bits: int) -> Tensor:

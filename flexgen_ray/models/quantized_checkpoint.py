@@ -44,7 +44,7 @@ def write_quantized(
     Raises FileExistsError if the output folder exists, ValueError if the source is quantized
     already. After an error no output folder is left.
     """
-    if config.weight_bits or config.embedding_bits:
+    if config.weight_bits or config.embedding_bits or config.expert_format:
         raise ValueError(f"{source} is quantized already; take the original checkpoint")
     checkpoint = Checkpoint(source, config)
     output.mkdir(parents=True)

@@ -310,7 +310,8 @@ def _suggest_compression(problem: PlanningProblem, forecast: Forecast) -> str | 
     """A line for people if 4-bit weights and cache would make a long run much faster."""
     policies = [stage.policy for stage in forecast.plan.stages]
     is_resident = all(policy.weights.gpu == policy.cache.gpu == 1 for policy in policies)
-    if problem.base != Policy() or is_resident or forecast.seconds < LONG_SECONDS:
+    is_quantized = problem.base != Policy() or problem.config.expert_format
+    if is_quantized or is_resident or forecast.seconds < LONG_SECONDS:
         return None
     planner = problem.planner(Policy().compressed(weight_bits=4, cache_bits=4))
     # Try blocks of the same shape: larger ones may be faster still, but take longer to plan.

@@ -95,7 +95,7 @@ def compare(
         _plan_alternative(name, planner, devices=upgraded, search=near)
         for name, upgraded in _upgrades(devices).items()
     ]
-    if search.base == Policy():
+    if search.base == Policy() and not config.expert_format:
         in_four_bits = replace(near, base=Policy(weight_bits=4, cache_bits=4))
         packed = devices_of(nodes, config, dtype, cache_bits=4)
         name = "weights and cache in 4 bits"

@@ -12,9 +12,12 @@ from math import prod
 
 from flexgen_ray.config import DTYPE_BYTES
 from flexgen_ray.quant.frame import Format, Shape
+from flexgen_ray.quant.mxfp4 import Mxfp4
 from flexgen_ray.quant.packing import PackedRows
 from flexgen_ray.schedule.ops import OpKind
 
+# {quant_method of a checkpoint's config.json, and its name in a ModelConfig: format of its experts}
+FORMATS: dict[str, Format] = {"mxfp4": Mxfp4()}
 TABLES = ("embed_tokens.weight", "lm_head.weight")
 _PLAIN = (
     "embed_positions.weight", "project_in.weight", "project_out.weight", "router.weight",
@@ -28,21 +31,42 @@ class WeightFormat:
     """Formats in which a model's weights are stored.
 
     bits: of decoder matrices; table_bits: of embedding and head; None: not quantized, as `dtype`.
+    experts: format of experts' matrices in the checkpoint, by its name in FORMATS; None if it holds
+    values, for which bits count.
+    Raises ValueError for bits beside experts, which would be quantized again.
     """
 
     dtype: str
     bits: int | None = None
     table_bits: int | None = None
+    experts: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.bits and self.experts:
+            raise ValueError(
+                f"the checkpoint has its experts in {FORMATS[self.experts].name}, and weight_bits "
+                f"is {self.bits}: they aren't quantized again; leave weight_bits out "
+                "(embedding_bits and cache_bits may be set)"
+            )
 
     @property
     def is_quantized(self) -> bool:
         """True if any weight is quantized."""
-        return bool(self.bits or self.table_bits)
+        return bool(self.bits or self.table_bits or self.experts)
+
+    @property
+    def described(self) -> str:
+        """The dtype, and the format in which a checkpoint has its experts."""
+        return (
+            f"{self.dtype}, experts in {FORMATS[self.experts].name}" if self.experts else self.dtype
+        )
 
     def format_of(self, name: str, shape: Shape) -> Format | None:
         """Format of a weight; None if it is not quantized."""
         if len(shape) < 2 or name in _PLAIN or ".bias" in name:
             return None
+        if self.experts and len(shape) == 3:
+            return FORMATS[self.experts]
         bits = self.table_bits if name in TABLES else self.bits
         return PackedRows(bits) if bits else None
 

@@ -198,9 +198,10 @@ def _rate(tokens_per_s: float) -> str:
 
 def headline(model: str, hardware: list[str], plan: PipelinePlan) -> str:
     """One line on a plan that fits: its predicted throughput, and the duration of the job."""
+    formats = plan.stages[0].weight_format.described
     return (
-        f"{model} in {plan.stages[0].dtype} on {', '.join(hardware)}: fits, about "
-        f"{_rate(plan.tokens_per_s)} generated tokens/s, {plan.job.num_requests:,} requests in "
+        f"{model} in {formats} on {', '.join(hardware)}: fits, about {_rate(plan.tokens_per_s)} "
+        f"generated tokens/s, {plan.job.num_requests:,} requests in "
         f"{format_seconds(plan.job_seconds)} (predicted)"
     )
 
