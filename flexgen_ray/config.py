@@ -108,6 +108,9 @@ class Policy:
         once, so that each expert is read once for all of them. None (the default) is all batches of
         a block, or half of them if the host attends rows meanwhile. More than one needs activations
         on the GPU.
+    expert_slots: in a mixture of experts, the groups of experts, of some 256 MB each, for which the
+        GPU has room while they stream; 2 or more. Each group runs for the whole block, as soon as
+        it is there. None (the default) is room for two whole layers.
 
     Lossy options, off by default:
 
@@ -129,6 +132,7 @@ class Policy:
     cpu_attention: float = 1.0
     blocks_in_flight: int | None = None
     expert_batches: int | None = None
+    expert_slots: int | None = None
     weight_bits: int | None = None
     embedding_bits: int | None = None
     cache_bits: int | None = None
@@ -142,11 +146,25 @@ class Policy:
                 f"{self.cache.disk:g}, but values of chosen tokens can't be read from disk alone; "
                 "give cache.disk 0, or attention_sparsity 1"
             )
-        if (self.expert_batches or 1) > 1 and self.activations.gpu < 1:
+        self._check_experts()
+
+    def _check_experts(self) -> None:
+        """Raise ValueError if experts are to run for more batches than can wait for them, or less.
+
+        A group of experts that streams apart crosses once a visit, so all batches wait for it.
+        """
+        batches, slots = self.expert_batches, self.expert_slots
+        if self.activations.gpu < 1 and ((batches or 1) > 1 or slots):
+            name, value = ("expert_slots", slots) if slots else ("expert_batches", batches)
             raise ValueError(
-                f"policy: expert_batches is {self.expert_batches} and activations.gpu "
-                f"{self.activations.gpu:g}, but rows wait for experts on the GPU alone; give "
-                "activations.gpu 1, or expert_batches 1"
+                f"policy: {name} is {value} and activations.gpu {self.activations.gpu:g}, but rows "
+                f"wait for experts on the GPU alone; give activations.gpu 1, or leave out {name}"
+            )
+        if slots and batches is not None and batches < self.num_gpu_batches:
+            raise ValueError(
+                f"policy: expert_slots is {slots} and expert_batches {batches}, but groups of "
+                f"experts run for all {self.num_gpu_batches} batches of a block at once; leave out "
+                "one of them"
             )
 
     @property
@@ -213,6 +231,7 @@ _POLICY_CHECKS: dict[str, Check] = {
     "max_batch_tokens": (integer(1, _MANY), f"an integer, 1 to {_MANY}"),
     "blocks_in_flight": (optional(_batches), f"None or an integer, 1 to {_MAX_BATCHES}"),
     "expert_batches": (optional(_batches), f"None or an integer, 1 to {_MAX_BATCHES}"),
+    "expert_slots": (optional(integer(2, _MAX_BATCHES)), f"None or 2 to {_MAX_BATCHES}"),
     "weights": _placement_check,
     "cache": _placement_check,
     "activations": _placement_check,

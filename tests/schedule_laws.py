@@ -12,17 +12,28 @@ from flexgen_ray.schedule.ops import Op, OpKind
 from flexgen_ray.schedule.zigzag import Mixtures, StageLayers, zigzag
 
 
-def mixtures(num_layers: int = 5) -> st.SearchStrategy[Mixtures]:
-    """Some layers, of which some are mixtures, and the batches for which their experts run."""
-    layers = st.frozensets(st.integers(1, num_layers))
-    return st.builds(Mixtures, layers, st.integers(1, 4))
+@st.composite
+def mixtures(draw, num_layers: int = 5) -> Mixtures:
+    """Some layers that are mixtures, and the batches for which their experts run.
+
+    Or all of a block's, if groups of experts stream apart from their layers.
+    """
+    layers = draw(st.frozensets(st.integers(1, num_layers)))
+    if draw(st.booleans()):
+        return Mixtures(layers, draw(st.integers(1, 4)))
+    counts = st.tuples(st.integers(0, 2), st.integers(0, 3)).filter(any)
+    groups = {layer: draw(counts) for layer in sorted(layers)}
+    return Mixtures(layers, 4, groups, draw(st.integers(2, 3)))
+
+
+ANY_PARTS = mixtures()
 
 
 @st.composite
-def streams(draw) -> tuple[StageLayers, int, int, list[Op]]:
+def streams(draw, parts=ANY_PARTS) -> tuple[StageLayers, int, int, list[Op]]:
     """A stage (whole model, or a first, middle or last part), its batches, visits and ops.
 
-    Blocks, up to three, take turns.
+    Blocks, up to three, take turns. parts: Mixtures, or a strategy for them.
     """
     num_layers = draw(st.integers(1, 5))
     first = draw(st.integers(0, num_layers))
@@ -30,7 +41,8 @@ def streams(draw) -> tuple[StageLayers, int, int, list[Op]]:
     stage = StageLayers(first, last, num_layers)
     num_batches, num_visits = draw(st.integers(1, 4)), draw(st.integers(1, 6))
     num_blocks = draw(st.integers(1, 3))
-    ops = zigzag(stage, num_batches, range(num_visits), num_blocks, draw(mixtures()))
+    parts = parts if isinstance(parts, Mixtures) else draw(parts)
+    ops = zigzag(stage, num_batches, range(num_visits), num_blocks, parts)
     return stage, num_batches, num_visits, list(ops)
 
 

@@ -18,6 +18,7 @@ MOST = {"opt": 12, "llama": 16, "qwen3": 16, "qwen3-moe": 28}
 POLICIES = {
     "resident": {},
     "experts in parts": {"weights": Placement(0.5, 0.5, 0)},
+    "groups of experts": {"weights": Placement(0.5, 0.5, 0), "expert_slots": 2},
     "half on the host": {"cache": Placement(0.5, 0.5, 0), "cpu_attention": 1.0},
     "half streamed": {
         "cache": Placement(0.5, 0.5, 0), "cpu_attention": 0.0,
@@ -55,6 +56,7 @@ def modelled(monkeypatch) -> Counter[OpKind]:
         *((name, "resident", name != "qwen3", 0) for name in MOST),
         *((name, "half on the host", name == "qwen3", 0) for name in tuple(MOST)[:3]),
         ("qwen3-moe", "experts in parts", False, 0),
+        ("qwen3-moe", "groups of experts", False, 0),
         ("opt", "half streamed", True, 0),
         ("qwen3", "half streamed", True, 0),
         ("llama", "resident", True, 64),

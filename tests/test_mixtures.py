@@ -46,19 +46,23 @@ ROUTERS = ("mlp.gate.weight", "shared_expert_gate.weight")  # never packed
 
 PARTS = st.builds(
     # Rows wait for experts if hidden states stay on the device.
-    lambda policy, size: replace(policy, activations=Placement(), expert_batches=size or None)
-    if size < 3 else policy,
+    lambda policy, options: replace(policy, activations=Placement(), **options)
+    if options is not None else policy,
     policies,
-    st.integers(0, 3),
+    st.sampled_from(
+        [None, {}, {"expert_batches": 1}, {"expert_batches": 2}, {"expert_slots": 2},
+         {"expert_slots": 3}]
+    ),
 )  # fmt: skip
 
 
 @pytest.fixture(autouse=True, scope="module")
 def few_rows_at_a_time():
-    """Let few rows wait for experts, and experts take few at a time."""
+    """Let few rows wait for experts, experts take few at a time, and groups of them be small."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plan_module, "WAITING", 9)
         patch.setattr(plan_module, "EXPERT_ROWS", 4)
+        patch.setattr(plan_module, "GROUP_BYTES", 20_000)
         yield
 
 
@@ -85,6 +89,26 @@ def test_every_policy_generates_the_same_tokens_as_transformers(mixtures, name, 
     folder, references = mixtures[name]
     prompts = [reference.prompt for reference in references]
     assert_same(greedy(folder, prompts, policy, use_ray=False, executor=executor), references)
+
+
+def test_a_layer_larger_than_the_device_streams_through_it(tmp_path):
+    """From memory and disk: the device has not even room for one layer's experts."""
+    folder = tiny.save("qwen3-moe", tmp_path, num_experts=96, moe_intermediate_size=64,
+                       num_hidden_layers=2, mlp_only_layers=[])  # fmt: skip
+    references = tiny.references(folder, tiny.prompts(4, 24), 12)
+    prompts = [reference.prompt for reference in references]
+    experts_of_layer = 96 * 3 * 64 * 32 * 4
+    policy = Policy(2, 2, 32, weights=Placement(0, 0.5, 0.5), expert_slots=2)
+    with LLM(
+        folder, policy=policy, dtype="float32", device="cpu", use_ray=False,
+        gpu_memory=experts_of_layer * 2 // 3,
+    ) as llm:  # fmt: skip
+        params = SamplingParams(max_tokens=12, temperature=0)
+        outputs = [output.outputs[0] for output in llm.generate(prompts, params)]
+        (stage,) = llm.report.stages
+        in_flight = stage.used["gpu"]["weights in flight"]
+    assert_same(outputs, references)
+    assert 2 * 20_000 <= in_flight < 0.1 * experts_of_layer
 
 
 @pytest.mark.gpu

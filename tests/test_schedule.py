@@ -12,7 +12,7 @@ from schedule_laws import assert_reads_what_arrived, play, streams
 
 from flexgen_ray.schedule.dependencies import Buffer, reads, writes
 from flexgen_ray.schedule.ops import CELL_SLOTS, WEIGHTS_SLOTS, Op, OpKind, staging_slots
-from flexgen_ray.schedule.zigzag import StageLayers, zigzag
+from flexgen_ray.schedule.zigzag import Mixtures, StageLayers, zigzag
 
 COMPUTE = (OpKind.PROJECT, OpKind.FINISH, OpKind.OUT, OpKind.EXPERTS)
 
@@ -29,6 +29,47 @@ def test_every_compute_reads_its_own_weights_whole(stream, seed):
         lambda op: op.weights_slot,
         lambda move, op: (move.visit, move.layer) == (op.visit, op.layer),
     )
+
+
+GROUPS = Mixtures(frozenset({1, 2, 4}), 4, {1: (1, 2), 2: (0, 3), 4: (0, 1)}, 2)
+
+
+@given(streams(GROUPS), st.integers(0, 2**32))
+@settings(max_examples=40)
+def test_a_group_of_experts_is_there_when_it_runs_and_crosses_once_a_visit(stream, seed):
+    stage, _, num_visits, ops = stream
+    streamed = {
+        (layer, resident + number)
+        for layer, (resident, count) in GROUPS.groups.items()
+        for number in range(count)
+        if layer in stage.decoders
+    }
+
+    def is_group(move, op):
+        return (move.visit, move.layer, move.group) == (op.visit, op.layer, op.group)
+
+    if streamed:
+        assert_reads_what_arrived(
+            stream,
+            seed,
+            OpKind.LOAD_EXPERTS,
+            lambda op: op.kind is OpKind.EXPERTS and (op.layer, op.group) in streamed,
+            lambda op: op.expert_slot,
+            is_group,
+        )
+        assert_reads_what_arrived(
+            stream,
+            seed,
+            OpKind.READ_EXPERTS,
+            lambda op: op.kind is OpKind.LOAD_EXPERTS,
+            lambda op: op.staging_slot,
+            is_group,
+        )
+    for kind in (OpKind.LOAD_EXPERTS, OpKind.EXPERTS):
+        runs = [(op.visit, op.layer, op.group) for op in ops if op.kind is kind]
+        assert len(runs) == len(set(runs))
+        wanted = {(visit, *it) for visit in range(num_visits) for it in streamed}
+        assert wanted <= set(runs)
 
 
 @given(streams(), st.integers(0, 2**32))
@@ -143,8 +184,10 @@ def test_experts_run_once_for_the_rows_that_a_part_has_brought(stream, seed):
             case OpKind.EXPERTS:
                 assert op.batch // num_batches == (op.batch - op.batches + 1) // num_batches
                 for batch in range(op.batch - op.batches + 1, op.batch + 1):
-                    assert brought.pop((op.visit, op.layer, batch)) <= start
-                    taken[op.visit, op.layer, batch] = end
+                    cell = op.visit, op.layer, batch
+                    since = taken[cell] if op.group else brought.pop(cell)
+                    assert since <= start
+                    taken[cell] = end
                 assert not brought
             case OpKind.COMBINE:
                 assert taken.pop(cell) <= start

@@ -142,10 +142,9 @@ class _VisitOp:
 def _visit_ops(plan: StagePlan, position: int) -> dict[str, list[_VisitOp]]:
     """{phase or LEAST: ops of a visit}, the same for any machine's rates."""
     is_active = ActiveOps(plan, in_ring=not plan.stage.is_whole)
-    # Experts run once a part: here in each batch, for as many as in a part.
-    apart = replace(plan.mixtures, batches=1)
-    visit = zigzag(plan.stage, 2, range(1), mixtures=apart)
-    ops = [_of_part(plan, op) for op in visit if not op.visit and is_active(op)]
+    # Experts run once a part, of which each batch takes its share.
+    visit = zigzag(plan.stage, 2, range(1), mixtures=replace(plan.mixtures, batches=2))
+    ops = [it for op in visit if not op.visit and is_active(op) for it in _shares(plan, op)]
     model, visit_ops = CostModel(plan), {}
     rows_of = {
         "prefill": prefilling_rows(plan)[0],
@@ -160,20 +159,26 @@ def _visit_ops(plan: StagePlan, position: int) -> dict[str, list[_VisitOp]]:
                 op.lane.worker.value,
                 _paths(OPS[op.kind].path, attends_on_host),
                 is_of_layer=plan.stage.kind(op.layer) == "decoder",
-                is_further=op.batch > 0 and not OPS[op.kind].moves_weights,
+                is_further=is_further,
                 amounts=amounts,
                 batches=op.batches,
             )
-            for op in ops
+            for op, is_further in ops
             if any((amounts := model.amounts(op, composition)).values())
         ]
     return visit_ops
 
 
-def _of_part(plan: StagePlan, op: Op) -> Op:
-    """The op, for all batches of a part if experts run in it."""
+def _shares(plan: StagePlan, op: Op) -> list[tuple[Op, bool]]:
+    """The op, and whether only batches after a block's first one bring it.
+
+    Experts for a part of the plan's size have a share of each.
+    """
+    if op.kind is not OpKind.EXPERTS:
+        return [(op, op.batch > 0 and not OPS[op.kind].moves_weights)]
     size = plan.policy.expert_batches or plan.mixtures.batches
-    return replace(op, batches=size) if op.kind is OpKind.EXPERTS else op
+    part = replace(op, batch=size - 1, batches=size)
+    return [(part, False), (part, True)]
 
 
 def _sums() -> defaultdict[str, list[float]]:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from flexgen_ray.layout.plan import StagePlan
 from flexgen_ray.layout.prefix_tiles import PrefixTile, User
 from flexgen_ray.models.config import ModelConfig
-from flexgen_ray.schedule.ops import OpKind
+from flexgen_ray.schedule.ops import Op, OpKind
 
 # Launches of ops outside decoder layers, per tile of tokens.
 LAUNCHES = {OpKind.EMBED: 3, OpKind.FINISH: 4, OpKind.SAMPLE: 8}
@@ -31,18 +31,18 @@ _ATTEND_TILE_ON_CPU = 2
 KEEP_QUERIES, MERGE_CHUNK, JOIN = 2, 5, 2
 
 
-def launches(plan: StagePlan, kind: OpKind, layer: int) -> int:
+def launches(plan: StagePlan, op: Op) -> int:
     """Launches of a decoder layer's op for each tile of tokens.
 
     Appending to the cache, and moves of hidden states, are not in it.
     """
-    on_gpu = plan.stages_disk
+    on_gpu, kind = plan.stages_disk, op.kind
     if kind is OpKind.PROJECT:
         return _project(plan.config, on_gpu)
     if kind is OpKind.OUT:
         return _out(plan)
     if kind is OpKind.EXPERTS:
-        return _experts(plan, layer)
+        return _experts(plan, op)
     return 1 if kind is OpKind.COMBINE else _finish(plan.config, on_gpu)
 
 
@@ -103,17 +103,21 @@ def _out(plan: StagePlan) -> int:
     return count + _ENTER + (_SHARED if config.shared_expert_size else 0)
 
 
-def _experts(plan: StagePlan, layer: int) -> int:
+def _experts(plan: StagePlan, op: Op) -> int:
     """Products of experts.
 
     In bfloat16 a GPU multiplies all groups of a part at once, however many there are; elsewhere
-    each expert has its two products.
+    each expert has its two products. A group of experts is a part among several.
     """
-    cuts = plan.weights.cuts[layer].values()
-    parts = sum(cut.name == "gate_up_experts.weight" for cut in cuts)
+    cuts = plan.weights.cuts[op.layer]
+    if groups := plan.weights.groups.get(op.layer):
+        cuts = {key: cuts[key] for key in groups[op.group].keys}
+    counts = [cut.shape[0] for cut in cuts.values() if cut.name == "gate_up_experts.weight"]
+    parts, is_part = len(counts), sum(counts) < plan.config.num_experts
     if plan.stages_disk and plan.dtype == "bfloat16":
-        return _SORT + _PART * parts + (_MOVE_PART * parts + 1 if parts > 1 else 0) + _SUM
-    return _SORT + 2 * parts + 2 * plan.config.num_experts + _IN_TURN + _SUM
+        moved = _MOVE_PART * parts + 1 if parts > 1 or is_part else 0
+        return _SORT + _PART * parts + moved + _SUM + is_part
+    return _SORT + 2 * parts + 2 * sum(counts) + _IN_TURN * parts + _SUM + is_part
 
 
 def _norm(config: ModelConfig, on_gpu: bool) -> int:

@@ -39,14 +39,19 @@ from flexgen_ray.layout.pages import pages_of
 from flexgen_ray.layout.placement import COPY_PIECE, SECTOR, aligned, split_tokens
 from flexgen_ray.layout.plan import StagePlan
 from flexgen_ray.layout.rows import NO_ROWS, Composition, PlacedRows, Row
-from flexgen_ray.layout.sizes import CHOICE_BYTES, quantized_values, streamed_bytes
+from flexgen_ray.layout.sizes import (
+    CHOICE_BYTES,
+    quantized_shapes,
+    quantized_values,
+    streamed_bytes,
+)
 from flexgen_ray.quant.formats import part_of_op
 from flexgen_ray.schedule.ops import ON_STREAMS, OPS, Lane, Op, OpKind
 
 LAUNCHES_OF_DISK_ROW = 4  # copies of a cache row's blocks and tail, and their way to their places
 _ISSUED = frozenset(kind for kind, spec in OPS.items() if spec.lane in ON_STREAMS)
 _KEEPS_NOTHING = (OpKind.OUT, OpKind.EXPERTS)  # hidden states go home after COMBINE
-_DEQUANTIZES = (OpKind.PROJECT, OpKind.FINISH, OpKind.OUT)
+_DEQUANTIZES = (OpKind.PROJECT, OpKind.FINISH, OpKind.OUT, OpKind.EXPERTS)
 _ON_DEVICE = frozenset(kind for kind, spec in OPS.items() if spec.lane.worker is Lane.DEVICE)
 
 # Values that a small op reads or writes for each value of its input.
@@ -84,11 +89,7 @@ class CostModel:
         self._num_parts = plan.policy.num_gpu_batches
         self._streamed = cache(lambda layer: streamed_bytes(plan, layer))
         self._quantized_values = cache(lambda *part: quantized_values(plan, *part))
-        self._quantized_matrices = cache(
-            lambda layer, part: len(
-                plan.weight_format.quantized_weights(plan.weights.shapes(layer), part)
-            )
-        )
+        self._quantized_matrices = cache(lambda *part: len(quantized_shapes(plan, *part)))
 
     def amounts(self, op: Op, composition: Composition | None, tokens_of_part: int = 0) -> Amounts:
         """Bytes and flops of an op.
@@ -246,7 +247,29 @@ class CostModel:
         """Products of experts with the rows of a part: each tile reads those that it chooses."""
         tile, most = self.plan.expert_tokens, self.plan.policy.gpu_batch_size * op.batches
         products = expert_products(self.plan, tokens, tile, decodes=tokens <= most)
-        return products | self._small_ops(op, tokens, tile)
+        share = self._share_of_experts(op)
+        products = {resource: amount * share for resource, amount in products.items()}
+        return products | self._dequantize(op) | self._small_ops(op, tokens, tile)
+
+    def _share_of_experts(self, op: Op) -> float:
+        """Share of a layer's experts that an op runs."""
+        groups = self.plan.weights.groups.get(op.layer)
+        if not groups:
+            return 1.0
+        cuts = self.plan.weights.cuts[op.layer]
+        return cuts[groups[op.group].keys[0]].shape[0] / self.plan.config.num_experts
+
+    def _load_experts(self, op: Op, _: Composition) -> Amounts:
+        group = self.plan.weights.groups[op.layer][op.group]
+        nbytes = group.stream.nbytes(group.tier)
+        amounts = self._transfer(_R.H2D, nbytes)
+        if group.tier == "disk" and not self.plan.stages_disk:
+            return {_R.DISK_READ: nbytes, _R.HOST_MEMORY: nbytes}
+        return amounts
+
+    def _read_experts(self, op: Op, _: Composition) -> Amounts:
+        group = self.plan.weights.groups[op.layer][op.group]
+        return self._transfer(_R.DISK_READ, group.stream.nbytes("disk"))
 
     def _combine(self, op: Op, composition: Composition) -> Amounts:
         return self._small_ops(op, composition.rows.num_tokens, self.plan.cell_tokens)
@@ -256,16 +279,20 @@ class CostModel:
 
     def _dequantize(self, op: Op) -> Amounts:
         """Weights are dequantized for all batches of a block, in the op of the first one."""
-        if op.batch % self._num_parts:
+        if not self._is_first(op):
             return {}
-        values = self._quantized_values(op.layer, self._part(op))
+        values = self._quantized_values(op.layer, self._part(op), op.group)
         return {_R.DEQUANTIZE: 2 * values} if values else {}
 
     def _unpacked_matrices(self, op: Op) -> int:
         """Matrices that an op dequantizes, each by a kernel."""
-        if op.batch % self._num_parts or op.kind not in _DEQUANTIZES:
+        if not self._is_first(op) or op.kind not in _DEQUANTIZES:
             return 0
-        return self._quantized_matrices(op.layer, self._part(op))
+        return self._quantized_matrices(op.layer, self._part(op), op.group)
+
+    def _is_first(self, op: Op) -> bool:
+        """True if an op works for a block's first batch."""
+        return not (op.batch - op.batches + 1) % self._num_parts
 
     def _part(self, op: Op) -> str:
         return part_of_op(op.kind, op.layer == self.plan.config.head_layer)
@@ -281,7 +308,7 @@ class CostModel:
         values = elementwise_values(plan, op.kind)
         moves = int(0 < plan.policy.activations.gpu < 1) * (op.kind not in _KEEPS_NOTHING)
         return {
-            _R.DEVICE_OPS: launches(plan, op.kind, op.layer) * tiles + moves,
+            _R.DEVICE_OPS: launches(plan, op) * tiles + moves,
             _R.ELEMENTWISE: values * tokens * self._element,
         }
 
@@ -499,6 +526,8 @@ COSTS: dict[OpKind, Callable[[CostModel, Op, Composition], Amounts]] = {
     OpKind.EMBED: CostModel._embed,
     OpKind.READ_WEIGHTS: CostModel._read_weights,
     OpKind.LOAD_WEIGHTS: CostModel._load_weights,
+    OpKind.READ_EXPERTS: CostModel._read_experts,
+    OpKind.LOAD_EXPERTS: CostModel._load_experts,
     OpKind.READ_HIDDEN: CostModel._read_hidden,
     OpKind.LOAD_HIDDEN: CostModel._load_hidden,
     OpKind.READ_CACHE: CostModel._read_cache,

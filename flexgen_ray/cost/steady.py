@@ -100,7 +100,7 @@ class OpDemands:
     def __call__(self, op: Op) -> Demand:
         """Demand of an op; no seconds if its pass has no rows."""
         known = self._weights if OPS[op.kind].moves_weights else self._pass(self._rows(op))
-        key = op.kind, op.layer, op.batch
+        key = op.kind, op.layer, op.batch, op.group
         demand = known.demands.get(key)
         if demand is None:
             amounts = self._cost.amounts(op, known.composition)
@@ -128,11 +128,12 @@ class OpDemands:
 
 @dataclass(frozen=True)
 class _PassDemands:
-    """Demands known so far of the ops whose passes bring the same rows, by (kind, layer, batch).
+    """Demands known so far of the ops whose passes bring the same rows, by (kind, layer, batch,
+    group).
 
     rows: held so that no other rows can get their id.
     """
 
     rows: Rows
     composition: Composition | None
-    demands: dict[tuple[OpKind, int, int], Demand] = field(default_factory=dict)
+    demands: dict[tuple[OpKind, int, int, int], Demand] = field(default_factory=dict)

@@ -22,16 +22,17 @@ class ActiveOps:
     def __init__(self, plan: StagePlan, in_ring: bool) -> None:
         self._plan = plan
         self._in_ring = in_ring
-        self._answers: dict[tuple[OpKind, int], bool] = {}
+        self._answers: dict[tuple[OpKind, int, int], bool] = {}
 
     def __call__(self, op: Op) -> bool:
-        key = op.kind, op.layer
+        key = op.kind, op.layer, op.group
         answer = self._answers.get(key)
         if answer is None:
-            answer = self._answers[key] = self._holds(OPS[op.kind].condition, op.layer)
+            condition = OPS[op.kind].condition
+            answer = self._answers[key] = self._holds(condition, op.layer, op.group)
         return answer
 
-    def _holds(self, condition: Condition, layer: int) -> bool:
+    def _holds(self, condition: Condition, layer: int, group: int) -> bool:
         plan = self._plan
         match condition:
             case Condition.ALWAYS:
@@ -42,6 +43,8 @@ class ActiveOps:
                 return bool(plan.weights.streams[layer].extents)
             case Condition.STAGES_DISK_WEIGHTS:
                 return plan.stages_disk and plan.weights.streams[layer].nbytes("disk") > 0
+            case Condition.STAGES_DISK_EXPERTS:
+                return plan.stages_disk and plan.weights.groups[layer][group].tier == "disk"
             case Condition.INPUT_FROM_HOST:
                 return not plan.stage.is_first or not plan.weights.embeds_on_device
             case Condition.HIDDEN_OFF_DEVICE:

@@ -157,7 +157,11 @@ class Cut:
 
 @lru_cache(maxsize=256)
 def place_weights(
-    config: ModelConfig, stage: StageLayers, placement: Placement, weight_format: WeightFormat
+    config: ModelConfig,
+    stage: StageLayers,
+    placement: Placement,
+    weight_format: WeightFormat,
+    group_bytes: int = 0,
 ) -> dict[int, dict[Cut, str]]:
     """{layer: {weight, or some of its experts: tier}} of every weight that a stage stores.
 
@@ -167,6 +171,7 @@ def place_weights(
     streamed table needs a device slot as large as itself. The embedding's tables are one piece,
     since they are looked up together.
     An expert is a piece; a layer's first experts are the device's, and its last the disk's.
+    group_bytes: bytes of experts that lie side by side at most; 0 for all that are on a tier.
     """
     pieces = TierSplitter(placement)
     whole = _stage_bytes(config, stage, weight_format)
@@ -190,7 +195,9 @@ def place_weights(
         before = [cut for cut in largest_first if sizes[cut] >= expert]
         tiers[layer] = {cut: pieces.assign(sizes[cut], known) for cut in before}
         if stacks:
-            tiers[layer] |= _cut_experts(stacks, pieces.split(config.num_experts, expert))
+            counts = pieces.split(config.num_experts, expert)
+            most = max(1, group_bytes // expert) if group_bytes else config.num_experts
+            tiers[layer] |= _cut_experts(stacks, counts, most)
         after = largest_first[len(before) :]
         tiers[layer] |= {cut: pieces.assign(sizes[cut], known) for cut in after}
     return tiers
@@ -201,14 +208,15 @@ def is_stacked(shape: Shape) -> bool:
     return len(shape) == 3
 
 
-def _cut_experts(stacks: Tensors, counts: tuple[int, int, int]) -> dict[Cut, str]:
-    """Tiers of a layer's experts, so many on each, with all their matrices."""
+def _cut_experts(stacks: Tensors, counts: tuple[int, int, int], most: int) -> dict[Cut, str]:
+    """Tiers of a layer's experts, so many on each, with all their matrices; most: in one cut."""
     tiers: dict[Cut, str] = {}
-    first = 0
+    end = 0
     for tier, count in zip(TIERS, counts, strict=True):
-        if count:
-            tiers |= {Cut(name, (count, *shape[1:]), first): tier for name, shape in stacks.items()}
-        first += count
+        first, end = end, end + count
+        for at in range(first, end, most):
+            size = min(most, end - at)
+            tiers |= {Cut(name, (size, *shape[1:]), at): tier for name, shape in stacks.items()}
     return tiers
 
 

@@ -18,7 +18,10 @@ from flexgen_ray.quant.formats import WeightFormat
 from flexgen_ray.quant.packing import packed_bytes
 from flexgen_ray.schedule.zigzag import Mixtures, StageLayers
 
-PREFILL_TILES = 8  # a batch takes at most this many tiles of max_batch_tokens in a pass
+# A batch takes at most this many tiles of max_batch_tokens in a pass; or one, if the whole block
+# waits for experts.
+PREFILL_TILES = 8
+GROUP_BYTES = 256 * 2**20  # of experts that stream apart from their layer's other weights
 # Most bytes that attention of several decoding rows takes beside their cache; that a prompt's
 # repeated keys and values take, if those of one KV head don't take more; and that its mask does.
 ATTENTION_WORKSPACE = 64 * 2**20
@@ -95,7 +98,8 @@ class StagePlan:
         """Most tokens of one batch in one pass; prompts with more take several passes."""
         batch = self.policy.gpu_batch_size
         prompts = batch * self.workload.max_prompt_len
-        return max(batch, min(prompts, PREFILL_TILES * self.policy.max_batch_tokens))
+        tiles = 1 if self.policy.expert_slots else PREFILL_TILES
+        return max(batch, min(prompts, tiles * self.policy.max_batch_tokens))
 
     @property
     def tile_tokens(self) -> int:
@@ -112,7 +116,13 @@ class StagePlan:
         batches, size = self.policy.num_gpu_batches, self.policy.expert_batches
         if size is None:
             size = -(-batches // 2) if self.attends_on_host else batches
-        return Mixtures(layers, min(size, batches) if self.hidden_stays else 1)
+        if self.policy.expert_slots is None:
+            return Mixtures(layers, min(size, batches) if self.hidden_stays else 1)
+        groups = {}
+        for layer, of_layer in self.weights.groups.items():
+            resident = sum(group.tier == "gpu" for group in of_layer)
+            groups[layer] = resident, len(of_layer) - resident
+        return Mixtures(layers, batches, groups, self.policy.expert_slots)
 
     @cached_property
     def routed_tokens(self) -> int:
@@ -120,6 +130,9 @@ class StagePlan:
         mixtures = self.mixtures
         if not mixtures.layers:
             return 0
+        if self.policy.expert_slots:
+            # A group crosses the link once, so all of the block wait for it.
+            return mixtures.batches * self.cell_tokens
         decoding, most = (
             mixtures.batches * each for each in (self.policy.gpu_batch_size, self.cell_tokens)
         )
@@ -427,7 +440,10 @@ class StagePlan:
 
     @cached_property
     def weights(self) -> WeightLayout:
-        return lay_out_weights(self.config, self.stage, self.policy.weights, self.weight_format)
+        group_bytes = GROUP_BYTES if self.policy.expert_slots else 0
+        return lay_out_weights(
+            self.config, self.stage, self.policy.weights, self.weight_format, group_bytes
+        )
 
     @property
     def weight_format(self) -> WeightFormat:

@@ -13,7 +13,8 @@ from flexgen_ray.layout.placement import SECTOR, aligned
 from flexgen_ray.layout.plan import ATTENTION_WORKSPACE, MASK_BYTES, QUERY_TILE, StagePlan
 from flexgen_ray.models.config import ModelConfig
 from flexgen_ray.quant.formats import PARTS
-from flexgen_ray.schedule.ops import CELL_SLOTS, LAYER_SLOTS, staging_slots
+from flexgen_ray.quant.frame import Shape
+from flexgen_ray.schedule.ops import CELL_SLOTS, EXPERT_STAGING_SLOTS, LAYER_SLOTS, staging_slots
 from flexgen_ray.units import format_bytes
 
 FRAGMENTATION = 1.5  # memory that the allocator holds, over live memory; see test_memory.py
@@ -48,6 +49,16 @@ def weights_slot_bytes(plan: StagePlan) -> list[int]:
     return [largest] * LAYER_SLOTS + [streamed.get(head, 0)]
 
 
+def expert_slot_bytes(plan: StagePlan) -> int:
+    """Bytes of a device slot for a group of experts that streams; 0 if none does."""
+    return plan.weights.largest_group("cpu", "disk")
+
+
+def staged_group_bytes(plan: StagePlan) -> int:
+    """Bytes of a host slot for a group of experts on its way from disk."""
+    return plan.weights.largest_group("disk") if plan.stages_disk else 0
+
+
 def staging_slot_bytes(plan: StagePlan) -> int:
     """Bytes of a staging slot, which has room for a part of any layer's disk weights."""
     if not plan.stages_disk:
@@ -57,13 +68,24 @@ def staging_slot_bytes(plan: StagePlan) -> int:
 
 def staged_bytes(plan: StagePlan) -> int:
     """Bytes of all staging slots."""
-    return staging_slots(plan.policy.num_gpu_batches) * staging_slot_bytes(plan)
+    groups = EXPERT_STAGING_SLOTS * staged_group_bytes(plan)
+    return staging_slots(plan.policy.num_gpu_batches) * staging_slot_bytes(plan) + groups
 
 
-def quantized_values(plan: StagePlan, layer: int, part: str) -> int:
-    """Number of a layer's values that are dequantized for a part (quant/formats.PARTS)."""
-    shapes = plan.weight_format.quantized_weights(plan.weights.shapes(layer), part)
-    return sum(map(prod, shapes.values()))
+def quantized_shapes(plan: StagePlan, layer: int, part: str, group: int = 0) -> dict[str, Shape]:
+    """{key: shape} of a layer's quantized weights that a part uses (quant/formats.PARTS).
+
+    group: of experts, where they are in groups.
+    """
+    shapes, groups = plan.weights.shapes(layer), plan.weights.groups.get(layer, ())
+    if part == "experts" and groups:
+        shapes = {key: shapes[key] for key in groups[group].keys}
+    return plan.weight_format.quantized_weights(shapes, part)
+
+
+def quantized_values(plan: StagePlan, layer: int, part: str, group: int = 0) -> int:
+    """Number of values of these weights, which are dequantized at once."""
+    return sum(map(prod, quantized_shapes(plan, layer, part, group).values()))
 
 
 def dequantized_bytes(plan: StagePlan) -> dict[str, int]:
@@ -71,9 +93,11 @@ def dequantized_bytes(plan: StagePlan) -> dict[str, int]:
     weight_format, most = plan.weight_format, dict.fromkeys(PARTS, 0)
     for layer in plan.stage.with_weights if weight_format.is_quantized else ():
         for part in PARTS:
-            shapes = weight_format.quantized_weights(plan.weights.shapes(layer), part).values()
-            nbytes = sum(aligned(prod(shape) * plan.element_bytes) for shape in shapes)
-            most[part] = max(most[part], nbytes)
+            groups = plan.weights.groups.get(layer, ()) if part == "experts" else ()
+            for group in range(len(groups) or 1):
+                shapes = quantized_shapes(plan, layer, part, group).values()
+                nbytes = sum(aligned(prod(shape) * plan.element_bytes) for shape in shapes)
+                most[part] = max(most[part], nbytes)
     return most
 
 
@@ -85,7 +109,8 @@ def stage_bytes(plan: StagePlan) -> dict[str, dict[str, int]]:
     return {
         "gpu": {
             "weights": weights["gpu"],
-            "weights in flight": sum(weights_slot_bytes(plan)),
+            "weights in flight": sum(weights_slot_bytes(plan))
+            + plan.mixtures.slots * expert_slot_bytes(plan),
             "weights dequantized": sum(dequantized_bytes(plan).values()),
             **cache["gpu"],
             **hidden["gpu"],
@@ -105,8 +130,9 @@ def stage_bytes(plan: StagePlan) -> dict[str, dict[str, int]]:
 def routed_bytes(plan: StagePlan) -> int:
     """Bytes of the device memory in which rows wait for experts, with their choices and shares."""
     choice = plan.element_bytes + CHOSEN_BYTES
-    each = plan.config.hidden_size * plan.element_bytes + plan.config.experts_per_token * choice
-    return plan.routed_tokens * each
+    vectors = 2 if plan.mixtures.slots else 1  # beside what groups take lies what they give
+    each = vectors * plan.config.hidden_size * plan.element_bytes
+    return plan.routed_tokens * (each + plan.config.experts_per_token * choice)
 
 
 def experts_bytes(plan: StagePlan) -> int:

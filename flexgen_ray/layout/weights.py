@@ -83,18 +83,32 @@ class StreamedWeights:
 
 
 @dataclass(frozen=True)
+class ExpertGroup:
+    """Some of a layer's experts, which lie on one tier; off the device they stream together.
+
+    keys: of their weights; stream: their way to the device.
+    """
+
+    tier: str
+    keys: tuple[str, ...]
+    stream: StreamedWeights
+
+
+@dataclass(frozen=True)
 class WeightLayout:
     """Layout of a stage's weights.
 
     nbytes: bytes on each tier; cuts: {layer: {key: weight, or some of its experts}} of all that a
     layer uses, and places: {layer: {key: place}} of these; streams: {layer: weights that cross the
-    link}, of the layers whose weights may.
+    link}, of the layers whose weights may. groups: {layer: groups of experts}, the device's first,
+    of mixtures whose experts stream apart from their layer's other weights.
     """
 
     nbytes: dict[str, int]
     cuts: dict[int, dict[str, Cut]]
     places: dict[int, dict[str, Place]]
     streams: dict[int, StreamedWeights]
+    groups: dict[int, tuple[ExpertGroup, ...]]
 
     @property
     def embeds_on_device(self) -> bool:
@@ -105,6 +119,12 @@ class WeightLayout:
         """{key: shape} of all weights that a layer uses; none at a stage's entry and exit."""
         return {key: cut.shape for key, cut in self.cuts.get(layer, {}).items()}
 
+    def largest_group(self, *tiers: str) -> int:
+        """Bytes of the largest group of experts on these tiers."""
+        groups = (group for of_layer in self.groups.values() for group in of_layer)
+        on_tiers = (group.stream for group in groups if group.tier in tiers)
+        return max((sum(map(stream.nbytes, tiers)) for stream in on_tiers), default=0)
+
     def largest(self, tier: str, num_parts: int) -> int:
         """Bytes of the largest of num_parts equal parts of any layer's bytes on this tier."""
         sectors = max(stream.nbytes(tier) for stream in self.streams.values()) // SECTOR
@@ -113,12 +133,20 @@ class WeightLayout:
 
 @lru_cache(maxsize=256)
 def lay_out_weights(
-    config: ModelConfig, stage: StageLayers, placement: Placement, weight_format: WeightFormat
+    config: ModelConfig,
+    stage: StageLayers,
+    placement: Placement,
+    weight_format: WeightFormat,
+    group_bytes: int = 0,
 ) -> WeightLayout:
-    """Lay out every weight of a stage, layer after layer on each tier."""
+    """Lay out every weight of a stage, layer after layer on each tier.
+
+    group_bytes: of the groups in which experts stream, if they do so apart; else 0.
+    """
     nbytes = dict.fromkeys(TIERS, 0)
     placed: dict[int, dict[Cut, Place]] = {}
-    for layer, tiers in place_weights(config, stage, placement, weight_format).items():
+    placements = place_weights(config, stage, placement, weight_format, group_bytes)
+    for layer, tiers in placements.items():
         placed[layer] = {}
         for cut, tier in tiers.items():
             size = tensor_bytes(cut.name, cut.shape, weight_format)
@@ -128,8 +156,31 @@ def lay_out_weights(
     used = {layer: _used(config, placed, layer) for layer in placed}
     cuts = {layer: {cut.key: cut for cut in places} for layer, places in used.items()}
     places = {layer: {cut.key: own[cut] for cut in own} for layer, own in used.items()}
-    streams = {layer: _stream(places[layer]) for layer in stage.with_weights}
-    return WeightLayout(nbytes, cuts, places, streams)
+    groups = {}
+    if group_bytes:
+        mixtures = filter(config.has_experts, stage.decoders)
+        groups = {layer: _groups(cuts[layer], places[layer]) for layer in mixtures}
+    streams = {}
+    for layer in stage.with_weights:
+        apart = {key for group in groups.get(layer, ()) for key in group.keys}
+        streams[layer] = _stream({key: at for key, at in places[layer].items() if key not in apart})
+    return WeightLayout(nbytes, cuts, places, streams, groups)
+
+
+def _groups(cuts: dict[str, Cut], places: dict[str, Place]) -> tuple[ExpertGroup, ...]:
+    """Groups of a layer's experts, in the order of the experts."""
+    keys: dict[int, list[str]] = {}
+    for key, cut in cuts.items():
+        if cut.first is not None:
+            keys.setdefault(cut.first, []).append(key)
+    return tuple(
+        ExpertGroup(
+            places[keys[first][0]].tier,
+            tuple(keys[first]),
+            _stream({key: places[key] for key in keys[first]}),
+        )
+        for first in sorted(keys)
+    )
 
 
 def _used(config: ModelConfig, placed: dict[int, dict[Cut, Place]], layer: int) -> dict[Cut, Place]:

@@ -81,6 +81,18 @@ def mix(config: ModelConfig, weights: Weights, routed: Routed) -> None:
     torch.bmm(shares[:, None], out, out=x[:, None])
 
 
+def add_group(
+    config: ModelConfig, weights: Weights, routed: Routed, sums: Tensor, begins: bool
+) -> None:
+    """Add the outputs of a group of experts to the sums [tokens, hidden] of each row's experts.
+
+    weights: of this group alone. begins: True if it is the first one.
+    """
+    x, shares, chosen = routed
+    out = _outputs(config, weights, x, chosen)
+    torch.baddbmm(sums[:, None], shares[:, None], out, beta=float(not begins), out=sums[:, None])
+
+
 def choose(config: ModelConfig, weights: Weights, x: Tensor) -> tuple[Tensor, Tensor]:
     """Choose the experts of each token by the router's scores, in float32.
 
@@ -95,7 +107,7 @@ def choose(config: ModelConfig, weights: Weights, x: Tensor) -> tuple[Tensor, Te
 
 
 def _outputs(config: ModelConfig, weights: Weights, x: Tensor, chosen: Tensor) -> Tensor:
-    """Outputs of the chosen experts, [tokens, experts_per_token, hidden].
+    """Outputs of the chosen experts, [tokens, experts_per_token, hidden]; 0 of any not in weights.
 
     x: [tokens, hidden]; chosen: [tokens, experts_per_token].
     """
@@ -107,6 +119,12 @@ def _outputs(config: ModelConfig, weights: Weights, x: Tensor, chosen: Tensor) -
     compute = _outputs_on_gpu if _groups_on_gpu(parts) else _outputs_in_turn
     out = compute(config, parts, x, order, ends)
     return out.view(*chosen.shape, x.shape[-1])
+
+
+def _empty_outputs(config: ModelConfig, parts: list[Experts], x: Tensor, count: int) -> Tensor:
+    """Memory for the outputs of `count` choices, zeros if these parts don't have all experts."""
+    is_whole = sum(len(part.gate_up) for part in parts) == config.num_experts
+    return (x.new_empty if is_whole else x.new_zeros)(count, x.shape[-1])
 
 
 def _parts(weights: Weights) -> Iterator[Experts]:
@@ -126,15 +144,17 @@ def _outputs_in_turn(
     On a GPU the groups' ends are waited for. order: numbers of the choices, sorted by expert;
     ends: of each expert's choices among them.
     """
-    rows = x[order // config.experts_per_token]
+    out = _empty_outputs(config, parts, x, len(order))
     bounds = [0, *ends.tolist()]
     for first, gate_up, down in parts:
         low, *high = bounds[first : first + len(gate_up) + 1]
         if low < high[-1]:
-            own, inside = rows[low : high[-1]], [end - low for end in high]
-            inner = gate(config, _grouped(own, gate_up, inside))
-            _grouped(inner, down, inside, own)
-    return torch.empty_like(rows).index_copy_(0, order, rows)
+            own, inside = order[low : high[-1]], [end - low for end in high]
+            rows = x[own // config.experts_per_token]
+            inner = gate(config, _grouped(rows, gate_up, inside))
+            _grouped(inner, down, inside, rows)
+            out.index_copy_(0, own, rows)
+    return out
 
 
 def _grouped(x: Tensor, matrices: Tensor, ends: list[int], out: Tensor | None = None) -> Tensor:
@@ -185,8 +205,8 @@ def _outputs_on_gpu(
     undefined; a row beyond the others takes that.
     """
     count, choices_of_token = len(order), config.experts_per_token
-    out = x.new_empty(count + 1, x.shape[-1])
-    if len(parts) == 1:
+    out = _empty_outputs(config, parts, x, count + 1)
+    if len(parts) == 1 and len(parts[0].gate_up) == config.num_experts:
         _, gate_up, down = parts[0]
         out[order] = _on_gpu(config, gate_up, down, x[order // choices_of_token], ends)
         return out[:count]

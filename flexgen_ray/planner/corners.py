@@ -162,6 +162,7 @@ def corner_policy(policy: Policy, share: Share) -> Policy:
     return replace(
         policy,
         expert_batches=policy.expert_batches if rows_wait else None,
+        expert_slots=policy.expert_slots if rows_wait else None,
         weights=weights,
         cache=cache,
         activations=activations,

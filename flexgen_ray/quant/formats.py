@@ -23,7 +23,8 @@ _PLAIN = (
     "embed_positions.weight", "project_in.weight", "project_out.weight", "router.weight",
     "shared_gate.weight",
 )  # fmt: skip
-PARTS = ("project", "finish", "head")  # ops whose weights are dequantized together
+_PARTS_OF_OPS = {OpKind.PROJECT: "project", OpKind.EXPERTS: "experts"}
+PARTS = ("project", "finish", "experts", "head")  # ops whose weights are dequantized together
 
 
 @dataclass(frozen=True)
@@ -93,14 +94,16 @@ class WeightFormat:
 
 
 def part_of_op(kind: OpKind, is_head: bool) -> str:
-    """The one of PARTS whose weights a PROJECT or FINISH op uses."""
+    """The one of PARTS whose weights an op uses."""
     if is_head:
         return "head"
-    return "project" if kind is OpKind.PROJECT else "finish"
+    return _PARTS_OF_OPS.get(kind, "finish")
 
 
 def part_of_weight(name: str) -> str:
     """The one of PARTS that uses a weight."""
     if name in TABLES:
         return "head"
-    return "project" if name == "qkv_proj.weight" else "finish"
+    if name == "qkv_proj.weight":
+        return "project"
+    return "experts" if "_experts." in name else "finish"

@@ -7,6 +7,7 @@ Knows one op at a time; not their order (schedule/) nor when they run (executor.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import chain
 
 import torch
@@ -18,7 +19,7 @@ from flexgen_ray.layout.pages import page_table, pages_of
 from flexgen_ray.layout.plan import StagePlan
 from flexgen_ray.layout.rows import Composition, MemoKey, PlacedRows, Rows
 from flexgen_ray.layout.sizes import scored_tokens_at_a_time
-from flexgen_ray.models.experts import mix, route
+from flexgen_ray.models.experts import add_group, mix, route
 from flexgen_ray.models.registry import FAMILIES
 from flexgen_ray.runtime.device_attention import DeviceAttention
 from flexgen_ray.runtime.passes import Pass, Passes
@@ -250,7 +251,7 @@ class OpHandlers:
         self._attention.merge(self.placed(op), self._work(op))
         attention = self._work(op).attention(rows).flatten(1)
         if not self._routed.has_room(rows.num_tokens):
-            self._experts(op)
+            self._experts(replace(op, kind=OpKind.EXPERTS))
             for batch in self._routed.batches:
                 self._add_mixed(batch, self.hidden.of_slot(op.hidden_slot - op.batch + batch))
         routed = self._routed.enter(op.batch, rows.num_tokens)
@@ -260,8 +261,11 @@ class OpHandlers:
 
     def _experts(self, op: Op) -> None:
         tensors = self.weights.tensors(op)
-        for some in self._routed.tiles():
-            mix(self.config, tensors, some)
+        for some, sums in self._routed.tiles():
+            if sums is None:
+                mix(self.config, tensors, some)
+            else:
+                add_group(self.config, tensors, some, sums, begins=not op.group)
 
     def _combine(self, op: Op) -> None:
         self._add_mixed(op.batch, self.hidden.of_cell(op))
@@ -367,6 +371,8 @@ HANDLERS: dict[OpKind, Handler] = {
     OpKind.EMBED: OpHandlers._embed,
     OpKind.READ_WEIGHTS: lambda cells, op: cells.weights.read_part(op),
     OpKind.LOAD_WEIGHTS: lambda cells, op: cells.weights.load_part(op),
+    OpKind.READ_EXPERTS: lambda cells, op: cells.weights.read_experts(op),
+    OpKind.LOAD_EXPERTS: lambda cells, op: cells.weights.load_experts(op),
     OpKind.READ_HIDDEN: OpHandlers._read_hidden,
     OpKind.LOAD_HIDDEN: OpHandlers._load_hidden,
     OpKind.READ_CACHE: OpHandlers._read_cache,

@@ -15,23 +15,28 @@ from flexgen_ray.store.tiers import TORCH_DTYPE, Tiers
 
 
 class RoutedRows:
-    """Buffer of routed_tokens rows, and which of them belong to which batch."""
+    """Buffer of routed_tokens rows, and which of them belong to which batch.
+
+    Where experts run in groups, what they give is added up beside what they take.
+    """
 
     def __init__(self, plan: StagePlan, tiers: Tiers) -> None:
         config, dtype, tokens = plan.config, TORCH_DTYPE[plan.dtype], plan.routed_tokens
-        shapes = (
+        shapes = [
             ((tokens, config.hidden_size), dtype),
             ((tokens, config.experts_per_token), dtype),
             ((tokens, config.experts_per_token), torch.int64),
+        ]
+        if plan.mixtures.slots:
+            shapes.append(shapes[0])
+        x, shares, chosen, *sums = (
+            tiers.gpu.allocate("rows for experts", torch.Size(shape).numel() * each.itemsize)
+            .view(each)
+            .view(shape)
+            for shape, each in shapes
         )
-        self._rows = Routed(
-            *(
-                tiers.gpu.allocate("rows for experts", torch.Size(shape).numel() * each.itemsize)
-                .view(each)
-                .view(shape)
-                for shape, each in shapes
-            )
-        )
+        self._rows = Routed(x, shares, chosen)
+        self._sums = sums[0] if sums else None
         self._step = plan.expert_tokens
         self._places: dict[int, slice] = {}
         self._filled = 0
@@ -46,17 +51,20 @@ class RoutedRows:
         self._filled = place.stop
         return self._rows.part(place)
 
-    def tiles(self) -> list[Routed]:
-        """All rows that have entered, as many at a time as experts take."""
+    def tiles(self) -> list[tuple[Routed, torch.Tensor | None]]:
+        """All rows that have entered, as many at a time as experts take, and their sums, if any."""
         ends = range(0, self._filled, self._step)
-        return [self._rows.part(slice(at, min(at + self._step, self._filled))) for at in ends]
+        tiles = [slice(at, min(at + self._step, self._filled)) for at in ends]
+        sums = self._sums
+        return [(self._rows.part(it), None if sums is None else sums[it]) for it in tiles]
 
     def leave(self, batch: int) -> torch.Tensor | None:
         """Outputs of the experts for a batch's rows, [tokens, hidden]; None if it has left."""
         place = self._places.pop(batch, None)
         if not self._places:
             self._filled = 0
-        return None if place is None else self._rows.x[place]
+        given = self._rows.x if self._sums is None else self._sums
+        return None if place is None else given[place]
 
     @property
     def batches(self) -> list[int]:

@@ -118,6 +118,8 @@ def _content(op: Op) -> tuple[int, ...]:
     """Identity of what a slot holds after this op; ops of equal content fill different parts."""
     if op.kind is OpKind.LOAD_WEIGHTS:
         return op.visit, op.layer
+    if op.kind in (OpKind.LOAD_EXPERTS, OpKind.READ_EXPERTS):
+        return op.visit, op.layer, op.group
     return op.visit, op.layer, op.batch
 
 
@@ -147,11 +149,14 @@ def _slot(
     hidden: int,
     turn: int,
     staging: int,
+    experts: int,
 ) -> Slot:
     """The copy of `buffer` that an op touches; the arguments after it are those of Op.key."""
     if buffer is Buffer.DEVICE_WEIGHTS:
         return buffer, weights, 0
-    if buffer is Buffer.HOST_WEIGHTS:
+    if buffer is Buffer.DEVICE_EXPERTS:
+        return buffer, experts, 0
+    if buffer in (Buffer.HOST_WEIGHTS, Buffer.HOST_EXPERTS):
         return buffer, staging, 0
     if buffer is Buffer.ROUTED:
         return buffer, 0, 0

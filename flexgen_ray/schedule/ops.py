@@ -17,6 +17,7 @@ CELL_SLOTS = 2  # double buffering: one slot is filled while the other is used
 LAYER_SLOTS = 2
 HEAD_SLOT = 2  # the head's own, so that the next visit's first layer can arrive while this one ends
 WEIGHTS_SLOTS = 3
+EXPERT_STAGING_SLOTS = 2  # groups of experts from disk: one being read, one loaded
 
 
 def staging_slots(num_batches: int) -> int:
@@ -38,6 +39,8 @@ class OpKind(StrEnum):
     EMBED = auto()  # loaded rows, or rows looked up on the device, become the hidden states
     READ_WEIGHTS = auto()  # a part of a coming layer's disk weights, into a host slot
     LOAD_WEIGHTS = auto()  # a part of the next layer's streamed weights, to the device
+    READ_EXPERTS = auto()  # a group of experts on disk, into a host slot
+    LOAD_EXPERTS = auto()  # a group of experts, to the device, if they don't come with their layer
     READ_HIDDEN = auto()  # hidden states on disk, into a host slot
     LOAD_HIDDEN = auto()  # hidden states off the device, to the device
     READ_CACHE = auto()  # pages of the cache on disk, into a host slot
@@ -128,6 +131,9 @@ class Buffer(StrEnum):
     # One copy per weights slot, and one per staging slot.
     DEVICE_WEIGHTS = auto()  # streamed weights
     HOST_WEIGHTS = auto()  # a part of disk weights on its way
+    # One copy per expert slot, and one per staging slot of experts.
+    DEVICE_EXPERTS = auto()  # a streamed group of experts
+    HOST_EXPERTS = auto()  # a group of experts from disk on its way
     # One copy.
     ROUTED = auto()  # rows on their way through experts
     # One copy per cell slot.
@@ -172,6 +178,7 @@ class Condition(Enum):
     IN_RING = auto()  # the stage is one of several
     STREAMS_WEIGHTS = auto()  # some of the layer's weights lie off the device
     STAGES_DISK_WEIGHTS = auto()  # some lie on disk, and pass through host memory
+    STAGES_DISK_EXPERTS = auto()  # a group of experts lies on disk, and passes through host memory
     INPUT_FROM_HOST = auto()  # embeddings are looked up on the host, or come from another stage
     HIDDEN_OFF_DEVICE = auto()
     HIDDEN_ON_DISK = auto()
@@ -217,9 +224,17 @@ class OpSpec:
     @cached_property
     def moves_weights(self) -> bool:
         """True if the op belongs to a layer's weights, not to a batch."""
-        return Buffer.HOST_WEIGHTS in self.writes or Buffer.DEVICE_WEIGHTS in self.writes
+        return not _OF_WEIGHTS.isdisjoint(self.writes)
 
 
+_OF_WEIGHTS = frozenset(
+    {
+        Buffer.HOST_WEIGHTS,
+        Buffer.DEVICE_WEIGHTS,
+        Buffer.HOST_EXPERTS,
+        Buffer.DEVICE_EXPERTS,
+    }
+)
 _K, _L, _B, _C = OpKind, Lane, Buffer, Condition
 OPS: dict[OpKind, OpSpec] = {
     _K.RECV_TOKENS: OpSpec(_L.RECV, (_B.TOKENS,), (_B.TOKENS,), _C.IN_RING, is_exchange=True),
@@ -236,6 +251,12 @@ OPS: dict[OpKind, OpSpec] = {
     ),
     _K.LOAD_WEIGHTS: OpSpec(
         _L.LOAD_WEIGHTS, (_B.HOST_WEIGHTS,), (_B.DEVICE_WEIGHTS,), _C.STREAMS_WEIGHTS, Path.NEITHER
+    ),
+    _K.READ_EXPERTS: OpSpec(
+        _L.DISK_READ_AHEAD, (), (_B.HOST_EXPERTS,), _C.STAGES_DISK_EXPERTS, Path.NEITHER
+    ),
+    _K.LOAD_EXPERTS: OpSpec(
+        _L.LOAD_WEIGHTS, (_B.HOST_EXPERTS,), (_B.DEVICE_EXPERTS,), path=Path.NEITHER
     ),
     _K.READ_HIDDEN: OpSpec(
         _L.DISK_READ, (_B.ROWS, _B.HIDDEN_DISK), (_B.HIDDEN_IN,), _C.HIDDEN_ON_DISK
@@ -330,7 +351,9 @@ OPS: dict[OpKind, OpSpec] = {
         (_B.ROWS, _B.DEVICE_WEIGHTS, _B.WORK, _B.ATTENTION, _B.HIDDEN_GPU),
         (_B.WORK, _B.HIDDEN_GPU, _B.ROUTED),
     ),
-    _K.EXPERTS: OpSpec(_L.DEVICE, (_B.ROWS, _B.DEVICE_WEIGHTS, _B.ROUTED), (_B.ROUTED,)),
+    _K.EXPERTS: OpSpec(
+        _L.DEVICE, (_B.ROWS, _B.DEVICE_WEIGHTS, _B.DEVICE_EXPERTS, _B.ROUTED), (_B.ROUTED,)
+    ),
     _K.COMBINE: OpSpec(
         _L.DEVICE, (_B.ROWS, _B.WORK, _B.HIDDEN_GPU, _B.ROUTED), (_B.WORK, _B.HIDDEN_GPU)
     ),
@@ -356,7 +379,8 @@ class Op:
     equal parts of a layer's weights, for ops that move weights; *_slot: which copy of double-
     buffered memory the op uses; turn: which copy of what a block's next visit must not overwrite;
     ends_visit: True for the last op of a visit; batches: for how many batches the op works, of
-    which `batch` is the last.
+    which `batch` is the last; group: which group of a layer's experts, and expert_slot the copy of
+    memory that it streams to.
     """
 
     kind: OpKind
@@ -371,6 +395,8 @@ class Op:
     staging_slot: int = 0
     ends_visit: bool = False
     batches: int = 1
+    group: int = 0
+    expert_slot: int = 0
 
     @property
     def lane(self) -> Lane:
@@ -381,7 +407,7 @@ class Op:
         """The fields that decide which copies of buffers the op touches."""
         return (
             self.kind, self.layer, self.batch, self.cell_slot, self.weights_slot,
-            self.hidden_slot, self.turn, self.staging_slot,
+            self.hidden_slot, self.turn, self.staging_slot, self.expert_slot,
         )  # fmt: skip
 
 

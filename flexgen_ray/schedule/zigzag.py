@@ -25,6 +25,9 @@ With parts of two batches, the cells of a layer L are finished so:
 
     finish L b0: OUT b0        finish L b1: OUT b1, EXPERTS b0 and b1, COMBINE b0, COMBINE b1
 
+Where a layer's experts are more than the device has room for, they stream apart from its other
+weights, in groups, and EXPERTS runs once a group, for the whole block.
+
 A batch's first cell brings it into the stage (embedding, or receiving from the stage before), and
 its last cell takes it out (head, or sending to the next stage). So visit 1 begins in step 4, while
 the last batch of visit 0 is still attended.
@@ -34,11 +37,19 @@ Knows layers, batches and their order; no rows, bytes or placement.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
-from flexgen_ray.schedule.ops import CELL_SLOTS, HEAD_SLOT, LAYER_SLOTS, Op, OpKind, staging_slots
+from flexgen_ray.schedule.ops import (
+    CELL_SLOTS,
+    EXPERT_STAGING_SLOTS,
+    HEAD_SLOT,
+    LAYER_SLOTS,
+    Op,
+    OpKind,
+    staging_slots,
+)
 
 _LOADS = (OpKind.READ_HIDDEN, OpKind.LOAD_HIDDEN)
 _ATTENTION = (
@@ -85,11 +96,15 @@ class Mixtures:
     """Decoder layers that are mixtures of experts, in which the batches of a block form parts.
 
     A part's experts run once, for the rows of all its batches. batches: of a part; the last part of
-    a block may have fewer.
+    a block may have fewer. groups: {layer: groups of experts that stay on the device, groups that
+    stream to it}, where a layer's experts run group by group, each for the whole block; empty if
+    all of a layer's experts are on the device at a time. slots: groups for which it has memory.
     """
 
     layers: frozenset[int] = frozenset()
     batches: int = 1
+    groups: Mapping[int, tuple[int, int]] = field(default_factory=dict)
+    slots: int = 0
 
     def first_of_part(self, cell: Op) -> int:
         """Number within its block of the first batch of a cell's part."""
@@ -189,9 +204,9 @@ def zigzag(
     last one has none. The last prefetches are wasted: they load weights for a visit that never
     comes.
     """
-    weights = _WeightStream(stage, num_batches)
+    weights, finisher = _WeightStream(stage, num_batches), _Finisher(stage, num_batches, mixtures)
     yield from weights.prologue()
-    waiting: list[Op] = []
+    yield from finisher.experts.prologue()
     cell: Op | None = None
     for following in _cells(stage, num_batches, visits, num_blocks):
         if cell is None:
@@ -202,13 +217,13 @@ def zigzag(
             needs = not following.part and not mixtures.first_of_part(cell)
             if not needs:
                 yield from _begin(following, stage)
-            yield from _finish(cell, stage, num_batches, mixtures, waiting)
+            yield from finisher.finish(cell)
             if needs:
                 yield from _begin(following, stage)
         cell = following
     if cell is not None:
         yield from weights.prefetch(cell)
-        yield from _finish(cell, stage, num_batches, mixtures, waiting)
+        yield from finisher.finish(cell)
 
 
 def _cells(
@@ -243,34 +258,101 @@ def _begin(cell: Op, stage: StageLayers) -> Iterator[Op]:
     yield from _ops(cell, _BEGIN, cell.layer)
 
 
-def _finish(
-    cell: Op, stage: StageLayers, num_batches: int, mixtures: Mixtures, waiting: list[Op]
-) -> Iterator[Op]:
+class _Finisher:
     """Ops after a cell's attention, and after those, in a batch's last cell, its exit.
 
-    A mixture's cells wait for the last one of their part. waiting: those of the present part.
+    A mixture's cells wait for the last one of their part.
     """
-    if cell.layer not in mixtures.layers:
-        yield from _ops(cell, (OpKind.FINISH, *_HIDDEN_HOME), cell.layer)
-        yield from _leave(cell, stage)
-        return
-    yield from _ops(cell, (OpKind.OUT,), cell.layer)
-    waiting.append(cell)
-    if cell.part + 1 not in (mixtures.first_of_part(cell) + mixtures.batches, num_batches):
-        return
-    yield replace(cell, kind=OpKind.EXPERTS, batches=len(waiting), ends_visit=False)
-    for each in waiting:
-        # In a part of several batches hidden states lie in no cell slot.
-        yield replace(each, kind=OpKind.COMBINE, cell_slot=cell.cell_slot, ends_visit=False)
-        yield from _ops(each, _HIDDEN_HOME, cell.layer)
-        yield from _leave(each, stage)
-    waiting.clear()
+
+    def __init__(self, stage: StageLayers, num_batches: int, mixtures: Mixtures) -> None:
+        self.stage = stage
+        self.num_batches = num_batches
+        self.mixtures = mixtures
+        self.experts = _ExpertStream(stage, mixtures)
+        self._waiting: list[Op] = []
+
+    def finish(self, cell: Op) -> Iterator[Op]:
+        """Finish a cell, or the cells of its part, if it is the last of them."""
+        if cell.layer not in self.mixtures.layers:
+            yield from _ops(cell, (OpKind.FINISH, *_HIDDEN_HOME), cell.layer)
+            yield from self._leave(cell)
+            return
+        yield from _ops(cell, (OpKind.OUT,), cell.layer)
+        self._waiting.append(cell)
+        end = self.mixtures.first_of_part(cell) + self.mixtures.batches
+        if cell.part + 1 not in (end, self.num_batches):
+            return
+        part = replace(cell, kind=OpKind.EXPERTS, batches=len(self._waiting), ends_visit=False)
+        yield from self.experts.run(part)
+        for each in self._waiting:
+            # In a part of several batches hidden states lie in no cell slot.
+            yield replace(each, kind=OpKind.COMBINE, cell_slot=cell.cell_slot, ends_visit=False)
+            yield from _ops(each, _HIDDEN_HOME, cell.layer)
+            yield from self._leave(each)
+        self._waiting.clear()
+
+    def _leave(self, cell: Op) -> Iterator[Op]:
+        """Ops that take a batch out of the stage, in its last cell."""
+        if cell.layer == self.stage.decoders[-1]:
+            yield from _ops(cell, _LEAVE[self.stage.kind(cell.layer + 1)], cell.layer + 1)
 
 
-def _leave(cell: Op, stage: StageLayers) -> Iterator[Op]:
-    """Ops that take a batch out of the stage, in its last cell."""
-    if cell.layer == stage.decoders[-1]:
-        yield from _ops(cell, _LEAVE[stage.kind(cell.layer + 1)], cell.layer + 1)
+class _ExpertStream:
+    """Endless sequence of groups of experts that stream, visit after visit, layer after layer.
+
+    Groups are numbered on. Each goes to the slot that the one `slots` before it has left, so it is
+    loaded as soon as that one has run, and read from disk a little before.
+    """
+
+    def __init__(self, stage: StageLayers, mixtures: Mixtures) -> None:
+        self.slots = mixtures.slots
+        self.groups = mixtures.groups
+        self._streamed = [
+            (layer, group)
+            for layer in stage.decoders
+            if layer in mixtures.groups
+            for group in range(mixtures.groups[layer][0], sum(mixtures.groups[layer]))
+        ]
+        self._places = {each: place for place, each in enumerate(self._streamed)}
+
+    def prologue(self) -> Iterator[Op]:
+        """Loads of the first groups, for which there is memory at once."""
+        if self._streamed:
+            for number in range(EXPERT_STAGING_SLOTS):
+                yield self._op(OpKind.READ_EXPERTS, number)
+            for number in range(self.slots):
+                yield from self._move(number)
+
+    def run(self, part: Op) -> Iterator[Op]:
+        """A part's experts, group by group, and the load of the group that may follow each."""
+        if part.layer not in self.groups:
+            yield part
+            return
+        for group in range(sum(self.groups[part.layer])):
+            place = self._places.get((part.layer, group))
+            if place is None:
+                yield replace(part, group=group, expert_slot=self.slots)
+                continue
+            number = part.visit * len(self._streamed) + place
+            yield replace(part, group=group, expert_slot=number % self.slots)
+            yield from self._move(number + self.slots)
+
+    def _move(self, number: int) -> Iterator[Op]:
+        """Load a group, and read a later one into the staging slot that the load frees."""
+        yield self._op(OpKind.LOAD_EXPERTS, number)
+        yield self._op(OpKind.READ_EXPERTS, number + EXPERT_STAGING_SLOTS)
+
+    def _op(self, kind: OpKind, number: int) -> Op:
+        visit, place = divmod(number, len(self._streamed))
+        layer, group = self._streamed[place]
+        return Op(
+            kind, visit, layer, batch=0,
+            cell_slot=0,
+            weights_slot=0,
+            staging_slot=number % EXPERT_STAGING_SLOTS,
+            group=group,
+            expert_slot=number % self.slots,
+        )  # fmt: skip
 
 
 def _ops(cell: Op, kinds: Sequence[OpKind], layer: int) -> Iterator[Op]:

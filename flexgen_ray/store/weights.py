@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from math import gcd, prod
 from typing import Protocol
 
@@ -26,12 +26,25 @@ from flexgen_ray.kernels.dequantize import dequantize
 from flexgen_ray.kernels.pack import pack
 from flexgen_ray.layout.placement import SECTOR, aligned, stored_tensors
 from flexgen_ray.layout.plan import StagePlan
-from flexgen_ray.layout.sizes import dequantized_bytes, staging_slot_bytes, weights_slot_bytes
+from flexgen_ray.layout.sizes import (
+    dequantized_bytes,
+    expert_slot_bytes,
+    quantized_shapes,
+    staged_group_bytes,
+    staging_slot_bytes,
+    weights_slot_bytes,
+)
 from flexgen_ray.layout.weights import Place
 from flexgen_ray.quant.formats import PARTS, WeightFormat, part_of_op
 from flexgen_ray.quant.frame import Shape
 from flexgen_ray.quant.packing import PackedRows
-from flexgen_ray.schedule.ops import LAYER_SLOTS, Op, staging_slots
+from flexgen_ray.schedule.ops import (
+    EXPERT_STAGING_SLOTS,
+    LAYER_SLOTS,
+    Op,
+    OpKind,
+    staging_slots,
+)
 from flexgen_ray.store.link import copy_across
 from flexgen_ray.store.memory import MemoryTier, allocate_mapping
 from flexgen_ray.store.tiers import TORCH_DTYPE, Tiers
@@ -110,12 +123,19 @@ class WeightStore:
             for layer in plan.stage.with_weights
             for slot in {plan.stage.weights_slot(visit, layer) for visit in range(LAYER_SLOTS)}
         }
+        groups = plan.mixtures.slots, expert_slot_bytes(plan)
+        self._expert_slots = tiers.gpu.allocate("weights in flight", prod(groups)).view(groups)
+        staging = EXPERT_STAGING_SLOTS, staged_group_bytes(plan)
+        self._expert_staging = tiers.cpu.allocate("weights in flight", prod(staging)).view(staging)
         self._workspace = DequantizeWorkspace(plan, tiers.gpu)
         self._fill(source, on_progress)
 
     def tensors(self, op: Op) -> dict[str, Tensor]:
         """{name: weights} for an op on the device, dequantized; possibly with more of its layer."""
-        return self._workspace.tensors(op, self._views[op.layer, op.weights_slot])
+        stored = self._views[op.layer, op.weights_slot]
+        if op.kind is OpKind.EXPERTS and op.layer in self._layout.groups:
+            stored = self._group_view(op, stored)
+        return self._workspace.tensors(op, stored)
 
     def lookup(self, name: str, ids: Tensor | None) -> Tensor:
         """Look up rows of an embedding table, in the memory where the table lies.
@@ -168,10 +188,45 @@ class WeightStore:
         low, high = stream.span("disk", op.part, self._parts)
         copy_across(target[low:high], self._staging[op.staging_slot, : high - low])
 
+    def read_experts(self, op: Op) -> None:
+        """READ_EXPERTS: read a group of experts from disk into a staging slot."""
+        (piece,) = self._layout.groups[op.layer][op.group].stream.pieces("disk", 0, 1)
+        staging = self._expert_staging[op.staging_slot]
+        self._disk.read_into(staging[: piece.nbytes], piece.start)
+
+    def load_experts(self, op: Op) -> None:
+        """LOAD_EXPERTS: copy a group of experts to its device slot, as `load_part` does."""
+        group = self._layout.groups[op.layer][op.group]
+        (piece,) = group.stream.pieces(group.tier, 0, 1)
+        target = self._expert_slots[op.expert_slot, : piece.nbytes]
+        if group.tier == "cpu":
+            source = self._memory["cpu"][piece.start : piece.start + piece.nbytes]
+            copy_across(target, source)
+        elif self.plan.stages_disk:
+            copy_across(target, self._expert_staging[op.staging_slot, : piece.nbytes])
+        else:
+            self._disk.read_into(target, piece.start)
+
+    def _group_view(self, op: Op, stored: dict[str, Tensor]) -> dict[str, Tensor]:
+        """{name: weight} of a group of experts on the device; stored: the others of its layer."""
+        group = self._layout.groups[op.layer][op.group]
+        if group.tier == "gpu":
+            return {key: stored[key] for key in group.keys}
+        views, shapes = {}, self._layout.shapes(op.layer)
+        for key in group.keys:
+            start = group.stream.target(self._layout.places[op.layer][key])
+            slot = self._expert_slots[op.expert_slot]
+            views[key] = self._stored_view(slot, start, key, shapes[key])
+        return views
+
     def _view(self, layer: int, slot: int) -> dict[str, Tensor]:
         """{name: weight} of a layer on the device, the streamed ones in a device slot."""
         views, shapes = {}, self._layout.shapes(layer)
+        groups = self._layout.groups.get(layer, ())
+        apart = {key for group in groups if group.tier != "gpu" for key in group.keys}
         for name, place in self._layout.places[layer].items():
+            if name in apart:
+                continue
             if place.tier == "gpu":
                 views[name] = self._stored_view(
                     self._memory["gpu"], place.start, name, shapes[name]
@@ -291,8 +346,8 @@ class WeightStore:
 class DequantizeWorkspace:
     """Device memory into which a stage's quantized weights are dequantized.
 
-    PROJECT, FINISH and the head have a workspace each, because the device projects the next layer's
-    first batch before it finishes this layer's last one.
+    PROJECT, FINISH, EXPERTS and the head have a workspace each, because the device projects the
+    next layer's first batch before it finishes this layer's last one.
     """
 
     def __init__(self, plan: StagePlan, tier: MemoryTier) -> None:
@@ -301,12 +356,9 @@ class DequantizeWorkspace:
         sizes = dequantized_bytes(plan)
         memory = tier.allocate("weights dequantized", sum(sizes.values()))
         self._memory = dict(zip(PARTS, memory.split(list(sizes.values())), strict=True))
-        self._layer: dict[str, int] = {}  # {part: layer whose weights lie in its workspace}
-        self._packed = {
-            (layer, part): plan.weight_format.quantized_weights(plan.weights.shapes(layer), part)
-            for layer in plan.stage.with_weights
-            for part in PARTS
-        }
+        # {part: layer and group whose weights lie in its workspace}
+        self._inside: dict[str, tuple[int, int]] = {}
+        self._packed = cache(partial(quantized_shapes, plan))
 
     def tensors(self, op: Op, stored: dict[str, Tensor]) -> dict[str, Tensor]:
         """{name: weights} for an op, dequantized unless an earlier batch's op has done it.
@@ -314,16 +366,16 @@ class DequantizeWorkspace:
         stored: all weights of the op's layer, as they lie on the device.
         """
         part = part_of_op(op.kind, op.layer == self._plan.config.head_layer)
-        shapes = self._packed[op.layer, part]
+        shapes = self._packed(op.layer, part, op.group)
         if not shapes:
             return stored
         views = self._views(part, shapes)
-        if self._layer.get(part) != op.layer:
+        if self._inside.get(part) != (op.layer, op.group):
             for name, view in views.items():
                 form = self._plan.weight_format.format_of(name, shapes[name])
                 assert form is not None
                 dequantize(stored[name], form, view)
-            self._layer[part] = op.layer
+            self._inside[part] = op.layer, op.group
         return stored | views
 
     def _views(self, part: str, shapes: dict[str, Shape]) -> dict[str, Tensor]:
