@@ -231,8 +231,10 @@ class StreamWatch(TorchDispatchMode):
 
 
 def _tensors(values: Iterable) -> Iterator[Tensor]:
+    """Tensors that have memory: all others would look alike, for their address is 0."""
     for value in values:
         if isinstance(value, Tensor):
-            yield value
+            if value.untyped_storage().nbytes():
+                yield value
         elif isinstance(value, (list, tuple)):
             yield from _tensors(value)

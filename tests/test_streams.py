@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from late_streams import LateCuda, StreamWatch
 from strategies import pipelines, policies, sparse, with_sparsity
 
+from flexgen_ray import Placement
 from flexgen_ray.runtime.handlers import HANDLERS
 from flexgen_ray.schedule.ops import ON_STREAMS, Lane, OpKind
 
@@ -82,14 +83,17 @@ def test_a_wait_that_is_left_out_is_missed(
         assert_same(found, references)
 
 
-def shared(folder, references, policy, monkeypatch) -> set[str]:
+def shared(folder, references, policy, monkeypatch, **options) -> set[str]:
     """Tensors that ops of one stream made and ops of another use."""
     watch = StreamWatch()
-    late(folder, references, policy, monkeypatch, LateCuda(watch=watch))
+    late(folder, references, policy, monkeypatch, LateCuda(watch=watch), **options)
     return watch.faults
 
 
-@pytest.mark.parametrize("options", [{}, {"attention_sparsity": 0.3, "cache_bits": 4}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"attention_sparsity": 0.3, "cache_bits": 4}, {"activations": Placement(0, 0, 1)}],
+)
 def test_no_op_uses_a_tensor_that_another_stream_made(
     tiny_models, policy_of_all, options, monkeypatch
 ):
@@ -97,7 +101,8 @@ def test_no_op_uses_a_tensor_that_another_stream_made(
     folder, references = tiny_models["llama"]
     policy = with_sparsity(policy_of_all, options.get("attention_sparsity", 1.0))
     policy = replace(policy, max_batch_tokens=4, **options)
-    assert not shared(folder, references[:3], policy, monkeypatch)
+    executor = "serial" if "activations" in options else "async"
+    assert not shared(folder, references[:3], policy, monkeypatch, executor=executor)
 
 
 def test_a_tensor_that_two_streams_share_is_noticed(tiny_models, policy_of_all, monkeypatch):
