@@ -35,15 +35,28 @@ settings.register_profile(
 settings.load_profile("patient")
 
 
+# Files that take longest come early, so that no other worker waits for one of them at the end.
+LONGEST = ("visits", "compression", "prefix_runs", "planner", "exactness", "job_submit", "ray_nodes")
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that mostly wait for Ray come early, for none ends alone with them, and every other
-    file isn't one, for Ray starts within its own limit only where few do at once."""
-    files = list(dict.fromkeys(item.path for item in items))
-    of_ray = [path for path in files if path.name.startswith("test_ray")]
-    others = [path for path in files if path not in of_ray]
-    place = {path: 2 * index for index, path in enumerate(of_ray)}
-    place |= {path: 2 * index + 1 for index, path in enumerate(others)}
-    items.sort(key=lambda item: place[item.path])
+    """Groups of tests, each for one process (--dist loadgroup): files, and all tests that share the
+    session's Ray, of which a second one would take as long to start. That group comes first, for it
+    mostly waits."""
+    places = {f"test_{name}": place for place, name in enumerate(LONGEST)}
+
+    def place(item: pytest.Item) -> tuple[bool, int]:
+        return not _uses_ray(item), places.get(item.path.stem, len(places))
+
+    for item in items:
+        group = "ray" if _uses_ray(item) else item.path.stem
+        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=place)
+
+
+def _uses_ray(item: pytest.Item) -> bool:
+    return "local_ray" in getattr(item, "fixturenames", ())
 
 
 @pytest.fixture(autouse=True, scope="session")
