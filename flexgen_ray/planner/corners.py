@@ -18,7 +18,7 @@ are taken once. A stage of 8 layers, 6 of them on the GPU and 2 in host memory, 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 
 import numpy as np
@@ -78,6 +78,12 @@ class Corners:
     plan: StagePlan
     hardware: HardwareSpec
     position: int
+    _linear: dict[float, dict[Quantity, np.ndarray]] = field(
+        default_factory=dict, init=False, compare=False, repr=False
+    )
+    _of_phases: dict[tuple[tuple[str, ...], float], tuple[list[str], list[np.ndarray]]] = field(
+        default_factory=dict, init=False, compare=False, repr=False
+    )
 
     def value(
         self, quantity: Quantity, layers: float, shares: Mapping[Share, float], near: float
@@ -101,10 +107,45 @@ class Corners:
         near: about how many layers the stage has. An amount that a place takes once, however many
         layers lie there, is not linear; it is spread over so many layers.
         """
+        if near not in self._linear:
+            self._linear[near] = self._make_linear(near)
+        return self._linear[near]
+
+    def _make_linear(self, near: float) -> dict[Quantity, np.ndarray]:
         once, each = self._amounts[..., 0], self._amounts[..., 1]
         slopes = each - each[:, :1] + (once - once[:, :1]) / near
         rows = np.concatenate((once[:, :1], each[:, :1], slopes), axis=1)
         return dict(zip(self.quantities, rows, strict=True))
+
+    def mixed(self, mix: Mapping[str, float], near: float) -> dict[str, np.ndarray]:
+        """{name: coefficients} of a visit that is a sum of phases, as in `linear`.
+
+        mix: {phase: share}.
+        """
+        phases = tuple(phase for phase in sorted(mix) if mix[phase])
+        names, of_phases = self._rows_of_phases(phases, near)
+        total = sum(
+            (mix[phase] * rows for phase, rows in zip(phases, of_phases, strict=True)),
+            np.zeros((len(names), 2 + len(SHARES))),
+        )
+        return dict(zip(names, total, strict=True))
+
+    def _rows_of_phases(
+        self, phases: tuple[str, ...], near: float
+    ) -> tuple[list[str], list[np.ndarray]]:
+        """Names that count in any of these phases, and their coefficients in each: [names, 2 +
+        shares]."""
+        if (phases, near) not in self._of_phases:
+            linear, nothing = self.linear(near), np.zeros(2 + len(SHARES))
+            names = [*dict.fromkeys(name for phase, name in linear if phase in phases)]
+            rows = [
+                np.array([linear.get((phase, name), nothing) for name in names]).reshape(
+                    len(names), -1
+                )
+                for phase in phases
+            ]
+            self._of_phases[phases, near] = names, rows
+        return self._of_phases[phases, near]
 
     @cached_property
     def quantities(self) -> list[Quantity]:

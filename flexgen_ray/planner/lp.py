@@ -328,12 +328,12 @@ class _LinearProgram:
         usual = self._num_layers / len(self._stages)
         result = []
         for stage in self._stages:
-            linear = stage.corners.linear(stage.layers or usual)
+            near = stage.layers or usual
+            linear = stage.corners.linear(near)
             own = {it: row for it, row in linear.items() if it[0] == "bytes"}
             for kind, mix in self._objective.mixes.items():
-                for (phase, name), row in linear.items():
-                    if mix.get(phase):
-                        own[kind, name] = own.get((kind, name), 0.0) + mix[phase] * row
+                mixed = stage.corners.mixed(mix, near)
+                own |= {(kind, name): row for name, row in mixed.items()}
             result.append(own)
         return result
 
