@@ -36,7 +36,15 @@ settings.load_profile("patient")
 
 
 # Files that take longest come early, so that no other worker waits for one of them at the end.
-LONGEST = ("visits", "compression", "prefix_runs", "planner", "exactness", "job_submit", "ray_nodes")
+LONGEST = (
+    "visits",
+    "compression",
+    "prefix_runs",
+    "planner",
+    "exactness",
+    "job_submit",
+    "ray_nodes",
+)
 
 
 @pytest.hookimpl(tryfirst=True)

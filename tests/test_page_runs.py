@@ -54,7 +54,7 @@ def run(tiny_models, name: str, policy, executor: str, **options) -> tuple[list[
     return [output.outputs[0].token_ids for output in outputs], again
 
 
-@settings(max_examples=10)
+@settings(max_examples=6)
 @given(name=st.sampled_from(NAMES), policy=policies, executor=st.sampled_from(["serial", "async"]))
 def test_rows_that_lack_pages_lose_no_token(
     tiny_models, expected, short_of_pages, name, policy, executor
@@ -62,7 +62,7 @@ def test_rows_that_lack_pages_lose_no_token(
     assert tokens_of(tiny_models, name, policy, executor) == expected[name]
 
 
-@settings(max_examples=5)
+@settings(max_examples=4)
 @given(
     name=st.sampled_from(["llama", "gemma3"]),
     pipeline=pipelines(num_layers=3),

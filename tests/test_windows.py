@@ -38,7 +38,7 @@ def long_windows(tmp_path_factory):
     return models
 
 
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(name=st.sampled_from(sorted(LONG)), policy=policies)
 def test_prompts_longer_than_the_window_in_one_chunk_or_several(long_windows, name, policy):
     folder, references = long_windows[name]
