@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 MIB = 2**20
 NOISE = 40 * MIB  # the largest tensor twice, allocator arenas, imports
-# Imports once, and then runs each job that it reads in a process of its own, forked before there are
-# any threads: so all have the same baseline.
+# Imports once, and then runs each job that it reads in a process forked before there are any
+# threads: so all have the same baseline.
 SERVER = """
 import json, os, sys
 from flexgen_ray import LLM, SamplingParams
