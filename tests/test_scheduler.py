@@ -7,8 +7,14 @@ import random
 from hypothesis import given
 from hypothesis import strategies as st
 
+from flexgen_ray.config import PAGE_TOKENS, Policy, Workload
+from flexgen_ray.layout.admission import Admission
+from flexgen_ray.layout.plan import StagePlan
+from flexgen_ray.models.shapes import shape_config
 from flexgen_ray.request import Request, SamplingParams
+from flexgen_ray.runtime.prefixes import find_prefixes, measure_sharing
 from flexgen_ray.runtime.scheduler import Scheduler
+from flexgen_ray.schedule.zigzag import StageLayers
 
 END = 7
 shapes = st.tuples(st.integers(1, 4), st.integers(1, 3), st.integers(0, 12))
@@ -97,3 +103,25 @@ def test_the_longest_come_first_and_a_free_slot_is_taken_at_the_next_pass(shape,
                 del left[done.index]
     lengths = [requests[index].max_seq_len for index in met]
     assert lengths == sorted(lengths, reverse=True)
+
+
+def test_the_only_slot_of_a_batch_is_a_ready_row_s_before_another_group_s_prefix():
+    """Two groups of two rows each: prefix, rows, prefix, rows."""
+    params, config = SamplingParams(2, 0.0), shape_config("opt-125m")
+    shared = [[group] * (5 * PAGE_TOKENS) for group in (1, 2)]
+    requests = [Request(number, [*shared[number // 2], 10 + number], params) for number in range(4)]
+    sharing = measure_sharing(requests, find_prefixes(requests))
+    workload = Workload(4, 5 * PAGE_TOKENS + 1, 5 * PAGE_TOKENS + 3, sharing=sharing)
+    stage = StageLayers.whole(config.num_layers)
+    plan = StagePlan(config, stage, Policy(1), workload, "float32")
+    admission = Admission([plan.space])
+    scheduler = Scheduler(1, 1, plan.cell_tokens, frozenset([END]), admission=admission)
+    scheduler.add(requests)
+    begun: list[int] = []
+    while not scheduler.is_done:
+        rows = scheduler.compose(0)
+        slots = [row.slot for row in rows.sampled]
+        begun += [*rows.token_ids[:1]] if rows.entered else []
+        scheduler.accept(0, slots, [5] * len(slots))
+        list(scheduler.take_finished())
+    assert begun == [1, 10, 11, 2, 12, 13]

@@ -417,6 +417,8 @@ class Scheduler:
             deepest = self._prefixes.of(self._waiting[start])
             wanted |= {it.number for it in deepest.chain} if deepest else set()
             prefix = deepest and self._prefixes.next_to_compute(deepest)
+            if self.gpu_batch_size == 1 and self._may_enter(deepest, batch):
+                break  # the batch's only slot is that of a row which is ready
             if prefix is None or not self._prefixes.fits_batch(prefix.parent, batch):
                 continue
             unused = self._prefixes.begin(prefix, (batch, free[0]), wanted)
@@ -527,9 +529,13 @@ class Scheduler:
             return 0, self._sequence(self._waiting[0]), ()
         for start, stop in islice(self._groups(), MOST_GROUPS):
             prefix = self._prefixes.of(self._waiting[start])
-            if self._prefixes.is_ready(prefix) and self._prefixes.fits_batch(prefix, batch):
+            if self._may_enter(prefix, batch):
                 return self._next_of_group(batch, slot, rows, (start, stop - 1))
         return None
+
+    def _may_enter(self, prefix: Prefix | None, batch: int) -> bool:
+        """True if what a row would share is there, and beside what its batch reads."""
+        return self._prefixes.is_ready(prefix) and self._prefixes.fits_batch(prefix, batch)
 
     def _next_of_group(
         self, batch: int, slot: int, rows: int, ends: tuple[int, int]
