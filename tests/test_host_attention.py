@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib
 import subprocess
 import sys
+import threading
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -131,6 +134,32 @@ def test_compiled_code_is_cached_until_any_file_it_may_hold_changes(tmp_path, mo
         cached.append(sum(kernel.stats.cache_hits.values()))
     hash_sources.cache_clear()
     assert results == [2, 2, 3] and cached == [0, 1, 0]
+
+
+def test_a_process_waits_for_one_that_compiles_the_same_kernel(tmp_path, monkeypatch):
+    """And takes over its code; else numba's index could name the code of one kind for another."""
+    (tmp_path / "waiting.py").write_text(
+        "from flexgen_ray.kernels.vectors import compiled\n"
+        "@compiled\n"
+        "def kernel(x):\n"
+        "    return x + 1\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    kernels = []
+    for _ in range(2):
+        sys.modules.pop("waiting", None)
+        kernels.append(importlib.import_module("waiting").kernel)
+    other = Path(kernels[0].stats.cache_path) / "kernel.lock"
+    results: list[int] = []
+    with other.open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        waiting = threading.Thread(target=lambda: results.append(kernels[0](1)))
+        waiting.start()
+        waiting.join(0.5)
+        assert waiting.is_alive() and not results and not kernels[0].signatures
+    waiting.join(60)
+    assert results == [2] and kernels[1](1) == 2
+    assert [sum(kernel.stats.cache_hits.values()) for kernel in kernels] == [0, 1]
 
 
 def test_a_kernel_is_cached_for_the_sources_of_attention_and_quantization():

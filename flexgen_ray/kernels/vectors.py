@@ -13,16 +13,20 @@ bytes to add to each).
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import numba
 import numpy as np
 from llvmlite import binding, ir
 from numba.core import types
+from numba.core.compiler_lock import global_compiler_lock
 from numba.extending import intrinsic
 
 # Packages whose code is compiled into kernels.
@@ -61,9 +65,31 @@ def compiled(function: Callable) -> Callable:
     """
     function.__qualname__ += f"_{hash_sources(*_SOURCES)}"
     try:
-        return numba.njit(nogil=True, cache=True)(function)
+        kernel: Any = numba.njit(nogil=True, cache=True)(function)
     except RuntimeError:  # no folder that can be written to
         return numba.njit(nogil=True)(function)
+    lock, compile_one = Path(kernel.stats.cache_path) / f"{function.__name__}.lock", kernel.compile
+
+    def compile_alone(signature: Any) -> Any:
+        with global_compiler_lock, _locked(lock):
+            return compile_one(signature)
+
+    kernel.compile = compile_alone
+    return kernel
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Context that one process at a time is in; without a lock where none can be had.
+
+    Of processes that compile a kernel at once each would take as long as one. And numba's index
+    would keep what one of them wrote last, perhaps with a name that another has for other code.
+    """
+    with ExitStack() as stack:
+        with suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            fcntl.flock(stack.enter_context(path.open("w")), fcntl.LOCK_EX)
+        yield
 
 
 @cache
