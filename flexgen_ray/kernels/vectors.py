@@ -82,8 +82,8 @@ def compiled(function: Callable) -> Callable:
 def _locked(path: Path) -> Iterator[None]:
     """Context that one process at a time is in; without a lock where none can be had.
 
-    Of processes that compile a kernel at once each would take as long as one. And numba's index
-    would keep what one of them wrote last, perhaps with a name that another has for other code.
+    Several that compiled a kernel at once would each take as long as one. And numba's index would
+    keep what one of them wrote last, perhaps with a name that another has for other code.
     """
     with ExitStack() as stack:
         with suppress(OSError):
