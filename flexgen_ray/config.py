@@ -472,6 +472,9 @@ _DEPLOYMENT_CHECKS: dict[str, Check] = {
 
 
 PAGE_TOKENS = 16  # tokens of a page: their keys and values lie together in a cache
+# Dimensions that queries and keys of prompts have besides if heads have sinks: one is used, and
+# GPUs take them by 16 bytes.
+SINK_DIMS = 8
 PART_TOKENS = 1024  # tokens of a row that one thread of the host attends at a time
 
 

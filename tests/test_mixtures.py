@@ -41,7 +41,7 @@ from flexgen_ray.quant.formats import WeightFormat
 from flexgen_ray.schedule.zigzag import StageLayers
 
 EXECUTORS = st.sampled_from(["serial", "async"])
-ROUTERS = ("mlp.gate.weight", "shared_expert_gate.weight")  # never packed
+ROUTERS = ("mlp.gate.weight", "mlp.router.weight", "shared_expert_gate.weight")  # never packed
 
 
 PARTS = st.builds(
@@ -147,9 +147,12 @@ def rounded_references(folder, bits: int) -> list[tiny.Reference]:
     """transformers' tokens with the layers' matrices rounded, but for routers."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     for key, parameter in model.named_parameters():
-        if ".layers." in key and parameter.dim() > 1 and not key.endswith(ROUTERS):
-            packed = pack(parameter.detach(), bits, least_squares=True)
-            unpack(packed, bits, parameter.data)
+        if ".layers." in key and parameter.dim() > 1 and not key.endswith((*ROUTERS, "_bias")):
+            # gpt-oss stacks matrices [in, out].
+            is_turned = "gpt_oss" in model.config.model_type and parameter.dim() == 3
+            matrix = (parameter.mT if is_turned else parameter).detach().contiguous()
+            unpack(pack(matrix, bits, least_squares=True), bits, matrix)
+            parameter.data.copy_(matrix.mT if is_turned else matrix)
     made = [tiny.generate(model, prompt, 12) for prompt in tiny.prompts(4, 24)]
     return tiny.with_routes(model, made)
 
@@ -295,29 +298,34 @@ def test_a_layout_does_not_grow_with_the_number_of_experts():
     ends=st.lists(st.integers(1, 11), max_size=2, unique=True),
     tokens=st.integers(1, 9),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    has_bias=st.booleans(),
 )
-def test_parts_and_groups_on_a_device_give_each_choice_its_expert(ends, tokens, dtype):
+def test_parts_and_groups_on_a_device_give_each_choice_its_expert(ends, tokens, dtype, has_bias):
     """The way of GPUs, which never asks how long a group is, here on the CPU."""
-    config = SimpleNamespace(num_experts=12, experts_per_token=4, activation="silu")
-    generator = torch.Generator().manual_seed(tokens)
-    x, gate_up, down = (
-        torch.randn(shape, generator=generator).to(dtype)
-        for shape in ((tokens, 32), (12, 32, 32), (12, 32, 16))
+    config = SimpleNamespace(
+        num_experts=12, experts_per_token=4, activation="silu", swiglu_limit=None
     )
+    generator = torch.Generator().manual_seed(tokens)
+    shapes = (tokens, 32), (12, 32, 32), (12, 32, 16), (12, 1, 32), (12, 1, 32)
+    x, gate_up, down, *biases = (torch.randn(it, generator=generator).to(dtype) for it in shapes)
     chosen = torch.stack([torch.randperm(12, generator=generator)[:4] for _ in range(tokens)])
     bounds = [0, *sorted(ends), 12]
     weights = {}
     for first, end in zip(bounds, bounds[1:], strict=False):
         weights[f"gate_up_experts.weight@{first}"] = gate_up[first:end]
         weights[f"down_experts.weight@{first}"] = down[first:end]
+        if has_bias:
+            for name, bias in zip(("gate_up", "down"), biases, strict=True):
+                weights[f"{name}_experts.bias@{first}"] = bias[first:end]
     in_turn = experts._outputs(config, weights, x, chosen)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(experts, "_groups_on_gpu", lambda parts: True)
         grouped = experts._outputs(config, weights, x, chosen)
     for token, numbers in enumerate(chosen.tolist()):
         for place, number in enumerate(numbers):
-            gate, up = (x[token] @ gate_up[number].T).chunk(2)
-            wanted = (torch.nn.functional.silu(gate) * up) @ down[number].T
+            before, after = (has_bias * bias[number, 0] for bias in biases)
+            gate, up = (x[token] @ gate_up[number].T + before).chunk(2)
+            wanted = (torch.nn.functional.silu(gate) * up) @ down[number].T + after
             for found in (in_turn, grouped):
                 torch.testing.assert_close(found[token, place], wanted, rtol=2e-2, atol=2e-2)
     torch.testing.assert_close(in_turn, grouped)
@@ -328,7 +336,9 @@ def test_parts_and_groups_on_a_device_give_each_choice_its_expert(ends, tokens, 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("bounds", [[0, 12], [0, 5, 12], [0, 1, 9, 12]])
 def test_a_gpu_gives_each_choice_its_expert(bounds, dtype):
-    config = SimpleNamespace(num_experts=12, experts_per_token=4, activation="silu")
+    config = SimpleNamespace(
+        num_experts=12, experts_per_token=4, activation="silu", swiglu_limit=None
+    )
     generator = torch.Generator().manual_seed(0)
     shapes = (7, 32), (12, 32, 32), (12, 32, 16)
     x, gate_up, down = (torch.randn(it, generator=generator).to(dtype) for it in shapes)

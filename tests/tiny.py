@@ -15,6 +15,7 @@ from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
     GemmaConfig,
+    GptOssConfig,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
@@ -133,6 +134,15 @@ MIXTURES = {
         num_key_value_heads=2, intermediate_size=16, max_position_embeddings=CONTEXT,
         num_experts=8, num_experts_per_tok=3,
     ),
+    "gpt-oss": GptOssConfig(
+        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, intermediate_size=24, max_position_embeddings=CONTEXT,
+        num_local_experts=6, num_experts_per_tok=2, sliding_window=7, swiglu_limit=1.5,
+        rope_parameters={
+            "rope_type": "yarn", "rope_theta": 1000.0, "factor": 8.0, "truncate": False,
+            "original_max_position_embeddings": 20,
+        },
+    ),
 }  # fmt: skip
 
 
@@ -170,6 +180,8 @@ def save(name: str, folder: Path, max_shard_size: str = "5GB", **changes) -> Pat
                 parameter.copy_(noise / 4 / config.hidden_size**0.5)
             elif "embed" in key or "lm_head" in key:
                 parameter.copy_(noise)
+            elif key.endswith("sinks"):
+                parameter.copy_(noise + 1)
             elif parameter.dim() in (2, 3):
                 parameter.copy_(1.5 * noise / parameter.shape[-1] ** 0.5)
             else:

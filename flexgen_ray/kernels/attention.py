@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flexgen_ray.config import kept_tokens
+from flexgen_ray.config import SINK_DIMS, kept_tokens
 from flexgen_ray.quant.packing import packed_bytes
 
 
@@ -52,15 +53,19 @@ def decode_sparse(
     mask: Tensor | None = None,
     window: int | None = None,
     lse: Tensor | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Attend one new token per row to the tokens of its cache that weigh most (FlexGen, top-k).
 
-    sparsity: share of the tokens that are attended; lse: None, or where log_sum_exp over these is
-    written; other arguments as for decode. Only the values of the selected tokens are used.
+    sparsity: share of the tokens that are attended; lse: None, or where log_sum_exp over these and
+    the sinks is written; sinks: as for select_tokens; other arguments as for decode. Only the
+    values of the selected tokens are used.
     """
-    selected, tokens = select_tokens(q, k, lens, sparsity, mask, window), span(lens, window)
+    selected, tokens = select_tokens(q, k, lens, sparsity, mask, window, sinks), span(lens, window)
     if lse is not None:
         lse.copy_(log_sum_exp(q, selected.gather(k[:, :, tokens]), selected.weights != 0))
+        if sinks is not None:
+            torch.logaddexp(lse, sinks, out=lse)
     return weighted_sum(selected.weights, selected.gather(v[:, :, tokens]))
 
 
@@ -88,12 +93,14 @@ def select_tokens(
     sparsity: float,
     mask: Tensor | None = None,
     window: int | None = None,
+    sinks: Tensor | None = None,
 ) -> SelectedTokens:
     """Select the tokens of each KV head that weigh most; arguments as for decode_sparse.
 
     A token's weight is its softmax over the window's tokens, summed over the query heads that share
     the KV head; of equal weights the first wins. config.kept_tokens says how many are selected. The
-    weights returned are a softmax over the selected tokens alone.
+    weights returned are a softmax over the selected tokens alone. sinks: float32 [heads], a score
+    of each head that joins both softmaxes and is selected by none; None for none.
     """
     rows, heads, head_dim = q.shape
     kv_heads, tokens = k.shape[1], span(lens, window)
@@ -103,7 +110,7 @@ def select_tokens(
     scores = grouped @ k[:, :, tokens].float().transpose(-1, -2) / head_dim**0.5
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
-    weights = scores.softmax(-1).sum(2)
+    weights = _softmax(scores, sinks).sum(2)
     # NaN if any score is NaN, else 0: the selected tokens alone might not show it.
     fault = (weights[..., :1] * 0)[:, :, None]
     if mask is not None:
@@ -116,7 +123,25 @@ def select_tokens(
         # Beyond a row's tokens the cache may hold NaN, which a weight of 0 would not hide.
         selected = selected.where(used[:, 0], selected[..., :1])
         scores = scores.masked_fill(~used, -torch.inf)
-    return SelectedTokens(selected, scores.softmax(-1).add_(fault))
+    return SelectedTokens(selected, _softmax(scores, sinks).add_(fault))
+
+
+def _softmax(scores: Tensor, sinks: Tensor | None) -> Tensor:
+    """Weights of scores [rows, kv_heads, heads of each, tokens], beside a sink of each head."""
+    if sinks is None:
+        return scores.softmax(-1)
+    beside = sinks.view(*scores.shape[1:3], 1).expand(*scores.shape[:3], 1)
+    return torch.cat((scores, beside), -1).softmax(-1)[..., :-1]
+
+
+def add_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> None:
+    """Let each head's sink take its share of attention, in place.
+
+    out: [rows, heads, head_dim]; lse: float32 [rows, heads], log_sum_exp over the attended tokens,
+    which the sink joins; sinks: float32 [heads].
+    """
+    out *= (lse - sinks).sigmoid_()[..., None]
+    torch.logaddexp(lse, sinks, out=lse)
 
 
 def weighted_sum(weights: Tensor, values: Tensor) -> Tensor:
@@ -229,6 +254,7 @@ def prefill(
     start: int,
     query_tile: int = 512,
     window: int | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Attend a chunk of one row to its cache and, causally, to itself.
 
@@ -237,30 +263,69 @@ def prefill(
     query_tile: most queries at a time over a cached prefix or beyond the window, which bounds the
     mask's size.
     window: number of last tokens that each token attends, None for all.
+    sinks: float32 [heads], a score of each head that joins the softmax and has no value; None for
+    none.
     Returns [tokens, heads, head_dim].
     """
     tokens, heads, head_dim = q.shape
     if window is not None and start >= window:
         before = start - window + 1
         k, v, start = k[:, before:], v[:, before:], window - 1
-    repeats = heads // k.shape[0]
-    if repeats > 1:
-        k, v = (x.repeat_interleave(repeats, dim=0) for x in (k, v))
+    lead, scale = 0, None
+    if sinks is not None:
+        # A token before all others is the sink, for queries as for keys.
+        lead, scale = 1, head_dim**-0.5
+        q, k, v = _with_sinks(q, k, v, sinks)
+    elif heads > k.shape[0]:
+        k, v = (x.repeat_interleave(heads // k.shape[0], dim=0) for x in (k, v))
     query, key, value = q.transpose(0, 1)[None], k[None], v[None]
+    attend = partial(F.scaled_dot_product_attention, scale=scale)
     if start == 0 and tokens <= (window or tokens):
-        out = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-        return out[0].transpose(0, 1)
+        out = attend(query, key, value, is_causal=True)
+        return out[0, :, lead:, :head_dim].transpose(0, 1)
     pieces = []
     for first in range(0, tokens, query_tile):
         last = min(first + query_tile, tokens)
         positions = torch.arange(start + first, start + last, device=q.device)[:, None]
         seen = slice(0 if window is None else max(0, start + first - window + 1), start + last)
-        places = torch.arange(seen.start, seen.stop, device=q.device)
+        places = torch.arange(seen.start - lead, seen.stop, device=q.device)
         mask = places <= positions
         if window is not None:
             mask &= places > positions - window
-        keys, values = key[:, :, seen], value[:, :, seen]
-        part = query[:, :, first:last]
-        piece = F.scaled_dot_product_attention(part, keys, values, attn_mask=mask)
-        pieces.append(piece[0].transpose(0, 1))
+        keys, values = (x[:, :, seen.start : seen.stop + lead] for x in (key, value))
+        if sinks is not None:
+            mask[:, 0] = True
+            if seen.start:
+                _make_sink(keys, values, head_dim)
+        part = query[:, :, lead + first : lead + last]
+        piece = attend(part, keys, values, attn_mask=mask)
+        pieces.append(piece[0, ..., :head_dim].transpose(0, 1))
     return torch.cat(pieces)
+
+
+def _with_sinks(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of a prompt's chunk with a token before them that is the sink.
+
+    In a dimension behind a head's own each query has the sink, the sink's key has one and all other
+    keys have zero: so its score is the sink, for any kernel. Its value is zero. Arguments as for
+    prefill; keys and values are repeated for the query heads that share them.
+    """
+    tokens, heads, head_dim = q.shape
+    kv_heads, cached, _ = k.shape
+    wide, repeats = head_dim + SINK_DIMS, heads // kv_heads
+    queries = q.new_zeros(tokens + 1, heads, wide)
+    queries[1:, :, :head_dim] = q
+    queries[:, :, head_dim] = sinks * head_dim**0.5
+    keys, values = q.new_zeros(2, kv_heads, repeats, cached + 1, wide)
+    keys[:, :, 1:, :head_dim] = k[:, None]
+    values[:, :, 1:, :head_dim] = v[:, None]
+    keys, values = keys.flatten(0, 1), values.flatten(0, 1)
+    _make_sink(keys, values, head_dim)
+    return queries, keys, values
+
+
+def _make_sink(keys: Tensor, values: Tensor, head_dim: int) -> None:
+    """Make the first token, which no query needs any longer, the sink; see _with_sinks."""
+    keys[..., 0, :] = 0
+    keys[..., 0, head_dim] = 1
+    values[..., 0, :] = 0

@@ -100,6 +100,7 @@ class HostAttention:
         sparsity: float = 1.0,
         window: int | None = None,
         lse: Tensor | None = None,
+        sinks: Tensor | None = None,
     ) -> None:
         """Attend one new token per row to its cache, into out.
 
@@ -115,10 +116,12 @@ class HostAttention:
         window: number of a row's last tokens that are attended, None for all; nothing before them
         is read.
         lse: None, or float32 [rows, heads] for the logarithm of the sum of exp(score) over the
-        attended tokens.
+        attended tokens and the sink.
+        sinks: None, or float32 [heads], a score of each head that joins the softmax and has no
+        value.
         Raises ValueError if the tensors don't fit together.
         """
-        bits = _check(q, (keys, values), (out, lse))
+        bits = _check(q, (keys, values), (out, lse), sinks)
         _check_tables(tables, lens, len(q), keys.shape[2])
         starts = [0 if window is None else max(0, end - window) for end in lens]
         spans = [end - start for start, end in zip(starts, lens, strict=True)]
@@ -130,7 +133,7 @@ class HostAttention:
         parts = divide_rows(spans, most)
         group = self._group(len(parts[0]), keys.shape[1])
         kind, dtype, lanes, shape = _describe(q, keys, bits, group)
-        vectors = _places(q, 2), _places(out, 2), _places(lse, 2)
+        vectors = _places(q, 2), _places(out, 2), _places(lse, 2), _places(sinks, 0)[0]
         planes = _places(keys, 3), _places(values, 3)
         tables = tables.contiguous()
         pool = _places(tables, 1), *planes, (len(keys), keys.shape[2])
@@ -160,7 +163,10 @@ class HostAttention:
 
 
 def _check(
-    q: Tensor, cache: tuple[Tensor, Tensor], results: tuple[Tensor, Tensor | None]
+    q: Tensor,
+    cache: tuple[Tensor, Tensor],
+    results: tuple[Tensor, Tensor | None],
+    sinks: Tensor | None,
 ) -> int | None:
     """Bits of a quantized value of the cache, None if it isn't quantized; ValueError as above."""
     (_, heads, head_dim), (keys, values), (out, lse) = q.shape, cache, results
@@ -180,6 +186,10 @@ def _check(
         raise ValueError("q, keys, values and out must have a dense last dimension")
     if lse is not None and (lse.shape != q.shape[:2] or lse.dtype != torch.float32):
         raise ValueError(f"lse must be float32 {list(q.shape[:2])}: {lse.dtype} {list(lse.shape)}")
+    if sinks is not None and (sinks.shape != q.shape[1:2] or sinks.dtype != torch.float32):
+        raise ValueError(f"sinks must be float32 [{heads}]: {sinks.dtype} {list(sinks.shape)}")
+    if sinks is not None and not sinks.is_contiguous():
+        raise ValueError("sinks must be dense")
     return bits
 
 
@@ -359,10 +369,10 @@ def _attend_some(kind, start, row, planes, shape, memory, lists):
 
 
 @numba.njit(nogil=True)
-def _attend_selected(kind, start, count, row, planes, shape, memory, lists, spare):
+def _attend_selected(kind, start, count, row, planes, shape, memory, lists, spare, sinks):
     """Attend the `count` heaviest of a row's tokens; as _attend_some otherwise.
 
-    spare: workspace for sparse attention, from _make_workspace.
+    spare: workspace for sparse attention, from _make_workspace. sinks: as for _add_sinks, or 0.
     """
     group, heads, nbytes, padded = shape
     (key_pages, key_head), (value_pages, value_head) = planes
@@ -394,7 +404,13 @@ def _attend_selected(kind, start, count, row, planes, shape, memory, lists, spar
         while h < heads:
             n = tile_at(h, heads, padded, memory)[0]
             place = (head * heads + h) * room
-            add_softmax(n, span, score_at + 4 * place, weights.ctypes.data)
+            scored = span
+            if sinks != 0:
+                # A token more, whose weight isn't looked at.
+                for i in range(n):
+                    scores[place + span * n + i] = _sink(sinks, head * heads + h + i)
+                scored += 1
+            add_softmax(n, scored, score_at + 4 * place, weights.ctypes.data)
             h += n
         num_selected = keep_largest(weights, span, count, selected)
         if weights[0] != weights[0]:
@@ -455,6 +471,40 @@ def _store_log_sums(n, state, into, step):
 
 
 @numba.njit(nogil=True)
+def _sink(sinks, head):
+    """Sink of a head, as an exponent of two; sinks: address."""
+    return carray(floats_at(sinks + 4 * head), 1)[0] * np.float32(_LOG2_E)
+
+
+@numba.njit(nogil=True)
+def _add_sinks(shape, memory, sinks):
+    """Let each head's sink join the sum of its weights, for the tiles of some KV heads.
+
+    shape: as for _store_tiles. sinks: address of those of the first query head. A head that
+    attended no token is left as it is.
+    """
+    group, heads, _, padded = shape
+    per_head = 4 * heads * floats_per_head(padded)
+    for i in range(group):
+        h = 0
+        while h < heads:
+            n, _, _, sums, state = tile_at(h, heads, padded, memory + i * per_head)
+            numbers = carray(floats_at(state), 2 * LANES)
+            for j in range(n):
+                sink, largest = _sink(sinks, i * heads + h + j), numbers[j]
+                if largest == -np.inf:
+                    continue
+                if sink > largest:
+                    factor = np.exp2(largest - sink)
+                    carray(floats_at(_from(sums, j)[0]), padded)[:] *= factor
+                    for lane in range(j, LANES, n):
+                        numbers[lane] = sink
+                        numbers[LANES + lane] *= factor
+                numbers[LANES + j] += np.exp2(sink - numbers[j])
+            h += n
+
+
+@numba.njit(nogil=True)
 def _are_pages(table, first, end, pages):
     """True if a part of a table names nothing but pages."""
     for i in range(first, end):
@@ -506,15 +556,15 @@ def _attend(
     shape: rows, KV heads, heads of each, head_dim, bytes of a row, its vectors' lanes.
     progress: pairs taken; and, if its table is wrong, a row plus one. rows_of: each row's first
     token that counts, and where they end; counts: how many of these are kept, or None. parts:
-    their tokens, and divide_rows's and make_partial's arrays. vectors:
-    _places of queries, results and their logarithms. pool: tables, _places of keys and of values,
+    their tokens, and divide_rows's and make_partial's arrays. vectors: _places of queries, results
+    and their logarithms, and the address of the sinks. pool: tables, _places of keys and of values,
     and (pages, tokens of a page). memory, lists, spare: _make_workspace's.
     """
     _, kv_heads, group, heads, dim, nbytes, padded = shape
     (starts, ends), (most, row_of, first_part, first_place, partial, done) = rows_of, parts
     memory, lists = memory.ctypes.data, lists.ctypes.data
     scale = np.float32(_LOG2_E / np.sqrt(dim))
-    (q, q_row, q_head), (out, out_row, out_head), (lse, lse_row, lse_head) = vectors
+    (q, q_row, q_head), (out, out_row, out_head), (lse, lse_row, lse_head), all_sinks = vectors
     (tables, table_bytes), (k, k_page, k_head, k_token), (v, v_page, v_head, v_token), sizes = pool
     pages, size = sizes
     per_part, kept_bytes = -(-kv_heads // group), 4 * heads * (padded + 2 * LANES)
@@ -531,6 +581,9 @@ def _attend(
             progress[1] = row + 1
             return
         some, first = min(group, kv_heads - head), head * heads
+        sinks = all_sinks
+        if sinks != 0:
+            sinks += 4 * first
         queries = (q + row * q_row + first * q_head, q_head)
         results = (out + row * out_row + first * out_head, out_head)
         key_pages = (k + head * k_head, k_page, k_token)
@@ -541,7 +594,9 @@ def _attend(
         if counts is None:
             _attend_some(kind, start, place, planes, sizes, memory, lists)
         else:
-            _attend_selected(kind, start, counts[row], place, planes, sizes, memory, lists, spare)
+            _attend_selected(
+                kind, start, counts[row], place, planes, sizes, memory, lists, spare, sinks
+            )
         finished = 0
         if several > 1:
             copies = partial.ctypes.data + (first_place[row] * kv_heads + head) * kept_bytes
@@ -551,6 +606,8 @@ def _attend(
             if finished + 1 == several:
                 merge_tiles(tiles, memory, copies, step, several)
         if finished + 1 == several:
+            if sinks != 0:
+                _add_sinks(tiles, memory, sinks)
             log_sums = lse
             if lse != 0:
                 log_sums += row * lse_row + first * lse_head
@@ -573,6 +630,6 @@ def _make_workspace(sizes: tuple[int, int, int], tokens: int | None) -> tuple:
     lists = np.zeros(3 * _LIST, np.int64)
     if tokens is None:
         return memory, lists, None
-    room = -(-tokens // BLOCK) * BLOCK
+    room = -(-(tokens + 1) // BLOCK) * BLOCK  # for the sink, too
     scores, weights = np.zeros(group * heads * room, np.float32), np.zeros(room, np.float32)
     return memory, lists, (scores, weights, np.zeros(room + 1, np.int64))

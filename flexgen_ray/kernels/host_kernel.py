@@ -42,6 +42,7 @@ class HostKernel(Protocol):
         sparsity: float = 1.0,
         window: int | None = None,
         lse: Tensor | None = None,
+        sinks: Tensor | None = None,
     ) -> None: ...
 
 
@@ -187,6 +188,7 @@ def _sdpa(
     sparsity: float = 1.0,
     window: int | None = None,
     lse: Tensor | None = None,
+    sinks: Tensor | None = None,
 ) -> None:
     """Attend with torch's scaled_dot_product_attention, once pages are gathered and dequantized."""
     bits, tokens = attention.cache_bits(keys, q.shape[-1]), attention.span(lens, window)
@@ -198,12 +200,18 @@ def _sdpa(
     if bits is not None:
         k, v = (_dequantized(x, bits, q) for x in (k, v))
     if sparsity != 1:
-        out.copy_(attention.decode_sparse(q, k, v, lens, sparsity, mask, window, lse))
+        out.copy_(attention.decode_sparse(q, k, v, lens, sparsity, mask, window, lse, sinks))
         return
     # Results may replace the queries, so they come last.
-    if lse is not None:
-        lse.copy_(attention.log_sum_exp(q, k, mask))
-    out.copy_(attention.decode(q, k, v, lens, mask, window))
+    needs_sums = lse is not None or sinks is not None
+    sums = attention.log_sum_exp(q, k, mask) if needs_sums else None
+    attended = attention.decode(q, k, v, lens, mask, window)
+    if sums is not None:
+        if sinks is not None:
+            attention.add_sinks(attended, sums, sinks)
+        if lse is not None:
+            lse.copy_(sums)
+    out.copy_(attended)
 
 
 def _dequantized(packed: Tensor, bits: int, like: Tensor) -> Tensor:

@@ -75,17 +75,25 @@ def merge_part(out: Tensor, lse: Tensor, rows: Tensor, part: tuple[Tensor, Tenso
 
 
 def attend_in_parts(
-    q: Tensor, before: tuple[Tensor, Tensor], own: tuple[Tensor, Tensor], out: Tensor
+    q: Tensor,
+    before: tuple[Tensor, Tensor],
+    own: tuple[Tensor, Tensor],
+    out: Tensor,
+    sinks: Tensor | None = None,
 ) -> None:
     """Attend a prompt's first chunk to the prefixes before it, and causally to itself, on a CPU.
 
     q, out: [tokens, heads, head_dim]; before: keys and values [kv_heads, n, head_dim] of the
-    prefixes; own: those of the chunk, [kv_heads, tokens, head_dim].
+    prefixes; own: those of the chunk, [kv_heads, tokens, head_dim]. sinks: as for
+    attention.prefill.
     """
     first, sums = _attend_chunk(q, *before)
     second, own_sums = _attend_chunk(q, *own, is_causal=True)
     share = (own_sums - sums).sigmoid_()[..., None]  # of the second part in the sum of both
     merged = first.float().lerp_(second.float(), share)
+    if sinks is not None:
+        both = torch.logaddexp(sums, own_sums)
+        merged *= (both - sinks.view(*both.shape[:2], 1)).sigmoid_()[..., None]
     out.unflatten(1, merged.shape[:2]).copy_(merged.permute(2, 0, 1, 3))
 
 

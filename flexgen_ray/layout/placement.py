@@ -28,7 +28,7 @@ from functools import lru_cache
 from math import floor
 
 from flexgen_ray.config import TIERS, Placement, Policy
-from flexgen_ray.models.config import ModelConfig, experts_from
+from flexgen_ray.models.config import SINKS, ModelConfig, experts_from
 from flexgen_ray.quant.formats import WeightFormat
 from flexgen_ray.quant.frame import Shape
 from flexgen_ray.schedule.zigzag import StageLayers
@@ -127,11 +127,13 @@ def tensor_bytes(name: str, shape: Shape, weight_format: WeightFormat) -> int:
 
 
 def stored_tensors(config: ModelConfig, stage: StageLayers, layer: int) -> Tensors:
-    """{name: shape} of the weights that a layer stores.
+    """{name: shape} of the weights that a layer stores where a policy puts them.
 
-    A tied head in the same stage as its embedding has no copy of the embedding's table.
+    A tied head in the same stage as its embedding has no copy of the embedding's table. Sinks are
+    few numbers, which device and host both keep (sizes.sinks_bytes).
     """
     tensors = config.tensors(layer)
+    tensors.pop(SINKS, None)
     if layer == config.head_layer and config.tie_word_embeddings and stage.first == 0:
         tensors = {name: shape for name, shape in tensors.items() if name != "embed_tokens.weight"}
     return tensors
@@ -204,7 +206,7 @@ def place_weights(
 
 
 def is_stacked(shape: Shape) -> bool:
-    """True for the matrices of a layer's experts, which are stacked: [experts, out, in]."""
+    """True for what a layer's experts have, which is stacked: [experts, out, in]."""
     return len(shape) == 3
 
 

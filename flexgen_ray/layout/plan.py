@@ -9,7 +9,7 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 
-from flexgen_ray.config import DTYPE_BYTES, TIERS, Policy, Workload, kept_tokens
+from flexgen_ray.config import DTYPE_BYTES, SINK_DIMS, TIERS, Policy, Workload, kept_tokens
 from flexgen_ray.layout.pages import PAGE_TOKENS, CacheSpace, LayerKind, pages_of
 from flexgen_ray.layout.placement import SECTOR, RowSplit, aligned, split_rows, split_tokens
 from flexgen_ray.layout.weights import WeightLayout, lay_out_weights
@@ -341,7 +341,9 @@ class StagePlan:
         dequantized = 2 * config.kv_size * self.element_bytes if self.policy.cache_bits else 0
         sparse = 4 * config.kv_size + 16 * config.num_kv_heads + 8 * config.num_heads
         scores = 4 * (1 + config.num_heads)
-        each = self.kv_bytes + dequantized + scores + (sparse if self.is_sparse else 0)
+        # Sinks take the sum of all scores, and so keys in float32.
+        sums = 4 * config.kv_size + 8 * config.num_heads if config.attention_sinks else 0
+        each = self.kv_bytes + dequantized + scores + sums + (sparse if self.is_sparse else 0)
         return self.longest_pages * PAGE_TOKENS * each
 
     @property
@@ -362,9 +364,15 @@ class StagePlan:
         return max(1, min(rows, ATTENTION_WORKSPACE // each))
 
     def repeated_bytes(self, tokens: int) -> int:
-        """Bytes of a KV head's keys and values of a row's tokens, repeated for its query heads."""
+        """Bytes of a KV head's keys and values of a row's tokens, repeated for its query heads.
+
+        With sinks they are repeated in any case, and a token and some dimensions longer.
+        """
         config = self.config
         repeats = config.num_heads // config.num_kv_heads
+        if config.attention_sinks:
+            wide = config.head_dim + SINK_DIMS
+            return 2 * repeats * (tokens + 1) * wide * self.element_bytes
         return 2 * repeats * tokens * config.head_dim * self.element_bytes if repeats > 1 else 0
 
     def heads_at_a_time(self, tokens: int) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from functools import reduce
 from math import prod
 
-from flexgen_ray.config import PAGE_TOKENS, PART_TOKENS, TIERS, Budget, Policy
+from flexgen_ray.config import PAGE_TOKENS, PART_TOKENS, SINK_DIMS, TIERS, Budget, Policy
 from flexgen_ray.layout.placement import SECTOR, aligned
 from flexgen_ray.layout.plan import ATTENTION_WORKSPACE, MASK_BYTES, QUERY_TILE, StagePlan
 from flexgen_ray.models.config import ModelConfig
@@ -112,6 +112,7 @@ def stage_bytes(plan: StagePlan) -> dict[str, dict[str, int]]:
             "weights in flight": sum(weights_slot_bytes(plan))
             + plan.mixtures.slots * expert_slot_bytes(plan),
             "weights dequantized": sum(dequantized_bytes(plan).values()),
+            "sinks": sinks_bytes(plan),
             **cache["gpu"],
             **hidden["gpu"],
             "rows for experts": routed_bytes(plan),
@@ -120,6 +121,7 @@ def stage_bytes(plan: StagePlan) -> dict[str, dict[str, int]]:
         "cpu": {
             "weights": weights["cpu"],
             "weights in flight": staged_bytes(plan),
+            "sinks": sinks_bytes(plan),
             **cache["cpu"],
             **hidden["cpu"],
         },
@@ -145,9 +147,16 @@ def experts_bytes(plan: StagePlan) -> int:
     if not plan.expert_tokens:
         return 0
     choice = 2 * (config.hidden_size + config.expert_size) * plan.element_bytes + INDEX_BYTES
+    if config.expert_bias:
+        choice += max(config.hidden_size, 2 * config.expert_size) * plan.element_bytes
     temporaries = plan.expert_tokens * config.experts_per_token * choice
     temporaries += GROUP_BYTES * config.num_experts
     return routed_bytes(plan) + int(FRAGMENTATION * temporaries)
+
+
+def sinks_bytes(plan: StagePlan) -> int:
+    """Bytes of the sinks of a stage's heads, in float32: both device and host have them."""
+    return plan.config.attention_sinks * plan.num_decoder_layers * plan.config.num_heads * 4
 
 
 def prefix_bytes(plan: StagePlan) -> int:
@@ -316,6 +325,10 @@ def _op_bytes(plan: StagePlan) -> tuple[int, int]:
     # Keys and values of one row are gathered, and those of some KV heads repeated.
     attention = longest * 4 * config.kv_size * element
     one_head, one_page = plan.repeated_bytes(longest), PAGE_TOKENS * longest * MASK_BYTES
+    if config.attention_sinks:
+        # Queries and results take some dimensions more; a prefix's sinks are weighed in float32.
+        wide = config.head_dim + SINK_DIMS
+        attention += (chunk + 1) * config.num_heads * (3 * wide * element + 8)
     attention += min(config.num_kv_heads * one_head, max(ATTENTION_WORKSPACE, one_head))
     attention += chunk * config.q_size * (2 * element + 4)
     mask = min(QUERY_TILE, chunk) * longest * MASK_BYTES

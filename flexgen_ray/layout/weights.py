@@ -18,7 +18,7 @@ from flexgen_ray.layout.placement import (
     place_weights,
     tensor_bytes,
 )
-from flexgen_ray.models.config import ModelConfig
+from flexgen_ray.models.config import SINKS, ModelConfig
 from flexgen_ray.quant.formats import WeightFormat
 from flexgen_ray.quant.frame import Shape
 from flexgen_ray.schedule.zigzag import StageLayers
@@ -186,7 +186,7 @@ def _groups(cuts: dict[str, Cut], places: dict[str, Place]) -> tuple[ExpertGroup
 def _used(config: ModelConfig, placed: dict[int, dict[Cut, Place]], layer: int) -> dict[Cut, Place]:
     """Places of all weights that a layer uses; a tied head's table lies with the embedding."""
     own = placed[layer]
-    missing = config.tensors(layer).keys() - {cut.name for cut in own}
+    missing = config.tensors(layer).keys() - {cut.name for cut in own} - {SINKS}
     if not missing:
         return own
     return own | {cut: place for cut, place in placed[0].items() if cut.name in missing}

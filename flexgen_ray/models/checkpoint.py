@@ -12,8 +12,8 @@ A weight has three names or places, and this file leads from the first to the la
 Some weights consist of several tensors, one above the other, as "qkv_proj.weight" of "q_proj",
 "k_proj" and "v_proj" (`parts`); each is read directly into its rows. Phi-3 has them in one tensor,
 as this project does. Experts have a tensor each and are stacked here; some checkpoints have them
-stacked, too. In a quantized checkpoint (quantized_checkpoint.py) matrices are uint8, in the
-form in which stores keep them.
+stacked, too, and gpt-oss in another order (`Part.arranged`). In a quantized checkpoint
+(quantized_checkpoint.py) matrices are uint8, in the form in which stores keep them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from torch import Tensor
 
 from flexgen_ray.models.config import ModelConfig
 from flexgen_ray.models.config_files import load_config
-from flexgen_ray.models.registry import FAMILIES, checkpoint_names, stacked_name
+from flexgen_ray.models.registry import FAMILIES, checkpoint_names, stacked_name, takes_turns
 from flexgen_ray.models.tensor_files import open_tensors, stored_tensors
 from flexgen_ray.quant.formats import WeightFormat
 from flexgen_ray.quant.frame import Format
@@ -42,10 +42,11 @@ _COMPARED_ROWS = 4096
 class Part:
     """A tensor of the checkpoint that is a weight, or some of its rows.
 
-    key: its name in the checkpoint. shape: shape that it should have. rows: rows of the weight that
-    it fills; more than its own if it is repeated, as the norm of a head is for every head.
-    expert: place of its expert in a stacked weight; None if it has none. experts: the experts that
-    are read of a tensor that is stacked in the checkpoint; None for all.
+    key: its name in the checkpoint. shape: shape that its values have as a weight. rows: rows of
+    the weight that it fills; more than its own if it is repeated, as the norm of a head is for
+    every head. expert: place of its expert in a stacked weight; None if it has none. experts: the
+    experts that are read of a tensor that is stacked in the checkpoint; None for all. transposed:
+    its matrices are [in, out] there. takes_turns: gate and up projection alternate in its outputs.
     """
 
     key: str
@@ -53,6 +54,26 @@ class Part:
     rows: slice
     expert: int | None = None
     experts: slice | None = None
+    transposed: bool = False
+    takes_turns: bool = False
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """Shape of the tensor in the checkpoint, unless it is quantized."""
+        if not self.transposed:
+            return self.shape
+        *others, rows, columns = self.shape
+        return (*others, columns, rows)
+
+    def as_stored(self) -> Part:
+        """Return this part for the tensor as it is in the checkpoint."""
+        return replace(self, shape=self.stored_shape, transposed=False, takes_turns=False)
+
+    def arranged(self, values: Tensor) -> Tensor:
+        """View of values [experts, ...] of the tensor, in the order of the weight's."""
+        if self.takes_turns:
+            values = values.unflatten(-1, (-1, 2)).movedim(-1, 1)
+        return values.transpose(-1, -2) if self.transposed else values
 
     def of(self, weight: Tensor) -> Tensor:
         """Return the rows of a weight that this tensor fills."""
@@ -104,10 +125,10 @@ class Checkpoint:
                     f"({form.name if form else 'none'}); leave the bits to the checkpoint, or take "
                     "the original one"
                 )
-        elif stored.shape != shape:
+        elif stored.shape != part.stored_shape:
             raise ValueError(
                 f"{self.folder}: {part.key} has shape {list(stored.shape)}, but config.json makes "
-                f"it {list(shape)}"
+                f"it {list(part.stored_shape)}"
             )
 
     def is_packed(self, layer: int, name: str) -> bool:
@@ -149,8 +170,12 @@ class Checkpoint:
         """Return the tensors of some experts, or the one in which the checkpoint stacks all."""
         count, *rest = shape
         if (key := stacked_name(layer, name)) in self._tensors:
-            experts = slice(first, first + count)
-            return [Part(key, (self._config.num_experts, *rest), slice(None), None, experts)]
+            is_bias, experts = name.endswith(".bias"), slice(first, first + count)
+            # Quantized tensors are in this project's order.
+            differs = takes_turns(self._config.family) and self._tensors[key].dtype != PACKED
+            whole = (self._config.num_experts, *(rest[1:] if is_bias else rest))
+            turns = differs and name.startswith("gate_up")
+            return [Part(key, whole, slice(None), None, experts, differs and not is_bias, turns)]
         return [
             replace(part, expert=number)
             for number in range(count)
@@ -228,7 +253,8 @@ def _copy(file: Any, path: Path, part: Part, destination: Tensor) -> None:
     """Copy a tensor of an open file into the rows of a weight."""
     whole = part.experts is None
     values = file.get_tensor(part.key) if whole else file.get_slice(part.key)[part.experts]
-    destination.view(-1, *values.shape).copy_(values)
+    arranged = part.arranged(values)
+    destination.view(-1, *arranged.shape).copy_(arranged)
     if destination.is_floating_point() and not _is_finite(values, destination):
         raise ValueError(f"{path}: {part.key} {_fault(values, destination)}")
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 
 from flexgen_ray.models.rope import Rope
 
+SINKS = "attention.sinks"  # a decoder layer's weight: a score of each head
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -19,6 +21,8 @@ class ModelConfig:
     gated_mlp: the MLP has a gate projection beside the up projection.
     attention_bias: projections of queries, keys and values have a bias.
     output_bias: the projection after attention has a bias.
+    attention_sinks: each head has a score besides those of tokens, learned and without a value,
+    which takes its share of attention (`SINKS`).
     qk_norm: queries and keys are normed before they are rotated: "heads" each head by itself,
     "all" all heads of a token together; None not at all.
     query_scale: factor of queries in addition to 1 / sqrt(head_dim).
@@ -29,6 +33,9 @@ class ModelConfig:
     experts_per_token: experts that each token chooses. expert_size: elements between the two
     products of an expert. norm_topk: the chosen experts' shares are scaled to sum to one.
     shared_expert_size: elements of an expert that every token takes besides; 0 without one.
+    expert_bias: the router and the products of experts have a bias.
+    swiglu_limit: gate and up projection of experts are clamped to this, and the up projection is
+    counted from -1; None for plain ones. swiglu_alpha: factor of the gate in its sigmoid then.
     dense_layers: numbers of decoder layers, from 1, with a plain MLP in place of experts.
     position_table: number of rows of the learned position embedding; 0 without one.
     sliding_window: number of tokens, itself included, that a token attends in decoder layers other
@@ -39,7 +46,8 @@ class ModelConfig:
     layers, and of its embedding and head.
     expert_format: format in which a checkpoint has its experts, such as "mxfp4"
     (quant/formats.FORMATS); None if it has values.
-    overflows_float16: activations of this family are known to exceed 65504, float16's largest.
+    overflows_float16: activations of this family exceed 65504, float16's largest, or it was trained
+    in bfloat16 and nothing shows that they don't.
     """
 
     family: str
@@ -63,6 +71,7 @@ class ModelConfig:
     gated_mlp: bool = False
     attention_bias: bool = False
     output_bias: bool = False
+    attention_sinks: bool = False
     qk_norm: str | None = None
     query_scale: float = 1.0
     norm_offset: float | None = None
@@ -73,6 +82,9 @@ class ModelConfig:
     expert_size: int = 0
     norm_topk: bool = False
     shared_expert_size: int = 0
+    expert_bias: bool = False
+    swiglu_limit: float | None = None
+    swiglu_alpha: float = 1.0
     dense_layers: tuple[int, ...] = ()
     position_table: int = 0
     rope: Rope | None = None
@@ -158,8 +170,8 @@ class ModelConfig:
         """Return the shape of each weight of a layer, by this project's names.
 
         layer: 0 for the embedding, 1 to num_layers for decoder layers, then the head. A tied head
-        shares "embed_tokens.weight" with the embedding. Matrices of experts are stacked: [experts,
-        out, in].
+        shares "embed_tokens.weight" with the embedding. Matrices of experts are stacked, [experts,
+        out, in], and so are their biases, [experts, 1, out].
         """
         if layer == self.embedding_layer:
             return self._embedding_tensors()
@@ -187,6 +199,8 @@ class ModelConfig:
         shapes |= _linear("qkv_proj", sum(self.stacked("qkv_proj")), hidden, self.attention_bias)
         if self.qk_norm is not None:
             shapes["qk_norm.weight"] = (sum(self.stacked("qk_norm")),)
+        if self.attention_sinks:
+            shapes[SINKS] = (self.num_heads,)
         shapes |= _linear("o_proj", hidden, self.q_size, self.output_bias)
         shapes |= self._norm("mlp_norm")
         if self.branch_norms:
@@ -202,10 +216,13 @@ class ModelConfig:
     def _expert_tensors(self) -> dict[str, tuple[int, ...]]:
         count, hidden, size = self.num_experts, self.hidden_size, self.expert_size
         shapes: dict[str, tuple[int, ...]] = {
-            "router.weight": (count, hidden),
+            **_linear("router", count, hidden, self.expert_bias),
             "gate_up_experts.weight": (count, 2 * size, hidden),
             "down_experts.weight": (count, hidden, size),
         }
+        if self.expert_bias:
+            shapes["gate_up_experts.bias"] = (count, 1, 2 * size)
+            shapes["down_experts.bias"] = (count, 1, hidden)
         if self.shared_expert_size:
             shared = self.shared_expert_size
             shapes["shared_gate.weight"] = (1, hidden)

@@ -18,6 +18,7 @@ from flexgen_ray.models.config import ModelConfig
 from flexgen_ray.models.config_parsers import (
     parse_gemma,
     parse_gemma3,
+    parse_gpt_oss,
     parse_llama,
     parse_mixtral,
     parse_olmo2,
@@ -42,6 +43,7 @@ ARCHITECTURES: dict[str, Callable[[dict], ModelConfig]] = {
     "Qwen3MoeForCausalLM": parse_qwen_moe,
     "MixtralForCausalLM": parse_mixtral,
     "OlmoeForCausalLM": parse_olmoe,
+    "GptOssForCausalLM": parse_gpt_oss,
 }
 ACTIVATIONS = ("relu", "silu", "gelu", "gelu_new", "gelu_pytorch_tanh")  # implemented in layers.py
 # The quant_method in config.json of a checkpoint that `flexgen-ray quantize` wrote.
@@ -131,10 +133,8 @@ def _parsed(path: Path, hf: dict) -> ModelConfig:
         _check_experts(path, config)
     if config.sliding_window is not None:
         _check_size(path, "sliding_window", config.sliding_window, _LARGEST["max_seq_len"])
-    for name in ("norm_eps", "query_scale"):
-        value = getattr(config, name)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e30:
-            raise ValueError(f"{path}: {name} is {value!r}; it must be a number above 0")
+    for name in ("norm_eps", "query_scale", "swiglu_alpha"):
+        _check_number(path, name, getattr(config, name))
     if config.num_heads % config.num_kv_heads:
         raise ValueError(
             f"{path}: num_heads is {config.num_heads} and num_kv_heads {config.num_kv_heads}; the "
@@ -148,11 +148,18 @@ def _check_size(path: Path, name: str, size: object, largest: int) -> None:
         raise ValueError(f"{path}: {name} is {size!r}; it must be an integer, 1 to {largest}")
 
 
+def _check_number(path: Path, name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e30:
+        raise ValueError(f"{path}: {name} is {value!r}; it must be a number above 0")
+
+
 def _check_experts(path: Path, config: ModelConfig) -> None:
     """Check the sizes of a mixture of experts."""
     for name, largest in _LARGEST_OF_MIXTURES.items():
         _check_size(path, name, getattr(config, name), largest)
     _check_size(path, "experts_per_token", config.experts_per_token, config.num_experts)
+    if config.swiglu_limit is not None:
+        _check_number(path, "swiglu_limit", config.swiglu_limit)
     if config.shared_expert_size:
         size = config.shared_expert_size
         _check_size(path, "shared_expert_size", size, _LARGEST["intermediate_size"])

@@ -184,6 +184,31 @@ def parse_qwen_moe(hf: dict) -> ModelConfig:
     )
 
 
+def parse_gpt_oss(hf: dict) -> ModelConfig:
+    """Parse Hugging Face's GptOssConfig.
+
+    Raises ValueError, naming it, for an unsupported feature.
+    """
+    kinds = hf.get("layer_types") or [
+        "full_attention" if layer % 2 else "sliding_attention"
+        for layer in range(hf["num_hidden_layers"])
+    ]
+    return replace(
+        parse_llama({"attention_bias": True, "rope_theta": 150000.0} | hf),
+        family="gpt_oss",
+        # Training in float16 had losses without end, and no run in it is known to stay in range.
+        overflows_float16=True,
+        attention_sinks=True,
+        expert_size=hf["intermediate_size"],
+        norm_topk=True,
+        expert_bias=True,
+        swiglu_limit=hf.get("swiglu_limit", 7.0),
+        swiglu_alpha=hf.get("swiglu_alpha", 1.702),
+        **_choices(hf),
+        **_windows_of(kinds, hf.get("sliding_window")),
+    )
+
+
 def _choices(hf: dict) -> dict:
     """Return ModelConfig's fields about how many experts there are, and how many a token takes."""
     count = hf.get("num_experts") or hf["num_local_experts"]

@@ -49,9 +49,12 @@ class DummyWeights:
     def read_into(self, layer: int, name: str, destination: Tensor, first: int = 0) -> None:
         """Fill a weight: norms with one, biases with zero, matrices [out, in] with N(0, 1 / in).
 
-        Quantized ones get numbers of the same variance, spread evenly around zero. Experts' stacked
-        matrices begin with that of expert `first`.
+        Sinks are zero, too. Quantized ones get numbers of the same variance, spread evenly around
+        zero. Experts' stacked matrices begin with that of expert `first`.
         """
+        if name.endswith(".bias"):
+            destination.zero_()
+            return
         _, shape = self._packed.get((layer, name), (None, destination.shape))
         if len(shape) == 3:
             for number, matrix in enumerate(destination, start=first):

@@ -32,11 +32,14 @@ class Experts(NamedTuple):
     """A range of a layer's experts.
 
     first: number of the first. gate_up: [experts, 2 * size, hidden]; down: [experts, hidden, size].
+    Their biases, [experts, 1, out], are None in most families.
     """
 
     first: int
     gate_up: Tensor
     down: Tensor
+    gate_up_bias: Tensor | None = None
+    down_bias: Tensor | None = None
 
 
 class Routed(NamedTuple):
@@ -133,7 +136,10 @@ def _parts(weights: Weights) -> Iterator[Experts]:
     for key, gate_up in weights.items():
         if key.startswith(name):
             first = int(key.removeprefix(name))
-            yield Experts(first, gate_up, weights[experts_from("down_experts.weight", first)])
+            down = weights[experts_from("down_experts.weight", first)]
+            names = "gate_up_experts.bias", "down_experts.bias"
+            biases = (weights.get(experts_from(it, first)) for it in names)
+            yield Experts(first, gate_up, down, *biases)
 
 
 def _outputs_in_turn(
@@ -146,14 +152,14 @@ def _outputs_in_turn(
     """
     out = _empty_outputs(config, parts, x, len(order))
     bounds = [0, *ends.tolist()]
-    for first, gate_up, down in parts:
-        low, *high = bounds[first : first + len(gate_up) + 1]
+    for part in parts:
+        low, *high = bounds[part.first : part.first + len(part.down) + 1]
         if low < high[-1]:
             own, inside = order[low : high[-1]], [end - low for end in high]
             rows = x[own // config.experts_per_token]
-            inner = gate(config, _grouped(rows, gate_up, inside))
-            _grouped(inner, down, inside, rows)
-            out.index_copy_(0, own, rows)
+            inner = _add_biases(_grouped(rows, part.gate_up, inside), part.gate_up_bias, inside)
+            _grouped(gate(config, inner), part.down, inside, rows)
+            out.index_copy_(0, own, _add_biases(rows, part.down_bias, inside))
     return out
 
 
@@ -179,6 +185,17 @@ def _grouped(x: Tensor, matrices: Tensor, ends: list[int], out: Tensor | None = 
     return out
 
 
+def _add_biases(x: Tensor, biases: Tensor | None, ends: list[int]) -> Tensor:
+    """Add its own bias to each group of rows, in place; biases: [groups, 1, out], None for none."""
+    if biases is not None:
+        low = 0
+        for bias, high in zip(biases, ends, strict=True):
+            if low < high:
+                x[low:high] += bias
+            low = high
+    return x
+
+
 def _takes_groups(matrices: Tensor) -> bool:
     """True if torch multiplies ragged groups at once: rows of 16 bytes, as it needs."""
     return hasattr(F, "grouped_mm") and matrices.shape[-1] * matrices.element_size() % 16 == 0
@@ -186,7 +203,7 @@ def _takes_groups(matrices: Tensor) -> bool:
 
 def _groups_on_gpu(parts: list[Experts]) -> bool:
     """True if the device multiplies ragged groups whose ends the host doesn't know."""
-    _, gate_up, down = parts[0]
+    gate_up, down = parts[0].gate_up, parts[0].down
     return (
         gate_up.is_cuda
         and gate_up.dtype == torch.bfloat16
@@ -206,24 +223,33 @@ def _outputs_on_gpu(
     """
     count, choices_of_token = len(order), config.experts_per_token
     out = _empty_outputs(config, parts, x, count + 1)
-    if len(parts) == 1 and len(parts[0].gate_up) == config.num_experts:
-        _, gate_up, down = parts[0]
-        out[order] = _on_gpu(config, gate_up, down, x[order // choices_of_token], ends)
+    if len(parts) == 1 and len(parts[0].down) == config.num_experts:
+        out[order] = _on_gpu(config, parts[0], x[order // choices_of_token], ends)
         return out[:count]
     places = torch.arange(count, device=x.device)
-    for first, gate_up, down in parts:
+    for part in parts:
+        first, number = part.first, len(part.down)
         low = ends[first - 1 : first] if first else 0
-        offsets = ends[first : first + len(gate_up)] - low
+        offsets = ends[first : first + number] - low
         moved = order[(places + low) % count]
         rows = torch.where(places < offsets[-1:], moved, count)
-        out[rows] = _on_gpu(config, gate_up, down, x[moved // choices_of_token], offsets)
+        out[rows] = _on_gpu(config, part, x[moved // choices_of_token], offsets)
     return out[:count]
 
 
-def _on_gpu(
-    config: ModelConfig, gate_up: Tensor, down: Tensor, rows: Tensor, ends: Tensor
-) -> Tensor:
+def _on_gpu(config: ModelConfig, part: Experts, rows: Tensor, ends: Tensor) -> Tensor:
     """Outputs of a range of experts for rows, [rows, hidden], in groups that end at `ends`."""
-    inner = gate(config, F.grouped_mm(rows, gate_up.transpose(1, 2), offs=ends))
+    group = None
+    if part.down_bias is not None:
+        # Rows behind the last group are of no use; any bias will do.
+        places = torch.arange(len(rows), dtype=ends.dtype, device=rows.device)
+        group = torch.searchsorted(ends, places, right=True).clamp_(max=len(ends) - 1)
+    inner = F.grouped_mm(rows, part.gate_up.transpose(1, 2), offs=ends)
     del rows
-    return F.grouped_mm(inner, down.transpose(1, 2), offs=ends)
+    if part.gate_up_bias is not None:
+        inner += part.gate_up_bias[:, 0][group]
+    inner = gate(config, inner)
+    out = F.grouped_mm(inner, part.down.transpose(1, 2), offs=ends)
+    if part.down_bias is not None:
+        out += part.down_bias[:, 0][group]
+    return out

@@ -145,8 +145,16 @@ def gated(config: ModelConfig, weights: Weights, x: Tensor, name: str = "gate_up
 
 
 def gate(config: ModelConfig, gate_up: Tensor) -> Tensor:
-    """Multiply the up projection by the activated gate, in place. gate_up: [tokens, 2 * size]."""
+    """Multiply the up projection by the activated gate, in place. gate_up: [tokens, 2 * size].
+
+    With a limit both are clamped, the gate from above only, and the up projection is counted from
+    -1 (gpt-oss).
+    """
     gate, up = gate_up.chunk(2, dim=-1)
+    if (limit := config.swiglu_limit) is not None:
+        gate.clamp_(max=limit)
+        up.clamp_(-limit, limit).add_(1).mul_(gate)
+        return gate.mul_(config.swiglu_alpha).sigmoid_().mul_(up)
     return ACTIVATIONS[config.activation](gate).mul_(up)
 
 

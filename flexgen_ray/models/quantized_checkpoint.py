@@ -87,8 +87,9 @@ def _packed(
             continue
         form = weight_format.format_of(name, shape)
         for part in checkpoint.parts(layer, name, shape):
-            values = torch.empty(part.shape, dtype=getattr(torch, config.dtype))
-            checkpoint.read_part(part, values)
+            read = part if form else part.as_stored()
+            values = torch.empty(read.shape, dtype=getattr(torch, config.dtype))
+            checkpoint.read_part(read, values)
             written = values
             if isinstance(form, PackedRows):
                 written = pack(values, form.bits, least_squares=True)

@@ -1,15 +1,26 @@
 """The model families: {name: the module with its maths and weight names}.
 
-A family's module has WEIGHT_NAMES and the functions embed, project, finish and head, which work on
-one layer's weights (llama.py is the example); experts.py finishes a mixture's layers. Its
-config.json is parsed by config_parsers.py.
+A family's module has WEIGHT_NAMES, perhaps TAKES_TURNS, and the functions embed, project, finish
+and head, which work on one layer's weights (llama.py is the example); experts.py finishes a
+mixture's layers. Its config.json is parsed by config_parsers.py.
 """
 
 from __future__ import annotations
 
 from types import ModuleType
 
-from flexgen_ray.models import gemma, gemma3, llama, mixtral, olmo2, olmoe, opt, phi3, qwen_moe
+from flexgen_ray.models import (
+    gemma,
+    gemma3,
+    gpt_oss,
+    llama,
+    mixtral,
+    olmo2,
+    olmoe,
+    opt,
+    phi3,
+    qwen_moe,
+)
 
 FAMILIES: dict[str, ModuleType] = {
     "opt": opt,
@@ -21,6 +32,7 @@ FAMILIES: dict[str, ModuleType] = {
     "qwen_moe": qwen_moe,
     "mixtral": mixtral,
     "olmoe": olmoe,
+    "gpt_oss": gpt_oss,
 }
 # Modules of a mixture whose tensors some checkpoints hold stacked, by these names, for all experts.
 _STACKED = {
@@ -47,5 +59,15 @@ def stacked_name(layer: int, name: str) -> str | None:
     Returns None for weights that no experts have.
     name: of this project's weight, such as "down_experts.weight".
     """
-    module = name.rpartition(".")[0]
-    return _STACKED[module].format(layer - 1) if module in _STACKED else None
+    module, _, kind = name.rpartition(".")
+    if module not in _STACKED:
+        return None
+    return _STACKED[module].format(layer - 1) + ("_bias" if kind == "bias" else "")
+
+
+def takes_turns(family: str) -> bool:
+    """True if a family's stacked tensors are not in this project's order.
+
+    Their matrices are [experts, in, out], and outputs of gate and up projection take turns.
+    """
+    return getattr(FAMILIES[family], "TAKES_TURNS", False)

@@ -20,7 +20,7 @@ ATTEND_DEVICE weighs them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from operator import itemgetter
 from typing import NamedTuple
@@ -81,16 +81,26 @@ _TILES = MemoKey[list[_Tile]]()
 
 
 class DeviceAttention:
-    """Attention of one stage's layers on the device; kernel: attends decoding rows there."""
+    """Attention of one stage's layers on the device; kernel: attends decoding rows there.
+
+    sinks: by layer, float32 [heads]; {} for a model without. A row's own tokens take them in, so
+    that they count once however many parts it has.
+    """
 
     def __init__(
-        self, plan: StagePlan, cache: KVCache, device: torch.device, kernel: HostKernel
+        self,
+        plan: StagePlan,
+        cache: KVCache,
+        device: torch.device,
+        kernel: HostKernel,
+        sinks: Mapping[int, Tensor],
     ) -> None:
         self._plan = plan
         self._config = plan.config
         self._cache = cache
         self._device = device
         self._kernel = kernel
+        self._sinks = sinks
         self._bits = plan.policy.cache_bits
         self._sparsity = plan.policy.attention_sparsity
         self._dtype = TORCH_DTYPE[plan.dtype]
@@ -121,7 +131,9 @@ class DeviceAttention:
             k = attention.gather_pages(keys, self._on_device(tables), tokens)
             q = torch.cat([work.q[row.tokens] for row in rows])
             k, lens = self._dequantized(k), [end - tokens.start for end in lens]
-            selected = attention.select_tokens(q, k, lens, self._sparsity, window=window)
+            selected = attention.select_tokens(
+                q, k, lens, self._sparsity, window=window, sinks=self._sinks.get(op.layer)
+            )
             cache.store_choice(op, first, selected.tokens + tokens.start)
             self._weights[op.cell_slot].append(selected.weights)
 
@@ -131,8 +143,7 @@ class DeviceAttention:
         A prompt's chunk attends what its row had, and itself; then it is appended. Within a window
         its tokens may take the pages of those that its first ones attend.
         """
-        cache, window = self._cache, self._config.window(op.layer)
-        target = work.attention(placed.rows)
+        cache, target = self._cache, work.attention(placed.rows)
         if self._plan.is_sparse:
             self._attend_chosen(op, placed, target)
         else:
@@ -150,7 +161,7 @@ class DeviceAttention:
                 make = partial(find_decode_runs, placed, rows, home, self._device)
                 for run in placed.memoized(key, make):
                     sums = work.own_sums[run.places] if placed.sharing else None
-                    self._decode(work.q[run.tokens], pool, run, window, target[run.tokens], sums)
+                    self._decode(op, work.q[run.tokens], pool, run, target[run.tokens], sums)
             self._prefill_rows(op, placed, work, rows, pool, home)
         if placed.sharing:
             self._attend_prefixes(op, placed, work)
@@ -158,25 +169,27 @@ class DeviceAttention:
 
     def _decode(
         self,
+        op: Op,
         q: Tensor,
         pool: Tensor,
         run: DecodeRows,
-        window: int | None,
         out: Tensor,
         sums: Tensor | None,
     ) -> None:
         """Attend a run's rows into out, [rows, heads, head_dim]; sums: as HostAttention's lse."""
+        window, sinks = self._config.window(op.layer), self._sinks.get(op.layer)
         if self._on_gpu is not None:
             most = max(run.lens)
             self._on_gpu.attend_pages(
-                q, *pool, run.tables, run.num_tokens, out, most=most, window=window, lse=sums
-            )
+                q, *pool, run.tables, run.num_tokens, out, most=most, window=window, lse=sums,
+                sinks=sinks,
+            )  # fmt: skip
             return
         how = self._sparsity, window
         for some in rows_together(self._kernel, len(run.lens), self._plan.rows_at_a_time):
             tables, lens = run.tables[some], run.lens[some]
             lse = None if sums is None else sums[some]
-            self._kernel(q[some], pool[0], pool[1], tables, lens, out[some], *how, lse)
+            self._kernel(q[some], pool[0], pool[1], tables, lens, out[some], *how, lse, sinks)
 
     def _attend_prefixes(self, op: Op, placed: PlacedRows, work: CellBuffers) -> None:
         """Attend the prefixes that decoding rows share, those of rows that the host attends too.
@@ -282,11 +295,11 @@ class DeviceAttention:
             q, out = work.q[row.tokens], target[row.tokens]
             if loaded[1] and takes_parts(self._device) and may_attend_apart(row, window):
                 # Prefixes needn't be copied beside the chunk.
-                attend_in_parts(q, loaded[1], (k, v), out)
+                attend_in_parts(q, loaded[1], (k, v), out, self._sinks.get(op.layer))
                 continue
             if loaded[1]:
                 k, v = (torch.cat(parts, 1) for parts in zip(loaded[1], (k, v), strict=True))
-            self._prefill(q, k, v, k.shape[1] - row.num_new_tokens, window, out)
+            self._prefill(op, q, k, v, k.shape[1] - row.num_new_tokens, out)
 
     def _prefix_before(
         self, op: Op, placed: PlacedRows, row: Row, first: int
@@ -304,14 +317,12 @@ class DeviceAttention:
             k, v = (torch.cat(planes, 1) for planes in zip(*parts, strict=True))
         return self._dequantized(k), self._dequantized(v)
 
-    def _prefill(
-        self, q: Tensor, k: Tensor, v: Tensor, start: int, window: int | None, out: Tensor
-    ) -> None:
+    def _prefill(self, op: Op, q: Tensor, k: Tensor, v: Tensor, start: int, out: Tensor) -> None:
         """Attend a prompt's chunk into out, [tokens, heads, head_dim].
 
         k, v: [kv_heads, start + tokens, head_dim]; start: tokens before it.
         """
-        tokens = k.shape[1]
+        tokens, window, sinks = k.shape[1], self._config.window(op.layer), self._sinks.get(op.layer)
         sharing, some = q.shape[1] // len(k), self._plan.heads_at_a_time(tokens)
         tile = self._plan.queries_at_a_time(tokens)
         for head in range(0, len(k), some):
@@ -319,7 +330,10 @@ class DeviceAttention:
                 slice(head, head + some),
                 slice(head * sharing, (head + some) * sharing),
             )
-            attended = attention.prefill(q[:, queries], k[these], v[these], start, tile, window)
+            own = None if sinks is None else sinks[queries]
+            attended = attention.prefill(
+                q[:, queries], k[these], v[these], start, tile, window, own
+            )
             out[:, queries].copy_(attended)
 
     def _on_device(self, tables: np.ndarray) -> Tensor:

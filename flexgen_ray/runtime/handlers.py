@@ -62,7 +62,8 @@ class OpHandlers:
         self.cache = KVCache(plan, tiers)
         self.hidden = HiddenStore(plan, tiers)
         self._routed = RoutedRows(plan, tiers)
-        self._attention = DeviceAttention(plan, self.cache, tiers.device, attend_on_device)
+        sinks = {layer: both.on_device for layer, both in weights.sinks.items()}
+        self._attention = DeviceAttention(plan, self.cache, tiers.device, attend_on_device, sinks)
         self.on_logits: LogitsHook | None = None
         self.passes = Passes(plan, scheduler, tiers.device, number)
         self._logits: dict[int, Tensor] = {}
@@ -212,10 +213,11 @@ class OpHandlers:
         queries, out = self.cache.queries(op, placed), self.cache.host_attention[op.cell_slot]
         how = self.plan.policy.attention_sparsity, self.config.window(op.layer)
         sums = self.cache.host_sums[op.cell_slot] if placed.sharing else None
+        sinks = self.weights.sinks[op.layer].on_host if self.weights.sinks else None
         for some in rows_together(self._attend_on_host, len(rows), self.plan.rows_at_a_time):
             lse = None if sums is None else sums[some]
             self._attend_on_host(
-                queries[some], keys, values, tables[some], lens[some], out[some], *how, lse
+                queries[some], keys, values, tables[some], lens[some], out[some], *how, lse, sinks
             )
 
     def _load_attention(self, op: Op) -> None:

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, partial
 from math import gcd, prod
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -30,11 +30,13 @@ from flexgen_ray.layout.sizes import (
     dequantized_bytes,
     expert_slot_bytes,
     quantized_shapes,
+    sinks_bytes,
     staged_group_bytes,
     staging_slot_bytes,
     weights_slot_bytes,
 )
 from flexgen_ray.layout.weights import Place
+from flexgen_ray.models.config import SINKS
 from flexgen_ray.quant.formats import PARTS, WeightFormat, part_of_op
 from flexgen_ray.quant.frame import Shape
 from flexgen_ray.quant.packing import PackedRows
@@ -75,6 +77,13 @@ class WeightSource(Protocol):
         """
 
 
+class Sinks(NamedTuple):
+    """The same sinks of a layer's heads, float32 [heads], on the device and in host memory."""
+
+    on_device: Tensor
+    on_host: Tensor
+
+
 @dataclass(frozen=True)
 class _Weight:
     """A weight that the stage stores, or some experts of a stacked one, the first by its number."""
@@ -87,7 +96,10 @@ class _Weight:
 
 
 class WeightStore:
-    """Weights of a stage, stored by its plan."""
+    """Weights of a stage, stored by its plan.
+
+    sinks: by decoder layer; {} for a model without.
+    """
 
     def __init__(
         self,
@@ -106,6 +118,8 @@ class WeightStore:
         self._format = plan.weight_format
         for layer in plan.stage.layers:
             tensors = stored_tensors(plan.config, plan.stage, layer)
+            if layer in plan.stage.decoders and plan.config.attention_sinks:
+                tensors |= {SINKS: plan.config.tensors(layer)[SINKS]}
             source.check(layer, tensors, plan.weight_format)
         self._parts = plan.policy.num_gpu_batches
         need = self._layout.nbytes
@@ -128,6 +142,7 @@ class WeightStore:
         staging = EXPERT_STAGING_SLOTS, staged_group_bytes(plan)
         self._expert_staging = tiers.cpu.allocate("weights in flight", prod(staging)).view(staging)
         self._workspace = DequantizeWorkspace(plan, tiers.gpu)
+        self.sinks = _read_sinks(plan, source, tiers)
         self._fill(source, on_progress)
 
     def tensors(self, op: Op) -> dict[str, Tensor]:
@@ -341,6 +356,20 @@ class WeightStore:
         dtype = self.dtype if self._format.format_of(name, shape) is None else torch.uint8
         stored = memory[start : start + nbytes].view(dtype)
         return stored.view(self._format.stored_shape(name, shape))
+
+
+def _read_sinks(plan: StagePlan, source: WeightSource, tiers: Tiers) -> dict[int, Sinks]:
+    """Read the sinks of each decoder layer; {} for a model without."""
+    layers = plan.stage.decoders if plan.config.attention_sinks else ()
+    shape, nbytes = (len(layers), plan.config.num_heads), sinks_bytes(plan)
+    on_device, on_host = (
+        tier.allocate("sinks", nbytes).view(torch.float32).view(shape)
+        for tier in (tiers.gpu, tiers.cpu)
+    )
+    for layer, sinks in zip(layers, on_host, strict=True):
+        source.read_into(layer, SINKS, sinks)
+    on_device.copy_(on_host)
+    return {layer: Sinks(*both) for layer, *both in zip(layers, on_device, on_host, strict=True)}
 
 
 class DequantizeWorkspace:
