@@ -24,7 +24,8 @@ class Case:
     """Rows that attend their caches; attended, these are laid out in pages.
 
     k, v: [rows, kv_heads, seq, width]. page_tokens: tokens of a page. shared: number of first
-    tokens that rows have in common, whose pages they share. seed: of the order of pages.
+    tokens that rows have in common, whose pages they share. seed: of the order of pages. sinks: of
+    the heads, or None.
     """
 
     q: Tensor
@@ -35,10 +36,11 @@ class Case:
     page_tokens: int = 16
     shared: int = 0
     seed: int = 0
+    sinks: Tensor | None = None
 
     def run(self, attend=ATTEND, sparsity=1.0, lse=None) -> Tensor:
         out = torch.empty_like(self.q)
-        attend(self.q, *self.paged(), self.lens, out, sparsity, self.window, lse)
+        attend(self.q, *self.paged(), self.lens, out, sparsity, self.window, lse, self.sinks)
         return out
 
     def tokens(self, row: int) -> slice:
@@ -79,8 +81,9 @@ def nothing(dtype: torch.dtype) -> float:
 
 
 def make_case(
-    dtype, kv_heads, group, head_dim, lens, spread=1.0, seed=0, window=None, page=16, shared=0
-) -> Case:
+    dtype, kv_heads, group, head_dim, lens, spread=1.0, seed=0, window=None, page=16, shared=0,
+    has_sinks=False,
+) -> Case:  # fmt: skip
     random = torch.Generator().manual_seed(seed)
     rows, seq = len(lens), max(lens)
     cache = torch.full((2, rows, kv_heads, seq, head_dim), float("nan"), dtype=dtype)
@@ -91,7 +94,19 @@ def make_case(
         start = max(0, end - (window or end))
         cache[:, row, :, start:end] = values[:, :, start:].to(dtype)
     q = torch.randn(rows, kv_heads * group, head_dim, generator=random) * spread
-    return Case(q.to(dtype), *cache, list(lens), window, page, shared, seed)
+    sinks = torch.randn(len(q[0]), generator=random) * 4 * spread if has_sinks else None
+    return Case(q.to(dtype), *cache, list(lens), window, page, shared, seed, sinks)
+
+
+def softmax(scores: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Weights of scores [heads, tokens], and the logarithm of the sum of exp(score).
+
+    A sink is a token more, without a value.
+    """
+    if sinks is None:
+        return scores.softmax(-1), scores.logsumexp(-1)
+    scores = torch.cat((scores, sinks[:, None].double()), -1)
+    return scores.softmax(-1)[:, :-1], scores.logsumexp(-1)
 
 
 def reference(case: Case) -> Tensor:
@@ -106,8 +121,9 @@ def exact(case: Case) -> tuple[Tensor, Tensor]:
         group = q.shape[0] // k.shape[0]
         k, v = (x[:, case.tokens(row)].double().repeat_interleave(group, dim=0) for x in (k, v))
         scores = torch.einsum("hd,hsd->hs", q.double(), k) / q.shape[1] ** 0.5
-        rows.append(torch.einsum("hs,hsd->hd", scores.softmax(-1), v))
-        log_sums.append(scores.logsumexp(-1))
+        weights, log_sum = softmax(scores, case.sinks)
+        rows.append(torch.einsum("hs,hsd->hd", weights, v))
+        log_sums.append(log_sum)
     return torch.stack(rows), torch.stack(log_sums)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from attention_cases import softmax
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,21 +18,25 @@ from flexgen_ray.kernels.prefix_attention import attend_in_parts, attend_shared
     query_tile=st.integers(1, 25),
     kv_heads=st.integers(1, 2),
     group=st.integers(1, 3),
+    has_sinks=st.booleans(),
 )
 @settings(max_examples=60)
 def test_each_token_of_a_chunk_attends_itself_and_what_its_window_has(
-    start, tokens, window, query_tile, kv_heads, group
+    start, tokens, window, query_tile, kv_heads, group, has_sinks
 ):
     random = torch.Generator().manual_seed(start)
     seq, heads, dim = start + tokens, kv_heads * group, 8
     q = torch.randn(tokens, heads, dim, generator=random)
     k, v = torch.randn(2, kv_heads, seq, dim, generator=random)
-    out = prefill(q, k, v, start, query_tile, window)
+    sinks = torch.randn(heads, generator=random) * 3 if has_sinks else None
+    out = prefill(q, k, v, start, query_tile, window, sinks)
     for token in range(tokens):
         seen = slice(max(0, start + token + 1 - (window or seq)), start + token + 1)
         for head in range(heads):
             keys, values = (x[head // group, seen].double() for x in (k, v))
-            weights = (keys @ q[token, head].double() / dim**0.5).softmax(-1)
+            scores = keys @ q[token, head].double() / dim**0.5
+            own = None if sinks is None else sinks[head, None]
+            weights = softmax(scores[None], own)[0][0]
             torch.testing.assert_close(
                 out[token, head].double(), weights @ values, atol=1e-5, rtol=0
             )
@@ -42,17 +47,19 @@ def test_each_token_of_a_chunk_attends_itself_and_what_its_window_has(
     tokens=st.integers(1, 20),
     kv_heads=st.integers(1, 2),
     group=st.integers(1, 3),
+    has_sinks=st.booleans(),
 )
 @settings(max_examples=40)
 def test_a_chunk_attends_prefixes_and_its_own_tokens_apart_as_together(
-    before, tokens, kv_heads, group
+    before, tokens, kv_heads, group, has_sinks
 ):
     random = torch.Generator().manual_seed(before)
     # As in a cell, attention replaces queries that lie between keys and values.
     q = torch.randn(tokens, kv_heads * group + 1, 8, generator=random)[:, 1:]
     k, v = torch.randn(2, kv_heads, before + tokens, 8, generator=random)
-    expected = prefill(q, k, v, before)
-    attend_in_parts(q, (k[:, :before], v[:, :before]), (k[:, before:], v[:, before:]), q)
+    sinks = torch.randn(kv_heads * group, generator=random) * 3 if has_sinks else None
+    expected = prefill(q, k, v, before, sinks=sinks)
+    attend_in_parts(q, (k[:, :before], v[:, :before]), (k[:, before:], v[:, before:]), q, sinks)
     torch.testing.assert_close(q, expected, atol=1e-5, rtol=0)
 
 

@@ -47,6 +47,7 @@ cases = st.builds(
     window=windows,
     page=page_sizes,
     shared=st.integers(0, 100),
+    has_sinks=st.booleans(),
 )
 
 

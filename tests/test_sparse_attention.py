@@ -9,7 +9,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from attention_cases import Case, make_case, packed, page_sizes, windows
+from attention_cases import Case, make_case, packed, page_sizes, softmax, windows
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -32,6 +32,7 @@ cases = st.builds(
     window=windows,
     page=page_sizes,
     shared=st.integers(0, 100),
+    has_sinks=st.booleans(),
 )
 shares = st.sampled_from([0.01, 0.1, 0.25, 0.5, 0.9, 1.0])
 
@@ -49,13 +50,14 @@ def one_by_one(case: Case, sparsity: float) -> tuple[torch.Tensor, torch.Tensor,
             k, v = (x[row, head, seen].double() for x in (case.k, case.v))
             heads = slice(head * group, (head + 1) * group)
             scores = case.q[row, heads].double() @ k.T / k.shape[1] ** 0.5
-            weights = scores.softmax(-1).sum(0).tolist()
+            sinks = None if case.sinks is None else case.sinks[heads]
+            weights = softmax(scores, sinks)[0].sum(0).tolist()
             by_weight = sorted(range(len(k)), key=lambda token: (-weights[token], token))
             count = max(1, math.ceil(Fraction(str(sparsity)) * len(k)))
             kept, others = by_weight[:count], by_weight[count:]
             clear &= not others or weights[others[0]] < weights[kept[-1]] * (1 - 1e-5)
-            out[row, heads] = scores[:, kept].softmax(-1) @ v[kept]
-            log_sums[row, heads] = scores[:, kept].logsumexp(-1)
+            shares, log_sums[row, heads] = softmax(scores[:, kept], sinks)
+            out[row, heads] = shares @ v[kept]
     return out, log_sums, clear
 
 
@@ -64,7 +66,8 @@ def one_by_one(case: Case, sparsity: float) -> tuple[torch.Tensor, torch.Tensor,
 def test_the_tokens_that_weigh_most_are_attended_whatever_lies_beyond_a_row(case, sparsity):
     expected, _, clear = one_by_one(case, sparsity)
     assume(clear)
-    out = decode_sparse(case.q, case.k, case.v, case.lens, sparsity, window=case.window)
+    how = {"window": case.window, "sinks": case.sinks}
+    out = decode_sparse(case.q, case.k, case.v, case.lens, sparsity, **how)
     torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-4)
 
 
