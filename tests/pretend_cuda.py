@@ -561,13 +561,14 @@ def _patch_project(patch: pytest.MonkeyPatch, device: PretendCuda) -> None:
 
         @staticmethod
         def attend_pages(
-            q, keys, values, tables, lens, out, *, most: int, window: int | None, lse=None
+            q, keys, values, tables, lens, out, *, most: int, window: int | None, lse, sinks
         ):
             device.launch("attend_pages")
             there = [_data_there(it) for it in (q, keys, values, tables, lens, out)]
             assert max(there[4].tolist()) <= most
-            sums = None if lse is None else _data_there(lse)
-            load_kernel("sdpa", 1)(*there[:4], there[4].tolist(), there[5], 1.0, window, sums)
+            sums, sinks = (None if it is None else _data_there(it) for it in (lse, sinks))
+            how = 1.0, window, sums, sinks
+            load_kernel("sdpa", 1)(*there[:4], there[4].tolist(), there[5], *how)
 
     run_op = OpHandlers.run
 
@@ -608,6 +609,11 @@ SHAPES: dict[str, dict] = {
         "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe",
         "num_experts": 24, "num_experts_per_tok": 8, "moe_intermediate_size": 16,
         "norm_topk_prob": True, "torch_dtype": "bfloat16",
+    },
+    "gpt-oss": _HEADS | _GATED | {
+        "architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss", "intermediate_size": 16,
+        "num_local_experts": 24, "num_experts_per_tok": 8, "torch_dtype": "bfloat16",
+        "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 2,
     },
 }  # fmt: skip
 

@@ -14,7 +14,7 @@ from flexgen_ray.kernels import host_kernel
 from flexgen_ray.runtime.handlers import OpHandlers
 from flexgen_ray.schedule.ops import OPS, Lane, OpKind
 
-MOST = {"opt": 12, "llama": 16, "qwen3": 16, "qwen3-moe": 28}
+MOST = {"opt": 12, "llama": 16, "qwen3": 16, "qwen3-moe": 28, "gpt-oss": 45}
 POLICIES = {
     "resident": {},
     "experts in parts": {"weights": Placement(0.5, 0.5, 0)},
@@ -57,6 +57,7 @@ def modelled(monkeypatch) -> Counter[OpKind]:
         *((name, "half on the host", name == "qwen3", 0) for name in tuple(MOST)[:3]),
         ("qwen3-moe", "experts in parts", False, 0),
         ("qwen3-moe", "groups of experts", False, 0),
+        ("gpt-oss", "experts in parts", False, 0),
         ("opt", "half streamed", True, 0),
         ("qwen3", "half streamed", True, 0),
         ("llama", "resident", True, 64),

@@ -21,6 +21,10 @@ _ROTATE, _MAKE_ROTATION = 3, 6
 # experts, and its place among several; rows put in place one expert after the other; their sum; and
 # an expert that every token takes.
 _CHOOSE, _SORT, _PART, _MOVE_PART, _IN_TURN, _SUM, _SHARED = 3, 3, 7, 7, 3, 1, 7
+# A clamped gate; and with biases each row's expert, and that of each product.
+_CLAMP, _GROUP, _ADD_BIAS = 5, 3, 2
+_JOIN_SINK = 10  # a prompt's queries, keys and values are copied to where the sink is beside them
+_SINK_OF_RUN = 2  # of sparse attention: it joins both softmaxes
 _ENTER = 3  # a row, its shares and its choices enter the buffer of those that wait for experts
 _COMPOSITE_RMS_NORM = 6  # on a CPU; on a GPU it is one kernel
 # A tile of a prefix is gathered; its products with some rows take queries, scores and a softmax,
@@ -56,13 +60,15 @@ def rotation_launches(config: ModelConfig) -> int:
 def prompt_launches(plan: StagePlan) -> int:
     """Launches that attend a prompt's first chunk; query heads that share a KV head copy it."""
     repeats = 2 * (plan.config.num_heads > plan.config.num_kv_heads)
-    return LAUNCHES_OF_PROMPT + repeats + bool(plan.policy.cache_bits)
+    joins = _JOIN_SINK if plan.config.attention_sinks else repeats
+    return LAUNCHES_OF_PROMPT + joins + bool(plan.policy.cache_bits)
 
 
 def run_launches(plan: StagePlan) -> int:
     """Launches that attend a run of decoding rows."""
     if plan.is_sparse:
-        return LAUNCHES_OF_SPARSE_RUN + 2 * bool(plan.policy.cache_bits)
+        sinks = _SINK_OF_RUN * plan.config.attention_sinks
+        return LAUNCHES_OF_SPARSE_RUN + 2 * bool(plan.policy.cache_bits) + sinks
     return LAUNCHES_OF_RUN
 
 
@@ -98,7 +104,8 @@ def _finish(config: ModelConfig, on_gpu: bool) -> int:
 def _out(plan: StagePlan) -> int:
     """Output projection, norm, the router's choice, and an expert that every token takes."""
     config, on_gpu = plan.config, plan.stages_disk
-    count = 1 + (not on_gpu) + _norm(config, on_gpu) + _CHOOSE + 2 * config.norm_topk
+    count = 1 + (config.output_bias or not on_gpu) + _norm(config, on_gpu)
+    count += _CHOOSE + 2 * config.norm_topk
     count += 2 * (plan.element_bytes < 4)  # scores are in float32
     return count + _ENTER + (_SHARED if config.shared_expert_size else 0)
 
@@ -109,15 +116,18 @@ def _experts(plan: StagePlan, op: Op) -> int:
     In bfloat16 a GPU multiplies all groups of a part at once, however many there are; elsewhere
     each expert has its two products. A group of experts is a part among several.
     """
-    cuts = plan.weights.cuts[op.layer]
+    config, cuts = plan.config, plan.weights.cuts[op.layer]
     if groups := plan.weights.groups.get(op.layer):
         cuts = {key: cuts[key] for key in groups[op.group].keys}
     counts = [cut.shape[0] for cut in cuts.values() if cut.name == "gate_up_experts.weight"]
-    parts, is_part = len(counts), sum(counts) < plan.config.num_experts
+    parts, is_part = len(counts), sum(counts) < config.num_experts
+    gates = _CLAMP * parts if config.swiglu_limit is not None else 0
     if plan.stages_disk and plan.dtype == "bfloat16":
         moved = _MOVE_PART * parts + 1 if parts > 1 or is_part else 0
-        return _SORT + _PART * parts + moved + _SUM + is_part
-    return _SORT + 2 * parts + 2 * sum(counts) + _IN_TURN * parts + _SUM + is_part
+        biases = (_GROUP + 2 * _ADD_BIAS) * parts if config.expert_bias else 0
+        return _SORT + _PART * parts + moved + gates + biases + _SUM + is_part
+    products = 2 * sum(counts) * (2 if config.expert_bias else 1)
+    return _SORT + 2 * parts + gates + products + _IN_TURN * parts + _SUM + is_part
 
 
 def _norm(config: ModelConfig, on_gpu: bool) -> int:

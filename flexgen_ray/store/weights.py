@@ -24,7 +24,7 @@ from torch.nn.functional import embedding
 
 from flexgen_ray.kernels.dequantize import dequantize
 from flexgen_ray.kernels.pack import pack
-from flexgen_ray.layout.placement import SECTOR, aligned, stored_tensors
+from flexgen_ray.layout.placement import SECTOR, SINKS, aligned, stored_tensors
 from flexgen_ray.layout.plan import StagePlan
 from flexgen_ray.layout.sizes import (
     dequantized_bytes,
@@ -36,7 +36,6 @@ from flexgen_ray.layout.sizes import (
     weights_slot_bytes,
 )
 from flexgen_ray.layout.weights import Place
-from flexgen_ray.models.config import SINKS
 from flexgen_ray.quant.formats import PARTS, WeightFormat, part_of_op
 from flexgen_ray.quant.frame import Shape
 from flexgen_ray.quant.packing import PackedRows
@@ -78,7 +77,7 @@ class WeightSource(Protocol):
 
 
 class Sinks(NamedTuple):
-    """The same sinks of a layer's heads, float32 [heads], on the device and in host memory."""
+    """Sinks of a layer's heads, float32 [heads], in two copies."""
 
     on_device: Tensor
     on_host: Tensor
