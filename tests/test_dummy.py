@@ -49,6 +49,8 @@ PARAMETERS = {
     "mixtral-8x7b": 46_702_792_704,
     "mixtral-8x22b": 140_620_634_112,
     "olmoe-1b-7b": 6_919_161_856,
+    "gpt-oss-20b": 20_914_757_184,
+    "gpt-oss-120b": 116_829_156_672,
 }
 
 
@@ -61,6 +63,7 @@ def test_shapes_have_the_parameters_of_the_published_models(name):
         for layer in stage.layers
         for shape in stored_tensors(config, stage, layer).values()
     )
+    count += config.attention_sinks * config.num_heads * config.num_layers  # stored apart
     if config.qk_norm == "heads":
         # One norm is published for all query heads, and one for all key heads.
         repeated = config.num_heads + config.num_kv_heads - 2

@@ -9,6 +9,7 @@ from flexgen_ray.models.config import ModelConfig
 from flexgen_ray.models.config_parsers import (
     parse_gemma,
     parse_gemma3,
+    parse_gpt_oss,
     parse_llama,
     parse_mixtral,
     parse_olmoe,
@@ -48,6 +49,11 @@ _QWEN3_MOE = {
 _MIXTRAL = {
     "mixtral-8x7b": (32, 4096, 32, 14336, 32768),
     "mixtral-8x22b": (56, 6144, 48, 16384, 65536),
+}
+# (layers, experts); 4 experts a token. Published with experts in MXFP4, here in bfloat16.
+_GPT_OSS = {
+    "gpt-oss-20b": (24, 32),
+    "gpt-oss-120b": (36, 128),
 }
 # One model of each other family: (parser, the keys of its config.json).
 _OTHERS = {
@@ -122,7 +128,7 @@ _QWEN3_ALIKE = {
     "dtype": "bfloat16",
     "eos_token_ids": (151645, 151643),
 }
-SHAPES = (*_OPT, *_LLAMA, *_QWEN3, *_QWEN3_MOE, *_MIXTRAL, *_OTHERS)
+SHAPES = (*_OPT, *_LLAMA, *_QWEN3, *_QWEN3_MOE, *_MIXTRAL, *_GPT_OSS, *_OTHERS)
 
 
 def shape_config(name: str) -> ModelConfig:
@@ -140,6 +146,8 @@ def shape_config(name: str) -> ModelConfig:
         return parse_qwen_moe(_qwen3_moe_keys(name))
     if name in _MIXTRAL:
         return parse_mixtral(_mixtral_keys(name))
+    if name in _GPT_OSS:
+        return parse_gpt_oss(_gpt_oss_keys(name))
     if name in _OTHERS:
         parse, keys = _OTHERS[name]
         return parse(keys | {"dtype": "bfloat16"})
@@ -232,4 +240,34 @@ def _mixtral_keys(name: str) -> dict:
         "rope_theta": 1e6,
         "dtype": "bfloat16",
         "eos_token_ids": (2,),
+    }
+
+
+def _gpt_oss_keys(name: str) -> dict:
+    layers, experts = _GPT_OSS[name]
+    return {
+        "model_type": "gpt_oss",
+        "num_hidden_layers": layers,
+        "hidden_size": 2880,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "intermediate_size": 2880,
+        "num_local_experts": experts,
+        "num_experts_per_tok": 4,
+        "sliding_window": 128,
+        "vocab_size": 201088,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 150000.0,
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 32.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+            "original_max_position_embeddings": 4096,
+        },
+        "dtype": "bfloat16",
+        "eos_token_ids": (200002,),
     }
