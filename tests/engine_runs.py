@@ -11,7 +11,7 @@ import torch
 
 from flexgen_ray import LLM, SamplingParams
 from flexgen_ray.config import PAGE_TOKENS, Sharing
-from flexgen_ray.layout import admission
+from flexgen_ray.layout import admission, plan
 from flexgen_ray.layout.plan import StagePlan
 from flexgen_ray.planner import choose
 from flexgen_ray.runtime import prefixes
@@ -60,16 +60,19 @@ def generate(
     return tokens, [torch.stack(seen[index]) for index in sorted(seen)]
 
 
-def placed(plan: StagePlan, tier: str) -> StagePlan:
-    return replace(plan, prefix_tier=tier if any(it.cpu for it in plan.splits) else "gpu")
+def placed(stage: StagePlan, tier: str) -> StagePlan:
+    return replace(stage, prefix_tier=tier if any(it.cpu for it in stage.splits) else "gpu")
 
 
 @contextmanager
-def sharing(tiers: list[str], quota: int = 99, is_short: bool = False) -> Iterator[list[Prefix]]:
+def sharing(
+    tiers: list[str], quota: int = 99, is_short: bool = False, folded: int = 2
+) -> Iterator[list[Prefix]]:
     """Runs share every page that they can; yields the list of prefixes that were computed.
 
     tiers: of each stage's prefixes; quota: pages of all of these. is_short: rows enter without
-    looking ahead, where pages are few, so that some are set back.
+    looking ahead, where pages are few, so that some are set back. folded: rows below which a prefix
+    is folded into their own pages.
     """
     computed: list[Prefix] = []
     complete = PrefixBook.complete
@@ -81,6 +84,7 @@ def sharing(tiers: list[str], quota: int = 99, is_short: bool = False) -> Iterat
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prefixes, "_least_saved", lambda requests: 1)
         patch.setattr(PrefixBook, "complete", completed)
+        patch.setattr(plan, "FOLDED_ROWS", folded)
         patch.setattr(Sharing, "pages", lambda it, rows: min(it.tokens // PAGE_TOKENS, quota))
         patch.setattr(
             choose,

@@ -93,10 +93,6 @@ def test_a_plan_for_a_machine_one_does_not_own(tmp_path):
         ({"hardware": ["t4"], "shared_prefix": 600}, "600 tokens of a prompt of 512"),
         ({"hardware": ["t4"], "shared_prefix": 15}, "at least 16 must be"),
         ({"hardware": ["t4"], "shared_prefix": 64, "prefix_groups": 501}, "in 501 groups"),
-        (
-            {"hardware": ["t4"], "shared_prefix": 64, "attention_sparsity": 0.5},
-            "with --attention-sparsity",
-        ),
         ({"hardware": ["t4"], "nodes": Path("/nowhere.yaml")}, "/nowhere.yaml"),
     ],
 )

@@ -15,14 +15,16 @@ from strategies import UNIT, opt
 from flexgen_ray import LLM, SamplingParams
 from flexgen_ray.config import PAGE_TOKENS, Placement, Policy, Sharing, Workload
 from flexgen_ray.cost.bound import decoding_rows
+from flexgen_ray.cost.ops import CostModel
 from flexgen_ray.cost.prefixes import attended_prefixes, prefilled_prefixes
 from flexgen_ray.cost.resources import Resource
-from flexgen_ray.layout.plan import StagePlan
+from flexgen_ray.layout import plan as stage_plan
+from flexgen_ray.layout.plan import FOLDED_ROWS, StagePlan
 from flexgen_ray.layout.planned_rows import compose
 from flexgen_ray.planner import choose
 from flexgen_ray.runtime import device_attention
-from flexgen_ray.runtime.handlers import OpHandlers
-from flexgen_ray.schedule.ops import OpKind
+from flexgen_ray.runtime.handlers import OpHandlers, host_tables
+from flexgen_ray.schedule.ops import Op, OpKind
 from flexgen_ray.schedule.zigzag import StageLayers
 
 OPT = opt(2, 64, 4)
@@ -38,10 +40,14 @@ CACHES = {"device": Placement(1, 0, 0), "host": Placement(0, 1, 0), "both": Plac
 
 @pytest.fixture
 def counted(monkeypatch) -> Counter[str]:
-    """Products and gathered tokens of all ops that attend, as they ran and as they are modelled."""
+    """Products and tokens that are read by all ops that attend, as they ran and as modelled.
+
+    Decoding rows read their own tokens, after those of prefixes that are folded into them.
+    """
     sums: Counter[str] = Counter()
     run, attend = OpHandlers.run, device_attention.attend_shared
     gather = device_attention.DeviceAttention._prefix_tokens
+    decode = device_attention.DeviceAttention._decode
 
     def noted(handlers: OpHandlers, op, ready_at: float = 0.0) -> None:
         if op.kind is OpKind.ATTEND_DEVICE and not handlers.is_idle(op):
@@ -54,7 +60,27 @@ def counted(monkeypatch) -> Counter[str]:
             sums["modelled products"] += decoding[Resource.FLOPS]
             parts = [decoding, *prompts]
             sums["modelled bytes"] += sum(part[Resource.DEVICE_ATTENTION] for part in parts)
+        if op.kind in (OpKind.ATTEND_DEVICE, OpKind.ATTEND_HOST) and not handlers.is_idle(op):
+            note_rows(handlers, op)
         run(handlers, op, ready_at)
+
+    def note_rows(handlers: OpHandlers, op) -> None:
+        plan, placed, model = handlers.plan, handlers.placed(op), CostModel(handlers.plan)
+        if op.kind is OpKind.ATTEND_HOST:
+            amounts = model.amounts(op, handlers.composition(op))
+            sums["modelled rows"] += amounts[Resource.HOST_ATTENTION]
+            lens = host_tables(placed)[1] if placed.attended else []
+            tokens = sum(plan.config.attended_tokens(op.layer, count) for count in lens)
+            sums["rows"] += 2 * tokens * plan.config.kv_size * plan.element_bytes
+        else:
+            rows = [it for it in (*placed.resident, *placed.streamed) if not it.is_prefill]
+            keys = model._scored(placed, rows, op.layer)[Resource.DEVICE_ATTENTION]
+            sums["modelled rows"] += 2 * keys
+
+    def decoded(self, op, q, pool, run, *others):
+        tokens = sum(self._config.attended_tokens(op.layer, count) for count in run.lens)
+        sums["rows"] += tokens * pool[0, 0, :, 0].nbytes * 2
+        return decode(self, op, q, pool, run, *others)
 
     def attended(q, k, v, starts=None):
         sums["products"] += 4 * q.shape[0] * q.shape[1] * q.shape[2] * k.shape[1]
@@ -68,15 +94,21 @@ def counted(monkeypatch) -> Counter[str]:
     monkeypatch.setattr(OpHandlers, "run", noted)
     monkeypatch.setattr(device_attention, "attend_shared", attended)
     monkeypatch.setattr(device_attention.DeviceAttention, "_prefix_tokens", gathered)
+    monkeypatch.setattr(device_attention.DeviceAttention, "_decode", decoded)
     return sums
 
 
 @pytest.mark.parametrize(
-    ("name", "cache", "tier"),
-    [("opt", "device", "gpu"), ("qwen2", "host", "cpu"), ("qwen2", "both", "gpu")],
+    ("name", "cache", "tier", "folded"),
+    [
+        ("opt", "device", "gpu", 3),
+        ("qwen2", "host", "cpu", 2),
+        ("qwen2", "both", "gpu", 3),
+        ("qwen2", "both", "cpu", 9),
+    ],
 )
 def test_prefixes_are_read_and_multiplied_as_modelled(
-    tiny_models, counted, name, cache, tier, monkeypatch
+    tiny_models, counted, name, cache, tier, folded, monkeypatch
 ):
     """In layers with and without windows, of rows on the device, streamed and on the host."""
     folder, _ = tiny_models[name]
@@ -86,6 +118,7 @@ def test_prefixes_are_read_and_multiplied_as_modelled(
         "place_prefixes",
         lambda *given: [replace(plan, prefix_tier=tier) for plan in placed(*given)],
     )
+    monkeypatch.setattr(stage_plan, "FOLDED_ROWS", folded)
     copies = Copies(monkeypatch)
     policy = Policy(3, 2, cache=CACHES[cache], cpu_attention=0.5 * (cache == "both"))
     options = {"dtype": "float32", "use_ray": False, "executor": "serial", "hardware": UNIT}
@@ -103,6 +136,7 @@ def test_prefixes_are_read_and_multiplied_as_modelled(
     assert plan.prefix_pages and plan.prefix_tier == tier
     assert counted["modelled products"] == counted["products"] > 0
     assert counted["modelled bytes"] == counted["bytes"] > 0
+    assert counted["modelled rows"] == counted["rows"] > 0
     moved = Counter()
     for (kind, _), nbytes in copies.moved.items():
         moved[kind] += nbytes
@@ -118,18 +152,32 @@ def test_prefixes_are_read_and_multiplied_as_modelled(
 def test_rows_of_a_plan_read_as_many_pages_as_groups_in_turn_do(
     rows, groups, each, pages, own, tier
 ):
-    """On average over where the first row stands in its group."""
+    """On average over where the first row stands in its group.
+
+    Few rows read each their own, if it lies on their tier.
+    """
     count, tokens = groups * each, pages * PAGE_TOKENS
     sharing = Sharing(count, groups * tokens, tokens, tokens, 1.0)
     workload = Workload(rows, tokens + own, tokens + own + 9, mean_seq_len=own, sharing=sharing)
     plan = StagePlan(OPT, StageLayers.whole(2), Policy(rows), workload, "float32", prefix_tier=tier)
     composition = compose(plan, decoding_rows(plan, own))
     placed = composition.placed(0, plan.kinds[0])
+    users = Counter(shared.number for row in placed.rows.rows for shared in placed.prefixes(row))
+    is_folded = tier == "gpu" and max(users.values()) < FOLDED_ROWS
     read = attended_prefixes(plan, placed, 1)
     places = range(each)
     mean = sum(len({(at + row) // each for row in range(rows)}) for at in places) / each
     nbytes = min(mean, groups) * pages * plan.page_bytes
-    assert read[Resource.DEVICE_ATTENTION] == pytest.approx(nbytes, abs=plan.page_bytes / 2)
-    assert read[Resource.FLOPS] == 4 * OPT.q_size * rows * tokens
+    if tier == "cpu" or min(users.values()) >= FOLDED_ROWS:
+        read_bytes = pytest.approx(nbytes, abs=plan.page_bytes / 2)
+        assert read[Resource.DEVICE_ATTENTION] == read_bytes
+        assert read[Resource.FLOPS] == 4 * OPT.q_size * rows * tokens
     streamed = sum(copied for _, _, copied, *_ in placed.prefix_copies)
     assert streamed * plan.page_bytes == (tier == "cpu") * read[Resource.DEVICE_ATTENTION]
+    if is_folded:
+        model, op = CostModel(plan), Op(OpKind.ATTEND_DEVICE, 0, 1, 0, 0, 0)
+        amounts = model.amounts(op, composition)
+        lens = [row.seq_len + tokens for row in composition.rows.rows]
+        assert read[Resource.FLOPS] == read[Resource.DEVICE_ATTENTION] == 0
+        assert amounts[Resource.DEVICE_ATTENTION] == sum(lens) * plan.kv_bytes
+        assert amounts[Resource.FLOPS] == 4 * OPT.q_size * sum(lens)

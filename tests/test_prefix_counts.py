@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flexgen_ray import LLM
-from flexgen_ray.config import PAGE_TOKENS, Policy, Workload
+from flexgen_ray.config import PAGE_TOKENS, Placement, Policy, Workload
 from flexgen_ray.engine.sharing import JobSharing
 from flexgen_ray.layout.admission import Admission
 from flexgen_ray.layout.plan import StagePlan
@@ -160,6 +160,8 @@ def test_a_job_says_what_its_prompts_share_and_where_that_lies():
     saved = 19 * 10 * PAGE_TOKENS
     assert f"{saved:,} of their {job.prompt_tokens:,} tokens" in line and "GPU memory" in line
     assert "host memory" in job.line([replace(plan, prefix_tier="cpu")])
+    sparse = Policy(4, 2, cache=Placement(0.5, 0.5, 0), attention_sparsity=0.5)
+    assert "of GPU memory and " in job.line([plan_for(job, sparse)])
     assert job.whole().line([plan]) is None and job.saved_tokens([plan]) == saved
     assert JobSharing.of(few_shot(), is_wanted=False).amount is None
 
@@ -178,9 +180,6 @@ def test_a_note_says_why_prompts_that_share_are_computed_whole():
     assert job.saved_tokens([dropped]) == 0
     no_room = job.note_no_room([dropped])
     assert "MiB of GPU memory" in no_room and "raise --gpu-memory" in no_room
-    sparse = plan_for(job, Policy(4, 2, attention_sparsity=0.5))
-    assert job.saved_tokens([sparse]) == 0
-    assert "attention_sparsity 0.5" in job.note_sparse(0.5) and "3,040" in job.note_sparse(0.5)
 
 
 @pytest.mark.parametrize("header, is_said", [(10, False), (15, False), (40, True)])

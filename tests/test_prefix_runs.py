@@ -12,7 +12,7 @@ from engine_runs import WHOLE, assert_same, generate, greedy, sharing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from late_streams import LateCuda, StreamWatch
-from strategies import pipelines, policies
+from strategies import pipelines, policies, with_sparsity
 
 from flexgen_ray import LLM, Placement, Policy, SamplingParams
 from flexgen_ray.request import Request
@@ -43,6 +43,7 @@ PROMPTS = [
 WINDOWS = {"llama": None, "mistral": 23, "gemma3": 17, "qwen2": 35}  # longer than a page
 TIERS = st.sampled_from(["gpu", "cpu"])
 QUOTAS = st.sampled_from([1, 2, 3, 4, 6, 30])
+FOLDED = st.sampled_from([1, 2, 3, 9])  # rows of a group from which on its prefix is attended apart
 EXECUTORS = st.sampled_from(["serial", "async"])
 
 
@@ -66,14 +67,15 @@ def models(tmp_path_factory):
     quota=QUOTAS,
     executor=EXECUTORS,
     is_short=st.booleans(),
+    folded=FOLDED,
     chosen=st.sets(st.sampled_from(range(len(PROMPTS))), min_size=4),
 )
 def test_tokens_are_those_of_transformers(
-    models, name, policy, tier, quota, executor, is_short, chosen
+    models, name, policy, tier, quota, executor, is_short, folded, chosen
 ):
     folder, references = models[name]
     some = [references[index % len(references)] for index in sorted(chosen)]
-    with sharing([tier], quota, is_short) as computed:
+    with sharing([tier], quota, is_short, folded) as computed:
         found = greedy(folder, [it.prompt for it in some], policy, executor=executor, use_ray=False)
     assert_same(found, some)
     numbers = [it.number for it in computed]
@@ -107,11 +109,14 @@ def test_fifty_groups_in_a_block(models, tier):
     quota=QUOTAS,
     executor=EXECUTORS,
     is_short=st.booleans(),
+    folded=FOLDED,
 )
-def test_nor_do_they_depend_on_stages(models, name, pipeline, tiers, quota, executor, is_short):
+def test_nor_do_they_depend_on_stages(
+    models, name, pipeline, tiers, quota, executor, is_short, folded
+):
     folder, references = models[name]
     options = {"pipeline_parallel_size": len(pipeline.layers), "executor": executor}
-    with sharing(tiers, quota, is_short) as computed:
+    with sharing(tiers, quota, is_short, folded) as computed:
         prompts = [it.prompt for it in references]
         found = greedy(folder, prompts, pipeline, use_ray=False, **options)
     assert_same(found, references)
@@ -121,12 +126,30 @@ def test_nor_do_they_depend_on_stages(models, name, pipeline, tiers, quota, exec
 # The second model's kernels for packed caches take half a minute to compile.
 @pytest.mark.parametrize("name", ["llama", pytest.param("mistral", marks=pytest.mark.slow)])
 @settings(max_examples=2)
-@given(policy=policies, bits=st.sampled_from([4, 8]), tier=TIERS, quota=QUOTAS)
-def test_packed_caches_hold_packed_prefixes(models, name, policy, bits, tier, quota):
-    folder, references = models[name]
-    prompts, policy = [it.prompt for it in references], replace(policy, cache_bits=bits)
+@given(policy=policies, bits=st.sampled_from([4, 8]), tier=TIERS, quota=QUOTAS, folded=FOLDED)
+def test_packed_caches_hold_packed_prefixes(models, name, policy, bits, tier, quota, folded):
+    assert_as_whole(models[name], replace(policy, cache_bits=bits), tier, quota, folded)
+
+
+@settings(max_examples=3)
+@given(
+    policy=policies,
+    sparsity=st.sampled_from([0.2, 0.5]),
+    name=st.sampled_from(["llama", "mistral"]),
+    quota=QUOTAS,
+)
+def test_sparse_rows_choose_among_their_prefixes_and_their_own_tokens(
+    models, policy, sparsity, name, quota
+):
+    assert_as_whole(models[name], with_sparsity(policy, sparsity), "gpu", quota, 2)
+
+
+def assert_as_whole(model, policy, tier, quota, folded) -> None:
+    """All but one answer at most are those to whole prompts."""
+    folder, references = model
+    prompts = [it.prompt for it in references]
     wanted = greedy(folder, prompts, policy, use_ray=False, **WHOLE)
-    with sharing([tier], quota) as computed:
+    with sharing([tier], quota, folded=folded) as computed:
         found = greedy(folder, prompts, policy, use_ray=False)
     # Sums that differ in their last bits may choose another code (test_sparse_engine.py).
     same = [a.token_ids == b.token_ids for a, b in zip(found, wanted, strict=True)]
@@ -180,17 +203,17 @@ def test_scores_are_those_of_whole_prompts(models, policy, tier, in_decode):
         assert all(abs(a.logprob - b.logprob) < 1e-4 for a, b in zip(ours, those, strict=True))
 
 
-@settings(max_examples=2)
+@settings(max_examples=3)
 @given(
-    name=st.sampled_from(["llama", "gemma3"]), policy=policies, tier=TIERS, quota=QUOTAS,
-    is_short=st.booleans(),
+    name=st.sampled_from(["llama", "gemma3"]), tier=TIERS, quota=QUOTAS, is_short=st.booleans(),
+    policy=st.builds(with_sparsity, policies, st.sampled_from([0.3, 1.0])), folded=FOLDED,
 )  # fmt: skip
 def test_asynchronous_runs_equal_serial_ones_bit_for_bit(
-    models, name, policy, tier, quota, is_short, monkeypatch
+    models, name, policy, tier, quota, is_short, folded, monkeypatch
 ):
     folder, references = models[name]
     prompts = [it.prompt for it in references]
-    with sharing([tier], quota, is_short) as computed:
+    with sharing([tier], quota, is_short, folded) as computed:
         serial, of_serial = generate(folder, prompts, policy, "serial", monkeypatch)
         count = len(computed)
         tokens, logits = generate(folder, prompts, policy, "async", monkeypatch)
@@ -206,12 +229,13 @@ def test_asynchronous_runs_equal_serial_ones_bit_for_bit(
     executor=EXECUTORS,
     eager=st.sets(st.sampled_from(sorted(ON_STREAMS))),
     is_short=st.booleans(),
+    folded=FOLDED,
 )
 def test_streams_may_be_early_or_late(
-    models, policy, tier, quota, executor, eager, is_short, monkeypatch
+    models, policy, tier, quota, executor, eager, is_short, folded, monkeypatch
 ):
     folder, references = models["llama"]
-    with sharing([tier], quota, is_short) as computed, monkeypatch.context() as patch:
+    with sharing([tier], quota, is_short, folded) as computed, monkeypatch.context() as patch:
         LateCuda(eager=eager).install(patch)
         prompts = [it.prompt for it in references[:9]]
         found = greedy(folder, prompts, policy, use_ray=False, executor=executor)

@@ -11,12 +11,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import opt, policies
+from strategies import opt, policies, with_sparsity
 
 from flexgen_ray.config import PAGE_TOKENS, TIERS, Sharing, Workload
 from flexgen_ray.layout import admission
 from flexgen_ray.layout.admission import Admission
-from flexgen_ray.layout.plan import StagePlan
+from flexgen_ray.layout.pages import pages_of
+from flexgen_ray.layout.plan import FOLDED_ROWS, StagePlan
 from flexgen_ray.layout.rows import PlacedRows, Rows, streamed_pages_of
 from flexgen_ray.request import Request, SamplingParams
 from flexgen_ray.runtime import prefixes
@@ -24,6 +25,7 @@ from flexgen_ray.runtime.passes import Passes
 from flexgen_ray.runtime.prefixes import MOST_LEVELS, find_prefixes, rank_groups
 from flexgen_ray.runtime.scheduler import Scheduler
 from flexgen_ray.schedule.zigzag import StageLayers
+from flexgen_ray.store.kv_cache import streamed_table
 
 MODEL = opt(2, 32, 2)
 MODELS = MODEL, replace(MODEL, sliding_window=20, full_attention_layers=(1,))
@@ -195,17 +197,55 @@ class Cache:
             assert streamed <= plan.slot_pages
             assert sum(count for *_, count in of_kind.prefix_copies) <= space.prefix_slot
             self._assert_owned_once(kind.number)
+            self._assert_folded(of_kind)
 
     def _assert_owned_once(self, kind: int) -> None:
         pages = self.passes._pages
         held = [homes[kind] for homes in pages._homes.values()]
         held += [shared[kind].home for shared in pages._prefixes.values()]
+        held += [home.copy for home in held if home.copy]
         owners = Counter((home.tier, page) for home in held for page in home.pages)
         assert max(owners.values(), default=1) == 1
         for tier, count in zip(TIERS, self.plan.space.all_pools[kind], strict=True):
             taken = [page for of, page in owners if of == tier]
             assert len(taken) == count - pages._pools[kind][tier].free
             assert all(page < count for page in taken)
+
+    def _assert_folded(self, placed: PlacedRows) -> None:
+        """Rows' tables name the pages of folded prefixes, and then their own; sparse rows' all."""
+        users = Counter(
+            shared.number
+            for row in placed.rows.rows
+            for shared in placed.prefixes(row)
+            if not row.is_prefill
+        )
+        streamed = {row.slot for row in placed.streamed}
+        for row in placed.rows.rows:
+            if row.is_prefill:
+                continue
+            chain, own = placed.prefixes(row), placed.home(row)
+            folded = [shared for shared in chain if shared.number in placed.folded]
+            assert folded == [*chain[len(chain) - len(folded) :]]
+            assert len(folded) == len(chain) if self.plan.is_sparse else all(
+                users[shared.number] < FOLDED_ROWS for shared in folded
+            )  # fmt: skip
+            assert (row in placed.sharing) is (len(folded) < len(chain))
+            tokens = row.seq_len + sum(shared.end - shared.start for shared in folded)
+            assert placed.length(row) == tokens <= row.before + row.seq_len
+            if row.slot in streamed:
+                table = streamed_table(placed, row)
+                copied = {
+                    place + x for place, _, count, _ in placed.prefix_copies for x in range(count)
+                }
+                assert copied >= {*table[: pages_of(tokens - row.seq_len)]}
+                continue
+            pages = [
+                page
+                for shared in folded
+                for page in shared.home.on(own.tier).table(pages_of(shared.end - shared.start))
+            ]
+            wanted = [*pages, *own.table(pages_of(row.seq_len))]
+            assert placed.table(row, own).tolist() == wanted
 
     def assert_empty(self) -> None:
         assert not self.passed and not self.kept
@@ -223,9 +263,11 @@ def stages(draw, some: list[list[int]]) -> list[StagePlan]:
         sharing=Sharing(1, quota, quota, 0.0, 1.0),
     )  # fmt: skip
     shape, blocks, model = draw(policies), draw(st.integers(1, 2)), draw(st.sampled_from(MODELS))
+    sparsity = draw(st.sampled_from([0.5, 1.0]))
     plans = []
     for other in (shape, draw(policies)):
         policy = replace(shape, cache=other.cache, cpu_attention=other.cpu_attention)
+        policy = with_sparsity(policy, sparsity)
         layers = StageLayers.whole(2)
         plan = StagePlan(model, layers, policy, workload, "float32", num_blocks=blocks)
         if any(split.cpu for split in plan.splits):

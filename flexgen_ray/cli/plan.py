@@ -202,11 +202,6 @@ def plan(
             "--nodes describes all machines; leave --hardware and --pipeline-parallel-size out"
         )
     machines = [it.with_memory(gpu_memory, cpu_memory, disk_memory) for it in machines]
-    if shared_prefix and attention_sparsity and attention_sparsity < 1:
-        raise ValueError(
-            "--shared-prefix shares nothing with --attention-sparsity, by which each request "
-            "chooses tokens of its own; leave one out"
-        )
     if workload:
         if shared_prefix:
             raise ValueError("--shared-prefix is for prompts of --prompt-len; leave --workload out")

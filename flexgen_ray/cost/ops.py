@@ -29,7 +29,6 @@ from flexgen_ray.cost.prefixes import (
     added,
     attended_prefixes,
     kept_queries,
-    loaded_pages,
     merged_parts,
     prefilled_prefixes,
     sums_bytes,
@@ -326,14 +325,13 @@ class CostModel:
         placed, page = self._placed(op, composition), self.plan.page_bytes
         nbytes = sum(
             count * page * self._share_loaded(prefills)
-            for _, _, count, prefills in placed.streamed_copies
+            for _, _, count, prefills in (*placed.streamed_copies, *placed.prefix_copies)
         )
         # A GPU gets pages from disk as they lie there.
         page = self.plan.disk_page_bytes if self.plan.stages_disk else page
         first_page = placed.kind.first_page
         on_disk = ((row.position, first_page(row.position)) for row in placed.on_disk)
         nbytes += page * sum(pages_of(position) - first for position, first in on_disk)
-        nbytes += loaded_pages(placed) * self.plan.page_bytes
         return self._transfer(_R.H2D, nbytes)
 
     def _share_loaded(self, prefills: bool) -> float:
@@ -364,7 +362,7 @@ class CostModel:
         chosen = self._chosen_tokens(placed, op.layer)
         indices = chosen * self.plan.config.num_kv_heads * CHOICE_BYTES
         rows = [row for _, rows in placed.choosing_runs(self.plan.rows_at_a_time) for row in rows]
-        scored = self._scored(rows, op.layer)
+        scored = self._scored(placed, rows, op.layer)
         return scored | self._transfer(_R.D2H, indices) | {_R.DEVICE_OPS: run_launches(self.plan)}
 
     def _gather_values(self, op: Op, composition: Composition) -> Amounts:
@@ -378,7 +376,7 @@ class CostModel:
     def _chosen_tokens(self, placed: PlacedRows, layer: int) -> int:
         """Tokens whose values are gathered: each row of a run keeps as many as the longest one."""
         chosen = (rows for _, rows in placed.choosing_runs(self.plan.rows_at_a_time))
-        most = ((len(rows), max(row.seq_len for row in rows)) for rows in chosen)
+        most = ((len(rows), max(map(placed.length, rows))) for rows in chosen)
         return sum(count * self.plan.kept_tokens(layer, tokens) for count, tokens in most)
 
     def _attend_device(self, op: Op, composition: Composition) -> Amounts:
@@ -387,9 +385,10 @@ class CostModel:
         rows = [*placed.resident, *streamed]
         # CHOOSE has scored the keys of streamed rows that decode sparsely.
         scored = [row for row in streamed if row.is_prefill or not self.plan.is_sparse]
-        keys = self._scored([*placed.resident, *scored], layer)
+        keys = self._scored(placed, [*placed.resident, *scored], layer)
         share = self.plan.policy.attention_sparsity
-        values = self._attended(((row, 1.0 if row.is_prefill else share) for row in rows), layer)
+        shares = ((row, 1.0 if row.is_prefill else share) for row in rows)
+        values = self._attended(placed, shares, layer)
         runs = self._runs(placed.resident) + self._runs(streamed)
         prompts = sum(row.is_prefill for row in rows)
         passed = elementwise_values(self.plan, OpKind.ATTEND_DEVICE)
@@ -415,21 +414,26 @@ class CostModel:
             return min(decoding, 1)
         return -(-decoding // self.plan.rows_at_a_time)
 
-    def _scored(self, rows: list[Row], layer: int) -> Amounts:
+    def _scored(self, placed: PlacedRows, rows: list[Row], layer: int) -> Amounts:
         """Scores of all keys that these rows' queries see."""
-        return self._attended(((row, 1.0) for row in rows), layer)
+        return self._attended(placed, ((row, 1.0) for row in rows), layer)
 
-    def _attended(self, rows: Iterable[tuple[Row, float]], layer: int) -> Amounts:
+    def _attended(
+        self, placed: PlacedRows, rows: Iterable[tuple[Row, float]], layer: int
+    ) -> Amounts:
         """Keys, or values, that attention reads: of each row, a share of its tokens.
 
-        A quantized cache is dequantized first, and then attended like any other.
+        Folded prefixes of a decoding row count as its own, once for each row. A quantized cache is
+        dequantized first, and then attended like any other.
         """
         config, pairs, tokens = self.plan.config, 0.0, 0.0
         for row, share in rows:
-            before = row.before if row.is_prefill else 0  # decoding rows attend it apart
+            # Decoding rows attend other prefixes apart, and prompts' chunks gather them apart.
+            own = row.seq_len if row.is_prefill else placed.length(row)
+            before = row.before if row.is_prefill else own - row.seq_len
             window = config.attended_tokens(layer, before + row.seq_len)
             pairs += share * _attended_pairs(row, before, window)
-            tokens += share * min(row.seq_len, window + row.num_new_tokens - 1)
+            tokens += share * min(own, window + row.num_new_tokens - 1)
         amounts = {
             _R.FLOPS: 2 * config.q_size * pairs,
             _R.DEVICE_ATTENTION: tokens * config.kv_size * self._element,
@@ -439,8 +443,9 @@ class CostModel:
         return amounts
 
     def _attend_host(self, op: Op, composition: Composition) -> Amounts:
-        attended = self._placed(op, composition).attended
-        tokens = sum(self.plan.config.attended_tokens(op.layer, row.seq_len) for row in attended)
+        placed, config = self._placed(op, composition), self.plan.config
+        lens = map(placed.length, placed.attended)
+        tokens = sum(config.attended_tokens(op.layer, count) for count in lens)
         read = tokens * self._kv_token * self._share_read
         return {_R.HOST_ATTENTION: read, _R.HOST_MEMORY: read}
 

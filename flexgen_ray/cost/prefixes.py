@@ -115,11 +115,6 @@ def sums_bytes(plan: StagePlan, placed: PlacedRows) -> int:
     return bool(placed.sharing) * len(placed.attended) * plan.config.num_heads * _FLOAT32
 
 
-def loaded_pages(placed: PlacedRows) -> int:
-    """Pages of prefixes in host memory that a pass has streamed to the device."""
-    return sum(count for _, _, count in placed.prefix_copies)
-
-
 def added(parts: Iterable[Amounts]) -> Amounts:
     """Sum of amounts."""
     total: Amounts = {}

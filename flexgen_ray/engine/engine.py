@@ -191,17 +191,11 @@ class Engine:
 
     def _choose(self, requests: list[Request], job: JobSharing, name: RequestName) -> PolicyChoice:
         """Choose policies; where prompts share but can't, plan for whole ones, with a note."""
-        settings = self.settings
-        policies = settings.policies.policies if settings.policies else (settings.base,)
-        sparsity = min(policy.attention_sparsity for policy in policies)
-        is_sparse = job.amount is not None and sparsity < 1
-        note = job.note_sparse(sparsity) if is_sparse else None
-        job = job.whole() if is_sparse else job
-        choice = choose_policy(self._problem(requests, job, name), settings.policies)
-        if job.amount is not None and choice.stages[0].workload.sharing is None:
-            note = job.note_no_room(choice.stages)
-        self._can_share = note is None
-        return choice if note is None else replace(choice, notes=(*choice.notes, note))
+        choice = choose_policy(self._problem(requests, job, name), self.settings.policies)
+        self._can_share = job.amount is None or choice.stages[0].workload.sharing is not None
+        if self._can_share:
+            return choice
+        return replace(choice, notes=(*choice.notes, job.note_no_room(choice.stages)))
 
     def _problem(
         self, requests: list[Request], job: JobSharing, name: RequestName

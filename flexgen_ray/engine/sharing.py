@@ -1,7 +1,7 @@
 """Amount of what the prompts of a job share, and what is said about it before the job runs.
 
-A job's prompts share if its policy attends all tokens and memory has room for the prefixes. Where
-they could share and don't, a note names the amount and the remedy. Knows requests, plans and text.
+A job's prompts share if memory has room for the prefixes. Where they could share and don't, a note
+names the amount and the remedy. Knows requests, plans and text.
 """
 
 from __future__ import annotations
@@ -77,13 +77,6 @@ class JobSharing:
             f"({saved / total:.0%}); prefixes of {room:,} tokens at a time take {_memory(stages)}"
         )
 
-    def note_sparse(self, sparsity: float) -> str:
-        """Note on prompts that sparse attention keeps from sharing."""
-        return (
-            f"{self._could} with attention_sparsity {sparsity:g} every sequence chooses among its "
-            "own tokens, so each prompt is computed whole; leave --attention-sparsity out to share"
-        )
-
     def note_no_room(self, stages: Sequence[StagePlan]) -> str:
         """Note on prompts whose prefixes don't fit beside what these plans hold."""
         needed = _memory([_with_sharing(plan, self.amount) for plan in stages])
@@ -119,7 +112,8 @@ def _memory(stages: Sequence[StagePlan]) -> str:
     """Bytes of the prefixes on each tier, in all stages together."""
     taken = dict.fromkeys(_TIERS, 0)
     for plan in stages:
-        taken[plan.prefix_tier] += prefix_bytes(plan)
+        for tier in plan.prefix_tiers:
+            taken[tier] += prefix_bytes(plan)
     return " and ".join(
         f"{format_bytes(size)} of {_TIERS[tier]}" for tier, size in taken.items() if size
     )

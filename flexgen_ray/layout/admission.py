@@ -25,7 +25,7 @@ from typing import Protocol
 import numpy as np
 
 from flexgen_ray.config import PAGE_TOKENS, TIERS
-from flexgen_ray.layout.pages import ALL_PAGES, CacheSpace, pages_of
+from flexgen_ray.layout.pages import ALL_PAGES, BOTH, PLACES, CacheSpace, pages_of
 
 MIXED = 0.25  # deviation of answers' lengths, as a share of their mean, of a mixed job
 PACE = 0.98  # of the pace at which rows that enter one by one would need every page
@@ -257,13 +257,14 @@ class Admission:
     @property
     def prefix_slot(self) -> int | None:
         """Pages of prefixes that a batch may have streamed to the devices; None if none are."""
-        slots = [space.prefix_slot for space in self._spaces if space.prefix_tier == "cpu"]
+        slots = (space.prefix_slot for space in self._spaces if space.prefix_slot)
         return min(slots, default=None)
 
     @property
     def prefix_tiers(self) -> tuple[int, ...]:
-        """Index in TIERS of the prefixes' tier in each stage."""
-        return tuple(TIERS.index(space.prefix_tier) for space in self._spaces)
+        """Index in PLACES of the prefixes' place in each stage."""
+        places = (space.prefix_tiers for space in self._spaces)
+        return tuple(PLACES.index(BOTH if len(it) > 1 else it[0]) for it in places)
 
     def begin_prefix(self, batch: int, slot: int) -> None:
         """Note that a slot is taken by a prefix, whose pages count nowhere here."""
@@ -358,7 +359,7 @@ class Admission:
     def tier(self, batch: int, slot: int) -> int:
         """Index in TIERS of a row's tier in the first stage."""
         if (batch, slot) in self._prefixes:
-            return self.prefix_tiers[0]
+            return TIERS.index(self._spaces[0].prefix_tiers[0])
         return self._books[0].entries[batch, slot].tier
 
 

@@ -34,6 +34,8 @@ from flexgen_ray.config import PAGE_TOKENS, TIERS
 from flexgen_ray.layout.placement import RowSplit
 
 ALL_PAGES = 2**31 - 1  # more than a row ever has
+BOTH = "both"  # place of a prefix that has pages on the device, and a copy in host memory
+PLACES = (*TIERS, BOTH)
 
 
 def pages_of(tokens: float) -> int:
@@ -81,8 +83,9 @@ class CacheSpace:
     both in the first kind, and the others take no more.
     streams_all: True if rows in host memory must all be streamed.
     disk_rows: rows on disk, all batches together.
-    prefix_pages: pages of prefixes that rows share, in each kind and beyond `pools`. prefix_tier:
-    the tier of these; prefix_slot: pages of them that a batch has streamed to the device.
+    prefix_pages: pages of prefixes that rows share, in each kind and beyond `pools`. prefix_tiers:
+    the tiers on which they have so many; prefix_slot: pages that a batch has streamed to the
+    device, 0 if none are.
     """
 
     kinds: tuple[LayerKind, ...]
@@ -94,13 +97,13 @@ class CacheSpace:
     streams_all: bool
     disk_rows: int
     prefix_pages: int = 0
-    prefix_tier: str = "gpu"
+    prefix_tiers: tuple[str, ...] = ("gpu",)
     prefix_slot: int = 0
 
     @property
     def all_pools(self) -> tuple[tuple[int, int, int], ...]:
         """By kind, the pages of each tier's pool with those of prefixes."""
-        more = tuple(self.prefix_pages * (tier == self.prefix_tier) for tier in TIERS)
+        more = tuple(self.prefix_pages * (tier in self.prefix_tiers) for tier in TIERS)
         return tuple(
             (gpu + more[0], cpu + more[1], disk + more[2]) for gpu, cpu, disk in self.pools
         )
@@ -116,17 +119,30 @@ class Home:
 
     tier: one of TIERS; pages: the row's pages in the tier's pool, in the order of its tokens; tail:
     place of a row on disk for its newest page, which is in host memory, else -1. most: number of
-    pages after which they are taken again in turn.
+    pages after which they are taken again in turn. copy: pages of a prefix in host memory that has
+    them on the device, too.
     """
 
     def __init__(
-        self, tier: str, pages: tuple[int, ...], tail: int = -1, most: int = ALL_PAGES
+        self,
+        tier: str,
+        pages: tuple[int, ...],
+        tail: int = -1,
+        most: int = ALL_PAGES,
+        copy: Home | None = None,
     ) -> None:
         self.tier = tier
         self.pages = pages
         self.tail = tail
         self.most = most
+        self.copy = copy
         self._table: np.ndarray | None = None
+
+    def on(self, tier: str) -> Home | None:
+        """Pages on a tier; None if there are none."""
+        if tier == self.tier:
+            return self
+        return self.copy.on(tier) if self.copy else None
 
     def page(self, index: int) -> int:
         """Page with the row's tokens from PAGE_TOKENS * index on."""
@@ -263,15 +279,18 @@ class StagePages:
     ) -> None:
         """Give a row its homes, with pages for as many tokens as `count` pages hold.
 
-        chain: numbers of the prefixes that precede its own tokens.
+        tier: one of PLACES. chain: numbers of the prefixes that precede its own tokens.
         """
         if chain:
             self._chains[batch, slot] = chain
         tail = self._tails.pop() if tier == "disk" else -1
-        self._homes[batch, slot] = tuple(
-            Home(tier, pools[tier].take(min(count, kind.most_pages)), tail, kind.most_pages)
-            for kind, pools in zip(self._space.kinds, self._pools, strict=True)
-        )
+        homes = []
+        for kind, pools in zip(self._space.kinds, self._pools, strict=True):
+            pages, most = min(count, kind.most_pages), kind.most_pages
+            copy = Home("cpu", pools["cpu"].take(pages), most=most) if tier == BOTH else None
+            own = "gpu" if tier == BOTH else tier
+            homes.append(Home(own, pools[own].take(pages), tail, most, copy))
+        self._homes[batch, slot] = tuple(homes)
 
     def grow(self, batch: int, slot: int, count: int) -> None:
         """Give a row more pages, which follow its last one if that is free.
@@ -309,13 +328,20 @@ class StagePages:
     def drop(self, number: int) -> None:
         """Take back the pages of a prefix."""
         for shared, pools in zip(self._prefixes.pop(number), self._pools, strict=True):
-            pools[shared.home.tier].give(shared.home.pages)
+            _give(pools, shared.home)
 
     def leave(self, batch: int, slot: int) -> None:
         """Take back what a row had."""
         homes = self._homes.pop((batch, slot))
         self._chains.pop((batch, slot), None)
         for home, pools in zip(homes, self._pools, strict=True):
-            pools[home.tier].give(home.pages)
+            _give(pools, home)
         if homes[0].tail >= 0:
             self._tails.append(homes[0].tail)
+
+
+def _give(pools: dict[str, PagePool], home: Home) -> None:
+    """Give the pages of a home back, and those of its copy."""
+    pools[home.tier].give(home.pages)
+    if home.copy:
+        _give(pools, home.copy)

@@ -25,6 +25,9 @@ GROUP_BYTES = 256 * 2**20  # of experts that stream apart from their layer's oth
 # Most bytes that attention of several decoding rows takes beside their cache; that a prompt's
 # repeated keys and values take, if those of one KV head don't take more; and that its mask does.
 ATTENTION_WORKSPACE = 64 * 2**20
+# Decoding rows from which on a prefix is attended once for all of them. Fewer attend it as pages of
+# their own, which takes no launches and no merge.
+FOLDED_ROWS = 8
 QUERY_TILE = 512  # most queries whose mask over a cached prefix is built at a time
 EXPERT_ROWS = 256  # rows of an expert from which on reading it takes less time than its products
 WAITING = 4096  # tokens of prompts that wait for experts, or as many as decode
@@ -39,7 +42,8 @@ class StagePlan:
     device reads them directly into its slots. num_blocks: blocks in flight, each with its own
     cache. hops_on_device: True if hidden states go from GPU to GPU, not through the hosts.
     pages_per_row: pages of the cache for each row of the block; None for those of a row of mean
-    length. prefix_tier: "gpu" or "cpu", where prefixes lie that rows share.
+    length. prefix_tier: "gpu" or "cpu", where prefixes lie that rows share
+    and attend whole.
     """
 
     config: ModelConfig
@@ -242,15 +246,15 @@ class StagePlan:
             streams_all=self.policy.cpu_attention == 0,
             disk_rows=rows[2],
             prefix_pages=self.prefix_pages,
-            prefix_tier=self.prefix_tier,
-            prefix_slot=self._prefix_slot,
+            prefix_tiers=self.prefix_tiers,
+            prefix_slot=self._prefix_slot(bool(may_stream)),
         )
 
     @cached_property
     def prefix_pages(self) -> int:
-        """Pages of prefixes that rows share; 0 with sparse attention, which chooses by row."""
+        """Pages of prefixes that rows share, on each of their tiers."""
         sharing = self.workload.sharing
-        if sharing is None or self.is_sparse:
+        if sharing is None:
             return 0
         batches = self.num_batches + 1  # prefixes are computed ahead for one batch
         rows = batches * self.policy.gpu_batch_size
@@ -259,13 +263,37 @@ class StagePlan:
     @property
     def marked_pages(self) -> int:
         """Pages of the tier with prefixes, which are marked if hidden states aren't finite."""
-        return self.space.all_pools[0][TIERS.index(self.prefix_tier)] if self.prefix_pages else 0
+        number = TIERS.index(self.prefix_tiers[0])
+        return self.space.all_pools[0][number] if self.prefix_pages else 0
 
     @property
-    def _prefix_slot(self) -> int:
-        """Pages of prefixes that a batch has streamed to the device."""
+    def prefix_tiers(self) -> tuple[str, ...]:
+        """Tiers where prefixes lie; the first is the one on which they are computed.
+
+        A sparse row chooses among the tokens of its prefixes and its own, so prefixes lie wherever
+        rows do.
+        """
+        if not self.is_sparse:
+            return (self.prefix_tier,)
+        return tuple(tier for tier in ("gpu", "cpu") if getattr(self.policy.cache, tier) > 0)
+
+    @property
+    def folded_rows(self) -> int:
+        """Decoding rows below which those that share a prefix attend it as pages of their own."""
+        return self.policy.gpu_batch_size + 1 if self.is_sparse else FOLDED_ROWS
+
+    @property
+    def merges_parts(self) -> bool:
+        """True if attention to prefixes may be merged with that to rows' own tokens."""
+        return self.prefix_pages > 0 and not self.is_sparse
+
+    def _prefix_slot(self, may_stream: bool) -> int:
+        """Pages of prefixes that a batch has streamed to the device; may_stream: rows, too."""
         sharing = self.workload.sharing
-        if not self.prefix_pages or sharing is None or self.prefix_tier == "gpu":
+        tiers, needs_slot = self.prefix_tiers, self.is_sparse and may_stream
+        if not self.prefix_pages or sharing is None or "cpu" not in tiers:
+            return 0
+        if "gpu" in tiers and not needs_slot:
             return 0
         pages = sharing.pages(self.policy.gpu_batch_size)
         return min(pages, self.prefix_pages)

@@ -34,7 +34,8 @@ class _Sharing(Composition):
 
     def __init__(self, plan: StagePlan, rows: Rows) -> None:
         super().__init__(rows, plan.splits)
-        self._tier = plan.prefix_tier
+        self.folded_rows = plan.folded_rows
+        self._tiers = plan.prefix_tiers
         self._groups = _find_groups(plan, len(rows.rows))
 
     def _divided(self, split: RowSplit, kind: LayerKind) -> list[Division]:
@@ -50,8 +51,12 @@ class _Sharing(Composition):
         ]
 
     def _home(self, tokens: int, kind: LayerKind) -> Home:
-        pages = min(tokens // PAGE_TOKENS, kind.most_pages)
-        return Home(self._tier, tuple(range(pages)), most=kind.most_pages)
+        pages = tuple(range(min(tokens // PAGE_TOKENS, kind.most_pages)))
+        copy = None
+        for tier in reversed(self._tiers):
+            copy = Home(tier, pages, most=kind.most_pages, copy=copy)
+        assert copy is not None
+        return copy
 
 
 def _find_groups(plan: StagePlan, rows: int) -> list[list[tuple[int, int, int]]]:

@@ -10,11 +10,14 @@ Knows slots, tokens and homes; no tensors.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
 from typing import Any, Generic, TypeVar
+
+import numpy as np
 
 from flexgen_ray.config import PAGE_TOKENS
 from flexgen_ray.layout.pages import FULL, Home, LayerKind, SharedHome, pages_of
@@ -103,8 +106,8 @@ class Rows:
     left since the batch's last pass. grown: (slot, pages) of what rows got then. completed: (slot,
     prefix, its tokens) of rows that are prefixes, complete before this pass. dropped: prefixes
     whose pages are taken back. entered: (slot, pages, tier in each stage, prefixes) of rows that
-    entered after all that, in order; tiers are indices in TIERS, prefixes the numbers of those that
-    precede the row's own tokens.
+    entered after all that, in order; tiers are indices in PLACES, prefixes the numbers of those
+    that precede the row's own tokens.
     prefill_tokens: tokens of prompts among those that the pass brings, without those of rows that
     were set back. saved_tokens: tokens of prompts that are done without it, known to the first
     stage alone; below 0 in a pass that computes a prefix again.
@@ -168,6 +171,8 @@ class Composition:
     splits: of each batch, the number of slots in each division, in the order of RowSplit.
     """
 
+    folded_rows = 0  # as in PlacedRows
+
     def __init__(self, rows: Rows, splits: Sequence[RowSplit]) -> None:
         self.rows = rows
         self._splits = splits
@@ -183,7 +188,7 @@ class Composition:
         key = self._splits[batch], kind
         placed = self._placed.get(key)
         if placed is None:
-            placed = PlacedRows(self.rows, self._divided(*key), kind)
+            placed = PlacedRows(self.rows, self._divided(*key), kind, self.folded_rows)
             self._placed[key] = placed
         return placed
 
@@ -222,13 +227,15 @@ def divided(rows: Rows, split: RowSplit) -> list[Division]:
 class PlacedRows:
     """Rows of a pass by where their cache lies and who attends it, in layers of a kind.
 
-    divisions: of each row. memo: results that stores derive from the rows, by key and variant (see
-    `memoized`).
+    divisions: of each row. folded_rows: decoding rows below which those that share a prefix attend
+    it as pages of their own. memo: results that stores derive from the rows, by key and variant
+    (see `memoized`).
     """
 
     rows: Rows
     divisions: Sequence[Division]
     kind: LayerKind = FULL
+    folded_rows: int = 0
     memo: dict[tuple[MemoKey, Hashable], Any] = field(default_factory=dict, compare=False)
 
     def memoized(self, key: MemoKey[T], make: Callable[[], T], variant: Hashable = None) -> T:
@@ -253,13 +260,62 @@ class PlacedRows:
         """Prefixes that precede a row's own tokens, in their order."""
         return self._of_slot[row.slot].prefixes
 
+    def host_home(self, row: Row) -> Home:
+        """Pages of a row in host memory."""
+        home = self.home(row).on("cpu")
+        assert home is not None, f"{row} has no pages in host memory"
+        return home
+
     @cached_property
-    def _all_prefixes(self) -> list[SharedHome]:
-        """Every prefix of the pass once."""
+    def _sharing_divisions(self) -> list[tuple[Row, Division]]:
+        """Rows that share prefixes."""
         if not self.rows.share_prefixes:
             return []
-        shared = (it for division in self.divisions for it in division.prefixes)
-        return list({it.number: it for it in shared}.values())
+        pairs = zip(self.rows.rows, self.divisions, strict=True)
+        return [pair for pair in pairs if pair[1].prefixes]
+
+    @cached_property
+    def folded(self) -> frozenset[int]:
+        """Prefixes that decoding rows attend as pages of their own, in front of these.
+
+        They have fewer decoding rows than `folded_rows`, and lie on the tier of all of these rows'
+        own pages. If a prefix is folded, so are those after it.
+        """
+        users, apart = Counter[int](), set[int]()
+        for row, division in self._sharing_divisions:
+            tier = "gpu" if division.tier == "gpu" else "cpu"
+            for shared in division.prefixes if not row.is_prefill else ():
+                users[shared.number] += 1
+                if shared.home.on(tier) is None:
+                    apart.add(shared.number)
+        few = (number for number, count in users.items() if count < self.folded_rows)
+        return frozenset(few) - apart
+
+    @cached_property
+    def _folded_of(self) -> dict[int, list[SharedHome]]:
+        """{slot: folded prefixes} of decoding rows."""
+        return {
+            row.slot: [it for it in division.prefixes if it.number in self.folded]
+            for row, division in (self._sharing_divisions if self.folded else ())
+            if not row.is_prefill
+        }
+
+    def length(self, row: Row) -> int:
+        """Tokens that a decoding row attends together: its own, after those of folded prefixes."""
+        return row.seq_len + sum(it.end - it.start for it in self._folded_of.get(row.slot, ()))
+
+    def table(self, row: Row, own: Home, in_slot: bool = False) -> np.ndarray:
+        """Pages of the tokens that a decoding row attends together, int32.
+
+        own: its pages; in_slot: True if they lie in the streaming slot.
+        """
+        tables = []
+        for shared in self._folded_of.get(row.slot, ()):
+            home = self.loaded_prefixes[shared.number] if in_slot else shared.home.on(own.tier)
+            assert home is not None, f"prefix {shared.number} doesn't lie beside {row}"
+            tables.append(home.table(pages_of(shared.end - shared.start)))
+        last = own.table(pages_of(row.seq_len))
+        return np.concatenate([*tables, last]) if tables else last
 
     @cached_property
     def places(self) -> dict[int, int]:
@@ -269,13 +325,15 @@ class PlacedRows:
 
     @cached_property
     def sharing(self) -> list[Row]:
-        """Decoding rows that share prefixes."""
-        if not self.rows.share_prefixes:
-            return []
-        return self._select(lambda row, it: bool(it.prefixes) and not row.is_prefill)
+        """Decoding rows that attend prefixes apart from their own tokens."""
+        return [
+            row
+            for row, division in self._sharing_divisions
+            if not row.is_prefill and division.prefixes[0].number not in self.folded
+        ]
 
     def shared(self, window: int | None) -> list[tuple[SharedHome, list[Row]]]:
-        """Each prefix with the decoding rows that attend any of its tokens, in their order.
+        """Each prefix with the decoding rows that attend any of its tokens apart, in their order.
 
         window: of the layer; None for all tokens.
         """
@@ -283,31 +341,44 @@ class PlacedRows:
         for row in self.sharing:
             first = first_attended(row, window)
             for shared in self.prefixes(row):
-                if first < shared.end:
+                if first < shared.end and shared.number not in self.folded:
                     users.setdefault(shared.number, (shared, []))[1].append(row)
         return list(users.values())
 
     @cached_property
-    def prefix_copies(self) -> list[tuple[int, int, int]]:
-        """(place in the slot for prefixes, page, number of pages) of those in host memory."""
-        copies, place = [], 0
-        for shared in self._all_prefixes:
-            if shared.home.tier == "cpu":
-                for index, page, count in shared.home.runs(0, len(shared.home.pages)):
-                    copies.append((place + index, page, count))
-                place += len(shared.home.pages)
-        return copies
+    def _streamed_prefixes(self) -> dict[int, tuple[Home, bool]]:
+        """{prefix: its pages in host memory, whether prompts attend it} of those that are streamed.
+
+        Rows that the host attends need none there that are folded into them.
+        """
+        streamed: dict[int, tuple[Home, bool]] = {}
+        for row, division in self._sharing_divisions:
+            in_slot = division.tier != "gpu" and not division.on_host
+            for shared in division.prefixes:
+                is_folded = shared.number in self.folded and not row.is_prefill
+                home = shared.home.on("cpu")
+                if home and (in_slot if is_folded else shared.home.on("gpu") is None):
+                    _, prefills = streamed.get(shared.number, (home, False))
+                    streamed[shared.number] = home, prefills or row.is_prefill
+        return streamed
+
+    @cached_property
+    def prefix_copies(self) -> list[tuple[int, int, int, bool]]:
+        """Copies that bring prefixes in host memory, as `streamed_copies`."""
+        return [
+            (self.loaded_prefixes[number].pages[0] + index, page, count, prefills)
+            for number, (home, prefills) in self._streamed_prefixes.items()
+            for index, page, count in home.runs(0, len(home.pages))
+        ]
 
     @cached_property
     def loaded_prefixes(self) -> dict[int, Home]:
-        """{prefix: its pages in the slot for prefixes} of those in host memory."""
-        homes, place = {}, 0
-        for shared in self._all_prefixes:
-            count = len(shared.home.pages)
-            if shared.home.tier == "cpu":
-                pages = tuple(range(place, place + count))
-                homes[shared.number] = Home("gpu", pages, most=shared.home.most)
-                place += count
+        """{prefix: its pages in the streaming slot, after those of rows} of streamed prefixes."""
+        homes, place = {}, sum(streamed_pages_of(row, self.kind) for row in self.streaming)
+        for number, (home, _) in self._streamed_prefixes.items():
+            pages = tuple(range(place, place + len(home.pages)))
+            homes[number] = Home("gpu", pages, most=home.most)
+            place += len(pages)
         return homes
 
     def _select(self, accepts: Callable[[Row, Division], bool]) -> list[Row]:
@@ -320,9 +391,11 @@ class PlacedRows:
         return self._select(lambda row, it: it.tier == "gpu")
 
     @cached_property
-    def off_device(self) -> list[Row]:
-        """Rows whose cache lies in host memory or on disk."""
-        return self._select(lambda row, it: it.tier != "gpu")
+    def stored(self) -> list[Row]:
+        """Rows whose cache, or a copy of it, lies in host memory or on disk."""
+        return self._select(
+            lambda row, it: it.tier != "gpu" or (it.home is not None and it.home.copy is not None)
+        )
 
     @cached_property
     def attended(self) -> list[Row]:
@@ -391,7 +464,7 @@ class PlacedRows:
 
     @cached_property
     def _pieces(self) -> list[Piece]:
-        return [piece for row in self.off_device for piece in cut_at_pages(row, self.kind)]
+        return [piece for row in self.stored for piece in cut_at_pages(row, self.kind)]
 
     @cached_property
     def num_stored(self) -> int:

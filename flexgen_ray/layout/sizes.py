@@ -160,7 +160,7 @@ def sinks_bytes(plan: StagePlan) -> int:
 
 
 def prefix_bytes(plan: StagePlan) -> int:
-    """Bytes of the cache, on the prefixes' tier, that are for prefixes which rows share."""
+    """Bytes of the cache, on each of the prefixes' tiers, for prefixes which rows share."""
     return plan.prefix_pages * plan.num_decoder_layers * plan.page_bytes
 
 
@@ -176,7 +176,7 @@ def _cache_bytes(plan: StagePlan) -> dict[str, dict[str, int]]:
     vectors = plan.attended_rows * plan.config.q_size * plan.element_bytes
     chosen = plan.choosing_rows * plan.max_kept_tokens * plan.config.num_kv_heads
     slot = (plan.slot_pages + space.prefix_slot) * page + chosen * plan.vector_bytes
-    sums = plan.attended_rows * plan.config.num_heads * 4 if plan.prefix_pages else 0
+    sums = plan.attended_rows * plan.config.num_heads * 4 if plan.merges_parts else 0
     return {
         "gpu": {
             "cache": gpu * page,
@@ -252,7 +252,7 @@ def merged_bytes(plan: StagePlan) -> int:
     """
     vectors = plan.policy.gpu_batch_size * plan.config.num_heads
     each = (plan.config.head_dim + 2) * 4 + plan.config.head_dim * plan.element_bytes
-    return vectors * each if plan.prefix_pages else 0
+    return vectors * each if plan.merges_parts else 0
 
 
 def _has_arrivals(plan: StagePlan) -> bool:
@@ -368,6 +368,9 @@ def _decoding_bytes(plan: StagePlan, on_cpu: bool) -> int:
     if on_cpu and not plan.is_sparse and plan.max_seq_len > PART_TOKENS:
         # A row of several parts has half a part's tokens in each, or more.
         cached = sum(plan.space.pages) * PAGE_TOKENS
+        sharing = plan.workload.sharing
+        if sharing is not None:
+            cached += plan.policy.gpu_batch_size * sharing.most_tokens
         rows = plan.policy.gpu_batch_size * -(-plan.max_seq_len // PART_TOKENS)
         parts = min(rows, 2 * cached // PART_TOKENS)
     return max(copied, parts * plan.config.num_heads * (plan.config.head_dim + 64) * 4)

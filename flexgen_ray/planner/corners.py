@@ -301,7 +301,8 @@ def _tier_bytes(plan: StagePlan) -> dict[str, int]:
     nbytes = {tier: some[tier] + (batches - few) * (more[tier] - some[tier]) for tier in TIERS}
     # These don't grow with every batch.
     nbytes["gpu"] += experts_bytes(plan)
-    nbytes[plan.prefix_tier] += prefix_bytes(plan)
+    for tier in plan.prefix_tiers:
+        nbytes[tier] += prefix_bytes(plan)
     return nbytes | {"cpu": nbytes["cpu"] + staged_bytes(plan)}
 
 
@@ -310,7 +311,8 @@ def _unstaged_bytes(plan: StagePlan) -> dict[str, int]:
     """{tier: bytes} without the staging buffer of weights, prefixes, and what experts take."""
     need = tier_totals(stage_bytes(plan))
     nbytes = {tier: getattr(need, tier) for tier in TIERS}
-    nbytes[plan.prefix_tier] -= prefix_bytes(plan)
+    for tier in plan.prefix_tiers:
+        nbytes[tier] -= prefix_bytes(plan)
     nbytes["gpu"] -= experts_bytes(plan)
     return nbytes | {"cpu": nbytes["cpu"] - staged_bytes(plan)}
 

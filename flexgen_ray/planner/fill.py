@@ -80,8 +80,9 @@ def place_prefixes(
 
 
 def may_hold_prefixes(plan: StagePlan) -> bool:
-    """True if prefixes that rows share may lie on the plan's tier for them."""
-    return plan.prefix_tier == "gpu" or any(split.cpu for split in plan.splits)
+    """True if prefixes that rows share may lie on the plan's tiers for them."""
+    is_free = plan.is_sparse or plan.prefix_tier == "gpu"
+    return is_free or any(split.cpu for split in plan.splits)
 
 
 def with_spare_pages(

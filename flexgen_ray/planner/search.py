@@ -98,11 +98,11 @@ def find_best_plan(planner: Planner, on_estimate: OnEstimate = _ignore) -> Pipel
     """The fastest of the grid's most promising plans, simulated if lanes overlap.
 
     Prefixes that requests share lie on the device; in host memory if that is faster for blocks
-    about as large, or if nothing fits else.
+    about as large, or if nothing fits else. With sparse attention they lie where rows do.
     on_estimate: called early with the best of a few shapes, about as fast as the plan will be.
     Raises Infeasible, which says what the smallest block lacks, if nothing fits.
     """
-    if planner.job.sharing is None:
+    if planner.job.sharing is None or planner.search.base.attention_sparsity < 1:
         return _find_best(planner, on_estimate)
     on_host = replace(planner, prefix_tier="cpu")
     try:

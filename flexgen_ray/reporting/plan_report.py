@@ -152,7 +152,8 @@ class PlanReport:
         who = "all requests" if groups == 1 else f"{groups:,} groups of requests"
         if not stage.prefix_pages:
             return [f"prefixes: {who} share {sharing.most_tokens:,} tokens, but are computed whole"]
-        tier = {"gpu": "GPU", "cpu": "host"}[stage.prefix_tier]
+        names = {"gpu": "GPU", "cpu": "host"}
+        tier = " and ".join(names[tier] for tier in stage.prefix_tiers)
         return [
             f"prefixes: assumes that {who} share the first {sharing.most_tokens:,} of "
             f"{job.prompt_len:,} prompt tokens, computed once and kept in {tier} memory"

@@ -54,7 +54,7 @@ from flexgen_ray.layout.rows import (
 from flexgen_ray.runtime.passes import DecodeRows, find_decode_runs
 from flexgen_ray.schedule.ops import Op
 from flexgen_ray.store.activations import CellBuffers
-from flexgen_ray.store.kv_cache import KVCache, streamed_home
+from flexgen_ray.store.kv_cache import KVCache, streamed_home, streamed_table
 from flexgen_ray.store.tiers import TORCH_DTYPE
 
 _Runs = list[DecodeRows]
@@ -124,9 +124,8 @@ class DeviceAttention:
         self._weights[op.cell_slot] = []
         keys = cache.streamed_pages(op)[0]
         for first, rows in placed.choosing_runs(self._plan.rows_at_a_time):
-            lens = [row.seq_len for row in rows]
-            homes = [(streamed_home(placed, row), pages_of(row.seq_len)) for row in rows]
-            tables = page_table([home.table(count) for home, count in homes])
+            lens = [placed.length(row) for row in rows]
+            tables = page_table([streamed_table(placed, row) for row in rows])
             tokens = attention.span(lens, window)
             k = attention.gather_pages(keys, self._on_device(tables), tokens)
             q = torch.cat([work.q[row.tokens] for row in rows])
@@ -148,24 +147,31 @@ class DeviceAttention:
             self._attend_chosen(op, placed, target)
         else:
             cache.append_streamed(op, placed, work)
-        for key, rows, pool, home in (
-            (_RESIDENT_RUNS, placed.resident, cache.device_pages(op), placed.home),
-            (
-                _STREAMED_RUNS,
-                placed.streamed,
-                cache.streamed_pages(op),
-                partial(streamed_home, placed),
-            ),
+        for key, rows, pool in (
+            (_RESIDENT_RUNS, placed.resident, cache.device_pages(op)),
+            (_STREAMED_RUNS, placed.streamed, cache.streamed_pages(op)),
         ):
             if key is _RESIDENT_RUNS or not self._plan.is_sparse:
-                make = partial(find_decode_runs, placed, rows, home, self._device)
-                for run in placed.memoized(key, make):
+                for run in placed.memoized(key, partial(self._runs, placed, key)):
                     sums = work.own_sums[run.places] if placed.sharing else None
                     self._decode(op, work.q[run.tokens], pool, run, target[run.tokens], sums)
+            home = placed.home if key is _RESIDENT_RUNS else partial(streamed_home, placed)
             self._prefill_rows(op, placed, work, rows, pool, home)
         if placed.sharing:
             self._attend_prefixes(op, placed, work)
         cache.append_resident(op, placed, work, prefills=True)
+
+    def _runs(self, placed: PlacedRows, key: MemoKey[_Runs]) -> _Runs:
+        """Runs of decoding rows on the device, or of those that are streamed to it."""
+        if key is _STREAMED_RUNS:
+            table = partial(streamed_table, placed)
+            return find_decode_runs(placed, placed.streamed, table, self._device)
+        return find_decode_runs(
+            placed,
+            placed.resident,
+            lambda row: placed.table(row, placed.home(row)),
+            self._device,
+        )
 
     def _decode(
         self,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from flexgen_ray.kernels.host_kernel import HostKernel, rows_together
 from flexgen_ray.kernels.sampling import NOT_FINITE, Scores, sample, score
-from flexgen_ray.layout.pages import page_table, pages_of
+from flexgen_ray.layout.pages import page_table
 from flexgen_ray.layout.plan import StagePlan
 from flexgen_ray.layout.rows import Composition, MemoKey, PlacedRows, Rows
 from flexgen_ray.layout.sizes import scored_tokens_at_a_time
@@ -308,7 +308,7 @@ class OpHandlers:
         if self.plan.prefix_pages:
             slots, pages = current.users
             not_finite.index_add_(0, slots, self._of_pages[pages])
-            slots, pages = current.first_pages(self.plan.prefix_tier)
+            slots, pages = current.first_pages(self.plan.prefix_tiers[0])
             self._of_pages[pages] = not_finite[slots]
 
     def _score_prompts(self, op: Op) -> list[Scores]:
@@ -356,9 +356,9 @@ class OpHandlers:
 
 
 def host_tables(placed: PlacedRows) -> tuple[Tensor, list[int]]:
-    """Tables of the pages of rows that the host attends, int32 [rows, pages], and their lengths."""
-    lens = [row.seq_len for row in placed.attended]
-    pages = [placed.home(row).table(pages_of(row.seq_len)) for row in placed.attended]
+    """Tables of the pages that the host attends, int32 [rows, pages], and rows' lengths there."""
+    lens = [placed.length(row) for row in placed.attended]
+    pages = [placed.table(row, placed.home(row)) for row in placed.attended]
     return torch.from_numpy(page_table(pages)), lens
 
 

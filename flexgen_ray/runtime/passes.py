@@ -27,14 +27,14 @@ from functools import cached_property
 from itertools import islice
 from math import isnan
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from flexgen_ray.config import TIERS
 from flexgen_ray.cost.ops import sampling_share
 from flexgen_ray.kernels.indices import place_indices
 from flexgen_ray.kernels.sampling import NOT_FINITE
-from flexgen_ray.layout.pages import Home, LayerKind, StagePages, page_table, pages_of
+from flexgen_ray.layout.pages import PLACES, LayerKind, StagePages, page_table
 from flexgen_ray.layout.placement import TokenShare
 from flexgen_ray.layout.plan import StagePlan
 from flexgen_ray.layout.rows import (
@@ -369,7 +369,7 @@ class Passes:
         for number in rows.dropped:
             self._pages.drop(number)
         for slot, count, tiers, chain in rows.entered:
-            self._pages.enter(batch, slot, count, TIERS[tiers[self._number]], chain)
+            self._pages.enter(batch, slot, count, PLACES[tiers[self._number]], chain)
         homes = [self._pages.homes(batch, row.slot) for row in rows.rows]
         on_host = self._attended_by_host(rows, [each[0].tier for each in homes])
         shared = [self._pages.prefixes(batch, row.slot) for row in rows.rows]
@@ -379,7 +379,7 @@ class Passes:
             number = kind.number
             own = ((row.slot in on_host, each[number], of[number]) for row, each, of in triples)
             divisions = [Division(home.tier, takes, home, of) for takes, home, of in own]
-            placed.append(PlacedRows(rows, divisions, kind))
+            placed.append(PlacedRows(rows, divisions, kind, self._plan.folded_rows))
         return placed
 
     def _attended_by_host(self, rows: Rows, tiers: list[str]) -> set[int]:
@@ -390,8 +390,9 @@ class Passes:
         """
         pairs = list(zip(rows.rows, tiers, strict=True))
         decoding = [row for row, tier in pairs if tier == "cpu" and not row.is_prefill]
-        attended = self._plan.attended_tokens
-        chosen = self._on_host.choose([attended(row.seq_len) for row in decoding])
+        # Sparse rows attend prefixes as their own.
+        lens = [row.seq_len + row.before * self._plan.is_sparse for row in decoding]
+        chosen = self._on_host.choose([self._plan.attended_tokens(each) for each in lens])
         on_host = {row.slot for row, takes in zip(decoding, chosen, strict=True) if takes}
         if not self._plan.attends_on_host:
             return on_host
@@ -413,8 +414,8 @@ class DecodeRows:
     """Run of decoding rows that are neighbours among the packed tokens.
 
     tokens: their packed tokens; places: among the decoding rows of the pass. tables: int32 [rows,
-    pages], their pages in a pool; lens: tokens of each row; num_tokens: int32 [rows], the same
-    numbers. Tensors are on the pool's device.
+    pages], their pages in a pool; lens: tokens of each row, with those of folded prefixes;
+    num_tokens: int32 [rows], the same numbers. Tensors are on the pool's device.
     """
 
     tokens: slice
@@ -425,15 +426,14 @@ class DecodeRows:
 
 
 def find_decode_runs(
-    placed: PlacedRows, rows: list[Row], home: Callable[[Row], Home], device: torch.device
+    placed: PlacedRows, rows: list[Row], table: Callable[[Row], np.ndarray], device: torch.device
 ) -> list[DecodeRows]:
-    """Runs of the decoding rows among some rows of a pass; home: pages of a row."""
+    """Runs of the decoding rows among some rows of a pass; table: pages of a row."""
     runs = []
     for run in decoding_runs(row for row in rows if not row.is_prefill):
-        lens = [row.seq_len for row in run]
-        pages = [home(row).table(pages_of(row.seq_len)) for row in run]
+        lens = [placed.length(row) for row in run]
         tokens = slice(run[0].offset, run[0].offset + len(run))
-        tables = place_indices(page_table(pages), device, torch.int32)
+        tables = place_indices(page_table([*map(table, run)]), device, torch.int32)
         num_tokens = place_indices(lens, device, torch.int32)
         first = placed.places[run[0].slot]
         places = slice(first, first + len(run))

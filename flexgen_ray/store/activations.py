@@ -185,7 +185,7 @@ class HiddenStore:
     def _allocate_merged(self, tiers: Tiers) -> list[tuple[Tensor, ...]]:
         """Float32 tensors of each cell slot by which parts of attention merge."""
         plan, heads = self.plan, self.plan.config.num_heads
-        rows = plan.policy.gpu_batch_size if plan.prefix_pages else 0
+        rows = plan.policy.gpu_batch_size if plan.merges_parts else 0
         vectors, sums = (rows, heads, plan.config.head_dim), (rows, heads)
         shapes = [(vectors, torch.float32), (sums, torch.float32), (sums, torch.float32)]
         shapes.append((vectors, self._dtype))

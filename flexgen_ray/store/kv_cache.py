@@ -40,10 +40,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from math import prod
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from flexgen_ray.layout.pages import PAGE_TOKENS, Home, SharedHome, page_table, pages_of
+from flexgen_ray.layout.pages import PAGE_TOKENS, Home, SharedHome, page_table
 from flexgen_ray.layout.plan import StagePlan
 from flexgen_ray.layout.rows import (
     MemoKey,
@@ -76,10 +77,7 @@ class KVCache:
         self._width = plan.vector_bytes // self._dtype.itemsize
         self._gpu, self._cpu, self._disk_layers = self._allocate_layers(tiers)
         self._streamed = self._allocate_pages(
-            tiers.gpu, "cache in flight", CELL_SLOTS, plan.slot_pages
-        )
-        self._prefix_slots = self._allocate_pages(
-            tiers.gpu, "cache in flight", CELL_SLOTS, plan.space.prefix_slot
+            tiers.gpu, "cache in flight", CELL_SLOTS, plan.slot_pages + plan.space.prefix_slot
         )
         # A row from disk, in its layout there; a lane of its own fills and empties it, in order.
         memory = tiers.gpu.allocate("cache in flight", arriving_bytes(plan))
@@ -103,7 +101,7 @@ class KVCache:
             for _ in range(2)
         )
         # Logarithms of the sums of exp(score), by which results merge with those of prefixes.
-        rows = plan.attended_rows if plan.prefix_pages else 0
+        rows = plan.attended_rows if plan.merges_parts else 0
         sums = CELL_SLOTS, rows, plan.config.num_heads
         memory = tiers.cpu.allocate("host attention", 4 * prod(sums))
         self.host_sums = memory.view(torch.float32).view(sums)
@@ -117,14 +115,18 @@ class KVCache:
         return self._cpu[op.layer]
 
     def streamed_pages(self, op: Op) -> Tensor:
-        """[2, pages, kv_heads, PAGE_TOKENS, width]: the cell's streaming slot."""
+        """[2, pages, kv_heads, PAGE_TOKENS, width]: the cell's streaming slot.
+
+        Pages of prefixes follow those of rows.
+        """
         return self._streamed[op.cell_slot]
 
     def prefix_pages(self, op: Op, placed: PlacedRows, shared: SharedHome) -> tuple[Tensor, Home]:
         """Tensor of pages on the device, as device_pages, and those of a prefix among them."""
-        if shared.home.tier == "cpu":
-            return self._prefix_slots[op.cell_slot], placed.loaded_prefixes[shared.number]
-        return self.device_pages(op), shared.home
+        home = shared.home.on("gpu")
+        if home is None:
+            return self.streamed_pages(op), placed.loaded_prefixes[shared.number]
+        return self.device_pages(op), home
 
     def append_resident(
         self, op: Op, placed: PlacedRows, work: CellBuffers, prefills: bool
@@ -159,17 +161,14 @@ class KVCache:
     def load(self, op: Op, placed: PlacedRows) -> None:
         """LOAD_CACHE: copy the past tokens of every streamed row into the cell's device slot.
 
-        Only the keys, for rows whose values are chosen later. Pages are copied whole, neighbouring
-        ones together.
+        So are prefixes in host memory. Only the keys, for rows whose values are chosen later. Pages
+        are copied whole, neighbouring ones together.
         """
         slot, host = self._streamed[op.cell_slot], self.host_pages(op)
-        for place, page, count, prefills in placed.streamed_copies:
+        for place, page, count, prefills in (*placed.streamed_copies, *placed.prefix_copies):
             for plane in range(self._loaded_planes(prefills)):
                 source = host[plane, page : page + count]
                 link.copy_across(slot[plane, place : place + count], source)
-        for place, page, count in placed.prefix_copies:
-            for target, source in zip(self._prefix_slots[op.cell_slot], host, strict=True):
-                link.copy_across(target[place : place + count], source[page : page + count])
         arrived = 0
         for row in placed.on_disk:
             if row.position:
@@ -194,11 +193,10 @@ class KVCache:
         vectors = self.host_pages(op)[1].reshape(-1, self._width)
         kv_heads = self.plan.config.num_kv_heads
         for first, rows in placed.choosing_runs(self.plan.rows_at_a_time):
-            shape = self._chosen_shape(op, rows)
+            shape = self._chosen_shape(op, placed, rows)
             tokens = _prefix_view(self._chosen[op.cell_slot], first, shape[:-1]).long()
             values = _prefix_view(self._chosen_values[op.cell_slot], first, shape)
-            homes = [(placed.home(row), pages_of(row.seq_len)) for row in rows]
-            tables = page_table([home.table(count) for home, count in homes])
+            tables = page_table([placed.table(row, placed.home(row)) for row in rows])
             pages = torch.from_numpy(tables).long()
             page = pages[torch.arange(len(rows))[:, None, None], tokens // PAGE_TOKENS]
             heads = torch.arange(kv_heads)[None, :, None]
@@ -208,7 +206,7 @@ class KVCache:
     def load_values(self, op: Op, placed: PlacedRows) -> None:
         """LOAD_VALUES: copy the gathered values to the device."""
         for first, rows in placed.choosing_runs(self.plan.rows_at_a_time):
-            shape = self._chosen_shape(op, rows)
+            shape = self._chosen_shape(op, placed, rows)
             values = _prefix_view(self._chosen_values[op.cell_slot], first, shape)
             link.copy_across(
                 _prefix_view(self._streamed_values[op.cell_slot], first, shape), values
@@ -219,9 +217,9 @@ class KVCache:
         shape = (count, self.plan.config.num_kv_heads, num_tokens, self._width)
         return _prefix_view(self._streamed_values[op.cell_slot], first, shape)
 
-    def _chosen_shape(self, op: Op, rows: list[Row]) -> tuple[int, ...]:
+    def _chosen_shape(self, op: Op, placed: PlacedRows, rows: list[Row]) -> tuple[int, ...]:
         """Shape of the chosen values of a run, in which each row has as many as the longest."""
-        num_tokens = self.plan.kept_tokens(op.layer, max(row.seq_len for row in rows))
+        num_tokens = self.plan.kept_tokens(op.layer, max(map(placed.length, rows)))
         return len(rows), self.plan.config.num_kv_heads, num_tokens, self._width
 
     def store(self, op: Op, placed: PlacedRows, work: CellBuffers) -> None:
@@ -252,7 +250,7 @@ class KVCache:
             if placed.is_on_disk(piece.row):
                 self._store_for_disk(op, placed, piece, work)
                 continue
-            for tokens, pages in page_copies(piece, placed.home(piece.row), piece.offset):
+            for tokens, pages in page_copies(piece, placed.host_home(piece.row), piece.offset):
                 source = as_pages(work.cached[tokens])
                 if link.crosses_link(pool, source):
                     source = source.contiguous()
@@ -287,7 +285,7 @@ class KVCache:
 
         def make() -> NewTokens:
             pairs = [pair for pair in placed.loose_places if not placed.is_on_disk(pair[0].row)]
-            return NewTokens([(it, placed.home(it.row), start) for it, start in pairs], pool)
+            return NewTokens([(it, placed.host_home(it.row), start) for it, start in pairs], pool)
 
         append_tokens(pool, placed.memoized(_HOST_TOKENS, make), kv)
         for piece, start in placed.loose_places if placed.on_disk else ():
@@ -446,6 +444,11 @@ def streamed_home(placed: PlacedRows, row: Row) -> Home:
     count, first = streamed_pages_of(row, kind), kind.first_page(row.position)
     pages = (start + (number - first) % count for number in range(count))
     return Home("gpu", tuple(pages), most=kind.most_pages)
+
+
+def streamed_table(placed: PlacedRows, row: Row) -> np.ndarray:
+    """Pages in the streaming slot of what a streamed row that decodes attends, as placed.table."""
+    return placed.table(row, streamed_home(placed, row), in_slot=True)
 
 
 def _prefix_view(slot: Tensor, first: int, shape: Sequence[int]) -> Tensor:
