@@ -38,6 +38,7 @@ from flexgen_ray.models.shapes import shape_config
 from flexgen_ray.paths import default_offload_dir, find_description, find_model
 from flexgen_ray.planner.stage_policies import StagePolicies
 from flexgen_ray.processor import generation_request, scoring_request
+from flexgen_ray.quant.formats import WeightFormat
 from flexgen_ray.reporting.progress import show_progress, track
 from flexgen_ray.request import Request, RequestOutput, SamplingParams
 from flexgen_ray.runtime.events import OnProgress, ignore_progress
@@ -177,11 +178,14 @@ class LLM(Engine):
         stored_bits = {name: getattr(config, name) for name in ("weight_bits", "embedding_bits")}
         policies = StagePolicies.parse(policy)
         self.policies = policies and policies.compressed(**lossy).with_default_bits(**stored_bits)
+        base = Policy(**stored_bits).compressed(**lossy)
+        for each in self.policies.policies if self.policies else (base,):
+            WeightFormat(config.dtype, each.weight_bits, each.embedding_bits, config.expert_format)
         memory = {"gpu": gpu_memory, "cpu": cpu_memory, "disk": disk_memory}
         name = str(self.model if Path(model).is_dir() else model)
         settings = Settings(
             weights=None if self._is_dummy else name,
-            base=Policy(**stored_bits).compressed(**lossy),
+            base=base,
             policies=self.policies,
             dtype=dtype,
             limits={

@@ -38,8 +38,8 @@ MAY_IMPORT = {
     "reporting": "config files hardware layout planner request runtime schedule units",
     "engine": "checks config distributed hardware layout models planner processor reporting request"
     " runtime schedule text units",
-    "llm": "checks config engine hardware models paths planner processor reporting request runtime"
-    " text units",
+    "llm": "checks config engine hardware models paths planner processor quant reporting request"
+    " runtime text units",
     "calibration": "config distributed files hardware kernels reporting runtime schedule store"
     " units",
     "evaluation": "files llm reporting request",

@@ -209,9 +209,14 @@ def prompts(count: int, longest: int, seed: int = 0) -> list[list[int]]:
     ]
 
 
-def references(folder: Path, some_prompts: list[list[int]], max_tokens: int) -> list[Reference]:
-    """transformers' greedy generate, one prompt at a time, without end tokens."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+def references(
+    folder: Path, some_prompts: list[list[int]], max_tokens: int, **options
+) -> list[Reference]:
+    """transformers' greedy generate, one prompt at a time, without end tokens.
+
+    options: of from_pretrained.
+    """
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options).eval()
     made = [generate(model, prompt, max_tokens) for prompt in some_prompts]
     return with_routes(model, made)
 

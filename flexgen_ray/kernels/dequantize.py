@@ -48,6 +48,12 @@ def dequantize(stored: Tensor, form: Format, out: Tensor) -> None:
     _DEQUANTIZERS[type(form)](stored, form, out)
 
 
+def all_finite(stored: Tensor, form: Format, shape: Shape) -> bool:
+    """True if all values of matrices are finite in float32; shapes as for tensors_of."""
+    tensors = tensors_of(stored, form, shape)
+    return _FINITE[type(form)](*tensors.values()) if type(form) in _FINITE else True
+
+
 def _packed_rows(stored: Tensor, form: PackedRows, out: Tensor) -> None:
     unpack(stored, form.bits, out)
 
@@ -61,3 +67,5 @@ _DEQUANTIZERS: dict[type[Format], Callable[[Tensor, Any, Tensor], None]] = {
     PackedRows: _packed_rows,
     Mxfp4: _mxfp4,
 }
+# Formats whose values may overflow; ours are checked when they are made.
+_FINITE: dict[type[Format], Callable[..., bool]] = {Mxfp4: mxfp4.all_finite}

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from flexgen_ray.kernels.pack import can_use_triton
-from flexgen_ray.quant.mxfp4 import MAGNITUDES
+from flexgen_ray.quant.mxfp4 import GROUP, MAGNITUDES
 
+_SAFE_SCALE = 252  # the largest that leaves every magnitude finite
 _DOUBLED = tuple(2 * sign * magnitude for sign in (1, -1) for magnitude in MAGNITUDES)
 
 
@@ -28,6 +29,16 @@ def dequantize(blocks: Tensor, scales: Tensor, out: Tensor) -> None:
     rows, groups = scales.shape[-2:]
     parts = blocks.view(-1, rows * groups, 16), scales.view(-1, rows * groups)
     _dequantizer(out.device)(*parts, out.view(-1, rows * groups, 32))
+
+
+def all_finite(blocks: Tensor, scales: Tensor) -> bool:
+    """True if no value overflows float32; shapes as for `dequantize`."""
+    large = scales > _SAFE_SCALE
+    if not large.any():
+        return True
+    values = torch.empty(int(large.sum()), 1, GROUP, device=scales.device)
+    dequantize_plain(blocks[large][:, None], scales[large][:, None], values)
+    return bool(values.isfinite().all())
 
 
 def _dequantizer(device: torch.device) -> Callable[[Tensor, Tensor, Tensor], None]:

@@ -13,7 +13,8 @@ Some weights consist of several tensors, one above the other, as "qkv_proj.weigh
 "k_proj" and "v_proj" (`parts`); each is read directly into its rows. Phi-3 has them in one tensor,
 as this project does. Experts have a tensor each and are stacked here; some checkpoints have them
 stacked, too, and gpt-oss in another order (`Part.arranged`). In a quantized checkpoint
-(quantized_checkpoint.py) matrices are uint8, in the form in which stores keep them.
+(quantized_checkpoint.py) matrices are uint8, in the form in which stores keep them; experts that
+their publisher quantized are read by packed_experts.py.
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ from torch import Tensor
 
 from flexgen_ray.models.config import ModelConfig
 from flexgen_ray.models.config_files import load_config
+from flexgen_ray.models.packed_experts import BYTES, PackedExperts
 from flexgen_ray.models.registry import FAMILIES, checkpoint_names, stacked_name, takes_turns
 from flexgen_ray.models.tensor_files import open_tensors, stored_tensors
 from flexgen_ray.quant.formats import WeightFormat
 from flexgen_ray.quant.frame import Format
 
-PACKED = "U8"  # safetensors' name of the dtype of quantized matrices
-_DTYPES = ("F64", "F32", "F16", "BF16", PACKED)
+_DTYPES = ("F64", "F32", "F16", "BF16", BYTES)
 _COMPARED_ROWS = 4096
 
 
@@ -90,6 +91,7 @@ class Checkpoint:
         self._config = config
         self._names = FAMILIES[config.family].WEIGHT_NAMES
         self._tensors = stored_tensors(self.folder)
+        self._packed_experts = PackedExperts(self.folder, config, self._tensors)
 
     def check(
         self, layer: int, tensors: dict[str, tuple[int, ...]], weight_format: WeightFormat
@@ -101,10 +103,13 @@ class Checkpoint:
         quantized already but to other bits than weight_format's.
         """
         for name, shape in tensors.items():
+            if self._packed_experts.holds(name):
+                self._packed_experts.check(layer, name)
+                continue
             form, is_packed = weight_format.format_of(name, shape), self.is_packed(layer, name)
             for part in self.parts(layer, name, shape):
                 self._check_part(part, form)
-                if (self._tensors[part.key].dtype == PACKED) is not is_packed:
+                if (self._tensors[part.key].dtype == BYTES) is not is_packed:
                     raise ValueError(
                         f"{self.folder}: of the tensors {', '.join(self._keys(layer, name))} some "
                         "are quantized, and some are not; download the checkpoint again"
@@ -118,7 +123,7 @@ class Checkpoint:
                 f"{stored.path}: {part.key} is stored as {stored.dtype}, which is not supported; "
                 "take the checkpoint in bfloat16, float16 or float32"
             )
-        if stored.dtype == PACKED:
+        if stored.dtype == BYTES:
             if form is None or stored.shape != form.stored_shape(shape):
                 raise ValueError(
                     f"{self.folder}: {part.key} is quantized to other bits than asked for "
@@ -133,7 +138,9 @@ class Checkpoint:
 
     def is_packed(self, layer: int, name: str) -> bool:
         """True if the checkpoint holds this weight quantized."""
-        return self._tensors[self._keys(layer, name)[0]].dtype == PACKED
+        if self._packed_experts.holds(name):
+            return True
+        return self._tensors[self._keys(layer, name)[0]].dtype == BYTES
 
     def read_into(self, layer: int, name: str, destination: Tensor, first: int = 0) -> None:
         """Copy one weight into the destination, converting it to the destination's dtype.
@@ -141,6 +148,9 @@ class Checkpoint:
         first: number of the first expert, if the destination has some experts of a stacked weight.
         Raises ValueError if a value is NaN, infinite, or beyond the range of that dtype.
         """
+        if self._packed_experts.holds(name):
+            self._packed_experts.read_into(layer, name, destination, first)
+            return
         parts = self.parts(layer, name, tuple(destination.shape), first)
         # Opening a file reads the names of all its tensors.
         for path, some in groupby(parts, lambda part: self._tensors[part.key].path):
@@ -172,7 +182,7 @@ class Checkpoint:
         if (key := stacked_name(layer, name)) in self._tensors:
             is_bias, experts = name.endswith(".bias"), slice(first, first + count)
             # Quantized tensors are in this project's order.
-            differs = takes_turns(self._config.family) and self._tensors[key].dtype != PACKED
+            differs = takes_turns(self._config.family) and self._tensors[key].dtype != BYTES
             whole = (self._config.num_experts, *(rest[1:] if is_bias else rest))
             turns = differs and name.startswith("gate_up")
             return [Part(key, whole, slice(None), None, experts, differs and not is_bias, turns)]

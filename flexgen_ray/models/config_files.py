@@ -27,6 +27,7 @@ from flexgen_ray.models.config_parsers import (
     parse_phi3,
     parse_qwen_moe,
 )
+from flexgen_ray.quant.formats import FORMATS
 from flexgen_ray.request import SamplingParams
 
 ARCHITECTURES: dict[str, Callable[[dict], ModelConfig]] = {
@@ -140,7 +141,7 @@ def _parsed(path: Path, hf: dict) -> ModelConfig:
             f"{path}: num_heads is {config.num_heads} and num_kv_heads {config.num_kv_heads}; the "
             "first must be a multiple of the second"
         )
-    return replace(config, **_packed_bits(path, hf))  # type: ignore[arg-type]
+    return replace(config, **_quantization(path, hf, config))  # type: ignore[arg-type]
 
 
 def _check_size(path: Path, name: str, size: object, largest: int) -> None:
@@ -165,16 +166,19 @@ def _check_experts(path: Path, config: ModelConfig) -> None:
         _check_size(path, "shared_expert_size", size, _LARGEST["intermediate_size"])
 
 
-def _packed_bits(path: Path, hf: dict) -> dict[str, int | None]:
-    """Return weight_bits and embedding_bits of a checkpoint that `flexgen-ray quantize` wrote.
+def _quantization(path: Path, hf: dict, config: ModelConfig) -> dict[str, int | str | None]:
+    """Return ModelConfig's fields about how a checkpoint is quantized.
 
-    Returns {} for a checkpoint that isn't quantized. Raises ValueError for one that other tools
-    quantized.
+    They are weight_bits and embedding_bits of one that `flexgen-ray quantize` wrote, or
+    expert_format of a mixture whose publisher quantized its experts; {} for one that isn't
+    quantized. Raises ValueError for one that other tools quantized.
     """
     quantization = hf.get("quantization_config")
     if quantization is None:
         return {}
     method = quantization.get("quant_method")
+    if method in FORMATS and config.num_experts:
+        return {"expert_format": method}
     if method != QUANT_METHOD:
         raise ValueError(
             f"{path}: weights quantized by {method!r} are not supported; take the original "
