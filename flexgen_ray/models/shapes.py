@@ -5,6 +5,8 @@ The numbers are those of the config.json with which each model was published.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from flexgen_ray.models.config import ModelConfig
 from flexgen_ray.models.config_parsers import (
     parse_gemma,
@@ -50,7 +52,7 @@ _MIXTRAL = {
     "mixtral-8x7b": (32, 4096, 32, 14336, 32768),
     "mixtral-8x22b": (56, 6144, 48, 16384, 65536),
 }
-# (layers, experts); 4 experts a token. Published with experts in MXFP4, here in bfloat16.
+# (layers, experts); 4 experts a token; experts are in MXFP4.
 _GPT_OSS = {
     "gpt-oss-20b": (24, 32),
     "gpt-oss-120b": (36, 128),
@@ -147,7 +149,7 @@ def shape_config(name: str) -> ModelConfig:
     if name in _MIXTRAL:
         return parse_mixtral(_mixtral_keys(name))
     if name in _GPT_OSS:
-        return parse_gpt_oss(_gpt_oss_keys(name))
+        return replace(parse_gpt_oss(_gpt_oss_keys(name)), expert_format="mxfp4")
     if name in _OTHERS:
         parse, keys = _OTHERS[name]
         return parse(keys | {"dtype": "bfloat16"})
