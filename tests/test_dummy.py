@@ -147,7 +147,7 @@ def test_experts_in_mxfp4_are_the_same_wherever_they_lie(tmp_path, monkeypatch):
                 elif op.kind is OpKind.LOAD_WEIGHTS:
                     store.load_part(op)
                 elif op.kind is OpKind.FINISH and op.layer in stage.decoders:
-                    for key, tensor in store.tensors(op).items():
+                    for key, tensor in store.tensors(replace(op, kind=OpKind.EXPERTS)).items():
                         name, _, first = key.partition("@")
                         for number, expert in enumerate(tensor if first else (), int(first or 0)):
                             found[-1][op.layer, name, number] = expert.clone()

@@ -23,6 +23,7 @@ from flexgen_ray.config import Workload
 from flexgen_ray.layout.plan import StagePlan
 from flexgen_ray.models.checkpoint import Checkpoint
 from flexgen_ray.models.config_files import load_config
+from flexgen_ray.models.shapes import shape_config
 from flexgen_ray.quant.formats import WeightFormat
 from flexgen_ray.quant.mxfp4 import MAGNITUDES, Mxfp4
 from flexgen_ray.schedule.zigzag import StageLayers
@@ -120,6 +121,16 @@ def test_experts_take_their_published_bytes_on_every_tier(model, placement):
                 assert 0 <= place.nbytes - exact < (64 if place.tier == "gpu" else 4096)
                 counted += prod(cut.shape)
     assert counted == 3 * 6 * (64 * 64 + 64 * 32)
+
+
+@pytest.mark.parametrize(
+    "name, total_size", [("gpt-oss-20b", 13_761_264_768), ("gpt-oss-120b", 65_248_815_744)]
+)
+def test_built_in_shapes_take_the_bytes_that_published_checkpoints_name(name, total_size):
+    config = shape_config(name)
+    kept = WeightFormat("bfloat16", experts=config.expert_format)
+    layers = map(config.tensors, range(config.num_layers + 2))
+    assert total_size == sum(kept.stored_bytes(*it) for layer in layers for it in layer.items())
 
 
 def test_quantizing_again_is_refused(model, tmp_path):
