@@ -59,7 +59,7 @@ def assert_scores(found: list[Score], wanted: torch.Tensor, text: list[int], fir
 
 @pytest.mark.parametrize("executor", ["serial", "async"])
 @pytest.mark.parametrize("name", NAMES)
-@settings(max_examples=3)
+@settings(max_examples=2)
 @given(data=st.data())
 def test_given_tokens_score_as_in_transformers(tiny_models, logprobs, name, executor, data):
     """In prefill, in decode, or from one into the other; under any policy, on any stages."""

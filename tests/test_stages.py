@@ -26,10 +26,9 @@ from flexgen_ray.runtime.worker import Machine
 from flexgen_ray.schedule.ops import OPS, Op, OpKind
 
 
-@pytest.mark.parametrize("executor", ["serial", "async"])
 @pytest.mark.parametrize("name", tiny.CONFIGS)
-@settings(max_examples=2)
-@given(data=st.data())
+@settings(max_examples=3)
+@given(executor=st.sampled_from(["serial", "async"]), data=st.data())
 def test_every_split_generates_the_same_tokens_as_transformers(tiny_models, name, executor, data):
     folder, references = tiny_models[name]
     pipeline = data.draw(pipelines(tiny.CONFIGS[name].num_hidden_layers))

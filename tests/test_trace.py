@@ -26,7 +26,7 @@ def spans_of(folder, prompts, policy, tmp_path, executor="async") -> tuple[LLM, 
     return llm, spans, json.loads((tmp_path / "trace.json").read_text())
 
 
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(policy=policies)
 def test_no_op_starts_before_its_lane_is_free_and_what_it_waits_for_is_done(
     tiny_models, policy, tmp_path_factory
