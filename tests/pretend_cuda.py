@@ -615,6 +615,11 @@ SHAPES: dict[str, dict] = {
         "num_local_experts": 24, "num_experts_per_tok": 8, "torch_dtype": "bfloat16",
         "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 2,
     },
+    "glm4-moe": _HEADS | _GATED | {
+        "architectures": ["Glm4MoeForCausalLM"], "model_type": "glm4_moe", "n_group": 4,
+        "topk_group": 2, "n_routed_experts": 24, "num_experts_per_tok": 8,
+        "moe_intermediate_size": 16, "routed_scaling_factor": 2.5, "torch_dtype": "bfloat16",
+    },
 }  # fmt: skip
 
 

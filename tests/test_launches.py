@@ -14,7 +14,7 @@ from flexgen_ray.kernels import host_kernel
 from flexgen_ray.runtime.handlers import OpHandlers
 from flexgen_ray.schedule.ops import OPS, Lane, OpKind
 
-MOST = {"opt": 12, "llama": 16, "qwen3": 16, "qwen3-moe": 28, "gpt-oss": 45}
+MOST = {"opt": 12, "llama": 16, "qwen3": 16, "qwen3-moe": 28, "gpt-oss": 45, "glm4-moe": 50}
 POLICIES = {
     "resident": {},
     "experts in parts": {"weights": Placement(0.5, 0.5, 0)},

@@ -122,7 +122,9 @@ def test_a_gpu_generates_the_same_tokens_as_transformers(mixtures, name, policy)
 
 
 @settings(max_examples=2)
-@given(name=st.sampled_from(["qwen3-moe", "qwen2-moe"]), executor=EXECUTORS, data=st.data())
+@given(
+    name=st.sampled_from(["qwen3-moe", "qwen2-moe", "glm4-moe"]), executor=EXECUTORS, data=st.data()
+)
 def test_every_split_generates_the_same_tokens(mixtures, name, executor, data):
     folder, references = mixtures[name]
     stages = data.draw(pipelines(tiny.MIXTURES[name].num_hidden_layers))
@@ -212,6 +214,9 @@ def test_a_missing_expert_is_named(mixtures, tmp_path):
         ("qwen3-moe", {"num_local_experts": None, "num_experts": 9}, (2,)),
         ("qwen2-moe", {"decoder_sparse_step": 3}, (1, 2)),
         ("mixtral", {}, ()),
+        ("glm4-moe", {}, (1, 2)),
+        ("glm4-moe", {"first_k_dense_replace": 0}, ()),
+        ("glm4-moe", {"first_k_dense_replace": 9}, (1, 2, 3, 4)),
     ],
 )
 def test_layers_without_experts_are_those_of_transformers(
@@ -232,6 +237,10 @@ def test_layers_without_experts_are_those_of_transformers(
         ("qwen3-moe", {"use_sliding_window": True}, "use_sliding_window True is not supported"),
         ("mixtral", {"num_experts_per_tok": 5}, "experts_per_token is 5; .* integer, 1 to 4"),
         ("qwen2-moe", {"moe_intermediate_size": 0}, "expert_size is 0"),
+        ("glm4-moe", {"n_group": 5}, "n_group is 5 and n_routed_experts 12; groups must be of one"),
+        ("glm4-moe", {"topk_group": 5}, "topk_group is 5 of 4 groups of 3 experts"),
+        ("glm4-moe", {"num_experts_per_tok": 7}, "must hold the num_experts_per_tok, 7: correct"),
+        ("glm4-moe", {"routed_scaling_factor": 0}, "routed_scale is 0; it must be a number above"),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(mixtures, tmp_path, name, changes, message):
@@ -373,16 +382,18 @@ class Live(TorchDispatchMode):
         return result
 
 
+@pytest.mark.parametrize("corrects", [False, True])
 @pytest.mark.parametrize("shared", [0, 700])
 @pytest.mark.parametrize("on_gpu", [False, True])
 @pytest.mark.parametrize(("count", "choices", "size"), [(16, 8, 96), (4, 2, 304), (256, 1, 8)])
 def test_temporaries_are_no_more_than_a_plan_counts(
-    count, choices, size, on_gpu, shared, monkeypatch
+    count, choices, size, on_gpu, shared, corrects, monkeypatch
 ):
     config = replace(
         shape_config("qwen3-30b-a3b"), num_layers=1, hidden_size=128, num_heads=1, num_kv_heads=1,
         num_experts=count, experts_per_token=choices, expert_size=size, shared_expert_size=shared,
-        vocab_size=8,
+        vocab_size=8, corrects_choice=corrects, shared_expert_gate=not corrects,
+        expert_groups=2, chosen_groups=2 - corrects,
     )  # fmt: skip
     policy = Policy(1, max_batch_tokens=64)
     plan = StagePlan(config, StageLayers.whole(1), policy, Workload(1, 64, 65), "bfloat16")

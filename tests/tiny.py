@@ -15,6 +15,7 @@ from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
     GemmaConfig,
+    Glm4MoeConfig,
     GptOssConfig,
     LlamaConfig,
     MistralConfig,
@@ -143,6 +144,13 @@ MIXTURES = {
             "original_max_position_embeddings": 20,
         },
     ),
+    "glm4-moe": Glm4MoeConfig(
+        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, intermediate_size=48, max_position_embeddings=CONTEXT,
+        n_routed_experts=12, num_experts_per_tok=3, moe_intermediate_size=12, n_group=4,
+        topk_group=2, first_k_dense_replace=2, routed_scaling_factor=1.5, use_qk_norm=True,
+        attention_bias=True,
+    ),
 }  # fmt: skip
 
 
@@ -187,6 +195,9 @@ def save(name: str, folder: Path, max_shard_size: str = "5GB", **changes) -> Pat
             else:
                 is_norm = "norm" in key and key.endswith("weight")
                 parameter.copy_(0.1 * noise + (is_norm and not is_gemma))
+        for key, buffer in model.named_buffers():
+            if key.endswith("correction_bias"):
+                buffer.copy_(0.2 * torch.randn_like(buffer))
     model.generation_config.eos_token_id = None
     model.config.eos_token_id = None
     model.save_pretrained(folder, max_shard_size=max_shard_size)
@@ -227,27 +238,46 @@ def with_routes(model, made: list[Reference]) -> list[Reference]:
     By float64, a choice of experts is too close to call if the last one chosen is ahead of the next
     by less than 1e-6 of the scores' deviation.
     """
-    if not hasattr(model.config, "num_experts"):
+    if not hasattr(model.config, "num_experts_per_tok"):
         return made
     model = copy.deepcopy(model).double()
     model.set_experts_implementation("eager")  # others have no float64
     scores: list[torch.Tensor] = []
-    routers = [it for it in model.modules() if type(it).__name__.endswith("TopKRouter")]
+    routers = [it for it in model.modules() if type(it).__name__.lower().endswith("topkrouter")]
     for router in routers:
-        router.register_forward_hook(lambda _, __, out: scores.append(out[0]))
+        router.register_forward_hook(lambda router, __, out: scores.append(ranks(router, out[0])))
     for number, reference in enumerate(made):
         scores.clear()
         with torch.no_grad():
             model(torch.tensor([reference.prompt + reference.tokens[:-1]]))
         closest = torch.full((len(scores[0]),), torch.inf, dtype=torch.float64)
         for router, of_layer in zip(routers, scores, strict=True):
-            best = of_layer.topk(router.top_k + 1, dim=-1).values
-            closest = closest.minimum((best[:, -2] - best[:, -1]) / of_layer.std(dim=-1))
+            for choice, count in choices(router, of_layer):
+                best = choice.topk(count + 1, dim=-1).values
+                closest = closest.minimum((best[:, -2] - best[:, -1]) / of_layer.std(dim=-1))
         close = (closest < 1e-6).nonzero().flatten().tolist()
         first = close[0] if close else len(closest)
         length = min(max(first - len(reference.prompt) + 1, 0), len(reference.tokens))
         made[number] = replace(reference, routed_len=length)
     return made
+
+
+def ranks(router, scores: torch.Tensor) -> torch.Tensor:
+    """The scores by which a router chooses."""
+    correction = getattr(router, "e_score_correction_bias", None)
+    return scores.double() if correction is None else scores.double().sigmoid() + correction
+
+
+def choices(router, scores: torch.Tensor) -> list[tuple[torch.Tensor, int]]:
+    """(scores, how many of them are taken): of experts, and perhaps of their groups before."""
+    count = getattr(router, "num_group", 1)
+    if count == 1 or router.topk_group == count:
+        return [(scores, router.top_k)]
+    groups = scores.unflatten(-1, (count, -1))
+    best = groups.topk(2, dim=-1).values.sum(dim=-1)
+    inside = best.topk(router.topk_group, dim=-1).indices
+    taken = groups.gather(1, inside[..., None].expand(-1, -1, groups.shape[-1])).flatten(1)
+    return [(best, router.topk_group), (taken, router.top_k)]
 
 
 def generate(model, prompt: list[int], max_tokens: int, **options) -> Reference:

@@ -17,10 +17,12 @@ from flexgen_ray.schedule.ops import Op, OpKind
 LAUNCHES = {OpKind.EMBED: 3, OpKind.FINISH: 4, OpKind.SAMPLE: 8}
 LAUNCHES_OF_RUN, LAUNCHES_OF_SPARSE_RUN, LAUNCHES_OF_PROMPT = 1, 17, 2
 _ROTATE, _MAKE_ROTATION = 3, 6
-# In mixtures: a router, its scores and the best of them; choices sorted by expert; a part of the
-# experts, and its place among several; rows put in place one expert after the other; their sum; and
-# an expert that every token takes.
-_CHOOSE, _SORT, _PART, _MOVE_PART, _IN_TURN, _SUM, _SHARED = 3, 3, 7, 7, 3, 1, 7
+# In mixtures: a router, its scores and the best of them, or of corrected scores, perhaps within
+# groups, and the shares scaled; choices sorted by expert; a part of the experts, and its place
+# among several; rows put in place one expert after the other; their sum; and an expert that every
+# token takes.
+_CHOOSE, _SORT, _PART, _MOVE_PART, _IN_TURN, _SUM, _SHARED = 3, 3, 7, 7, 3, 1, 5
+_CORRECT, _GROUPS, _SHARED_GATE = 2, 6, 2
 # A clamped gate; and with biases each row's expert, and that of each product.
 _CLAMP, _GROUP, _ADD_BIAS = 5, 3, 2
 _JOIN_SINK = 10  # a prompt's queries, keys and values are copied to where the sink is beside them
@@ -104,10 +106,8 @@ def _finish(config: ModelConfig, on_gpu: bool) -> int:
 def _out(plan: StagePlan) -> int:
     """Output projection, norm, the router's choice, and an expert that every token takes."""
     config, on_gpu = plan.config, plan.stages_disk
-    count = 1 + (config.output_bias or not on_gpu) + _norm(config, on_gpu)
-    count += _CHOOSE + 2 * config.norm_topk
-    count += 2 * (plan.element_bytes < 4)  # scores are in float32
-    return count + _ENTER + (_SHARED if config.shared_expert_size else 0)
+    count = 1 + (config.output_bias or not on_gpu) + _norm(config, on_gpu) + _choose(plan)
+    return count + _ENTER + _shared(config)
 
 
 def _experts(plan: StagePlan, op: Op) -> int:
@@ -128,6 +128,23 @@ def _experts(plan: StagePlan, op: Op) -> int:
         return _SORT + _PART * parts + moved + gates + biases + _SUM + is_part
     products = 2 * sum(counts) * (2 if config.expert_bias else 1)
     return _SORT + 2 * parts + gates + products + _IN_TURN * parts + _SUM + is_part
+
+
+def _choose(plan: StagePlan) -> int:
+    """A router's choice: scores are in float32."""
+    config, converts = plan.config, plan.element_bytes < 4
+    count = _CHOOSE + 2 * config.norm_topk + 2 * converts + (config.routed_scale != 1)
+    if config.corrects_choice:
+        count += _CORRECT + converts + config.norm_topk
+        count += _GROUPS if config.chosen_groups < config.expert_groups else 0
+    return count
+
+
+def _shared(config: ModelConfig) -> int:
+    """An expert that every token takes."""
+    if not config.shared_expert_size:
+        return 0
+    return _SHARED + _SHARED_GATE * config.shared_expert_gate
 
 
 def _norm(config: ModelConfig, on_gpu: bool) -> int:

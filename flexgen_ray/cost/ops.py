@@ -490,7 +490,7 @@ def elementwise_values(plan: StagePlan, kind: OpKind) -> int:
         mlp = each * config.intermediate_size
         return 2 * _ADD * hidden + norms + mlp
     if kind is OpKind.OUT:
-        scores = (_ACTIVATE + 1) * config.num_experts
+        scores = (_ACTIVATE + 1 + _ADD * config.corrects_choice) * config.num_experts
         shared = each * config.shared_expert_size
         shared += _ADD * hidden * (config.shared_expert_size > 0)
         return _ADD * hidden + norms + _COPY * hidden + scores + shared

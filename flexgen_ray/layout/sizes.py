@@ -319,7 +319,8 @@ def _op_bytes(plan: StagePlan) -> tuple[int, int]:
     beside = config.hidden_size * (2 * element + 3 * 4) + angles
     projected = max(3 * config.q_size, normed) * element
     finished = max((_mlp_bytes(plan, layer) for layer in plan.stage.decoders), default=0)
-    projection, tile = (plan.tile_tokens * (wide + beside) for wide in (projected, finished))
+    projection = plan.tile_tokens * (projected + beside)
+    tile = plan.tile_tokens * beside + finished
     rows = plan.policy.gpu_batch_size
     longest, chunk = plan.max_seq_len, min(plan.cell_tokens, plan.max_prefill_len)
     # Keys and values of one row are gathered, and those of some KV heads repeated.
@@ -348,14 +349,28 @@ def _op_bytes(plan: StagePlan) -> tuple[int, int]:
 
 
 def _mlp_bytes(plan: StagePlan, layer: int) -> int:
-    """Most bytes that a token takes in a layer's MLP, or before its experts."""
-    config, element = plan.config, plan.element_bytes
-    plain = config.intermediate_size * (3 if config.gated_mlp else 2) * element
+    """Most bytes that a tile of tokens takes in a layer's MLP, or before its experts."""
+    config, element, tokens = plan.config, plan.element_bytes, plan.tile_tokens
     if not config.has_experts(layer):
-        return plain
-    scores = config.num_experts * (element + 4) + config.experts_per_token * (CHOSEN_BYTES + 4)
-    shared = (3 * config.shared_expert_size + 2 * config.hidden_size) * element
-    return config.hidden_size * element + max(scores, shared)
+        return tokens * config.intermediate_size * (3 if config.gated_mlp else 2) * element
+    shared = tokens * (3 * config.shared_expert_size + 2 * config.hidden_size) * element
+    own = config.hidden_size * element
+    return tokens * own + max(_router_bytes(plan), shared)
+
+
+def _router_bytes(plan: StagePlan) -> int:
+    """Bytes of a router's scores of a tile of tokens and of its choices.
+
+    Corrected scores lie beside the others, with marks of groups, and the router's matrix is
+    converted to float32; so are hidden states, where the norm had its temporaries.
+    """
+    config, element = plan.config, plan.element_bytes
+    scores, converted = config.num_experts * (element + 4), 0
+    if config.corrects_choice:
+        scores = config.num_experts * 2 * 4 + config.expert_groups * 16
+        converted = 4 * config.num_experts * config.hidden_size * (element < 4)
+    chosen = config.experts_per_token * (CHOSEN_BYTES + 4)
+    return plan.tile_tokens * (scores + chosen) + converted
 
 
 def _decoding_bytes(plan: StagePlan, on_cpu: bool) -> int:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from flexgen_ray.models.rope import Rope
 
 SINKS = "attention.sinks"  # a decoder layer's weight: a score of each head
+# Added to routers' scores for the choice alone; in float32 whatever the dtype of other weights.
+ROUTER_CORRECTION = "router.e_score_correction_bias"
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,10 @@ class ModelConfig:
     expert_bias: the router and the products of experts have a bias.
     swiglu_limit: gate and up projection of experts are clamped to this, and the up projection is
     counted from -1; None for plain ones. swiglu_alpha: factor of the gate in its sigmoid then.
+    shared_expert_gate: a gate says how far each token takes it.
+    corrects_choice: routers score experts by a sigmoid, not a softmax, and choose by corrected
+    scores (`ROUTER_CORRECTION`). expert_groups, chosen_groups: a token's experts are of so many
+    groups, if these are fewer than all. routed_scale: factor of the chosen experts' shares.
     dense_layers: numbers of decoder layers, from 1, with a plain MLP in place of experts.
     position_table: number of rows of the learned position embedding; 0 without one.
     sliding_window: number of tokens, itself included, that a token attends in decoder layers other
@@ -85,6 +91,11 @@ class ModelConfig:
     expert_bias: bool = False
     swiglu_limit: float | None = None
     swiglu_alpha: float = 1.0
+    shared_expert_gate: bool = False
+    corrects_choice: bool = False
+    expert_groups: int = 1
+    chosen_groups: int = 1
+    routed_scale: float = 1.0
     dense_layers: tuple[int, ...] = ()
     position_table: int = 0
     rope: Rope | None = None
@@ -223,9 +234,12 @@ class ModelConfig:
         if self.expert_bias:
             shapes["gate_up_experts.bias"] = (count, 1, 2 * size)
             shapes["down_experts.bias"] = (count, 1, hidden)
+        if self.corrects_choice:
+            shapes[ROUTER_CORRECTION] = (count,)
         if self.shared_expert_size:
             shared = self.shared_expert_size
-            shapes["shared_gate.weight"] = (1, hidden)
+            if self.shared_expert_gate:
+                shapes["shared_gate.weight"] = (1, hidden)
             shapes["shared_gate_up_proj.weight"] = (2 * shared, hidden)
             shapes["shared_down_proj.weight"] = (hidden, shared)
         return shapes

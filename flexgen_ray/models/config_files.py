@@ -18,6 +18,7 @@ from flexgen_ray.models.config import ModelConfig
 from flexgen_ray.models.config_parsers import (
     parse_gemma,
     parse_gemma3,
+    parse_glm4_moe,
     parse_gpt_oss,
     parse_llama,
     parse_mixtral,
@@ -45,6 +46,7 @@ ARCHITECTURES: dict[str, Callable[[dict], ModelConfig]] = {
     "MixtralForCausalLM": parse_mixtral,
     "OlmoeForCausalLM": parse_olmoe,
     "GptOssForCausalLM": parse_gpt_oss,
+    "Glm4MoeForCausalLM": parse_glm4_moe,
 }
 ACTIVATIONS = ("relu", "silu", "gelu", "gelu_new", "gelu_pytorch_tanh")  # implemented in layers.py
 # The quant_method in config.json of a checkpoint that `flexgen-ray quantize` wrote.
@@ -134,7 +136,7 @@ def _parsed(path: Path, hf: dict) -> ModelConfig:
         _check_experts(path, config)
     if config.sliding_window is not None:
         _check_size(path, "sliding_window", config.sliding_window, _LARGEST["max_seq_len"])
-    for name in ("norm_eps", "query_scale", "swiglu_alpha"):
+    for name in ("norm_eps", "query_scale", "swiglu_alpha", "routed_scale"):
         _check_number(path, name, getattr(config, name))
     if config.num_heads % config.num_kv_heads:
         raise ValueError(

@@ -13,7 +13,7 @@ from flexgen_ray.models.config import ModelConfig
 from flexgen_ray.models.rope import parse_rope
 
 POSITION_OFFSET = 2  # OPT's position table begins with two rows that are never used
-PARTIAL_ROTATION = ("phi3",)  # model types whose heads may be rotated in part
+PARTIAL_ROTATION = ("phi3", "glm4_moe")  # model types whose heads may be rotated in part
 
 
 def parse_opt(hf: dict) -> ModelConfig:
@@ -179,6 +179,7 @@ def parse_qwen_moe(hf: dict) -> ModelConfig:
         expert_size=hf["moe_intermediate_size"],
         norm_topk=hf.get("norm_topk_prob", False),
         shared_expert_size=hf["shared_expert_intermediate_size"] if is_qwen2 else 0,
+        shared_expert_gate=is_qwen2,
         dense_layers=tuple(it + 1 for it in layers if it in plain or (it + 1) % every),
         **_choices(hf),
     )
@@ -209,9 +210,50 @@ def parse_gpt_oss(hf: dict) -> ModelConfig:
     )
 
 
+def parse_glm4_moe(hf: dict) -> ModelConfig:
+    """Parse Hugging Face's Glm4MoeConfig.
+
+    Raises ValueError, naming it, for an unknown rope type or groups of experts that don't fit.
+    """
+    config = parse_llama({"partial_rotary_factor": 0.5} | hf)
+    expert_size, dense = hf["moe_intermediate_size"], hf.get("first_k_dense_replace", 1)
+    return replace(
+        config,
+        family="glm4_moe",
+        output_bias=False,
+        qk_norm="heads" if hf.get("use_qk_norm") else None,
+        expert_size=expert_size,
+        norm_topk=hf.get("norm_topk_prob", True),
+        shared_expert_size=expert_size * hf.get("n_shared_experts", 1),
+        corrects_choice=True,
+        routed_scale=hf.get("routed_scaling_factor", 1.0),
+        dense_layers=tuple(range(1, min(dense, config.num_layers) + 1)),
+        **_groups(hf),
+        **_choices(hf),
+    )
+
+
+def _groups(hf: dict) -> dict:
+    """Return ModelConfig's fields about groups of experts, of which a token chooses some first."""
+    count, groups, chosen = hf["n_routed_experts"], hf.get("n_group", 1), hf.get("topk_group", 1)
+    size = count // max(groups, 1)
+    if groups < 1 or count % groups or (size < 2 and groups > 1):
+        raise ValueError(
+            f"n_group is {groups} and n_routed_experts {count}; groups must be of one size, 2 or "
+            "more: correct config.json"
+        )
+    if not 1 <= chosen <= groups or chosen * size < hf["num_experts_per_tok"]:
+        raise ValueError(
+            f"topk_group is {chosen} of {groups} groups of {size} experts; these must hold the "
+            f"num_experts_per_tok, {hf['num_experts_per_tok']}: correct config.json"
+        )
+    return {"expert_groups": groups, "chosen_groups": chosen}
+
+
 def _choices(hf: dict) -> dict:
     """Return ModelConfig's fields about how many experts there are, and how many a token takes."""
-    count = hf.get("num_experts") or hf["num_local_experts"]
+    names = "num_experts", "n_routed_experts"
+    count = next(filter(None, map(hf.get, names)), None) or hf["num_local_experts"]
     return {"num_experts": count, "experts_per_token": hf["num_experts_per_tok"]}
 
 

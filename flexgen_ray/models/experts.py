@@ -20,12 +20,11 @@ from flexgen_ray.models.layers import (
     Weights,
     add_linear,
     gate,
-    gated,
-    linear,
     product,
     rms_norm,
     takes_onednn,
 )
+from flexgen_ray.models.routing import add_shared, choose
 
 
 class Experts(NamedTuple):
@@ -72,9 +71,7 @@ def route(
     routed.shares.copy_(shares)
     routed.chosen.copy_(chosen)
     if config.shared_expert_size:
-        inner = gated(config, weights, x, "shared_gate_up_proj")
-        out = linear(weights, "shared_down_proj", inner)
-        hidden.addcmul_(out, linear(weights, "shared_gate", x).sigmoid_())
+        add_shared(config, weights, x, hidden)
 
 
 def mix(config: ModelConfig, weights: Weights, routed: Routed) -> None:
@@ -94,19 +91,6 @@ def add_group(
     x, shares, chosen = routed
     out = _outputs(config, weights, x, chosen)
     torch.baddbmm(sums[:, None], shares[:, None], out, beta=float(not begins), out=sums[:, None])
-
-
-def choose(config: ModelConfig, weights: Weights, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Choose the experts of each token by the router's scores, in float32.
-
-    x: [tokens, hidden]. Returns shares, in x's dtype, and experts' numbers, best first: both
-    [tokens, experts_per_token]. Equal scores are ordered as torch.topk orders them.
-    """
-    scores = linear(weights, "router", x).softmax(dim=-1, dtype=torch.float32)
-    shares, chosen = scores.topk(config.experts_per_token, dim=-1)
-    if config.norm_topk:
-        shares /= shares.sum(dim=-1, keepdim=True)
-    return shares.to(x.dtype), chosen
 
 
 def _outputs(config: ModelConfig, weights: Weights, x: Tensor, chosen: Tensor) -> Tensor:

@@ -16,7 +16,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from flexgen_ray.config import DTYPE_BYTES
 from flexgen_ray.kernels.pack import pack
 from flexgen_ray.models.checkpoint import Checkpoint
 from flexgen_ray.models.config import ModelConfig
@@ -88,12 +87,12 @@ def _packed(
         form = weight_format.format_of(name, shape)
         for part in checkpoint.parts(layer, name, shape):
             read = part if form else part.as_stored()
-            values = torch.empty(read.shape, dtype=getattr(torch, config.dtype))
+            values = torch.empty(read.shape, dtype=getattr(torch, weight_format.dtype_of(name)))
             checkpoint.read_part(read, values)
             written = values
             if isinstance(form, PackedRows):
                 written = pack(values, form.bits, least_squares=True)
-            sizes[0] += values.numel() * DTYPE_BYTES[config.dtype]
+            sizes[0] += values.nbytes
             sizes[1] += written.nbytes
             packed[part.key] = written
     return packed

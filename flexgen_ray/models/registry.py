@@ -12,6 +12,7 @@ from types import ModuleType
 from flexgen_ray.models import (
     gemma,
     gemma3,
+    glm4_moe,
     gpt_oss,
     llama,
     mixtral,
@@ -33,6 +34,7 @@ FAMILIES: dict[str, ModuleType] = {
     "mixtral": mixtral,
     "olmoe": olmoe,
     "gpt_oss": gpt_oss,
+    "glm4_moe": glm4_moe,
 }
 # Modules of a mixture whose tensors some checkpoints hold stacked, by these names, for all experts.
 _STACKED = {

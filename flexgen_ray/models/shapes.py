@@ -11,6 +11,7 @@ from flexgen_ray.models.config import ModelConfig
 from flexgen_ray.models.config_parsers import (
     parse_gemma,
     parse_gemma3,
+    parse_glm4_moe,
     parse_gpt_oss,
     parse_llama,
     parse_mixtral,
@@ -56,6 +57,12 @@ _MIXTRAL = {
 _GPT_OSS = {
     "gpt-oss-20b": (24, 32),
     "gpt-oss-120b": (36, 128),
+}
+# (layers, layers without experts, hidden size, elements of an expert and of a plain MLP, experts,
+# factor of their shares, whether queries and keys are normed); 8 experts a token, and a shared one.
+_GLM = {
+    "glm-4.5-air": (46, 1, 4096, 1408, 10944, 128, 1.0, False),
+    "glm-4.5": (92, 3, 5120, 1536, 12288, 160, 2.5, True),
 }
 # One model of each other family: (parser, the keys of its config.json).
 _OTHERS = {
@@ -130,7 +137,7 @@ _QWEN3_ALIKE = {
     "dtype": "bfloat16",
     "eos_token_ids": (151645, 151643),
 }
-SHAPES = (*_OPT, *_LLAMA, *_QWEN3, *_QWEN3_MOE, *_MIXTRAL, *_GPT_OSS, *_OTHERS)
+SHAPES = (*_OPT, *_LLAMA, *_QWEN3, *_QWEN3_MOE, *_MIXTRAL, *_GLM, *_GPT_OSS, *_OTHERS)
 
 
 def shape_config(name: str) -> ModelConfig:
@@ -150,6 +157,8 @@ def shape_config(name: str) -> ModelConfig:
         return parse_mixtral(_mixtral_keys(name))
     if name in _GPT_OSS:
         return replace(parse_gpt_oss(_gpt_oss_keys(name)), expert_format="mxfp4")
+    if name in _GLM:
+        return parse_glm4_moe(_glm_keys(name))
     if name in _OTHERS:
         parse, keys = _OTHERS[name]
         return parse(keys | {"dtype": "bfloat16"})
@@ -222,6 +231,37 @@ def _qwen3_moe_keys(name: str) -> dict:
         "num_experts": 128,
         "num_experts_per_tok": 8,
         "norm_topk_prob": True,
+    }
+
+
+def _glm_keys(name: str) -> dict:
+    layers, dense, hidden, expert, intermediate, experts, scale, norms = _GLM[name]
+    return {
+        "model_type": "glm4_moe",
+        "num_hidden_layers": layers,
+        "first_k_dense_replace": dense,
+        "hidden_size": hidden,
+        "num_attention_heads": 96,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "attention_bias": True,
+        "use_qk_norm": norms,
+        "intermediate_size": intermediate,
+        "moe_intermediate_size": expert,
+        "n_routed_experts": experts,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 8,
+        "n_group": 1,
+        "topk_group": 1,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": scale,
+        "partial_rotary_factor": 0.5,
+        "rope_theta": 1e6,
+        "vocab_size": 151552,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5,
+        "dtype": "bfloat16",
+        "eos_token_ids": (151329, 151336, 151338),
     }
 
 

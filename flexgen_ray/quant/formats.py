@@ -1,8 +1,8 @@
 """Weight formats: which weights of a model are quantized, and in which form.
 
 Matrices of decoder layers, the embedding's table and the head may be quantized (frame.py says how
-forms differ). Biases, norms and routers are small and stay in the model's dtype. Knows names and
-shapes; no tensors.
+forms differ). Biases, norms and routers are small and stay in the model's dtype, but for
+routers' corrections. Knows names and shapes; no tensors.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ _PLAIN = (
     "embed_positions.weight", "project_in.weight", "project_out.weight", "router.weight",
     "shared_gate.weight",
 )  # fmt: skip
+_WIDE = ("router.e_score_correction_bias",)  # in float32: rounded, other experts are chosen
 _PARTS_OF_OPS = {OpKind.PROJECT: "project", OpKind.EXPERTS: "experts"}
 PARTS = ("project", "finish", "experts", "head")  # ops whose weights are dequantized together
 
@@ -71,6 +72,10 @@ class WeightFormat:
         bits = self.table_bits if name in TABLES else self.bits
         return PackedRows(bits) if bits else None
 
+    def dtype_of(self, name: str) -> str:
+        """Dtype of a weight that is not quantized."""
+        return "float32" if name in _WIDE else self.dtype
+
     def stored_shape(self, name: str, shape: Shape) -> Shape:
         """Shape of a stored weight; it counts bytes if the weight is quantized."""
         form = self.format_of(name, shape)
@@ -78,7 +83,7 @@ class WeightFormat:
 
     def stored_bytes(self, name: str, shape: Shape) -> int:
         """Bytes of a stored weight."""
-        each = 1 if self.format_of(name, shape) else DTYPE_BYTES[self.dtype]
+        each = 1 if self.format_of(name, shape) else DTYPE_BYTES[self.dtype_of(name)]
         return prod(self.stored_shape(name, shape)) * each
 
     def quantized_weights(self, shapes: dict[str, Shape], part: str) -> dict[str, Shape]:

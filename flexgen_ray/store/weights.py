@@ -351,8 +351,8 @@ class WeightStore:
 
     def _stored_view(self, memory: Tensor, start: int, name: str, shape: tuple[int, ...]) -> Tensor:
         """View of a weight in the format in which it is stored: uint8 if it is quantized."""
-        nbytes = self._format.stored_bytes(name, shape)
-        dtype = self.dtype if self._format.format_of(name, shape) is None else torch.uint8
+        nbytes, form = self._format.stored_bytes(name, shape), self._format.format_of(name, shape)
+        dtype = torch.uint8 if form else TORCH_DTYPE[self._format.dtype_of(name)]
         stored = memory[start : start + nbytes].view(dtype)
         return stored.view(self._format.stored_shape(name, shape))
 
