@@ -382,7 +382,7 @@ class Live(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("corrects", [False, True])
+@pytest.mark.parametrize("corrects", [False, True])  # then all tokens choose the same experts
 @pytest.mark.parametrize("shared", [0, 700])
 @pytest.mark.parametrize("on_gpu", [False, True])
 @pytest.mark.parametrize(("count", "choices", "size"), [(16, 8, 96), (4, 2, 304), (256, 1, 8)])

@@ -142,25 +142,25 @@ def _outputs_in_turn(
             own, inside = order[low : high[-1]], [end - low for end in high]
             rows = x[own // config.experts_per_token]
             inner = _add_biases(_grouped(rows, part.gate_up, inside), part.gate_up_bias, inside)
-            _grouped(gate(config, inner), part.down, inside, rows)
+            del rows
+            rows = _grouped(gate(config, inner), part.down, inside)
             out.index_copy_(0, own, _add_biases(rows, part.down_bias, inside))
     return out
 
 
-def _grouped(x: Tensor, matrices: Tensor, ends: list[int], out: Tensor | None = None) -> Tensor:
+def _grouped(x: Tensor, matrices: Tensor, ends: list[int]) -> Tensor:
     """Multiply each group of rows by its own transposed matrix.
 
     x: [rows, in]; matrices: [groups, out, in]; ends: of each group among the rows, the last of
-    which is that of all rows. out, returned: [rows, out]; None to allocate it.
+    which is that of all rows. Returns [rows, out].
 
     On a CPU torch's grouped product is a loop over groups, as fast as one written here; for large
     matrices of float32 oneDNN takes a quarter less time. Padding groups to one length is slower.
     """
     if not x.is_cuda and not takes_onednn(x, matrices[0]) and _takes_groups(matrices):
         offsets = torch.tensor(ends, dtype=torch.int32)
-        result = F.grouped_mm(x, matrices.transpose(1, 2), offs=offsets)
-        return result if out is None else out.copy_(result)
-    out = x.new_empty(len(x), matrices.shape[1]) if out is None else out
+        return F.grouped_mm(x, matrices.transpose(1, 2), offs=offsets)
+    out = x.new_empty(len(x), matrices.shape[1])
     low = 0
     for matrix, high in zip(matrices, ends, strict=True):
         if low < high:
