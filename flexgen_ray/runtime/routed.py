@@ -63,8 +63,8 @@ class RoutedRows:
         place = self._places.pop(batch, None)
         if not self._places:
             self._filled = 0
-        given = self._rows.x if self._sums is None else self._sums
-        return None if place is None else given[place]
+        outputs = self._rows.x if self._sums is None else self._sums
+        return None if place is None else outputs[place]
 
     @property
     def batches(self) -> list[int]:

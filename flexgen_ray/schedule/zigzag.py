@@ -25,7 +25,7 @@ With parts of two batches, the cells of a layer L are finished so:
 
     finish L b0: OUT b0        finish L b1: OUT b1, EXPERTS b0 and b1, COMBINE b0, COMBINE b1
 
-Where a layer's experts are more than the device has room for, they stream apart from its other
+If a layer's experts are more than the device has room for, they stream apart from its other
 weights, in groups, and EXPERTS runs once a group, for the whole block.
 
 A batch's first cell brings it into the stage (embedding, or receiving from the stage before), and
