@@ -94,15 +94,15 @@ class VisitTerms:
 
 @lru_cache(maxsize=8192)
 def visit_terms(
-    plan: StagePlan, hardware: HardwareSpec, position: int
+    plan: StagePlan, hardware: HardwareSpec, position: int, part: int = 1
 ) -> dict[Quantity, VisitTerms]:
     """Terms of a visit's seconds, by (phase or LEAST, lane, resource or path).
 
     plan: one with two batches, and one decoder layer or one pattern of layers. position: of the
-    rows that decode.
+    rows that decode. part: batches for whose rows experts run at once.
     """
     terms = {}
-    for phase, ops in _visit_ops(plan, position).items():
+    for phase, ops in _visit_ops(plan, position, part).items():
         resources, lanes, paths = _sums(), _sums(), _sums()
         for op in ops:
             whole = seconds_by_resource(op.amounts, hardware)
@@ -139,12 +139,12 @@ class _VisitOp:
 
 
 @lru_cache(maxsize=4096)
-def _visit_ops(plan: StagePlan, position: int) -> dict[str, list[_VisitOp]]:
+def _visit_ops(plan: StagePlan, position: int, part: int) -> dict[str, list[_VisitOp]]:
     """{phase or LEAST: ops of a visit}, the same for any machine's rates."""
     is_active = ActiveOps(plan, in_ring=not plan.stage.is_whole)
     # Experts run once a part, of which each batch takes its share.
     visit = zigzag(plan.stage, 2, range(1), mixtures=replace(plan.mixtures, batches=2))
-    ops = [it for op in visit if not op.visit and is_active(op) for it in _shares(plan, op)]
+    ops = [it for op in visit if not op.visit and is_active(op) for it in _shares(op, part)]
     model, visit_ops = CostModel(plan), {}
     rows_of = {
         "prefill": prefilling_rows(plan)[0],
@@ -169,14 +169,13 @@ def _visit_ops(plan: StagePlan, position: int) -> dict[str, list[_VisitOp]]:
     return visit_ops
 
 
-def _shares(plan: StagePlan, op: Op) -> list[tuple[Op, bool]]:
+def _shares(op: Op, size: int) -> list[tuple[Op, bool]]:
     """The op, and whether only batches after a block's first one bring it.
 
-    Experts for a part of the plan's size have a share of each.
+    Experts for a part of `size` batches have a share of each.
     """
     if op.kind is not OpKind.EXPERTS:
         return [(op, op.batch > 0 and not OPS[op.kind].moves_weights)]
-    size = plan.policy.expert_batches or plan.mixtures.batches
     part = replace(op, batch=size - 1, batches=size)
     return [(part, False), (part, True)]
 

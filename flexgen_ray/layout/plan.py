@@ -483,5 +483,9 @@ class StagePlan:
 
     @property
     def weight_format(self) -> WeightFormat:
-        bits = self.policy.weight_bits, self.policy.embedding_bits
-        return WeightFormat(self.dtype, *bits, self.config.expert_format)
+        return weight_format_of(self.config, self.policy, self.dtype)
+
+
+def weight_format_of(config: ModelConfig, policy: Policy, dtype: str) -> WeightFormat:
+    """Format in which a model's weights are stored under a policy."""
+    return WeightFormat(dtype, policy.weight_bits, policy.embedding_bits, config.expert_format)

@@ -23,6 +23,7 @@ from flexgen_ray.hardware.known import ASSUMED
 from flexgen_ray.layout.plan import StagePlan
 from flexgen_ray.layout.sizes import check_budgets
 from flexgen_ray.models.config import ModelConfig
+from flexgen_ray.planner.expert_slots import with_expert_slots
 from flexgen_ray.planner.fill import (
     PREFIX_TIERS,
     fill_tiers,
@@ -294,7 +295,9 @@ def _given_stages(
 
 def _filled_stages(problem: PlanningProblem) -> list[StagePlan]:
     """Filled tiers, with what prompts share on the GPU or else in host memory, if that fits."""
-    plans = problem.stage_plans(StagePolicies((problem.base,)))
+    nbytes = min(budget.gpu for budget in problem.budgets)
+    base = with_expert_slots(problem.base, problem.config, problem.dtype, nbytes)
+    plans = problem.stage_plans(StagePolicies((base,)))
     for tier in PREFIX_TIERS if problem.workload.sharing else ():
         with suppress(ValueError):
             placed = [replace(plan, prefix_tier=tier) for plan in plans]

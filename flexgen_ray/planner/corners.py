@@ -184,10 +184,10 @@ class Corners:
         # A further batch takes the same amounts, however many batches and blocks there are; with
         # these numbers fixed, the cached costs of one shape serve others.
         part = _small_stage(self.plan, 1, policy).mixtures.batches
-        alike = replace(policy, num_gpu_batches=2, blocks_in_flight=None, expert_batches=part)
+        alike = replace(policy, num_gpu_batches=2, blocks_in_flight=None, expert_batches=None)
         stage = replace(_small_stage(self.plan, 1, alike), num_blocks=1)
         more = self.plan.policy.num_gpu_batches - 1
-        for key, taken in visit_terms(stage, self.hardware, self.position).items():
+        for key, taken in visit_terms(stage, self.hardware, self.position, part).items():
             amounts[key] = (
                 taken.fixed + more * taken.per_batch,
                 (taken.per_layer + more * taken.per_layer_batch) / length,

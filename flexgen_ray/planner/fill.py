@@ -170,8 +170,10 @@ def _slowest(plan: StagePlan, budget: Budget) -> StagePlan:
     """Weights on disk; cache and hidden states on the fastest tiers that take all of them."""
     disk = Placement(0, 0, 1)
     caches = (Placement(0, 1, 0),) if plan.is_sparse else (Placement(0, 1, 0), disk)
+    homes = (Placement(1, 0, 0), Placement(0, 1, 0), disk)
     for cache in caches:
-        for activations in (Placement(1, 0, 0), Placement(0, 1, 0), disk):
+        # Rows wait for groups of experts on the GPU alone.
+        for activations in homes[:1] if plan.policy.expert_slots else homes:
             slowest = _placed(plan, weights=disk, cache=cache, activations=activations)
             need = tier_totals(stage_bytes(slowest))
             if need.gpu <= budget.gpu and need.cpu <= budget.cpu:

@@ -38,6 +38,7 @@ from flexgen_ray.planner.corners import (
     policy_of,
     shares_of,
 )
+from flexgen_ray.planner.expert_slots import with_expert_slots
 from flexgen_ray.planner.fill import may_hold_prefixes
 from flexgen_ray.planner.grid import Grid, SearchSpace
 from flexgen_ray.planner.lp import (
@@ -69,6 +70,7 @@ MIN_BETWEEN = 1.03
 # Fewest layers to simulate, of all stages together; with fewer, the model's ends weigh too much.
 MIN_SIMULATED_LAYERS = 12
 CACHE_ON_DEVICE = Share("cache", "gpu")
+HIDDEN_ELSEWHERE = (Share("activations", "cpu"), Share("activations", "disk"))
 LONG = 8  # times the mean length, from which the longest row is planned for apart
 CACHE_ON_DISK = Share("cache", "disk")
 ROW_BY_ROW = (*(Share("weights", place) for place in GROUPS["weights"]), *ON_DEVICE[1:])
@@ -207,6 +209,13 @@ class Planner:
                 f"{len(self.devices)} stages are more than the model's {self.config.num_layers} "
                 "layers; use fewer"
             )
+        nbytes = min(device.budget.gpu for device in self.devices)
+        base = with_expert_slots(self.search.base, self.config, self.dtype, nbytes)
+        if base.expert_slots:
+            # Rows wait for experts on the device.
+            on_device = (it for it in self.search.shares if it not in HIDDEN_ELSEWHERE)
+            search = replace(self.search, base=base, shares=tuple(on_device))
+            object.__setattr__(self, "search", search)
 
     def promising_candidates(self, on_estimate: OnEstimate = _ignore) -> list[Candidate]:
         """The fastest candidates first, from part of the grid.
