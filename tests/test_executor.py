@@ -76,7 +76,7 @@ def test_an_exception_in_any_lane_ends_the_run_with_it(kind, num_batches):
     executor = AsyncExecutor(recorder, lambda op: True, WORKERS)
     with pytest.raises(OSError, match=f"{kind} broke"):
         for stage in StageLayers.split(3, [1, 1, 1]):
-            mixtures = Mixtures(frozenset({2}), 2)
+            mixtures = Mixtures(frozenset({2}), 3, {2: (1, 2)}, 2)
             list(executor.run(zigzag(stage, num_batches, range(50), 3, mixtures)))
     assert threading.active_count() == before
 

@@ -17,7 +17,7 @@ from flexgen_ray.store.tiers import TORCH_DTYPE, Tiers
 class RoutedRows:
     """Buffer of routed_tokens rows, and which of them belong to which batch.
 
-    Where experts run in groups, what they give is added up beside what they take.
+    If experts run in groups, their outputs are added up beside what they take.
     """
 
     def __init__(self, plan: StagePlan, tiers: Tiers) -> None:
