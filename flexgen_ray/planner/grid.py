@@ -14,7 +14,7 @@ from flexgen_ray.config import Policy
 from flexgen_ray.planner.corners import SHARES, Share
 from flexgen_ray.planner.pipeline_plan import PlannedJob
 
-BATCH_SIZES = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
+BATCH_SIZES = (1, 2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 320)
 BATCHES = (1, 2, 3, 4, 6, 8, 12, 16)
 TILES = (512, 2048)
 STEPS = 4  # into which the way to the next batch size is divided at last
