@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from flexgen_ray.config import Budget, HardwareSpec, Policy
+from flexgen_ray.cost.roofline import Roof, Roofline
 from flexgen_ray.files.text_files import read_lines, read_yaml
 from flexgen_ray.hardware.spec import Hardware
 from flexgen_ray.models.config import ModelConfig
@@ -31,6 +32,7 @@ from flexgen_ray.planner.search import Infeasible, Planner, find_best_plan
 from flexgen_ray.units import parse_bytes
 
 MAX_MACHINES = 1024
+_MANY_ROWS = 4096  # of products at their full rate
 _MAX_DIGITS = 12  # of a length in tokens
 RESIDENT = "everything on the GPUs"
 WHOLE = "every prompt computed whole"
@@ -51,11 +53,16 @@ class Alternative:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A plan, alternatives on the same machines, and upgrades of the machines."""
+    """A plan, alternatives on the same machines, and upgrades of the machines.
+
+    best, flexgen: the rooflines of any schedule and of FlexGen's (`rooflines`).
+    """
 
     plan: PipelinePlan
     alternatives: list[Alternative]
     upgrades: list[Alternative]
+    best: Roof | None = None
+    flexgen: Roof | None = None
 
 
 def compare(
@@ -100,7 +107,7 @@ def compare(
         packed = devices_of(nodes, config, dtype, cache_bits=4)
         name = "weights and cache in 4 bits"
         upgrades.append(_plan_alternative(name, planner, devices=packed, search=in_four_bits))
-    return Comparison(plan, alternatives, upgrades)
+    return Comparison(plan, alternatives, upgrades, *rooflines(devices, plan))
 
 
 @dataclass(frozen=True)
@@ -196,6 +203,31 @@ def devices_of(
         for number, node in enumerate(nodes)
         for _ in range(node.gpus)
     )
+
+
+def rooflines(
+    devices: Sequence[StageDevice], plan: PipelinePlan
+) -> tuple[Roof | None, Roof | None]:
+    """The rooflines of the best schedule and of FlexGen's for the plan's job and layers.
+
+    None where prompts share, or attention reads few tokens: rooflines don't count what that saves.
+    """
+    job, stages = plan.job, plan.stages
+    if job.sharing is not None or stages[0].is_sparse:
+        return None, None
+    lines = [
+        Roofline(
+            stage,
+            device.rates(_MANY_ROWS, _MANY_ROWS),
+            device.budget,
+            job.mean_prompt_len,
+            job.mean_tokens,
+            -(-job.num_requests // len(stages)),
+        )
+        for stage, device in zip(stages, devices, strict=True)
+    ]
+    slowest = min(lines, key=lambda line: line.best.tokens_per_s)
+    return slowest.best, slowest.flexgen
 
 
 def _cpu_device(hardware: Hardware, number: int) -> StageDevice:

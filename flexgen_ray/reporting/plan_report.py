@@ -63,6 +63,7 @@ class PlanReport:
             + (", which enter as others end" if plan.kinds else ""),
             *self._price(),
             f"bottleneck: {self._bottleneck()}",
+            *self._roofline(),
         ]
         return [*lines, *self._advice(), *self._verdicts()]
 
@@ -87,6 +88,8 @@ class PlanReport:
             "price_per_million_tokens": self.price_per_million_tokens,
             "binding_stage": stage,
             "binding_lane": lane,
+            "roofline": self.comparison.best and asdict(self.comparison.best),
+            "flexgen_roofline": self.comparison.flexgen and asdict(self.comparison.flexgen),
             "bytes": {tier: sum(getattr(need, tier) for need in needs) for tier in TIERS},
             "stages": [
                 {
@@ -141,6 +144,18 @@ class PlanReport:
         stage, lane = self.comparison.plan.bottleneck
         name = resource_name(lane, self.on_gpu)
         return f"{name} of stage {stage}" if len(self.comparison.plan.stages) > 1 else name
+
+    def _roofline(self) -> list[str]:
+        """A line on what no schedule exceeds on these machines."""
+        best, flexgen = self.comparison.best, self.comparison.flexgen
+        if best is None or flexgen is None or not best.tokens_per_s:
+            return []
+        share = self.comparison.plan.tokens_per_s / best.tokens_per_s
+        return [
+            f"roofline: no schedule exceeds {_rate(best.tokens_per_s)} tokens/s "
+            f"({resource_name(best.bound, self.on_gpu)}), nor FlexGen's "
+            f"{_rate(flexgen.tokens_per_s)}; the plan makes {share:.0%}"
+        ]
 
     def _prefixes(self) -> list[str]:
         """A line on what prompts are assumed to share, if they do."""
