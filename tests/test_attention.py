@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from attention_cases import softmax
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pretend_cuda import pretend_cuda
 
 from flexgen_ray.kernels.attention import gather_pages, prefill
 from flexgen_ray.kernels.prefix_attention import attend_in_parts, attend_shared
@@ -71,9 +73,31 @@ def test_rows_attend_what_they_share_alike_in_one_call_of_torch_and_in_products(
     random = torch.Generator().manual_seed(rows)
     q = torch.randn(rows, 2 * group, 8, generator=random)
     k, v = torch.randn(2, 2, tokens, 8, generator=random)
-    in_products = attend_shared(q, k, v, torch.zeros(rows, dtype=torch.long))
+    starts = torch.zeros(rows, dtype=torch.long)
+    in_products = attend_shared(q, k, v, starts)
     for ours, theirs in zip(attend_shared(q, k, v), in_products, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU itself is there")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_16_bits_are_multiplied_on_a_gpu_with_float32_sums(dtype):
+    """Scores and their sums are those of float32; only weights are rounded."""
+    random = torch.Generator().manual_seed(0)
+    q = 4 * torch.randn(9, 6, 32, generator=random).to(dtype)
+    k, v = torch.randn(2, 2, 500, 32, generator=random).to(dtype)
+    out, sums = attend_shared(q.float(), k.float(), v.float())
+    launched: list[str] = []
+    with pretend_cuda() as device:
+        on_gpu = [each.to("cuda") for each in (q, k, v)]
+        starts = torch.zeros(9, dtype=torch.long, device="cuda")
+        device.launch = launched.append
+        found = [each.cpu() for each in attend_shared(*on_gpu, starts)]
+        del on_gpu, starts
+    assert (launched.count("bmm"), launched.count("_to_copy")) == (2, 1)
+    assert [each.dtype for each in found] == [torch.float32] * 2
+    torch.testing.assert_close(found[1], sums, atol=2e-5, rtol=0)
+    torch.testing.assert_close(found[0], out, atol=4 * torch.finfo(dtype).eps, rtol=0)
 
 
 def test_gathered_pages_take_memory_for_these_alone():

@@ -22,6 +22,7 @@ from strategies import with_sparsity
 
 from flexgen_ray import LLM, Placement, Policy, RequestOutput, SamplingParams
 from flexgen_ray.kernels.host_kernel import load_kernel
+from flexgen_ray.layout import plan as stage_plan
 from flexgen_ray.planner import choose
 from flexgen_ray.planner.fill import place_prefixes
 from flexgen_ray.runtime import stage
@@ -324,6 +325,7 @@ def test_a_cuda_run_shares_prefixes(tiny_models, plain_host_attention, monkeypat
         return place_prefixes(plans, budgets, (tier,))
 
     monkeypatch.setattr(choose, "place_prefixes", place)
+    monkeypatch.setattr(stage_plan, "FOLDED_ROWS", 9 if policy is SHARING[0][0] else 2)
     rng = random.Random(0)
     shared = [[rng.randrange(4, 90) for _ in range(72)] for _ in range(2)]
     prompts = [shared[i % 2] + [rng.randrange(4, 90) for _ in range(i + 1)] for i in range(8)]

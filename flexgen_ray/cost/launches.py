@@ -177,4 +177,5 @@ def _chunk(plan: StagePlan, users: Sequence[User]) -> int:
     is_masked = any(start for _, start in users)
     products = _ATTEND_TILE if plan.stages_disk or is_masked else _ATTEND_TILE_ON_CPU
     count = products + _MASK * is_masked + copies + _MERGE
-    return count + 3 * (plan.element_bytes < 4)  # products are in float32
+    # On a GPU weights are converted for a product; elsewhere queries, keys and values are.
+    return count + (1 if plan.stages_disk else 3) * (plan.element_bytes < 4)

@@ -43,12 +43,18 @@ def attended_prefixes(plan: StagePlan, placed: PlacedRows, layer: int) -> Amount
             # A CPU keeps no scores if there is no mask.
             if plan.stages_disk or any(start for _, start in users):
                 scores += count * len(users) * config.num_heads
+    converted = 0
+    if element < _FLOAT32 and plan.stages_disk:
+        # Scores are scaled in float32, and weights converted to 16 bits for a product.
+        converted = scores * (element + 3 * _FLOAT32)
+    elif element < _FLOAT32:
+        converted = chunk_tokens * 2 * config.kv_size * (element + _FLOAT32)
     amounts: Amounts = {
         _R.FLOPS: 4 * config.q_size * pairs,
         _R.DEVICE_ATTENTION: 2 * tokens * config.kv_size * element,
         _R.DEVICE_OPS: prefix_launches(plan, tiles),
         _R.ELEMENTWISE: 2 * tokens * 2 * config.kv_size * element  # gathered
-        + (element < _FLOAT32) * chunk_tokens * 2 * config.kv_size * (element + _FLOAT32)
+        + converted
         + _OF_SCORE * scores * _FLOAT32
         + _OF_RESULT * results * config.q_size * _FLOAT32,
     }

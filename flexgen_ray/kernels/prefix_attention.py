@@ -2,7 +2,9 @@
 
 Attention comes in parts: over a tile of a prefix, and over a row's own tokens. Each part has a
 result and the logarithm of the sum of exp(score), by which `merge_part` weighs it against the
-others. In torch, on the device of the tensors; float32 within. Knows no pages and no tiers.
+others. In torch, on the device of the tensors. Scores, sums and results are in float32; on a GPU
+16-bit values are multiplied as they are, in products with float32 results. Knows no pages and no
+tiers.
 """
 
 from __future__ import annotations
@@ -30,14 +32,17 @@ def attend_shared(
     rows, heads, head_dim = q.shape
     kv_heads, tokens = k.shape[:2]
     sharing = heads // kv_heads
-    grouped = q.view(rows, kv_heads, sharing, head_dim).transpose(0, 1).float()
-    k, v = k.float(), v.float()
+    grouped = q.view(rows, kv_heads, sharing, head_dim).transpose(0, 1)
+    if not _multiplies_16_bits(q):
+        grouped, k, v = grouped.float(), k.float(), v.float()
+    queries = grouped.reshape(kv_heads, rows * sharing, head_dim)
     if starts is None and takes_parts(q.device):
-        queries = grouped.reshape(kv_heads, rows * sharing, head_dim)
         out, lse = (part[0] for part in _attend(queries[None], k[None], v[None]))
         return _by_rows(out, rows), _by_rows(lse[..., None], rows)[..., 0]
-    queries = (grouped * head_dim**-0.5).reshape(kv_heads, rows * sharing, head_dim)
-    scores = queries @ k.transpose(1, 2)
+    if _multiplies_16_bits(q):
+        scores = _product(queries, k.transpose(1, 2)).mul_(head_dim**-0.5)
+    else:
+        scores = (queries * head_dim**-0.5) @ k.transpose(1, 2)
     if starts is not None:
         before = torch.arange(tokens, device=q.device) < starts[:, None]
         of_rows = scores.view(kv_heads, rows, sharing, tokens)
@@ -45,9 +50,19 @@ def attend_shared(
     most = scores.amax(-1, keepdim=True)
     weights = scores.sub_(most).exp_()
     sums = weights.sum(-1, keepdim=True)
-    out = (weights @ v).div_(sums)
+    out = _product(weights.to(v.dtype), v).div_(sums)
     lse = sums.log_().add_(most)
     return _by_rows(out, rows), _by_rows(lse, rows)[..., 0]
+
+
+def _multiplies_16_bits(x: Tensor) -> bool:
+    """True if products of such tensors may have float32 results."""
+    return x.device.type == "cuda" and x.dtype in (torch.float16, torch.bfloat16)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """Float32 products of matrices, [n, rows, columns] of [n, rows, k] and [n, k, columns]."""
+    return torch.bmm(a, b, out_dtype=torch.float32) if _multiplies_16_bits(a) else a @ b
 
 
 def takes_parts(device: torch.device) -> bool:

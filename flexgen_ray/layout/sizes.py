@@ -270,6 +270,7 @@ def workspace_bytes(plan: StagePlan) -> int:
     # Tables of pages and rotations are made once a pass.
     config, rows = plan.config, plan.policy.gpu_batch_size
     tables = 2 * len(plan.kinds) * rows * (plan.longest_pages + 1) * 4
+    tables += len(plan.kinds) * plan.prefix_pages * 4
     ropes = {config.rope_of(layer) for layer in plan.stage.decoders} - {None}
     rotations = len(ropes) * rows * config.head_dim * plan.element_bytes
     of_passes = 2 * plan.num_batches * (tables + rotations) + 4 * plan.marked_pages
@@ -337,7 +338,8 @@ def _op_bytes(plan: StagePlan) -> tuple[int, int]:
     attention += _decoding_bytes(plan, on_cpu=not plan.stages_disk)
     attention += split_bytes(config) * plan.stages_disk
     if plan.prefix_pages:
-        # Keys and values of a tile, gathered, dequantized and in float32; scores of some queries.
+        # Keys and values of a tile, gathered, dequantized and in float32; scores of some queries,
+        # with their weights as they are multiplied.
         attention += PREFIX_TILE * config.kv_size * (4 * element + 2 * 4)
         attention += 2 * prefix_rows_at_a_time(plan) * config.num_heads * (PREFIX_TILE + 64) * 4
     # The weights of the chosen tokens stay until their values have arrived.

@@ -62,6 +62,9 @@ _RESIDENT_RUNS = MemoKey[_Runs]()
 _STREAMED_RUNS = MemoKey[_Runs]()
 _SHARING = MemoKey[tuple[Tensor, Tensor]]()
 _MERGED = MemoKey[tuple[Tensor, Tensor]]()
+_PREFIX_TABLES = MemoKey[Tensor]()
+_PROMPT_TABLES = MemoKey[Tensor]()
+_CHOOSING_TABLES = MemoKey[Tensor]()
 
 
 class _Tile(NamedTuple):
@@ -125,9 +128,10 @@ class DeviceAttention:
         keys = cache.streamed_pages(op)[0]
         for first, rows in placed.choosing_runs(self._plan.rows_at_a_time):
             lens = [placed.length(row) for row in rows]
-            tables = page_table([streamed_table(placed, row) for row in rows])
+            make = partial(self._choosing_tables, placed, rows)
+            tables = placed.memoized(_CHOOSING_TABLES, make, first)
             tokens = attention.span(lens, window)
-            k = attention.gather_pages(keys, self._on_device(tables), tokens)
+            k = attention.gather_pages(keys, tables, tokens)
             q = torch.cat([work.q[row.tokens] for row in rows])
             k, lens = self._dequantized(k), [end - tokens.start for end in lens]
             selected = attention.select_tokens(
@@ -233,7 +237,9 @@ class DeviceAttention:
         """Keys and values [kv_heads, tokens, width] of a prefix's tokens; those before it count."""
         pool, home = self._cache.prefix_pages(op, placed, shared)
         tokens = slice(first - shared.start, last - shared.start)
-        tables = self._on_device(home.table(pages_of(tokens.stop))[None])
+        # In all layers of a kind, and in all tiles, the same table.
+        table = home.table(pages_of(shared.end - shared.start))[None]
+        tables = placed.memoized(_PREFIX_TABLES, lambda: self._on_device(table), shared.number)
         k, v = (attention.gather_pages(plane, tables, tokens)[0] for plane in pool)
         return k, v
 
@@ -293,7 +299,8 @@ class DeviceAttention:
             own = max(0, first - row.before)
             k, v = work.cached[row.tokens].permute(1, 2, 0, 3)
             if own < row.position:
-                tables = self._on_device(home(row).table(pages_of(row.position))[None])
+                table = partial(self._own_table, row, home)
+                tables = placed.memoized(_PROMPT_TABLES, table, row.slot)
                 tokens = slice(own, row.position)
                 before = [attention.gather_pages(plane, tables, tokens)[0] for plane in pool]
                 k, v = torch.cat((before[0], k), 1), torch.cat((before[1], v), 1)
@@ -341,6 +348,14 @@ class DeviceAttention:
                 q[:, queries], k[these], v[these], start, tile, window, own
             )
             out[:, queries].copy_(attended)
+
+    def _own_table(self, row: Row, home: Callable[[Row], Home]) -> Tensor:
+        """Pages on the device of the tokens that a prompt's row had, [1, pages]."""
+        return self._on_device(home(row).table(pages_of(row.position))[None])
+
+    def _choosing_tables(self, placed: PlacedRows, rows: list[Row]) -> Tensor:
+        """Pages on the device of what streamed rows choose among, [rows, pages]."""
+        return self._on_device(page_table([streamed_table(placed, row) for row in rows]))
 
     def _on_device(self, tables: np.ndarray) -> Tensor:
         return place_indices(tables, self._device, torch.int32)
