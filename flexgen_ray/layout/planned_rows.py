@@ -34,7 +34,9 @@ class _Sharing(Composition):
 
     def __init__(self, plan: StagePlan, rows: Rows) -> None:
         super().__init__(rows, plan.splits)
-        self.folded_rows = plan.folded_rows
+        # Whether few rows fold a prefix depends on where all of them lie, which isn't linear in the
+        # shares of a plan; it counts a product for them.
+        self.folded_rows = plan.folded_rows if plan.is_sparse else 0
         self._tiers = plan.prefix_tiers
         self._groups = _find_groups(plan, len(rows.rows))
 
@@ -51,7 +53,9 @@ class _Sharing(Composition):
         ]
 
     def _home(self, tokens: int, kind: LayerKind) -> Home:
-        pages = tuple(range(min(tokens // PAGE_TOKENS, kind.most_pages)))
+        # Keys streamed once for all sparse rows are left out: they are not linear, either.
+        count = 0 if self.folded_rows else min(tokens // PAGE_TOKENS, kind.most_pages)
+        pages = tuple(range(count))
         copy = None
         for tier in reversed(self._tiers):
             copy = Home(tier, pages, most=kind.most_pages, copy=copy)

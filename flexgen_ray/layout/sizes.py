@@ -270,7 +270,8 @@ def workspace_bytes(plan: StagePlan) -> int:
     # Tables of pages and rotations are made once a pass.
     config, rows = plan.config, plan.policy.gpu_batch_size
     tables = 2 * len(plan.kinds) * rows * (plan.longest_pages + 1) * 4
-    tables += len(plan.kinds) * plan.prefix_pages * 4
+    if plan.workload.sharing is not None:
+        tables += len(plan.kinds) * rows * plan.workload.sharing.most_tokens // PAGE_TOKENS * 4
     ropes = {config.rope_of(layer) for layer in plan.stage.decoders} - {None}
     rotations = len(ropes) * rows * config.head_dim * plan.element_bytes
     of_passes = 2 * plan.num_batches * (tables + rotations) + 4 * plan.marked_pages
