@@ -49,6 +49,9 @@ PARAMETERS = {
     "mixtral-8x7b": 46_702_792_704,
     "mixtral-8x22b": 140_620_634_112,
     "olmoe-1b-7b": 6_919_161_856,
+    # Without the layer that predicts a token more.
+    "glm-4.5-air": 106_852_251_264,
+    "glm-4.5": 352_797_829_024,
     "gpt-oss-20b": 20_914_757_184,
     "gpt-oss-120b": 116_829_156_672,
 }
