@@ -35,7 +35,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flexgen_ray import LLM, Policy, SamplingParams
-from flexgen_ray.kernels import pack, pack_plain
+from flexgen_ray.kernels import mxfp4, pack, pack_plain
 from flexgen_ray.kernels.host_kernel import load_kernel
 from flexgen_ray.runtime import device_attention
 from flexgen_ray.runtime.handlers import OpHandlers
@@ -562,6 +562,11 @@ def _patch_project(patch: pytest.MonkeyPatch, device: PretendCuda) -> None:
             pack_plain.unpack(_data_there(packed), bits, _data_there(out))
 
         @staticmethod
+        def dequantize(blocks: torch.Tensor, scales: torch.Tensor, out: torch.Tensor) -> None:
+            device.launch("dequantize")
+            mxfp4.dequantize_plain(*map(_data_there, (blocks, scales, out)))
+
+        @staticmethod
         def attend_pages(
             q, keys, values, tables, lens, out, *, most: int, window: int | None, lse, sinks
         ):
@@ -579,7 +584,13 @@ def _patch_project(patch: pytest.MonkeyPatch, device: PretendCuda) -> None:
             with device.op(handlers, op):
                 run_op(handlers, op, ready_at)
 
+    on_host = mxfp4._dequantizer
+
+    def dequantizer(of: torch.device):
+        return on_host(of) if of.type == "cpu" else Kernels.dequantize
+
     patch.setattr(pack, "_on_device", lambda of: Kernels)
+    patch.setattr(mxfp4, "_dequantizer", dequantizer)
     patch.setattr(device_attention, "page_kernel", lambda *of: Kernels)
     patch.setattr(OpHandlers, "run", run)
 

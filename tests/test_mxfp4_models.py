@@ -12,12 +12,13 @@ import torch
 from engine_runs import assert_same, greedy
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pretend_cuda import pretend_cuda
 from safetensors.torch import load_file, save_file
 from strategies import pipelines, placements, policies
 from torch import Tensor
 from transformers import Mxfp4Config
 
-from flexgen_ray import LLM, Policy
+from flexgen_ray import LLM, Placement, Policy
 from flexgen_ray.cli.main import app
 from flexgen_ray.config import Workload
 from flexgen_ray.layout.plan import StagePlan
@@ -26,6 +27,7 @@ from flexgen_ray.models.config_files import load_config
 from flexgen_ray.models.shapes import shape_config
 from flexgen_ray.quant.formats import WeightFormat
 from flexgen_ray.quant.mxfp4 import MAGNITUDES, Mxfp4
+from flexgen_ray.schedule.ops import OpKind
 from flexgen_ray.schedule.zigzag import StageLayers
 
 EXPERTS = ("gate_up_proj", "down_proj")
@@ -84,6 +86,21 @@ def test_every_split_generates_the_same_tokens(model, data):
     options = {"pipeline_parallel_size": len(stages.layers), "use_ray": False}
     prompts = [reference.prompt for reference in references]
     assert_same(greedy(folder, prompts, stages, **options), references)
+
+
+def test_a_cuda_run_dequantizes_on_the_device_and_waits_for_nothing(model):
+    """Experts on three tiers, in the op that multiplies them and in no other."""
+    folder, references = model
+    prompts = [reference.prompt for reference in references]
+    policy = Policy(2, 2, weights=Placement(0.4, 0.3, 0.3))
+    with pretend_cuda() as device:
+        found = greedy(folder, prompts, policy, "cuda", use_ray=False, gpu_memory="1GiB")
+    assert_same(found, references)
+    in_ops = [note.where for note in device.notes if note.kind is not None]
+    assert not [where for where in in_ops if "mxfp4" in where or "weights" in where]
+    cells = {cell for cell, name in device.launches if name == "dequantize"}
+    assert {cell.kind for cell in cells} == {OpKind.EXPERTS}
+    assert {cell.layer for cell in cells} == {1, 2, 3}
 
 
 def test_stored_bytes_are_the_checkpoints(model):

@@ -9,6 +9,7 @@ from __future__ import annotations
 from itertools import groupby
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from flexgen_ray.kernels.dequantize import all_finite, tensors_of
@@ -64,7 +65,8 @@ class PackedExperts:
         alternates = takes_turns(self._config.family) and name.startswith("gate_up")
         experts = slice(first, first + len(destination))
         # Another device would take memory for what is put in order on the way.
-        stored = destination if destination.device.type == "cpu" else destination.cpu()
+        is_host = destination.device.type == "cpu"
+        stored = destination if is_host else torch.empty(destination.shape, dtype=torch.uint8)
         keys = {
             f"{stacked_name(layer, name)}{suffix}": view
             for suffix, view in tensors_of(stored, self._form, shape).items()
@@ -83,5 +85,5 @@ class PackedExperts:
                 f"{stacked_name(layer, name)} hold values beyond float32, which make every answer "
                 "nonsense; download it again, or take another checkpoint"
             )
-        if stored is not destination:
+        if not is_host:
             destination.copy_(stored)
