@@ -123,7 +123,9 @@ def test_a_gpu_generates_the_same_tokens_as_transformers(mixtures, name, policy)
 
 @settings(max_examples=2)
 @given(
-    name=st.sampled_from(["qwen3-moe", "qwen2-moe", "glm4-moe"]), executor=EXECUTORS, data=st.data()
+    name=st.sampled_from(["qwen3-moe", "qwen2-moe", "glm4-moe", "gpt-oss"]),
+    executor=EXECUTORS,
+    data=st.data(),
 )
 def test_every_split_generates_the_same_tokens(mixtures, name, executor, data):
     folder, references = mixtures[name]
@@ -168,8 +170,9 @@ def test_packed_experts_are_those_of_the_rounded_model(mixtures, name, bits, pol
     assert_same(greedy(folder, [it.prompt for it in wanted], policy, use_ray=False), wanted)
 
 
-def test_a_packed_checkpoint_has_packed_experts(mixtures, tmp_path):
-    folder, _ = mixtures["qwen3-moe"]
+@pytest.mark.parametrize("name", ["qwen3-moe", "gpt-oss"])
+def test_a_packed_checkpoint_has_packed_experts(mixtures, tmp_path, name):
+    folder, _ = mixtures[name]
     app(["quantize", "--model", str(folder), "--output", str(tmp_path / "packed"),
          "--weight-bits", "4"], standalone_mode=False)  # fmt: skip
     wanted = rounded_references(folder, 4)
@@ -241,6 +244,7 @@ def test_layers_without_experts_are_those_of_transformers(
         ("glm4-moe", {"topk_group": 5}, "topk_group is 5 of 4 groups of 3 experts"),
         ("glm4-moe", {"num_experts_per_tok": 7}, "must hold the num_experts_per_tok, 7: correct"),
         ("glm4-moe", {"routed_scaling_factor": 0}, "routed_scale is 0; it must be a number above"),
+        ("gpt-oss", {"swiglu_limit": -7.0}, "swiglu_limit is -7.0; it must be a number above 0"),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(mixtures, tmp_path, name, changes, message):
@@ -248,6 +252,11 @@ def test_what_is_not_supported_is_refused_by_name(mixtures, tmp_path, name, chan
     (tmp_path / "config.json").write_text(json.dumps(keys | changes))
     with pytest.raises(ValueError, match=message):
         load_config(tmp_path)
+
+
+def test_gpt_oss_is_refused_in_float16_before_anything_is_loaded(mixtures):
+    with pytest.raises(ValueError, match="65504.*use --dtype bfloat16 or float32"):
+        LLM(mixtures["gpt-oss"][0], dtype="float16", use_ray=False)
 
 
 def layout_of(config, placement: Placement, bits: int | None = None):
@@ -394,6 +403,7 @@ def test_temporaries_are_no_more_than_a_plan_counts(
         num_experts=count, experts_per_token=choices, expert_size=size, shared_expert_size=shared,
         vocab_size=8, corrects_choice=corrects, shared_expert_gate=not corrects,
         expert_groups=2, chosen_groups=2 - corrects,
+        expert_bias=not shared, swiglu_limit=None if shared else 7.0,
     )  # fmt: skip
     policy = Policy(1, max_batch_tokens=64)
     plan = StagePlan(config, StageLayers.whole(1), policy, Workload(1, 64, 65), "bfloat16")

@@ -40,7 +40,7 @@ PROMPTS = [
         [*A2], [("h", 66)], [("k", 40)], [("m", 1)], [*A1, ("n", 16)],
     )
 ]  # fmt: skip
-WINDOWS = {"llama": None, "mistral": 23, "gemma3": 17, "qwen2": 35}  # longer than a page
+WINDOWS = {"llama": None, "mistral": 23, "gemma3": 17, "qwen2": 35, "gpt-oss": 21}  # over a page
 TIERS = st.sampled_from(["gpu", "cpu"])
 QUOTAS = st.sampled_from([1, 2, 3, 4, 6, 30])
 FOLDED = st.sampled_from([1, 2, 3, 9])  # rows of a group from which on its prefix is attended apart
@@ -49,7 +49,7 @@ EXECUTORS = st.sampled_from(["serial", "async"])
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    """{name: (folder, references)} of a model without windows, and of three with long ones."""
+    """{name: (folder, references)} of a model without windows, and of others with long ones."""
     found = {}
     for name, window in WINDOWS.items():
         changes = {} if window is None else {"sliding_window": window}

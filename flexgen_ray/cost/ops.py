@@ -56,6 +56,7 @@ _ON_DEVICE = frozenset(kind for kind, spec in OPS.items() if spec.lane.worker is
 # Values that a small op reads or writes for each value of its input.
 _COPY, _ADD, _ACTIVATE, _MULTIPLY = 2, 3, 2, 3
 _LAYER_NORM, _RMS_NORM, _ROTATE = 2, 2, 5
+_CLAMPED_GATE = 16  # two clamps, a sum, a sigmoid and three products
 _COMPOSITE_RMS_NORM = 9  # on a CPU it is several torch ops
 
 _TOP_K_SHARE = 0.6  # work of sampling from the top_k, as a share of sampling from all tokens
@@ -496,7 +497,10 @@ def elementwise_values(plan: StagePlan, kind: OpKind) -> int:
         return _ADD * hidden + norms + _COPY * hidden + scores + shared
     if kind is OpKind.EXPERTS:
         # Choices are gathered, put back and summed.
-        choice = each * config.expert_size + (2 * _COPY + 1) * hidden
+        gate = _CLAMPED_GATE if config.swiglu_limit is not None else each
+        choice = gate * config.expert_size + (2 * _COPY + 1) * hidden
+        if config.expert_bias:
+            choice += (_COPY + _ADD) * (2 * config.expert_size + hidden)
         return config.experts_per_token * choice
     if kind is OpKind.COMBINE:
         return _ADD * hidden

@@ -142,8 +142,8 @@ def settle_dtype(
         raise ValueError(f"dtype {requested!r} is unknown; use auto, float32, float16 or bfloat16")
     if requested == "float16" and overflows_float16:
         raise ValueError(
-            "activations of this family of models are known to exceed 65504, the largest number in "
-            "float16; use --dtype bfloat16 or float32"
+            "activations of this family of models exceed 65504, the largest number in float16, or "
+            "are not known to stay below; use --dtype bfloat16 or float32"
         )
     if requested != "auto":
         return requested, None
@@ -166,8 +166,8 @@ def _without_bfloat16(
     reason = f"{slow.device_name} on {slow.host} has no fast bfloat16"
     if overflows_float16:
         return "float32", (
-            f"{reason}, and this family's activations exceed float16: the run takes float32, at "
-            "twice the memory"
+            f"{reason}, and this family's activations may exceed float16: the run takes "
+            "float32, at twice the memory"
         )
     if checkpoint == "float16":
         return "float16", None
