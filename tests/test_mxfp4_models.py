@@ -146,6 +146,7 @@ def test_experts_take_their_published_bytes_on_every_tier(model, placement):
 def test_built_in_shapes_take_the_bytes_that_published_checkpoints_name(name, total_size):
     config = shape_config(name)
     kept = WeightFormat("bfloat16", experts=config.expert_format)
+    assert kept.described == "bfloat16, experts in MXFP4"
     layers = map(config.tensors, range(config.num_layers + 2))
     assert total_size == sum(kept.stored_bytes(*it) for layer in layers for it in layer.items())
 

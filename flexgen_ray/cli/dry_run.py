@@ -108,7 +108,7 @@ def _tokens_line(requests: list[Request], is_guess: bool) -> str:
 def _plan_lines(llm: LLM) -> Iterator[str]:
     plans = llm.plans
     names = dict.fromkeys(machine.device_name for machine in llm.machines)
-    yield f"model: {llm.model} in {llm.dtype} on {', '.join(names)}"
+    yield f"model: {llm.model} in {plans[0].weight_format.described} on {', '.join(names)}"
     yield f"batches: {block_line(plans[0])}"
     for number, (plan, budget) in enumerate(zip(plans, llm.budgets, strict=True)):
         need = tier_totals(stage_bytes(plan))
