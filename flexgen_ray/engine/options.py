@@ -51,8 +51,8 @@ ELSEWHERE: Mapping[str, str] = {
     "cpu_offload_gb": _BUDGETS,
     "kv_cache_memory_bytes": _BUDGETS,
     "kv_cache_dtype": "use cache_bits=4 or 8 to quantize the KV cache",
-    "quantization": "use weight_bits=4 or 8; of checkpoints that others quantized, gpt-oss's in MXFP4 "
-    "are loaded as they are",
+    "quantization": "use weight_bits=4 or 8; of checkpoints that others quantized only "
+    "gpt-oss's, in MXFP4, can be loaded",
     "load_in_4bit": "use weight_bits=4",
     "load_in_8bit": "use weight_bits=8",
     "enforce_eager": "there are no CUDA graphs here; leave it out",
