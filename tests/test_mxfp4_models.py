@@ -69,7 +69,7 @@ def model(tmp_path_factory):
     return folder, tiny.references(folder, prompts, 12, quantization_config=dequantizing)
 
 
-@settings(max_examples=4)
+@settings(max_examples=2)
 @given(policy=policies, executor=st.sampled_from(["serial", "async"]))
 def test_every_policy_generates_the_same_tokens_as_transformers(model, policy, executor):
     folder, references = model
