@@ -32,8 +32,8 @@ def bench(tmp_path, text_model):
     app = typer.Typer()
     app.command()(peers)
 
-    def call(names: str, *options: str) -> dict:
-        arguments = ["--model", str(text_model), "--prompts", str(prompts), "--peers", names]
+    def call(names: str, *options: str, work=("--prompts", str(prompts))) -> dict:
+        arguments = ["--model", str(text_model), *work, "--peers", names]
         arguments += ["--max-tokens", str(MAX_TOKENS), "--batch-sizes", "3", "--threads", "1"]
         arguments += ["--device", "cpu", "--offload-dir", str(tmp_path / "offload")]
         arguments += ["--json", str(tmp_path / "out.json"), *options]
@@ -69,7 +69,8 @@ def test_transformers_and_we_do_the_same_work_with_the_same_tokens(bench):
     assert found["transformers"]["ratio"] == pytest.approx(ratio, abs=1e-3)
     assert theirs["batch_size"] == 3
     assert {"date", "command", "hardware", "versions", "settings"} <= set(result)
-    assert result["settings"]["tokens_compared_to"] == {"peer": "transformers", "batch_size": 3}
+    compared = {"peer": "transformers", "batch_size": 3, "experts": None}
+    assert result["settings"]["tokens_compared_to"] == compared
     assert found["flexgen-ray"]["details"]["policy"]["gpu_batch_size"] >= 1
 
 
@@ -96,6 +97,25 @@ def test_accelerate_generates_the_same_from_disk_and_from_host_memory(bench, dty
     assert source == ("the checkpoint" if dtype == "float32" else "a copy in the dtype")
 
 
+@pytest.mark.peer
+def test_every_implementation_of_experts_is_tried_and_airllm_streams_them(
+    bench, tmp_path, monkeypatch
+):
+    pytest.importorskip("airllm")
+    small = {
+        "vocab_size": 97, "hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 32,
+        "num_hidden_layers": 2, "num_attention_heads": 4,
+    }  # fmt: skip
+    monkeypatch.setitem(SHAPES, "small", SHAPES["qwen3-moe-6gb"] | small)
+    folder = make_checkpoint("small", tmp_path / "mixture")
+    options = ["--model", str(folder), "--experts", "eager,batched_mm,grouped_mm"]
+    work = ("--prompt-len", "8", "--num-prompts", "4")
+    result = bench("transformers,airllm,flexgen-ray", *options, work=work)
+    for entry in result["contestants"]:
+        assert_all_equal(entry)
+        assert len(entry["runs"]) == (1 if entry["peer"] == "flexgen-ray" else 3)
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -113,19 +133,32 @@ def test_what_cannot_work_is_refused_with_the_remedy(bench, options, message):
         bench("transformers,flexgen-ray", *options)
 
 
-def test_standings_show_every_difference_and_the_best_batch_size():
+def test_standings_show_every_difference_and_the_best_set_up():
     runs = [
         PeerRun("transformers", 1, tokens=[[1, 2], [3, 4]], seconds=4.0),
         PeerRun("transformers", 2, tokens=[[1, 2], [3, 5]], seconds=2.0),
         PeerRun("transformers", 2, tokens=[[1, 2], [3, 4]], seconds=1.0),
         PeerRun("transformers", 2, tokens=[[1, 2], [3, 4]], seconds=8.0),
+        PeerRun("transformers", 2, tokens=[[1, 2], [3, 4]], seconds=3.0, experts="eager"),
         PeerRun("flexgen-ray", None, tokens=[[1, 2], [3, 4]], seconds=1.0),
     ]
     theirs, ours = standings(runs)
-    assert theirs["best"] == {"batch_size": 2, "tokens_per_s": 2.0}
+    assert theirs["tokens_per_s"] == {"1": 1.0, "2": 2.0, "2 eager": 1.333}
+    assert theirs["best"] == {"batch_size": 2, "experts": None, "tokens_per_s": 2.0}
     assert (theirs["ratio"], ours["ratio"]) == (2.0, 1.0)
     assert theirs["runs"][1]["first_differences"] == [(1, 1)]
     assert theirs["runs"][1]["equal_sequences"] == 1
+
+
+def test_only_prompts_that_both_answered_are_compared():
+    runs = [
+        PeerRun("transformers", 1, tokens=[[1, 2], [3, 4]], seconds=4.0),
+        PeerRun("flexgen-ray", None, tokens=[[1, 2], [3, 5], [6, 7]], seconds=1.0),
+    ]
+    theirs, ours = standings(runs)
+    (run,) = ours["runs"]
+    assert (run["sequences"], run["compared_sequences"], run["equal_sequences"]) == (3, 2, 1)
+    assert theirs["ratio"] == 6.0
 
 
 def test_nameless_open_files_belong_to_their_folder(tmp_path):

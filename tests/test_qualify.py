@@ -29,17 +29,19 @@ from flexgen_ray.qualification import probe as probing
 from flexgen_ray.qualification import with_cudnn
 from flexgen_ray.qualification.cases import CASES, GPU_MEMORY, PROMPT_LEN
 from flexgen_ray.qualification.link import two_dimensional
+from flexgen_ray.qualification.mixture import mixture
 from flexgen_ray.qualification.predictions import predict
 from flexgen_ray.qualification.runner import STEPS, failures, run_steps
 from flexgen_ray.qualification.setting import Figures, Setting, Skipped, read_figures
 from flexgen_ray.qualification.steps import Step, make_steps, write_policies
+from flexgen_ray.qualification.two_actors import MAX_TOKENS
 from flexgen_ray.schedule.zigzag import StageLayers
 from flexgen_ray.units import parse_bytes
 
 USUAL_SECONDS = 520
 ORDER = [
     "probe", "gpu_tests", "opt-30b", "opt-6.7b-4bit", "opt-6.7b", "opt-6.7b-cudnn", "calibrate",
-    "predictions", "opt-30b-4bit", "two_actors", "nccl",
+    "predictions", "opt-30b-4bit", "mixture", "two_actors", "nccl",
 ]  # fmt: skip
 
 
@@ -300,6 +302,21 @@ def test_the_command_writes_one_result_and_its_status_says_if_a_step_failed(
     result = json.loads((tmp_path / "two/result.json").read_text())
     assert result["statuses"] == {"failed": 1, "passed": 1} and result["tiny"]
     assert {"hardware", "versions", "command", "date"} <= set(result)
+
+
+def test_a_mixture_gives_the_tokens_of_transformers_and_others_fail(tmp_path, monkeypatch):
+    setting = Setting("cpu", tmp_path)
+    mixture(setting, Figures(tmp_path / "right.jsonl"))
+    figures = read_figures(tmp_path / "right.jsonl")
+    assert len({it["weights"] for it in figures}) == 3
+    assert all(it["equal_to_transformers"] == it["answers"] == 7 for it in figures)
+
+    def wrong(*args, **options):
+        return [[0] * MAX_TOKENS] * 7
+
+    monkeypatch.setattr("flexgen_ray.qualification.mixture.answers", wrong)
+    with pytest.raises(AssertionError, match="on the device"):
+        mixture(setting, Figures(tmp_path / "wrong.jsonl"))
 
 
 @pytest.mark.slow

@@ -26,6 +26,8 @@ from flexgen_ray.models.layers import (
 )
 from flexgen_ray.models.routing import add_shared, choose
 
+RUN_ROWS = 128  # rows that a CPU takes through some experts before it begins the next ones
+
 
 class Experts(NamedTuple):
     """A range of a layer's experts.
@@ -136,7 +138,8 @@ def _outputs_in_turn(
     """
     out = _empty_outputs(config, parts, x, len(order))
     bounds = [0, *ends.tolist()]
-    for part in parts:
+    runs = parts if x.is_cuda else [run for part in parts for run in _runs(part, bounds)]
+    for part in runs:
         low, *high = bounds[part.first : part.first + len(part.down) + 1]
         if low < high[-1]:
             own, inside = order[low : high[-1]], [end - low for end in high]
@@ -148,6 +151,24 @@ def _outputs_in_turn(
     return out
 
 
+def _runs(part: Experts, bounds: list[int]) -> Iterator[Experts]:
+    """Yield experts side by side that have at most RUN_ROWS rows together, or one with more.
+
+    What is computed for so many rows stays in a CPU's cache from one step to the next.
+    bounds: of each expert's choices, of all experts.
+    """
+    end = part.first + len(part.down)
+    first = part.first
+    for expert in range(part.first, end):
+        if expert + 1 == end or bounds[expert + 2] - bounds[first] > RUN_ROWS:
+            run = slice(first - part.first, expert + 1 - part.first)
+            gate_up_bias, down_bias = (
+                None if each is None else each[run] for each in (part.gate_up_bias, part.down_bias)
+            )
+            yield Experts(first, part.gate_up[run], part.down[run], gate_up_bias, down_bias)
+            first = expert + 1
+
+
 def _grouped(x: Tensor, matrices: Tensor, ends: list[int]) -> Tensor:
     """Multiply each group of rows by its own transposed matrix.
 
@@ -157,6 +178,8 @@ def _grouped(x: Tensor, matrices: Tensor, ends: list[int]) -> Tensor:
     On a CPU torch's grouped product is a loop over groups, as fast as one written here; for large
     matrices of float32 oneDNN takes a quarter less time. Padding groups to one length is slower.
     """
+    if len(matrices) == 1:
+        return product(x, matrices[0])
     if not x.is_cuda and not takes_onednn(x, matrices[0]) and _takes_groups(matrices):
         offsets = torch.tensor(ends, dtype=torch.int32)
         return F.grouped_mm(x, matrices.transpose(1, 2), offs=offsets)

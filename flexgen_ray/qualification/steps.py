@@ -47,6 +47,7 @@ def make_steps(setting: Setting) -> list[Step]:
         _own_step("calibrate", setting, 30, 50),
         _own_step("predictions", setting, 10, 30),
         *(_case_step(case, setting) for case in LAST_CASES),
+        _own_step("mixture", setting, 25, 50),
         _own_step("two_actors", setting, 35, 60),
         _own_step("nccl", setting, 35, 60),
     ]

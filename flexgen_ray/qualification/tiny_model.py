@@ -1,4 +1,4 @@
-"""A tiny random Llama and transformers' greedy answers to compare with. Knows no runs."""
+"""Tiny random models and transformers' greedy answers to compare with. Knows no runs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen3MoeConfig
 
 VOCABULARY = 97
 NUM_LAYERS = 4
@@ -21,21 +21,35 @@ class Reference:
     tokens: list[int]
 
 
-def save_tiny_model(folder: Path) -> None:
-    """Write a model folder with random weights, large enough that its tokens are diverse."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
+def llama() -> PretrainedConfig:
+    """Configuration of a tiny Llama."""
+    return LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=NUM_LAYERS,
         num_attention_heads=4, num_key_value_heads=2, intermediate_size=48,
         max_position_embeddings=160, tie_word_embeddings=True, eos_token_id=None,
     )  # fmt: skip
+
+
+def mixture() -> PretrainedConfig:
+    """Configuration of a tiny mixture: a token takes 4 of 9 experts."""
+    return Qwen3MoeConfig(
+        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=NUM_LAYERS,
+        num_attention_heads=4, num_key_value_heads=2, moe_intermediate_size=16,
+        num_experts=9, num_experts_per_tok=4, norm_topk_prob=True,
+        max_position_embeddings=160, tie_word_embeddings=True, eos_token_id=None,
+    )  # fmt: skip
+
+
+def save_tiny_model(folder: Path, config: PretrainedConfig) -> None:
+    """Write a model folder with random weights, large enough that its tokens are diverse."""
+    torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn_like(parameter)
             if "embed" in name:
                 parameter.copy_(noise)
-            elif parameter.dim() == 2:
+            elif parameter.dim() > 1:
                 parameter.copy_(1.5 * noise / parameter.shape[-1] ** 0.5)
             else:
                 parameter.copy_(1 + 0.1 * noise)

@@ -13,7 +13,7 @@ from typing import Any
 from flexgen_ray.config import Placement, Policy
 from flexgen_ray.qualification.setting import Figures, Setting, run_step
 
-_NUM_ANSWERS, _LONGEST, _MAX_TOKENS = 7, 40, 12
+NUM_ANSWERS, LONGEST, MAX_TOKENS = 7, 40, 12
 _THIRD = Placement(0.34, 0.33, 0.33)
 _POLICY = Policy(3, 2, 16, weights=_THIRD, cache=_THIRD, activations=_THIRD, cpu_attention=0.5)
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
@@ -35,18 +35,18 @@ def compare_stages(setting: Setting, figures: Figures, transport: str) -> None:
     Leaves the numbers of equal answers; AssertionError if any two answers differ.
     """
     from flexgen_ray.distributed.own_cluster import OwnCluster
-    from flexgen_ray.qualification.tiny_model import references, save_tiny_model
+    from flexgen_ray.qualification.tiny_model import llama, references, save_tiny_model
 
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "model"
-        save_tiny_model(folder)
-        expected = references(folder, _NUM_ANSWERS, _LONGEST, _MAX_TOKENS)
+        save_tiny_model(folder, llama())
+        expected = references(folder, NUM_ANSWERS, LONGEST, MAX_TOKENS)
         prompts = [each.prompt for each in expected]
-        alone = _answers(setting, folder, prompts, use_ray=False)
+        alone = answers(setting, folder, prompts, _POLICY, use_ray=False)
         cluster = OwnCluster(num_cpus=2, num_gpus=2 if setting.on_cuda else 0)
         try:
             options = {"pipeline_parallel_size": 2, "transport": transport}
-            actors = _answers(setting, folder, prompts, use_ray=True, **options)
+            actors = answers(setting, folder, prompts, _POLICY, use_ray=True, **options)
         finally:
             cluster.close()
     theirs = [each.tokens for each in expected]
@@ -59,16 +59,16 @@ def compare_stages(setting: Setting, figures: Figures, transport: str) -> None:
     assert equal_alone == equal_theirs == len(actors), (actors, alone, theirs)
 
 
-def _answers(
-    setting: Setting, folder: Path, prompts: list[list[int]], **options: Any
+def answers(
+    setting: Setting, folder: Path, prompts: list[list[int]], policy: Policy, **options: Any
 ) -> list[list[int]]:
     """Greedy tokens of each prompt; options: of LLM."""
     from flexgen_ray.llm import LLM
     from flexgen_ray.request import SamplingParams
 
-    params = SamplingParams(_MAX_TOKENS, 0.0, ignore_eos=True)
+    params = SamplingParams(MAX_TOKENS, 0.0, ignore_eos=True)
     with LLM(
-        folder, policy=_POLICY, dtype="float32", device=setting.device, gpu_memory="1GiB",
+        folder, policy=policy, dtype="float32", device=setting.device, gpu_memory="1GiB",
         cpu_memory="1GiB", offload_dir=folder.parent / "offload", **options,
     ) as llm:  # fmt: skip
         return [answer.outputs[0].token_ids for answer in llm.generate(prompts, params)]

@@ -10,11 +10,13 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 from flexgen_ray.cli.bench.memory_cgroup import MemoryCgroup
 from flexgen_ray.cli.bench.peer_task import OURS, PeerRun, PeerTask
@@ -26,23 +28,39 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "transformers": (),
     "accelerate-cpu": ("accelerate",),
     "accelerate-disk": ("accelerate",),
+    "airllm": ("airllm",),
     "deepspeed-cpu": ("deepspeed", "accelerate"),
     "deepspeed-nvme": ("deepspeed", "accelerate"),
     OURS: (),
 }
 
 
+class Setup(NamedTuple):
+    """A way in which a contestant runs.
+
+    batch_size: None for ours, whose policy sets it. experts: transformers' implementation of a
+    mixture's experts; None for its own choice.
+    """
+
+    batch_size: int | None
+    experts: str | None = None
+
+
 @dataclass(frozen=True)
 class Rules:
     """Contestants, rounds and limits of a contest; ValueError for an unknown contestant.
 
-    batch_sizes: sizes that each peer tries in each round. timeout: seconds that one run may take.
+    batch_sizes, experts: what each peer tries in each round, in all combinations. timeout: seconds
+    that one run may take. peer_prompts: number of prompts that each peer answers, the first ones;
+    None for all of them.
     """
 
     peers: list[str]
     batch_sizes: list[int]
     rounds: int
     timeout: float
+    experts: Sequence[str | None] = (None,)
+    peer_prompts: int | None = None
 
     def __post_init__(self) -> None:
         unknown = [peer for peer in self.peers if peer not in PACKAGES]
@@ -58,25 +76,28 @@ def compete(work: PeerTask, rules: Rules, on_run: Callable[[PeerRun], None]) -> 
     Contestants take turns (A B A B), since a shared machine's speed drifts. One that fails doesn't
     run again. on_run: called after each run. Raises OSError if a memory limit can't be set.
     """
-    sizes = dict.fromkeys(min(size, len(work.prompts)) for size in rules.batch_sizes)
+    theirs = replace(work, prompts=work.prompts[: rules.peer_prompts])
+    sizes = dict.fromkeys(min(size, len(theirs.prompts)) for size in rules.batch_sizes)
+    setups = [Setup(*each) for each in product(sizes, rules.experts)]
     missing = {peer: _not_installed(peer) for peer in rules.peers}
-    entries: list[tuple[str, int | None]] = []
+    entries: list[tuple[str, Setup]] = []
     for peer in rules.peers:
-        entries += [(peer, size) for size in ([None] if peer == OURS or missing[peer] else sizes)]
+        alone = peer == OURS or missing[peer]
+        entries += [(peer, setup) for setup in ([Setup(None)] if alone else setups)]
     runs: list[PeerRun] = []
 
     for _ in range(rules.rounds):
-        for peer, size in list(entries):
+        for peer, setup in list(entries):
             reason = missing[peer]
             run = (
                 PeerRun(peer, None, error=reason)
                 if reason
-                else _run_apart(work, peer, size, rules.timeout)
+                else _run_apart(work if peer == OURS else theirs, peer, setup, rules.timeout)
             )
             runs.append(run)
             on_run(run)
             if run.error:
-                entries.remove((peer, size))
+                entries.remove((peer, setup))
     return runs
 
 
@@ -86,10 +107,10 @@ def _not_installed(peer: str) -> str | None:
     return f"not installed: pip install {' '.join(missing)}" if missing else None
 
 
-def _run_apart(work: PeerTask, peer: str, batch_size: int | None, timeout: float) -> PeerRun:
+def _run_apart(work: PeerTask, peer: str, setup: Setup, timeout: float) -> PeerRun:
     """One run in a fresh process with a fresh offload folder, which is removed after it.
 
-    peer: name of the contestant. batch_size: None for ours, whose policy sets it.
+    peer: name of the contestant.
     """
     limit = work.memory_limit
     with (
@@ -100,7 +121,7 @@ def _run_apart(work: PeerTask, peer: str, batch_size: int | None, timeout: float
         scratch.mkdir()
         source, target, log = (Path(folder, name) for name in ("work.json", "run.json", "log"))
         mine = asdict(replace(work, scratch=str(scratch)))
-        task = {"peer": peer, "batch_size": batch_size, "work": mine}
+        task = {"peer": peer, **setup._asdict(), "work": mine}
         source.write_text(json.dumps(task), encoding="utf-8")
         command = [
             sys.executable,
@@ -113,7 +134,7 @@ def _run_apart(work: PeerTask, peer: str, batch_size: int | None, timeout: float
         if target.is_file():
             run = PeerRun(**json.loads(target.read_text(encoding="utf-8")))
         else:
-            run = PeerRun(peer, batch_size, error=error)
+            run = PeerRun(peer, error=error, **setup._asdict())
         return run if cgroup is None else replace(run, peak_cgroup_bytes=cgroup.peak_bytes())
 
 
@@ -125,7 +146,7 @@ def _launch(
         try:
             status = subprocess.run(
                 command if cgroup is None else cgroup.wrap(command),
-                env=_environment(threads),
+                env=_environment(threads, cgroup is not None),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
@@ -139,12 +160,13 @@ def _launch(
     return f"exit status {status}: {said[-1] if said else 'it said nothing'}"
 
 
-def _environment(threads: int) -> dict[str, str]:
+def _environment(threads: int, is_limited: bool) -> dict[str, str]:
     """Environment variables of every contestant: the same number of threads, and no network.
 
-    Freed memory returns to the system immediately. Else peers that allocate each layer and each
-    longer cache again would keep ever more of it, and be killed in a small cgroup.
+    With a memory limit freed memory returns to the system immediately. Else peers that allocate
+    each layer and each longer cache again would keep ever more of it, and be killed.
     """
     counts = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
     quiet = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-    return dict(os.environ) | counts | quiet | {"MALLOC_MMAP_THRESHOLD_": str(MMAP_THRESHOLD)}
+    frees = {"MALLOC_MMAP_THRESHOLD_": str(MMAP_THRESHOLD)} if is_limited else {}
+    return dict(os.environ) | counts | quiet | frees

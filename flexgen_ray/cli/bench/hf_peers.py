@@ -1,4 +1,4 @@
-"""Peers that run a transformers model: in memory, with accelerate's hooks, or with ZeRO stage 3.
+"""Peers that run a transformers model: in memory, by accelerate or AirLLM, or with ZeRO stage 3.
 
 Knows how to set each one up at its best; expects that its package is installed.
 """
@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 from collections.abc import Callable
+from contextlib import redirect_stdout
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
@@ -102,6 +104,27 @@ def accelerate_disk(work: PeerTask, batch_size: int, device: torch.device) -> Hu
     return HuggingFace(model, batch_size, device, {"weights": source})
 
 
+def airllm(work: PeerTask, batch_size: int, device: torch.device) -> HuggingFace:
+    """AirLLM, which reads a layer when it runs, and the next one meanwhile, from a copy in pieces.
+
+    The pieces are written beside the offload files when it is loaded.
+    """
+    from airllm.airllm_base import AirLLMBaseModel
+
+    class Streamed(AirLLMBaseModel):
+        """AirLLM without a tokenizer, which it would read with remote code allowed."""
+
+        def get_tokenizer(self, hf_token: str | None = None) -> None:
+            return None
+
+    dtype = getattr(torch, work.dtype)
+    with redirect_stdout(sys.stderr):
+        streamed = Streamed(
+            work.model, str(device), dtype=dtype, layer_shards_saving_path=work.scratch
+        )
+    return HuggingFace(streamed.model, batch_size, device, {"weights": "a copy of each layer"})
+
+
 def deepspeed_cpu(work: PeerTask, batch_size: int, device: torch.device) -> HuggingFace:
     """DeepSpeed's ZeRO-Inference: stage 3 with its parameters in host memory."""
     offload = {"device": "cpu", "pin_memory": device.type == "cuda"}
@@ -126,6 +149,7 @@ PEERS = {
     "transformers": resident,
     "accelerate-cpu": accelerate_cpu,
     "accelerate-disk": accelerate_disk,
+    "airllm": airllm,
     "deepspeed-cpu": deepspeed_cpu,
     "deepspeed-nvme": deepspeed_nvme,
 }

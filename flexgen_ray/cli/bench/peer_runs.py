@@ -77,8 +77,11 @@ class Ours:
         return [self._llm.request(index, prompt, params) for index, prompt in enumerate(prompts)]
 
 
-def run(work: PeerTask, peer: str, batch_size: int | None) -> PeerRun:
-    """Load a contestant and time one run of it; raises the contestant's errors."""
+def run(work: PeerTask, peer: str, batch_size: int | None, experts: str | None) -> PeerRun:
+    """Load a contestant and time one run of it; raises the contestant's errors.
+
+    batch_size: None for ours alone. experts: transformers' implementation; None for its own choice.
+    """
     torch.set_num_threads(work.threads)
     device = find_device(work.device)
     uses_cuda = device.type == "cuda"
@@ -87,7 +90,7 @@ def run(work: PeerTask, peer: str, batch_size: int | None) -> PeerRun:
         torch.cuda.set_per_process_memory_fraction(min(work.gpu_memory / total, 1.0))
     _prepare_page_cache(work)
     started = time.perf_counter()
-    contestant = _load(work, peer, batch_size, device)
+    contestant = _load(work, peer, batch_size, experts, device)
     load_seconds = time.perf_counter() - started
     on_pass = _dropper(work)
     contestant.generate(work.prompts[:WARM_UP_PROMPTS], WARM_UP_TOKENS, on_pass)
@@ -112,6 +115,7 @@ def run(work: PeerTask, peer: str, batch_size: int | None) -> PeerRun:
         cores_elsewhere=cores_elsewhere,
         device=torch.cuda.get_device_name() if uses_cuda else "CPU",
         details=contestant.details,
+        experts=experts,
     )
 
 
@@ -119,23 +123,28 @@ def main() -> None:
     """Read the task's file and write the run's; the exit status is 1 if there are no figures."""
     source, target = map(Path, sys.argv[1:])
     task = json.loads(source.read_text(encoding="utf-8"))
-    peer, batch_size = task["peer"], task["batch_size"]
+    peer, batch_size, experts = task["peer"], task["batch_size"], task["experts"]
     try:
-        result = run(PeerTask(**task["work"]), peer, batch_size)
+        result = run(PeerTask(**task["work"]), peer, batch_size, experts)
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
-        result = PeerRun(peer, batch_size, error=reason)
+        result = PeerRun(peer, batch_size, error=reason, experts=experts)
     target.write_text(json.dumps(asdict(result)), encoding="utf-8")
     sys.exit(1 if result.error else 0)
 
 
-def _load(work: PeerTask, peer: str, batch_size: int | None, device: torch.device) -> Contestant:
+def _load(
+    work: PeerTask, peer: str, batch_size: int | None, experts: str | None, device: torch.device
+) -> Contestant:
     if peer == OURS:
         return Ours(work)
     from flexgen_ray.cli.bench.hf_peers import PEERS
 
     assert batch_size is not None, "only our policy chooses its own"
-    return PEERS[peer](work, batch_size, device)
+    contestant = PEERS[peer](work, batch_size, device)
+    if experts is not None:
+        contestant.model.set_experts_implementation(experts)
+    return contestant
 
 
 def _prepare_page_cache(work: PeerTask) -> None:

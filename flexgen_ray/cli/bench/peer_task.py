@@ -43,10 +43,11 @@ class PeerTask:
 class PeerRun:
     """One timed run of a contestant; `error` says why there are no figures.
 
-    seconds: time of generating for all prompts, without loading and warm-up. peak_rss_bytes: VmHWM,
-    loading included; mapped files count. peak_cgroup_bytes: page cache included. cores_elsewhere:
-    cores that other processes kept busy during the run; from a few tenths up the figures mean
-    little. details: facts that the contestant reports, such as our policy.
+    experts: transformers' implementation of a mixture's experts; None for its own choice. seconds:
+    time of generating for all prompts, without loading and warm-up. peak_rss_bytes: VmHWM, loading
+    included; mapped files count. peak_cgroup_bytes: page cache included. cores_elsewhere: cores
+    that other processes kept busy during the run; from a few tenths up the figures mean little.
+    details: facts that the contestant reports, such as our policy.
     """
 
     peer: str
@@ -61,6 +62,7 @@ class PeerRun:
     device: str = ""
     details: dict = field(default_factory=dict)
     error: str | None = None
+    experts: str | None = None
 
     @property
     def tokens_per_s(self) -> float:

@@ -126,6 +126,27 @@ def peers(
             "sets its own.",
         ),
     ] = "8,16,32",
+    experts: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME,...",
+            rich_help_panel=CONTEST,
+            help="Implementations of a mixture's experts that each peer tries with each batch "
+            "size, such as eager,batched_mm,grouped_mm; its best one counts. "
+            "[default: transformers' choice]",
+        ),
+    ] = None,
+    peer_prompts: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            rich_help_panel=CONTEST,
+            help="Number of prompts that each peer answers, the first ones; peers run one batch "
+            "after the other, so whole batches of equal prompts have the rate of all. "
+            "[default: all]",
+        ),
+    ] = None,
     repeats: Annotated[
         int,
         typer.Option(
@@ -218,7 +239,9 @@ def peers(
 
     ours = {"policy": None if policy is None else str(policy.resolve()), "executor": executor}
     ours |= {"gpu_memory": gpu_memory, "cpu_memory": cpu_memory, "disk_memory": disk_memory}
-    rules = Rules(peers.split(","), _sizes(batch_sizes), repeats, timeout)
+    implementations = (None,) if experts is None else tuple(experts.split(","))
+    sizes = _sizes(batch_sizes)
+    rules = Rules(peers.split(","), sizes, repeats, timeout, implementations, peer_prompts)
     _check(rules, dtype, page_cache, memory_limit, ours)
     if shape is not None and not model.exists():
         say(f"writing {model}, a random {shape}")
@@ -302,6 +325,7 @@ def _prompts(
 def _say_run(run: PeerRun) -> None:
     """Print a line on a run that has ended."""
     batch = "" if run.batch_size is None else f", batch {run.batch_size}"
+    batch += "" if run.experts is None else f", {run.experts}"
     said = run.error or (
         f"{run.tokens_per_s:.2f} tokens/s, {run.seconds:.1f} s, "
         f"peak RSS {format_bytes(run.peak_rss_bytes)}"
@@ -317,7 +341,7 @@ def _result(work: PeerTask, rules: Rules, runs: list[PeerRun]) -> dict:
 
     result = environment(next((run.device for run in runs if run.device), ""))
     result["hardware"]["memory_bytes"] = psutil.virtual_memory().total
-    for package in ("accelerate", "deepspeed"):
+    for package in ("accelerate", "airllm", "deepspeed"):
         try:
             result["versions"][package] = metadata.version(package)
         except metadata.PackageNotFoundError:
@@ -334,13 +358,16 @@ def _result(work: PeerTask, rules: Rules, runs: list[PeerRun]) -> dict:
         "dtype": work.dtype,
         "threads": work.threads,
         "batch_sizes": rules.batch_sizes,
+        "experts": rules.experts,
+        "peer_prompts": rules.peer_prompts,
         "rounds": rules.rounds,
         "memory_limit_bytes": work.memory_limit,
         "gpu_memory_bytes": work.gpu_memory,
         "page_cache": work.page_cache,
         "page_cache_means": _PAGE_CACHE[work.page_cache, work.memory_limit is not None],
         "ours": work.ours | {"policy": Path(work.ours["policy"] or "").name or None},
-        "tokens_compared_to": right and {"peer": right.peer, "batch_size": right.batch_size},
+        "tokens_compared_to": right
+        and {"peer": right.peer, "batch_size": right.batch_size, "experts": right.experts},
     }
     result["contestants"] = standings(runs)
     return result
