@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from flexgen_ray.cli.bench import contest, page_cache
 from flexgen_ray.cli.bench.memory_cgroup import MemoryCgroup
-from flexgen_ray.cli.bench.peer_task import PeerRun
+from flexgen_ray.cli.bench.peer_task import PeerRun, PeerTask
 from flexgen_ray.cli.bench.peers import peers
 from flexgen_ray.cli.bench.random_checkpoints import SHAPES, make_checkpoint
 from flexgen_ray.cli.bench.standings import standings
@@ -148,6 +148,20 @@ def test_standings_show_every_difference_and_the_best_set_up():
     assert (theirs["ratio"], ours["ratio"]) == (2.0, 1.0)
     assert theirs["runs"][1]["first_differences"] == [(1, 1)]
     assert theirs["runs"][1]["equal_sequences"] == 1
+
+
+def test_peers_answer_their_first_batches_alone(monkeypatch):
+    seen = []
+
+    def run(work, peer, setup, timeout):
+        seen.append((peer, setup.batch_size, len(work.prompts)))
+        return PeerRun(peer, error="not run", **setup._asdict())
+
+    monkeypatch.setattr(contest, "_run_apart", run)
+    work = PeerTask("m", [[1]] * 9, 1, "float32", "cpu", 1, "warm", None, None, "s")
+    rules = contest.Rules(["transformers", "flexgen-ray"], [2, 5], 1, 1.0, peer_batches=2)
+    contest.compete(work, rules, lambda run: None)
+    assert seen == [("transformers", 2, 4), ("transformers", 5, 9), ("flexgen-ray", None, 9)]
 
 
 def test_only_prompts_that_both_answered_are_compared():

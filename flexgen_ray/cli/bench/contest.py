@@ -51,7 +51,7 @@ class Rules:
     """Contestants, rounds and limits of a contest; ValueError for an unknown contestant.
 
     batch_sizes, experts: what each peer tries in each round, in all combinations. timeout: seconds
-    that one run may take. peer_prompts: number of prompts that each peer answers, the first ones;
+    that one run may take. peer_batches: number of batches, the first ones, that each peer answers;
     None for all of them.
     """
 
@@ -60,7 +60,7 @@ class Rules:
     rounds: int
     timeout: float
     experts: Sequence[str | None] = (None,)
-    peer_prompts: int | None = None
+    peer_batches: int | None = None
 
     def __post_init__(self) -> None:
         unknown = [peer for peer in self.peers if peer not in PACKAGES]
@@ -76,8 +76,7 @@ def compete(work: PeerTask, rules: Rules, on_run: Callable[[PeerRun], None]) -> 
     Contestants take turns (A B A B), since a shared machine's speed drifts. One that fails doesn't
     run again. on_run: called after each run. Raises OSError if a memory limit can't be set.
     """
-    theirs = replace(work, prompts=work.prompts[: rules.peer_prompts])
-    sizes = dict.fromkeys(min(size, len(theirs.prompts)) for size in rules.batch_sizes)
+    sizes = dict.fromkeys(min(size, len(work.prompts)) for size in rules.batch_sizes)
     setups = [Setup(*each) for each in product(sizes, rules.experts)]
     missing = {peer: _not_installed(peer) for peer in rules.peers}
     entries: list[tuple[str, Setup]] = []
@@ -92,13 +91,20 @@ def compete(work: PeerTask, rules: Rules, on_run: Callable[[PeerRun], None]) -> 
             run = (
                 PeerRun(peer, None, error=reason)
                 if reason
-                else _run_apart(work if peer == OURS else theirs, peer, setup, rules.timeout)
+                else _run_apart(_share(work, setup, rules), peer, setup, rules.timeout)
             )
             runs.append(run)
             on_run(run)
             if run.error:
                 entries.remove((peer, setup))
     return runs
+
+
+def _share(work: PeerTask, setup: Setup, rules: Rules) -> PeerTask:
+    """The task with as many prompts as a contestant is to answer."""
+    if setup.batch_size is None or rules.peer_batches is None:
+        return work
+    return replace(work, prompts=work.prompts[: setup.batch_size * rules.peer_batches])
 
 
 def _not_installed(peer: str) -> str | None:

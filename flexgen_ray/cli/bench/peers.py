@@ -136,14 +136,14 @@ def peers(
             "[default: transformers' choice]",
         ),
     ] = None,
-    peer_prompts: Annotated[
+    peer_batches: Annotated[
         int | None,
         typer.Option(
             metavar="N",
             min=1,
             rich_help_panel=CONTEST,
-            help="Number of prompts that each peer answers, the first ones; peers run one batch "
-            "after the other, so whole batches of equal prompts have the rate of all. "
+            help="Number of batches that each peer answers, the first ones. Peers run one batch "
+            "after the other, so some batches of equal prompts have the rate of all. "
             "[default: all]",
         ),
     ] = None,
@@ -241,7 +241,7 @@ def peers(
     ours |= {"gpu_memory": gpu_memory, "cpu_memory": cpu_memory, "disk_memory": disk_memory}
     implementations = (None,) if experts is None else tuple(experts.split(","))
     sizes = _sizes(batch_sizes)
-    rules = Rules(peers.split(","), sizes, repeats, timeout, implementations, peer_prompts)
+    rules = Rules(peers.split(","), sizes, repeats, timeout, implementations, peer_batches)
     _check(rules, dtype, page_cache, memory_limit, ours)
     if shape is not None and not model.exists():
         say(f"writing {model}, a random {shape}")
@@ -359,7 +359,7 @@ def _result(work: PeerTask, rules: Rules, runs: list[PeerRun]) -> dict:
         "threads": work.threads,
         "batch_sizes": rules.batch_sizes,
         "experts": rules.experts,
-        "peer_prompts": rules.peer_prompts,
+        "peer_batches": rules.peer_batches,
         "rounds": rules.rounds,
         "memory_limit_bytes": work.memory_limit,
         "gpu_memory_bytes": work.gpu_memory,
