@@ -154,11 +154,10 @@ def _outputs_in_turn(
 def _runs(part: Experts, bounds: list[int]) -> Iterator[Experts]:
     """Yield experts side by side that have at most RUN_ROWS rows together, or one with more.
 
-    What is computed for so many rows stays in a CPU's cache from one step to the next.
-    bounds: of each expert's choices, of all experts.
+    A CPU's cache then holds what one step computes for the next. bounds: of each expert's choices,
+    of all experts.
     """
-    end = part.first + len(part.down)
-    first = part.first
+    first, end = part.first, part.first + len(part.down)
     for expert in range(part.first, end):
         if expert + 1 == end or bounds[expert + 2] - bounds[first] > RUN_ROWS:
             run = slice(first - part.first, expert + 1 - part.first)
