@@ -99,10 +99,12 @@ class EmulatedRun(Modelled):
         self._pacer.cancel()
 
     def _act(self, op: Op, ready_at: float) -> None:
-        if self._has_work(op):
+        if op.kind not in _OF_GROUPS and not op.group and self._has_work(op):
             self.handlers.run(op, ready_at)
 
 
+# The large model's experts may be in groups; the small one has them all on the device, in one.
+_OF_GROUPS = frozenset({OpKind.READ_EXPERTS, OpKind.LOAD_EXPERTS})
 _ARRIVALS = frozenset({OpKind.RECV_TOKENS, OpKind.RECV_ROWS, OpKind.RECV})
 
 

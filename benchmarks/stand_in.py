@@ -55,7 +55,9 @@ class StandIn:
         scale, seconds = self.time_scale, list[float]()
         for plan, rates in self._pairs():
             demands = OpDemands(plan, rates, _always(decoding_rows(plan, self.middle)))
-            ops = zigzag(plan.stage, plan.policy.num_gpu_batches, range(1))
+            ops = zigzag(
+                plan.stage, plan.policy.num_gpu_batches, range(1), mixtures=plan.mixtures
+            )
             seconds += [scale * demands(op).seconds for op in ops]
         taken = [each for each in seconds if each]
         long = sum(each for each in taken if each >= 1e-3)
@@ -108,5 +110,10 @@ def _small(plan: StagePlan) -> StagePlan:
         plan.config, hidden_size=8, num_heads=1, num_kv_heads=1, head_dim=8, intermediate_size=8,
         vocab_size=96, embedding_size=8,
     )  # fmt: skip
+    if config.num_experts:
+        config = replace(
+            config, num_experts=2, experts_per_token=1, expert_size=8, expert_groups=1,
+            chosen_groups=1, shared_expert_size=0, expert_format=None,
+        )  # fmt: skip
     policy = replace(plan.policy, weights=Placement(1, 0, 0))
     return replace(plan, config=config, policy=policy, dtype="float32")

@@ -28,6 +28,7 @@ class Modelled:
     """Op handlers of one run, with the modelled seconds of the ops that they run.
 
     is_active: True for the ops that are dispatched. is_emulated: True if times are emulated.
+    mixtures: of the plan whose ops they are.
     """
 
     is_emulated = False
@@ -36,6 +37,7 @@ class Modelled:
         self.handlers = handlers
         self._hardware = hardware
         self._cost = CostModel(plan)
+        self.mixtures = plan.mixtures
         self.is_active = ActiveOps(plan, in_ring=handlers.passes.channel is not None)
         self._of_visit: dict[int, Seconds] = {}
         self.seconds = _no_seconds()

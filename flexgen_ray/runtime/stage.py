@@ -168,9 +168,9 @@ class Stage:
         self.scheduler.add(requests)
         if plan.stage.is_whole and self.scheduler.is_done:
             return
-        batches, blocks = plan.policy.num_gpu_batches, plan.num_blocks
-        ops = zigzag(plan.stage, batches, count(), blocks, plan.mixtures)
-        running = self._start().run(ops)
+        executor, batches = self._start(), plan.policy.num_gpu_batches
+        mixtures = plan.mixtures if self._modelled is None else self._modelled.mixtures
+        running = executor.run(zigzag(plan.stage, batches, count(), plan.num_blocks, mixtures))
         began = started = time.perf_counter()
         with closing(running), _torch_threads(self._cores.device):
             for op in running:
