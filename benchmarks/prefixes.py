@@ -8,7 +8,8 @@ the requests (mixed_lengths.budget_of). In `nothing shared` no prompts begin ali
 
 Good: a `ratio` of seconds of 3 or more at 1,024 tokens of which 80 % are shared, and of 0.98 or
 more where nothing is shared. `prompt_tokens` are those that passes computed. `cache_bytes_a_pass`
-are the bytes of keys and values that decoding rows attended, a prefix once for all rows of a batch.
+are the bytes of keys and values that decoding rows attended, a prefix once for all rows of a batch,
+or with each row's own pages if they are few.
 `equal_answers` have the same tokens in both; orders of summing may part where two tokens are
 equally likely. A ratio rests on no run beside which others used the cores;
 `processor_seconds` hardly depend on these where OMP_NUM_THREADS is 1.
@@ -120,7 +121,7 @@ def counted_reads() -> Iterator[CacheReads]:
         plan, current, nbytes = cells.plan, cells.passes.pass_of(op), 0
         for kind in plan.kinds:
             placed = current.placed(op.batch, kind)
-            own = sum(row.seq_len for row in placed.rows.rows if not row.is_prefill)
+            own = sum(placed.length(row) for row in placed.rows.rows if not row.is_prefill)
             tokens = own + sum(it.end - it.start for it, _ in placed.shared(kind.window))
             nbytes += tokens * plan.kv_bytes * len(plan.layers_of(kind))
         reads.nbytes += [nbytes] if nbytes else []

@@ -55,9 +55,7 @@ class StandIn:
         scale, seconds = self.time_scale, list[float]()
         for plan, rates in self._pairs():
             demands = OpDemands(plan, rates, _always(decoding_rows(plan, self.middle)))
-            ops = zigzag(
-                plan.stage, plan.policy.num_gpu_batches, range(1), mixtures=plan.mixtures
-            )
+            ops = zigzag(plan.stage, plan.policy.num_gpu_batches, range(1), mixtures=plan.mixtures)
             seconds += [scale * demands(op).seconds for op in ops]
         taken = [each for each in seconds if each]
         long = sum(each for each in taken if each >= 1e-3)

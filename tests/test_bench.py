@@ -19,6 +19,7 @@ from benchmarks import paper_machines as t4
 from flexgen_ray.cli.bench import runs as bench_runs
 from flexgen_ray.cli.main import app
 from flexgen_ray.config import Policy
+from flexgen_ray.layout import plan as plan_module
 
 ROOT = Path(__file__).parents[1]
 FIELDS = {
@@ -38,7 +39,7 @@ cpu_attention: 0.5
 def test_every_benchmark_says_what_it_claims_what_is_good_and_which_command_made_its_file(capsys):
     runpy.run_module("benchmarks", run_name="__main__")
     listed = re.findall(r"^python -m benchmarks\.(\w+) ", capsys.readouterr().out, re.MULTILINE)
-    assert len(listed) == 21 and "__main__" not in listed
+    assert len(listed) == 23 and "__main__" not in listed
     for name in listed:
         about = " ".join((import_module(f"benchmarks.{name}").__doc__ or "").split())
         assert re.search(r"Claims?\b", about) and "Good: " in about, name
@@ -114,6 +115,7 @@ def test_a_run_and_its_simulation_are_compared_case_by_case():
 def test_prefixes_are_counted_with_sharing_and_without(monkeypatch):
     # Whatever else this machine does meanwhile.
     monkeypatch.setattr(bench_runs, "name_disturbance", lambda cores: [])
+    monkeypatch.setattr(plan_module, "FOLDED_ROWS", 1)
     work = ("--groups", 2, "--rows", 3, "--prompt-len", 150, "--max-tokens", 4)
     result = benchmark("prefixes", "--cases", "resident,nothing shared", *work)
     case, other = (result["cases"][name] for name in ("resident", "nothing shared"))

@@ -34,8 +34,8 @@ class _Sharing(Composition):
 
     def __init__(self, plan: StagePlan, rows: Rows) -> None:
         super().__init__(rows, plan.splits)
-        # Whether few rows fold a prefix depends on where all of them lie, which isn't linear in the
-        # shares of a plan; it counts a product for them.
+        # Few rows fold a prefix if it lies beside all of them, which isn't linear in the shares of
+        # a plan; it counts a product for them.
         self.folded_rows = plan.folded_rows if plan.is_sparse else 0
         self._tiers = plan.prefix_tiers
         self._groups = _find_groups(plan, len(rows.rows))
