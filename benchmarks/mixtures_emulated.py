@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import tempfile
 from dataclasses import asdict
+from functools import partial
 from typing import Annotated
 
 import torch
@@ -59,13 +60,13 @@ def mixtures_emulated(
     for name in filter(None, map(str.strip, cases.split(";"))):
         if name not in CASES:
             raise ValueError(f"--cases has {name!r}; it must be of {'; '.join(CASES)}")
-        runs[name] = gate.attempt(lambda name=name: _run(CASES[name], requests, layer_ms / 1e3))
+        runs[name] = gate.attempt(partial(_run, CASES[name], requests, layer_ms / 1e3))
         say(f"{name}: {runs[name]}")
     result = {"emulated": True, "requests": requests, "runs": runs}
     gate.finish(result, "emulated machines: presets' rates", json_file)
 
 
-def _run(case: Case, requests: int, layer_seconds: float) -> tuple[dict, dict]:
+def _run(case: Case, requests: int, layer_seconds: float) -> dict:
     """Figures of an emulated run, beside the plan's and the roofline; and what others did."""
     torch.set_num_threads(1)  # the small tensors' maths must not disturb the clock
     planner = planner_of(case, requests)
@@ -100,8 +101,8 @@ def _run(case: Case, requests: int, layer_seconds: float) -> tuple[dict, dict]:
             "policy": asdict(stage.policy),
             "time_scale": stand_in.time_scale,
         }
-        | stand_in.op_times(),
-        disturbed,
+        | stand_in.op_times()
+        | disturbed
     )
 
 
