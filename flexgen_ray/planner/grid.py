@@ -30,6 +30,8 @@ class SearchSpace:
     extra_blocks: blocks in flight beyond the number of stages.
     layers: decoder layers of each stage; None lets the planner choose.
     max_seconds: limit on a block's latency. shares, overlaps: as in lp.Objective.
+    whole_layers: True if experts that stream take the room of two whole layers on the device, False
+    if they may stream in groups; None to try both.
     max_cells: about how many cells of a visit are simulated (`Planner.simulate`).
     """
 
@@ -42,12 +44,15 @@ class SearchSpace:
     max_seconds: float | None = None
     shares: tuple[Share, ...] = SHARES
     overlaps: bool = True
+    whole_layers: bool | None = None
     max_cells: int | None = 384
 
     def near(self, shape: Policy) -> SearchSpace:
         """A quicker search, among blocks about as large as those of `shape`."""
         return replace(
             self,
+            whole_layers=shape.expert_slots is None,
+            base=replace(self.base, expert_slots=shape.expert_slots),
             max_cells=128,
             batch_sizes=_neighbours(shape.gpu_batch_size, self.batch_sizes, 1),
             batches=_neighbours(shape.num_gpu_batches, self.batches, 1),

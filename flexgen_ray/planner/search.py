@@ -104,6 +104,19 @@ def find_best_plan(planner: Planner, on_estimate: OnEstimate = _ignore) -> Pipel
     on_estimate: called early with the best of a few shapes, about as fast as the plan will be.
     Raises Infeasible, which says what the smallest block lacks, if nothing fits.
     """
+    best = _find_with_prefixes(planner, on_estimate)
+    shape = best.stages[0].policy
+    if planner.search.whole_layers is not None or shape.expert_slots is None:
+        return best
+    # Room for whole layers takes more memory, but half of a block's rows need not wait.
+    search = planner.search.near(replace(shape, expert_slots=None))
+    other = replace(planner, search=search)
+    whole = other.best_of(other.promising_candidates())
+    return max(filter(None, (best, whole)), key=_throughput)
+
+
+def _find_with_prefixes(planner: Planner, on_estimate: OnEstimate) -> PipelinePlan:
+    """The best plan, with prefixes that requests share on the tier that is faster for them."""
     if planner.job.sharing is None or planner.search.base.attention_sparsity < 1:
         return _find_best(planner, on_estimate)
     on_host = replace(planner, prefix_tier="cpu")
@@ -209,8 +222,9 @@ class Planner:
                 f"{len(self.devices)} stages are more than the model's {self.config.num_layers} "
                 "layers; use fewer"
             )
-        nbytes = min(device.budget.gpu for device in self.devices)
-        base = with_expert_slots(self.search.base, self.config, self.dtype, nbytes)
+        base, nbytes = self.search.base, min(device.budget.gpu for device in self.devices)
+        if not self.search.whole_layers:
+            base = with_expert_slots(base, self.config, self.dtype, nbytes)
         if base.expert_slots:
             # Rows wait for experts on the device.
             on_device = (it for it in self.search.shares if it not in HIDDEN_ELSEWHERE)
