@@ -10,9 +10,9 @@ The module knows bytes of experts; no costs.
 from __future__ import annotations
 
 from dataclasses import replace
-from math import ceil
+from math import ceil, prod
 
-from flexgen_ray.config import Policy
+from flexgen_ray.config import DTYPE_BYTES, Policy
 from flexgen_ray.layout import plan as plan_module
 from flexgen_ray.layout.placement import is_stacked
 from flexgen_ray.layout.plan import weight_format_of
@@ -24,7 +24,8 @@ MOST_SHARE = 0.25  # of the device's memory, for experts on their way
 def with_expert_slots(policy: Policy, config: ModelConfig, dtype: str, nbytes: int) -> Policy:
     """The policy, with slots for groups of experts if two layers of them take too much memory.
 
-    nbytes: the device's memory. A policy that has slots, or a model without experts, stays.
+    So does a layer that is dequantized at once. nbytes: the device's memory. A policy that has
+    slots, or a model without experts, stays.
     """
     mixture = next(filter(config.has_experts, range(1, config.num_layers + 1)), None)
     if mixture is None or policy.expert_slots is not None or policy.activations.gpu < 1:
@@ -32,8 +33,9 @@ def with_expert_slots(policy: Policy, config: ModelConfig, dtype: str, nbytes: i
     weight_format = weight_format_of(config, policy, dtype)
     stacks = {name: it for name, it in config.tensors(mixture).items() if is_stacked(it)}
     layer = sum(weight_format.stored_bytes(*each) for each in stacks.items())
+    values = sum(prod(it) for name, it in stacks.items() if weight_format.format_of(name, it))
     room = MOST_SHARE * nbytes
-    if 2 * layer <= room:
+    if 2 * layer + values * DTYPE_BYTES[dtype] <= room:
         return policy
     expert = layer // config.num_experts
     group = expert * max(1, plan_module.GROUP_BYTES // expert)

@@ -223,12 +223,16 @@ class Planner:
                 "layers; use fewer"
             )
         base, nbytes = self.search.base, min(device.budget.gpu for device in self.devices)
-        if not self.search.whole_layers:
+        if self.search.whole_layers:
+            base = replace(base, expert_slots=None)
+        else:
             base = with_expert_slots(base, self.config, self.dtype, nbytes)
+        if base != self.search.base:
+            object.__setattr__(self, "search", replace(self.search, base=base))
         if base.expert_slots:
             # Rows wait for experts on the device.
             on_device = (it for it in self.search.shares if it not in HIDDEN_ELSEWHERE)
-            search = replace(self.search, base=base, shares=tuple(on_device))
+            search = replace(self.search, shares=tuple(on_device))
             object.__setattr__(self, "search", search)
 
     def promising_candidates(self, on_estimate: OnEstimate = _ignore) -> list[Candidate]:
