@@ -70,7 +70,7 @@ CASES = {
         "mixtral-8x22b", "a5000", None, "bfloat16", 512, 256, "MoE-Gen", 91, decode=True
     ),
     "RTX 4090, qwen3": Case("qwen3-30b-a3b", "rtx4090", _DESKTOP_MEMORY, "bfloat16", 512, 256),
-    # Its experts stay in MXFP4.
+    # The experts of gpt-oss stay in MXFP4.
     "RTX 4090, gpt-oss": Case("gpt-oss-120b", "rtx4090", _DESKTOP_MEMORY, "bfloat16", 512, 256),
 }
 

@@ -15,8 +15,15 @@ from flexgen_ray.files.text_files import read_yaml
 from flexgen_ray.models.config import ModelConfig
 
 AUTO = "auto"  # in place of a file: choose, as if no policy were given
-# Fields on which every stage must agree, since all of them process the first stage's rows.
-SHAPE = ("gpu_batch_size", "num_gpu_batches", "max_batch_tokens", "blocks_in_flight")
+# Fields on which every stage must agree, since all of them process the first stage's rows; and
+# groups of experts let a pass take fewer tokens.
+SHAPE = (
+    "gpu_batch_size",
+    "num_gpu_batches",
+    "max_batch_tokens",
+    "blocks_in_flight",
+    "expert_slots",
+)
 
 
 @dataclass(frozen=True)
