@@ -168,9 +168,9 @@ def _generate(model: Any, requests: list[Request], batch_size: int) -> float:
         for row, request in enumerate(batch):
             count = len(request.prompt_token_ids)
             ids[row, -count:], mask[row, -count:] = torch.tensor(request.prompt_token_ids), 1
-        count = batch[0].params.max_tokens
+        new = batch[0].params.max_tokens
         model.generate(
-            ids, attention_mask=mask, do_sample=False, max_new_tokens=count, min_new_tokens=count
+            ids, attention_mask=mask, do_sample=False, max_new_tokens=new, min_new_tokens=new
         )
     return time.perf_counter() - began
 
