@@ -39,7 +39,7 @@ cpu_attention: 0.5
 def test_every_benchmark_says_what_it_claims_what_is_good_and_which_command_made_its_file(capsys):
     runpy.run_module("benchmarks", run_name="__main__")
     listed = re.findall(r"^python -m benchmarks\.(\w+) ", capsys.readouterr().out, re.MULTILINE)
-    assert len(listed) == 23 and "__main__" not in listed
+    assert len(listed) == 22 and "__main__" not in listed
     for name in listed:
         about = " ".join((import_module(f"benchmarks.{name}").__doc__ or "").split())
         assert re.search(r"Claims?\b", about) and "Good: " in about, name
