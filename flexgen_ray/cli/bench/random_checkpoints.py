@@ -41,8 +41,8 @@ SHAPES: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 2048,
         "tie_word_embeddings": True,
     },
-    # A token takes 4 of 32 experts. Half as large in bfloat16, in which CPUs that multiply it
-    # natively run mixtures at twice the rate.
+    # A token takes 4 of 32 experts. Half as large in bfloat16, in which a layer of experts alone
+    # took half the time on a CPU that multiplies it natively.
     "qwen3-moe-6gb": {
         "model_type": "qwen3_moe",
         "vocab_size": 32000,
