@@ -29,8 +29,7 @@ from flexgen_ray.layout.plan import StagePlan
 from flexgen_ray.layout.sizes import (
     FRAGMENTATION,
     _op_bytes,
-    experts_bytes,
-    routed_bytes,
+    expert_workspace_bytes,
     stage_bytes,
 )
 from flexgen_ray.models import experts
@@ -431,7 +430,7 @@ def test_temporaries_are_no_more_than_a_plan_counts(
     assert counted / 3 <= live.peak <= counted
     with Live() as live:
         experts.mix(config, weights, routed)
-    counted = (experts_bytes(plan) - routed_bytes(plan)) / FRAGMENTATION
+    counted = expert_workspace_bytes(plan) / FRAGMENTATION
     assert counted / 3 <= live.peak <= counted
 
 

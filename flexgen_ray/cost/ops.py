@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from functools import cache
 
+from flexgen_ray.cost.elementwise import elementwise_values
 from flexgen_ray.cost.experts import expert_products
 from flexgen_ray.cost.launches import (
     LAUNCHES,
@@ -53,12 +54,6 @@ _KEEPS_NOTHING = (OpKind.OUT, OpKind.EXPERTS)  # hidden states go home after COM
 _DEQUANTIZES = (OpKind.PROJECT, OpKind.FINISH, OpKind.OUT, OpKind.EXPERTS)
 _ON_DEVICE = frozenset(kind for kind, spec in OPS.items() if spec.lane.worker is Lane.DEVICE)
 
-# Values that a small op reads or writes for each value of its input.
-_COPY, _ADD, _ACTIVATE, _MULTIPLY = 2, 3, 2, 3
-_LAYER_NORM, _RMS_NORM, _ROTATE = 2, 2, 5
-_CLAMPED_GATE = 16  # two clamps, a sum, a sigmoid and three products
-_COMPOSITE_RMS_NORM = 9  # on a CPU it is several torch ops
-
 _TOP_K_SHARE = 0.6  # work of sampling from the top_k, as a share of sampling from all tokens
 
 _R = Resource
@@ -91,22 +86,17 @@ class CostModel:
         self._quantized_values = cache(lambda *part: quantized_values(plan, *part))
         self._quantized_matrices = cache(lambda *part: len(quantized_shapes(plan, *part)))
 
-    def amounts(self, op: Op, composition: Composition | None, tokens_of_part: int = 0) -> Amounts:
+    def amounts(self, op: Op, composition: Composition | None) -> Amounts:
         """Bytes and flops of an op.
 
         composition: the rows of the op's pass; None if the pass has none, and for moves of weights,
-        whose cost depends on none. tokens_of_part: of all batches that the op works for; 0 if each
-        has as many as this one.
+        whose cost depends on none.
         """
         if composition is None:
             if not OPS[op.kind].moves_weights:
                 return {}
             composition = _NO_PASS
-        if op.kind is OpKind.EXPERTS:
-            tokens = tokens_of_part or op.batches * composition.rows.num_tokens
-            amounts = self._experts(op, tokens)
-        else:
-            amounts = COSTS[op.kind](self, op, composition)
+        amounts = COSTS[op.kind](self, op, composition)
         if op.kind in _ISSUED:
             amounts[_R.ISSUE] = 1
             amounts[_R.LAUNCHES] = self._launches(op, composition, amounts)
@@ -243,8 +233,9 @@ class CostModel:
         merged = merged_parts(self.plan, self._placed(op, composition))
         return added((amounts, merged)) if merged else amounts
 
-    def _experts(self, op: Op, tokens: int) -> Amounts:
+    def _experts(self, op: Op, composition: Composition) -> Amounts:
         """Products of experts with the rows of a part: each tile reads those that it chooses."""
+        tokens = composition.tokens_of(op.batches)
         tile, most = self.plan.expert_tokens, self.plan.policy.gpu_batch_size * op.batches
         products = expert_products(self.plan, tokens, tile, decodes=tokens <= most)
         share = self._share_of_experts(op)
@@ -467,46 +458,6 @@ class CostModel:
         return {}
 
 
-def elementwise_values(plan: StagePlan, kind: OpKind) -> int:
-    """Values per token that a decoder layer's op reads or writes beside its matrix products."""
-    config, on_gpu = plan.config, plan.stages_disk
-    hidden, q, kv = config.hidden_size, config.q_size, config.kv_size
-    rms_norm = _RMS_NORM if on_gpu else _COMPOSITE_RMS_NORM
-    norm = hidden * (rms_norm if config.rope else _LAYER_NORM)
-    if kind is OpKind.PROJECT:
-        values = norm * config.pre_norm + _COPY * 2 * kv
-        if config.rope:
-            share = config.rope.share  # other elements of queries and keys are copied
-            values += round((_ROTATE * share + _COPY * (1 - share)) * (q + kv))
-        if config.qk_norm:
-            values += rms_norm * (q + 2 * kv) + _COPY * (q + kv)
-        # One copy: of the values if the others are rotated, or of all that oneDNN has made.
-        copied = kv if config.rope and not config.qk_norm else (q + 2 * kv) * (not on_gpu)
-        return values + _COPY * copied
-    if kind is OpKind.ATTEND_DEVICE:
-        return _COPY * (q + 2 * kv)
-    each = _ACTIVATE + (_MULTIPLY if config.gated_mlp else 0)
-    norms = norm * (config.pre_norm + 2 * (config.branch_norms or not config.pre_norm))
-    if kind is OpKind.FINISH:
-        mlp = each * config.intermediate_size
-        return 2 * _ADD * hidden + norms + mlp
-    if kind is OpKind.OUT:
-        scores = (_ACTIVATE + 1 + _ADD * config.corrects_choice) * config.num_experts
-        shared = each * config.shared_expert_size
-        shared += _ADD * hidden * (config.shared_expert_size > 0)
-        return _ADD * hidden + norms + _COPY * hidden + scores + shared
-    if kind is OpKind.EXPERTS:
-        # Choices are gathered, put back and summed.
-        gate = _CLAMPED_GATE if config.swiglu_limit is not None else each
-        choice = gate * config.expert_size + (2 * _COPY + 1) * hidden
-        if config.expert_bias:
-            choice += (_COPY + _ADD) * (2 * config.expert_size + hidden)
-        return config.experts_per_token * choice
-    if kind is OpKind.COMBINE:
-        return _ADD * hidden
-    return 0
-
-
 def _attended_pairs(row: Row, before: int, window: int) -> float:
     """(query, key) pairs of a row's new tokens under a causal mask.
 
@@ -553,6 +504,7 @@ COSTS: dict[OpKind, Callable[[CostModel, Op, Composition], Amounts]] = {
     OpKind.LOAD_ATTENTION: CostModel._load_attention,
     OpKind.FINISH: CostModel._finish,
     OpKind.OUT: CostModel._out,
+    OpKind.EXPERTS: CostModel._experts,
     OpKind.COMBINE: CostModel._combine,
     OpKind.STORE_HIDDEN: CostModel._store_hidden,
     OpKind.WRITE_HIDDEN: CostModel._write_hidden,

@@ -42,8 +42,7 @@ class StagePlan:
     device reads them directly into its slots. num_blocks: blocks in flight, each with its own
     cache. hops_on_device: True if hidden states go from GPU to GPU, not through the hosts.
     pages_per_row: pages of the cache for each row of the block; None for those of a row of mean
-    length. prefix_tier: "gpu" or "cpu", where prefixes lie that rows share
-    and attend whole.
+    length. prefix_tier: "gpu" or "cpu", where prefixes lie that rows share and attend whole.
     """
 
     config: ModelConfig

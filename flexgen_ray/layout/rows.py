@@ -183,6 +183,10 @@ class Composition:
         """Sum of the sampled tokens' `sampling_share` (cost/ops.py); None if it is not known."""
         return None
 
+    def tokens_of(self, batches: int) -> int:
+        """Tokens of so many batches, each of which brings as many as this one."""
+        return batches * self.rows.num_tokens
+
     def placed(self, batch: int, kind: LayerKind) -> PlacedRows:
         """The rows as a batch divides them; derived once for all batches with an equal division."""
         key = self._splits[batch], kind

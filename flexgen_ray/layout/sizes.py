@@ -18,9 +18,9 @@ from flexgen_ray.schedule.ops import CELL_SLOTS, EXPERT_STAGING_SLOTS, LAYER_SLO
 from flexgen_ray.units import format_bytes
 
 FRAGMENTATION = 1.5  # memory that the allocator holds, over live memory; see test_memory.py
-CHOSEN_BYTES = 8  # of the number of an expert that a token chose
+EXPERT_ID_BYTES = 8  # of the number of an expert that a token chose
 CHOICE_BYTES = 4  # of the index of a token that sparse attention chose
-GROUP_BYTES = 16  # of an expert: its number, and where its choices end
+ENDS_BYTES = 16  # of an expert: its number, and where its choices end
 INDEX_BYTES = 80  # of a token's choice of an expert: its number and places, and while it is sorted
 PREFIX_TILE = 1024  # tokens of a prefix that are attended at a time
 # Programs among which a GPU divides the tokens of few rows (kernels/paged_splits.py).
@@ -131,14 +131,19 @@ def stage_bytes(plan: StagePlan) -> dict[str, dict[str, int]]:
 
 def routed_bytes(plan: StagePlan) -> int:
     """Bytes of the device memory in which rows wait for experts, with their choices and shares."""
-    choice = plan.element_bytes + CHOSEN_BYTES
+    choice = plan.element_bytes + EXPERT_ID_BYTES
     vectors = 2 if plan.mixtures.slots else 1  # beside what groups take lies what they give
     each = vectors * plan.config.hidden_size * plan.element_bytes
     return plan.routed_tokens * (each + plan.config.experts_per_token * choice)
 
 
 def experts_bytes(plan: StagePlan) -> int:
-    """Bytes that grow with the batches for which experts run at once: rows, and temporaries.
+    """Bytes that grow with the batches for which experts run at once: rows, and temporaries."""
+    return routed_bytes(plan) + expert_workspace_bytes(plan)
+
+
+def expert_workspace_bytes(plan: StagePlan) -> int:
+    """Most bytes of temporaries of experts.
 
     Choices are gathered, multiplied twice and put back: two vectors of hidden states and one of
     both projections lie there at a time, beside some indices.
@@ -150,8 +155,8 @@ def experts_bytes(plan: StagePlan) -> int:
     if config.expert_bias:
         choice += max(config.hidden_size, 2 * config.expert_size) * plan.element_bytes
     temporaries = plan.expert_tokens * config.experts_per_token * choice
-    temporaries += GROUP_BYTES * config.num_experts
-    return routed_bytes(plan) + int(FRAGMENTATION * temporaries)
+    temporaries += ENDS_BYTES * config.num_experts
+    return int(FRAGMENTATION * temporaries)
 
 
 def sinks_bytes(plan: StagePlan) -> int:
@@ -279,7 +284,7 @@ def workspace_bytes(plan: StagePlan) -> int:
     ahead, finishing = _op_bytes(plan)
     temporaries = ahead + finishing if plan.stages_disk else max(ahead, finishing)
     others = int(FRAGMENTATION * (temporaries + of_passes + _dense_bytes(plan)))
-    return others + experts_bytes(plan) - routed_bytes(plan)
+    return others + expert_workspace_bytes(plan)
 
 
 def _dense_bytes(plan: StagePlan) -> int:
@@ -372,7 +377,7 @@ def _router_bytes(plan: StagePlan) -> int:
     if config.corrects_choice:
         scores = config.num_experts * 2 * 4 + config.expert_groups * 16
         converted = 4 * config.num_experts * config.hidden_size * (element < 4)
-    chosen = config.experts_per_token * (CHOSEN_BYTES + 4)
+    chosen = config.experts_per_token * (EXPERT_ID_BYTES + 4)
     return plan.tile_tokens * (scores + chosen) + converted
 
 

@@ -24,8 +24,8 @@ MOST_SHARE = 0.25  # of the device's memory, for experts on their way
 def with_expert_slots(policy: Policy, config: ModelConfig, dtype: str, nbytes: int) -> Policy:
     """The policy, with slots for groups of experts if two layers of them take too much memory.
 
-    So does a layer that is dequantized at once. nbytes: the device's memory. A policy that has
-    slots, or a model without experts, stays.
+    If experts are quantized, the values of a layer that is dequantized at once count, too. nbytes:
+    the device's memory. A policy that has slots stays, and so does one for a model without experts.
     """
     mixture = next(filter(config.has_experts, range(1, config.num_layers + 1)), None)
     if mixture is None or policy.expert_slots is not None or policy.activations.gpu < 1:

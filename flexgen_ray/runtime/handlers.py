@@ -99,21 +99,18 @@ class OpHandlers:
         """Rows of the op's pass; known when the op starts, and not when it is issued."""
         return self._pass(op).rows
 
-    def tokens_of_part(self, op: Op) -> int:
-        """Tokens of all batches that the op works for; 0 if it works for one."""
-        if op.batches == 1:
-            return 0
-        return sum(each.rows.num_tokens for each in self.passes.passes_of(op))
-
     def placed(self, op: Op) -> PlacedRows:
         """Rows of the op's pass, divided by where the op's layer has their cache."""
         return self._pass(op).placed(op.batch, self.plan.kind_of(op.layer))
 
     def composition(self, op: Op) -> Composition | None:
-        """Composition of the op's pass, or of one of several; None for ops without rows."""
+        """Composition of the op's pass, or of all that it works for; None for ops without rows."""
         if not OPS[op.kind].needs_rows:
             return None
-        return next((each for each in self.passes.passes_of(op) if each.rows.rows), None)
+        if op.batches > 1:
+            return self.passes.part_of(op)
+        current = self._pass(op)
+        return current if current.rows.rows else None
 
     def _pass(self, op: Op) -> Pass:
         return self.passes.pass_of(op)

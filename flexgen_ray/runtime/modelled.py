@@ -54,9 +54,7 @@ class Modelled:
     def _add(self, op: Op) -> Amounts:
         """Add the op's modelled seconds to its visit; returns the amounts they come from."""
         handlers = self.handlers
-        amounts: Amounts = {}
-        if not handlers.is_idle(op):
-            amounts = self._cost.amounts(op, handlers.composition(op), handlers.tokens_of_part(op))
+        amounts = {} if handlers.is_idle(op) else self._cost.amounts(op, handlers.composition(op))
         if amounts:
             taken = seconds_by_resource(amounts, self._hardware)
             # Each lane's sums are written by one thread.

@@ -208,6 +208,18 @@ class Pass(Composition):
         return place_indices(values, self._device)
 
 
+class PartOfBlock(Composition):
+    """Passes of several batches whose experts run at once; its rows are those of the first."""
+
+    def __init__(self, passes: list[Pass]) -> None:
+        super().__init__(passes[0].rows, ())
+        self._tokens = sum(each.rows.num_tokens for each in passes)
+
+    def tokens_of(self, batches: int) -> int:
+        """Tokens of all these passes."""
+        return self._tokens
+
+
 class Passes:
     """Passes under way in a stage, and counts of its visits.
 
@@ -254,10 +266,12 @@ class Passes:
         """Pass of the op's visit and batch."""
         return self._under_way[op.turn, op.batch]
 
-    def passes_of(self, op: Op) -> list[Pass]:
-        """Passes of the op's visit, of all batches that it works for."""
+    def part_of(self, op: Op) -> PartOfBlock | None:
+        """Passes of all batches that the op works for; None if none of them has rows."""
         first = op.batch - op.batches + 1
-        return [self._under_way[op.turn, batch] for batch in range(first, op.batch + 1)]
+        passes = [self._under_way[op.turn, batch] for batch in range(first, op.batch + 1)]
+        with_rows = [each for each in passes if each.rows.rows]
+        return PartOfBlock(with_rows) if with_rows else None
 
     def is_empty(self, visit: int) -> bool:
         """True if no batch of the visit has rows, as far as is known."""
