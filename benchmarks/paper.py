@@ -22,15 +22,10 @@ from flexgen_ray.cli.options import JsonOption, PlotOption
 from flexgen_ray.config import Budget, Placement, Policy
 from flexgen_ray.models.shapes import shape_config
 from flexgen_ray.planner.corners import ON_DEVICE, SHARES, Share
+from flexgen_ray.planner.frontier import Point, find_frontiers, throughput_within
 from flexgen_ray.planner.grid import SearchSpace
 from flexgen_ray.planner.pipeline_plan import PlannedJob, StageDevice
-from flexgen_ray.planner.search import (
-    Planner,
-    Point,
-    find_best_plan,
-    find_frontiers,
-    throughput_within,
-)
+from flexgen_ray.planner.search import Planner, find_best_plan
 from flexgen_ray.reporting.plot import draw_frontier
 from flexgen_ray.reporting.result import finish
 from flexgen_ray.reporting.terminal import say

@@ -36,6 +36,7 @@ from flexgen_ray.models import experts
 from flexgen_ray.models.checkpoint import Checkpoint
 from flexgen_ray.models.config_files import load_config
 from flexgen_ray.models.shapes import shape_config
+from flexgen_ray.planner.expert_slots import with_expert_slots
 from flexgen_ray.quant.formats import WeightFormat
 from flexgen_ray.schedule.zigzag import StageLayers
 
@@ -450,3 +451,25 @@ def test_the_stores_take_exactly_what_was_computed(mixtures, name, policy, bits)
         llm.generate([references[0].prompt], SamplingParams(max_tokens=2, temperature=0))
         (stage,) = llm.report.stages
         assert stage.used == stage_bytes(stage.plan)
+
+
+def test_experts_get_slots_where_two_layers_take_too_much_of_the_device():
+    """Quantized ones with the values of a layer; nothing else in a policy changes."""
+    plain, packed = shape_config("mixtral-8x7b"), shape_config("gpt-oss-120b")
+    layer = 8 * 3 * 4096 * 14336 * 2  # bytes
+    assert with_expert_slots(Policy(), plain, "float16", 8 * layer) == Policy()
+    assert with_expert_slots(Policy(), shape_config("opt-30b"), "float16", 2**30) == Policy()
+    for config, nbytes in (
+        (plain, 8 * layer - 1),
+        (plain, layer),
+        (plain, 1),
+        (packed, 22 * 10**9),
+    ):
+        policy = with_expert_slots(Policy(), config, "bfloat16", nbytes)
+        assert policy.expert_slots and policy.expert_slots >= 2
+        assert replace(policy, expert_slots=None) == Policy()
+    given = Policy(expert_slots=5)
+    assert with_expert_slots(given, plain, "float16", 1) == given
+    # Rows that wait for groups of experts must be on the device.
+    off_device = Policy(activations=Placement(0, 1, 0))
+    assert with_expert_slots(off_device, plain, "float16", 1) == off_device

@@ -302,7 +302,7 @@ def _config(model: str) -> ModelConfig:
 def _draw(planner, title: str, path: Path) -> dict:
     from dataclasses import asdict
 
-    from flexgen_ray.planner.search import find_frontiers
+    from flexgen_ray.planner.frontier import find_frontiers
     from flexgen_ray.reporting.plot import draw_frontier
 
     curves = find_frontiers(planner)
