@@ -25,8 +25,8 @@ from math import prod
 
 from flexgen_ray.config import Budget, HardwareSpec
 from flexgen_ray.cost.experts import touched_experts
+from flexgen_ray.layout.placement import is_stacked
 from flexgen_ray.layout.plan import StagePlan
-from flexgen_ray.layout.sizes import weight_bytes
 from flexgen_ray.models.config import ModelConfig
 
 FLEXGEN_ROWS = 32  # of a batch of FlexGen's: its paper's have 24 to 48, MoE-Lightning's 36
@@ -159,20 +159,19 @@ class Roofline:
     def _read_weights(self, tokens: int) -> float:
         """Bytes of weights that a pass of so many tokens reads from the device's memory."""
         return sum(
-            each * (touched_experts(self.plan.config, tokens) / share if share else 1)
-            for each, share in self._parts
+            nbytes * (touched_experts(self.plan.config, tokens) / experts if experts else 1)
+            for experts, nbytes in self._parts.items()
         )
 
     @cached_property
-    def _parts(self) -> list[tuple[float, int]]:
-        """Bytes of all weights but the table of embeddings, each with its experts, 0 for none."""
+    def _parts(self) -> dict[int, int]:
+        """{experts stacked in a weight, 0 for none: bytes} of all but the table of embeddings."""
         config = self.plan.config
-        values = {0: 0.0, config.num_experts: 0.0}
+        nbytes = {0: 0, config.num_experts: 0}
         for layer in self._layers:
-            for shape in config.tensors(layer).values():
-                values[_experts(config, shape)] += prod(shape)
-        whole = self._weights / sum(values.values())
-        return [(count * whole, experts) for experts, count in values.items()]
+            for each in config.tensors(layer).items():
+                nbytes[_experts(config, each[1])] += self.plan.weight_format.stored_bytes(*each)
+        return nbytes
 
     @property
     def _layers(self) -> list[int]:
@@ -181,10 +180,7 @@ class Roofline:
     @cached_property
     def _weights(self) -> float:
         """Bytes of the weights that a pass multiplies by: all but the table of embeddings."""
-        config = self.plan.config
-        own = sum(weight_bytes(self.plan).values()) - self._table
-        tied = config.tie_word_embeddings and config.head_layer in self.plan.stage.layers
-        return own + (self._table if tied else 0)
+        return float(sum(self._parts.values()))
 
     @cached_property
     def _table(self) -> float:
@@ -192,7 +188,8 @@ class Roofline:
         config = self.plan.config
         if not self.plan.stage.is_first:
             return 0.0
-        return float(config.vocab_size * config.embedding_size * self.plan.element_bytes)
+        shape = config.vocab_size, config.embedding_size
+        return float(self.plan.weight_format.stored_bytes("embed_tokens.weight", shape))
 
     @cached_property
     def _active(self) -> float:
@@ -219,4 +216,4 @@ class Roofline:
 
 def _experts(config: ModelConfig, shape: tuple[int, ...]) -> int:
     """Experts that are stacked in a weight of this shape; 0 for one that all tokens take."""
-    return config.num_experts if len(shape) > 2 else 0
+    return config.num_experts if is_stacked(shape) else 0
