@@ -15,11 +15,10 @@ docs/results/mixtures-predicted.json: python -m benchmarks.mixtures_predicted --
 
 from __future__ import annotations
 
-from dataclasses import asdict, astuple, dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 from benchmarks.command import run_as_command
 from flexgen_ray.cli.options import JsonOption
-from flexgen_ray.config import Budget
 from flexgen_ray.hardware.spec import Hardware
 from flexgen_ray.models.shapes import shape_config
 from flexgen_ray.planner.comparison import HardwareNode, devices_of, rooflines
@@ -89,14 +88,10 @@ def mixtures_predicted(json_file: JsonOption = None) -> None:
     finish(result, "none: presets' rates", json_file)
 
 
-def planner_of(case: Case, requests: int, share: int = 1) -> Planner:
-    """A planner for a case with so many requests, and one in `share` of its layers and bytes."""
+def planner_of(case: Case, requests: int) -> Planner:
+    """A planner for a case with so many requests."""
     config, machine = shape_config(case.model), HardwareNode(Hardware.preset(case.hardware))
     devices = devices_of([machine.with_memory(None, case.memory, None)], config, case.dtype)
-    if share > 1:
-        config = replace(config, num_layers=config.num_layers // share)
-        budget = Budget(*(each // share for each in astuple(devices[0].budget)))
-        devices = (replace(devices[0], budget=budget),)
     job = PlannedJob.uniform(requests, case.prompt_len, case.max_tokens)
     return Planner(config, devices, job, case.dtype)
 

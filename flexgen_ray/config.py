@@ -108,7 +108,7 @@ class Policy:
         once, so that each expert is read once for all of them. None (the default) is all batches of
         a block, or half of them if the host attends rows meanwhile. More than one needs activations
         on the GPU.
-    expert_slots: in a mixture of experts, the groups of experts, of some 256 MB each, for which the
+    expert_slots: in a mixture of experts, the groups of experts, some 256 MiB each, for which the
         GPU has room while they stream; 2 or more. Each group runs for the whole block, as soon as
         it is there. None (the default) is room for two whole layers.
 
@@ -149,7 +149,7 @@ class Policy:
         self._check_experts()
 
     def _check_experts(self) -> None:
-        """Raise ValueError if experts are to run for more batches than can wait for them, or less.
+        """Raise ValueError if rows are to wait for experts off the GPU, or groups to run in parts.
 
         A group of experts that streams apart crosses once a visit, so all batches wait for it.
         """
@@ -472,8 +472,8 @@ _DEPLOYMENT_CHECKS: dict[str, Check] = {
 
 
 PAGE_TOKENS = 16  # tokens of a page: their keys and values lie together in a cache
-# Dimensions that queries and keys of prompts have besides if heads have sinks: one is used, and
-# GPUs take them by 16 bytes.
+# Further dimensions of prompts' queries and keys if heads have sinks: one carries the sink, and the
+# others fill the 16 bytes that a GPU's attention needs.
 SINK_DIMS = 8
 PART_TOKENS = 1024  # tokens of a row that one thread of the host attends at a time
 

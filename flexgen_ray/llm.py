@@ -71,7 +71,8 @@ class LLM(Engine):
     max_model_len: limit on the tokens of a prompt and its answer together. Memory is then planned
         for that length, and weights are loaded once for all calls. None (the default) is the
         model's context, with memory for the longest request; a longer request, or without a policy
-        a larger number of requests, may load the weights again. It chooses longrope's factors.
+        a larger number of requests, may load the weights again. It also chooses longrope's
+        factors.
     seed: seed of the random numbers, 0 by default; equal seeds give equal answers.
 
     Placement and memory

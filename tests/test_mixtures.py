@@ -62,7 +62,7 @@ def few_rows_at_a_time():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plan_module, "WAITING", 9)
         patch.setattr(plan_module, "EXPERT_ROWS", 4)
-        patch.setattr(plan_module, "GROUP_BYTES", 20_000)
+        patch.setattr(plan_module, "EXPERT_GROUP_BYTES", 20_000)
         yield
 
 

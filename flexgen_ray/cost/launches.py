@@ -17,14 +17,17 @@ from flexgen_ray.schedule.ops import Op, OpKind
 LAUNCHES = {OpKind.EMBED: 3, OpKind.FINISH: 4, OpKind.SAMPLE: 8}
 LAUNCHES_OF_RUN, LAUNCHES_OF_SPARSE_RUN, LAUNCHES_OF_PROMPT = 1, 17, 2
 _ROTATE, _MAKE_ROTATION = 3, 6
-# In mixtures: a router, its scores and the best of them, or of corrected scores, perhaps within
-# groups, and the shares scaled; choices sorted by expert; a part of the experts, and its place
-# among several; rows put in place one expert after the other; their sum; and an expert that every
-# token takes.
-_CHOOSE, _SORT, _PART, _MOVE_PART, _IN_TURN, _SUM, _SHARED = 3, 3, 7, 7, 3, 1, 5
-_CORRECT, _GROUPS, _SHARED_GATE = 2, 6, 2
-# A clamped gate; and with biases each row's expert, and that of each product.
-_CLAMP, _GROUP, _ADD_BIAS = 5, 3, 2
+# In mixtures:
+_CHOOSE = 3  # a router, its scores and the best of them
+_CORRECT = 2  # the best of corrected scores
+_LIMIT_GROUPS = 6  # the best within some groups of experts
+_SHARED, _SHARED_GATE = 5, 2  # an expert that every token takes, and how far it does
+_SORT = 3  # choices by expert
+_PART, _MOVE_PART = 7, 7  # a part of the experts, and its place among several
+_IN_TURN = 3  # rows put in place one expert after the other
+_SUM = 1
+_CLAMP = 5  # of a gate
+_FIND_EXPERTS, _ADD_BIAS = 3, 2  # with biases: each row's expert, and the bias of each product
 _JOIN_SINK = 10  # a prompt's queries, keys and values are copied to where the sink is beside them
 _SINK_OF_RUN = 2  # of sparse attention: it joins both softmaxes
 _ENTER = 3  # a row, its shares and its choices enter the buffer of those that wait for experts
@@ -124,7 +127,7 @@ def _experts(plan: StagePlan, op: Op) -> int:
     gates = _CLAMP * parts if config.swiglu_limit is not None else 0
     if plan.stages_disk and plan.dtype == "bfloat16":
         moved = _MOVE_PART * parts + 1 if parts > 1 or is_part else 0
-        biases = (_GROUP + 2 * _ADD_BIAS) * parts if config.expert_bias else 0
+        biases = (_FIND_EXPERTS + 2 * _ADD_BIAS) * parts if config.expert_bias else 0
         return _SORT + _PART * parts + moved + gates + biases + _SUM + is_part
     products = 2 * sum(counts) * (2 if config.expert_bias else 1)
     return _SORT + 2 * parts + gates + products + _IN_TURN * parts + _SUM + is_part
@@ -136,7 +139,7 @@ def _choose(plan: StagePlan) -> int:
     count = _CHOOSE + 2 * config.norm_topk + 2 * converts + (config.routed_scale != 1)
     if config.corrects_choice:
         count += _CORRECT + converts + config.norm_topk
-        count += _GROUPS if config.chosen_groups < config.expert_groups else 0
+        count += _LIMIT_GROUPS if config.chosen_groups < config.expert_groups else 0
     return count
 
 

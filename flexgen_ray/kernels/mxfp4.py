@@ -1,8 +1,8 @@
 """Values of MXFP4 (quant/mxfp4.py has the layout), bit for bit the same on every device.
 
-A value is twice its magnitude, signed, times half its group's power of two, which float32 holds. So
-is the product, exactly, unless it overflows, which makes it infinite; bfloat16 holds what float32
-does here, and float16 rounds it.
+A value is computed as its doubled, signed magnitude times half its group's power of two. float32
+holds both factors and their product exactly, unless the product overflows to infinity. bfloat16
+holds it exactly, too; float16 rounds it.
 Chooses the fastest code for a tensor's device: mxfp4_host, mxfp4_cuda or `dequantize_plain`.
 """
 

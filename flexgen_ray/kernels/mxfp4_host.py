@@ -5,15 +5,14 @@ Knows addresses of groups; no tiers.
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import numpy as np
-import torch
 from llvmlite import ir
 from numba.core import types
 from torch import Tensor
 
+from flexgen_ray.kernels.threads import on_threads
 from flexgen_ray.kernels.vectors import (
     F32,
     I8,
@@ -41,17 +40,8 @@ def dequantize(blocks: Tensor, scales: Tensor, out: Tensor) -> None:
     kind = KINDS[str(out.dtype).removeprefix("torch.")]
     addresses = np.array([[x.data_ptr() for x in each] for each in (blocks, scales, out)])
     count = scales.numel()
-    threads = max(1, min(torch.get_num_threads(), count // _GROUPS_PER_THREAD))
-    ends = [count * i // threads for i in range(threads + 1)]
     work = partial(_dequantize, kind, addresses, scales.shape[1], out.element_size())
-    if threads == 1:
-        work(0, count)
-        return
-    with ThreadPoolExecutor(threads - 1, "mxfp4") as pool:
-        others = [pool.submit(work, *ends[i : i + 2]) for i in range(1, threads)]
-        work(*ends[:2])
-        for other in others:
-            other.result()
+    on_threads(work, count, count // _GROUPS_PER_THREAD)
 
 
 @compiled

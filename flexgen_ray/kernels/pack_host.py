@@ -7,11 +7,10 @@ one thread, of as many as torch has. Knows addresses of vectors; no tiers.
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numba
 import numpy as np
-import torch
 from torch import Tensor
 
 from flexgen_ray.kernels.groups import (
@@ -27,6 +26,7 @@ from flexgen_ray.kernels.groups import (
     value_at,
 )
 from flexgen_ray.kernels.pack_search import LANES, STATE_ROWS, rounded, search
+from flexgen_ray.kernels.threads import on_threads
 from flexgen_ray.kernels.vectors import KINDS, compiled
 from flexgen_ray.quant.packing import GROUP, LARGEST, PARAMETER_BYTES, code_bytes
 
@@ -36,32 +36,23 @@ _VALUES_PER_THREAD = 1 << 20
 
 def pack(x: Tensor, bits: int, out: Tensor, least_squares: bool = False) -> bool:
     """Quantize vectors; False if a group holds a value beyond LARGEST, and so becomes NaN."""
-    return all(_on_threads(_pack, x, out, (bits, x.shape[-1], least_squares)))
+    return all(_run(_pack, x, out, (bits, x.shape[-1], least_squares)))
 
 
 def unpack(packed: Tensor, bits: int, out: Tensor) -> None:
     """Dequantize vectors into out, rounded to its dtype."""
-    _on_threads(_unpack, out, packed, (bits, out.shape[-1]))
+    _run(_unpack, out, packed, (bits, out.shape[-1]))
 
 
-def _on_threads(kernel: Callable, values: Tensor, packed: Tensor, task: tuple) -> list:
+def _run(kernel: Callable, values: Tensor, packed: Tensor, task: tuple) -> list:
     """Run the kernel on each thread's share of the vectors; returns each one's result."""
     kind = KINDS[str(values.dtype).removeprefix("torch.")]
     places = _addresses(values), _addresses(packed)
     bits, size = task[:2]
     strides = values.element_size(), code_bytes(size, bits)
     count = len(places[0])
-    threads = max(1, min(torch.get_num_threads(), count * size // _VALUES_PER_THREAD, count))
-    ends = [count * i // threads for i in range(threads + 1)]
-    shares = [
-        (kind, task, strides, places, first, end)
-        for first, end in zip(ends, ends[1:], strict=False)
-    ]
-    if threads == 1:
-        return [kernel(*shares[0])]
-    with ThreadPoolExecutor(threads - 1, "quant") as pool:
-        others = [pool.submit(kernel, *share) for share in shares[1:]]
-        return [kernel(*shares[0]), *(other.result() for other in others)]
+    work = partial(kernel, kind, task, strides, places)
+    return on_threads(work, count, min(count * size // _VALUES_PER_THREAD, count))
 
 
 def _addresses(x: Tensor) -> np.ndarray:

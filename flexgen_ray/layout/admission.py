@@ -261,8 +261,8 @@ class Admission:
         return min(slots, default=None)
 
     @property
-    def prefix_tiers(self) -> tuple[int, ...]:
-        """Index in PLACES of the prefixes' place in each stage."""
+    def prefix_places(self) -> tuple[int, ...]:
+        """Index in PLACES of the place of prefixes, for each stage."""
         places = (space.prefix_tiers for space in self._spaces)
         return tuple(PLACES.index(BOTH if len(it) > 1 else it[0]) for it in places)
 

@@ -21,12 +21,12 @@ from flexgen_ray.schedule.zigzag import Mixtures, StageLayers
 # A batch takes at most this many tiles of max_batch_tokens in a pass; or one, if the whole block
 # waits for experts.
 PREFILL_TILES = 8
-GROUP_BYTES = 256 * 2**20  # of experts that stream apart from their layer's other weights
+EXPERT_GROUP_BYTES = 256 * 2**20  # of experts that stream apart from their layer's other weights
 # Most bytes that attention of several decoding rows takes beside their cache; that a prompt's
 # repeated keys and values take, if those of one KV head don't take more; and that its mask does.
 ATTENTION_WORKSPACE = 64 * 2**20
 # Decoding rows from which on a prefix is attended once for all of them. Fewer attend it as pages of
-# their own, which takes no launches and no merge.
+# their own, which takes no launches of its own and no merge; with sparse attention any number does.
 FOLDED_ROWS = 8
 QUERY_TILE = 512  # most queries whose mask over a cached prefix is built at a time
 EXPERT_ROWS = 256  # rows of an expert from which on reading it takes less time than its products
@@ -475,7 +475,7 @@ class StagePlan:
 
     @cached_property
     def weights(self) -> WeightLayout:
-        group_bytes = GROUP_BYTES if self.policy.expert_slots else 0
+        group_bytes = EXPERT_GROUP_BYTES if self.policy.expert_slots else 0
         return lay_out_weights(
             self.config, self.stage, self.policy.weights, self.weight_format, group_bytes
         )

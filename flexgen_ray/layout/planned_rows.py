@@ -34,8 +34,9 @@ class _Sharing(Composition):
 
     def __init__(self, plan: StagePlan, rows: Rows) -> None:
         super().__init__(rows, plan.splits)
-        # Few rows fold a prefix if it lies beside all of them, which isn't linear in the shares of
-        # a plan; it counts a product for them.
+        # In a run few rows fold a prefix that lies on the tier of all of them. That isn't linear in
+        # a plan's placement, so a plan counts every prefix as attended apart, unless attention is
+        # sparse.
         self.folded_rows = plan.folded_rows if plan.is_sparse else 0
         self._tiers = plan.prefix_tiers
         self._groups = _find_groups(plan, len(rows.rows))
@@ -53,14 +54,12 @@ class _Sharing(Composition):
         ]
 
     def _home(self, tokens: int, kind: LayerKind) -> Home:
-        # Keys streamed once for all sparse rows are left out: they are not linear, either.
+        # Prefix keys that sparse rows have streamed aren't linear in it either: no page is counted.
         count = 0 if self.folded_rows else min(tokens // PAGE_TOKENS, kind.most_pages)
         pages = tuple(range(count))
-        copy = None
-        for tier in reversed(self._tiers):
-            copy = Home(tier, pages, most=kind.most_pages, copy=copy)
-        assert copy is not None
-        return copy
+        first, *others = self._tiers
+        copy = Home(others[0], pages, most=kind.most_pages) if others else None
+        return Home(first, pages, most=kind.most_pages, copy=copy)
 
 
 def _find_groups(plan: StagePlan, rows: int) -> list[list[tuple[int, int, int]]]:

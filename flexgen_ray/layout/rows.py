@@ -457,11 +457,6 @@ class PlacedRows:
         return self.memoized(_CHOOSING_RUNS, make, most)
 
     @cached_property
-    def in_memory(self) -> list[Row]:
-        """Rows whose cache lies in host memory."""
-        return self._select(lambda row, it: it.tier == "cpu")
-
-    @cached_property
     def on_disk(self) -> list[Row]:
         """Rows whose cache lies on disk."""
         return self._select(lambda row, it: it.tier == "disk")

@@ -59,7 +59,7 @@ def parse_llama(hf: dict) -> ModelConfig:
     bias = kind == "qwen2" or hf.get("attention_bias", False)
     hidden, heads = hf["hidden_size"], hf["num_attention_heads"]
     rope = parse_rope(hf, kind in PARTIAL_ROTATION)
-    # Scaling stretches the context that max_position_embeddings names, as in vLLM.
+    # Linear scaling stretches max_position_embeddings, as in vLLM; yarn names its own context.
     stretched = rope.factor if rope.type == "linear" else 1
     return ModelConfig(
         family="llama",
@@ -252,8 +252,7 @@ def _groups(hf: dict) -> dict:
 
 def _choices(hf: dict) -> dict:
     """Return ModelConfig's fields about how many experts there are, and how many a token takes."""
-    names = "num_experts", "n_routed_experts"
-    count = next(filter(None, map(hf.get, names)), None) or hf["num_local_experts"]
+    count = hf.get("num_experts") or hf.get("n_routed_experts") or hf["num_local_experts"]
     return {"num_experts": count, "experts_per_token": hf["num_experts_per_tok"]}
 
 

@@ -226,8 +226,12 @@ def rooflines(
         )
         for stage, device in zip(stages, devices, strict=True)
     ]
-    slowest = min(lines, key=lambda line: line.best.tokens_per_s)
-    return slowest.best, slowest.flexgen
+    bests, flexgens = zip(*((line.best, line.flexgen) for line in lines), strict=True)
+    return min(bests, key=_speed), min(flexgens, key=_speed)
+
+
+def _speed(roof: Roof) -> float:
+    return roof.tokens_per_s
 
 
 def _cpu_device(hardware: Hardware, number: int) -> StageDevice:

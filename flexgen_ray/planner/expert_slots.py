@@ -38,6 +38,6 @@ def with_expert_slots(policy: Policy, config: ModelConfig, dtype: str, nbytes: i
     if 2 * layer + values * DTYPE_BYTES[dtype] <= room:
         return policy
     expert = layer // config.num_experts
-    group = expert * max(1, plan_module.GROUP_BYTES // expert)
+    group = expert * max(1, plan_module.EXPERT_GROUP_BYTES // expert)
     slots = min(int(room // group), ceil(1.5 * layer / group))
     return replace(policy, expert_slots=max(slots, 2), expert_batches=None)

@@ -104,7 +104,8 @@ def find_best_plan(planner: Planner, on_estimate: OnEstimate = _ignore) -> Pipel
         return best
     # Room for whole layers takes more memory, but half of a block's rows need not wait.
     search = planner.search.near(replace(shape, expert_slots=None))
-    other = replace(planner, search=search)
+    tier = best.stages[0].prefix_tier
+    other = replace(planner, search=search, prefix_tier=tier)
     whole = other.best_of(other.promising_candidates())
     return max(filter(None, (best, whole)), key=_throughput)
 

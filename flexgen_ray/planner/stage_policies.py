@@ -15,8 +15,8 @@ from flexgen_ray.files.text_files import read_yaml
 from flexgen_ray.models.config import ModelConfig
 
 AUTO = "auto"  # in place of a file: choose, as if no policy were given
-# Fields on which every stage must agree, since all of them process the first stage's rows; and
-# groups of experts let a pass take fewer tokens.
+# Fields on which every stage must agree, since all of them process the first stage's rows;
+# expert_slots sets how many tokens a pass takes, so it is among them.
 SHAPE = (
     "gpu_batch_size",
     "num_gpu_batches",

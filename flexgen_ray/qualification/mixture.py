@@ -10,12 +10,17 @@ from pathlib import Path
 
 from flexgen_ray.config import Placement, Policy
 from flexgen_ray.qualification.setting import Figures, Setting, run_step
-from flexgen_ray.qualification.two_actors import LONGEST, MAX_TOKENS, NUM_ANSWERS, answers
+from flexgen_ray.qualification.two_actors import (
+    LONGEST,
+    MAX_TOKENS,
+    NUM_ANSWERS,
+    POLICY,
+    answers,
+)
 
-_THIRD = Placement(0.34, 0.33, 0.33)
 _POLICIES = {
     "on the device": Policy(3, 2, 16),
-    "on three tiers": Policy(3, 2, 16, _THIRD, _THIRD, _THIRD, cpu_attention=0.5),
+    "on three tiers": POLICY,
     "experts in groups": Policy(3, 2, 16, Placement(0, 1, 0), expert_slots=2),
 }
 

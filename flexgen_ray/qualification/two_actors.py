@@ -15,7 +15,7 @@ from flexgen_ray.qualification.setting import Figures, Setting, run_step
 
 NUM_ANSWERS, LONGEST, MAX_TOKENS = 7, 40, 12
 _THIRD = Placement(0.34, 0.33, 0.33)
-_POLICY = Policy(3, 2, 16, weights=_THIRD, cache=_THIRD, activations=_THIRD, cpu_attention=0.5)
+POLICY = Policy(3, 2, 16, weights=_THIRD, cache=_THIRD, activations=_THIRD, cpu_attention=0.5)
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
@@ -42,11 +42,11 @@ def compare_stages(setting: Setting, figures: Figures, transport: str) -> None:
         save_tiny_model(folder, llama())
         expected = references(folder, NUM_ANSWERS, LONGEST, MAX_TOKENS)
         prompts = [each.prompt for each in expected]
-        alone = answers(setting, folder, prompts, _POLICY, use_ray=False)
+        alone = answers(setting, folder, prompts, POLICY, use_ray=False)
         cluster = OwnCluster(num_cpus=2, num_gpus=2 if setting.on_cuda else 0)
         try:
             options = {"pipeline_parallel_size": 2, "transport": transport}
-            actors = answers(setting, folder, prompts, _POLICY, use_ray=True, **options)
+            actors = answers(setting, folder, prompts, POLICY, use_ray=True, **options)
         finally:
             cluster.close()
     theirs = [each.tokens for each in expected]

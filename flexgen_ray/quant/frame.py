@@ -16,11 +16,10 @@ Shape = tuple[int, ...]
 class Format(ABC):
     """Form in which matrices are quantized; equal ones compare equal.
 
-    name: as messages name it. group: (rows, columns) of the values that share a scale.
+    name: as messages name it.
     """
 
     name: str
-    group: tuple[int, int]
 
     @abstractmethod
     def tensors(self, shape: Shape) -> dict[str, Shape]:

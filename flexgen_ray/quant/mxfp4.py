@@ -22,7 +22,6 @@ class Mxfp4(Format):
     """Format of matrices whose rows are groups of 32 values in 17 bytes."""
 
     name = "MXFP4"
-    group = 1, GROUP
 
     def tensors(self, shape: Shape) -> dict[str, Shape]:
         """Blocks [..., rows, groups, 16] and scales [..., rows, groups].

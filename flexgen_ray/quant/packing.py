@@ -56,7 +56,6 @@ class PackedRows(Format):
     """Format of weights whose rows are packed vectors of 4 or 8 bits a value."""
 
     bits: int
-    group = 1, GROUP
 
     @property
     def name(self) -> str:  # type: ignore[override]

@@ -12,10 +12,10 @@ ATTEND_DEVICE of a cell with 3 decoding rows and a prompt's chunk of 5 tokens, f
     prompt's chunk   what it sees of its pages is gathered, then attention.prefill over
                      [5, 32, 128], row by row: cached keys and values, then causally its own
 
-FINISH projects the results. They replace the queries in q, or go to a buffer of their own if each
-row brings one token. Streamed rows under sparse attention take three ops: CHOOSE selects tokens by
-the keys that came, GATHER_VALUES and LOAD_VALUES bring the values of these tokens only, and
-ATTEND_DEVICE weighs them.
+FINISH, or OUT of a mixture, projects the results. They replace the queries in q, or go to a buffer
+of their own if each row brings one token. Streamed rows under sparse attention take three ops:
+CHOOSE selects tokens by the keys that came, GATHER_VALUES and LOAD_VALUES bring the values of these
+tokens only, and ATTEND_DEVICE weighs them.
 """
 
 from __future__ import annotations
@@ -141,7 +141,8 @@ class DeviceAttention:
             self._weights[op.cell_slot].append(selected.weights)
 
     def attend(self, op: Op, placed: PlacedRows, work: CellBuffers) -> None:
-        """ATTEND_DEVICE: put the attention of resident and streamed rows where FINISH takes it.
+        """ATTEND_DEVICE: put the attention of resident and streamed rows where FINISH or OUT
+        takes it.
 
         A prompt's chunk attends what its row had, and itself; then it is appended. Within a window
         its tokens may take the pages of those that its first ones attend.
@@ -253,7 +254,7 @@ class DeviceAttention:
         """Merge what decoding rows attended of prefixes with the attention to their own tokens."""
         if not placed.sharing:
             return
-        # Tensors of its own, for FINISH has a stream of its own.
+        # Tensors of its own, for FINISH and OUT run on another stream than ATTEND_DEVICE.
         tokens, places = placed.memoized(_MERGED, lambda: self._sharing_rows(placed))
         target = work.attention(placed.rows)
         out, sums = work.of_prefixes, work.prefix_sums

@@ -28,7 +28,8 @@ class Modelled:
     """Op handlers of one run, with the modelled seconds of the ops that they run.
 
     is_active: True for the ops that are dispatched. is_emulated: True if times are emulated.
-    mixtures: of the plan whose ops they are.
+    mixtures: those of the modelled plan, by which the stage's ops are generated; a subclass may
+    model another plan than the handlers'.
     """
 
     is_emulated = False

@@ -22,9 +22,10 @@ from flexgen_ray.config import PAGE_TOKENS, Sharing
 from flexgen_ray.request import Request
 
 MOST_LEVELS = 4  # prefixes of a prompt, one within the other; each takes products of its own
-# A prefix takes products of its own in each pass in which its users decode. So it must save prompt
-# tokens: so many pages at least, and so many tokens for each of a usual answer, up to a number from
-# which on decoding gains, too, for it reads less.
+# A prefix that many rows attend takes products of its own in each pass in which they decode
+# (layout/plan.FOLDED_ROWS). So it must save prompt tokens: LEAST_PAGES pages, and SAVED_PER_TOKEN
+# tokens for each token of a usual answer, but no more than ENOUGH_TOKENS; from there on decoding
+# gains, too, because it reads less.
 LEAST_PAGES = 4
 SAVED_PER_TOKEN, ENOUGH_TOKENS = 8, 1024
 

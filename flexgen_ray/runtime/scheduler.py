@@ -429,7 +429,7 @@ class Scheduler:
             self._pages.begin_prefix(batch, slot)
             slots[slot] = _sequence_of(prefix)
             chain = tuple(it.number for it in prefix.chain[:-1])
-            entered.append((slot, prefix.pages, self._pages.prefix_tiers, chain))
+            entered.append((slot, prefix.pages, self._pages.prefix_places, chain))
         return entered
 
     def _note_computed(self, prefix: Prefix) -> None:

@@ -56,9 +56,7 @@ class OpKind(StrEnum):
     ATTEND_HOST = auto()  # attend rows in host memory, where their cache lies
     LOAD_ATTENTION = auto()  # results of ATTEND_HOST, to the device
     FINISH = auto()  # output projection and MLP; the head's logits
-    OUT = (
-        auto()
-    )  # in a mixture's place: output projection, norm, and the router's choice of experts
+    OUT = auto()  # for FINISH in a mixture: output projection, norm, choice of experts
     EXPERTS = auto()  # experts, for the rows of several batches at once
     COMBINE = auto()  # what the experts gave, to a batch's hidden states
     STORE_HIDDEN = auto()  # hidden states that lie off the device, to host memory

@@ -161,8 +161,8 @@ class KVCache:
     def load(self, op: Op, placed: PlacedRows) -> None:
         """LOAD_CACHE: copy the past tokens of every streamed row into the cell's device slot.
 
-        So are prefixes in host memory. Only the keys, for rows whose values are chosen later. Pages
-        are copied whole, neighbouring ones together.
+        Prefixes in host memory are copied, too. Of rows whose values are chosen later only keys
+        are. Pages are copied whole, neighbouring ones together.
         """
         slot, host = self._streamed[op.cell_slot], self.host_pages(op)
         for place, page, count, prefills in (*placed.streamed_copies, *placed.prefix_copies):

@@ -2,9 +2,10 @@
 
 The layout (layout/weights.py) says where each weight lies. A layer's weights off the device cross
 the link in parts: READ_WEIGHTS reads a part's bytes on disk into a staging slot in host memory, and
-LOAD_WEIGHTS copies the part, from host memory and from the staging slot, to a device slot.
-Quantized weights cross as they are, and are dequantized on the device once per layer and visit, for
-all batches of the block.
+LOAD_WEIGHTS copies the part, from host memory and from the staging slot, to a device slot. Experts
+may stream apart from these, in groups: READ_EXPERTS and LOAD_EXPERTS bring one group each, through
+slots of their own. Quantized weights cross as they are, and are dequantized on the device once per
+layer, or group, and visit, for all batches of the block.
 
 Knows names and bytes; not what a layer computes.
 """
@@ -374,8 +375,8 @@ def _read_sinks(plan: StagePlan, source: WeightSource, tiers: Tiers) -> dict[int
 class DequantizeWorkspace:
     """Device memory into which a stage's quantized weights are dequantized.
 
-    PROJECT, FINISH, EXPERTS and the head have a workspace each, because the device projects the
-    next layer's first batch before it finishes this layer's last one.
+    PROJECT, FINISH or OUT, EXPERTS and the head have a workspace each, because the device projects
+    the next layer's first batch before it finishes this layer's last one.
     """
 
     def __init__(self, plan: StagePlan, tier: MemoryTier) -> None:

@@ -111,6 +111,9 @@ def airllm(work: PeerTask, batch_size: int, device: torch.device) -> HuggingFace
     """
     from airllm.airllm_base import AirLLMBaseModel
 
+    # AirLLM would run the folder's own code where this refuses to.
+    AutoConfig.from_pretrained(work.model, trust_remote_code=False)
+
     class Streamed(AirLLMBaseModel):
         """AirLLM without a tokenizer, which it would read with remote code allowed."""
 
